@@ -1,0 +1,1 @@
+"""Inference-time alignment of language models as pure, jit-able JAX functions."""

@@ -1,0 +1,225 @@
+"""The types of the algebra, and the few tree functions that every module needs.
+
+One idea carries the library: for a state s of a token-level decision process the aligned policy is
+pi(z|s) ∝ pi_ref(z|s) · exp(Q(s,z)/beta). A `Policy` is pi or pi_ref, a `Critic` is Q, a `Reward` is what lies behind Q.
+All three are (tuples of) pure, jit-safe functions; parameters are plain pytrees and travel beside them.
+
+Laws that every Policy and Critic keeps (tests/test_laws.py holds them against each one):
+
+1. Every array leaf of a state or StepOutput has the batch axis first, so `take_rows` and `repeat_rows` are tree maps.
+2. Token -1 (choice -1) means that the row stands still: its state keeps, its output is undefined.
+3. What is per prompt (beta, weights) is read from params at init, broadcast to [B] and kept in the state.
+4. `prompts` may mirror `params`: one TokenBatch goes to all, a dict gives each model its own template.
+5. log_prob = log_prob_ref + increments - log_norm on the support; a truncation's kept mass enters log_norm.
+6. A Policy is built once and reused: a new closure is a new trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+ArrayLike = jax.typing.ArrayLike
+Params = Any  # a pytree of arrays
+State = Any  # a pytree of arrays, batch axis first
+Prompts = Any  # a TokenBatch, or a dict of them that mirrors params
+
+NEGATIVE = -1e20
+"""The finite stand-in for log 0: far below any log-probability plus q/beta, far above overflow when divided by a
+temperature. `is_supported` tests for it."""
+
+
+class TokenBatch(NamedTuple):
+    """Prompts. tokens [B,P] int32; mask [B,P] bool, True on real tokens (either padding); index [B] int32: the prompt's
+    row in its set, by which per-prompt tables are looked up and random numbers drawn. None: 0..B-1."""
+
+    tokens: Array
+    mask: Array
+    index: Array | None = None
+
+
+class StepOutput(NamedTuple):
+    """What a policy says of the next token. log_prob [B,V] of this policy; log_prob_ref [B,V] of the base below every
+    tilt; log_norm [B], the log-normaliser of law 5; hidden [B,D] after the final norm, or None."""
+
+    log_prob: Array
+    log_prob_ref: Array
+    log_norm: Array
+    hidden: Array | None = None
+
+
+class Policy(NamedTuple):
+    """A distribution over the next token, and how it moves.
+
+    init(params, rng, prompts, max_new_tokens) -> (state, StepOutput); step(params, rng, state, token [B]) -> the same.
+
+    The rest is optional. log_prob(params, prompts, tokens [B,T], mask [B,T]) -> Completions: a parallel form of
+    teacher-forced scoring. check(params, prompts, max_new_tokens): value checks on the host, ValueErrors.
+    vocab_size: V, compared when policies and critics are put together.
+    """
+
+    init: Callable[..., tuple[State, StepOutput]]
+    step: Callable[..., tuple[State, StepOutput]]
+    log_prob: Callable[..., Completions] | None = None
+    check: Callable[..., None] | None = None
+    vocab_size: int | None = None
+
+
+class Critic(NamedTuple):
+    """A score of candidate next tokens.
+
+    init(params, rng, prompts, max_new_tokens) -> state
+    score(params, rng, state, output, candidates [B,K] | None) -> (q [B,K] or [B,V], proposal)
+    advance(params, proposal, choice [B]) -> state, where choice indexes the candidates
+    kind: "level", q = V(sz) or r(sz); "increment", q summed over tokens is the score, as log pi_r(z|s).
+    `check` and `vocab_size` as for a Policy.
+    """
+
+    init: Callable[..., State]
+    score: Callable[..., tuple[Array, State]]
+    advance: Callable[..., State]
+    kind: Literal["level", "increment"]
+    check: Callable[..., None] | None = None
+    vocab_size: int | None = None
+
+
+Reward = Callable[..., Array]
+"""(params, tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> reward [N]. prompt_length counts real prompt
+tokens, so the response is `mdp.response_part(mask, prompt_length)` under either padding."""
+
+
+class Completions(NamedTuple):
+    """Responses and what was known of each token. tokens [B,T] int32; mask [B,T] bool, EOS included; log_prob,
+    log_prob_ref [B,T] of each token; log_norm [B,T]; kl [B,T], exact over the next-token distribution, or None;
+    finished [B]: ended by EOS; truncated [B]: ended by the limit. in_support [B]: False where a given response holds a
+    token of probability zero (`decoding.log_prob`), None where responses were sampled. Masked-out entries are 0."""
+
+    tokens: Array
+    mask: Array
+    log_prob: Array
+    log_prob_ref: Array
+    log_norm: Array
+    kl: Array | None
+    finished: Array
+    truncated: Array
+    in_support: Array | None = None
+
+
+class Selection(NamedTuple):
+    """best: Completions [B,T]; samples: Completions [B,n,T]; reward [B,n]."""
+
+    best: Completions
+    samples: Completions
+    reward: Array
+
+
+def take_rows(tree: Any, index: Array) -> Any:
+    """Rows `index` [M] of every leaf [B,...] of a state: [M,...]."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), tree)
+
+
+def repeat_rows(tree: Any, n: int) -> Any:
+    """Every row n times, neighbours together: leaf [B,...] -> [B·n,...]."""
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), tree)
+
+
+def where_rows(condition: Array, new: Any, old: Any) -> Any:
+    """Row-wise choice between two trees of one structure; condition [B] bool, True takes `new`."""
+
+    def choose(a: Array, b: Array) -> Array:
+        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+def per_row(value: ArrayLike, batch: int, *, name: str) -> Array:
+    """A scalar or [B] value as float [B]: what is per prompt survives repeated rows (law 3). ValueError on other
+    shapes."""
+    array = at_least_float32(jnp.asarray(value))
+    if array.shape not in ((), (batch,)):
+        raise ValueError(f"{name}: expected a scalar or shape ({batch},), one per prompt, found shape {array.shape}")
+    return jnp.broadcast_to(array, (batch,))
+
+
+def at_least_float32(x: ArrayLike) -> Array:
+    """float16, bfloat16 and integers to float32; float32 and float64 as they are."""
+    array = jnp.asarray(x)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def is_supported(log_prob: Array) -> Array:
+    """True where a log-probability is not the stand-in for log 0."""
+    return log_prob > NEGATIVE / 2
+
+
+def prompts_for(prompts: Prompts, name: str) -> Prompts:
+    """The prompts of the model `name` (law 4): a TokenBatch serves all, a dict is looked up. ValueError if missing."""
+    if isinstance(prompts, TokenBatch):
+        return prompts
+    if not isinstance(prompts, Mapping):
+        raise ValueError(
+            f"prompts: expected a TokenBatch or a dict that mirrors params, found {type(prompts).__name__}"
+        )
+    if name not in prompts:
+        raise ValueError(f"prompts: expected an entry {name!r} to mirror params, found {sorted(prompts)}")
+    return prompts[name]
+
+
+def prompts_at(prompts: Prompts, i: int) -> Prompts:
+    """As `prompts_for`, where params hold a sequence of models."""
+    if isinstance(prompts, TokenBatch):
+        return prompts
+    if not isinstance(prompts, Sequence) or i >= len(prompts):
+        raise ValueError(
+            f"prompts: expected a TokenBatch or a sequence with an entry {i}, found {type(prompts).__name__}"
+        )
+    return prompts[i]
+
+
+def any_prompts(prompts: Prompts) -> TokenBatch:
+    """One TokenBatch of a tree of them: batch size and index are the same in all."""
+    return jax.tree.leaves(prompts, is_leaf=lambda leaf: isinstance(leaf, TokenBatch))[0]
+
+
+def prompt_index(prompts: Prompts) -> Array:
+    """index [B] of a batch, 0..B-1 where it is None."""
+    batch = any_prompts(prompts)
+    if batch.index is None:
+        return jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
+    return batch.index
+
+
+def is_concrete(*trees: Any) -> bool:
+    """True when no leaf is a tracer, so that values can be checked on the host."""
+    return not any(isinstance(leaf, jax.core.Tracer) for tree in trees for leaf in jax.tree.leaves(tree))
+
+
+def check_positive(name: str, value: ArrayLike) -> None:
+    """ValueError on the host unless every entry of value is > 0 (NaN fails)."""
+    if is_concrete(value) and not bool(np.all(np.asarray(value) > 0)):
+        raise ValueError(f"{name}: expected a value > 0, found {np.asarray(value)}")
+
+
+def check_prompts(prompts: TokenBatch, *, name: str = "prompts") -> None:
+    """Shapes always, values where they are concrete: tokens and mask [B,P], B and P at least 1, at least one real token
+    in each row, index [B]."""
+    tokens, mask, index = prompts
+    if np.ndim(tokens) != 2 or np.shape(tokens) != np.shape(mask):
+        raise ValueError(
+            f"{name}: expected tokens and mask of one shape [B,P], found {np.shape(tokens)} and {np.shape(mask)}"
+        )
+    if 0 in np.shape(tokens):
+        raise ValueError(f"{name}: expected at least one prompt and one token, found shape {np.shape(tokens)}")
+    if index is not None and np.shape(index) != np.shape(tokens)[:1]:
+        raise ValueError(f"{name}: expected index of shape {np.shape(tokens)[:1]}, found {np.shape(index)}")
+    if is_concrete(mask):
+        empty = np.flatnonzero(~np.asarray(mask, bool).any(axis=1))
+        if empty.size:
+            raise ValueError(
+                f"{name}: expected at least one real token in each row, found none in rows {empty.tolist()}"
+            )
