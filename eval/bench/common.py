@@ -1,0 +1,98 @@
+"""The model of the benchmarks, alternating timers, and the table that they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import models
+from jaxalign.types import TokenBatch
+
+VOCAB = 8192
+
+
+def config(*, layers: int = 8, width: int = 512, head: models.Head | None = None) -> models.Config:
+    """A Llama of 33.7 M parameters at the default size: 8 layers, width 512, 8 heads, vocabulary 8192, untied."""
+    return models.Config(
+        vocab_size=VOCAB,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=width // 64,
+        num_kv_heads=width // 64,
+        head_dim=64,
+        intermediate_size=width * 43 // 16,
+        max_length=2048,
+        eos_ids=(0,),
+        head=head,
+    )
+
+
+def build(seed: int, cfg: models.Config, dtype: str = "float32") -> tuple[models.LanguageModel, Any]:
+    """(model, random parameters)."""
+    lm = models.LanguageModel(cfg, dtype=dtype)
+    return lm, jax.jit(lm.init)(jax.random.key(seed))
+
+
+def prompts(batch: int, length: int, seed: int = 0) -> TokenBatch:
+    """Random prompts without padding: torch's generate is given its easiest case."""
+    tokens = jax.random.randint(jax.random.key(seed), (batch, length), 1, VOCAB, jnp.int32)
+    return TokenBatch(tokens, jnp.ones((batch, length), bool))
+
+
+def torch_twin(lm: models.LanguageModel, params: Any, cls: str) -> Any:
+    """The same weights in transformers' torch model, through a Hugging Face folder."""
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model")
+        models.save(path, lm, params)
+        model = getattr(transformers, cls).from_pretrained(path, dtype=torch.float32)
+    return model.eval()
+
+
+def alternate(runs: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Median seconds of each run, the runs taking turns so that a slow spell of the machine meets all of them."""
+    for run in runs.values():
+        for _ in range(warmup):
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def device() -> str:
+    """The device of the figures, in words."""
+    kind = jax.devices()[0].device_kind
+    return f"{kind} ({os.cpu_count()} cores, {platform.machine()})" if kind == "cpu" else kind
+
+
+def report(name: str, rows: list[dict[str, Any]], out: str | None) -> None:
+    """Prints the rows as a table and, with `out`, writes them to DIR/name.json (temporary name, then rename)."""
+    print(f"{name} on {device()}, jax {jax.__version__}")
+    columns = list(rows[0])
+    cells = [columns] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    for row in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    if out is not None:
+        folder = pathlib.Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{name}.json"
+        temporary.write_text(json.dumps({"device": device(), "jax": jax.__version__, "rows": rows}, indent=1) + "\n")
+        temporary.rename(folder / f"{name}.json")
+        print(f"wrote {folder / (name + '.json')}")

@@ -1,0 +1,243 @@
+"""Critics: which Q tilts the base. Each function takes a model (or critics) and gives a Critic.
+
+A critic's `score` may be asked for K candidates or (None) for the whole vocabulary; its proposal holds what `advance`
+needs to move to the chosen one without another pass over the prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.policies import check_prompt_fits
+from jaxalign.types import (
+    Array,
+    Critic,
+    Params,
+    Prompts,
+    State,
+    StepOutput,
+    TokenBatch,
+    at_least_float32,
+    is_concrete,
+    prompt_index,
+    prompts_at,
+    prompts_for,
+    where_rows,
+)
+
+
+def args(reward_lm: Any) -> Critic:
+    """ARGS: q(s,z) = r(sz), a reward model's scalar on the partial text (arXiv 2402.01694). Level; params: the model's.
+
+    The K candidates are scored in one forward pass of K tokens at one position over the shared cache of the prefix;
+    the winner's keys and values are then written to the cache. Same as pi ∝ exp(logit + lam·r) with beta = 1/lam.
+    """
+    return _candidate_critic("args", reward_lm)
+
+
+def value(lm: Any) -> Critic:
+    """Controlled decoding: q(s,z) = V(sz), the value of the state after z (arXiv 2310.17022). Level; params: the model's.
+
+    A scalar head reads V(sz) at each candidate (K tokens in one pass, as `args`); a Q head (V wide) gives all V(sz) at
+    the state s, so that a step costs one token. The model may share its weights with the base: pass the base's arrays
+    with the head beside them. For a Q head on hidden states that the policy computes anyway see `hidden_value`.
+    """
+    if lm.config.head is not None and lm.config.head.kind == "q":
+        return _vocabulary_critic("value", lm, lm.head, "level")
+    return _candidate_critic("value", lm)
+
+
+def autoregressive(lm: Any) -> Critic:
+    """GenARM: q(s,z) = log pi_r(z|s), an autoregressive reward model (arXiv 2410.08193, eq. 7). Increment; params: the
+    model's. Under `tilt` the guidance weight alpha is 1/beta."""
+
+    def read(params: Params, hidden: Array) -> Array:
+        return jax.nn.log_softmax(lm.logits(params, hidden))
+
+    return _vocabulary_critic("autoregressive", lm, read, "increment")
+
+
+def hidden_value(head: Callable[[Params, Array], Array], *, vocab_size: int | None = None) -> Critic:
+    """A Q head on the hidden states of the policy below: q(s,·) = head(params, hidden [B,D]) -> [B,V]. Level.
+
+    No model of its own, no cache: `lm.head` of a model with a Q head is such a head. A scalar head cannot serve here,
+    since hidden belongs to s and not to the candidates sz: use `value` with the base's weights.
+    """
+
+    def init(params: Params, rng: Array, prompts: TokenBatch, max_new_tokens: int) -> State:
+        return {}
+
+    def score(params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None) -> Any:
+        if output.hidden is None:
+            raise ValueError("hidden_value: expected a policy that gives hidden states, found hidden = None")
+        q = at_least_float32(head(params, output.hidden))
+        if q.shape != output.log_prob.shape:
+            raise ValueError(f"hidden_value: expected a head of shape {output.log_prob.shape}, found {q.shape}")
+        return _gather(q, candidates), {}
+
+    def advance(params: Params, proposal: State, choice: Array) -> State:
+        return {}
+
+    return Critic(init, score, advance, "level", None, vocab_size)
+
+
+def weighted_sum(critics: Sequence[Critic]) -> Critic:
+    """q = Σ_i w_i·q_i. params {"critics": a sequence, "weights": [m] or one row per prompt [B,m]}; any sign.
+
+    All critics are of one kind (a ValueError otherwise: levels and increments do not add). Exact for V_ref, which is
+    linear in the reward; the paper's rule for several rewards in GenARM and controlled decoding.
+    """
+    critics = tuple(critics)
+    if not critics:
+        raise ValueError("critics: expected at least one critic, found none")
+    kinds = sorted({critic.kind for critic in critics})
+    if len(kinds) > 1:
+        raise ValueError(f"critics: expected critics of one kind, found {kinds}")
+    sizes = sorted({critic.vocab_size for critic in critics if critic.vocab_size is not None})
+    if len(sizes) > 1:
+        raise ValueError(f"critics: expected one vocabulary, found {sizes} tokens")
+
+    def weights_of(params: Params, batch: int) -> Array:
+        weights = at_least_float32(params["weights"])
+        if weights.shape not in ((len(critics),), (batch, len(critics))):
+            raise ValueError(
+                f"weights: expected shape ({len(critics)},) or ({batch}, {len(critics)}), one weight per critic, "
+                f"found {weights.shape}"
+            )
+        return jnp.broadcast_to(weights, (batch, len(critics)))
+
+    def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> State:
+        prompts = prompts_for(prompts, "critics")
+        batch = prompt_index(prompts).shape[0]
+        keys = jax.random.split(rng, len(critics))
+        states = tuple(
+            critic.init(params["critics"][i], keys[i], prompts_at(prompts, i), max_new_tokens)
+            for i, critic in enumerate(critics)
+        )
+        return {"critics": states, "weights": weights_of(params, batch)}
+
+    def score(params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None) -> Any:
+        keys = jax.random.split(rng, len(critics))
+        scored = [
+            critic.score(params["critics"][i], keys[i], state["critics"][i], output, candidates)
+            for i, critic in enumerate(critics)
+        ]
+        q = sum(state["weights"][:, i, None] * at_least_float32(q) for i, (q, _) in enumerate(scored))
+        return q, {"critics": tuple(proposal for _, proposal in scored), "weights": state["weights"]}
+
+    def advance(params: Params, proposal: State, choice: Array) -> State:
+        states = tuple(
+            critic.advance(params["critics"][i], proposal["critics"][i], choice) for i, critic in enumerate(critics)
+        )
+        return {"critics": states, "weights": proposal["weights"]}
+
+    def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
+        prompts = prompts_for(prompts, "critics")
+        if len(params["critics"]) != len(critics):
+            raise ValueError(f"critics: expected parameters of {len(critics)} critics, found {len(params['critics'])}")
+        weights = weights_of(params, prompt_index(prompts).shape[0])
+        if is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights))):
+            raise ValueError(f"weights: expected finite numbers, found {np.asarray(weights)}")
+        for i, critic in enumerate(critics):
+            if critic.check is not None:
+                critic.check(params["critics"][i], prompts_at(prompts, i), max_new_tokens)
+
+    return Critic(init, score, advance, critics[0].kind, check, sizes[0] if sizes else None)
+
+
+def map_scores(critic: Critic, f: Callable[[Params, Array, Array, Array], Array]) -> Critic:
+    """q' = f(map_params, q [B,K], log_prob [B,K] of the candidates under the policy below, index [B]); same kind.
+
+    params {"critic", "map"}. `index` is the prompt's row in its set, for tables per prompt. Shaping over the candidates
+    (SRS-ARGS), clipping and standardising are such maps.
+    """
+
+    def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> State:
+        state = critic.init(params["critic"], rng, prompts_for(prompts, "critic"), max_new_tokens)
+        return {"critic": state, "index": prompt_index(prompts)}
+
+    def score(params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None) -> Any:
+        q, proposal = critic.score(params["critic"], rng, state["critic"], output, candidates)
+        q = f(params["map"], at_least_float32(q), _gather(output.log_prob, candidates), state["index"])
+        return q, {"critic": proposal, "index": state["index"]}
+
+    def advance(params: Params, proposal: State, choice: Array) -> State:
+        return {"critic": critic.advance(params["critic"], proposal["critic"], choice), "index": proposal["index"]}
+
+    def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
+        if critic.check is not None:
+            critic.check(params["critic"], prompts_for(prompts, "critic"), max_new_tokens)
+
+    return Critic(init, score, advance, critic.kind, check, critic.vocab_size)
+
+
+def _gather(table: Array, candidates: Array | None) -> Array:
+    """table [B,V] at candidates [B,K], or whole."""
+    return table if candidates is None else jnp.take_along_axis(table, candidates, axis=-1)
+
+
+def _candidate_critic(name: str, lm: Any) -> Critic:
+    """Level critic that reads a scalar head at each candidate: K tokens at one position over the shared prefix."""
+    head = lm.config.head
+    if head is None or lm.head_width != 1:
+        found = "no head" if head is None else f"a head of width {lm.head_width}"
+        raise ValueError(f"{name}: expected a model with a scalar head, found {found}")
+
+    def init(params: Params, rng: Array, prompts: TokenBatch, max_new_tokens: int) -> State:
+        capacity = prompts.tokens.shape[1] + max_new_tokens
+        return {"cache": lm.prefill(params, prompts.tokens, prompts.mask, capacity)[1]}
+
+    def score(params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None) -> Any:
+        if candidates is None:
+            batch, vocab = output.log_prob.shape
+            candidates = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32), (batch, vocab))
+        hidden, entries = lm.candidates(params, state["cache"], candidates)
+        return lm.head(params, hidden)[..., 0], {"cache": state["cache"], "entries": entries}
+
+    def advance(params: Params, proposal: State, choice: Array) -> State:
+        return {"cache": lm.commit(proposal["cache"], proposal["entries"], choice)}
+
+    return Critic(init, score, advance, "level", _model_check(lm), lm.vocab_size)
+
+
+def _vocabulary_critic(name: str, lm: Any, read: Callable[[Params, Array], Array], kind: Any) -> Critic:
+    """A critic whose model gives the score of every token at once: one token a step, read(params, hidden) [B,V]."""
+
+    def table(params: Params, hidden: Array) -> Array:
+        q = at_least_float32(read(params, hidden))
+        if q.shape[-1] != lm.vocab_size:
+            raise ValueError(f"{name}: expected a score for each of {lm.vocab_size} tokens, found {q.shape[-1]}")
+        return q
+
+    def init(params: Params, rng: Array, prompts: TokenBatch, max_new_tokens: int) -> State:
+        capacity = prompts.tokens.shape[1] + max_new_tokens
+        hidden, cache = lm.prefill(params, prompts.tokens, prompts.mask, capacity)
+        return {"cache": cache, "q": table(params, hidden)}
+
+    def score(params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None) -> Any:
+        proposal = dict(state)
+        if candidates is not None:
+            proposal["candidates"] = candidates
+        return _gather(state["q"], candidates), proposal
+
+    def advance(params: Params, proposal: State, choice: Array) -> State:
+        token = choice
+        if "candidates" in proposal:
+            chosen = jnp.take_along_axis(proposal["candidates"], jnp.maximum(choice, 0)[:, None], axis=-1)[:, 0]
+            token = jnp.where(choice < 0, -1, chosen)
+        hidden, cache = lm.step(params, proposal["cache"], token)
+        return {"cache": cache, "q": where_rows(choice < 0, proposal["q"], table(params, hidden))}
+
+    return Critic(init, score, advance, kind, _model_check(lm), lm.vocab_size)
+
+
+def _model_check(lm: Any) -> Callable[..., None]:
+    def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        check_prompt_fits(lm, prompts, max_new_tokens)
+
+    return check

@@ -1,0 +1,5 @@
+"""Prompts and, as the library grows, preference data and the embedded world."""
+
+from jaxalign.data.prompts import bucket, prompt_batch
+
+__all__ = ["bucket", "prompt_batch"]

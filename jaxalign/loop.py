@@ -1,0 +1,140 @@
+"""The one sampling loop. Every decoder that draws tokens goes through `rollout`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxalign.types import Array, Completions, Params, Policy, State, StepOutput, is_supported
+
+_BLOCK = 128  # tokens per block of the two-level inverse CDF: about the square root of usual vocabularies
+
+
+def draw(log_prob: Array, uniform: Array) -> Array:
+    """Token [B] of log_prob [B,V] by the inverse CDF at uniform [B] in [0,1).
+
+    One uniform number per row, and two short prefix sums (over blocks, then inside the chosen block) in place of
+    noise over the whole vocabulary. log_prob need not be normalised; a token of probability zero is never drawn.
+    Probabilities are right up to the resolution of the uniform number, 2^-23 in float32.
+    """
+    chex.assert_rank([log_prob, uniform], [2, 1])
+    batch, vocab = log_prob.shape
+    width = min(_BLOCK, vocab)
+    blocks = -(-vocab // width)
+    weight = jnp.exp(log_prob - log_prob.max(axis=-1, keepdims=True))
+    weight = jnp.pad(weight, ((0, 0), (0, blocks * width - vocab))).reshape(batch, blocks, width)
+    mass = weight.sum(axis=-1)
+    cumulative = jnp.cumsum(mass, axis=-1)
+    target = uniform * cumulative[:, -1]
+    block = (cumulative <= target[:, None]).sum(axis=-1).clip(max=blocks - 1)
+    before = jnp.take_along_axis(cumulative - mass, block[:, None], axis=1)[:, 0]
+    inside = jnp.take_along_axis(weight, block[:, None, None], axis=1)[:, 0]
+    # The block's mass and its prefix sums round differently: keep the rest inside the block's support.
+    rest = jnp.maximum(target - before, 0)
+    token = (jnp.cumsum(inside, axis=-1) <= rest[:, None]).sum(axis=-1)
+    last = jnp.where(inside > 0, jnp.arange(width), 0).max(axis=-1)
+    return (block * width + jnp.minimum(token, last)).astype(jnp.int32)
+
+
+def exact_kl(log_prob: Array, log_prob_ref: Array) -> Array:
+    """Σ_z pi(z)·(log pi(z) − log pi_ref(z)) over the last axis, in nats; 0·log 0 = 0, with finite gradients."""
+    inside = is_supported(log_prob)
+    difference = jnp.where(inside, log_prob, 0) - jnp.where(inside, log_prob_ref, 0)
+    return jnp.sum(jnp.where(inside, jnp.exp(jnp.where(inside, log_prob, 0)), 0) * difference, axis=-1)
+
+
+def token_value(table: Array, token: Array) -> Array:
+    """table [B,V] at token [B] -> [B]; token -1 reads column 0 (callers mask it)."""
+    return jnp.take_along_axis(table, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
+
+
+def is_eos(token: Array, eos_ids: tuple[int, ...]) -> Array:
+    """token in eos_ids, elementwise; an empty set holds nothing."""
+    if not eos_ids:
+        return jnp.zeros(token.shape, bool)
+    return (token[..., None] == jnp.asarray(eos_ids, token.dtype)).any(axis=-1)
+
+
+class _Carry(NamedTuple):
+    t: Array
+    state: State
+    output: StepOutput
+    finished: Array
+    records: dict[str, Array]  # each [T,B]: one row a step
+
+
+def rollout(
+    policy: Policy,
+    params: Params,
+    rng: Array,
+    state: State,
+    output: StepOutput,
+    *,
+    steps: int,
+    eos_ids: tuple[int, ...],
+    finished: Array | None = None,
+    rows: Array | None = None,
+    last_step: bool = True,
+) -> tuple[State, StepOutput, Completions]:
+    """Draws up to `steps` tokens per row from output and its successors; stops when every row is finished.
+
+    Args:
+      policy, params: the policy and its parameters.
+      rng: consumed. Step t of row b draws with fold_in(fold_in(rng, t), rows[b]), so a row's tokens do not depend on
+        the rows beside it.
+      state, output: as `policy.init` or a former rollout gave them, B rows.
+      steps: T, at most.
+      eos_ids: a row that draws one of them is finished; the EOS is part of its response.
+      finished: [B], rows that stand still from the start.
+      rows: [B] integers that name the rows' random streams; 0..B-1 when None.
+      last_step: False leaves out the policy's step after the last token, for callers that need no further state.
+
+    Returns:
+      (state, output, Completions [B,T]). A finished row's state is the one it had before its EOS.
+    """
+    batch = output.log_prob.shape[0]
+    if rows is None:
+        rows = jnp.arange(batch)
+    if finished is None:
+        finished = jnp.zeros(batch, bool)
+    dtype = output.log_prob.dtype
+    records = {name: jnp.zeros((steps, batch), dtype) for name in ("log_prob", "log_prob_ref", "log_norm", "kl")}
+    records |= {"tokens": jnp.zeros((steps, batch), jnp.int32), "mask": jnp.zeros((steps, batch), bool)}
+
+    def choose(carry: _Carry) -> tuple[_Carry, Array]:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(rng, carry.t), rows)
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, dtype=dtype))(keys)
+        output, active = carry.output, ~carry.finished
+        token = draw(output.log_prob, uniform)
+        new = {
+            "tokens": token,
+            "mask": active,
+            "log_prob": token_value(output.log_prob, token),
+            "log_prob_ref": token_value(output.log_prob_ref, token),
+            "log_norm": output.log_norm,
+            "kl": exact_kl(output.log_prob, output.log_prob_ref),
+        }
+        records = {
+            name: carry.records[name].at[carry.t].set(jnp.where(active, value, 0).astype(carry.records[name].dtype))
+            for name, value in new.items()
+        }
+        finished = carry.finished | (active & is_eos(token, eos_ids))
+        return carry._replace(t=carry.t + 1, finished=finished, records=records), token
+
+    def body(carry: _Carry) -> _Carry:
+        key = jax.random.fold_in(rng, steps + carry.t)  # beyond the keys of the draws
+        carry, token = choose(carry)
+        state, output = policy.step(params, key, carry.state, jnp.where(carry.finished, -1, token))
+        return carry._replace(state=state, output=output)
+
+    limit = steps if last_step else steps - 1
+    carry = _Carry(jnp.zeros((), jnp.int32), state, output, finished, records)
+    carry = jax.lax.while_loop(lambda c: (c.t < limit) & ~c.finished.all(), body, carry)
+    if not last_step:
+        carry, _ = choose(carry)
+    fields = {name: value.T for name, value in carry.records.items()}
+    completions = Completions(**fields, finished=carry.finished, truncated=~carry.finished)
+    return carry.state, carry.output, completions

@@ -1,0 +1,156 @@
+"""Training objectives, each a function on arrays that returns one number: the mean over the rows of the batch.
+
+Nothing needs [B,L,V] at once: log-probabilities of the tokens come in, or (for the Bellman target) one chunk of
+positions. Masks are double-where: an entry that is masked out may hold NaN and leaves value and gradient finite.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxalign.types import Array, ArrayLike, at_least_float32
+
+
+def language_model(log_prob: Array, mask: Array, *, count: ArrayLike | None = None) -> Array:
+    """−Σ_{b,t} m·log pi(y_t|y_<t) / count, in nats per token.
+
+    log_prob, mask [B,T]; count: tokens to divide by (those of the mask when None). A caller that accumulates gradients
+    over micro-batches passes the large batch's count, so that the sum is the large batch's loss.
+    """
+    chex.assert_equal_shape([log_prob, mask])
+    total = _masked(log_prob, mask).sum()
+    return -total / (jnp.maximum(mask.sum(), 1) if count is None else count)
+
+
+def bradley_terry(chosen: Array, rejected: Array) -> Array:
+    """mean −log sigmoid(r_w − r_l): the pairwise ranking loss of a reward model. chosen, rejected [B] rewards."""
+    chex.assert_equal_shape([chosen, rejected])
+    return -jax.nn.log_sigmoid(at_least_float32(chosen) - at_least_float32(rejected)).mean()
+
+
+def autoregressive_reward(chosen_log_prob: Array, rejected_log_prob: Array, *, beta_r: ArrayLike) -> Array:
+    """mean −log sigmoid(beta_r·(log pi_r(y_w|x) − log pi_r(y_l|x))): GenARM (arXiv 2410.08193, eq. 5).
+
+    chosen_log_prob, rejected_log_prob [B]: sums over response tokens, EOS included, no length normalisation (nats).
+    """
+    chex.assert_equal_shape([chosen_log_prob, rejected_log_prob])
+    difference = at_least_float32(chosen_log_prob) - at_least_float32(rejected_log_prob)
+    return -jax.nn.log_sigmoid(beta_r * difference).mean()
+
+
+def dpo(
+    chosen_log_prob: Array,
+    rejected_log_prob: Array,
+    chosen_log_prob_ref: Array,
+    rejected_log_prob_ref: Array,
+    *,
+    beta: ArrayLike,
+    label_smoothing: float = 0.0,
+) -> Array:
+    """mean −(1−e)·log sigmoid(beta·Δ) − e·log sigmoid(−beta·Δ), Δ the difference of the two log-ratios to the reference
+    (DPO, arXiv 2305.18290, eq. 7; e: label smoothing). All [B], summed over response tokens, in nats."""
+    logit = beta * log_ratio_difference(
+        chosen_log_prob, rejected_log_prob, chosen_log_prob_ref, rejected_log_prob_ref
+    )
+    right, wrong = -jax.nn.log_sigmoid(logit), -jax.nn.log_sigmoid(-logit)
+    return ((1 - label_smoothing) * right + label_smoothing * wrong).mean()
+
+
+def ipo(
+    chosen_log_prob: Array,
+    rejected_log_prob: Array,
+    chosen_log_prob_ref: Array,
+    rejected_log_prob_ref: Array,
+    *,
+    beta: ArrayLike,
+) -> Array:
+    """mean (Δ − 1/(2·beta))²: IPO (arXiv 2310.12036, eq. 17), Δ as in `dpo`."""
+    difference = log_ratio_difference(
+        chosen_log_prob, rejected_log_prob, chosen_log_prob_ref, rejected_log_prob_ref
+    )
+    return ((difference - 1 / (2 * jnp.asarray(beta))) ** 2).mean()
+
+
+def log_ratio_difference(chosen: Array, rejected: Array, chosen_ref: Array, rejected_ref: Array) -> Array:
+    """Δ = log(pi/pi_ref)(y_w) − log(pi/pi_ref)(y_l), [B]."""
+    chex.assert_equal_shape([chosen, rejected, chosen_ref, rejected_ref])
+    chosen, rejected, chosen_ref, rejected_ref = map(at_least_float32, (chosen, rejected, chosen_ref, rejected_ref))
+    return (chosen - chosen_ref) - (rejected - rejected_ref)
+
+
+def fudge(value: Array, reward: Array, mask: Array) -> Array:
+    """mean_b ½ Σ_t m·(v_t − r)²: CD-FUDGE (arXiv 2310.17022), the same Monte-Carlo target for every prefix.
+
+    value [B,T]: v([x, y_1..y_t]), after token t; reward [B]; mask [B,T], EOS included. A SUM over t: long responses
+    weigh more. Its expected gradient is that of the error to V of the policy that drew y (V_ref only for y ~ pi_ref).
+    """
+    return _squared(value, at_least_float32(reward)[:, None], mask)
+
+
+def expected_next(q: Array, log_prob_ref: Array) -> Array:
+    """Σ_z pi_ref(z|s)·q(s,z) over the last axis, the whole vocabulary; q and log_prob_ref [...,V]. Tokens of
+    probability zero may hold any q."""
+    chex.assert_equal_shape([q, log_prob_ref])
+    weight = jnp.exp(at_least_float32(log_prob_ref))
+    return jnp.where(weight > 0, weight * jnp.where(weight > 0, q, 0), 0).sum(axis=-1)
+
+
+def cd_q(value: Array, expected: Array, reward: Array, mask: Array) -> Array:
+    """mean_b ½ Σ_t m·(v_t − sg(target_t))²: CD-Q (arXiv 2310.17022).
+
+    target_t = r at the last token of the response (EOS, or the last kept token of a truncated one), else `expected`_t =
+    Σ_z pi_ref(z|s_t)·v(s_t z), with s_t the state AFTER token t.
+
+    value [B,T]: v([x, y_1..y_t]), a Q head read at the token drawn; expected [B,T]; reward [B]; mask [B,T].
+    """
+    chex.assert_equal_shape([value, expected, mask])
+    last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    target = jnp.where(last, at_least_float32(reward)[:, None], at_least_float32(expected))
+    # The target is the same network: with its gradient, or with sampled next tokens, the minimiser is biased (T9).
+    return _squared(value, jax.lax.stop_gradient(target), mask)
+
+
+def td(value: Array, reward: Array, mask: Array) -> Array:
+    """mean_b ½ Σ_t m·(v_t − sg(target_t))², target_t = v_{t+1}, or r at the last token: TD(0) with one sampled successor.
+
+    value [B,T]: v([x, y_1..y_t]); the same expected semi-gradient as CD-Q when y_{t+1} ~ pi_ref.
+    """
+    following = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
+    return cd_q(value, following, reward, mask)
+
+
+def soft_value(value: Array, reward: Array, mask: Array, *, beta: ArrayLike, max_exponent: float = 20.0) -> Array:
+    """mean_b Σ_t m·(exp(d) − d − 1), d = (r − v_t)/beta: the linex loss, whose minimiser over y ~ pi_ref is
+    V_soft = beta·log E[exp(r/beta)], the exact token-level solution.
+
+    value [B,T] after token t; reward [B]. Above max_exponent the exponential goes on as its tangent, so that one sample
+    cannot blow up the gradient; the loss stays convex.
+    """
+    chex.assert_equal_shape([value, mask])
+    d = (at_least_float32(reward)[:, None] - _masked(value, mask)) / beta
+    inside = jnp.minimum(d, max_exponent)
+    each = jnp.exp(inside) * (1 + d - inside) - d - 1
+    return _masked(each, mask).sum(axis=-1).mean()
+
+
+def exceedance(logit: Array, utility: Array, threshold: Array, mask: Array) -> Array:
+    """mean_b Σ_t m·BCE(sigmoid(logit_t), 1[u > m]): a classifier of Pr(u > m | prefix), whose exact token-level use is
+    `shaping.exceedance_log_weight`. logit [B,T] after token t; utility, threshold [B]; mask [B,T]."""
+    chex.assert_equal_shape([logit, mask])
+    above = (utility > threshold)[:, None]
+    logit = _masked(logit, mask)
+    each = -jnp.where(above, jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit))
+    return _masked(each, mask).sum(axis=-1).mean()
+
+
+def _masked(x: Array, mask: Array) -> Array:
+    return jnp.where(mask, at_least_float32(x), 0)
+
+
+def _squared(value: Array, target: Array, mask: Array) -> Array:
+    """mean_b ½ Σ_t m·(value − target)²."""
+    chex.assert_equal_shape([value, mask])
+    difference = _masked(value, mask) - _masked(jnp.broadcast_to(target, mask.shape), mask)
+    return 0.5 * (difference**2).sum(axis=-1).mean()

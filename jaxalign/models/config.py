@@ -1,0 +1,95 @@
+"""The one configuration of the one transformer, and its two-way map to a Hugging Face config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What reads the hidden states beside the vocabulary.
+
+    kind "reward": linear, num_labels wide, no bias (…ForSequenceClassification); "value": an MLP to one number;
+    "q": to one number per token. hidden_size is the MLP's width; None makes value and q linear with a bias.
+    """
+
+    kind: Literal["reward", "value", "q"]
+    num_labels: int = 1
+    hidden_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions: theta, and what scales them. kind "default", "linear" or "llama3"."""
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A decoder-only transformer. Hashable: two models of one configuration share their traces.
+
+    windows: one sliding window per layer [tokens], None for full attention; () when all layers are full.
+    max_length: the context, prompt and response together [tokens].
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_length: int
+    family: str = "llama"
+    rope: Rope = Rope()
+    norm_eps: float = 1e-6
+    windows: tuple[int | None, ...] = ()
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+    head: Head | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of {self.num_heads} heads, found {self.num_kv_heads}")
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(f"windows: expected one per layer ({self.num_layers}), found {len(self.windows)}")
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer [tokens], None for full attention."""
+        return self.windows[layer] if self.windows else None
+
+    @property
+    def head_width(self) -> int:
+        """W of the head's output; 0 without a head."""
+        if self.head is None:
+            return 0
+        return {"reward": self.head.num_labels, "value": 1, "q": self.vocab_size}[self.head.kind]
+
+    @staticmethod
+    def from_hf(values: dict[str, Any]) -> Config:
+        """From the dict of a config.json; ValueError for a field that changes the computation and is not supported."""
+        from jaxalign.models import hf_config
+
+        return hf_config.from_hf(values)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dict of a config.json that transformers and `from_hf` read."""
+        from jaxalign.models import hf_config
+
+        return hf_config.to_hf(self)

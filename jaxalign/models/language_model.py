@@ -1,0 +1,170 @@
+"""A language model as a value: its configuration and pure functions of its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import mdp
+from jaxalign.models.config import Config
+from jaxalign.models.heads import HeadModule
+from jaxalign.models.transformer import KeyValue, Transformer
+from jaxalign.types import Array, Params
+
+
+class ModelOutput(NamedTuple):
+    """logits [B,L,V] in at least float32; hidden [B,L,D] after the final norm; head [B,L,W], or None without a head.
+    What is not read costs nothing under jit."""
+
+    logits: Array | None
+    hidden: Array
+    head: Array | None
+
+
+class Cache(NamedTuple):
+    """layers: one KeyValue [B,Hkv,S,hd] per layer; length [B]: slots filled, which is the next token's position."""
+
+    layers: tuple[KeyValue, ...]
+    length: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model without its parameters. Equal configurations are equal models and share traces.
+
+    dtype: of parameters, activations and caches; norms, softmax, logits and heads come out in at least float32.
+    """
+
+    config: Config
+    dtype: str = "float32"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        return self.config.max_length
+
+    @property
+    def head_width(self) -> int:
+        return self.config.head_width
+
+    @property
+    def _module(self) -> Transformer:
+        return Transformer(self.config, jnp.dtype(self.dtype))
+
+    @property
+    def _head_module(self) -> HeadModule:
+        if self.config.head is None:
+            raise ValueError("head: expected a model with a head, found config.head = None")
+        return HeadModule(self.config.head, self.head_width, jnp.dtype(self.dtype))
+
+    def init(self, rng: Array) -> Params:
+        """Random parameters (normal 0.02): {"transformer": …, "head": …}. rng: consumed."""
+        body, head = jax.random.split(rng)
+        tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+
+        def everything(module: Transformer) -> None:
+            hidden, _ = module(module.embed(tokens), mask)
+            if self.has_lm_head:
+                module.logits(hidden)
+
+        params = {"transformer": self._module.init(body, method=everything)["params"]}
+        if self.config.head is not None:
+            params["head"] = self.init_head(head)
+        return params
+
+    @property
+    def has_lm_head(self) -> bool:
+        """False for …ForSequenceClassification models, which have no vocabulary logits."""
+        return self.config.tie_embeddings or self.config.head is None or self.config.head.kind != "reward"
+
+    def init_head(self, rng: Array) -> Params:
+        """Random parameters of the head alone. rng: consumed."""
+        hidden = jnp.zeros((1, self.config.hidden_size), jnp.dtype(self.dtype))
+        return self._head_module.init(rng, hidden)["params"]
+
+    def _call(self, params: Params, method: Any, *args: Any) -> Any:
+        return self._module.apply({"params": params["transformer"]}, *args, method=method)
+
+    def embed(self, params: Params, tokens: Array) -> Array:
+        """Input embeddings [...,D] of tokens."""
+        return self._call(params, Transformer.embed, tokens)
+
+    def hidden(
+        self, params: Params, tokens: Array, *, mask: Array | None = None, embeddings: Array | None = None
+    ) -> Array:
+        """Hidden states [B,L,D] after the final norm; values at padding are undefined. Arguments as `apply`."""
+        return self._encode(params, tokens, mask, embeddings)[0]
+
+    def _encode(
+        self, params: Params, tokens: Array, mask: Array | None, embeddings: Array | None = None
+    ) -> tuple[Array, list[KeyValue]]:
+        x = self.embed(params, tokens) if embeddings is None else embeddings
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask.astype(bool)
+        return self._call(params, Transformer.__call__, x.astype(self.dtype), mask)
+
+    def apply(
+        self, params: Params, tokens: Array, *, mask: Array | None = None, embeddings: Array | None = None
+    ) -> ModelOutput:
+        """All positions in parallel.
+
+        tokens [B,L] int32; mask [B,L] bool, True on real tokens, any padding (all real when None): positions count real
+        tokens. embeddings [B,L,D] in place of the tokens' own.
+        """
+        hidden = self.hidden(params, tokens, mask=mask, embeddings=embeddings)
+        logits = self.logits(params, hidden) if self.has_lm_head else None
+        return ModelOutput(logits, hidden, None if self.config.head is None else self.head(params, hidden))
+
+    def logits(self, params: Params, hidden: Array) -> Array:
+        """[...,D] -> [...,V] in at least float32. ValueError for a model without vocabulary logits."""
+        if not self.has_lm_head:
+            raise ValueError("logits: expected a language model, found a sequence classifier without lm_head")
+        return self._call(params, Transformer.logits, hidden)
+
+    def head(self, params: Params, hidden: Array) -> Array:
+        """[...,D] -> [...,W] in at least float32. ValueError for a model without a head."""
+        return self._head_module.apply({"params": params["head"]}, hidden)
+
+    def prefill(self, params: Params, tokens: Array, mask: Array, capacity: int) -> tuple[Array, Cache]:
+        """Encodes prompts [B,P] once: (hidden [B,D] at the last real token, cache with `capacity` slots per row).
+
+        Rows are compacted first, so that slot = position and padding takes no slot. ValueError when capacity < P.
+        """
+        if capacity < tokens.shape[1]:
+            raise ValueError(f"capacity: expected at least the prompt's {tokens.shape[1]} slots, found {capacity}")
+        tokens, mask = mdp.compact(tokens, mask)
+        hidden, entries = self._encode(params, tokens, mask)
+        room = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
+        layers = tuple(KeyValue(jnp.pad(e.k, room), jnp.pad(e.v, room)) for e in entries)
+        last = mdp.last_index(mask)
+        picked = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
+        return picked, Cache(layers, last + 1)
+
+    def candidates(self, params: Params, cache: Cache, tokens: Array) -> tuple[Array, tuple[KeyValue, ...]]:
+        """K alternative next tokens [B,K] in one pass over the shared prefix: (hidden [B,K,D], entries for `commit`)."""
+        x = self.embed(params, tokens)
+        hidden, entries = self._call(params, Transformer.extend, x, cache.length, list(cache.layers))
+        return hidden, tuple(entries)
+
+    def commit(self, cache: Cache, entries: tuple[KeyValue, ...], choice: Array) -> Cache:
+        """Writes candidate choice [B] of each row into its next slot; choice -1 writes nowhere and keeps the length."""
+        rows = jnp.arange(choice.shape[0])
+        pick = jnp.maximum(choice, 0)
+        capacity = cache.layers[0].k.shape[2]
+        slot = jnp.where(choice < 0, capacity, cache.length)  # past the end: the scatter drops it
+
+        def write(old: Array, new: Array) -> Array:
+            return old.at[rows, :, slot].set(new[rows, :, pick], mode="drop")
+
+        layers = jax.tree.map(write, cache.layers, entries)
+        return Cache(layers, cache.length + (choice >= 0))
+
+    def step(self, params: Params, cache: Cache, token: Array) -> tuple[Array, Cache]:
+        """Appends token [B]: (hidden [B,D], cache). Token -1: the row stands still, its hidden is undefined."""
+        hidden, entries = self.candidates(params, cache, jnp.maximum(token, 0)[:, None])
+        return hidden[:, 0], self.commit(cache, entries, jnp.where(token < 0, -1, 0))

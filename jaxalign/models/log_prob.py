@@ -1,0 +1,44 @@
+"""Statistics of the logits, position by position in chunks: [B,L,V] is never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxalign.types import Array, Params
+
+
+def chunked(f: Callable[..., Any], *arrays: Array, chunk: int) -> Any:
+    """f applied to chunks of positions (axis 1) of arrays [B,L,...], its results [B,chunk,...] joined to [B,L,...].
+
+    Each chunk is rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
+    """
+    batch, length = arrays[0].shape[:2]
+    chunk = min(chunk, length)
+    padding = -length % chunk
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :length]
+
+    parts = jax.lax.map(jax.checkpoint(lambda part: f(*part)), tuple(split(x) for x in arrays))
+    return jax.tree.map(join, parts)
+
+
+def token_log_prob(lm: Any, params: Params, hidden: Array, targets: Array, *, chunk: int = 64) -> Array:
+    """log pi(target|hidden) [B,L]: the target's logit minus log-sum-exp, from hidden [B,L,D] and targets [B,L]."""
+    chex.assert_rank([hidden, targets], [3, 2])
+
+    def part(hidden: Array, targets: Array) -> Array:
+        logits = lm.logits(params, hidden)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1)
+
+    return chunked(part, hidden, targets, chunk=chunk)

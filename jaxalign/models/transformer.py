@@ -1,0 +1,207 @@
+"""The one decoder-only transformer, in Flax Linen: layers unrolled, projections fused, cache in and out.
+
+Two passes through the same layers: `__call__` over whole rows (training, prefill, scoring) and `extend` over K
+alternative next tokens at one position against a cache (decoding, K = 1; candidate scoring, K > 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxalign.models.config import Config, Rope
+from jaxalign.types import NEGATIVE, Array, at_least_float32
+
+
+class KeyValue(NamedTuple):
+    """k, v [B,Hkv,S,hd]: the cache of one layer, or (S = K) the entries of K candidates."""
+
+    k: Array
+    v: Array
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Array:
+    """theta^(−2i/hd), scaled: linear divides by the factor; llama3 divides the long wavelengths by it, keeps the short
+    ones and blends between (transformers' `rope_type` of these names)."""
+    frequency = 1.0 / rope.theta ** (jnp.arange(0, head_dim, 2) / head_dim)
+    if rope.kind == "linear":
+        return frequency / rope.factor
+    if rope.kind == "llama3":
+        wavelength = 2 * jnp.pi / frequency
+        ratio = rope.original_max_length / wavelength
+        smooth = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        return frequency * (jnp.clip(smooth, 0, 1) * (1 - 1 / rope.factor) + 1 / rope.factor)
+    return frequency
+
+
+def rotate(x: Array, position: Array, rope: Rope) -> Array:
+    """Rotary embedding of x [B,L,H,hd] at position [B,L]; halves rotated together; angles in at least float32."""
+    angle = position[..., None, None] * inverse_frequencies(rope, x.shape[-1])
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    left, right = jnp.split(x.astype(jnp.promote_types(x.dtype, angle.dtype)), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x² + eps) · scale, in at least float32."""
+
+    eps: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = at_least_float32(x)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * scale
+
+
+def dense(features: int, bias: bool, dtype: Any, name: str) -> nn.Dense:
+    return nn.Dense(
+        features, bias, dtype=dtype, param_dtype=dtype, name=name, kernel_init=nn.initializers.normal(0.02)
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, optional biases, q/k norms and a sliding window."""
+
+    config: Config
+    window: int | None
+    dtype: Any
+
+    def setup(self) -> None:
+        c = self.config
+        self.qkv = dense((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias, self.dtype, "qkv")
+        self.out = dense(c.hidden_size, c.out_bias, self.dtype, "out")
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.norm_eps, self.dtype)
+            self.k_norm = RMSNorm(c.norm_eps, self.dtype)
+
+    def project(self, x: Array, position: Array) -> tuple[Array, Array, Array]:
+        """q [B,L,H,hd], k, v [B,L,Hkv,hd], rotated."""
+        c = self.config
+        fused = self.qkv(x)
+        heads = fused.reshape(*fused.shape[:-1], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        q, k, v = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=-2)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, position, c.rope), rotate(k, position, c.rope), v
+
+    def __call__(self, x: Array, position: Array, allowed: Array) -> tuple[Array, KeyValue]:
+        """Rows of L tokens attend to each other where allowed [B,L,L] (query, key)."""
+        c = self.config
+        q, k, v = self.project(x, position)
+        if self.window is not None:
+            distance = position[:, :, None] - position[:, None, :]
+            allowed = allowed & (distance < self.window)
+        batch, length = x.shape[:2]
+        q = q.reshape(batch, length, c.num_kv_heads, -1, c.head_dim)
+        score = at_least_float32(jnp.einsum("blgrd,bmgd->bgrlm", q, k)) * c.head_dim**-0.5
+        score = jnp.where(allowed[:, None, None], score, NEGATIVE)
+        weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
+        mixed = jnp.einsum("bgrlm,bmgd->blgrd", weight, v).reshape(batch, length, -1)
+        return self.out(mixed), KeyValue(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+
+    def extend(self, x: Array, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
+        """K alternative tokens x [B,K,D] at position length [B]: each attends to the cache's first `length` slots and,
+        by one extra logit, to itself. Neither a K×K mask nor a copy of the cache."""
+        c = self.config
+        batch, k_tokens = x.shape[:2]
+        q, k, v = self.project(x, jnp.broadcast_to(length[:, None], (batch, k_tokens)))
+        slot = jnp.arange(cache.k.shape[2])
+        seen = slot < length[:, None]
+        if self.window is not None:
+            seen &= slot > length[:, None] - self.window
+        q = q.reshape(batch, k_tokens, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 1, 3, 4) * c.head_dim**-0.5
+        groups = q.shape[3]
+        flat = q.reshape(batch, c.num_kv_heads, k_tokens * groups, c.head_dim)
+        score = at_least_float32(jnp.einsum("bgqd,bgsd->bgqs", flat, cache.k))
+        score = jnp.where(seen[:, None, None], score, NEGATIVE)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        own = at_least_float32((q * k[:, :, :, None]).sum(axis=-1)).reshape(batch, c.num_kv_heads, -1)
+        top = jnp.maximum(score.max(axis=-1), own)
+        weight, weight_own = jnp.exp(score - top[..., None]), jnp.exp(own - top)
+        total = weight.sum(axis=-1) + weight_own
+        mixed = jnp.einsum("bgqs,bgsd->bgqd", (weight / total[..., None]).astype(v.dtype), cache.v)
+        share = (weight_own / total).astype(v.dtype).reshape(batch, c.num_kv_heads, k_tokens, groups, 1)
+        mixed = mixed.reshape(batch, c.num_kv_heads, k_tokens, groups, c.head_dim) + share * v[:, :, :, None]
+        mixed = mixed.transpose(0, 2, 1, 3, 4).reshape(batch, k_tokens, -1)
+        return self.out(mixed), KeyValue(k, v)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and gated SiLU MLP."""
+
+    config: Config
+    window: int | None
+    dtype: Any
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention_norm = RMSNorm(c.norm_eps, self.dtype)
+        self.attention = Attention(c, self.window, self.dtype)
+        self.mlp_norm = RMSNorm(c.norm_eps, self.dtype)
+        self.gate_up = dense(2 * c.intermediate_size, c.mlp_bias, self.dtype, "gate_up")
+        self.down = dense(c.hidden_size, c.mlp_bias, self.dtype, "down")
+
+    def mlp(self, x: Array) -> Array:
+        gate, up = jnp.split(self.gate_up(self.mlp_norm(x)), 2, axis=-1)
+        return x + self.down(jax.nn.silu(gate) * up)
+
+    def __call__(self, x: Array, position: Array, allowed: Array) -> tuple[Array, KeyValue]:
+        mixed, entries = self.attention(self.attention_norm(x), position, allowed)
+        return self.mlp(x + mixed), entries
+
+    def extend(self, x: Array, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
+        mixed, entries = self.attention.extend(self.attention_norm(x), length, cache)
+        return self.mlp(x + mixed), entries
+
+
+class Transformer(nn.Module):
+    """Embedding, layers, final norm; logits and heads are separate so that nobody pays for what is not read."""
+
+    config: Config
+    dtype: Any
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype
+        )
+        self.layers = [Layer(c, c.window(i), self.dtype, name=f"layer_{i}") for i in range(c.num_layers)]
+        self.norm = RMSNorm(c.norm_eps, self.dtype)
+        if not c.tie_embeddings and not (c.head is not None and c.head.kind == "reward"):
+            self.lm_head = self.param(
+                "lm_head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size), self.dtype
+            )
+
+    def embed(self, tokens: Array) -> Array:
+        return jnp.take(self.embedding, tokens, axis=0)
+
+    def __call__(self, x: Array, mask: Array) -> tuple[Array, list[KeyValue]]:
+        """x [B,L,D] embeddings, mask [B,L] -> (hidden [B,L,D], keys and values per layer [B,Hkv,L,hd])."""
+        position = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        order = jnp.arange(x.shape[1])
+        allowed = mask[:, None, :] & (order[:, None] >= order[None, :])
+        entries = []
+        for layer in self.layers:
+            x, entry = layer(x, position, allowed)
+            entries.append(entry)
+        return self.norm(x), entries
+
+    def extend(self, x: Array, length: Array, caches: list[KeyValue]) -> tuple[Array, list[KeyValue]]:
+        """x [B,K,D] embeddings of alternatives at position length [B] -> (hidden [B,K,D], entries per layer)."""
+        entries = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, entry = layer.extend(x, length, cache)
+            entries.append(entry)
+        return self.norm(x), entries
+
+    def logits(self, hidden: Array) -> Array:
+        """[...,D] -> [...,V] in at least float32."""
+        if self.config.tie_embeddings:
+            return at_least_float32(jnp.einsum("...d,vd->...v", hidden, self.embedding))
+        return at_least_float32(hidden @ self.lm_head)

@@ -1,0 +1,134 @@
+"""One entry per Policy and Critic of the library: the laws of the algebra are held against each.
+
+A `Case` is a policy over 11 tokens with its params; `inner` names what it transforms, and `increment` gives what the
+transform adds to log_prob − log_prob_ref + log_norm at the token just drawn (law 5).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import critics, policies, tree
+from jaxalign.types import Critic, Params, Policy
+from tests.conftest import VOCAB, tiny_lm
+
+TREE = tree.Tree(VOCAB, 3, eos_id=0)
+
+
+class Case(NamedTuple):
+    policy: Policy
+    params: Params
+
+
+class CriticCase(NamedTuple):
+    critic: Critic
+    params: Params
+    needs_hidden: bool = False
+
+
+def table(seed: int) -> jax.Array:
+    return jax.nn.log_softmax(jax.random.normal(jax.random.key(seed), (TREE.num_states, VOCAB)))
+
+
+def base_lm(dtype: str = "float32") -> Case:
+    lm, params = tiny_lm(0, dtype=dtype)
+    return Case(policies.language_model(lm), params)
+
+
+def tabular() -> Case:
+    return Case(tree.policy(TREE), table(0))
+
+
+def critic_cases(dtype: str = "float32") -> dict[str, CriticCase]:
+    reward_lm, reward_params = tiny_lm(1, "reward", dtype)
+    value_lm, value_params = tiny_lm(2, "value", dtype)
+    q_lm, q_params = tiny_lm(3, "q", dtype)
+    arm_lm, arm_params = tiny_lm(4, None, dtype)
+    args = critics.args(reward_lm)
+    value = critics.value(value_lm)
+    arm = critics.autoregressive(arm_lm)
+    bound = critics.map_scores(args, lambda p, q, log_prob, index: p["scale"][index][:, None] * jnp.tanh(q))
+    other = jax.tree.map(lambda x: x * 0.9, arm_params)
+    return {
+        "args": CriticCase(args, reward_params),
+        "value_scalar": CriticCase(value, value_params),
+        "value_q": CriticCase(critics.value(q_lm), q_params),
+        "hidden_value": CriticCase(critics.hidden_value(q_lm.head, vocab_size=VOCAB), q_params, True),
+        "autoregressive": CriticCase(arm, arm_params),
+        "weighted_levels": CriticCase(
+            critics.weighted_sum([args, value]),
+            {"critics": (reward_params, value_params), "weights": jnp.array([0.7, -0.4])},
+        ),
+        "weighted_increments": CriticCase(
+            critics.weighted_sum([arm, arm]), {"critics": (arm_params, other), "weights": jnp.array([0.5, 0.8])}
+        ),
+        "map_scores": CriticCase(bound, {"critic": reward_params, "map": {"scale": jnp.linspace(0.5, 1.5, 5)}}),
+        "tabular_level": CriticCase(tree.critic(TREE, "level"), table(5) * 0.7),
+        "tabular_increment": CriticCase(tree.critic(TREE, "increment"), table(6)),
+    }
+
+
+BETA = jnp.array([0.5, 1.0, 2.0, 0.8, 1.3])
+
+
+def policy_cases(dtype: str = "float32") -> dict[str, Case]:
+    """Every Policy builder, and a tilt by every critic over the whole vocabulary and over candidates."""
+    lm = base_lm(dtype)
+    other = tiny_lm(7, dtype=dtype)
+    cases = {
+        "language_model": lm,
+        "tabular": tabular(),
+        "temperature": Case(policies.temperature(lm.policy), {"policy": lm.params, "temperature": BETA}),
+        "top_k": Case(policies.top_k(lm.policy, 4), lm.params),
+        "top_p": Case(policies.top_p(lm.policy), {"policy": lm.params, "top_p": jnp.linspace(0.3, 0.9, 5)}),
+        "with_reference": Case(
+            policies.with_reference(lm.policy, policies.language_model(other[0])),
+            {"policy": lm.params, "reference": other[1]},
+        ),
+    }
+    for name, case in critic_cases(dtype).items():
+        for k in (None, 4):
+            tilted = policies.tilt(lm.policy, case.critic, top_k=k)
+            cases[f"tilt_{name}_{k or 'all'}"] = Case(
+                tilted, {"policy": lm.params, "critic": case.params, "beta": BETA}
+            )
+    inner, outer = cases["tilt_value_q_all"], critic_cases(dtype)["autoregressive"]
+    cases["nested"] = Case(
+        policies.tilt(inner.policy, outer.critic),
+        {"policy": inner.params, "critic": outer.params, "beta": jnp.asarray(2.0)},
+    )
+    inner = cases["tilt_autoregressive_4"]
+    level = critic_cases(dtype)["args"]
+    cases["nested_candidates"] = Case(
+        policies.tilt(inner.policy, level.critic, top_k=3),
+        {"policy": inner.params, "critic": level.params, "beta": BETA},
+    )
+    return cases
+
+
+CRITICS = [
+    "args",
+    "value_scalar",
+    "value_q",
+    "hidden_value",
+    "autoregressive",
+    "weighted_levels",
+    "weighted_increments",
+    "map_scores",
+    "tabular_level",
+    "tabular_increment",
+]
+POLICIES = [
+    "language_model",
+    "tabular",
+    "temperature",
+    "top_k",
+    "top_p",
+    "with_reference",
+    *(f"tilt_{name}_{k}" for name in CRITICS for k in ("all", 4)),
+    "nested",
+    "nested_candidates",
+]

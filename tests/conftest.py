@@ -1,0 +1,64 @@
+"""Fixtures shared by the tests: a tiny language model of each head, tabular policies, and prompts under both paddings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign import models
+from jaxalign.types import TokenBatch
+
+VOCAB = 11
+EOS = (0,)
+
+
+def tiny_config(head: models.Head | None = None, **changes) -> models.Config:
+    """Two layers of width 16 over 11 tokens, in float64 unless told otherwise."""
+    config = models.Config(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        intermediate_size=24,
+        max_length=64,
+        eos_ids=EOS,
+        head=head,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def tiny_lm(seed: int = 0, head: str | None = None, dtype: str = "float32", **changes):
+    """(lm, params) with weights large enough that the next-token distribution is far from uniform."""
+    if head == "reward":
+        spec = models.Head("reward")
+    elif head is not None:
+        spec = models.Head(head, hidden_size=12)
+    else:
+        spec = None
+    lm = models.LanguageModel(tiny_config(spec, **changes), dtype=dtype)
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, lm.init(jax.random.key(seed)))
+    return lm, params
+
+
+def padded(rows: list[list[int]], *, side: str = "left", extra: int = 0) -> TokenBatch:
+    """Prompts of unequal length as one batch, with `extra` more pads; pads hold a real token id on purpose."""
+    width = max(map(len, rows)) + extra
+    tokens = np.full((len(rows), width), 3, np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for b, row in enumerate(rows):
+        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        tokens[b, at], mask[b, at] = row, True
+    return TokenBatch(jax.numpy.asarray(tokens), jax.numpy.asarray(mask))
+
+
+PROMPTS = [[4, 5, 6], [7], [8, 9], [1, 2, 10, 4], [5, 5]]
+
+
+@pytest.fixture
+def prompts() -> TokenBatch:
+    return padded(PROMPTS)

@@ -1,0 +1,65 @@
+"""Exact laws of decoders on a small tree: every response is scored under the policy, nothing is sampled."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import decoding, policies, tree
+from jaxalign.types import Critic, Params, Policy, TokenBatch, is_supported
+
+RNG = jax.random.key(0)
+
+
+def tables(t: tree.Tree, seed: int) -> tuple[jax.Array, jax.Array]:
+    """(log_policy [S,V] with N(0,1) logits, reward [M] ~ N(0,1)) in float64."""
+    return tree.random(jax.random.key(seed), t, dtype=jnp.float64)
+
+
+def one_prompt(batch: int) -> TokenBatch:
+    """`batch` copies of one dummy prompt, all of index 0 so that they share a table."""
+    return TokenBatch(
+        jnp.ones((batch, 2), jnp.int32), jnp.ones((batch, 2), bool), jnp.zeros(batch, jnp.int32)
+    )
+
+
+def responses(t: tree.Tree) -> tuple[jax.Array, jax.Array]:
+    tokens, mask = t.responses
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
+
+
+def completions(t: tree.Tree, policy: Policy, params: Params):
+    """Completions of all M responses under any Policy."""
+    tokens, mask = responses(t)
+    return decoding.log_prob(policy, params, RNG, one_prompt(len(tokens)), tokens, mask)
+
+
+def log_law(t: tree.Tree, policy: Policy, params: Params) -> np.ndarray:
+    """log pi(y) [M] of any Policy; −inf where a token has probability zero."""
+    scored = completions(t, policy, params)
+    total = np.asarray(scored.log_prob.sum(axis=1))
+    return np.where(np.asarray(is_supported(scored.log_prob).all(axis=1)), total, -np.inf)
+
+
+def tilted_law(
+    t: tree.Tree, log_base: jax.Array, critic: Critic, critic_params: Params, *, beta, top_k: int | None = None
+) -> np.ndarray:
+    """log pi'(y) [M] of the base table tilted by a critic."""
+    policy = policies.tilt(tree.policy(t), critic, top_k=top_k)
+    return log_law(t, policy, {"policy": log_base, "critic": critic_params, "beta": jnp.asarray(beta)})
+
+
+def gibbs_law(log_base: np.ndarray, reward: np.ndarray, beta: float) -> np.ndarray:
+    """log of pi_ref(y)·exp(r/beta)/Z, in plain numpy."""
+    logit = np.asarray(log_base) + np.asarray(reward) / beta
+    return logit - np.log(np.exp(logit - logit.max()).sum()) - logit.max()
+
+
+def total_variation(log_p: np.ndarray, log_q: np.ndarray) -> float:
+    return 0.5 * float(np.abs(np.exp(log_p) - np.exp(log_q)).sum())
+
+
+def kl(log_p: np.ndarray, log_q: np.ndarray) -> float:
+    p = np.exp(log_p)
+    return float(np.where(p > 0, p * (np.where(p > 0, log_p, 0) - log_q), 0).sum())
