@@ -41,7 +41,8 @@ def args(reward_lm: Any) -> Critic:
 
 
 def value(lm: Any) -> Critic:
-    """Controlled decoding: q(s,z) = V(sz), the value of the state after z (arXiv 2310.17022). Level; params: the model's.
+    """Controlled decoding: q(s,z) = V(sz), the value of the state after z (arXiv 2310.17022). Level; params: the
+    model's.
 
     A scalar head reads V(sz) at each candidate (K tokens in one pass, as `args`); a Q head (V wide) gives all V(sz) at
     the state s, so that a step costs one token. The model may share its weights with the base: pass the base's arrays

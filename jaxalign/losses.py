@@ -51,9 +51,7 @@ def dpo(
 ) -> Array:
     """mean −(1−e)·log sigmoid(beta·Δ) − e·log sigmoid(−beta·Δ), Δ the difference of the two log-ratios to the reference
     (DPO, arXiv 2305.18290, eq. 7; e: label smoothing). All [B], summed over response tokens, in nats."""
-    logit = beta * log_ratio_difference(
-        chosen_log_prob, rejected_log_prob, chosen_log_prob_ref, rejected_log_prob_ref
-    )
+    logit = beta * log_ratio_difference(chosen_log_prob, rejected_log_prob, chosen_log_prob_ref, rejected_log_prob_ref)
     right, wrong = -jax.nn.log_sigmoid(logit), -jax.nn.log_sigmoid(-logit)
     return ((1 - label_smoothing) * right + label_smoothing * wrong).mean()
 
@@ -67,9 +65,7 @@ def ipo(
     beta: ArrayLike,
 ) -> Array:
     """mean (Δ − 1/(2·beta))²: IPO (arXiv 2310.12036, eq. 17), Δ as in `dpo`."""
-    difference = log_ratio_difference(
-        chosen_log_prob, rejected_log_prob, chosen_log_prob_ref, rejected_log_prob_ref
-    )
+    difference = log_ratio_difference(chosen_log_prob, rejected_log_prob, chosen_log_prob_ref, rejected_log_prob_ref)
     return ((difference - 1 / (2 * jnp.asarray(beta))) ** 2).mean()
 
 
@@ -113,7 +109,7 @@ def cd_q(value: Array, expected: Array, reward: Array, mask: Array) -> Array:
 
 
 def td(value: Array, reward: Array, mask: Array) -> Array:
-    """mean_b ½ Σ_t m·(v_t − sg(target_t))², target_t = v_{t+1}, or r at the last token: TD(0) with one sampled successor.
+    """mean_b ½ Σ_t m·(v_t − sg(target_t))², target_t = v_{t+1}, or r at the last token: TD(0), one sampled successor.
 
     value [B,T]: v([x, y_1..y_t]); the same expected semi-gradient as CD-Q when y_{t+1} ~ pi_ref.
     """

@@ -77,8 +77,8 @@ def initial_state(prompts: TokenBatch, max_new_tokens: int) -> State:
 
 
 def transition(state: State, token: Array, *, eos_ids: tuple[int, ...], max_new_tokens: int) -> State:
-    """s_{t+1} = [s_t, z]. Rows that are done, and rows with token -1, stand still. A row is done when it draws an EOS or
-    its max_new_tokens-th token."""
+    """s_{t+1} = [s_t, z]. Rows that are done, and rows with token -1, stand still. A row is done when it draws an EOS
+    or its max_new_tokens-th token."""
     move = ~state.done & (token >= 0)
     slot = jnp.where(move, state.length, state.tokens.shape[1])
     tokens = state.tokens.at[jnp.arange(token.shape[0]), slot].set(token, mode="drop")
@@ -109,6 +109,6 @@ def terminal_reward(
 
 
 def trajectory_log_prob(log_prob: Array, mask: Array) -> Array:
-    """log pi(y|x) = Σ_t m_t·log pi(y_t|x,y_<t), [...] from [...,T]; at least float32, masked entries may be anything."""
+    """log pi(y|x) = Σ_t m_t·log pi(y_t|x,y_<t), [...] from [...,T]; at least float32, whatever is masked out."""
     chex.assert_equal_shape([log_prob, mask])
     return jnp.where(mask, at_least_float32(log_prob), 0).sum(axis=-1)

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: a tiny language model of each head, tabular policies, and prompts under both paddings."""
+"""Fixtures shared by the tests: a tiny language model of each head, and prompts under both paddings."""
 
 from __future__ import annotations
 

@@ -19,9 +19,7 @@ def tables(t: tree.Tree, seed: int) -> tuple[jax.Array, jax.Array]:
 
 def one_prompt(batch: int) -> TokenBatch:
     """`batch` copies of one dummy prompt, all of index 0 so that they share a table."""
-    return TokenBatch(
-        jnp.ones((batch, 2), jnp.int32), jnp.ones((batch, 2), bool), jnp.zeros(batch, jnp.int32)
-    )
+    return TokenBatch(jnp.ones((batch, 2), jnp.int32), jnp.ones((batch, 2), bool), jnp.zeros(batch, jnp.int32))
 
 
 def responses(t: tree.Tree) -> tuple[jax.Array, jax.Array]:

@@ -62,9 +62,7 @@ def test_genarm_A1_descent_on_the_loss_reaches_the_gibbs_law_of_the_reward():
 def test_genarm_A2_conditionals_multiply_back():
     _, reward = exact.tables(RAGGED, 0)
     law = jax.nn.log_softmax(reward / 0.5)
-    np.testing.assert_allclose(
-        tree.response_log_prob(RAGGED, tree.policy_of(RAGGED, law)), law, rtol=1e-12, atol=1e-12
-    )
+    np.testing.assert_allclose(tree.response_log_prob(RAGGED, tree.policy_of(RAGGED, law)), law, rtol=1e-12, atol=1e-12)
 
 
 def test_genarm_A3_product_of_normalisers_corrects_the_token_rule():
@@ -231,9 +229,7 @@ def test_genarm_A11_several_rewards_are_linear_and_order_free_and_zero_is_a_no_o
 
     def law(arms, weights):
         critic = critics.weighted_sum([increment(RAGGED)] * len(arms))
-        return exact.tilted_law(
-            RAGGED, base, critic, {"critics": arms, "weights": jnp.asarray(weights)}, beta=1.0
-        )
+        return exact.tilted_law(RAGGED, base, critic, {"critics": arms, "weights": jnp.asarray(weights)}, beta=1.0)
 
     both = law([first, second], [0.8, 1.7])
     np.testing.assert_allclose(both, law([second, first], [1.7, 0.8]), atol=1e-12)
@@ -308,14 +304,12 @@ def test_genarm_A12_batch_invariance():
 def test_genarm_A12_prompts_for_each_model():
     policy, params, (lm, arm_lm) = guided()
     prompts, template = padded(PROMPTS), padded([[6, *row, 6] for row in PROMPTS])
-    drawn = decoding.sample(
-        policy, params, RNG, {"policy": prompts, "critic": template}, max_new_tokens=3, eos_ids=()
-    )
+    drawn = decoding.sample(policy, params, RNG, {"policy": prompts, "critic": template}, max_new_tokens=3, eos_ids=())
     for b, prompt in enumerate(PROMPTS):
         y = drawn.tokens[b].tolist()
         for t in range(3):
             base = lm.apply(params["policy"], jnp.array([prompt + y[:t]])).logits[0, -1]
-            arm = arm_lm.apply(params["critic"], jnp.array([[6, *prompt, 6] + y[:t]])).logits[0, -1]
+            arm = arm_lm.apply(params["critic"], jnp.array([[6, *prompt, 6, *y[:t]]])).logits[0, -1]
             expected = jax.nn.log_softmax(jax.nn.log_softmax(base) + jax.nn.log_softmax(arm) / 0.8)
             np.testing.assert_allclose(drawn.log_prob[b, t], expected[y[t]], rtol=1e-9, atol=1e-9)
 
@@ -339,7 +333,7 @@ def test_genarm_A13_the_sequence_reward_excludes_the_prompt_and_includes_eos():
     reward = rewards.log_likelihood(lm)
     prompt, response = [4, 5, 6], [7, 8, 0]
     for side in ("left", "right"):
-        batch = padded([prompt + response, prompt + [0]], side=side)
+        batch = padded([prompt + response, [*prompt, 0]], side=side)
         found = reward(params, batch.tokens, batch.mask, jnp.array([3, 3]), jnp.array([0, 1]))
         logits = jax.nn.log_softmax(lm.apply(params, jnp.array([prompt + response])).logits[0])
         expected = sum(logits[2 + t, y] for t, y in enumerate(response))

@@ -145,9 +145,7 @@ def test_law_2_a_row_with_token_minus_one_stands_still(case, prompts):
     paused, _ = step(state, jnp.where(still, -1, token))
     # The rows that stood still move now, the others stand still.
     resumed, output_resumed = step(paused, jnp.where(still, token, -1))
-    assert_outputs_equal(
-        take_rows(output_resumed, jnp.flatnonzero(still)), take_rows(first, jnp.flatnonzero(still))
-    )
+    assert_outputs_equal(take_rows(output_resumed, jnp.flatnonzero(still)), take_rows(first, jnp.flatnonzero(still)))
     mixed = where_rows(still, output_resumed, first)
     _, found = step(resumed, supported_tokens(mixed))
     assert_outputs_equal(found, second)
@@ -318,7 +316,7 @@ def test_law_5_a_truncation_adds_nothing_but_its_kept_mass(all_policies, prompts
     inside = np.asarray(completions.in_support)
     np.testing.assert_allclose(increments(completions)[inside], 0, atol=1e-5)
     if name in ("top_k", "top_p"):
-        state, output, _ = start(all_policies[name], prompts)
+        _state, output, _ = start(all_policies[name], prompts)
         kept = jnp.where(is_supported(output.log_prob), jnp.exp(output.log_prob_ref), 0).sum(axis=-1)
         assert bool((kept < 0.999).any())
         np.testing.assert_allclose(output.log_norm, jnp.log(kept), rtol=1e-4, atol=1e-5)
@@ -380,9 +378,7 @@ def test_law_6_best_of_n_is_traced_once(all_policies, prompts):
     reward = rewards.from_model(lm)
     params = {"policy": all_policies["tilt_args_4"].params, "reward": reward_params}
     for seed in range(2):
-        decoding.best_of_n(
-            policy, reward, params, jax.random.key(seed), prompts, n=3, max_new_tokens=T, eos_ids=EOS
-        )
+        decoding.best_of_n(policy, reward, params, jax.random.key(seed), prompts, n=3, max_new_tokens=T, eos_ids=EOS)
     assert traces == [1]
 
 

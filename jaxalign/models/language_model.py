@@ -146,7 +146,7 @@ class LanguageModel:
         return picked, Cache(layers, last + 1)
 
     def candidates(self, params: Params, cache: Cache, tokens: Array) -> tuple[Array, tuple[KeyValue, ...]]:
-        """K alternative next tokens [B,K] in one pass over the shared prefix: (hidden [B,K,D], entries for `commit`)."""
+        """K alternative next tokens [B,K] in one pass over the shared prefix: (hidden [B,K,D], entries to `commit`)."""
         x = self.embed(params, tokens)
         hidden, entries = self._call(params, Transformer.extend, x, cache.length, list(cache.layers))
         return hidden, tuple(entries)

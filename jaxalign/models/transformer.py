@@ -60,9 +60,7 @@ class RMSNorm(nn.Module):
 
 
 def dense(features: int, bias: bool, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(
-        features, bias, dtype=dtype, param_dtype=dtype, name=name, kernel_init=nn.initializers.normal(0.02)
-    )
+    return nn.Dense(features, bias, dtype=dtype, param_dtype=dtype, name=name, kernel_init=nn.initializers.normal(0.02))
 
 
 class Attention(nn.Module):

@@ -1,0 +1,195 @@
+"""config.json of transformers to `Config` and back: four families, both layouts of rope settings.
+
+A field that changes the computation and is not supported raises and is named; fields that do not are passed over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxalign.models.config import Config, Head, Rope
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""model_type -> the prefix of its architecture names."""
+
+# Fields of other families or options that change what a layer computes, and the values under which they do nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1.0),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "embedding_multiplier": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "attention_multiplier": (None,),
+    "attention_sinks": (None, False),
+    "num_local_experts": (None, 0),
+    "num_experts": (None, 0),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "clip_qkv": (None,),
+    "kv_lora_rank": (None,),
+}
+
+
+def from_hf(values: dict[str, Any]) -> Config:
+    """`Config` from the dict of a config.json. ValueError names the field that is missing or not supported."""
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type: expected one of {sorted(FAMILIES)}, found {family!r}")
+    for name, neutral in NEUTRAL.items():
+        if name in values and values[name] not in neutral:
+            raise ValueError(f"{name}: expected one of {neutral}, which is what is supported, found {values[name]!r}")
+
+    def required(name: str) -> Any:
+        if values.get(name) is None:
+            raise ValueError(f"{name}: expected in a config.json of model_type {family!r}, found nothing")
+        return values[name]
+
+    layers, heads, width = required("num_hidden_layers"), required("num_attention_heads"), required("hidden_size")
+    bias = bool(values.get("attention_bias", False))
+    if family == "mistral" and bias:
+        raise ValueError("attention_bias: expected False for model_type 'mistral', found True")
+    return Config(
+        vocab_size=required("vocab_size"),
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or (128 if family == "qwen3" else width // heads),
+        intermediate_size=required("intermediate_size"),
+        max_length=required("max_position_embeddings"),
+        family=family,
+        rope=_rope(values),
+        norm_eps=values.get("rms_norm_eps", 1e-6),
+        windows=_windows(values, family, layers),
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or (family in ("llama", "qwen3") and bias),
+        out_bias=family in ("llama", "qwen3") and bias,
+        mlp_bias=family == "llama" and bool(values.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        eos_ids=id_set(values.get("eos_token_id")),
+        bos_id=values.get("bos_token_id"),
+        pad_id=values.get("pad_token_id"),
+        head=_head(values),
+    )
+
+
+def id_set(value: Any) -> tuple[int, ...]:
+    """eos_token_id as a tuple of ids: absent, one id or a list."""
+    if value is None:
+        return ()
+    return tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)
+
+
+def _rope(values: dict[str, Any]) -> Rope:
+    """New files hold everything in rope_parameters; old ones rope_theta at top level and rope_scaling beside it."""
+    settings = values.get("rope_parameters") or {}
+    scaling = settings or values.get("rope_scaling") or {}
+    if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
+        raise ValueError(f"rope_parameters: expected one flat set for all layers, found {scaling!r}")
+    theta = settings.get("rope_theta", values.get("rope_theta", 10000.0))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if scaling.get("partial_rotary_factor") not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor: expected 1.0, found {scaling['partial_rotary_factor']!r}")
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, "linear", float(scaling["factor"]))
+    if kind == "llama3":
+        return Rope(
+            theta,
+            "llama3",
+            float(scaling["factor"]),
+            float(scaling["low_freq_factor"]),
+            float(scaling["high_freq_factor"]),
+            int(scaling["original_max_position_embeddings"]),
+        )
+    raise ValueError(f"rope_type: expected 'default', 'linear' or 'llama3', found {kind!r}")
+
+
+def _windows(values: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+    window = values.get("sliding_window")
+    if family == "llama":
+        return ()
+    if family == "mistral":
+        return (window,) * layers if window is not None else ()
+    if not values.get("use_sliding_window", False) or window is None:
+        return ()
+    kinds = values.get("layer_types")
+    if kinds is None:
+        first = values.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    if unknown:
+        raise ValueError(f"layer_types: expected 'full_attention' or 'sliding_attention', found {unknown}")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _head(values: dict[str, Any]) -> Head | None:
+    architecture = (values.get("architectures") or [""])[0]
+    own = values.get("jaxalign_head")
+    if own is not None:
+        return Head(**own)
+    if architecture.endswith("ForSequenceClassification"):
+        labels = values.get("id2label")
+        return Head("reward", num_labels=len(labels) if labels is not None else values.get("num_labels", 2))
+    if architecture and not architecture.endswith("ForCausalLM"):
+        raise ValueError(f"architectures: expected …ForCausalLM or …ForSequenceClassification, found {architecture!r}")
+    return None
+
+
+def to_hf(config: Config) -> dict[str, Any]:
+    """The dict of a config.json; `from_hf` of it is the same Config."""
+    reward = config.head is not None and config.head.kind == "reward"
+    rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
+    if config.rope.kind != "default":
+        rope["factor"] = config.rope.factor
+    if config.rope.kind == "llama3":
+        rope |= {
+            "low_freq_factor": config.rope.low_freq_factor,
+            "high_freq_factor": config.rope.high_freq_factor,
+            "original_max_position_embeddings": config.rope.original_max_length,
+        }
+    values: dict[str, Any] = {
+        "model_type": config.family,
+        "architectures": [FAMILIES[config.family] + ("ForSequenceClassification" if reward else "ForCausalLM")],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_length,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else (config.eos_ids or (None,))[0],
+        "bos_token_id": config.bos_id,
+        "pad_token_id": config.pad_id,
+    }
+    if config.family in ("llama", "qwen3"):
+        values["attention_bias"] = config.qkv_bias
+    if config.family == "llama":
+        values["mlp_bias"] = config.mlp_bias
+    if config.family == "mistral":
+        values["sliding_window"] = config.window(0)
+    if config.family in ("qwen2", "qwen3"):
+        window = next((w for w in config.windows if w is not None), None)
+        values["use_sliding_window"] = window is not None
+        values["sliding_window"] = window
+        values["layer_types"] = [
+            "full_attention" if config.window(i) is None else "sliding_attention" for i in range(config.num_layers)
+        ]
+    if reward and config.head is not None:
+        values["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.head.num_labels)}
+    elif config.head is not None:
+        values["jaxalign_head"] = {"kind": config.head.kind, "hidden_size": config.head.hidden_size}
+    if from_hf(values) != config:
+        raise ValueError(f"config: family {config.family!r} cannot express {config}")
+    return values

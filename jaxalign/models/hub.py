@@ -1,0 +1,202 @@
+"""Hugging Face folders in and out: config.json, safetensors, tokenizer files, generation_config.json.
+
+No torch, no pickle, no code from the folder. Nothing is downloaded unless a hub name ("owner/model") is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.flax import save_file
+
+from jaxalign.models import axes
+from jaxalign.models.config import Config
+from jaxalign.models.families import Rule, harmless, rules, split_sizes
+from jaxalign.models.hf_config import id_set
+from jaxalign.models.language_model import LanguageModel
+from jaxalign.types import Params
+
+SHARD_BYTES = 4 << 30
+
+
+def load(
+    path: str | pathlib.Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+) -> tuple[LanguageModel, Params]:
+    """(lm, params) of a folder, or of a model on the hub by its name.
+
+    Args:
+      path: a folder with config.json and model.safetensors (or its index and shards), or "owner/model".
+      dtype: of the parameters, whatever the files hold.
+      mesh: places the parameters by the table of logical axes.
+
+    Raises:
+      ValueError: an unsupported field of config.json; tensors that are missing, surplus or misshapen, by name; a file
+        that is missing, by path.
+    """
+    folder = _folder(path)
+    config = Config.from_hf(_read_json(folder / "config.json"))
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        eos = id_set(_read_json(generation).get("eos_token_id"))
+        config = dataclasses.replace(config, eos_ids=eos or config.eos_ids)
+    lm = LanguageModel(config, dtype)
+    params = _read_params(folder, lm)
+    return lm, params if mesh is None else axes.shard(params, mesh)
+
+
+def save(
+    path: str | pathlib.Path, lm: LanguageModel, params: Params, *, tokenizer: Any = None, overwrite: bool = False
+) -> None:
+    """Writes a folder that `load` and transformers read. `tokenizer` (transformers') is saved beside.
+
+    Written under a temporary name and renamed. ValueError when the folder exists and `overwrite` is False.
+    """
+    target = pathlib.Path(path)
+    if target.exists() and not overwrite:
+        raise ValueError(f"path: expected a new folder, found {target} (overwrite=True replaces it)")
+    tensors = _to_checkpoint(lm.config, params)
+    values = lm.config.to_hf() | {"dtype": lm.dtype}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _write_json(temporary / "config.json", values)
+        generation = {"eos_token_id": values["eos_token_id"], "bos_token_id": values["bos_token_id"]}
+        _write_json(temporary / "generation_config.json", generation | {"pad_token_id": values["pad_token_id"]})
+        _write_tensors(temporary, tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def tokenizer(path: str | pathlib.Path) -> Any:
+    """The folder's tokenizer, a transformers tokenizer."""
+    from transformers import AutoTokenizer  # slow to import, and only needed where text comes in
+
+    return AutoTokenizer.from_pretrained(_folder(path), local_files_only=True)
+
+
+def _folder(path: str | pathlib.Path) -> pathlib.Path:
+    folder = pathlib.Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if isinstance(path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not folder.parent.is_dir():
+        from huggingface_hub import snapshot_download
+
+        return pathlib.Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    raise ValueError(f"path: expected a folder with config.json and safetensors, found none at {folder}")
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"{path.name}: expected in the folder, found no file {path}")
+    return json.loads(path.read_text())
+
+
+def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Tensor name -> the file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        found = {key: folder / name for key, name in _read_json(index)["weight_map"].items()}
+        for file in sorted(set(found.values())):
+            if not file.exists():
+                raise ValueError(f"{file.name}: expected by {index.name}, found no file {file}")
+        return found
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise ValueError(f"model.safetensors: expected in the folder, or its index, found neither in {folder}")
+    with safe_open(single, framework="flax") as handle:
+        return dict.fromkeys(handle.keys(), single)
+
+
+def _read_params(folder: pathlib.Path, lm: LanguageModel) -> Params:
+    table = rules(lm.config)
+    files = _files(folder)
+    wanted = [key for rule in table for key in rule.theirs]
+    missing = [key for key in wanted if key not in files]
+    surplus = [key for key in sorted(set(files) - set(wanted)) if not harmless(lm.config, key)]
+    if missing or surplus:
+        raise ValueError(
+            f"tensors of {folder}: missing {missing or 'none'}; surplus {surplus or 'none'} "
+            f"for a {lm.config.family} model with head {lm.config.head}"
+        )
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    flat: dict[str, Any] = {axes.path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    if sorted(flat) != sorted(rule.ours for rule in table):
+        raise AssertionError("families.rules and the transformer name different parameters")
+    handles = {file: safe_open(file, framework="flax") for file in sorted(set(files.values()))}
+    for rule in table:
+        parts = [handles[files[key]].get_tensor(key) for key in rule.theirs]
+        flat[rule.ours] = _join(lm.config, rule, parts, flat[rule.ours].shape).astype(lm.dtype)
+    return jax.tree_util.tree_map_with_path(lambda path, _: flat[axes.path_name(path)], shapes)
+
+
+def _join(config: Config, rule: Rule, parts: list[Any], shape: tuple[int, ...]) -> jax.Array:
+    """One of our arrays from the checkpoint's; every part's shape is checked against the config."""
+    widths = split_sizes(config, rule.sizes) if rule.sizes else shape[-1:]
+    for key, part, width in zip(rule.theirs, parts, widths, strict=True):
+        ours = (*shape[:-1], width)
+        expected = ours[::-1] if rule.transpose else ours
+        if part.shape != expected:
+            raise ValueError(f"{key}: expected shape {expected}, found {part.shape}")
+    return jnp.concatenate([part.T if rule.transpose else part for part in parts], axis=-1)
+
+
+def _to_checkpoint(config: Config, params: Params) -> dict[str, jax.Array]:
+    flat = {axes.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    table = rules(config)
+    expected = {rule.ours for rule in table}
+    if set(flat) != expected:
+        raise ValueError(
+            f"params: missing {sorted(expected - set(flat)) or 'none'}; "
+            f"surplus {sorted(set(flat) - expected) or 'none'}"
+        )
+    tensors = {}
+    for rule in table:
+        array = flat[rule.ours]
+        widths = split_sizes(config, rule.sizes) if rule.sizes else array.shape[-1:]
+        parts = jnp.split(array, np.cumsum(widths)[:-1].tolist(), axis=-1)
+        for key, part in zip(rule.theirs, parts, strict=True):
+            tensors[key] = part.T if rule.transpose else part
+    return tensors
+
+
+def _write_tensors(folder: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
+    """One file, or shards of at most SHARD_BYTES with their index, as transformers writes them."""
+    shards: list[dict[str, jax.Array]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i, part in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(part, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})

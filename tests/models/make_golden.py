@@ -1,0 +1,65 @@
+"""python -m tests.models.make_golden: writes tests/models/golden, tiny checkpoints by transformers and their outputs.
+
+Needs torch. Weights are random with a seed, larger than usual so that an error in any part shows in the logits.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+
+from tests.models.families import CHECKPOINTS, COMMON, PADDINGS, inputs
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def build(name: str):
+    """transformers' torch model of a checkpoint, random."""
+    import torch
+    import transformers
+
+    family, kind, fields = CHECKPOINTS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**COMMON, **fields)
+    model = getattr(transformers, f"{family}{kind}")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.15 if parameter.ndim > 1 else 0.3
+            shift = 1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0
+            parameter.copy_(shift + scale * torch.randn_like(parameter))
+        model.tie_weights()
+    return model
+
+
+def outputs(model, padding: str) -> np.ndarray:
+    """Logits [B,L,V] of real positions (zeros at padding), or rewards [B]."""
+    import torch
+
+    tokens, mask = (torch.tensor(x) for x in inputs(padding))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        if hasattr(model, "score"):
+            hidden = model.model(tokens, attention_mask=mask, position_ids=positions).last_hidden_state
+            last = (torch.arange(mask.shape[1]) * mask).argmax(1)
+            return model.score(hidden[torch.arange(len(last)), last])[:, 0].numpy()
+        logits = model(tokens, attention_mask=mask, position_ids=positions).logits
+    return (logits * mask[..., None]).numpy()
+
+
+def main() -> None:
+    for name in CHECKPOINTS:
+        model = build(name)
+        folder = GOLDEN / name
+        model.save_pretrained(folder)
+        np.savez_compressed(folder / "outputs.npz", **{p: outputs(model, p).astype(np.float32) for p in PADDINGS})
+        # Written by version: keep what the computation depends on, drop the version string.
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("transformers_version", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
