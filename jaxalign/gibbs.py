@@ -1,0 +1,177 @@
+"""Closed-form KL-regularised policies over a finite set: pi ∝ base·exp(reward/beta), over the last axis.
+
+max over pi of E_pi[r] − beta·KL(pi‖base) is attained by this policy; the maximum is `log_partition`·beta. Entries of
+the base that are −inf (or types.NEGATIVE) are outside its support, whatever their reward, and get no gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.types import NEGATIVE, Array, ArrayLike, at_least_float32, check_positive, is_concrete, is_supported
+
+_FLOOR = 1e-6  # of the range of the reward: the clamp of match_kl
+
+
+def _tilted(log_base: ArrayLike, reward: ArrayLike, beta: ArrayLike) -> tuple[Array, Array, Array]:
+    """(logit [...,K] with NEGATIVE outside the support, shift/beta [...], support): log base + (reward − max)/beta.
+
+    The maximum over the support is taken out before dividing by beta: at beta = 1e-4 reward/beta alone would lose all
+    its digits in float32.
+    """
+    log_base, reward, beta = at_least_float32(log_base), at_least_float32(reward), at_least_float32(beta)
+    inside = is_supported(log_base)
+    shift = jax.lax.stop_gradient(jnp.where(inside, reward, -jnp.inf).max(axis=-1, keepdims=True))
+    shift = jnp.where(jnp.isfinite(shift), shift, 0)
+    scale = beta[..., None] if beta.ndim else beta
+    safe = jnp.where(inside, reward, shift)
+    logit = jnp.where(inside, jnp.where(inside, log_base, 0) + (safe - shift) / scale, NEGATIVE)
+    return logit, (shift / scale)[..., 0], inside
+
+
+def log_policy(log_base: ArrayLike, reward: ArrayLike, *, beta: ArrayLike) -> Array:
+    """log pi(y) = log base(y) + r(y)/beta − log Z, [...,K] in nats.
+
+    log_base [...,K], normalised or not; reward [...,K]; beta > 0, a scalar or [...]. Outside the base's support the
+    result is NEGATIVE. ValueError (concrete values) when beta <= 0.
+    """
+    check_positive("beta", beta)
+    logit, _, inside = _tilted(log_base, reward, beta)
+    return jnp.where(inside, logit - jax.nn.logsumexp(logit, axis=-1, keepdims=True), NEGATIVE)
+
+
+def log_partition(log_base: ArrayLike, reward: ArrayLike, *, beta: ArrayLike) -> Array:
+    """log Z = log Σ_y base(y)·exp(r(y)/beta), [...] in nats; beta·log Z is the soft value of the reward. Arguments and
+    errors as `log_policy`."""
+    check_positive("beta", beta)
+    logit, shift, _ = _tilted(log_base, reward, beta)
+    return jax.nn.logsumexp(logit, axis=-1) + shift
+
+
+def kl(log_p: ArrayLike, log_q: ArrayLike) -> Array:
+    """KL(p‖q) = Σ p·(log p − log q) over the last axis, in nats; 0·log 0 = 0; inf where p has mass outside q."""
+    log_p, log_q = at_least_float32(log_p), at_least_float32(log_q)
+    inside = is_supported(log_p)
+    outside = inside & ~is_supported(log_q) & (log_p > -80)
+    safe_p, safe_q = jnp.where(inside, log_p, 0), jnp.where(inside & is_supported(log_q), log_q, 0)
+    total = jnp.where(inside, jnp.exp(safe_p) * (safe_p - safe_q), 0).sum(axis=-1)
+    return jnp.where(outside.any(axis=-1), jnp.inf, total)
+
+
+def utility(log_p: ArrayLike, utility: ArrayLike) -> Array:
+    """E_p[u] = Σ p·u over the last axis, in units of u; entries without mass may hold any u."""
+    log_p = at_least_float32(log_p)
+    inside = is_supported(log_p)
+    weight = jnp.where(inside, jnp.exp(jnp.where(inside, log_p, 0)), 0)
+    return (weight * jnp.where(inside, at_least_float32(utility), 0)).sum(axis=-1)
+
+
+def match_kl(log_base: ArrayLike, reward: ArrayLike, *, kl: ArrayLike) -> Array:
+    """The beta at which KL(pi_beta‖base) = kl, [...].
+
+    KL falls from −log base(best) at beta -> 0 to 0 at beta -> inf, so the root is unique; it is bracketed and
+    bisected in log beta and differentiated through the implicit function: with t = 1/beta, dKL/dt = t·Var_pi(r).
+
+    A budget at or above −log base(best), base(best) the mass of all responses of highest reward, has no root: the
+    result is the clamp 1e-6·(range of the reward over the support), with zero gradient. A constant reward has no root
+    either and no scale: the result is 1, with zero gradient.
+
+    log_base [...,K], normalised inside; reward [...,K]; kl > 0 in nats, scalar or [...] (ValueError on the host).
+    """
+    check_positive("kl", kl)
+    if is_concrete(kl) and not np.all(np.isfinite(np.asarray(kl))):
+        raise ValueError(f"kl: expected a finite budget, found {np.asarray(kl)}")
+    log_base, reward, kl = at_least_float32(log_base), at_least_float32(reward), at_least_float32(kl)
+    kl = jnp.broadcast_to(kl, jnp.broadcast_shapes(log_base.shape, reward.shape)[:-1])
+    log_base, reward = jnp.broadcast_arrays(log_base, reward)
+    return _match_kl(log_base, reward, kl)
+
+
+def _kl_of(log_base: Array, reward: Array, t: Array) -> Array:
+    """KL(pi_{1/t}‖base) of a normalised base [...,K] at t [...], as Σ base·(d·e^d − e^d + 1), d = log(pi/base): every
+    term is >= 0, so that a small KL keeps its digits in float32."""
+    inside = is_supported(log_base)
+    scaled = jnp.where(inside, t[..., None] * jnp.where(inside, reward, 0), 0)
+    logit = jnp.where(inside, jnp.where(inside, log_base, 0) + scaled, NEGATIVE)
+    log_z = jax.nn.logsumexp(logit, axis=-1, keepdims=True)
+    d = jnp.where(inside, scaled - log_z, 0)
+    series = d**2 * (1 / 2 + d * (1 / 3 + d / 8))
+    small = jnp.abs(d) < 1e-2
+    wide = jnp.where(small, 0, d)
+    term = jnp.where(small, jnp.exp(jnp.where(inside, log_base, 0)) * series, 0)
+    weight = jnp.exp(jnp.where(inside, log_base, 0) + wide)
+    term += jnp.where(small, 0, weight * wide - weight + jnp.exp(jnp.where(inside, log_base, 0)))
+    return jnp.where(inside, term, 0).sum(axis=-1)
+
+
+def _root(log_base: Array, reward: Array, kl: Array) -> tuple[Array, Array]:
+    """(t = 1/beta, has_root) for a normalised base and a reward shifted and scaled to [-1, 0] on the support."""
+    best = is_supported(log_base) & (reward >= 0)
+    log_mass = jax.nn.logsumexp(jnp.where(best, log_base, NEGATIVE), axis=-1)
+    has_root = kl < -log_mass
+    # In log t: at 1e-7 the KL is below 1e-14; at 1e6 every response short of the best by 1e-4 is gone.
+    low = jnp.full(kl.shape, jnp.log(1e-7), log_base.dtype)
+    high = jnp.full(kl.shape, jnp.log(1 / _FLOOR), log_base.dtype)
+    has_root &= _kl_of(log_base, reward, jnp.exp(high)) > kl
+
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket
+        middle = (low + high) / 2
+        below = _kl_of(log_base, reward, jnp.exp(middle)) < kl
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    # 64 halvings of a bracket of 30 reach the last bit of float64; the loop is a few dozen short sums.
+    low, high = jax.lax.fori_loop(0, 64, halve, (low, high))
+    return jnp.exp((low + high) / 2), has_root
+
+
+def _prepare(log_base: Array, reward: Array) -> tuple[Array, Array, Array]:
+    """Normalised base, reward mapped to [-1, 0] on the support, and its range."""
+    inside = is_supported(log_base)
+    log_base = jnp.where(inside, log_base, NEGATIVE)
+    log_base = jnp.where(inside, log_base - jax.nn.logsumexp(log_base, axis=-1, keepdims=True), NEGATIVE)
+    top = jnp.where(inside, reward, -jnp.inf).max(axis=-1, keepdims=True)
+    bottom = jnp.where(inside, reward, jnp.inf).min(axis=-1, keepdims=True)
+    spread = top - bottom
+    scaled = jnp.where(inside, (reward - top) / jnp.where(spread > 0, spread, 1), 0)
+    return log_base, scaled, spread[..., 0]
+
+
+@functools.partial(jax.custom_jvp)
+def _match_kl(log_base: Array, reward: Array, kl: Array) -> Array:
+    log_base, scaled, spread = _prepare(log_base, reward)
+    t, has_root = _root(log_base, scaled, kl)
+    return jnp.where(spread > 0, jnp.where(has_root, spread / t, _FLOOR * spread), 1.0)
+
+
+@_match_kl.defjvp
+def _match_kl_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    """0 = dKL = ∂_t KL·dt + ∂_base KL·dlog_base + ∂_r KL·dr − dkl, with ∂_t KL = t·Var_pi(r)."""
+    log_base, reward, kl = primals
+    beta = _match_kl(log_base, reward, kl)
+    normal, scaled, spread = _prepare(log_base, reward)
+    _, has_root = _root(normal, scaled, kl)
+    has_root &= spread > 0
+    t = 1 / beta
+    inside = is_supported(normal)
+    top = jnp.where(inside, reward, -jnp.inf).max(axis=-1, keepdims=True)
+    shifted = jnp.where(inside, reward - top, 0)
+
+    def divergence(log_base: Array, reward: Array) -> Array:
+        outside = jnp.where(inside, log_base, NEGATIVE)
+        normal = jnp.where(inside, outside - jax.nn.logsumexp(outside, axis=-1, keepdims=True), NEGATIVE)
+        return _kl_of(normal, jnp.where(inside, reward - top, 0), t)
+
+    tangent_base = jnp.where(inside, tangents[0], 0)
+    tangent_reward = jnp.where(inside, tangents[1], 0)
+    _, moved = jax.jvp(divergence, (log_base, reward), (tangent_base, tangent_reward))
+    log_p = log_policy(normal, shifted, beta=beta)
+    p = jnp.where(inside, jnp.exp(log_p), 0)
+    mean = (p * shifted).sum(axis=-1, keepdims=True)
+    slope = t * (p * (shifted - mean) ** 2).sum(axis=-1)
+    dt = jnp.where(has_root, (tangents[2] - moved) / jnp.where(slope > 0, slope, 1), 0)
+    return beta, -(beta**2) * dt

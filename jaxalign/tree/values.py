@@ -1,0 +1,86 @@
+"""Values by backward induction, one vectorised level at a time. Every value V [S] is BEFORE the token is drawn in s;
+every Q [S,V] after it: Q(s,z) = V(sz), or the reward of the response that z completes. Values of dead states are 0."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.tree.structure import Tree
+from jaxalign.types import NEGATIVE, Array, ArrayLike, at_least_float32, is_supported
+
+
+def _backward(tree: Tree, reward: Array, backup: Callable[[Array, slice], Array]) -> Array:
+    """V [S], V(s) = backup(Q(s,·) [n,V], the level's slice) from the deepest level to the root."""
+    leaf = jnp.asarray(tree.leaf)
+    paid = reward[jnp.maximum(leaf, 0)]
+    levels: list[Array] = []
+    below = jnp.zeros((tree.vocab_size**tree.horizon,), reward.dtype)
+    for depth in reversed(range(tree.horizon)):
+        at = tree.level(depth)
+        q = jnp.where(leaf[at] >= 0, paid[at], below.reshape(-1, tree.vocab_size))
+        below = jnp.where(jnp.asarray(tree.alive)[at], backup(q, at), 0)
+        levels.append(below)
+    return jnp.concatenate(levels[::-1])
+
+
+def _mean(log_policy: Array, q: Array) -> Array:
+    weight = jnp.exp(log_policy)
+    return jnp.where(weight > 0, weight * q, 0).sum(axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value(tree: Tree, log_policy: Array, reward: Array) -> Array:
+    """V_pi(s) = E_pi[r | s], [S] from log_policy [S,V] and reward [M]; V_ref for the base policy."""
+    log_policy, reward = at_least_float32(log_policy), at_least_float32(reward)
+    return _backward(tree, reward, lambda q, at: _mean(log_policy[at], q))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def q_values(tree: Tree, values: Array, reward: Array) -> Array:
+    """Q(s,z) [S,V] of values V [S]: V(sz), or the reward [M] of the response that z completes."""
+    leaf = jnp.asarray(tree.leaf)
+    child = jnp.arange(tree.num_states)[:, None] * tree.vocab_size + 1 + jnp.arange(tree.vocab_size)
+    inner = values[jnp.minimum(child, tree.num_states - 1)]
+    return jnp.where(leaf >= 0, at_least_float32(reward)[jnp.maximum(leaf, 0)], inner)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def soft_value(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
+    """V_soft(s) = beta·log E_ref[exp(r/beta) | s] = beta·logsumexp_z(log pi_ref(z|s) + V_soft(sz)/beta), [S]."""
+    log_ref, reward = at_least_float32(log_ref), at_least_float32(reward)
+
+    def backup(q: Array, at: slice) -> Array:
+        top = jnp.where(is_supported(log_ref[at]), q, NEGATIVE).max(axis=-1, keepdims=True)
+        return top[:, 0] + beta * jax.nn.logsumexp(log_ref[at] + (q - top) / beta, axis=-1)
+
+    return _backward(tree, reward, backup)
+
+
+@jax.jit
+def tilted_policy(log_policy: Array, q: Array, *, beta: ArrayLike) -> Array:
+    """One tilt in tables: log softmax_z(log pi(z|s) + q(s,z)/beta), [S,V]."""
+    return jax.nn.log_softmax(at_least_float32(log_policy) + at_least_float32(q) / beta)
+
+
+def optimal_policy(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
+    """The token-level factors [S,V] of the Gibbs optimum: pi*(z|s) = pi_ref(z|s)·exp((V_soft(sz) − V_soft(s))/beta)."""
+    q = q_values(tree, soft_value(tree, log_ref, reward, beta=beta), reward)
+    return tilted_policy(log_ref, q, beta=beta)
+
+
+def transfer_value(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
+    """V_TQ(s) = E_{pi*_beta}[r | s], [S]: the value of the Gibbs optimum itself."""
+    return value(tree, optimal_policy(tree, log_ref, reward, beta=beta), reward)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def max_value(tree: Tree, log_ref: Array, reward: Array) -> Array:
+    """max r over the responses reachable from s under log_ref [S,V], [S]."""
+    log_ref = at_least_float32(log_ref)
+    return _backward(
+        tree, at_least_float32(reward), lambda q, at: jnp.where(is_supported(log_ref[at]), q, NEGATIVE).max(axis=-1)
+    )
