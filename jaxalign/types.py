@@ -194,6 +194,15 @@ def prompt_index(prompts: Prompts) -> Array:
     return batch.index
 
 
+def strong(tree: Any) -> Any:
+    """A tree without weakly typed leaves: jnp.asarray(0.5) and np.float32(0.5) would otherwise be two traces."""
+
+    def strengthen(leaf: Any) -> Any:
+        return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
+
+    return jax.tree.map(strengthen, tree)
+
+
 def is_concrete(*trees: Any) -> bool:
     """True when no leaf is a tracer, so that values can be checked on the host."""
     return not any(isinstance(leaf, jax.core.Tracer) for tree in trees for leaf in jax.tree.leaves(tree))

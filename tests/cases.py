@@ -13,9 +13,15 @@ import jax.numpy as jnp
 
 from jaxalign import critics, policies, tree
 from jaxalign.types import Critic, Params, Policy
-from tests.conftest import VOCAB, tiny_lm
+from tests.conftest import VOCAB
+from tests.conftest import tiny_lm as two_layers
 
 TREE = tree.Tree(VOCAB, 3, eos_id=0)
+
+
+def tiny_lm(seed: int, head: str | None = None, dtype: str = "float32"):
+    """One layer: the laws are about the algebra, and each case is compiled several times."""
+    return two_layers(seed, head, dtype, num_layers=1)
 
 
 class Case(NamedTuple):

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import tempfile
+
+# Before jax starts: the tests compile much and compute little. Both flags are known to every supported jax.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 import numpy as np
@@ -10,6 +16,12 @@ import pytest
 
 from jaxalign import models
 from jaxalign.types import TokenBatch
+
+# One cache of compiled programs for a run of the tests, shared by its workers and gone with it.
+_cache = os.environ.setdefault("JAXALIGN_TEST_CACHE", tempfile.mkdtemp(prefix="jaxalign-tests-"))
+jax.config.update("jax_compilation_cache_dir", _cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 VOCAB = 11
 EOS = (0,)
@@ -32,6 +44,7 @@ def tiny_config(head: models.Head | None = None, **changes) -> models.Config:
     return dataclasses.replace(config, **changes)
 
 
+@functools.cache
 def tiny_lm(seed: int = 0, head: str | None = None, dtype: str = "float32", **changes):
     """(lm, params) with weights large enough that the next-token distribution is far from uniform."""
     if head == "reward":
@@ -41,7 +54,7 @@ def tiny_lm(seed: int = 0, head: str | None = None, dtype: str = "float32", **ch
     else:
         spec = None
     lm = models.LanguageModel(tiny_config(spec, **changes), dtype=dtype)
-    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, lm.init(jax.random.key(seed)))
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, jax.jit(lm.init)(jax.random.key(seed)))
     return lm, params
 
 

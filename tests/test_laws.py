@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,8 @@ from jaxalign.types import (
     where_rows,
 )
 from tests import cases
-from tests.conftest import EOS, PROMPTS, VOCAB, padded, tiny_lm
+from tests.cases import tiny_lm
+from tests.conftest import EOS, PROMPTS, VOCAB, padded
 
 B, T = len(PROMPTS), 3
 RNG = jax.random.key(0)
@@ -94,19 +97,24 @@ def test_law_1_rows_can_be_taken_and_repeated(case, prompts):
     assert_outputs_equal(found, repeat_rows(expected, 2))
 
 
-def critic_walk(critic_case, prompts, candidates):
-    """init, score, advance to candidate 1, score again."""
-    critic, params = critic_case.critic, critic_case.params
-    lm = cases.base_lm()
-    below, output = lm.policy.init(lm.params, RNG, prompts, T)
+@functools.partial(jax.jit, static_argnums=0)
+def walk(critic, params, base_params, prompts, candidates, choice, token):
+    """init, score, advance by `choice`, score again; the policy below is the tiny language model."""
+    policy = cases.base_lm().policy
+    below, output = policy.init(base_params, RNG, prompts, T)
     state = critic.init(params, RNG, prompts, T)
     q, proposal = critic.score(params, RNG, state, output, candidates)
-    choice = jnp.ones(B, jnp.int32)
-    token = choice if candidates is None else candidates[:, 1]
     moved = critic.advance(params, proposal, choice)
-    _, after = lm.policy.step(lm.params, RNG, below, token)
-    again, _ = critic.score(params, RNG, moved, after, candidates)
-    return state, q, proposal, moved, again
+    _, after = policy.step(base_params, RNG, below, token)
+    return state, q, proposal, moved, critic.score(params, RNG, moved, after, candidates)[0]
+
+
+def critic_walk(critic_case, prompts, candidates, choice=None):
+    """The walk to candidate 1, or to `choice`."""
+    choice = jnp.ones(B, jnp.int32) if choice is None else choice
+    token = choice if candidates is None else jnp.take_along_axis(candidates, choice[:, None], axis=1)[:, 0]
+    base = cases.base_lm().params
+    return walk(critic_case.critic, critic_case.params, base, prompts, candidates, choice, token)
 
 
 CANDIDATES = jnp.array([[5, 1, 9], [0, 2, 3], [10, 8, 7], [4, 1, 6], [3, 9, 2]], jnp.int32)
@@ -123,14 +131,8 @@ def test_critics_score_candidates_as_they_score_the_vocabulary(critic_case, prom
     _, q, _, _, again = critic_walk(critic_case, prompts, CANDIDATES)
     np.testing.assert_allclose(q, jnp.take_along_axis(q_all, CANDIDATES, axis=1), rtol=2e-5, atol=2e-5)
     # Moving to candidate 1 of a list is moving to that token of the vocabulary.
-    critic, params = critic_case.critic, critic_case.params
-    lm = cases.base_lm()
-    below, output = lm.policy.init(lm.params, RNG, prompts, T)
-    _, proposal = critic.score(params, RNG, critic.init(params, RNG, prompts, T), output, None)
-    moved = critic.advance(params, proposal, CANDIDATES[:, 1])
-    _, after = lm.policy.step(lm.params, RNG, below, CANDIDATES[:, 1])
-    expected, _ = critic.score(params, RNG, moved, after, CANDIDATES)
-    np.testing.assert_allclose(again, expected, rtol=2e-5, atol=2e-5)
+    expected = critic_walk(critic_case, prompts, None, CANDIDATES[:, 1])[-1]
+    np.testing.assert_allclose(again, jnp.take_along_axis(expected, CANDIDATES, axis=1), rtol=2e-5, atol=2e-5)
 
 
 # Law 2 ---------------------------------------------------------------------------------------------------------------
@@ -152,13 +154,17 @@ def test_law_2_a_row_with_token_minus_one_stands_still(case, prompts):
 
 
 def test_law_2_a_critic_with_choice_minus_one_stands_still(critic_case, prompts):
-    critic, params = critic_case.critic, critic_case.params
-    lm = cases.base_lm()
-    _, output = lm.policy.init(lm.params, RNG, prompts, T)
-    state = critic.init(params, RNG, prompts, T)
-    q, proposal = critic.score(params, RNG, state, output, CANDIDATES)
-    stood = critic.advance(params, proposal, jnp.full(B, -1))
-    again, _ = critic.score(params, RNG, stood, output, CANDIDATES)
+    policy = cases.base_lm().policy
+
+    @jax.jit
+    def stand(params, base_params):
+        _, output = policy.init(base_params, RNG, prompts, T)
+        state = critic_case.critic.init(params, RNG, prompts, T)
+        q, proposal = critic_case.critic.score(params, RNG, state, output, CANDIDATES)
+        stood = critic_case.critic.advance(params, proposal, jnp.full(B, -1))
+        return q, critic_case.critic.score(params, RNG, stood, output, CANDIDATES)[0]
+
+    q, again = stand(critic_case.params, cases.base_lm().params)
     np.testing.assert_allclose(again, q, rtol=1e-6, atol=1e-6)
 
 
@@ -298,15 +304,21 @@ def test_law_5_the_increments_of_a_tilt_are_its_scores(all_policies, all_critics
     inside = np.asarray(completions.in_support)
     assert inside.all() or k == 4
     critic, params, _ = all_critics[name]
-    lm = cases.base_lm()
-    below, output = lm.policy.init(lm.params, RNG, prompts, T)
-    state, total = critic.init(params, RNG, prompts, T), 0.0
-    for t in range(T):
-        q, proposal = critic.score(params, RNG, state, output, None)
-        q_t = q[jnp.arange(B), RESPONSES[:, t]]
-        total = q_t if critic.kind == "level" else total + q_t
-        state = critic.advance(params, proposal, RESPONSES[:, t])
-        below, output = lm.policy.step(lm.params, RNG, below, RESPONSES[:, t])
+    policy = cases.base_lm().policy
+
+    @jax.jit
+    def scores(params, base_params):
+        below, output = policy.init(base_params, RNG, prompts, T)
+        state, total = critic.init(params, RNG, prompts, T), 0.0
+        for t in range(T):
+            q, proposal = critic.score(params, RNG, state, output, None)
+            q_t = q[jnp.arange(B), RESPONSES[:, t]]
+            total = q_t if critic.kind == "level" else total + q_t
+            state = critic.advance(params, proposal, RESPONSES[:, t])
+            below, output = policy.step(base_params, RNG, below, RESPONSES[:, t])
+        return total
+
+    total = scores(params, cases.base_lm().params)
     np.testing.assert_allclose(increments(completions)[inside], (total / cases.BETA)[inside], rtol=1e-4, atol=1e-4)
 
 
@@ -368,7 +380,13 @@ def test_law_6_a_policy_is_traced_once_for_each_shape(case, prompts):
     for seed in range(2):
         decoding.sample(policy, case.params, jax.random.key(seed), prompts, max_new_tokens=T, eos_ids=EOS)
     assert traces == [1]
-    decoding.sample(policy, case.params, RNG, padded(PROMPTS, extra=2), max_new_tokens=T, eos_ids=EOS)
+
+
+def test_law_6_a_new_shape_is_one_new_trace(all_policies, prompts):
+    policy, traces = counted(all_policies["language_model"])
+    for extra in (0, 2, 0, 2):
+        batch = padded(PROMPTS, extra=extra)
+        decoding.sample(policy, all_policies["language_model"].params, RNG, batch, max_new_tokens=T, eos_ids=EOS)
     assert traces == [2]
 
 
@@ -399,7 +417,10 @@ def test_every_policy_samples_what_it_says(case, prompts):
     np.testing.assert_array_equal(drawn.truncated, ~drawn.finished)
 
 
-def test_every_policy_goes_into_best_of_n(case, prompts):
+@pytest.mark.parametrize("name", ["tabular", "temperature", "with_reference", "tilt_value_q_all", "nested_candidates"])
+def test_policies_go_into_best_of_n(all_policies, name, prompts):
+    """What best_of_n does with a policy is init, repeat_rows and rollout: law 1 and `sample` cover the others."""
+    case = all_policies[name]
     lm, reward_params = tiny_lm(1, "reward")
     chosen = decoding.best_of_n(
         case.policy,

@@ -27,6 +27,7 @@ from jaxalign.types import (
     is_concrete,
     is_supported,
     prompt_index,
+    strong,
 )
 
 
@@ -61,7 +62,7 @@ def sample(
     """
     eos_ids = check_request(policy, params, prompts, max_new_tokens, eos_ids)
     policy, params, prompts = with_temperature(policy, params, prompts, temperature)
-    return _sample(policy, params, rng, prompts, max_new_tokens, eos_ids)
+    return _sample(policy, strong(params), rng, prompts, max_new_tokens, eos_ids)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -145,7 +146,7 @@ def log_prob(
         if holes.size:
             raise ValueError(f"mask: expected right-padded responses, found real tokens after padding in rows {holes}")
     mask = mask.astype(bool)
-    completions = _log_prob(policy, params, rng, prompts, tokens, mask)
+    completions = _log_prob(policy, strong(params), rng, prompts, tokens, mask)
     finished = (mask & loop.is_eos(tokens, eos_ids)).any(axis=1)
     return completions._replace(finished=finished, truncated=~finished)
 

@@ -22,6 +22,7 @@ from jaxalign.types import (
     prompt_index,
     prompts_for,
     repeat_rows,
+    strong,
 )
 
 
@@ -50,7 +51,7 @@ def best_of_n(
     tempered, policy_params, inner = with_temperature(policy, params["policy"], inner, temperature)
     arrays = {"policy": policy_params, "reward": params["reward"]}
     both = {"policy": inner, "reward": prompts_for(prompts, "reward")}
-    return _best_of_n(tempered, reward, arrays, rng, both, n, max_new_tokens, eos_ids)
+    return _best_of_n(tempered, reward, strong(arrays), rng, both, n, max_new_tokens, eos_ids)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7))
