@@ -13,8 +13,8 @@ RNG = jax.random.key(0)
 
 
 def tables(t: tree.Tree, seed: int) -> tuple[jax.Array, jax.Array]:
-    """(log_policy [S,V] with N(0,1) logits, reward [M] ~ N(0,1)) in float64."""
-    return tree.random(jax.random.key(seed), t, dtype=jnp.float64)
+    """(log_policy [S,V] with N(0,1) logits, reward [M] ~ N(0,1)), in float64 where it is enabled."""
+    return tree.random(jax.random.key(seed), t, dtype=jnp.result_type(float))
 
 
 def one_prompt(batch: int) -> TokenBatch:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxalign import mdp
 from jaxalign.models.config import Config
 from jaxalign.models.heads import HeadModule
-from jaxalign.models.transformer import KeyValue, Transformer
+from jaxalign.models.transformer import KeyValue, Transformer, write_slot
 from jaxalign.types import Array, Params
 
 
@@ -153,18 +153,19 @@ class LanguageModel:
 
     def commit(self, cache: Cache, entries: tuple[KeyValue, ...], choice: Array) -> Cache:
         """Writes candidate choice [B] of each row into its next slot; choice -1 writes nowhere and keeps the length."""
-        rows = jnp.arange(choice.shape[0])
-        pick = jnp.maximum(choice, 0)
-        capacity = cache.layers[0].k.shape[2]
-        slot = jnp.where(choice < 0, capacity, cache.length)  # past the end: the scatter drops it
-
-        def write(old: Array, new: Array) -> Array:
-            return old.at[rows, :, slot].set(new[rows, :, pick], mode="drop")
-
-        layers = jax.tree.map(write, cache.layers, entries)
+        rows, pick = jnp.arange(choice.shape[0]), jnp.maximum(choice, 0)
+        slot = _next_slot(cache, choice >= 0)
+        layers = jax.tree.map(lambda old, new: write_slot(old, new[rows, :, pick], slot), cache.layers, entries)
         return Cache(layers, cache.length + (choice >= 0))
 
     def step(self, params: Params, cache: Cache, token: Array) -> tuple[Array, Cache]:
         """Appends token [B]: (hidden [B,D], cache). Token -1: the row stands still, its hidden is undefined."""
-        hidden, entries = self.candidates(params, cache, jnp.maximum(token, 0)[:, None])
-        return hidden[:, 0], self.commit(cache, entries, jnp.where(token < 0, -1, 0))
+        x = self.embed(params, jnp.maximum(token, 0)[:, None])
+        slot = _next_slot(cache, token >= 0)
+        hidden, layers = self._call(params, Transformer.append, x, cache.length, slot, list(cache.layers))
+        return hidden[:, 0], Cache(tuple(layers), cache.length + (token >= 0))
+
+
+def _next_slot(cache: Cache, moves: Array) -> Array:
+    """The slot [B] that a row writes: its length, or past the end (dropped) where it stands still."""
+    return jnp.where(moves, cache.length, cache.layers[0].k.shape[2])

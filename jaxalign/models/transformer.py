@@ -1,7 +1,7 @@
 """The one decoder-only transformer, in Flax Linen: layers unrolled, projections fused, cache in and out.
 
-Two passes through the same layers: `__call__` over whole rows (training, prefill, scoring) and `extend` over K
-alternative next tokens at one position against a cache (decoding, K = 1; candidate scoring, K > 1).
+Three passes through the same layers: `__call__` over whole rows (training, prefill, scoring), `append` of one token to
+a cache (decoding), and `extend` over K alternative next tokens at one position against a cache (candidate scoring).
 """
 
 from __future__ import annotations
@@ -109,10 +109,7 @@ class Attention(nn.Module):
         c = self.config
         batch, k_tokens = x.shape[:2]
         q, k, v = self.project(x, jnp.broadcast_to(length[:, None], (batch, k_tokens)))
-        slot = jnp.arange(cache.k.shape[2])
-        seen = slot < length[:, None]
-        if self.window is not None:
-            seen &= slot > length[:, None] - self.window
+        seen = self._seen(cache, length) & (jnp.arange(cache.k.shape[2]) < length[:, None])
         q = q.reshape(batch, k_tokens, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 1, 3, 4) * c.head_dim**-0.5
         groups = q.shape[3]
         flat = q.reshape(batch, c.num_kv_heads, k_tokens * groups, c.head_dim)
@@ -128,6 +125,33 @@ class Attention(nn.Module):
         mixed = mixed.reshape(batch, c.num_kv_heads, k_tokens, groups, c.head_dim) + share * v[:, :, :, None]
         mixed = mixed.transpose(0, 2, 1, 3, 4).reshape(batch, k_tokens, -1)
         return self.out(mixed), KeyValue(k, v)
+
+    def append(self, x: Array, length: Array, slot: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
+        """One token x [B,1,D] at position length [B]: written to `slot` [B] of the cache first (a slot past the end
+        writes nowhere), then attended with it. Nothing reads the old cache after the write, so it happens in place."""
+        c = self.config
+        batch = x.shape[0]
+        q, k, v = self.project(x, length[:, None])
+        cache = KeyValue(write_slot(cache.k, k[:, 0], slot), write_slot(cache.v, v[:, 0], slot))
+        seen = self._seen(cache, length)
+        q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim) * c.head_dim**-0.5
+        score = at_least_float32(jnp.einsum("bgqd,bgsd->bgqs", q, cache.k))
+        weight = jax.nn.softmax(jnp.where(seen[:, None, None], score, NEGATIVE), axis=-1)
+        mixed = jnp.einsum("bgqs,bgsd->bgqd", weight.astype(cache.v.dtype), cache.v)
+        return self.out(mixed.reshape(batch, 1, -1)), cache
+
+    def _seen(self, cache: KeyValue, length: Array) -> Array:
+        """Slots [B,S] that a token at position `length` may attend to, its own included."""
+        slot = jnp.arange(cache.k.shape[2])
+        seen = slot <= length[:, None]
+        if self.window is not None:
+            seen &= slot > length[:, None] - self.window
+        return seen
+
+
+def write_slot(cache: Array, new: Array, slot: Array) -> Array:
+    """cache [B,H,S,hd] with new [B,H,hd] at slot [B] of each row; a slot past the end is dropped."""
+    return cache.at[jnp.arange(slot.shape[0]), :, slot].set(new, mode="drop")
 
 
 class Layer(nn.Module):
@@ -156,6 +180,10 @@ class Layer(nn.Module):
     def extend(self, x: Array, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
         mixed, entries = self.attention.extend(self.attention_norm(x), length, cache)
         return self.mlp(x + mixed), entries
+
+    def append(self, x: Array, length: Array, slot: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
+        mixed, cache = self.attention.append(self.attention_norm(x), length, slot, cache)
+        return self.mlp(x + mixed), cache
 
 
 class Transformer(nn.Module):
@@ -197,6 +225,14 @@ class Transformer(nn.Module):
             x, entry = layer.extend(x, length, cache)
             entries.append(entry)
         return self.norm(x), entries
+
+    def append(self, x: Array, length: Array, slot: Array, caches: list[KeyValue]) -> tuple[Array, list[KeyValue]]:
+        """x [B,1,D], one token at position length [B], written to slot [B] -> (hidden [B,1,D], caches)."""
+        updated = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.append(x, length, slot, cache)
+            updated.append(cache)
+        return self.norm(x), updated
 
     def logits(self, hidden: Array) -> Array:
         """[...,D] -> [...,V] in at least float32."""

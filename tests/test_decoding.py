@@ -1,0 +1,417 @@
+"""Sampling, teacher-forced scoring and best-of-n: laws on trees, invariances on models, gradients, bad input."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import critics, data, decoding, loop, models, policies, rewards, tree
+from jaxalign.decoding import sampling
+from jaxalign.types import TokenBatch
+from tests import exact
+from tests.conftest import EOS, PROMPTS, padded, tiny_config, tiny_lm
+
+RNG = jax.random.key(0)
+
+
+# The draw -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [3, 128, 129, 500])
+def test_draw_inverts_the_cdf(vocab):
+    """Every uniform number against numpy's inverse CDF; the boundaries of a token's interval are its own."""
+    with jax.enable_x64(True):
+        log_prob = jax.nn.log_softmax(jax.random.normal(jax.random.key(1), (vocab,), jnp.float64) * 2)
+        uniform = np.linspace(0, 1, 4001)[:-1]
+        found = loop.draw(jnp.broadcast_to(log_prob, (4000, vocab)), jnp.asarray(uniform))
+        expected = np.searchsorted(np.cumsum(np.exp(log_prob)), uniform, side="right")
+        assert (np.asarray(found) == expected).mean() > 0.999  # ties of rounding at an edge
+
+
+def test_draw_never_gives_a_token_of_probability_zero():
+    log_prob = jnp.full((2, 300), -jnp.inf).at[:, jnp.array([7, 130, 290])].set(jnp.log(jnp.array([1e-6, 0.5, 0.5])))
+    for u in (0.0, 1e-7, 0.4999999, 0.5, np.nextafter(np.float32(1), np.float32(0))):
+        assert set(np.asarray(loop.draw(log_prob, jnp.full(2, u))).tolist()) <= {7, 130, 290}
+
+
+def test_exact_kl_ignores_what_has_no_mass():
+    log_p = jnp.log(jnp.array([[0.5, 0.5, 0.0]]))
+    np.testing.assert_allclose(loop.exact_kl(log_p, jnp.log(jnp.array([[0.25, 0.25, 0.5]]))), np.log(2), rtol=1e-6)
+    gradient = jax.grad(lambda x: loop.exact_kl(x, jnp.log(jnp.array([[0.2, 0.3, 0.5]]))).sum())(log_p)
+    assert jnp.isfinite(gradient).all()
+
+
+# Laws on trees --------------------------------------------------------------------------------------------------------
+
+
+def test_a_tilted_policy_samples_its_exact_law():
+    """30,000 draws of a nested tilt with candidates: chi-squared below its 1 − 1e-6 quantile for the cells it has."""
+    t = tree.Tree(3, 3, eos_id=0)
+    base, q = exact.tables(t, 0)[0], exact.tables(t, 1)[0]
+    inner = policies.tilt(tree.policy(t), tree.critic(t, "level"))
+    policy = policies.tilt(inner, tree.critic(t, "increment"), top_k=2)
+    params = {"policy": {"policy": base, "critic": q, "beta": 0.8}, "critic": q[:, ::-1], "beta": 1.5}
+    n = 30_000
+    drawn = decoding.sample(policy, params, jax.random.key(7), tree.prompts(n), max_new_tokens=3, eos_ids=(0,))
+    count = np.bincount(tree.response_index(t, drawn.tokens, drawn.mask), minlength=t.num_responses)
+    expected = n * np.exp(exact.log_law(t, policy, params))
+    inside = expected > 0
+    assert count[~inside].sum() == 0
+    statistic = ((count - expected)[inside] ** 2 / expected[inside]).sum()
+    assert inside.sum() <= 16
+    assert statistic < 60.0  # 1 − 1e-6 quantile of chi-squared with 15 degrees of freedom: 58.3
+
+
+def test_kl_of_completions_is_the_exact_step_kl():
+    t = tree.Tree(3, 3, eos_id=0)
+    with jax.enable_x64(True):
+        base, q = exact.tables(t, 0)[0], exact.tables(t, 1)[0]
+        policy = policies.tilt(tree.policy(t), tree.critic(t, "level"))
+        scored = exact.completions(t, policy, {"policy": base, "critic": q, "beta": 0.8})
+        law = np.exp(scored.log_prob.sum(1))
+        expected = exact.kl(np.log(law), np.asarray(tree.response_log_prob(t, base)))
+        np.testing.assert_allclose(law @ np.asarray(scored.kl.sum(1)), expected, rtol=1e-10)
+
+
+def test_best_of_n_samples_its_exact_law():
+    """30,000 draws of the best of 3 on a tree with tied rewards: chi-squared below its 1 − 1e-6 quantile."""
+    t = tree.Tree(2, 3, eos_id=0)
+    base, reward = exact.tables(t, 2)
+    reward = jnp.round(reward * 2)
+    n = 30_000
+    chosen = decoding.best_of_n(
+        tree.policy(t),
+        tree.reward(t),
+        {"policy": base, "reward": reward},
+        jax.random.key(1),
+        tree.prompts(n),
+        n=3,
+        max_new_tokens=3,
+        eos_ids=(0,),
+    )
+    count = np.bincount(tree.response_index(t, chosen.best.tokens, chosen.best.mask), minlength=t.num_responses)
+    expected = n * np.exp(tree.best_of_n_law(tree.response_log_prob(t, base), reward, 3))
+    assert ((count - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < 46  # 9 degrees of freedom: 45.1
+    best = np.asarray(chosen.reward).max(axis=1)
+    index = tree.response_index(t, chosen.best.tokens, chosen.best.mask)
+    np.testing.assert_allclose(np.asarray(reward)[index], best)
+
+
+def test_best_of_one_is_sampling():
+    lm, params = tiny_lm(0)
+    reward_lm, reward_params = tiny_lm(1, "reward")
+    policy = policies.language_model(lm)
+    arguments = {"max_new_tokens": 4, "eos_ids": EOS}
+    one = decoding.best_of_n(
+        policy,
+        rewards.from_model(reward_lm),
+        {"policy": params, "reward": reward_params},
+        RNG,
+        padded(PROMPTS),
+        n=1,
+        **arguments,
+    )
+    np.testing.assert_array_equal(one.best.tokens, one.samples.tokens[:, 0])
+    np.testing.assert_array_equal(
+        one.best.tokens, decoding.sample(policy, params, RNG, padded(PROMPTS), **arguments).tokens
+    )
+
+
+def test_best_of_n_rewards_are_those_of_the_texts_and_rows_are_independent():
+    with jax.enable_x64(True):
+        lm, params = tiny_lm(0, dtype="float64")
+        reward_lm, reward_params = tiny_lm(1, "reward", dtype="float64")
+        reward, policy = rewards.from_model(reward_lm), policies.language_model(lm)
+        both = {"policy": params, "reward": reward_params}
+        arguments = {"n": 3, "max_new_tokens": 4, "eos_ids": EOS}
+        chosen = decoding.best_of_n(policy, reward, both, RNG, padded(PROMPTS), **arguments)
+        for b, prompt in enumerate(PROMPTS):
+            for j in range(3):
+                y = chosen.samples.tokens[b, j][chosen.samples.mask[b, j]].tolist()
+                text = padded([prompt + y], extra=9 - len(prompt + y))
+                found = reward(reward_params, text.tokens, text.mask, jnp.array([len(prompt)]), jnp.array([b]))
+                np.testing.assert_allclose(chosen.reward[b, j], found[0], rtol=1e-9)
+        alone = padded([PROMPTS[3]])._replace(index=jnp.array([3]))
+        single = decoding.best_of_n(policy, reward, both, RNG, alone, **arguments)
+        np.testing.assert_array_equal(single.samples.tokens[0], chosen.samples.tokens[3])
+
+
+# On models ------------------------------------------------------------------------------------------------------------
+
+
+def nested():
+    """Two nested tilts in float64: controlled decoding with a Q head, then an autoregressive reward."""
+    lm, base = tiny_lm(0, dtype="float64", num_layers=1)
+    q_lm, q = tiny_lm(3, "q", dtype="float64", num_layers=1)
+    arm_lm, arm = tiny_lm(4, dtype="float64", num_layers=1)
+    inner = policies.tilt(policies.language_model(lm), critics.value(q_lm))
+    policy = policies.tilt(inner, critics.autoregressive(arm_lm))
+    params = {
+        "policy": {"policy": base, "critic": q, "beta": jnp.linspace(0.5, 1.5, 5)},
+        "critic": arm,
+        "beta": jnp.asarray(1.3),
+    }
+    return policy, params
+
+
+def test_gradients_of_log_prob_under_two_nested_tilts_equal_finite_differences():
+    """In base, critics and both betas, along 4 random directions each, central differences in float64."""
+    with jax.enable_x64(True):
+        policy, params = nested()
+        tokens = jnp.array([[1, 2, 5], [3, 3, 9], [10, 4, 6], [2, 8, 1], [7, 1, 2]])
+        mask = jnp.array([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]], bool)
+        weight = jnp.linspace(-1, 2, 5)
+
+        @jax.jit
+        def objective(params):
+            scored = decoding.log_prob(policy, params, RNG, padded(PROMPTS), tokens, mask)
+            return (weight * scored.log_prob.sum(1) + 0.3 * scored.kl.sum(1) - 0.2 * scored.log_norm.sum(1)).sum()
+
+        gradient = jax.jit(jax.grad(objective))(params)
+        parts = {
+            "base": lambda p: p["policy"]["policy"],
+            "critic": lambda p: p["policy"]["critic"],
+            "arm": lambda p: p["critic"],
+            "inner beta": lambda p: p["policy"]["beta"],
+            "outer beta": lambda p: p["beta"],
+        }
+        for name, part in parts.items():
+            chosen = {id(leaf) for leaf in jax.tree.leaves(part(params))}
+            for seed in range(4):
+                leaves, structure = jax.tree.flatten(params)
+                keys = jax.random.split(jax.random.key(seed), len(leaves))
+                direction = structure.unflatten(
+                    [
+                        jax.random.normal(k, x.shape, x.dtype) * (id(x) in chosen)
+                        for k, x in zip(keys, leaves, strict=True)
+                    ]
+                )
+                eps = 1e-5
+                ends = [objective(jax.tree.map(lambda p, d, e=e: p + e * d, params, direction)) for e in (eps, -eps)]
+                expected = (ends[0] - ends[1]) / (2 * eps)
+                found = sum(
+                    (g * d).sum() for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+                )
+                np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-8, err_msg=name)
+
+
+def test_the_parallel_form_of_a_language_model_equals_the_stepwise_form():
+    with jax.enable_x64(True):
+        lm, params = tiny_lm(0, dtype="float64")
+        policy = policies.language_model(lm)
+        tokens = jnp.array([[1, 2, 0], [3, 0, 0], [10, 4, 6], [0, 0, 0], [7, 1, 0]])
+        mask = jnp.array([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]], bool)
+        both = [
+            decoding.log_prob(p, params, RNG, padded(PROMPTS), tokens, mask, eos_ids=EOS)
+            for p in (policy, policy._replace(log_prob=None))
+        ]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *both)
+        np.testing.assert_array_equal(both[0].finished, [True, True, False, True, True])
+
+
+def test_a_response_outside_the_support_is_marked_and_gives_finite_gradients():
+    lm, base = tiny_lm(0)
+    policy = policies.top_k(policies.language_model(lm), 2)
+    prompts = padded(PROMPTS)
+    drawn = decoding.sample(policy, base, RNG, prompts, max_new_tokens=3, eos_ids=())
+    worst = policies.language_model(lm).init(base, RNG, prompts, 3)[1].log_prob.argmin(axis=-1)
+    tokens = drawn.tokens.at[1, 0].set(worst[1].astype(jnp.int32))
+    scored = decoding.log_prob(policy, base, RNG, prompts, tokens, drawn.mask)
+    np.testing.assert_array_equal(scored.in_support, [True, False, True, True, True])
+    assert scored.log_prob[1, 0] < -1e18
+    np.testing.assert_array_equal(scored.log_prob[1, 1:], 0)
+    gradient = jax.grad(lambda p: decoding.log_prob(policy, p, RNG, prompts, tokens, drawn.mask).log_prob.sum())(base)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
+
+
+def test_greedy_takes_the_most_probable_token_and_ignores_the_key():
+    lm, params = tiny_lm(0)
+    policy = policies.language_model(lm)
+    runs = [
+        decoding.sample(policy, params, jax.random.key(s), padded(PROMPTS), max_new_tokens=4, eos_ids=(), temperature=0)
+        for s in range(2)
+    ]
+    np.testing.assert_array_equal(runs[0].tokens, runs[1].tokens)
+    for b, prompt in enumerate(PROMPTS):
+        assert int(lm.apply(params, jnp.array([prompt])).logits[0, -1].argmax()) == int(runs[0].tokens[b, 0])
+
+
+def test_rows_after_eos_are_frozen_and_the_loop_stops():
+    """A base that ends at once: one step is taken, whatever the limit."""
+    steps = []
+    t = tree.Tree(3, 3, eos_id=0)
+    inner = tree.policy(t)
+
+    def step(params, rng, state, token):
+        jax.debug.callback(lambda: steps.append(1))
+        return inner.step(params, rng, state, token)
+
+    policy = inner._replace(step=step)
+    table = jnp.full((t.num_states, 3), -50.0).at[:, 0].set(0.0)
+    drawn = decoding.sample(policy, table, RNG, tree.prompts(4), max_new_tokens=50, eos_ids=(0,))
+    jax.effects_barrier()
+    assert len(steps) == 1
+    np.testing.assert_array_equal(drawn.mask.sum(axis=1), 1)
+    assert drawn.finished.all()
+    assert drawn.tokens.shape == (4, 50)
+
+
+def test_a_rollout_can_be_continued():
+    """Two rollouts of 2 and 3 tokens are one of 5 when their draws are: greedy."""
+    lm, params = tiny_lm(0)
+    policy = policies.temperature(policies.language_model(lm))
+    arguments = {"policy": params, "temperature": jnp.asarray(0.0)}
+    prompts = padded(PROMPTS)
+    state, output = policy.init(arguments, RNG, prompts, 5)
+    whole = loop.rollout(policy, arguments, RNG, state, output, steps=5, eos_ids=EOS)[2]
+    state, output, first = loop.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=EOS)
+    _, _, second = loop.rollout(policy, arguments, RNG, state, output, steps=3, eos_ids=EOS, finished=first.finished)
+    np.testing.assert_array_equal(jnp.concatenate([first.tokens, second.tokens], 1), whole.tokens)
+    np.testing.assert_array_equal(jnp.concatenate([first.mask, second.mask], 1), whole.mask)
+    np.testing.assert_array_equal(second.finished, whole.finished)
+
+
+def test_one_trace_for_each_bucket():
+    """Prompts of 1 to 24 tokens: four buckets, four traces."""
+    lm, params = tiny_lm(0, num_layers=1)
+    traces = []
+    policy = policies.language_model(lm)
+
+    def init(*arguments):
+        traces.append(1)
+        return policy.init(*arguments)
+
+    counted = policy._replace(init=init)
+    lengths = [1, 3, 8, 9, 12, 13, 16, 17, 24]
+    for length in lengths:
+        batch = data.prompt_batch([[1] * length, [2]], batch_size=3)
+        decoding.sample(counted, params, RNG, batch, max_new_tokens=2, eos_ids=EOS)
+    assert len(traces) == len({data.bucket(n) for n in lengths}) == 4
+
+
+def test_the_compiled_step_costs_the_same_at_every_position_and_copies_no_cache():
+    """FLOPs and bytes are static (position is data), K candidates read the cache once, and temporaries hold no copy of
+    it: donated in, the cache is updated in place."""
+    config = tiny_config(hidden_size=64, head_dim=16, max_length=2048, vocab_size=32)
+    lm = models.LanguageModel(config)
+    params = lm.init(jax.random.key(0))
+    capacity = 1024
+    _, cache = lm.prefill(params, jnp.ones((4, 8), jnp.int32), jnp.ones((4, 8), bool), capacity)
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
+    step = jax.jit(lm.step, donate_argnums=1).lower(params, cache, jnp.ones(4, jnp.int32)).compile()
+    memory = step.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 2
+    flops = {}
+    for k in (1, 10):
+        fn = jax.jit(lm.candidates).lower(params, cache, jnp.ones((4, k), jnp.int32)).compile()
+        flops[k] = fn.cost_analysis()["flops"]
+        assert fn.memory_analysis().temp_size_in_bytes < k * cache_bytes / 2
+    assert 5 < flops[10] / flops[1] < 11
+
+
+@pytest.mark.parametrize("name", ["language_model", "args", "autoregressive"])
+def test_the_compiled_loop_copies_no_cache(name):
+    """No instruction of the compiled sampling loop copies an array of the cache's shape."""
+    (lm, base), (reward_lm, reward), (arm_lm, arm) = tiny_lm(0), tiny_lm(1, "reward"), tiny_lm(4)
+    policy, params = policies.language_model(lm), base
+    if name == "args":
+        policy = policies.tilt(policy, critics.args(reward_lm), top_k=3)
+        params = {"policy": base, "critic": reward, "beta": jnp.float32(1)}
+    elif name == "autoregressive":
+        policy = policies.tilt(policy, critics.autoregressive(arm_lm))
+        params = {"policy": base, "critic": arm, "beta": jnp.float32(1)}
+    program = sampling._sample.lower(policy, params, RNG, padded(PROMPTS), 29, EOS).compile().as_text()
+    shape = "f32[5,2,33,4]"  # rows, key-value heads, prompt and new tokens, head_dim
+    assert shape in program
+    assert not re.findall(rf"= {re.escape(shape)}\S* copy\(", program)
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def refuse(match, **changes):
+    """sample must raise a ValueError before it traces anything."""
+    lm, base = tiny_lm(0)
+    reward_lm, reward = tiny_lm(1, "reward")
+    policy = policies.tilt(policies.language_model(lm), critics.args(reward_lm), top_k=3)
+
+    def init(*arguments):
+        raise AssertionError("traced")
+
+    call = {
+        "params": {"policy": base, "critic": reward, "beta": 1.0},
+        "prompts": padded(PROMPTS),
+        "max_new_tokens": 3,
+        "eos_ids": EOS,
+        "temperature": 1.0,
+    } | changes
+    params, prompts = call.pop("params"), call.pop("prompts")
+    with pytest.raises(ValueError, match=match):
+        decoding.sample(policy._replace(init=init), params, RNG, prompts, **call)
+
+
+def test_bad_input_is_a_value_error_before_tracing():
+    _lm, base = tiny_lm(0)
+    reward = tiny_lm(1, "reward")[1]
+    for beta in (0.0, -1.0, jnp.array([1.0, 1.0, 0.0, 1.0, 1.0])):
+        refuse("beta: expected a value > 0", params={"policy": base, "critic": reward, "beta": beta})
+    refuse("max_new_tokens: expected at least 1, found 0", max_new_tokens=0)
+    refuse("context of 64, found a prompt of 4 tokens", max_new_tokens=61)
+    refuse("temperature: expected a value >= 0", temperature=-0.1)
+    refuse(r"eos_ids: expected ids in \[0, 11\)", eos_ids=(11,))
+    prompts = padded(PROMPTS)
+    refuse(r"none in rows \[2\]", prompts=prompts._replace(mask=prompts.mask.at[2].set(False)))
+    refuse(r"token ids in \[0, 11\)", prompts=prompts._replace(tokens=prompts.tokens.at[0, -1].set(11)))
+    refuse("found shape", prompts=TokenBatch(jnp.zeros((0, 3), jnp.int32), jnp.zeros((0, 3), bool)))
+    refuse("one shape", prompts=prompts._replace(mask=prompts.mask[:, 1:]))
+    refuse("'policy'", prompts={"critic": prompts})
+
+
+def test_bad_compositions_are_refused_when_built():
+    lm, base = tiny_lm(0)
+    wide, wide_params = tiny_lm(0, vocab_size=13)
+    policy, reward = policies.language_model(lm), critics.args(tiny_lm(1, "reward")[0])
+    arm = critics.autoregressive(lm)
+    with pytest.raises(ValueError, match="top_k: expected at most the vocabulary's 11 tokens, found 12"):
+        policies.tilt(policy, reward, top_k=12)
+    with pytest.raises(ValueError, match="top_k"):
+        policies.tilt(policy, reward, top_k=0)
+    with pytest.raises(ValueError, match="k: expected 1 to"):
+        policies.top_k(policy, 12)
+    with pytest.raises(ValueError, match="one vocabulary, found 11 and 13"):
+        policies.tilt(policy, critics.autoregressive(wide))
+    with pytest.raises(ValueError, match="one vocabulary"):
+        policies.with_reference(policy, policies.language_model(wide))
+    with pytest.raises(ValueError, match=r"one kind, found \['increment', 'level'\]"):
+        critics.weighted_sum([reward, arm])
+    with pytest.raises(ValueError, match="scalar head"):
+        critics.args(lm)
+    critic = critics.weighted_sum([arm, arm])
+    tilted = policies.tilt(policy, critic)
+    params = {"policy": base, "critic": {"critics": [base, base], "weights": jnp.ones(3)}, "beta": 1.0}
+    with pytest.raises(ValueError, match=r"weights: expected shape \(2,\) or \(5, 2\)"):
+        decoding.sample(tilted, params, RNG, padded(PROMPTS), max_new_tokens=2, eos_ids=EOS)
+    del wide_params
+
+
+def test_bad_arguments_of_the_other_decoders():
+    lm, params = tiny_lm(0)
+    policy = policies.language_model(lm)
+    with pytest.raises(ValueError, match="n: expected at least 1"):
+        decoding.best_of_n(
+            policy, None, {"policy": params, "reward": None}, RNG, padded(PROMPTS), n=0, max_new_tokens=2, eos_ids=EOS
+        )
+    mask = jnp.array([[True, False, True]] * 5)
+    with pytest.raises(ValueError, match="right-padded"):
+        decoding.log_prob(policy, params, RNG, padded(PROMPTS), jnp.ones((5, 3), jnp.int32), mask)
+    for value, name in ((1.5, "top_p"), (0.0, "top_p")):
+        nucleus = policies.top_p(policy)
+        with pytest.raises(ValueError, match=name):
+            decoding.sample(
+                nucleus, {"policy": params, "top_p": value}, RNG, padded(PROMPTS), max_new_tokens=2, eos_ids=EOS
+            )
