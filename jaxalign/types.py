@@ -40,7 +40,7 @@ class TokenBatch(NamedTuple):
 
     tokens: Array
     mask: Array
-    index: Array | None = None
+    index: Array | None = None  # type: ignore[assignment]  # shadows tuple.index, which nobody calls on a batch
 
 
 class StepOutput(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def main(
             drawn = decoding.sample(policy, params, jax.random.key(1), inputs, max_new_tokens=new, eos_ids=())
             jax.block_until_ready(drawn)
 
-        runs = {"jaxalign": ours}
+        runs: dict[str, Callable[[], None]] = {"jaxalign": ours}
         if twin is not None:
             runs["torch"] = _generate(twin, inputs, new, dtype)
         seconds = common.alternate(runs, repeats=repeats)

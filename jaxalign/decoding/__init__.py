@@ -1,6 +1,6 @@
 """Decoders: from a Policy to responses."""
 
 from jaxalign.decoding.sampling import log_prob, sample
-from jaxalign.decoding.selection import best_of_n
+from jaxalign.decoding.selection import best_of_n, join
 
-__all__ = ["best_of_n", "log_prob", "sample"]
+__all__ = ["best_of_n", "join", "log_prob", "sample"]

@@ -18,6 +18,7 @@ from jaxalign.types import (
     Prompts,
     Reward,
     Selection,
+    TokenBatch,
     at_least_float32,
     prompt_index,
     prompts_for,
@@ -89,7 +90,11 @@ def _best_of_n(
     return Selection(best, samples, score)
 
 
+def join(prompts: TokenBatch, completions: Completions) -> tuple[Array, Array, Array]:
+    """(tokens [B,P+T], mask [B,P+T], prompt_length [B]) of prompts and their responses: what a Reward takes."""
+    return mdp.concatenate(prompts, completions.tokens, completions.mask)
+
+
 def score_completions(reward: Reward, params: Params, prompts: Prompts, completions: Completions) -> Array:
     """reward [N] of completions [N,T] after prompts [N,P], at least float32."""
-    tokens, mask, prompt_length = mdp.concatenate(prompts, completions.tokens, completions.mask)
-    return at_least_float32(reward(params, tokens, mask, prompt_length, prompt_index(prompts)))
+    return at_least_float32(reward(params, *join(prompts, completions), prompt_index(prompts)))

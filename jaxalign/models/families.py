@@ -58,7 +58,8 @@ FAMILY_LAYERS = {
 
 def rules(config: Config) -> list[Rule]:
     """All rules of a configuration, layers written out."""
-    layer, optional = FAMILY_LAYERS[config.family]
+    always, optional = FAMILY_LAYERS[config.family]
+    layer = [*always]
     for name, extra in optional:
         layer += extra if getattr(config, name) else ()
     table = [*EMBEDDING]

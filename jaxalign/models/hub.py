@@ -88,7 +88,10 @@ def tokenizer(path: str | pathlib.Path) -> Any:
     """The folder's tokenizer, a transformers tokenizer."""
     from transformers import AutoTokenizer  # slow to import, and only needed where text comes in
 
-    return AutoTokenizer.from_pretrained(_folder(path), local_files_only=True)
+    folder = _folder(path)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ValueError(f"tokenizer: expected tokenizer files in the folder, found none in {folder}")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _folder(path: str | pathlib.Path) -> pathlib.Path:
@@ -193,7 +196,7 @@ def _write_tensors(folder: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(part, folder / name, metadata={"format": "pt"})

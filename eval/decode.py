@@ -1,0 +1,380 @@
+"""Decode a user's prompts with a user's models, by every method asked for:
+
+python -m eval.decode --model DIR --critic args:REWARD_DIR --critic autoregressive:ARM_DIR --beta 0.5 1.0 \\
+    --reward REWARD_DIR --prompts prompts.jsonl --out runs/decode
+
+Each critic is a method, run at every beta, beside the base and (with --best-of-n) best-of-n. The same command again
+goes on where it was stopped; a response depends on the seed and on the prompt's index alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from jaxalign import cli, critics, data, decoding, metrics, models, policies, rewards
+from jaxalign.types import Completions, Critic, Params, Policy, Reward, TokenBatch
+
+KINDS = ("args", "value", "autoregressive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of eval.decode."""
+
+    model: str
+    """Folder (or hub name) of the base language model, with its tokenizer."""
+    prompts: str
+    """File of prompts: .txt, one per line; .jsonl or .jsonl.gz with "prompt" or "messages"."""
+    out: str
+    """Run folder: responses.jsonl, summary.json, config.json, versions.json."""
+    critic: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """KIND:DIR; give the option again for another method. KIND is args, value or autoregressive."""
+    beta: tuple[float, ...] = (1.0,)
+    """KL weights, one or several, each > 0 [units of the critic's score per nat]; autoregressive: 1/alpha."""
+    sum: bool = False
+    """Combine all critics into one weighted sum, one method."""
+    weights: tuple[float, ...] = ()
+    """With --sum: one weight per critic [1]; all 1 when empty."""
+    top_k: int | None = None
+    """Candidates per token; 0: the whole vocabulary. Default: 10 for scalar heads, which are scored one candidate at a
+    time; the whole vocabulary for Q heads and autoregressive rewards, which give all scores at once."""
+    best_of_n: int = 0
+    """Also decode best-of-n of the base by --reward, n responses per prompt; 0: not."""
+    include_base: bool = True
+    """Also decode the base itself."""
+    reward: str = ""
+    """Folder of a reward model that scores every response (the proxy)."""
+    gold: str = ""
+    """Folder of a second reward model that no method saw."""
+    max_new_tokens: int = 128
+    """Limit of a response [tokens], its EOS included."""
+    temperature: float = 1.0
+    """Sampling temperature, the outermost transform; 0 is greedy."""
+    batch_size: int = 16
+    """Prompts decoded together."""
+    seed: int = 0
+    """Seed of all draws."""
+    dtype: str = "float32"
+    """Type of all models' parameters and activations: float32 or bfloat16."""
+    mesh: str = ""
+    """data=N: N devices share each batch; N divides --batch-size."""
+    config: str = ""
+    """JSON or TOML file of defaults for these options."""
+
+
+class Method(NamedTuple):
+    """One row group of the results."""
+
+    name: str
+    beta: float | None
+    policy: Policy
+    params: Params
+    n: int  # responses per prompt, of which the best is kept
+    kl_kind: str
+
+
+def check(config: Config) -> None:
+    """Value checks that need no file. ValueErrors name the option."""
+    if config.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, found {config.max_new_tokens}")
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, found {config.batch_size}")
+    if not config.beta or any(not beta > 0 for beta in config.beta):
+        raise ValueError(f"beta: expected values > 0, found {config.beta}")
+    if config.temperature < 0:
+        raise ValueError(f"temperature: expected a value >= 0, found {config.temperature}")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype: expected float32 or bfloat16, found {config.dtype!r}")
+    for spec in config.critic:
+        if spec.partition(":")[0] not in KINDS or not spec.partition(":")[2]:
+            raise ValueError(f"critic: expected KIND:DIR with KIND among {KINDS}, found {spec!r}")
+    if config.weights and (not config.sum or len(config.weights) != len(config.critic)):
+        raise ValueError(
+            f"weights: expected --sum and one weight per critic ({len(config.critic)}), found {len(config.weights)}"
+        )
+    if config.sum and not config.critic:
+        raise ValueError("sum: expected at least one --critic, found none")
+    if config.top_k is not None and config.top_k < 0:
+        raise ValueError(f"top_k: expected 0 (all) or at least 1, found {config.top_k}")
+    if config.best_of_n < 0 or (config.best_of_n > 0 and not config.reward):
+        raise ValueError(f"best_of_n: expected n >= 0 and a --reward to select by, found {config.best_of_n}")
+    if not (config.critic or config.include_base or config.best_of_n):
+        raise ValueError("critic: expected something to decode, found no critic, no base and no best_of_n")
+
+
+def load_all(config: Config) -> tuple[Any, dict[str, tuple[models.LanguageModel, Params]]]:
+    """(tokenizer, models by role), all over one vocabulary: equal, appended rows cut with a warning, or an error."""
+    mesh = cli.make_mesh(config.mesh)
+    if mesh is not None and config.batch_size % mesh.size:
+        raise ValueError(f"mesh: expected a divisor of batch_size {config.batch_size}, found {config.mesh!r}")
+    folders = {"model": config.model} | {f"critic {spec}": spec.partition(":")[2] for spec in config.critic}
+    folders |= {name: getattr(config, name) for name in ("reward", "gold") if getattr(config, name)}
+    tokenizer = models.tokenizer(config.model)
+    loaded = {}
+    for name, folder in folders.items():
+        loaded[name] = models.load(folder, dtype=config.dtype, mesh=mesh)
+        if name != "model":
+            models.check_tokens(tokenizer.get_vocab(), models.tokenizer(folder).get_vocab(), name=name)
+    matched = models.match_vocabulary(*loaded.values(), names=tuple(loaded))
+    return tokenizer, dict(zip(loaded, matched, strict=True))
+
+
+def build_critic(spec: str, lm: models.LanguageModel) -> tuple[Critic, bool]:
+    """(critic, whether it gives the scores of the whole vocabulary at once)."""
+    kind = spec.partition(":")[0]
+    if kind == "args":
+        return critics.args(lm), False
+    if kind == "value":
+        return critics.value(lm), lm.config.head is not None and lm.config.head.kind == "q"
+    return critics.autoregressive(lm), True
+
+
+def methods(config: Config, loaded: dict[str, tuple[models.LanguageModel, Params]]) -> list[Method]:
+    """All methods of a run, the base first."""
+    lm, params = loaded["model"]
+    base = policies.language_model(lm)
+    greedy = config.temperature == 0
+    sampled = "mean -log pi_ref(y)" if greedy else "sum of exact per-step KL"
+    out = [Method("base", None, base, params, 1, sampled)] if config.include_base else []
+    if config.best_of_n:
+        bound = "bound log n - (n-1)/n" if config.temperature == 1 else "bound, to the tempered base"
+        out.append(Method(f"best_of_{config.best_of_n}", None, base, params, config.best_of_n, bound))
+    built = [(spec, *build_critic(spec, loaded[f"critic {spec}"][0])) for spec in config.critic]
+    values = [loaded[f"critic {spec}"][1] for spec in config.critic]
+    if config.sum:
+        weights = jnp.asarray(config.weights or (1.0,) * len(built), jnp.float32)
+        summed = critics.weighted_sum([critic for _, critic, _ in built])
+        built = [("+".join(config.critic), summed, all(whole for _, _, whole in built))]
+        values = [{"critics": tuple(values), "weights": weights}]
+    for (name, critic, whole), critic_params in zip(built, values, strict=True):
+        k = (None if whole else min(10, lm.vocab_size)) if config.top_k is None else (config.top_k or None)
+        policy = policies.tilt(base, critic, top_k=k)
+        for beta in config.beta:
+            tilted = {"policy": params, "critic": critic_params, "beta": jnp.asarray(beta, jnp.float32)}
+            out.append(Method(name, beta, policy, tilted, 1, sampled))
+    return out
+
+
+class Batch(NamedTuple):
+    """rows: indices of the prompts; prompts: padded to batch_size rows."""
+
+    rows: list[int]
+    prompts: TokenBatch
+
+
+def batches(config: Config, ids: list[list[int]]) -> list[Batch]:
+    """Prompts of near lengths together. The same batches for every method and after every interruption."""
+    mesh = cli.make_mesh(config.mesh)
+    order = sorted(range(len(ids)), key=lambda i: (data.bucket(len(ids[i])), i))
+    out = []
+    for begin in range(0, len(order), config.batch_size):
+        rows = order[begin : begin + config.batch_size]
+        prompts = data.prompt_batch([ids[i] for i in rows], index=rows, batch_size=config.batch_size)
+        if mesh is not None:
+            prompts = jax.device_put(prompts, NamedSharding(mesh, PartitionSpec("data")))
+        out.append(Batch(rows, prompts))
+    return out
+
+
+class Judge(NamedTuple):
+    """A jitted Reward and its parameters."""
+
+    reward: Reward
+    params: Params
+
+
+def decode_batch(
+    config: Config, method: Method, proxy: Judge | None, prompts: TokenBatch, eos_ids: tuple[int, ...]
+) -> Completions:
+    """One batch by one method; best-of-n selects by the proxy."""
+    shared: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "eos_ids": eos_ids}
+    shared["temperature"] = 1.0 if config.temperature == 1 else jnp.asarray(config.temperature, jnp.float32)
+    rng = jax.random.key(config.seed)
+    if method.n == 1:
+        return decoding.sample(method.policy, method.params, rng, prompts, **shared)
+    assert proxy is not None
+    both = {"policy": method.params, "reward": proxy.params}
+    return decoding.best_of_n(method.policy, proxy.reward, both, rng, prompts, n=method.n, **shared).best
+
+
+def run(config: Config) -> pathlib.Path:
+    """Decodes, writes the run folder, prints the table; gives the path of responses.jsonl."""
+    check(config)
+    tokenizer, loaded = load_all(config)
+    texts = data.read_prompts(config.prompts, tokenizer=tokenizer)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    for i, row in enumerate(ids):
+        if not row:
+            raise ValueError(f"prompts: expected at least one token in each prompt, found none in prompt {i}")
+    plan = methods(config, loaded)
+    # Every host check on all prompts, before anything is written.
+    everything = data.prompt_batch(ids)
+    for method in plan:
+        assert method.policy.check is not None
+        method.policy.check(method.params, everything, config.max_new_tokens)
+    judges: dict[str, Judge] = {}
+    for name in ("reward", "gold"):
+        if name in loaded:
+            policies.check_prompt_fits(loaded[name][0], everything, config.max_new_tokens, name=name)
+            judges[name] = Judge(jax.jit(rewards.from_model(loaded[name][0])), loaded[name][1])
+    out = cli.open_run(config.out, config)
+    final = out / "responses.jsonl"
+    if not final.exists():
+        records = _decode_all(config, plan, judges, texts, ids, tokenizer, loaded["model"][0].config.eos_ids, out)
+        order = {(m.name, m.beta): k for k, m in enumerate(plan)}
+        records.sort(key=lambda r: (order[r["method"], r["beta"]], r["index"]))
+        _write_records(final, records)
+        (out / "responses.jsonl.partial").unlink()
+    records = _read_records(final)
+    rows = summarise(plan, records)
+    cli.write_json(out / "summary.json", rows)
+    print_table(rows)
+    print(f"wrote {final} ({len(records)} responses) and {out / 'summary.json'}")
+    return final
+
+
+def _decode_all(
+    config: Config,
+    plan: list[Method],
+    judges: dict[str, Judge],
+    texts: list[str],
+    ids: list[list[int]],
+    tokenizer: Any,
+    eos_ids: tuple[int, ...],
+    out: pathlib.Path,
+) -> list[dict[str, Any]]:
+    """All records; each finished batch is appended to the partial file, from which the next call goes on."""
+    partial = out / "responses.jsonl.partial"
+    found = {(r["method"], r["beta"], r["index"]): r for r in _read_records(partial)}
+    parts = batches(config, ids)
+    # A batch that was cut short is decoded again whole: the same shapes and neighbours give the same bits.
+    whole = {
+        (k, j)
+        for k, method in enumerate(plan)
+        for j, batch in enumerate(parts)
+        if all((method.name, method.beta, i) in found for i in batch.rows)
+    }
+    records = [found[plan[k].name, plan[k].beta, i] for k, j in sorted(whole) for i in parts[j].rows]
+    _write_records(partial, records)
+    total = len(plan) * len(ids)
+    progress = tqdm(total=total, initial=len(records), unit="response", mininterval=2.0, desc="decode")
+    with partial.open("a") as sink, progress:
+        for k, method in enumerate(plan):
+            for j, batch in enumerate(parts):
+                if (k, j) in whole:
+                    continue
+                begin = time.perf_counter()
+                drawn = decode_batch(config, method, judges.get("reward"), batch.prompts, eos_ids)
+                jax.block_until_ready(drawn)
+                seconds = time.perf_counter() - begin
+                joined = decoding.join(batch.prompts, drawn)
+                scores = {
+                    name: np.asarray(judge.reward(judge.params, *joined, batch.prompts.index))
+                    for name, judge in judges.items()
+                }
+                host = jax.tree.map(np.asarray, drawn)
+                new = [
+                    _record(method, i, texts[i], tokenizer, host, b)
+                    | {name: round(float(values[b]), 6) for name, values in scores.items()}
+                    for b, i in enumerate(batch.rows)
+                ]
+                sink.writelines(json.dumps(record) + "\n" for record in new)
+                sink.flush()
+                records += new
+                tokens = int(host.mask[: len(batch.rows)].sum())
+                progress.set_postfix_str(f"{method.name} {tokens / seconds:.0f} tokens/s")
+                progress.update(len(batch.rows))
+    return records
+
+
+def _record(method: Method, index: int, prompt: str, tokenizer: Any, host: Completions, b: int) -> dict[str, Any]:
+    real = host.mask[b]
+    log_prob, log_ref = host.log_prob[b][real], host.log_prob_ref[b][real]
+    if method.n > 1:
+        kl = metrics.best_of_n_kl_bound(method.n)
+    elif method.kl_kind.startswith("mean"):
+        kl = -float(log_ref.sum())
+    else:
+        assert host.kl is not None
+        kl = float(host.kl[b].sum())
+    tokens = host.tokens[b][real].tolist()
+    return {
+        "method": method.name,
+        "beta": method.beta,
+        "index": index,
+        "prompt": prompt,
+        "response": tokenizer.decode(tokens, skip_special_tokens=True),
+        "tokens": tokens,
+        "log_prob": [round(float(x), 6) for x in log_prob],
+        "log_prob_ref": [round(float(x), 6) for x in log_ref],
+        "log_prob_sum": round(float(log_prob.sum()), 5),
+        "log_prob_ref_sum": round(float(log_ref.sum()), 5),
+        "log_norm_sum": round(float(host.log_norm[b][real].sum()), 5),
+        "kl": round(kl, 5),
+        "kl_kind": method.kl_kind,
+        "finished": bool(host.finished[b]),
+        "truncated": bool(host.truncated[b]),
+    }
+
+
+def _read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Whole lines of a responses file; a last line without its end was cut short and is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _write_records(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    temporary.replace(path)
+
+
+def summarise(plan: list[Method], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per method and beta: means with 95 % half-widths of reward, gold and KL (its kind named), length, truncation."""
+    rows = []
+    for method in plan:
+        mine = [r for r in records if (r["method"], r["beta"]) == (method.name, method.beta)]
+        row: dict[str, Any] = {"method": method.name, "beta": method.beta, "responses": len(mine)}
+        for name in ("reward", "gold", "kl"):
+            if name in mine[0]:
+                estimate = metrics.mean_interval([r[name] for r in mine])
+                row[name], row[f"{name}_95"] = estimate.mean, estimate.half_width
+        row["kl_kind"] = method.kl_kind
+        row["tokens"] = float(np.mean([len(r["tokens"]) for r in mine]))
+        row["truncated"] = float(np.mean([r["truncated"] for r in mine]))
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """One line per row; a mean is followed by its 95 % half-width."""
+    names = [name for name in ("reward", "gold", "kl") if name in rows[0]]
+    head = ["method", "beta", *names, "tokens", "truncated", "kind of KL"]
+    lines = [head]
+    for row in rows:
+        cells = [str(row["method"]), "-" if row["beta"] is None else f"{row['beta']:g}"]
+        cells += [f"{row[name]:.3f} ± {row[f'{name}_95']:.3f}" for name in names]
+        lines.append([*cells, f"{row['tokens']:.1f}", f"{row['truncated']:.2f}", row["kl_kind"]])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def main(args: list[str] | None = None) -> None:
+    run(cli.parse(Config, description=__doc__ or "", args=args))
+
+
+if __name__ == "__main__":
+    main()

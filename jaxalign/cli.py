@@ -1,0 +1,124 @@
+"""What every script of train/ and eval/ shares: options from a frozen dataclass, a run folder, a mesh.
+
+Options come from tyro: the fields of a dataclass, their docstrings as help, unknown ones refused. `--config FILE` gives
+defaults that the command line overrides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import tomllib
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import tyro
+
+C = TypeVar("C")
+
+PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
+
+
+def parse(config: type[C], *, description: str, args: Sequence[str] | None = None) -> C:
+    """The config from the command line (sys.argv when args is None), over the defaults of `--config FILE` if given.
+
+    FILE is JSON or TOML with the field names as keys. An unknown option ends the program with tyro's message; an
+    unknown key of FILE is a ValueError that names it.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    default: Any = None
+    path = _config_option(arguments)
+    if path is not None:
+        default = _from_file(config, path)
+    extra = {} if default is None else {"default": default}
+    return tyro.cli(config, args=arguments, description=description, **extra)
+
+
+def _config_option(arguments: Sequence[str]) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+    return None
+
+
+def _from_file(config: type[C], path: str) -> C:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(f"config: expected a JSON or TOML file, found none at {path}")
+    values = tomllib.loads(file.read_text()) if file.suffix == ".toml" else json.loads(file.read_text())
+    fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"config: expected keys among {sorted(fields)}, found {unknown} in {path}")
+    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    missing: Any = tyro.MISSING
+    for name, field in fields.items():
+        if name not in frozen and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            frozen[name] = missing  # tyro then requires it on the command line
+    return config(**frozen)
+
+
+def write_json(path: pathlib.Path, values: Any) -> None:
+    """Indented JSON under a temporary name, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
+    temporary.replace(path)
+
+
+def open_run(folder: str | os.PathLike[str], config: Any) -> pathlib.Path:
+    """The run folder, with config.json and versions.json. A folder of another run is refused.
+
+    The same config opens the folder again, so that the run can go on; the fields `config` and `out` are not compared.
+    ValueError: the folder holds a run whose config differs (the field is named), or files but no config.json.
+    """
+    out = pathlib.Path(folder)
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    compared = {name: value for name, value in values.items() if name not in ("config", "out")}
+    stored = out / "config.json"
+    if stored.exists():
+        before = json.loads(stored.read_text())
+        for name in sorted(set(compared) | (set(before) - {"config", "out"})):
+            if before.get(name) != compared.get(name):
+                raise ValueError(
+                    f"{name}: expected {before.get(name)!r} of the run in {out}, found {compared.get(name)!r}; "
+                    "name another --out, or remove that folder"
+                )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"out: expected a new or empty folder, or one of this run, found files in {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(stored, values)
+    write_json(out / "versions.json", versions())
+    return out
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on, and the device."""
+    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def make_mesh(spec: str) -> jax.sharding.Mesh | None:
+    """A mesh from "data=N" (N devices along the data axis), None from "". ValueError for another form or too many
+    devices."""
+    if not spec:
+        return None
+    name, _, count = spec.partition("=")
+    if name != "data" or not count.isdigit() or int(count) < 1:
+        raise ValueError(f"mesh: expected data=N with N >= 1, found {spec!r}")
+    if int(count) > len(jax.devices()):
+        raise ValueError(f"mesh: expected at most {len(jax.devices())} devices, found {spec!r}")
+    return jax.sharding.Mesh(np.asarray(jax.devices()[: int(count)]), ("data",))
