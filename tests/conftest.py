@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import os
+import shutil
 import tempfile
 
 # Before jax starts: the tests compile much and compute little. Both flags are known to every supported jax.
@@ -18,8 +20,10 @@ from jaxalign import models
 from jaxalign.types import TokenBatch
 
 # One cache of compiled programs for a run of the tests, shared by its workers and gone with it.
-_cache = os.environ.setdefault("JAXALIGN_TEST_CACHE", tempfile.mkdtemp(prefix="jaxalign-tests-"))
-jax.config.update("jax_compilation_cache_dir", _cache)
+if "JAXALIGN_TEST_CACHE" not in os.environ:
+    os.environ["JAXALIGN_TEST_CACHE"] = tempfile.mkdtemp(prefix="jaxalign-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAXALIGN_TEST_CACHE"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAXALIGN_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -54,7 +58,7 @@ def tiny_lm(seed: int = 0, head: str | None = None, dtype: str = "float32", **ch
     else:
         spec = None
     lm = models.LanguageModel(tiny_config(spec, **changes), dtype=dtype)
-    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, jax.jit(lm.init)(jax.random.key(seed)))
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, lm.init(jax.random.key(seed)))
     return lm, params
 
 

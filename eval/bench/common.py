@@ -40,7 +40,7 @@ def config(*, layers: int = 8, width: int = 512, head: models.Head | None = None
 def build(seed: int, cfg: models.Config, dtype: str = "float32") -> tuple[models.LanguageModel, Any]:
     """(model, random parameters)."""
     lm = models.LanguageModel(cfg, dtype=dtype)
-    return lm, jax.jit(lm.init)(jax.random.key(seed))
+    return lm, lm.init(jax.random.key(seed))
 
 
 def prompts(batch: int, length: int, seed: int = 0) -> TokenBatch:

@@ -2,7 +2,7 @@
 
 from jaxalign.models.config import Config, Head, Rope
 from jaxalign.models.hub import load, save, tokenizer
-from jaxalign.models.language_model import Cache, LanguageModel, ModelOutput
+from jaxalign.models.language_model import Cache, LanguageModel, ModelOutput, with_head
 from jaxalign.models.log_prob import chunked, token_log_prob
 from jaxalign.models.vocabulary import check_tokens, cut_vocabulary, match_vocabulary
 
@@ -21,4 +21,5 @@ __all__ = [
     "save",
     "token_log_prob",
     "tokenizer",
+    "with_head",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign import mdp
-from jaxalign.models.config import Config
+from jaxalign.models.config import Config, Head
 from jaxalign.models.heads import HeadModule
 from jaxalign.models.transformer import KeyValue, Transformer, write_slot
 from jaxalign.types import Array, Params
@@ -65,18 +66,7 @@ class LanguageModel:
 
     def init(self, rng: Array) -> Params:
         """Random parameters (normal 0.02): {"transformer": …, "head": …}. rng: consumed."""
-        body, head = jax.random.split(rng)
-        tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-
-        def everything(module: Transformer) -> None:
-            hidden, _ = module(module.embed(tokens), mask)
-            if self.has_lm_head:
-                module.logits(hidden)
-
-        params = {"transformer": self._module.init(body, method=everything)["params"]}
-        if self.config.head is not None:
-            params["head"] = self.init_head(head)
-        return params
+        return _init(self, rng)
 
     @property
     def has_lm_head(self) -> bool:
@@ -164,6 +154,28 @@ class LanguageModel:
         slot = _next_slot(cache, token >= 0)
         hidden, layers = self._call(params, Transformer.append, x, cache.length, slot, list(cache.layers))
         return hidden[:, 0], Cache(tuple(layers), cache.length + (token >= 0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(lm: LanguageModel, rng: Array) -> Params:
+    body, head = jax.random.split(rng)
+    tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+
+    def everything(module: Transformer) -> None:
+        hidden, _ = module(module.embed(tokens), mask)
+        if lm.has_lm_head:
+            module.logits(hidden)
+
+    params = {"transformer": lm._module.init(body, method=everything)["params"]}
+    if lm.config.head is not None:
+        params["head"] = lm.init_head(head)
+    return params
+
+
+def with_head(lm: LanguageModel, head: Head | None) -> LanguageModel:
+    """The same transformer with another head (or none); `init_head` makes its parameters, to stand beside the body's
+    under "head". A reward head leaves out lm_head, as …ForSequenceClassification does."""
+    return dataclasses.replace(lm, config=dataclasses.replace(lm.config, head=head))
 
 
 def _next_slot(cache: Cache, moves: Array) -> Array:

@@ -1,0 +1,176 @@
+"""Decode on a small decision process that is solved exactly:
+
+python -m eval.demo --out runs/demo
+
+A random base policy over responses of up to six tokens, a random reward, and four ways to tilt the base: ARGS with a
+noisy reward of the partial response, controlled decoding with the exact value, GenARM with the autoregressive reward
+that its training converges to, and the exact soft value; and best-of-n. Each is decoded by the library's own decoders,
+and its sampled reward and KL stand beside the exact law. Writes results.json and frontier.png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import cli, decoding, metrics, policies, tree
+from jaxalign.types import Array, Policy
+
+RAMP = {"exact soft value": "C0", "controlled decoding": "C1", "GenARM": "C2", "ARGS": "C3", "best of n": "C4"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of eval.demo."""
+
+    out: str
+    """Run folder: results.json, frontier.png, config.json, versions.json."""
+    vocab: int = 4
+    """Vocabulary size V [tokens]."""
+    horizon: int = 6
+    """Longest response T [tokens]; token 0 is EOS."""
+    samples: int = 4000
+    """Responses drawn per method and setting."""
+    betas: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5, 0.3, 0.2)
+    """KL weights [reward per nat]."""
+    n: tuple[int, ...] = (2, 4, 8, 16, 32)
+    """Responses per prompt of best-of-n."""
+    noise: float = 1.0
+    """Standard deviation of the error of ARGS' reward on partial text [reward]."""
+    seed: int = 0
+    """Seed of the process and of all draws."""
+    config: str = ""
+    """JSON or TOML file of defaults for these options."""
+
+
+class Point(NamedTuple):
+    """One method at one setting: exact and sampled reward with its 95 % half-width, exact and sampled KL [nats]."""
+
+    method: str
+    setting: float
+    reward: float
+    sampled_reward: float
+    sampled_reward_95: float
+    kl: float
+    sampled_kl: float
+    kl_kind: str
+
+
+def exact_law(t: tree.Tree, policy: Policy, params: Any) -> Array:
+    """log pi(y) [M] of any Policy: every response scored by `decoding.log_prob`."""
+    tokens, mask = (jnp.asarray(x) for x in t.responses)
+    scored = decoding.log_prob(policy, params, jax.random.key(0), tree.prompts(t.num_responses), tokens, mask)
+    return scored.log_prob.sum(axis=1)
+
+
+def critic_tables(
+    t: tree.Tree, config: Config, base: Array, reward: Array, beta: float
+) -> dict[str, tuple[str, Array]]:
+    """Method -> (kind of critic, its table q [S,V])."""
+    error = config.noise * jax.random.normal(jax.random.key(config.seed + 1), (t.num_states, t.vocab_size))
+    value = tree.q_values(t, tree.value(t, base, reward), reward)
+    return {
+        "exact soft value": ("level", tree.q_values(t, tree.soft_value(t, base, reward, beta=beta), reward)),
+        "controlled decoding": ("level", value),
+        # log pi_r is trained to r/beta_r + const with beta_r = 1; the guidance weight is then 1/beta.
+        "GenARM": ("increment", tree.policy_of(t, jax.nn.log_softmax(reward))),
+        "ARGS": ("level", jnp.where(jnp.asarray(t.leaf) >= 0, value, value + error)),
+    }
+
+
+def run(config: Config) -> list[Point]:
+    """All points; the table is printed, results.json and frontier.png are written."""
+    t = tree.Tree(config.vocab, config.horizon, eos_id=0)
+    out = cli.open_run(config.out, config)
+    base, reward = tree.random(jax.random.key(config.seed), t)
+    log_base = tree.response_log_prob(t, base)
+    prompts = tree.prompts(config.samples)
+    rng = jax.random.key(config.seed + 2)
+    shared: dict[str, Any] = {"max_new_tokens": config.horizon, "eos_ids": (0,)}
+
+    def point(method: str, setting: float, law: Array, drawn: Any, sampled_kl: float, kind: str) -> Point:
+        found = np.asarray(reward)[np.asarray(tree.response_index(t, drawn.tokens, drawn.mask))]
+        mean, half = metrics.mean_interval(found)
+        exact = float(tree.expected(law, reward)), float(tree.sequence_kl(law, log_base))
+        return Point(method, setting, exact[0], mean, half, exact[1], sampled_kl, kind)
+
+    built = {kind: policies.tilt(tree.policy(t), tree.critic(t, kind)) for kind in ("level", "increment")}
+    points = []
+    for beta in config.betas:
+        for method, (kind, q) in critic_tables(t, config, base, reward, beta).items():
+            params = {"policy": base, "critic": q, "beta": jnp.asarray(beta)}
+            drawn = decoding.sample(built[kind], params, rng, prompts, **shared)
+            law = exact_law(t, built[kind], params)
+            assert drawn.kl is not None  # only a parallel form leaves it out
+            points.append(point(method, beta, law, drawn, float(drawn.kl.sum(1).mean()), "sum of exact per-step KL"))
+    for n in config.n:
+        both = {"policy": base, "reward": reward}
+        chosen = decoding.best_of_n(tree.policy(t), tree.reward(t), both, rng, prompts, n=n, **shared)
+        law = tree.best_of_n_law(log_base, reward, n)
+        bound = metrics.best_of_n_kl_bound(n)
+        points.append(point("best of n", n, law, chosen.best, bound, "bound log n - (n-1)/n"))
+    points.sort(key=lambda p: (list(RAMP).index(p.method), p.kl))
+    table = [p._asdict() for p in points]
+    cli.write_json(out / "results.json", {"base_reward": float(tree.expected(log_base, reward)), "points": table})
+    plot(t, base, reward, points, out / "frontier.png")
+    print_table(points)
+    print(f"wrote {out / 'results.json'} and {out / 'frontier.png'}")
+    return points
+
+
+def print_table(points: list[Point]) -> None:
+    """Exact and sampled numbers side by side."""
+    print(f"{'method':20} {'beta or n':>9} {'reward':>8} {'sampled':>16} {'KL':>7} {'reported':>9}  kind of KL")
+    for p in points:
+        sampled = f"{p.sampled_reward:.3f} ± {p.sampled_reward_95:.3f}"
+        print(
+            f"{p.method:20} {p.setting:9g} {p.reward:8.3f} {sampled:>16} {p.kl:7.3f} {p.sampled_kl:9.3f}  {p.kl_kind}"
+        )
+
+
+def plot(t: tree.Tree, base: Array, reward: Array, points: list[Point], path: pathlib.Path) -> None:
+    """Reward against KL: exact laws as lines, sampled means with intervals as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
+    log_base = tree.response_log_prob(t, base)
+    laws = [tree.optimal_log_prob(t, base, reward, beta=float(b)) for b in np.geomspace(30, 0.15, 60)]
+    frontier = [(float(tree.sequence_kl(law, log_base)), float(tree.expected(law, reward))) for law in laws]
+    axes.plot(*zip(*frontier, strict=True), color="0.75", lw=5, label="optimum at each KL", zorder=0)
+    for method, colour in RAMP.items():
+        mine = [p for p in points if p.method == method]
+        axes.plot([p.kl for p in mine], [p.reward for p in mine], color=colour, lw=1.3, label=method)
+        axes.errorbar(
+            [p.kl for p in mine],
+            [p.sampled_reward for p in mine],
+            [p.sampled_reward_95 for p in mine],
+            fmt="o",
+            ms=3.5,
+            color=colour,
+            capsize=2,
+        )
+    axes.set_xlabel("KL to the base [nats], exact")
+    axes.set_ylabel("expected reward")
+    axes.set_title(f"Exact laws (lines) and decoded samples (points), {t.num_responses} responses", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.grid(alpha=0.25)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=150, format="png")
+    temporary.replace(path)
+    pyplot.close(figure)
+
+
+def main(args: list[str] | None = None) -> None:
+    run(cli.parse(Config, description=__doc__ or "", args=args))
+
+
+if __name__ == "__main__":
+    main()
