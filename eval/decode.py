@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from eval import results
 from jaxalign import cli, critics, data, decoding, metrics, models, policies, rewards
 from jaxalign.types import Completions, Critic, Params, Policy, Reward, TokenBatch
 
@@ -39,7 +41,8 @@ class Config:
     out: str
     """Run folder: responses.jsonl, summary.json, config.json, versions.json."""
     critic: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """KIND:DIR; give the option again for another method. KIND is args, value or autoregressive."""
+    """KIND:DIR; give the option again for another method. KIND is args, value or autoregressive. Replaces the list of
+    --config."""
     beta: tuple[float, ...] = (1.0,)
     """KL weights, one or several, each > 0 [units of the critic's score per nat]; autoregressive: 1/alpha."""
     sum: bool = False
@@ -90,10 +93,18 @@ def check(config: Config) -> None:
         raise ValueError(f"max_new_tokens: expected at least 1, found {config.max_new_tokens}")
     if config.batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, found {config.batch_size}")
-    if not config.beta or any(not beta > 0 for beta in config.beta):
-        raise ValueError(f"beta: expected values > 0, found {config.beta}")
-    if config.temperature < 0:
-        raise ValueError(f"temperature: expected a value >= 0, found {config.temperature}")
+    if not config.beta or any(not 0 < beta < math.inf for beta in config.beta):
+        raise ValueError(f"beta: expected finite values > 0, found {config.beta}")
+    if not 0 <= config.temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite value >= 0, found {config.temperature}")
+    # Records are told apart by method and beta.
+    for name in ("beta", "critic"):
+        values = getattr(config, name)
+        if len(set(values)) < len(values) and not (name == "critic" and config.sum):
+            raise ValueError(f"{name}: expected each value once, found {values}")
+    if not config.critic and (config.top_k is not None or config.beta != (1.0,)):
+        field, value = ("beta", config.beta) if config.top_k is None else ("top_k", config.top_k)
+        raise ValueError(f"{field}: expected a --critic that uses it, found {value} and no critic")
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype: expected float32 or bfloat16, found {config.dtype!r}")
     for spec in config.critic:
@@ -109,6 +120,8 @@ def check(config: Config) -> None:
         raise ValueError(f"top_k: expected 0 (all) or at least 1, found {config.top_k}")
     if config.best_of_n < 0 or (config.best_of_n > 0 and not config.reward):
         raise ValueError(f"best_of_n: expected n >= 0 and a --reward to select by, found {config.best_of_n}")
+    if config.best_of_n and config.temperature == 0:
+        raise ValueError(f"best_of_n: expected a temperature > 0, found {config.best_of_n} equal greedy responses")
     if not (config.critic or config.include_base or config.best_of_n):
         raise ValueError("critic: expected something to decode, found no critic, no base and no best_of_n")
 
@@ -121,13 +134,28 @@ def load_all(config: Config) -> tuple[Any, dict[str, tuple[models.LanguageModel,
     folders = {"model": config.model} | {f"critic {spec}": spec.partition(":")[2] for spec in config.critic}
     folders |= {name: getattr(config, name) for name in ("reward", "gold") if getattr(config, name)}
     tokenizer = models.tokenizer(config.model)
-    loaded = {}
+    distinct: dict[str, str] = {}  # folder -> its first role: one load where roles share a folder, the model first
     for name, folder in folders.items():
-        loaded[name] = models.load(folder, dtype=config.dtype, mesh=mesh)
-        if name != "model":
+        distinct.setdefault(folder, name)
+    for folder, name in distinct.items():
+        if folder != config.model:
             models.check_tokens(tokenizer.get_vocab(), models.tokenizer(folder).get_vocab(), name=name)
-    matched = models.match_vocabulary(*loaded.values(), names=tuple(loaded))
-    return tokenizer, dict(zip(loaded, matched, strict=True))
+    pairs = [models.load(folder, dtype=config.dtype, mesh=mesh) for folder in distinct]
+    matched = models.match_vocabulary(*pairs, names=tuple(distinct.values()))
+    by_folder = dict(zip(distinct, matched, strict=True))
+    loaded = {name: by_folder[folder] for name, folder in folders.items()}
+    lost = set(pairs[0][0].config.eos_ids) - set(matched[0][0].config.eos_ids)
+    if lost:
+        raise ValueError(
+            f"model: expected EOS ids within the common vocabulary of {matched[0][0].vocab_size} tokens, found "
+            f"{sorted(lost)}: responses would not end"
+        )
+    for name, (lm, _) in loaded.items():
+        if (name == "model" or name.startswith("critic autoregressive:")) and not lm.has_lm_head:
+            raise ValueError(f"{name}: expected a language model, found a sequence classifier in {folders[name]}")
+        if name in ("reward", "gold") and lm.head_width != 1:
+            raise ValueError(f"{name}: expected a model with a scalar head, found {lm.config.head} in {folders[name]}")
+    return tokenizer, loaded
 
 
 def build_critic(spec: str, lm: models.LanguageModel) -> tuple[Critic, bool]:
@@ -144,8 +172,7 @@ def methods(config: Config, loaded: dict[str, tuple[models.LanguageModel, Params
     """All methods of a run, the base first."""
     lm, params = loaded["model"]
     base = policies.language_model(lm)
-    greedy = config.temperature == 0
-    sampled = "mean -log pi_ref(y)" if greedy else "sum of exact per-step KL"
+    sampled = "mean -log pi_ref(y)" if config.temperature == 0 else "sum of exact per-step KL"
     out = [Method("base", None, base, params, 1, sampled)] if config.include_base else []
     if config.best_of_n:
         bound = "bound log n - (n-1)/n" if config.temperature == 1 else "bound, to the tempered base"
@@ -212,11 +239,8 @@ def run(config: Config) -> pathlib.Path:
     """Decodes, writes the run folder, prints the table; gives the path of responses.jsonl."""
     check(config)
     tokenizer, loaded = load_all(config)
-    texts = data.read_prompts(config.prompts, tokenizer=tokenizer)
-    ids = [tokenizer(text)["input_ids"] for text in texts]
-    for i, row in enumerate(ids):
-        if not row:
-            raise ValueError(f"prompts: expected at least one token in each prompt, found none in prompt {i}")
+    prompts = data.tokenize_prompts(config.prompts, tokenizer)
+    texts, ids = [prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts]
     plan = methods(config, loaded)
     # Every host check on all prompts, before anything is written.
     everything = data.prompt_batch(ids)
@@ -229,17 +253,21 @@ def run(config: Config) -> pathlib.Path:
             policies.check_prompt_fits(loaded[name][0], everything, config.max_new_tokens, name=name)
             judges[name] = Judge(jax.jit(rewards.from_model(loaded[name][0])), loaded[name][1])
     out = cli.open_run(config.out, config)
-    final = out / "responses.jsonl"
+    final, partial = out / "responses.jsonl", out / "responses.jsonl.partial"
+    speed: dict[tuple[str, float | None], float] = {}
     if not final.exists():
-        records = _decode_all(config, plan, judges, texts, ids, tokenizer, loaded["model"][0].config.eos_ids, out)
+        eos_ids = loaded["model"][0].config.eos_ids
+        records, speed = _decode_all(config, plan, judges, texts, ids, tokenizer, eos_ids, partial)
         order = {(m.name, m.beta): k for k, m in enumerate(plan)}
         records.sort(key=lambda r: (order[r["method"], r["beta"]], r["index"]))
-        _write_records(final, records)
-        (out / "responses.jsonl.partial").unlink()
-    records = _read_records(final)
-    rows = summarise(plan, records)
+        results.write(final, records)
+        partial.unlink()
+    records = results.read(final)
+    results.check_texts(records, texts, final, expected=len(plan) * len(texts))
+    rows = results.summarise(records)
+    results.add_speed(rows, speed, out / "summary.json")
     cli.write_json(out / "summary.json", rows)
-    print_table(rows)
+    results.print_table(rows)
     print(f"wrote {final} ({len(records)} responses) and {out / 'summary.json'}")
     return final
 
@@ -252,11 +280,12 @@ def _decode_all(
     ids: list[list[int]],
     tokenizer: Any,
     eos_ids: tuple[int, ...],
-    out: pathlib.Path,
-) -> list[dict[str, Any]]:
-    """All records; each finished batch is appended to the partial file, from which the next call goes on."""
-    partial = out / "responses.jsonl.partial"
-    found = {(r["method"], r["beta"], r["index"]): r for r in _read_records(partial)}
+    partial: pathlib.Path,
+) -> tuple[list[dict[str, Any]], dict[tuple[str, float | None], float]]:
+    """All records, and the tokens/s of each method and beta that was decoded here beyond its first, compiling batch.
+    Each finished batch is appended to the partial file, from which the next call goes on."""
+    found = {(r["method"], r["beta"], r["index"]): r for r in results.read(partial)}
+    results.check_texts(list(found.values()), texts, partial)
     parts = batches(config, ids)
     # A batch that was cut short is decoded again whole: the same shapes and neighbours give the same bits.
     whole = {
@@ -266,8 +295,10 @@ def _decode_all(
         if all((method.name, method.beta, i) in found for i in batch.rows)
     }
     records = [found[plan[k].name, plan[k].beta, i] for k, j in sorted(whole) for i in parts[j].rows]
-    _write_records(partial, records)
+    results.write(partial, records)
     total = len(plan) * len(ids)
+    traced: set[Any] = set()
+    timed: dict[tuple[str, float | None], tuple[int, float]] = {}
     progress = tqdm(total=total, initial=len(records), unit="response", mininterval=2.0, desc="decode")
     with partial.open("a") as sink, progress:
         for k, method in enumerate(plan):
@@ -283,6 +314,9 @@ def _decode_all(
                     name: np.asarray(judge.reward(judge.params, *joined, batch.prompts.index))
                     for name, judge in judges.items()
                 }
+                for name, values in scores.items():
+                    if not np.isfinite(values).all():
+                        raise ValueError(f"{name}: expected finite rewards, found {values} for prompts {batch.rows}")
                 host = jax.tree.map(np.asarray, drawn)
                 new = [
                     _record(method, i, texts[i], tokenizer, host, b)
@@ -293,9 +327,15 @@ def _decode_all(
                 sink.flush()
                 records += new
                 tokens = int(host.mask[: len(batch.rows)].sum())
+                # Methods that differ in beta alone share the trace.
+                trace = (method.policy, method.n, batch.prompts.tokens.shape)
+                if trace in traced:
+                    before = timed.get((method.name, method.beta), (0, 0.0))
+                    timed[method.name, method.beta] = (before[0] + tokens, before[1] + seconds)
+                traced.add(trace)
                 progress.set_postfix_str(f"{method.name} {tokens / seconds:.0f} tokens/s")
                 progress.update(len(batch.rows))
-    return records
+    return records, {key: count / seconds for key, (count, seconds) in timed.items()}
 
 
 def _record(method: Method, index: int, prompt: str, tokenizer: Any, host: Completions, b: int) -> dict[str, Any]:
@@ -326,50 +366,6 @@ def _record(method: Method, index: int, prompt: str, tokenizer: Any, host: Compl
         "finished": bool(host.finished[b]),
         "truncated": bool(host.truncated[b]),
     }
-
-
-def _read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Whole lines of a responses file; a last line without its end was cut short and is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _write_records(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    temporary.replace(path)
-
-
-def summarise(plan: list[Method], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per method and beta: means with 95 % half-widths of reward, gold and KL (its kind named), length, truncation."""
-    rows = []
-    for method in plan:
-        mine = [r for r in records if (r["method"], r["beta"]) == (method.name, method.beta)]
-        row: dict[str, Any] = {"method": method.name, "beta": method.beta, "responses": len(mine)}
-        for name in ("reward", "gold", "kl"):
-            if name in mine[0]:
-                estimate = metrics.mean_interval([r[name] for r in mine])
-                row[name], row[f"{name}_95"] = estimate.mean, estimate.half_width
-        row["kl_kind"] = method.kl_kind
-        row["tokens"] = float(np.mean([len(r["tokens"]) for r in mine]))
-        row["truncated"] = float(np.mean([r["truncated"] for r in mine]))
-        rows.append(row)
-    return rows
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line per row; a mean is followed by its 95 % half-width."""
-    names = [name for name in ("reward", "gold", "kl") if name in rows[0]]
-    head = ["method", "beta", *names, "tokens", "truncated", "kind of KL"]
-    lines = [head]
-    for row in rows:
-        cells = [str(row["method"]), "-" if row["beta"] is None else f"{row['beta']:g}"]
-        cells += [f"{row[name]:.3f} ± {row[f'{name}_95']:.3f}" for name in names]
-        lines.append([*cells, f"{row['tokens']:.1f}", f"{row['truncated']:.2f}", row["kl_kind"]])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def main(args: list[str] | None = None) -> None:

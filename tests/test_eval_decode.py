@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 import transformers
 
 from eval import decode
-from jaxalign import data, models
+from jaxalign import models
+from jaxalign.decoding import sampling
 from tests.conftest import tiny_lm
 
 WORDS = ["<eos>", "the", "cat", "dog", "sat", "ran", "on", "a", "mat", "and", "slept"]
@@ -39,8 +41,12 @@ def folders(tmp_path_factory) -> dict[str, str]:
         models.save(root / name, *tiny_lm(seed, head, num_layers=1), tokenizer=tokenizer())
     models.save(root / "wide", *tiny_lm(4, vocab_size=13, num_layers=1), tokenizer=tokenizer([*WORDS, "x", "y"]))
     models.save(root / "other", *tiny_lm(4, num_layers=1), tokenizer=tokenizer([*WORDS[:9], "slept", "and"]))
+    lm, params = tiny_lm(1, "reward", num_layers=1)
+    broken = {**params, "head": jax.tree.map(lambda x: x * jnp.nan, params["head"])}
+    models.save(root / "nan", lm, broken, tokenizer=tokenizer())
+    models.save(root / "ends", *tiny_lm(4, vocab_size=13, num_layers=1, eos_ids=(0, 12)), tokenizer=tokenizer())
     (root / "prompts.txt").write_text("the cat\na dog ran on the mat\nthe dog and the cat sat\nsat\nthe mat\n")
-    return {name: str(root / name) for name in [*heads, "wide", "other", "prompts.txt"]}
+    return {name: str(root / name) for name in [*heads, "wide", "other", "nan", "ends", "prompts.txt"]}
 
 
 def arguments(folders, out, *extra: str) -> list[str]:
@@ -94,18 +100,25 @@ def test_every_method_decodes_every_prompt(finished, folders):
 
 
 def test_records_hold_the_models_own_numbers(finished, folders):
-    """log_prob_ref and reward recomputed from the folders, one text at a time."""
+    """log_prob_ref and reward recomputed from the folders, one right-padded text at a time."""
     lm, params = models.load(folders["base"])
-    reward_lm, reward_params = models.load(folders["reward"])
+    judges = {name: models.load(folders[name]) for name in ("reward", "gold")}
+    log_softmax = jax.jit(lambda p, tokens, mask: jax.nn.log_softmax(lm.apply(p, tokens, mask=mask).logits[0]))
+    heads = {
+        name: jax.jit(lambda p, tokens, mask, lm=judge: lm.apply(p, tokens, mask=mask).head[0, :, 0])
+        for name, (judge, _) in judges.items()
+    }
     fast = tokenizer()
-    for record in read(finished)[::7]:
+    for record in read(finished)[::3]:
         prompt = fast(record["prompt"])["input_ids"]
-        tokens = np.array([prompt + record["tokens"]])
-        logits = np.asarray(lm.apply(params, tokens).logits[0], np.float64)
-        log_prob = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        text = prompt + record["tokens"]
+        tokens, mask = np.zeros((1, 16), np.int32), np.zeros((1, 16), bool)
+        tokens[0, : len(text)], mask[0, : len(text)] = text, True
+        log_prob = log_softmax(params, tokens, mask)
         for t, z in enumerate(record["tokens"]):
-            assert record["log_prob_ref"][t] == pytest.approx(log_prob[len(prompt) - 1 + t, z], abs=1e-4)
-        assert record["reward"] == pytest.approx(float(reward_lm.apply(reward_params, tokens).head[0, -1, 0]), abs=1e-4)
+            assert record["log_prob_ref"][t] == pytest.approx(float(log_prob[len(prompt) - 1 + t, z]), abs=1e-4)
+        for name, head in heads.items():
+            assert record[name] == pytest.approx(float(head(judges[name][1], tokens, mask)[len(text) - 1]), abs=1e-4)
 
 
 def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(finished, folders, tmp_path, monkeypatch):
@@ -137,10 +150,85 @@ def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(finished, fo
     assert len(calls) == done
 
 
-def test_responses_do_not_depend_on_the_batch_size(finished, folders, tmp_path):
-    decode.main([*arguments(folders, tmp_path / "out", *all_methods(folders)), "--batch-size", "5"])
-    for a, b in zip(read(tmp_path / "out"), read(finished), strict=True):
-        assert (a["method"], a["beta"], a["index"], a["tokens"]) == (b["method"], b["beta"], b["index"], b["tokens"])
+def test_responses_do_not_depend_on_the_batch(finished, folders, tmp_path):
+    """Five rows at once, and the best of three; the same seed and index give the same tokens as in pairs."""
+    extra = (
+        "--reward",
+        folders["reward"],
+        "--best-of-n",
+        "3",
+        "--critic",
+        f"args:{folders['reward']}",
+        "--beta",
+        "0.5",
+    )
+    decode.main([*arguments(folders, tmp_path / "out", *extra), "--batch-size", "5"])
+    pairs = {(r["method"], r["beta"], r["index"]): r["tokens"] for r in read(finished)}
+    records = read(tmp_path / "out")
+    assert len(records) == 3 * 5
+    for r in records:
+        assert pairs[r["method"], r["beta"], r["index"]] == r["tokens"]
+
+
+def test_other_prompts_under_the_same_name_are_refused(folders, tmp_path, monkeypatch):
+    """Otherwise the responses of the old prompts would be reported for the new ones."""
+    prompts, out = tmp_path / "p.txt", tmp_path / "out"
+    extra = ("--prompts", str(prompts))
+    whole = decode.decode_batch
+
+    def interrupted(config, method, proxy, prompts, eos_ids):
+        if 2 in prompts.index.tolist():
+            raise KeyboardInterrupt
+        return whole(config, method, proxy, prompts, eos_ids)
+
+    prompts.write_text("the cat\nsat\nthe mat\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "decode_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decode.main(arguments(folders, out, *extra))
+    for text in ("the cat\nran\nthe mat\n", "the cat\n"):
+        prompts.write_text(text)
+        with pytest.raises(ValueError, match=r"^prompts: expected 'sat' at index 1, .*partial"):
+            decode.main(arguments(folders, out, *extra))
+    prompts.write_text("the cat\nsat\nthe mat\n")
+    decode.main(arguments(folders, out, *extra))
+    for text, found in (("the cat\nsat\na mat\n", "'the mat' at index 2"), ("the cat\nsat\nthe mat\na\n", "4 prompts")):
+        prompts.write_text(text)
+        with pytest.raises(ValueError, match=rf"^prompts: .*{found}"):
+            decode.main(arguments(folders, out, *extra))
+
+
+@pytest.mark.skipif(bool(os.environ.get("JAX_DISABLE_JIT")), reason="counts traces")
+def test_one_trace_per_bucket_of_prompt_lengths(folders, tmp_path, capsys):
+    """Ten lengths in two buckets, two betas, a short last batch: two traces; then the table has a speed."""
+    (tmp_path / "p.txt").write_text("".join("the " * n + "cat\n" for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)))
+    extra = ("--prompts", str(tmp_path / "p.txt"), "--critic", f"autoregressive:{folders['arm']}", "--no-include-base")
+    before = sampling._sample._cache_size()
+    decode.main(arguments(folders, tmp_path / "out", *extra, "--beta", "1", "3"))
+    assert sampling._sample._cache_size() - before == 2
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert all(row["tokens_per_second"] > 0 for row in summary)
+    # A call that decodes nothing keeps the speeds of the one that did, and says again what is there.
+    capsys.readouterr()
+    decode.main(arguments(folders, tmp_path / "out", *extra, "--beta", "1", "3"))
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"wrote {tmp_path / 'out' / 'responses.jsonl'} (22 ")
+
+
+def test_messages_and_a_single_response(folders, tmp_path, monkeypatch):
+    """One chat prompt: its missing interval is null in the summary, not NaN. Roles that share a folder load it once."""
+    row = {"messages": [{"role": "user", "content": "the dog"}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    names, load = [], models.load
+    monkeypatch.setattr(models, "load", lambda path, **options: names.append(path) or load(path, **options))
+    extra = ("--prompts", str(tmp_path / "p.jsonl"), "--reward", folders["reward"], "--gold", folders["reward"])
+    decode.main(arguments(folders, tmp_path / "out", *extra))
+    assert names == [folders["base"], folders["reward"]]
+    (record,) = read(tmp_path / "out")
+    assert record["prompt"] == "the dog and"
+    assert record["reward"] == record["gold"]
+    (summary,) = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["reward_95"] is summary["kl_95"] is summary["tokens_per_second"] is None
 
 
 def test_a_weighted_sum_is_one_method(folders, tmp_path):
@@ -185,59 +273,48 @@ def test_bad_input_names_its_field_and_writes_nothing(folders, tmp_path):
         (("--dtype", "int8"), "dtype"),
         (("--mesh", "rows=2"), "mesh"),
         (("--no-include-base",), "critic"),
+        ((*arm, "--beta", "nan"), "beta"),
+        ((*arm, "--beta", "1", "inf"), "beta"),
+        ((*arm, "--beta", "1", "1"), "beta: expected each value once"),
+        ((*arm, *arm), "critic: expected each value once"),
+        (("--beta", "2"), "beta: expected a --critic"),
+        (("--top-k", "5"), "top_k: expected a --critic"),
+        (("--top-k", "-1", *arm), "top_k"),
+        ((*arm, "--weights", "1"), "weights: expected --sum"),
+        ((*arm, "--critic", f"args:{folders['reward']}", "--sum"), "critics of one kind"),
+        (("--sum",), "sum"),
+        (("--temperature", "-1"), "temperature"),
+        (("--batch-size", "0"), "batch_size"),
+        (("--best-of-n", "2", "--reward", folders["reward"], "--temperature", "0"), "best_of_n: .*temperature > 0"),
+        (("--model", folders["reward"]), "model: expected a language model"),
+        (("--critic", f"autoregressive:{folders['reward']}"), "critic autoregressive:.*: expected a language model"),
+        (("--reward", folders["base"]), "reward: expected a model with a scalar head"),
+        (("--gold", folders["q"]), "gold: expected a model with a scalar head"),
+        (("--reward", str(tmp_path / "nowhere")), "path: expected a folder"),
+        (("--prompts", str(tmp_path / "empty.txt")), "prompts: expected at least one prompt"),
+        (("--prompts", str(tmp_path / "blank.txt")), "blank.txt:2: expected a prompt"),
+        (("--prompts", str(tmp_path / "long.txt")), "prompts: .*context of 64, found a prompt of 61 tokens"),
+        (("--mesh", "data=1000"), "mesh"),
     ]
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text("the cat\n\n")
+    (tmp_path / "long.txt").write_text("the cat\n" + "cat " * 61 + "\n")
     for extra, match in cases:
         with pytest.raises(ValueError, match=match):
             decode.main(arguments(folders, out, *extra))
-    assert not out.exists()
+        assert not out.exists(), extra
 
 
-def test_prompt_files(tmp_path):
-    fast = tokenizer()
-    rows = ['{"prompt": "the cat"}', '{"messages": [{"role": "user", "content": "the dog"}]}']
-    (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
-    assert data.read_prompts(tmp_path / "a.jsonl", tokenizer=fast) == ["the cat", "the dog and"]
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((rows[0] + "\n").encode()))
-    assert data.read_prompts(tmp_path / "a.jsonl.gz") == ["the cat"]
-    for bad, reason in (("{", "JSON"), ("[1]", "object"), ('{"text": "x"}', "fields"), ('{"prompt": " "}', "empty")):
-        (tmp_path / "bad.jsonl").write_text(rows[0] + "\n" + bad + "\n")
-        with pytest.raises(ValueError, match=rf"bad\.jsonl:2: .*{reason}"):
-            data.read_prompts(tmp_path / "bad.jsonl")
-    with pytest.raises(ValueError, match="chat template"):
-        data.read_prompts(tmp_path / "a.jsonl")
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="at least one prompt"):
-        data.read_prompts(tmp_path / "empty.jsonl")
-
-
-def test_buckets_and_batches():
-    assert [data.bucket(n) for n in (1, 8, 9, 12, 13, 17, 24, 25, 33)] == [8, 8, 12, 12, 16, 24, 24, 32, 48]
-    batch = data.prompt_batch([[1, 2], [3]], index=[7, 4], batch_size=3, pad_id=9)
-    assert batch.tokens[:, -2:].tolist() == [[1, 2], [9, 3], [9, 3]]
-    assert batch.index.tolist() == [7, 4, 4]
-    assert batch.mask.sum(1).tolist() == [2, 1, 1]
-    for bad in ([], [[1], []]):
-        with pytest.raises(ValueError, match="sequences"):
-            data.prompt_batch(bad)
-    with pytest.raises(ValueError, match="length"):
-        data.prompt_batch([[1, 2, 3]], length=2)
-    with pytest.raises(ValueError, match="batch_size"):
-        data.prompt_batch([[1], [2]], batch_size=1)
-    with pytest.raises(ValueError, match="index"):
-        data.prompt_batch([[1], [2]], index=[0])
-
-
-def test_config_file_gives_defaults_and_unknown_keys_are_named(folders, tmp_path):
-    values = {"model": folders["base"], "prompts": folders["prompts.txt"], "max_new_tokens": 2, "batch_size": 2}
-    (tmp_path / "c.json").write_text(json.dumps(values))
-    decode.main(["--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "out"), "--seed", "3"])
-    stored = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (stored["max_new_tokens"], stored["seed"]) == (2, 3)
-    (tmp_path / "c.toml").write_text('max_new_token = 2\nmodel = "x"\n')
-    with pytest.raises(ValueError, match=r"config: .*max_new_token'"):
-        decode.main(["--config", str(tmp_path / "c.toml"), "--prompts", "p", "--out", "o"])
-    with pytest.raises(ValueError, match="config: expected a JSON or TOML file"):
-        decode.main(["--config", str(tmp_path / "none.json")])
+def test_a_lost_eos_and_a_broken_reward_are_refused(folders, tmp_path):
+    with (
+        pytest.warns(UserWarning, match="cut to the common vocabulary"),
+        pytest.raises(ValueError, match=r"model: expected EOS ids within .* 11 tokens, found \[12\]"),
+    ):
+        decode.main(arguments(folders, tmp_path / "out", "--model", folders["ends"], "--reward", folders["reward"]))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="gold: expected finite rewards"):
+        decode.main(arguments(folders, tmp_path / "out", "--gold", folders["nan"]))
+    assert not (tmp_path / "out" / "responses.jsonl").exists()
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -262,12 +339,16 @@ def test_help_and_unknown_options():
     assert "--betta" in found.stderr
 
 
-def test_two_devices_decode_what_one_does(folders, tmp_path):
-    extra = ("--critic", f"args:{folders['reward']}", "--reward", folders["reward"])
-    decode.main(arguments(folders, tmp_path / "one", *extra))
+def test_two_devices_decode_what_one_does(finished, folders, tmp_path):
+    critic = f"args:{folders['reward']}"
+    extra = ("--critic", critic, "--beta", "0.5", "--reward", folders["reward"], "--no-include-base")
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     found = command(*arguments(folders, tmp_path / "two", *extra, "--mesh", "data=2"), XLA_FLAGS=flags)
     assert found.returncode == 0, found.stderr
-    for a, b in zip(read(tmp_path / "one"), read(tmp_path / "two"), strict=True):
-        assert a["tokens"] == b["tokens"]
+    one = [r for r in read(finished) if (r["method"], r["beta"]) == (critic, 0.5)]
+    two = read(tmp_path / "two")
+    assert len(one) == 5
+    for a, b in zip(one, two, strict=True):
+        assert (a["index"], a["tokens"]) == (b["index"], b["tokens"])
         np.testing.assert_allclose(a["log_prob"], b["log_prob"], atol=1e-5)
+        assert a["reward"] == pytest.approx(b["reward"], abs=1e-5)

@@ -277,14 +277,18 @@ def test_genarm_A12_cached_equals_uncached_token_by_token():
     policy, params, (lm, arm_lm) = guided()
     prompts = padded(PROMPTS)
     drawn = decoding.sample(policy, params, RNG, prompts, max_new_tokens=5, eos_ids=())
+
+    @jax.jit
+    def uncached(tokens, mask):
+        base = jax.nn.log_softmax(lm.apply(params["policy"], tokens, mask=mask).logits)
+        arm = jax.nn.log_softmax(arm_lm.apply(params["critic"], tokens, mask=mask).logits)
+        return jax.nn.log_softmax(base + arm / 0.8)
+
     for b, prompt in enumerate(PROMPTS):
         text = list(prompt)
         for t in range(5):
-            log_prob = [
-                jax.nn.log_softmax(model.apply(values, jnp.array([text])).logits[0, -1])
-                for model, values in ((lm, params["policy"]), (arm_lm, params["critic"]))
-            ]
-            expected = jax.nn.log_softmax(log_prob[0] + log_prob[1] / 0.8)
+            batch = padded([text], side="right", extra=10 - len(text))
+            expected = uncached(batch.tokens, batch.mask)[0, len(text) - 1]
             token = int(drawn.tokens[b, t])
             np.testing.assert_allclose(drawn.log_prob[b, t], expected[token], rtol=1e-9, atol=1e-9)
             text.append(token)

@@ -22,8 +22,8 @@ AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"transformer/(layer_\d+/)?(attention/out|down)/bias", ("embed",)),
     (r"transformer/layer_\d+/(attention|mlp)_norm/scale", ("embed",)),
     (r"transformer/norm/scale", ("embed",)),
-    (r"head/(score|inner|outer)/kernel", ("embed", None)),
-    (r"head/(inner|outer)/bias", (None,)),
+    (r"head/(score|outer|inner(_\d+)?)/kernel", ("embed", None)),
+    (r"head/(outer|inner(_\d+)?)/bias", (None,)),
     (r"layers/\d+/[kv]", ("batch", "kv_heads", "length", None)),
     (r"length", ("batch",)),
 )

@@ -10,13 +10,35 @@ from typing import Any, Literal
 class Head:
     """What reads the hidden states beside the vocabulary.
 
-    kind "reward": linear, num_labels wide, no bias (…ForSequenceClassification); "value": an MLP to one number;
-    "q": to one number per token. hidden_size is the MLP's width; None makes value and q linear with a bias.
+    kind: "reward", linear, num_labels wide, no bias (…ForSequenceClassification); "value", to one number; "q", to one
+      number per token.
+    hidden_size: width of the hidden layers of a value or Q head; None: linear with a bias.
+    num_hidden: how many such layers (RE-Control's value nets have one or two, with "relu").
+    activation: between the layers.
     """
 
     kind: Literal["reward", "value", "q"]
     num_labels: int = 1
     hidden_size: int | None = None
+    num_hidden: int = 1
+    activation: Literal["silu", "relu", "gelu", "tanh"] = "silu"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("reward", "value", "q"):
+            raise ValueError(f"kind: expected 'reward', 'value' or 'q', found {self.kind!r}")
+        if self.activation not in ("silu", "relu", "gelu", "tanh"):
+            raise ValueError(f"activation: expected 'silu', 'relu', 'gelu' or 'tanh', found {self.activation!r}")
+        if self.kind == "reward" and self.hidden_size is not None:
+            raise ValueError(f"hidden_size: expected None for a reward head, found {self.hidden_size}")
+        for name in ("num_labels", "num_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+
+    @property
+    def hidden_layers(self) -> tuple[str, ...]:
+        """Names of the layers before the last, in the parameters and in a checkpoint."""
+        count = 0 if self.hidden_size is None else self.num_hidden
+        return tuple("inner" if i == 0 else f"inner_{i}" for i in range(count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +84,20 @@ class Config:
     head: Head | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_length"):
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "intermediate_size", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of {self.num_heads} heads, found {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number, whose halves rotate together, found {self.head_dim}")
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"windows: expected one per layer ({self.num_layers}), found {len(self.windows)}")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"windows: expected None or at least 1 token, found {self.windows}")
+        if not any(self.windows):  # one spelling of "all full", so that equal models are equal
+            object.__setattr__(self, "windows", ())
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer [tokens], None for full attention."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxalign.models.config import Config
 
@@ -43,9 +43,11 @@ QK_NORM = (
     Rule("transformer/layer_{i}/attention/k_norm/scale", (_LAYER + "self_attn.k_norm.weight",)),
 )
 REWARD_HEAD = (Rule("head/score/kernel", ("score.weight",), True),)
-# Heads that no other library has keep our names.
-OUTER = (Rule("head/outer/kernel", ("head.outer.weight",), True), Rule("head/outer/bias", ("head.outer.bias",)))
-INNER = (Rule("head/inner/kernel", ("head.inner.weight",), True), Rule("head/inner/bias", ("head.inner.bias",)))
+# Heads that no other library has keep our names; {name} is the layer's.
+OWN_HEAD = (
+    Rule("head/{name}/kernel", ("head.{name}.weight",), True),
+    Rule("head/{name}/bias", ("head.{name}.bias",)),
+)
 
 FAMILY_LAYERS = {
     "llama": (LAYER, (("qkv_bias", QKV_BIAS), ("out_bias", OUT_BIAS), ("mlp_bias", MLP_BIAS))),
@@ -64,7 +66,7 @@ def rules(config: Config) -> list[Rule]:
         layer += extra if getattr(config, name) else ()
     table = [*EMBEDDING]
     for i in range(config.num_layers):
-        table += [r._replace(ours=r.ours.format(i=i), theirs=tuple(t.format(i=i) for t in r.theirs)) for r in layer]
+        table += [_filled(rule, i=i) for rule in layer]
     table += NORM
     reward = config.head is not None and config.head.kind == "reward"
     if not config.tie_embeddings and not reward:
@@ -72,8 +74,12 @@ def rules(config: Config) -> list[Rule]:
     if reward:
         table += REWARD_HEAD
     elif config.head is not None:
-        table += (INNER if config.head.hidden_size is not None else ()) + OUTER
+        table += [_filled(rule, name=name) for name in (*config.head.hidden_layers, "outer") for rule in OWN_HEAD]
     return table
+
+
+def _filled(rule: Rule, **values: Any) -> Rule:
+    return rule._replace(ours=rule.ours.format(**values), theirs=tuple(key.format(**values) for key in rule.theirs))
 
 
 def split_sizes(config: Config, sizes: str) -> tuple[int, ...]:

@@ -6,13 +6,19 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jaxalign.models.config import Head
 from jaxalign.types import Array, at_least_float32
 
+ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "tanh": jnp.tanh}
+
 
 class HeadModule(nn.Module):
-    """hidden [...,D] -> [...,W], in at least float32. SiLU between the two layers of an MLP."""
+    """hidden [...,D] -> [...,W], in at least float32.
+
+    reward: h·W without a bias. value, q: W_n·a(… a(W_1·h + b_1) …) + b_n with the activation a of the spec.
+    """
 
     spec: Head
     width: int
@@ -26,6 +32,7 @@ class HeadModule(nn.Module):
 
         if self.spec.kind == "reward":
             return at_least_float32(layer(self.width, False, "score")(hidden))
-        if self.spec.hidden_size is not None:
-            hidden = jax.nn.silu(layer(self.spec.hidden_size, True, "inner")(hidden))
+        for name in self.spec.hidden_layers:
+            assert self.spec.hidden_size is not None
+            hidden = ACTIVATIONS[self.spec.activation](layer(self.spec.hidden_size, True, name)(hidden))
         return at_least_float32(layer(self.width, True, "outer")(hidden))

@@ -5,12 +5,21 @@ A field that changes the computation and is not supported raises and is named; f
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from jaxalign.models.config import Config, Head, Rope
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """model_type -> the prefix of its architecture names."""
+
+# What transformers' config classes take a field to be where a config.json lacks it (a null is not a lack).
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+}
 
 # Fields of other families or options that change what a layer computes, and the values under which they do nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -30,6 +39,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_experts": (None, 0),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
+    "attention_chunk_size": (None,),
+    "qk_layernorm": (None, False),
+    "use_parallel_residual": (None, False),
+    "alibi": (None, False),
+    "position_embedding_type": (None, "rope", "rotary"),
     "clip_qkv": (None,),
     "kv_lora_rank": (None,),
 }
@@ -40,6 +54,7 @@ def from_hf(values: dict[str, Any]) -> Config:
     family = values.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type: expected one of {sorted(FAMILIES)}, found {family!r}")
+    values = DEFAULTS[family] | values
     for name, neutral in NEUTRAL.items():
         if name in values and values[name] not in neutral:
             raise ValueError(f"{name}: expected one of {neutral}, which is what is supported, found {values[name]!r}")
@@ -59,7 +74,7 @@ def from_hf(values: dict[str, Any]) -> Config:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or (128 if family == "qwen3" else width // heads),
+        head_dim=values.get("head_dim") or width // heads,
         intermediate_size=required("intermediate_size"),
         max_length=required("max_position_embeddings"),
         family=family,
@@ -85,30 +100,49 @@ def id_set(value: Any) -> tuple[int, ...]:
     return tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)
 
 
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""rope_type -> what it is scaled by."""
+
+
 def _rope(values: dict[str, Any]) -> Rope:
-    """New files hold everything in rope_parameters; old ones rope_theta at top level and rope_scaling beside it."""
-    settings = values.get("rope_parameters") or {}
-    scaling = settings or values.get("rope_scaling") or {}
-    if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
-        raise ValueError(f"rope_parameters: expected one flat set for all layers, found {scaling!r}")
-    theta = settings.get("rope_theta", values.get("rope_theta", 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if scaling.get("partial_rotary_factor") not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor: expected 1.0, found {scaling['partial_rotary_factor']!r}")
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, "linear", float(scaling["factor"]))
+    settings = _rope_settings(values)
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind not in ROPE_FIELDS:
+        raise ValueError(f"rope_type: expected one of {sorted(ROPE_FIELDS)}, found {kind!r}")
+    if settings.get("partial_rotary_factor") not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor: expected 1.0, found {settings['partial_rotary_factor']!r}")
+    if kind == "llama3":  # as transformers: beside the set, in it, or the context itself
+        name = "original_max_position_embeddings"
+        settings[name] = values.get(name) or settings.get(name) or values["max_position_embeddings"]
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_FIELDS["llama3"]}
+    unknown = sorted(name for name in settings.keys() - known if settings[name] is not None)
+    if unknown and kind != "default":
+        raise ValueError(f"rope_parameters: expected {sorted(known)} for rope_type {kind!r}, found also {unknown}")
+    missing = [name for name in ROPE_FIELDS[kind] if settings.get(name) is None]
+    if missing:
+        raise ValueError(f"rope_parameters: expected {missing} for rope_type {kind!r}, found {settings}")
+    theta = float(settings.get("rope_theta") or values.get("rope_theta") or 10000.0)
+    scaling = {name: settings[name] for name in ROPE_FIELDS[kind]}
     if kind == "llama3":
-        return Rope(
-            theta,
-            "llama3",
-            float(scaling["factor"]),
-            float(scaling["low_freq_factor"]),
-            float(scaling["high_freq_factor"]),
-            int(scaling["original_max_position_embeddings"]),
-        )
-    raise ValueError(f"rope_type: expected 'default', 'linear' or 'llama3', found {kind!r}")
+        scaling["original_max_length"] = scaling.pop("original_max_position_embeddings")
+    return Rope(theta, kind, **scaling)
+
+
+def _rope_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """New files hold everything in rope_parameters; old ones rope_theta at top level and rope_scaling beside it."""
+    settings: dict[str, Any] = {}
+    for layout in ("rope_parameters", "rope_scaling"):
+        given = values.get(layout) or {}
+        if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
+            raise ValueError(f"{layout}: expected one flat set for all layers, found {given!r}")
+        for name, value in given.items():
+            if settings.setdefault(name, value) != value:
+                raise ValueError(f"{name}: expected one value, found {settings[name]!r} and {value!r} in {layout}")
+    return settings
 
 
 def _windows(values: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
@@ -121,7 +155,7 @@ def _windows(values: dict[str, Any], family: str, layers: int) -> tuple[int | No
         return ()
     kinds = values.get("layer_types")
     if kinds is None:
-        first = values.get("max_window_layers", 28)
+        first = values["max_window_layers"]
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
     if unknown:
@@ -133,7 +167,13 @@ def _head(values: dict[str, Any]) -> Head | None:
     architecture = (values.get("architectures") or [""])[0]
     own = values.get("jaxalign_head")
     if own is not None:
+        unknown = sorted(set(own) - {field.name for field in dataclasses.fields(Head)})
+        if unknown:
+            raise ValueError(f"jaxalign_head: expected the fields of models.Head, found also {unknown}")
         return Head(**own)
+    code = sorted(name for name in values.get("auto_map") or {} if name.startswith("AutoModel"))
+    if code:
+        raise ValueError(f"auto_map: expected a model without code of its own, found {code}")
     if architecture.endswith("ForSequenceClassification"):
         labels = values.get("id2label")
         return Head("reward", num_labels=len(labels) if labels is not None else values.get("num_labels", 2))
@@ -189,7 +229,7 @@ def to_hf(config: Config) -> dict[str, Any]:
     if reward and config.head is not None:
         values["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.head.num_labels)}
     elif config.head is not None:
-        values["jaxalign_head"] = {"kind": config.head.kind, "hidden_size": config.head.hidden_size}
+        values["jaxalign_head"] = dataclasses.asdict(config.head)
     if from_hf(values) != config:
         raise ValueError(f"config: family {config.family!r} cannot express {config}")
     return values

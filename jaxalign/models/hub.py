@@ -5,6 +5,7 @@ No torch, no pickle, no code from the folder. Nothing is downloaded unless a hub
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -44,6 +45,8 @@ def load(
         that is missing, by path.
     """
     folder = _folder(path)
+    if dtype == "float64" and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError("dtype: expected float64 under jax.enable_x64, found it off")
     config = Config.from_hf(_read_json(folder / "config.json"))
     generation = folder / "generation_config.json"
     if generation.exists():
@@ -59,15 +62,19 @@ def save(
 ) -> None:
     """Writes a folder that `load` and transformers read. `tokenizer` (transformers') is saved beside.
 
-    Written under a temporary name and renamed. ValueError when the folder exists and `overwrite` is False.
+    Written under a temporary name and renamed: a folder under the target's name is whole, the old one or the new.
+    ValueError for parameters that are not this model's, and when the target holds files and `overwrite` is False.
     """
     target = pathlib.Path(path)
-    if target.exists() and not overwrite:
-        raise ValueError(f"path: expected a new folder, found {target} (overwrite=True replaces it)")
-    tensors = _to_checkpoint(lm.config, params)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"path: expected a folder, found a file {target}")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"path: expected a new or empty folder, found files in {target} (overwrite=True replaces it)")
+    tensors = _to_checkpoint(lm, params)
     values = lm.config.to_hf() | {"dtype": lm.dtype}
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = temporary.with_name(temporary.name + ".old")
     try:
         _write_json(temporary / "config.json", values)
         generation = {"eos_token_id": values["eos_token_id"], "bos_token_id": values["bos_token_id"]}
@@ -77,10 +84,13 @@ def save(
             tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(old)
         temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
 
 
@@ -116,19 +126,21 @@ def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
 
 
 def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Tensor name -> the file that holds it."""
-    index = folder / "model.safetensors.index.json"
+    """Tensor name -> the file that holds it, from the files themselves: an index may say otherwise."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        found = {key: folder / name for key, name in _read_json(index)["weight_map"].items()}
-        for file in sorted(set(found.values())):
-            if not file.exists():
-                raise ValueError(f"{file.name}: expected by {index.name}, found no file {file}")
-        return found
-    single = folder / "model.safetensors"
-    if not single.exists():
+        files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+    elif single.exists():
+        files = [single]
+    else:
         raise ValueError(f"model.safetensors: expected in the folder, or its index, found neither in {folder}")
-    with safe_open(single, framework="flax") as handle:
-        return dict.fromkeys(handle.keys(), single)
+    found: dict[str, pathlib.Path] = {}
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{file.name}: expected by {index.name}, found no file {file}")
+        with safe_open(file, framework="flax") as handle:
+            found |= dict.fromkeys(handle.keys(), file)
+    return found
 
 
 def _read_params(folder: pathlib.Path, lm: LanguageModel) -> Params:
@@ -146,10 +158,11 @@ def _read_params(folder: pathlib.Path, lm: LanguageModel) -> Params:
     flat: dict[str, Any] = {axes.path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     if sorted(flat) != sorted(rule.ours for rule in table):
         raise AssertionError("families.rules and the transformer name different parameters")
-    handles = {file: safe_open(file, framework="flax") for file in sorted(set(files.values()))}
-    for rule in table:
-        parts = [handles[files[key]].get_tensor(key) for key in rule.theirs]
-        flat[rule.ours] = _join(lm.config, rule, parts, flat[rule.ours].shape).astype(lm.dtype)
+    with contextlib.ExitStack() as stack:
+        handles = {file: stack.enter_context(safe_open(file, "flax")) for file in sorted(set(files.values()))}
+        for rule in table:
+            parts = [handles[files[key]].get_tensor(key) for key in rule.theirs]
+            flat[rule.ours] = _join(lm.config, rule, parts, flat[rule.ours].shape).astype(lm.dtype)
     return jax.tree_util.tree_map_with_path(lambda path, _: flat[axes.path_name(path)], shapes)
 
 
@@ -164,19 +177,21 @@ def _join(config: Config, rule: Rule, parts: list[Any], shape: tuple[int, ...]) 
     return jnp.concatenate([part.T if rule.transpose else part for part in parts], axis=-1)
 
 
-def _to_checkpoint(config: Config, params: Params) -> dict[str, jax.Array]:
+def _to_checkpoint(lm: LanguageModel, params: Params) -> dict[str, jax.Array]:
     flat = {axes.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    table = rules(config)
-    expected = {rule.ours for rule in table}
-    if set(flat) != expected:
+    shapes = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lm.init, jax.random.key(0)))
+    expected = {axes.path_name(path): leaf.shape for path, leaf in shapes}
+    if set(flat) != set(expected):
         raise ValueError(
-            f"params: missing {sorted(expected - set(flat)) or 'none'}; "
-            f"surplus {sorted(set(flat) - expected) or 'none'}"
+            f"params: missing {sorted(set(expected) - set(flat)) or 'none'}; "
+            f"surplus {sorted(set(flat) - set(expected)) or 'none'}"
         )
     tensors = {}
-    for rule in table:
+    for rule in rules(lm.config):
         array = flat[rule.ours]
-        widths = split_sizes(config, rule.sizes) if rule.sizes else array.shape[-1:]
+        if array.shape != expected[rule.ours]:
+            raise ValueError(f"{rule.ours}: expected shape {expected[rule.ours]}, found {array.shape}")
+        widths = split_sizes(lm.config, rule.sizes) if rule.sizes else array.shape[-1:]
         parts = jnp.split(array, np.cumsum(widths)[:-1].tolist(), axis=-1)
         for key, part in zip(rule.theirs, parts, strict=True):
             tensors[key] = part.T if rule.transpose else part

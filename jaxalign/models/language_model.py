@@ -15,6 +15,8 @@ from jaxalign.models.heads import HeadModule
 from jaxalign.models.transformer import KeyValue, Transformer, write_slot
 from jaxalign.types import Array, Params
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 class ModelOutput(NamedTuple):
     """logits [B,L,V] in at least float32; hidden [B,L,D] after the final norm; head [B,L,W], or None without a head.
@@ -36,11 +38,16 @@ class Cache(NamedTuple):
 class LanguageModel:
     """A model without its parameters. Equal configurations are equal models and share traces.
 
-    dtype: of parameters, activations and caches; norms, softmax, logits and heads come out in at least float32.
+    dtype: of parameters, activations and caches: "float32", "bfloat16", "float16" or (under jax.enable_x64) "float64".
+      Norms, softmax, logits and heads come out in at least float32.
     """
 
     config: Config
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {DTYPES}, found {self.dtype!r}")
 
     @property
     def vocab_size(self) -> int:
@@ -94,8 +101,12 @@ class LanguageModel:
     def _encode(
         self, params: Params, tokens: Array, mask: Array | None, embeddings: Array | None = None
     ) -> tuple[Array, list[KeyValue]]:
-        x = self.embed(params, tokens) if embeddings is None else embeddings
-        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask.astype(bool)
+        shape = tokens.shape if embeddings is None else embeddings.shape[:2]
+        mask = jnp.ones(shape, bool) if mask is None else mask.astype(bool)
+        if mask.shape != shape or len(shape) != 2:
+            raise ValueError(f"mask: expected the shape [B,L] of the tokens, {shape}, found {mask.shape}")
+        # A pad id may lie outside the vocabulary, where a look-up gives NaN: it must not reach the real tokens.
+        x = self.embed(params, jnp.where(mask, tokens, 0)) if embeddings is None else embeddings
         return self._call(params, Transformer.__call__, x.astype(self.dtype), mask)
 
     def apply(

@@ -15,8 +15,11 @@ from jaxalign.types import Array, Params
 def chunked(f: Callable[..., Any], *arrays: Array, chunk: int) -> Any:
     """f applied to chunks of positions (axis 1) of arrays [B,L,...], its results [B,chunk,...] joined to [B,L,...].
 
-    Each chunk is rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
+    f must treat positions independently; the last chunk is padded with zeros, whose results are dropped. Each chunk is
+    rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk: expected at least 1 position, found {chunk}")
     batch, length = arrays[0].shape[:2]
     chunk = min(chunk, length)
     padding = -length % chunk
@@ -28,7 +31,9 @@ def chunked(f: Callable[..., Any], *arrays: Array, chunk: int) -> Any:
     def join(x: Array) -> Array:
         return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :length]
 
-    parts = jax.lax.map(jax.checkpoint(lambda part: f(*part)), tuple(split(x) for x in arrays))
+    # Inside a loop the compiler cannot undo the rematerialisation, so it need not be guarded against.
+    part = jax.checkpoint(lambda arrays: f(*arrays), prevent_cse=False)
+    parts = jax.lax.map(part, tuple(split(x) for x in arrays))
     return jax.tree.map(join, parts)
 
 

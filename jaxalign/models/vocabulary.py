@@ -13,13 +13,19 @@ from jaxalign.types import Params
 def cut_vocabulary(lm: LanguageModel, params: Params, size: int) -> tuple[LanguageModel, Params]:
     """The model over its first `size` token ids: rows of the embedding, columns of lm_head and of a Q head are cut.
 
-    EOS ids beyond the cut are dropped. ValueError unless 1 <= size <= V.
+    EOS, BOS and pad ids beyond the cut are dropped. ValueError unless 1 <= size <= V.
     """
     config = lm.config
     if not 1 <= size <= config.vocab_size:
         raise ValueError(f"size: expected 1 to {config.vocab_size}, found {size}")
+
+    def kept(i: int | None) -> int | None:
+        return i if i is not None and i < size else None
+
     eos = tuple(i for i in config.eos_ids if i < size)
-    changed = dataclasses.replace(config, vocab_size=size, eos_ids=eos)
+    changed = dataclasses.replace(
+        config, vocab_size=size, eos_ids=eos, bos_id=kept(config.bos_id), pad_id=kept(config.pad_id)
+    )
     body = dict(params["transformer"])
     body["embedding"] = body["embedding"][:size]
     if "lm_head" in body:

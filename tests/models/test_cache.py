@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,17 @@ KINDS = {
 STEPS = jnp.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 1, 2], [3, 3, 3, 3], [0, 1, 0, 1]])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(lm, params, tokens, mask):
+    return lm.apply(params, tokens, mask=mask)
+
+
+def alone(lm, params, row: list[int]):
+    """One row on its own, right-padded to a fixed width so that all rows share a trace: its real positions."""
+    batch = padded([row], side="right", extra=12 - len(row))
+    return jax.tree.map(lambda x: x[0, : len(row)], apply(lm, params, batch.tokens, batch.mask))
+
+
 def full_rows() -> list[list[int]]:
     return [prompt + STEPS[b].tolist() for b, prompt in enumerate(PROMPTS)]
 
@@ -27,12 +40,13 @@ def full_rows() -> list[list[int]]:
 def test_cached_equals_uncached(kind, side):
     lm, params = tiny_lm(0, **KINDS[kind])
     prompts = padded(PROMPTS, side=side, extra=2)
-    hidden, cache = lm.prefill(params, prompts.tokens, prompts.mask, prompts.tokens.shape[1] + 4)
+    prefill = jax.jit(lm.prefill, static_argnums=3)
+    hidden, cache = prefill(params, prompts.tokens, prompts.mask, prompts.tokens.shape[1] + 4)
     step = jax.jit(lm.step)
     for t in range(5):
         for b, prompt in enumerate(PROMPTS):
-            row = jnp.array([prompt + STEPS[b, :t].tolist()])
-            np.testing.assert_allclose(hidden[b], lm.hidden(params, row)[0, -1], rtol=1e-5, atol=1e-5)
+            expected = alone(lm, params, prompt + STEPS[b, :t].tolist()).hidden[-1]
+            np.testing.assert_allclose(hidden[b], expected, rtol=1e-5, atol=1e-5)
         if t < 4:
             hidden, cache = step(params, cache, STEPS[:, t])
 
@@ -41,13 +55,13 @@ def test_cached_equals_uncached(kind, side):
 def test_candidates_equal_full_rescorings(kind):
     lm, params = tiny_lm(0, **KINDS[kind])
     prompts = padded(PROMPTS)
-    _, cache = lm.prefill(params, prompts.tokens, prompts.mask, 8)
+    _, cache = jax.jit(lm.prefill, static_argnums=3)(params, prompts.tokens, prompts.mask, 8)
     candidates = jnp.array([[1, 4, 0], [2, 2, 9], [10, 1, 5], [8, 7, 6], [3, 0, 2]])
     hidden, entries = jax.jit(lm.candidates)(params, cache, candidates)
     for b, prompt in enumerate(PROMPTS):
         for k in range(3):
-            row = jnp.array([[*prompt, int(candidates[b, k])]])
-            np.testing.assert_allclose(hidden[b, k], lm.hidden(params, row)[0, -1], rtol=1e-5, atol=1e-5)
+            expected = alone(lm, params, [*prompt, int(candidates[b, k])]).hidden[-1]
+            np.testing.assert_allclose(hidden[b, k], expected, rtol=1e-5, atol=1e-5)
     # The winner's entries make the cache that stepping to it makes.
     choice = jnp.array([2, 0, 1, 1, 0])
     committed = lm.commit(cache, entries, choice)
@@ -75,19 +89,20 @@ def test_padding_changes_nothing(kind):
         rows = full_rows()
         for side in ("left", "right"):
             batch = padded(rows, side=side, extra=3)
-            out = lm.apply(params, batch.tokens, mask=batch.mask)
+            out = jax.tree.map(np.asarray, apply(lm, params, batch.tokens, batch.mask))
             for b, row in enumerate(rows):
-                alone = lm.apply(params, jnp.array([row]))
+                single = lm.apply(params, jnp.array([row])) if b == 0 else alone(lm, params, row)
+                logits, head = (x[0] if b == 0 else x for x in (single.logits, single.head))
                 real = np.asarray(batch.mask[b])
-                np.testing.assert_allclose(out.logits[b][real], alone.logits[0], rtol=1e-9, atol=1e-10)
-                np.testing.assert_allclose(out.head[b][real], alone.head[0], rtol=1e-9, atol=1e-10)
+                np.testing.assert_allclose(out.logits[b][real], logits, rtol=1e-9, atol=1e-10)
+                np.testing.assert_allclose(out.head[b][real], head, rtol=1e-9, atol=1e-10)
 
 
 def test_gradients_are_finite_with_padding_and_an_empty_row():
     lm, params = tiny_lm(0, "reward")
     batch = padded([*PROMPTS, [1]])
     mask = batch.mask.at[-1].set(False)
-    gradient = jax.grad(lambda p: lm.apply(p, batch.tokens, mask=mask).head.sum())(params)
+    gradient = jax.jit(jax.grad(lambda p: lm.apply(p, batch.tokens, mask=mask).head.sum()))(params)
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
 
 

@@ -1,0 +1,101 @@
+"""Responses in a run folder, and their summary: one row per method and beta.
+
+A responses file is JSON lines; each holds at least method, beta, index, prompt, tokens, kl, kl_kind, truncated, and
+where rewards were computed reward and gold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxalign import metrics
+
+Record = dict[str, Any]
+Key = tuple[str, float | None]  # method, beta
+
+
+def read(path: pathlib.Path) -> list[Record]:
+    """Whole lines of a responses file; a last line without its end was cut short and is left out. [] for no file."""
+    if not path.exists():
+        return []
+    # Written as ASCII; only newlines part lines.
+    return [json.loads(line) for line in path.read_text(encoding="ascii").split("\n")[:-1]]
+
+
+def write(path: pathlib.Path, records: Sequence[Record]) -> None:
+    """All records, under a temporary name, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="ascii")
+    temporary.replace(path)
+
+
+def check_texts(
+    records: Sequence[Record], texts: Sequence[str], path: pathlib.Path, *, expected: int | None = None
+) -> None:
+    """ValueError when the records of a former call answer other prompts than `texts`, or are not `expected` many."""
+    for r in records:
+        now = texts[r["index"]] if r["index"] < len(texts) else None
+        if r["prompt"] != now:
+            raise ValueError(
+                f"prompts: expected {r['prompt']!r} at index {r['index']}, as in {path}, found {now!r}; "
+                "name another --out, or remove that folder"
+            )
+    if expected is not None and len(records) != expected:
+        raise ValueError(
+            f"prompts: expected the prompts of the {len(records)} responses in {path}, found {len(texts)} prompts that "
+            f"call for {expected}; name another --out, or remove that folder"
+        )
+
+
+def summarise(records: Sequence[Record]) -> list[Record]:
+    """Per method and beta, in order of appearance: means with 95 % half-widths (None for a single response) of reward,
+    gold and KL (its kind named), mean length [tokens], share truncated."""
+    groups: dict[Key, list[Record]] = {}
+    for r in records:
+        groups.setdefault((r["method"], r["beta"]), []).append(r)
+    rows = []
+    for (method, beta), group in groups.items():
+        row: Record = {"method": method, "beta": beta, "responses": len(group)}
+        for name in ("reward", "gold", "kl"):
+            if name in group[0]:
+                estimate = metrics.mean_interval([r[name] for r in group])
+                row[name] = estimate.mean
+                row[f"{name}_95"] = None if math.isnan(estimate.half_width) else estimate.half_width
+        row["kl_kind"] = group[0]["kl_kind"]
+        row["tokens"] = metrics.mean_interval([len(r["tokens"]) for r in group]).mean
+        row["truncated"] = metrics.mean_interval([r["truncated"] for r in group]).mean
+        rows.append(row)
+    return rows
+
+
+def add_speed(rows: Sequence[Record], speed: Mapping[Key, float], former: pathlib.Path) -> None:
+    """tokens_per_second of each row: of this call, else of the `former` summary, else None."""
+    known = json.loads(former.read_text()) if former.exists() else []
+    before = {(row["method"], row["beta"]): row.get("tokens_per_second") for row in known}
+    for row in rows:
+        key = (row["method"], row["beta"])
+        row["tokens_per_second"] = speed.get(key, before.get(key))
+
+
+def print_table(rows: Sequence[Record]) -> None:
+    """One line per row; a mean is followed by its 95 % half-width. "-": one response has no interval, and a method that
+    was decoded in its compiling batch alone has no speed."""
+    names = [name for name in ("reward", "gold", "kl") if name in rows[0]]
+    head = ["method", "beta", *names, "tokens", "truncated", "tokens/s", "kind of KL"]
+    lines = [head]
+    for row in rows:
+        cells = [str(row["method"]), _number(row["beta"], "g")]
+        cells += [f"{row[name]:.3f} ± {_number(row[f'{name}_95'], '.3f')}" for name in names]
+        cells += [f"{row['tokens']:.1f}", f"{row['truncated']:.2f}", _number(row["tokens_per_second"], ".0f")]
+        lines.append([*cells, row["kl_kind"]])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
