@@ -235,14 +235,29 @@ def top_p(policy: Policy) -> Policy:
     """
 
     def apply(value: Array, output: StepOutput) -> StepOutput:
-        order = jnp.argsort(-output.log_prob, axis=-1, stable=True)
-        mass = jnp.exp(jnp.take_along_axis(output.log_prob, order, axis=-1))
-        # A token is kept while the mass before it is short of p; the first one always is.
-        keep_sorted = (jnp.cumsum(mass, axis=-1) - mass < value[:, None]).at[:, 0].set(True)
-        keep = jax.vmap(lambda o, k: jnp.zeros(k.shape, bool).at[o].set(k))(order, keep_sorted)
+        vocab = output.log_prob.shape[-1]
+        few = min(vocab, _NUCLEUS)
+        covered = jnp.exp(jax.lax.top_k(output.log_prob, few)[0]).sum(axis=-1) >= value
+        # Sorting a whole vocabulary costs more than a step of a small model, and is rarely needed.
+        keep = jax.lax.cond(
+            covered.all() | (few == vocab),
+            lambda: _nucleus(output.log_prob, value, few),
+            lambda: _nucleus(output.log_prob, value, vocab),
+        )
         return _truncate(output, keep)
 
     return _per_prompt("top_p", policy, apply, lambda value: (value > 0) & (value <= 1), "a value in (0, 1]")
+
+
+_NUCLEUS = 256  # tokens that are looked at before the whole vocabulary is sorted
+
+
+def _nucleus(log_prob: Array, p: Array, k: int) -> Array:
+    """Tokens [B,V] among the k most probable that are kept: while the mass before them is short of p [B]."""
+    top, order = jax.lax.top_k(log_prob, k)
+    mass = jnp.exp(top)
+    kept = (jnp.cumsum(mass, axis=-1) - mass < p[:, None]).at[:, 0].set(True)
+    return jax.vmap(lambda o, keep: jnp.zeros(log_prob.shape[-1], bool).at[o].set(keep))(order, kept)
 
 
 def top_k(policy: Policy, k: int) -> Policy:

@@ -13,7 +13,7 @@ from jaxalign import critics, data, decoding, loop, models, policies, rewards, t
 from jaxalign.decoding import sampling
 from jaxalign.types import TokenBatch
 from tests import exact
-from tests.conftest import EOS, PROMPTS, padded, tiny_config, tiny_lm
+from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_config, tiny_lm
 
 RNG = jax.random.key(0)
 
@@ -275,6 +275,7 @@ def test_a_rollout_can_be_continued():
     np.testing.assert_array_equal(second.finished, whole.finished)
 
 
+@needs_jit
 def test_one_trace_for_each_bucket():
     """Prompts of 1 to 24 tokens: four buckets, four traces."""
     lm, params = tiny_lm(0, num_layers=1)
@@ -293,6 +294,7 @@ def test_one_trace_for_each_bucket():
     assert len(traces) == len({data.bucket(n) for n in lengths}) == 4
 
 
+@needs_jit
 def test_the_compiled_step_costs_the_same_at_every_position_and_copies_no_cache():
     """FLOPs and bytes are static (position is data), K candidates read the cache once, and temporaries hold no copy of
     it: donated in, the cache is updated in place."""
@@ -314,6 +316,7 @@ def test_the_compiled_step_costs_the_same_at_every_position_and_copies_no_cache(
     assert 5 < flops[10] / flops[1] < 11
 
 
+@needs_jit
 @pytest.mark.parametrize("name", ["language_model", "args", "autoregressive"])
 def test_the_compiled_loop_copies_no_cache(name):
     """No instruction of the compiled sampling loop copies an array of the cache's shape."""

@@ -21,7 +21,7 @@ from jaxalign.types import (
 )
 from tests import cases
 from tests.cases import tiny_lm
-from tests.conftest import EOS, PROMPTS, VOCAB, padded
+from tests.conftest import EOS, PROMPTS, VOCAB, needs_jit, padded
 
 B, T = len(PROMPTS), 3
 RNG = jax.random.key(0)
@@ -212,6 +212,7 @@ def test_law_3_weights_per_prompt(all_critics, prompts):
         np.testing.assert_allclose(together[b], log_prob(rows[b])[b], rtol=1e-5, atol=1e-5)
 
 
+@needs_jit
 def test_law_3_values_do_not_retrace(all_policies, prompts):
     case = all_policies["tilt_value_q_all"]
     traces = 0
@@ -375,6 +376,7 @@ def counted(case: cases.Case) -> tuple[Policy, list[int]]:
     return case.policy._replace(init=init), traces
 
 
+@needs_jit
 def test_law_6_a_policy_is_traced_once_for_each_shape(case, prompts):
     policy, traces = counted(case)
     for seed in range(2):
@@ -382,6 +384,7 @@ def test_law_6_a_policy_is_traced_once_for_each_shape(case, prompts):
     assert traces == [1]
 
 
+@needs_jit
 def test_law_6_a_new_shape_is_one_new_trace(all_policies, prompts):
     policy, traces = counted(all_policies["language_model"])
     for extra in (0, 2, 0, 2):
@@ -390,6 +393,7 @@ def test_law_6_a_new_shape_is_one_new_trace(all_policies, prompts):
     assert traces == [2]
 
 
+@needs_jit
 def test_law_6_best_of_n_is_traced_once(all_policies, prompts):
     policy, traces = counted(all_policies["tilt_args_4"])
     lm, reward_params = tiny_lm(1, "reward")

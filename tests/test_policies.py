@@ -40,6 +40,22 @@ def test_top_p_keeps_the_smallest_nucleus(p, kept):
     np.testing.assert_allclose(jnp.exp(out.log_prob).sum(), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("p", [0.2, 0.9, 0.999])
+def test_top_p_of_a_large_vocabulary_is_that_of_a_full_sort(p):
+    """Rows whose nucleus is short, and rows whose nucleus is longer than what is looked at first."""
+    t = tree.Tree(1000, 1, eos_id=None)
+    logits = jax.random.normal(jax.random.key(0), (2, 1, 1000)) * jnp.array([3.0, 0.1])[:, None, None]
+    for table in (logits[:1], logits):
+        policy = policies.top_p(tree.policy(t))
+        out = policy.init({"policy": table, "top_p": p}, RNG, tree.prompts(len(table)), 1)[1]
+        for b, row in enumerate(np.asarray(jax.nn.softmax(table[:, 0]))):
+            order = np.argsort(-row, kind="stable")
+            count = int((np.cumsum(row[order]) - row[order] < p).sum())
+            kept = np.flatnonzero(is_supported(out.log_prob[b]))
+            assert abs(len(kept) - count) <= 1  # rounding of the prefix sum at the edge
+            assert set(order[: count - 1]) <= set(kept) <= set(order[: count + 1])
+
+
 def test_temperature_by_hand():
     out = first(policies.temperature(tree.policy(TREE)), {"policy": base_table(), "temperature": 0.5})
     np.testing.assert_allclose(jnp.exp(out.log_prob[0]), PROBABILITY**2 / (PROBABILITY**2).sum(), rtol=1e-5)

@@ -150,8 +150,13 @@ class Attention(nn.Module):
 
 
 def write_slot(cache: Array, new: Array, slot: Array) -> Array:
-    """cache [B,H,S,hd] with new [B,H,hd] at slot [B] of each row; a slot past the end is dropped."""
-    return cache.at[jnp.arange(slot.shape[0]), :, slot].set(new, mode="drop")
+    """cache [B,H,S,hd] with new [B,H,hd] at slot [B] of each row; a slot past the end is dropped.
+
+    One update per row AND head: a single update (batch 1, all heads at once) becomes a dynamic-update-slice, which XLA
+    fuses twice and pays for with four copies of the cache a step (3x the time at batch 1 with 2048 slots).
+    """
+    row, head = jnp.arange(cache.shape[0])[:, None], jnp.arange(cache.shape[1])
+    return cache.at[row, head, slot[:, None]].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
 
 
 class Layer(nn.Module):

@@ -47,15 +47,55 @@ CHECKPOINTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_reward": ("Qwen3", "ForSequenceClassification", {"num_labels": 1, "head_dim": 12}),
 }
 
+# Compared live, where torch is installed: deeper and wider, longer rows, and what the tiny ones leave out.
+LARGER: dict[str, Any] = {
+    "vocab_size": 301,
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+}
+LIVE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama3_wide_heads": (
+        "Llama",
+        "ForCausalLM",
+        LARGER | {"head_dim": 20, "num_key_value_heads": 1, "rope_parameters": LLAMA3 | {"factor": 8.0}},
+    ),
+    "mistral_reward": ("Mistral", "ForSequenceClassification", LARGER | {"sliding_window": 7, "num_labels": 1}),
+    "qwen2_deep_windows": (
+        "Qwen2",
+        "ForCausalLM",
+        LARGER | {"num_key_value_heads": 3, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    ),
+    "qwen3_layer_types": (
+        "Qwen3",
+        "ForCausalLM",
+        LARGER
+        | {
+            "head_dim": 8,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "rope_parameters": LINEAR,
+        },
+    ),
+}
+
 PADDINGS = ("none", "left", "right")
 
 
-def inputs(padding: str) -> tuple[list[list[int]], list[list[int]]]:
+ROWS = [[7, 8, 9, 10, 11, 12, 13, 14, 2], [20, 21, 22, 60, 5], [30, 2, 31, 32, 33, 34, 35]]
+LONG_ROWS = [[(37 * i + 11 * b) % 300 for i in range(length)] for b, length in enumerate((24, 9, 17))]
+
+
+def inputs(padding: str, rows: list[list[int]] = ROWS) -> tuple[list[list[int]], list[list[int]]]:
     """(tokens, attention mask): three rows; pads are the EOS id on purpose, since masks come from lengths."""
-    rows = [[7, 8, 9, 10, 11, 12, 13, 14, 2], [20, 21, 22, 60, 5], [30, 2, 31, 32, 33, 34, 35]]
-    if padding == "none":
-        rows = [(row * 3)[:9] for row in rows]
     width = max(map(len, rows))
+    if padding == "none":
+        rows = [(row * 3)[:width] for row in rows]
     tokens, mask = [], []
     for row in rows:
         pads = width - len(row)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxalign import models
-from tests.conftest import PROMPTS, VOCAB, padded, tiny_config, tiny_lm
+from tests.conftest import PROMPTS, VOCAB, needs_jit, padded, tiny_config, tiny_lm
 
 KINDS = {
     "plain": {},
@@ -177,6 +177,7 @@ def test_chunked_log_probabilities_equal_dense_ones_with_their_gradients(chunk):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, expected)
 
 
+@needs_jit
 def test_chunked_log_probabilities_never_keep_the_whole_logits():
     """The largest array in the compiled gradient is smaller than [B,L,V]: memory is bounded by the chunk."""
     lm, params = tiny_lm(0, vocab_size=512)

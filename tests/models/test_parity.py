@@ -18,9 +18,9 @@ from tests.models import families, make_golden
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="live comparison needs torch")
 
 
-def ours(folder, padding: str) -> np.ndarray:
+def ours(folder, padding: str, rows: list[list[int]] = families.ROWS) -> np.ndarray:
     lm, params = models.load(folder)
-    tokens, mask = (jnp.asarray(x) for x in families.inputs(padding))
+    tokens, mask = (jnp.asarray(x) for x in families.inputs(padding, rows))
     mask = mask.astype(bool)
     out = apply(lm, params, tokens, mask)
     if lm.config.head is None:
@@ -52,6 +52,16 @@ def test_parity_live(name, tmp_path):
     model.save_pretrained(tmp_path / "model")
     for padding in families.PADDINGS:
         assert_close(ours(tmp_path / "model", padding), make_golden.outputs(model, padding))
+
+
+@needs_torch
+@pytest.mark.parametrize("name", families.LIVE)
+def test_parity_live_of_larger_models(name, tmp_path):
+    model = make_golden.build(name)
+    model.save_pretrained(tmp_path / "model")
+    for padding in families.PADDINGS:
+        expected = make_golden.outputs(model, padding, families.LONG_ROWS)
+        assert_close(ours(tmp_path / "model", padding, families.LONG_ROWS), expected)
 
 
 @needs_torch
