@@ -45,6 +45,11 @@ def rotate(x: Array, position: Array, rope: Rope) -> Array:
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
+def wide_einsum(spec: str, left: Array, right: Array) -> Array:
+    """An einsum with sums and result in at least float32; for bfloat16 also 2-4x faster on a CPU than a rounded one."""
+    return jnp.einsum(spec, left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean x² + eps) · scale, in at least float32."""
 
@@ -97,7 +102,7 @@ class Attention(nn.Module):
             allowed = allowed & (distance < self.window)
         batch, length = x.shape[:2]
         q = q.reshape(batch, length, c.num_kv_heads, -1, c.head_dim)
-        score = at_least_float32(jnp.einsum("blgrd,bmgd->bgrlm", q, k)) * c.head_dim**-0.5
+        score = wide_einsum("blgrd,bmgd->bgrlm", q, k) * c.head_dim**-0.5
         score = jnp.where(allowed[:, None, None], score, NEGATIVE)
         weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
         mixed = jnp.einsum("bgrlm,bmgd->blgrd", weight, v).reshape(batch, length, -1)
@@ -110,13 +115,14 @@ class Attention(nn.Module):
         batch, k_tokens = x.shape[:2]
         q, k, v = self.project(x, jnp.broadcast_to(length[:, None], (batch, k_tokens)))
         seen = self._seen(cache, length) & (jnp.arange(cache.k.shape[2]) < length[:, None])
-        q = q.reshape(batch, k_tokens, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 1, 3, 4) * c.head_dim**-0.5
+        q = q.reshape(batch, k_tokens, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 1, 3, 4)
         groups = q.shape[3]
         flat = q.reshape(batch, c.num_kv_heads, k_tokens * groups, c.head_dim)
-        score = at_least_float32(jnp.einsum("bgqd,bgsd->bgqs", flat, cache.k))
+        score = wide_einsum("bgqd,bgsd->bgqs", flat, cache.k) * c.head_dim**-0.5
         score = jnp.where(seen[:, None, None], score, NEGATIVE)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        own = at_least_float32((q * k[:, :, :, None]).sum(axis=-1)).reshape(batch, c.num_kv_heads, -1)
+        own = (at_least_float32(q) * k[:, :, :, None]).sum(axis=-1) * c.head_dim**-0.5
+        own = own.reshape(batch, c.num_kv_heads, -1)
         top = jnp.maximum(score.max(axis=-1), own)
         weight, weight_own = jnp.exp(score - top[..., None]), jnp.exp(own - top)
         total = weight.sum(axis=-1) + weight_own
@@ -134,8 +140,8 @@ class Attention(nn.Module):
         q, k, v = self.project(x, length[:, None])
         cache = KeyValue(write_slot(cache.k, k[:, 0], slot), write_slot(cache.v, v[:, 0], slot))
         seen = self._seen(cache, length)
-        q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim) * c.head_dim**-0.5
-        score = at_least_float32(jnp.einsum("bgqd,bgsd->bgqs", q, cache.k))
+        q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
+        score = wide_einsum("bgqd,bgsd->bgqs", q, cache.k) * c.head_dim**-0.5
         weight = jax.nn.softmax(jnp.where(seen[:, None, None], score, NEGATIVE), axis=-1)
         mixed = jnp.einsum("bgqs,bgsd->bgqd", weight.astype(cache.v.dtype), cache.v)
         return self.out(mixed.reshape(batch, 1, -1)), cache
@@ -242,5 +248,5 @@ class Transformer(nn.Module):
     def logits(self, hidden: Array) -> Array:
         """[...,D] -> [...,V] in at least float32."""
         if self.config.tie_embeddings:
-            return at_least_float32(jnp.einsum("...d,vd->...v", hidden, self.embedding))
-        return at_least_float32(hidden @ self.lm_head)
+            return wide_einsum("...d,vd->...v", hidden, self.embedding)
+        return wide_einsum("...d,dv->...v", hidden, self.lm_head)
