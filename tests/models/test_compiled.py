@@ -1,0 +1,134 @@
+"""What the compiled programs do: no copy of the cache in a decoding loop, one trace for every position, a mesh."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import models
+from tests.conftest import needs_jit, tiny_config, tiny_lm
+
+CAPACITY = 512
+
+
+def decode(lm, params, cache, tokens):
+    """Four tokens by `step`, or (tokens [B,K]) by `candidates` and `commit`."""
+
+    def body(carry):
+        i, cache, tokens = carry
+        if tokens.ndim == 1:
+            hidden, cache = lm.step(params, cache, tokens)
+            return i + 1, cache, lm.logits(params, hidden).argmax(axis=-1).astype(tokens.dtype)
+        hidden, entries = lm.candidates(params, cache, tokens)
+        scores = lm.logits(params, hidden)
+        choice = scores[..., 0].argmax(axis=-1)
+        top = jnp.take_along_axis(scores, choice[:, None, None], axis=1)[:, 0]
+        drawn = jax.lax.top_k(top, tokens.shape[1])[1].astype(tokens.dtype)
+        return i + 1, lm.commit(cache, entries, choice), drawn
+
+    return jax.lax.while_loop(lambda carry: carry[0] < 4, body, (0, cache, tokens))[1]
+
+
+@needs_jit
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("k", [None, 4])
+def test_a_decoding_loop_copies_no_cache(batch, k):
+    """Batch 1 is a case of its own: a scatter of one update becomes another instruction."""
+    lm = models.LanguageModel(tiny_config(max_length=CAPACITY))
+    params = lm.init(jax.random.key(0))
+    tokens = jnp.ones((batch, 2), jnp.int32)
+    _, cache = lm.prefill(params, tokens, tokens > 0, CAPACITY)
+    first = jnp.ones((batch,) if k is None else (batch, k), jnp.int32)
+    program = jax.jit(decode, static_argnums=0, donate_argnums=2).lower(lm, params, cache, first).compile()
+    shape = ",".join(map(str, cache.layers[0].k.shape))
+    assert f"f32[{shape}]" in program.as_text()
+    assert re.findall(rf"= f32\[{shape}\]\S* copy\(.*", program.as_text()) == []
+    assert program.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+
+@needs_jit
+def test_one_trace_serves_every_position():
+    lm, params = tiny_lm(0)
+    traces = []
+
+    @jax.jit
+    def step(params, cache, token):
+        traces.append(1)
+        return lm.step(params, cache, token)
+
+    tokens = jnp.ones((2, 3), jnp.int32)
+    _, cache = lm.prefill(params, tokens, tokens > 0, 9)
+    for _ in range(6):
+        _, cache = step(params, cache, jnp.array([1, 2]))
+    np.testing.assert_array_equal(cache.length, 9)
+    assert traces == [1]
+
+
+@needs_jit
+def test_hidden_states_cost_no_logits():
+    """`apply` under jit pays only for what is read."""
+    lm = models.LanguageModel(tiny_config(vocab_size=4096))
+    params = jax.eval_shape(lm.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+
+    def flops(f) -> float:
+        return jax.jit(f).lower(params, tokens).compile().cost_analysis()["flops"]
+
+    without = flops(lambda p, t: lm.apply(p, t).hidden)
+    assert flops(lambda p, t: lm.apply(p, t).logits) - without > 0.9 * 2 * 16 * 16 * 4096
+
+
+MESH = """
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jaxalign import models
+    from jaxalign.models import axes
+
+    folder = {folder!r}
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    lm, params = models.load(folder, mesh=mesh)
+    assert all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 4 for leaf in jax.tree.leaves(params))
+    tokens = jnp.arange(32).reshape(8, 4) % lm.vocab_size
+    placed = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
+    hidden, cache = jax.jit(lm.prefill, static_argnums=3)(params, placed, placed >= 0, 6)
+    cache = axes.shard(cache, mesh)
+    k = cache.layers[0].k
+    assert k.addressable_shards[0].data.shape == (2, *k.shape[1:]), k.sharding
+    found = jax.jit(lm.step)(params, cache, placed[:, 0])[0]
+    _, alone = models.load(folder)
+    both = jax.jit(lambda p, t: lm.step(p, lm.prefill(p, t, t >= 0, 6)[1], t[:, 0])[0])
+    expected = both(alone, tokens)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+    # Rules to come: the same table places kernels over a tensor axis, with the same values.
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2), ("data", "tensor"))
+    rules = dict(axes.RULES) | dict(heads="tensor", mlp="tensor", vocab=None)
+    split = axes.shard(alone, mesh, rules)
+    kernel = split["transformer"]["layer_0"]["gate_up"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], kernel.shape[1] // 2)
+    found = jax.jit(lm.hidden)(split, tokens)
+    np.testing.assert_allclose(found, jax.jit(lm.hidden)(alone, tokens), rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_parameters_and_caches_are_placed_by_the_table_on_four_devices(tmp_path):
+    """In a process of its own: the number of simulated devices is fixed when jax starts."""
+    lm, params = tiny_lm(0, "value")
+    models.save(tmp_path / "model", lm, params)
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    program = textwrap.dedent(MESH).format(folder=str(tmp_path / "model"))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
