@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from eval import results
 from jaxalign import cli, critics, data, decoding, metrics, models, policies, rewards
+from jaxalign.checks import check_prompt_fits
 from jaxalign.types import Completions, Critic, Params, Policy, Reward, TokenBatch
 
 KINDS = ("args", "value", "autoregressive")
@@ -250,9 +250,10 @@ def run(config: Config) -> pathlib.Path:
     judges: dict[str, Judge] = {}
     for name in ("reward", "gold"):
         if name in loaded:
-            policies.check_prompt_fits(loaded[name][0], everything, config.max_new_tokens, name=name)
+            check_prompt_fits(loaded[name][0], everything, config.max_new_tokens, name=name)
             judges[name] = Judge(jax.jit(rewards.from_model(loaded[name][0])), loaded[name][1])
-    out = cli.open_run(config.out, config)
+    inputs = [config.model, config.reward, config.gold, *(c.partition(":")[2] for c in config.critic)]
+    out = cli.open_run(config.out, config, inputs=[path for path in inputs if path])
     final, partial = out / "responses.jsonl", out / "responses.jsonl.partial"
     speed: dict[tuple[str, float | None], float] = {}
     if not final.exists():
@@ -299,7 +300,7 @@ def _decode_all(
     total = len(plan) * len(ids)
     traced: set[Any] = set()
     timed: dict[tuple[str, float | None], tuple[int, float]] = {}
-    progress = tqdm(total=total, initial=len(records), unit="response", mininterval=2.0, desc="decode")
+    progress = cli.progress("decode", total, initial=len(records), unit="response")
     with partial.open("a") as sink, progress:
         for k, method in enumerate(plan):
             for j, batch in enumerate(parts):
@@ -318,12 +319,13 @@ def _decode_all(
                     if not np.isfinite(values).all():
                         raise ValueError(f"{name}: expected finite rewards, found {values} for prompts {batch.rows}")
                 host = jax.tree.map(np.asarray, drawn)
+                check_finite(method, host, batch.rows)
                 new = [
                     _record(method, i, texts[i], tokenizer, host, b)
                     | {name: round(float(values[b]), 6) for name, values in scores.items()}
                     for b, i in enumerate(batch.rows)
                 ]
-                sink.writelines(json.dumps(record) + "\n" for record in new)
+                sink.writelines(json.dumps(record, allow_nan=False) + "\n" for record in new)
                 sink.flush()
                 records += new
                 tokens = int(host.mask[: len(batch.rows)].sum())
@@ -336,6 +338,19 @@ def _decode_all(
                 progress.set_postfix_str(f"{method.name} {tokens / seconds:.0f} tokens/s")
                 progress.update(len(batch.rows))
     return records, {key: count / seconds for key, (count, seconds) in timed.items()}
+
+
+def check_finite(method: Method, host: Completions, rows: list[int]) -> None:
+    """ValueError that names the method and the prompts where a policy has no distribution (NaN weights, an overflow).
+    host: Completions of numpy arrays; the rows beyond len(rows) are padding."""
+    count = len(rows)
+    for name in ("log_prob", "log_prob_ref", "log_norm", "kl"):
+        values = getattr(host, name)
+        if values is None:
+            continue
+        bad = [i for i, row in zip(rows, np.isfinite(values[:count]).all(axis=1), strict=True) if not row]
+        if bad:
+            raise ValueError(f"{method.name}: expected finite {name}, found NaN or infinity for prompts {bad}")
 
 
 def _record(method: Method, index: int, prompt: str, tokenizer: Any, host: Completions, b: int) -> dict[str, Any]:

@@ -83,8 +83,26 @@ def critic_tables(
     }
 
 
+def check(config: Config) -> None:
+    """ValueErrors before anything is written."""
+    if config.samples < 2:
+        raise ValueError(f"samples: expected at least 2 for an interval, found {config.samples}")
+    if not config.betas or not all(0 < beta < np.inf for beta in config.betas):
+        raise ValueError(f"betas: expected finite values > 0, found {config.betas}")
+    if any(n < 1 for n in config.n):
+        raise ValueError(f"n: expected at least 1 response each, found {config.n}")
+    if config.vocab < 2 or config.horizon < 1 or config.vocab**config.horizon > 200_000:
+        raise ValueError(
+            "vocab, horizon: expected at least 2 tokens, 1 step and at most 200000 responses, "
+            f"found {config.vocab} and {config.horizon}"
+        )
+    if config.noise < 0:
+        raise ValueError(f"noise: expected a standard deviation >= 0, found {config.noise}")
+
+
 def run(config: Config) -> list[Point]:
     """All points; the table is printed, results.json and frontier.png are written."""
+    check(config)
     t = tree.Tree(config.vocab, config.horizon, eos_id=0)
     out = cli.open_run(config.out, config)
     base, reward = tree.random(jax.random.key(config.seed), t)

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import tyro
+from tqdm import tqdm
 
 C = TypeVar("C")
 
@@ -111,11 +112,14 @@ def write_json(path: pathlib.Path, values: Any) -> None:
     temporary.replace(path)
 
 
-def open_run(folder: str | os.PathLike[str], config: Any) -> pathlib.Path:
-    """The run folder, with config.json and versions.json. A folder of another run is refused.
+def open_run(folder: str | os.PathLike[str], config: Any, *, inputs: Sequence[str] = ()) -> pathlib.Path:
+    """The run folder, with config.json, versions.json and inputs.json. A folder of another run is refused.
 
     The same config opens the folder again, so that the run can go on; the fields `config` and `out` are not compared.
-    ValueError: the folder holds a run whose config differs (the field is named), or files but no config.json.
+    inputs: files and folders that the run reads; their sizes and times of change are kept, since a run that goes on
+    with other weights would mix two runs.
+    ValueError: the folder holds a run whose config differs (the field is named) or whose inputs have changed (the file
+    is named), or files but no config.json.
     """
     out = pathlib.Path(folder)
     values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -131,10 +135,30 @@ def open_run(folder: str | os.PathLike[str], config: Any) -> pathlib.Path:
                 )
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"out: expected a new or empty folder, or one of this run, found files in {out}")
+    stamps, known = _stamps(inputs), out / "inputs.json"
+    if known.exists():
+        before = json.loads(known.read_text())
+        changed = sorted(name for name in set(before) | set(stamps) if before.get(name) != stamps.get(name))
+        if changed:
+            raise ValueError(
+                f"inputs: expected the files that the run in {out} began with, found {changed} changed; "
+                "name another --out, or remove that folder"
+            )
     out.mkdir(parents=True, exist_ok=True)
+    write_json(known, stamps)
     write_json(stored, values)
     write_json(out / "versions.json", versions())
     return out
+
+
+def _stamps(inputs: Sequence[str]) -> dict[str, list[int]]:
+    """File -> [size in bytes, time of change in ns], for files and the files directly in folders."""
+    files = [path for name in inputs for path in _files(pathlib.Path(name))]
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] * path.is_file()
 
 
 def versions() -> dict[str, str]:
@@ -146,6 +170,38 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+class _Lines:
+    """A stream that ends each of tqdm's redrawn lines: a pipe or a log file keeps them all."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.replace("\r", "\n")
+        if text.strip():
+            self.stream.write(text.strip("\n") + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress(stage: str, total: int, *, initial: int = 0, unit: str = "it") -> Any:
+    """A tqdm bar on stderr: stage, count, rate and ETA. Redrawn on a terminal; elsewhere one line every ten seconds."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=stage,
+        unit=unit,
+        mininterval=0.2 if terminal else 10.0,
+        maxinterval=10.0 if terminal else 60.0,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        ascii=not terminal,
+        ncols=None if terminal else 110,
+        dynamic_ncols=terminal,
+    )
 
 
 def make_mesh(spec: str) -> jax.sharding.Mesh | None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.policies import check_prompt_fits
+from jaxalign.checks import check_has_logits, check_prompt_fits, entry, is_concrete
 from jaxalign.types import (
     Array,
     Critic,
@@ -23,7 +23,6 @@ from jaxalign.types import (
     StepOutput,
     TokenBatch,
     at_least_float32,
-    is_concrete,
     prompt_index,
     prompts_at,
     prompts_for,
@@ -56,6 +55,7 @@ def value(lm: Any) -> Critic:
 def autoregressive(lm: Any) -> Critic:
     """GenARM: q(s,z) = log pi_r(z|s), an autoregressive reward model (arXiv 2410.08193, eq. 7). Increment; params: the
     model's. Under `tilt` the guidance weight alpha is 1/beta."""
+    check_has_logits("autoregressive", lm)
 
     def read(params: Params, hidden: Array) -> Array:
         return jax.nn.log_softmax(lm.logits(params, hidden))
@@ -139,8 +139,9 @@ def weighted_sum(critics: Sequence[Critic]) -> Critic:
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
         prompts = prompts_for(prompts, "critics")
-        if len(params["critics"]) != len(critics):
+        if len(entry(params, "critics")) != len(critics):
             raise ValueError(f"critics: expected parameters of {len(critics)} critics, found {len(params['critics'])}")
+        entry(params, "weights")
         weights = weights_of(params, prompt_index(prompts).shape[0])
         if is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights))):
             raise ValueError(f"weights: expected finite numbers, found {np.asarray(weights)}")
@@ -171,8 +172,10 @@ def map_scores(critic: Critic, f: Callable[[Params, Array, Array, Array], Array]
         return {"critic": critic.advance(params["critic"], proposal["critic"], choice), "index": proposal["index"]}
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
+        entry(params, "map")
+        below = entry(params, "critic")
         if critic.check is not None:
-            critic.check(params["critic"], prompts_for(prompts, "critic"), max_new_tokens)
+            critic.check(below, prompts_for(prompts, "critic"), max_new_tokens)
 
     return Critic(init, score, advance, critic.kind, check, critic.vocab_size)
 
@@ -182,8 +185,15 @@ def _gather(table: Array, candidates: Array | None) -> Array:
     return table if candidates is None else jnp.take_along_axis(table, candidates, axis=-1)
 
 
+_BLOCK = 256  # candidates per pass where a scalar head scores the whole vocabulary
+
+
 def _candidate_critic(name: str, lm: Any) -> Critic:
-    """Level critic that reads a scalar head at each candidate: K tokens at one position over the shared prefix."""
+    """Level critic that reads a scalar head at each candidate: K tokens at one position over the shared prefix.
+
+    Over the whole vocabulary (candidates None) the tokens go through in blocks, and the chosen one once more: neither
+    the activations nor the keys and values of V tokens a row are ever held.
+    """
     head = lm.config.head
     if head is None or lm.head_width != 1:
         found = "no head" if head is None else f"a head of width {lm.head_width}"
@@ -196,11 +206,22 @@ def _candidate_critic(name: str, lm: Any) -> Critic:
     def score(params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None) -> Any:
         if candidates is None:
             batch, vocab = output.log_prob.shape
-            candidates = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32), (batch, vocab))
+            width = min(_BLOCK, vocab)
+            # The last block may run over the end: its surplus tokens are scored and cut.
+            ids = jnp.minimum(jnp.arange(-(-vocab // width) * width, dtype=jnp.int32), vocab - 1).reshape(-1, width)
+
+            def block(tokens: Array) -> Array:
+                hidden = lm.candidates(params, state["cache"], jnp.broadcast_to(tokens, (batch, width)))[0]
+                return lm.head(params, hidden)[..., 0]
+
+            q = jnp.moveaxis(jax.lax.map(block, ids), 0, 1).reshape(batch, -1)[:, :vocab]
+            return q, {"cache": state["cache"]}
         hidden, entries = lm.candidates(params, state["cache"], candidates)
         return lm.head(params, hidden)[..., 0], {"cache": state["cache"], "entries": entries}
 
     def advance(params: Params, proposal: State, choice: Array) -> State:
+        if "entries" not in proposal:  # the choice is a token of the whole vocabulary
+            return {"cache": lm.step(params, proposal["cache"], choice)[1]}
         return {"cache": lm.commit(proposal["cache"], proposal["entries"], choice)}
 
     return Critic(init, score, advance, "level", _model_check(lm), lm.vocab_size)

@@ -83,21 +83,24 @@ def rollout(
 
     Args:
       policy, params: the policy and its parameters.
-      rng: consumed. Step t of row b draws with fold_in(fold_in(rng, t), rows[b]), so a row's tokens do not depend on
-        the rows beside it.
+      rng: consumed. Step t of row b draws with rng folded with t and then with each number of rows[b], so a row's
+        tokens do not depend on the rows beside it.
       state, output: as `policy.init` or a former rollout gave them, B rows.
       steps: T, at most.
       eos_ids: a row that draws one of them is finished; the EOS is part of its response.
       finished: [B], rows that stand still from the start.
-      rows: [B] integers that name the rows' random streams; 0..B-1 when None.
+      rows: [B,m] integers, m per row, that name the rows' random streams (decoders: the prompt's index and the
+        sample's number); (0..B-1, 0) when None.
       last_step: False leaves out the policy's step after the last token, for callers that need no further state.
 
     Returns:
-      (state, output, Completions [B,T]). A finished row's state is the one it had before its EOS.
+      (state, output, Completions [B,T]). A finished row's state is the one it had before its EOS. A policy that has no
+      distribution (NaN, as of a model whose cache is full) leaves NaN in log_prob and kl.
     """
     batch = output.log_prob.shape[0]
     if rows is None:
-        rows = jnp.arange(batch)
+        rows = jnp.stack([jnp.arange(batch), jnp.zeros(batch, jnp.int32)], axis=1)
+    chex.assert_shape(rows, (batch, None))
     if finished is None:
         finished = jnp.zeros(batch, bool)
     dtype = output.log_prob.dtype
@@ -105,7 +108,9 @@ def rollout(
     records |= {"tokens": jnp.zeros((steps, batch), jnp.int32), "mask": jnp.zeros((steps, batch), bool)}
 
     def choose(carry: _Carry) -> tuple[_Carry, Array]:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(rng, carry.t), rows)
+        keys = jnp.broadcast_to(jax.random.fold_in(rng, carry.t), (batch,))
+        for i in range(rows.shape[1]):
+            keys = jax.vmap(jax.random.fold_in)(keys, rows[:, i])
         uniform = jax.vmap(lambda key: jax.random.uniform(key, dtype=dtype))(keys)
         output, active = carry.output, ~carry.finished
         token = draw(output.log_prob, uniform)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import mdp, models
+from jaxalign.checks import check_has_logits, check_positive, check_prompt_fits, entry, is_concrete
 from jaxalign.types import (
     NEGATIVE,
     Array,
@@ -25,10 +26,9 @@ from jaxalign.types import (
     StepOutput,
     TokenBatch,
     at_least_float32,
-    check_positive,
-    check_prompts,
-    is_concrete,
+    is_supported,
     per_row,
+    prompt_index,
     prompts_for,
     where_rows,
 )
@@ -38,8 +38,10 @@ def language_model(lm: Any) -> Policy:
     """pi(z|s) = softmax(logits(s))_z of a language model; it is its own base. params: the model's.
 
     `lm` is what `models.load` gives, or anything with its `prefill`, `step`, `hidden`, `logits` and `max_length`.
-    The prompt is encoded once; the state is the model's cache with room for max_new_tokens.
+    The prompt is encoded once; the state is the model's cache with room for max_new_tokens. ValueError for a sequence
+    classifier, which has no vocabulary logits.
     """
+    check_has_logits("language_model", lm)
 
     def output(params: Params, hidden: Array) -> StepOutput:
         log_prob = jax.nn.log_softmax(lm.logits(params, hidden))
@@ -74,26 +76,6 @@ def language_model(lm: Any) -> Policy:
     return Policy(init, step, log_prob, check, lm.vocab_size)
 
 
-def check_prompt_fits(lm: Any, prompts: TokenBatch, max_new_tokens: int, *, name: str = "prompts") -> None:
-    """Host-side checks of a batch for a model: a full cache, a token id outside the vocabulary, an empty prompt.
-    ValueErrors that name the field."""
-    check_prompts(prompts, name=name)
-    if not is_concrete(prompts.tokens, prompts.mask):
-        return
-    mask = np.asarray(prompts.mask, bool)
-    longest = int(mask.sum(axis=1).max())
-    if longest + max_new_tokens > lm.max_length:
-        raise ValueError(
-            f"{name}: expected prompt and new tokens within the model's context of {lm.max_length}, "
-            f"found a prompt of {longest} tokens and max_new_tokens = {max_new_tokens}"
-        )
-    real = np.asarray(prompts.tokens)[mask]
-    if real.min() < 0 or real.max() >= lm.vocab_size:
-        raise ValueError(
-            f"{name}: expected token ids in [0, {lm.vocab_size}), found ids from {real.min()} to {real.max()}"
-        )
-
-
 def with_reference(policy: Policy, reference: Policy) -> Policy:
     """`policy` with log_prob_ref of another model beside it: a DPO or RL model is not its own base.
 
@@ -102,13 +84,15 @@ def with_reference(policy: Policy, reference: Policy) -> Policy:
     _check_same_vocabulary("with_reference", policy, reference)
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[State, StepOutput]:
-        inner, output = policy.init(params["policy"], rng, prompts_for(prompts, "policy"), max_new_tokens)
-        beside, base = reference.init(params["reference"], rng, prompts_for(prompts, "reference"), max_new_tokens)
+        one, other = jax.random.split(rng)
+        inner, output = policy.init(params["policy"], one, prompts_for(prompts, "policy"), max_new_tokens)
+        beside, base = reference.init(params["reference"], other, prompts_for(prompts, "reference"), max_new_tokens)
         return {"policy": inner, "reference": beside}, output._replace(log_prob_ref=base.log_prob)
 
     def step(params: Params, rng: Array, state: State, token: Array) -> tuple[State, StepOutput]:
-        inner, output = policy.step(params["policy"], rng, state["policy"], token)
-        beside, base = reference.step(params["reference"], rng, state["reference"], token)
+        one, other = jax.random.split(rng)
+        inner, output = policy.step(params["policy"], one, state["policy"], token)
+        beside, base = reference.step(params["reference"], other, state["reference"], token)
         return {"policy": inner, "reference": beside}, output._replace(log_prob_ref=base.log_prob)
 
     def log_prob(params: Params, prompts: Prompts, tokens: Array, mask: Array) -> Completions:
@@ -199,7 +183,8 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
         return propose(params, scoring, state, output, still)
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
-        check_positive("beta", params["beta"])
+        check_positive("beta", entry(params, "beta"))
+        per_row(params["beta"], prompt_index(prompts).shape[0], name="beta")
         _check(policy, params, prompts, max_new_tokens, "policy")
         _check(critic, params, prompts, max_new_tokens, "critic")
 
@@ -221,7 +206,9 @@ def temperature(policy: Policy) -> Policy:
         norm = jax.nn.logsumexp(scaled, axis=-1)
         best = jnp.argmax(output.log_prob, axis=-1)
         only = jnp.where(jnp.arange(scaled.shape[-1]) == best[:, None], 0, NEGATIVE)
-        log_prob = jnp.where(greedy[:, None], only, scaled - norm[:, None]).astype(output.log_prob.dtype)
+        # NEGATIVE/temperature is no longer far enough down to count as outside the support.
+        scaled = jnp.where(is_supported(output.log_prob), scaled - norm[:, None], NEGATIVE)
+        log_prob = jnp.where(greedy[:, None], only, scaled).astype(output.log_prob.dtype)
         log_norm = jnp.where(greedy, output.log_norm + output.log_prob.max(axis=-1), output.log_norm / divisor + norm)
         return output._replace(log_prob=log_prob, log_norm=log_norm)
 
@@ -242,9 +229,10 @@ def top_p(policy: Policy) -> Policy:
         keep = jax.lax.cond(
             covered.all() | (few == vocab),
             lambda: _nucleus(output.log_prob, value, few),
-            lambda: _nucleus(output.log_prob, value, vocab),
+            lambda: _wide_nucleus(output.log_prob, value),
         )
-        return _truncate(output, keep)
+        # The whole mass may round to less than 1, and to more before the last token.
+        return _truncate(output, keep | ((value >= 1)[:, None] & is_supported(output.log_prob)))
 
     return _per_prompt("top_p", policy, apply, lambda value: (value > 0) & (value <= 1), "a value in (0, 1]")
 
@@ -258,6 +246,29 @@ def _nucleus(log_prob: Array, p: Array, k: int) -> Array:
     mass = jnp.exp(top)
     kept = (jnp.cumsum(mass, axis=-1) - mass < p[:, None]).at[:, 0].set(True)
     return jax.vmap(lambda o, keep: jnp.zeros(log_prob.shape[-1], bool).at[o].set(keep))(order, kept)
+
+
+def _wide_nucleus(log_prob: Array, p: Array) -> Array:
+    """As `_nucleus` over the whole vocabulary, without a sort: the probability of the last token kept is bisected.
+
+    Non-negative floats are ordered as their bit patterns are, so that as many halvings as a float has bits end at the
+    largest probability v with mass(>= v) >= p; of the tokens at v the first by id are kept while mass is missing.
+    """
+    prob = jnp.exp(log_prob)
+    code = jnp.int64 if prob.dtype == jnp.float64 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(prob, code)
+
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket  # mass(bits >= low) >= p, or low = 0; mass(bits >= high) < p
+        middle = low + (high - low) // 2
+        enough = jnp.where(bits >= middle[:, None], prob, 0).sum(axis=-1) >= p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    start = jnp.zeros(p.shape, code), bits.max(axis=-1) + 1
+    edge = jax.lax.fori_loop(0, jnp.iinfo(code).bits, halve, start)[0][:, None]
+    above, level = bits > edge, jnp.where(bits == edge, prob, 0)
+    missing = p - jnp.where(above, prob, 0).sum(axis=-1)
+    return above | ((bits == edge) & (jnp.cumsum(level, axis=-1) - level < missing[:, None]))
 
 
 def top_k(policy: Policy, k: int) -> Policy:
@@ -305,16 +316,19 @@ def _per_prompt(name: str, policy: Policy, apply: Any, valid: Any, expected: str
         return {"policy": inner, name: state[name]}, apply(state[name], output)
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
-        if is_concrete(params[name]) and not np.all(valid(np.asarray(params[name]))):
-            raise ValueError(f"{name}: expected {expected}, found {np.asarray(params[name])}")
+        value = entry(params, name)
+        if is_concrete(value) and not np.all(valid(np.asarray(value))):
+            raise ValueError(f"{name}: expected {expected}, found {np.asarray(value)}")
+        per_row(value, prompt_index(prompts).shape[0], name=name)
         _check(policy, params, prompts, max_new_tokens, "policy")
 
     return Policy(init, step, None, check, policy.vocab_size)
 
 
 def _check(part: Policy | Critic, params: Params, prompts: Prompts, max_new_tokens: int, name: str) -> None:
+    entry(params, name)
     if part.check is not None:
-        part.check(params[name], prompts_for(prompts, name), max_new_tokens)
+        part.check(entry(params, name), prompts_for(prompts, name), max_new_tokens)
 
 
 def _check_same_vocabulary(name: str, left: Policy | Critic, right: Policy | Critic) -> None:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import mdp, models
-from jaxalign.types import Array, Params, Reward, at_least_float32
+from jaxalign.checks import check_has_logits, check_prompt_fits, entry, is_concrete
+from jaxalign.types import Array, CheckedReward, Params, Reward, TokenBatch, at_least_float32
 
 
 def from_model(lm: Any) -> Reward:
@@ -26,12 +27,13 @@ def from_model(lm: Any) -> Reward:
         last = mdp.last_index(mask)
         return lm.head(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])[:, 0]
 
-    return reward
+    return CheckedReward(reward, _model_check(lm), lm.vocab_size)
 
 
 def log_likelihood(lm: Any) -> Reward:
     """Σ_t log pi_r(y_t|x,y_<t), the sequence reward of an autoregressive reward model, EOS included, no length
     normalisation (GenARM, arXiv 2410.08193, eq. 4). params: the model's."""
+    check_has_logits("log_likelihood", lm)
 
     def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
         tokens, mask = mdp.compact(tokens, mask)
@@ -40,24 +42,59 @@ def log_likelihood(lm: Any) -> Reward:
         value = models.token_log_prob(lm, params, hidden[:, :-1], tokens[:, 1:])
         return jnp.where(response, value, 0).sum(axis=-1)
 
-    return reward
+    return CheckedReward(reward, _model_check(lm), lm.vocab_size)
+
+
+def _model_check(lm: Any) -> Callable[..., None]:
+    def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        check_prompt_fits(lm, prompts, max_new_tokens, name="reward's prompts")
+
+    return check
+
+
+def _vocab_size(rewards: Sequence[Reward]) -> int | None:
+    """The one vocabulary of several Rewards, None where none has one. ValueError where they differ."""
+    sizes = sorted({size for size in (getattr(r, "vocab_size", None) for r in rewards) if size is not None})
+    if len(sizes) > 1:
+        raise ValueError(f"rewards: expected one vocabulary, found {sizes} tokens")
+    return sizes[0] if sizes else None
+
+
+def _check(reward: Reward, params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+    check = getattr(reward, "check", None)
+    if check is not None:
+        check(params, prompts, max_new_tokens)
 
 
 def weighted_sum(rewards: Sequence[Reward]) -> Reward:
-    """Σ_i w_i·r_i. params {"rewards": a sequence, "weights": [m]}."""
+    """Σ_i w_i·r_i. params {"rewards": a sequence, "weights": [m]}. ValueError where they are not one per reward."""
     rewards = tuple(rewards)
+    if not rewards:
+        raise ValueError("rewards: expected at least one reward, found none")
+    vocab_size = _vocab_size(rewards)
 
-    def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
-        weights = at_least_float32(params["weights"])
-        if weights.shape != (len(rewards),) or len(params["rewards"]) != len(rewards):
+    def weights_of(params: Params) -> Array:
+        weights, each = at_least_float32(entry(params, "weights")), entry(params, "rewards")
+        if weights.shape != (len(rewards),) or len(each) != len(rewards):
             raise ValueError(
                 f"weights: expected {len(rewards)} weights and as many params, found shape {weights.shape} "
-                f"and {len(params['rewards'])} params"
+                f"and {len(each)} params"
             )
+        return weights
+
+    def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
+        weights = weights_of(params)
         each = [r(p, tokens, mask, prompt_length, index) for r, p in zip(rewards, params["rewards"], strict=True)]
         return jnp.tensordot(weights, jnp.stack([at_least_float32(r) for r in each]), axes=1)
 
-    return reward
+    def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        weights = weights_of(params)
+        if is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights))):
+            raise ValueError(f"weights: expected finite numbers, found {np.asarray(weights)}")
+        for r, p in zip(rewards, params["rewards"], strict=True):
+            _check(r, p, prompts, max_new_tokens)
+
+    return CheckedReward(reward, check, vocab_size)
 
 
 def map_reward(reward: Reward, f: Callable[[Params, Array, Array], Array]) -> Reward:
@@ -68,23 +105,31 @@ def map_reward(reward: Reward, f: Callable[[Params, Array, Array], Array]) -> Re
         value = at_least_float32(reward(params["reward"], tokens, mask, prompt_length, index))
         return f(params["map"], value, index)
 
-    return mapped
+    def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        entry(params, "map")
+        _check(reward, entry(params, "reward"), prompts, max_new_tokens)
+
+    return CheckedReward(mapped, check, _vocab_size([reward]))
 
 
 def from_numpy(f: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Reward:
     """A program on host arrays: f(tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> [N] numbers. params: None.
 
-    Works under jit through a callback; it has no gradient, and a result of another shape is a ValueError.
+    Works under jit through a callback; it has no gradient, and a result of another shape is a ValueError. float32, or
+    float64 where jax has it enabled.
     """
 
+    def dtype() -> np.dtype:
+        return jnp.dtype(jnp.result_type(float))
+
     def call(tokens: Array, mask: Array, prompt_length: Array, index: Array) -> np.ndarray:
-        found = np.asarray(f(*(np.asarray(a) for a in (tokens, mask, prompt_length, index))), np.float32)
+        found = np.asarray(f(*(np.asarray(a) for a in (tokens, mask, prompt_length, index))), dtype())
         if found.shape != np.shape(prompt_length):
             raise ValueError(f"from_numpy: expected one number per row, {np.shape(prompt_length)}, found {found.shape}")
         return found
 
     def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
-        shape = jax.ShapeDtypeStruct(prompt_length.shape, jnp.float32)
+        shape = jax.ShapeDtypeStruct(prompt_length.shape, dtype())
         return jax.pure_callback(call, shape, tokens, mask, prompt_length, index, vmap_method="sequential")
 
     return reward
@@ -101,6 +146,6 @@ def from_text(decode: Callable[[Sequence[int]], str], f: Callable[[list[str], li
         rows = [row[real].tolist() for row, real in zip(tokens, mask.astype(bool), strict=True)]
         prompts = [decode(row[:n]) for row, n in zip(rows, prompt_length.tolist(), strict=True)]
         responses = [decode(row[n:]) for row, n in zip(rows, prompt_length.tolist(), strict=True)]
-        return np.asarray(f(prompts, responses), np.float32)
+        return np.asarray(f(prompts, responses))
 
     return from_numpy(score)

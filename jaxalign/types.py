@@ -16,12 +16,12 @@ Laws that every Policy and Critic keeps (tests/test_laws.py holds them against e
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
@@ -93,6 +93,19 @@ Reward = Callable[..., Array]
 tokens, so the response is `mdp.response_part(mask, prompt_length)` under either padding."""
 
 
+@dataclasses.dataclass(frozen=True)
+class CheckedReward:
+    """A Reward that brings its host checks. score: the Reward; check(params, prompts, max_new_tokens) raises
+    ValueErrors; vocab_size: V, compared with the policy's (None: any)."""
+
+    score: Reward
+    check: Callable[..., None] | None = None
+    vocab_size: int | None = None
+
+    def __call__(self, params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
+        return self.score(params, tokens, mask, prompt_length, index)
+
+
 class Completions(NamedTuple):
     """Responses and what was known of each token. tokens [B,T] int32; mask [B,T] bool, EOS included; log_prob,
     log_prob_ref [B,T] of each token; log_norm [B,T]; kl [B,T], exact over the next-token distribution, or None;
@@ -153,8 +166,8 @@ def at_least_float32(x: ArrayLike) -> Array:
 
 
 def is_supported(log_prob: Array) -> Array:
-    """True where a log-probability is not the stand-in for log 0."""
-    return log_prob > NEGATIVE / 2
+    """True where a log-probability is not the stand-in for log 0. NaN counts as inside, so that it shows."""
+    return ~(log_prob <= NEGATIVE / 2)
 
 
 def prompts_for(prompts: Prompts, name: str) -> Prompts:
@@ -182,7 +195,7 @@ def prompts_at(prompts: Prompts, i: int) -> Prompts:
 
 
 def any_prompts(prompts: Prompts) -> TokenBatch:
-    """One TokenBatch of a tree of them: batch size and index are the same in all."""
+    """One TokenBatch of a tree of them: batch size and index are the same in all (`checks.same_prompts`)."""
     return jax.tree.leaves(prompts, is_leaf=lambda leaf: isinstance(leaf, TokenBatch))[0]
 
 
@@ -201,34 +214,3 @@ def strong(tree: Any) -> Any:
         return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
 
     return jax.tree.map(strengthen, tree)
-
-
-def is_concrete(*trees: Any) -> bool:
-    """True when no leaf is a tracer, so that values can be checked on the host."""
-    return not any(isinstance(leaf, jax.core.Tracer) for tree in trees for leaf in jax.tree.leaves(tree))
-
-
-def check_positive(name: str, value: ArrayLike) -> None:
-    """ValueError on the host unless every entry of value is > 0 (NaN fails)."""
-    if is_concrete(value) and not bool(np.all(np.asarray(value) > 0)):
-        raise ValueError(f"{name}: expected a value > 0, found {np.asarray(value)}")
-
-
-def check_prompts(prompts: TokenBatch, *, name: str = "prompts") -> None:
-    """Shapes always, values where they are concrete: tokens and mask [B,P], B and P at least 1, at least one real token
-    in each row, index [B]."""
-    tokens, mask, index = prompts
-    if np.ndim(tokens) != 2 or np.shape(tokens) != np.shape(mask):
-        raise ValueError(
-            f"{name}: expected tokens and mask of one shape [B,P], found {np.shape(tokens)} and {np.shape(mask)}"
-        )
-    if 0 in np.shape(tokens):
-        raise ValueError(f"{name}: expected at least one prompt and one token, found shape {np.shape(tokens)}")
-    if index is not None and np.shape(index) != np.shape(tokens)[:1]:
-        raise ValueError(f"{name}: expected index of shape {np.shape(tokens)[:1]}, found {np.shape(index)}")
-    if is_concrete(mask):
-        empty = np.flatnonzero(~np.asarray(mask, bool).any(axis=1))
-        if empty.size:
-            raise ValueError(
-                f"{name}: expected at least one real token in each row, found none in rows {empty.tolist()}"
-            )

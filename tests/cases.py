@@ -77,7 +77,7 @@ def critic_cases(dtype: str = "float32") -> dict[str, CriticCase]:
     }
 
 
-BETA = jnp.array([0.5, 1.0, 2.0, 0.8, 1.3])
+BETA = jnp.array([0.5, 1.0, 4.0, 0.8, 1.3])
 
 
 def policy_cases(dtype: str = "float32") -> dict[str, Case]:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, decoding, policies, tree
+from jaxalign import critics, decoding, models, policies, tree
 from jaxalign.types import is_supported
 from tests import exact
-from tests.conftest import EOS, PROMPTS, padded, tiny_lm
+from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_config, tiny_lm
 
 TREE = tree.Tree(4, 4, eos_id=0)
 RNG = jax.random.key(0)
@@ -212,3 +212,38 @@ def test_args_A7_batched_equals_single_and_padded_equals_unpadded(extra):
         single = decoding.sample(policy, params, RNG, alone, max_new_tokens=4, eos_ids=EOS)
         np.testing.assert_array_equal(single.tokens[0], together.tokens[b])
         np.testing.assert_allclose(single.log_prob[0], together.log_prob[b], rtol=1e-9, atol=1e-12)
+
+
+@needs_jit
+def test_a_scalar_head_over_the_whole_vocabulary_goes_in_blocks(monkeypatch):
+    """Same scores and same next state as one pass over all tokens, for a block that does not divide the vocabulary;
+    and memory that grows with the block, not with the vocabulary."""
+    lm, params = tiny_lm(1, "reward")
+    critic = critics.args(lm)
+    prompts = padded(PROMPTS)
+    output = policies.language_model(tiny_lm(0)[0]).init(tiny_lm(0)[1], RNG, prompts, 3)[1]
+    state = critic.init(params, RNG, prompts, 3)
+    everything = jnp.broadcast_to(jnp.arange(11), (5, 11))
+    expected, kept = critic.score(params, RNG, state, output, everything)
+    monkeypatch.setattr("jaxalign.critics._BLOCK", 4)
+    found, proposal = critic.score(params, RNG, state, output, None)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    choice = jnp.array([3, -1, 0, 10, 7])
+    ours, theirs = critic.advance(params, proposal, choice), critic.advance(params, kept, choice)
+    np.testing.assert_array_equal(ours["cache"].length, theirs["cache"].length)
+    np.testing.assert_allclose(ours["cache"].layers[1].k, theirs["cache"].layers[1].k, rtol=1e-4, atol=1e-5)
+    monkeypatch.undo()
+    wide = models.LanguageModel(tiny_config(models.Head("reward"), vocab_size=8192))
+
+    def temporaries(whole: bool) -> int:
+        def score(params, state):
+            candidates = None if whole else jnp.broadcast_to(jnp.arange(8192), (5, 8192))
+            below = output._replace(log_prob=jnp.zeros((5, 8192)))
+            q, proposal = critics.args(wide).score(params, RNG, state, below, candidates)
+            return q, critics.args(wide).advance(params, proposal, jnp.zeros(5, jnp.int32))
+
+        weights = jax.eval_shape(wide.init, RNG)
+        inside = jax.eval_shape(lambda p: critics.args(wide).init(p, RNG, prompts, 3), weights)
+        return jax.jit(score).lower(weights, inside).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(True) < temporaries(False) / 8

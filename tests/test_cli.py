@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 import tyro
@@ -113,7 +114,7 @@ def test_a_run_folder_holds_config_and_versions_and_its_config_runs_again(tmp_pa
     out = tmp_path / "a" / "run"
     config = parse("--model", "m", "--critic", "a", "--critic", "b", "--out", str(out))
     assert cli.open_run(out, config) == out
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "versions.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "inputs.json", "versions.json"]
     assert {"python", "device", *cli.PACKAGES} == set(json.loads((out / "versions.json").read_text()))
     again = parse("--config", str(out / "config.json"))
     assert dataclasses.replace(again, config="") == config
@@ -157,3 +158,23 @@ def test_mesh():
     for bad in ("1", "data", "data=", "data=0", "data=-1", "data=x", "rows=1", "data=1000000"):
         with pytest.raises(ValueError, match=r"^mesh: "):
             cli.make_mesh(bad)
+
+
+def test_a_run_does_not_go_on_with_other_inputs(tmp_path):
+    out, model = tmp_path / "run", tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_text("1")
+    (tmp_path / "prompts.txt").write_text("x")
+    inputs = [str(model), str(tmp_path / "prompts.txt"), str(tmp_path / "hub-name")]
+    cli.open_run(out, Config("m"), inputs=inputs)
+    cli.open_run(out, Config("m"), inputs=inputs)
+    stamp = os.stat(model / "weights")
+    (model / "weights").write_text("2")
+    os.utime(model / "weights", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=r"^inputs: .*model/weights"):
+        cli.open_run(out, Config("m"), inputs=inputs)
+    os.utime(model / "weights", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    cli.open_run(out, Config("m"), inputs=inputs)
+    (model / "more").touch()
+    with pytest.raises(ValueError, match=r"^inputs: .*model/more"):
+        cli.open_run(out, Config("m"), inputs=inputs)

@@ -82,6 +82,12 @@ def test_every_test_id_of_papers_is_collected():
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "PAPERS.md"])
+def test_paths_in_backticks_exist(name):
+    for path in re.findall(r"`((?:jaxalign|train|eval|tests|docs|\.ci)/[\w./]*)`", (ROOT / name).read_text()):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "PAPERS.md"])
 def test_links_to_files_resolve(name):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / name).read_text()):
         assert (ROOT / target).exists(), target

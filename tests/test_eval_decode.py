@@ -93,6 +93,7 @@ def test_every_method_decodes_every_prompt(finished, folders):
     assert strong > weak > 0
     assert sorted(p.name for p in finished.iterdir()) == [
         "config.json",
+        "inputs.json",
         "responses.jsonl",
         "summary.json",
         "versions.json",
@@ -352,3 +353,29 @@ def test_two_devices_decode_what_one_does(finished, folders, tmp_path):
         assert (a["index"], a["tokens"]) == (b["index"], b["tokens"])
         np.testing.assert_allclose(a["log_prob"], b["log_prob"], atol=1e-5)
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-5)
+
+
+def test_a_model_without_a_distribution_is_refused_and_writes_no_record(folders, tmp_path):
+    """NaN weights used to decode to token 0 with a KL of 0."""
+    lm, params = tiny_lm(0, num_layers=1)
+    models.save(tmp_path / "broken", lm, jax.tree.map(lambda x: x * jnp.nan, params), tokenizer=tokenizer())
+    critic = f"autoregressive:{tmp_path / 'broken'}"
+    with pytest.raises(
+        ValueError, match=rf"{critic}: expected finite log_prob, found NaN or infinity for prompts \[0, "
+    ):
+        decode.main(arguments(folders, tmp_path / "out", "--critic", critic))
+    assert not (tmp_path / "out" / "responses.jsonl").exists()
+    records = (tmp_path / "out" / "responses.jsonl.partial").read_text().splitlines()
+    assert {json.loads(line)["method"] for line in records} == {"base"}
+
+
+def test_a_run_is_not_continued_with_other_weights(folders, tmp_path):
+    lm, params = tiny_lm(0, num_layers=1)
+    models.save(tmp_path / "model", lm, params, tokenizer=tokenizer())
+    given = arguments(folders | {"base": str(tmp_path / "model")}, tmp_path / "out")
+    decode.main(given)
+    decode.main(given)
+    weights = tmp_path / "model" / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=r"^inputs: .*model.safetensors"):
+        decode.main(given)

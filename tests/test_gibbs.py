@@ -187,3 +187,15 @@ def test_jit_and_vmap():
     direct = gibbs.match_kl(log_base, reward, kl=0.2)
     mapped = jax.jit(jax.vmap(lambda l, r: gibbs.match_kl(l, r, kl=0.2)))(log_base, reward)
     np.testing.assert_allclose(mapped, direct, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_match_kl_at_the_exact_limit_is_the_clamp(dtype):
+    """The budget −log base(best), computed with other roundings than ours, for 500 bases."""
+    with jax.enable_x64(True):
+        logits = jax.random.normal(jax.random.key(3), (500, 40), dtype)
+        reward = jax.random.normal(jax.random.key(4), (500, 40), dtype)
+        limit = -jnp.take_along_axis(jax.nn.log_softmax(logits), reward.argmax(-1, keepdims=True), axis=-1)[:, 0]
+        beta = gibbs.match_kl(logits, reward, kl=limit)
+        np.testing.assert_allclose(beta, 1e-6 * (reward.max(-1) - reward.min(-1)), rtol=1e-5)
+        assert (gibbs.match_kl(logits, reward, kl=limit * 0.5) > 10 * beta).all()

@@ -421,10 +421,8 @@ def test_every_policy_samples_what_it_says(case, prompts):
     np.testing.assert_array_equal(drawn.truncated, ~drawn.finished)
 
 
-@pytest.mark.parametrize("name", ["tabular", "temperature", "with_reference", "tilt_value_q_all", "nested_candidates"])
-def test_policies_go_into_best_of_n(all_policies, name, prompts):
-    """What best_of_n does with a policy is init, repeat_rows and rollout: law 1 and `sample` cover the others."""
-    case = all_policies[name]
+def test_every_policy_goes_into_best_of_n(case, prompts):
+    """Sample 0 of each prompt is what `sample` draws, under repeated rows; the best is the one of highest reward."""
     lm, reward_params = tiny_lm(1, "reward")
     chosen = decoding.best_of_n(
         case.policy,
@@ -437,6 +435,9 @@ def test_policies_go_into_best_of_n(all_policies, name, prompts):
         eos_ids=EOS,
     )
     assert chosen.samples.tokens.shape == (B, 3, T)
+    drawn = decoding.sample(case.policy, case.params, RNG, prompts, max_new_tokens=T, eos_ids=EOS)
+    np.testing.assert_array_equal(chosen.samples.tokens[:, 0], drawn.tokens)
+    np.testing.assert_allclose(chosen.samples.log_prob[:, 0], drawn.log_prob, rtol=2e-4, atol=2e-5)
     pick = np.asarray(chosen.reward).argmax(axis=1)
     np.testing.assert_array_equal(chosen.best.tokens, np.asarray(chosen.samples.tokens)[np.arange(B), pick])
 

@@ -173,3 +173,39 @@ def test_reward_combinators_under_jit():
     wrong = rewards.from_numpy(lambda *_: np.zeros(2))
     with pytest.raises(Exception, match="one number per row"):
         jax.block_until_ready(wrong(None, batch.tokens, batch.mask, prompt_length, jnp.arange(5)))
+
+
+# Supports -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_high_temperature_keeps_a_truncation():
+    """NEGATIVE/4 alone would count as inside the support, and be scored as a token of probability zero is not."""
+    policy = policies.temperature(policies.top_k(tree.policy(TREE), 2))
+    params = {"policy": base_table(), "temperature": 4.0}
+    out = first(policy, params)
+    assert is_supported(out.log_prob).sum() == 2
+    tokens = jnp.argsort(base_table()[0])[:1][None]
+    scored = decoding.log_prob(policy, params, RNG, tree.prompts(1), tokens, tokens >= 0)
+    assert not scored.in_support[0]
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("vocab", [700, 50_000])
+def test_a_wide_nucleus_is_the_sorted_one(vocab, p):
+    """Near-uniform rows, whose nucleus is wider than the tokens that are looked at first, against a sort."""
+    logits = 0.3 * jax.random.normal(jax.random.key(vocab), (3, vocab))
+    logits = logits.at[1].set(jnp.round(logits[1], 1))  # many equal tokens
+    log_prob = jax.nn.log_softmax(logits)
+    t = tree.Tree(vocab, 1, eos_id=None)
+    policy = policies.top_p(tree.policy(t)._replace(check=None))
+    out = policy.init({"policy": log_prob[:, None], "top_p": p}, RNG, tree.prompts(3), 1)[1]
+    kept = np.asarray(is_supported(out.log_prob))
+    for row, mask in zip(np.asarray(log_prob, np.float64), kept, strict=True):
+        order = np.argsort(-row, kind="stable")
+        mass = np.exp(row[order])
+        expected = np.cumsum(mass) - mass < p
+        count = int(expected.sum())
+        # Sums of 50,000 float32 numbers: the edge may lie a few tokens off, but the order is by probability, then id.
+        assert abs(int(mask.sum()) - count) <= 5 if p < 1 else mask.all()
+        assert mask[order[: int(mask.sum())]].all()
+    np.testing.assert_allclose(np.exp(np.where(kept, out.log_prob, -np.inf)).sum(-1), 1, rtol=1e-4)

@@ -189,6 +189,84 @@ def test_best_and_worst_of_n_laws_with_ties(n):
     assert float(kl) <= float(tree.best_of_n_bound(n)) + 1e-12
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_selecting_laws_keep_their_digits_in_float32(seed):
+    """4096-odd responses of probability down to 1e-12: a difference of two prefix sums would leave no digit (NaN)."""
+    t = tree.Tree(4, 6, eos_id=0)
+    log_ref, reward = tree.random(jax.random.key(seed), t, dtype=jnp.float32)
+    value = tree.value(t, log_ref, reward)
+    narrow = tree.response_log_prob(t, log_ref)
+    assert narrow.dtype == jnp.float32
+
+    def laws(dtype):
+        base, r, v = (x.astype(dtype) for x in (log_ref, reward, value))
+        log_base = tree.response_log_prob(t, base)
+        blocks = tree.blockwise_law(t, base, v, r, candidates=8, block=2)
+        return [tree.best_of_n_law(log_base, r, 16), tree.worst_of_n_law(log_base, r, 16), blocks]
+
+    for found, exact_law in zip(laws(jnp.float32), laws(jnp.float64), strict=True):
+        assert found.dtype == jnp.float32
+        seen = np.asarray(exact_law) > -70  # 0 in float32 below
+        np.testing.assert_allclose(np.asarray(found)[seen], np.asarray(exact_law)[seen], atol=1e-4)
+        assert not np.isnan(found).any()
+        np.testing.assert_allclose(np.exp(exact_law).sum(), 1, atol=1e-12)
+
+
+def test_selecting_laws_where_the_base_has_no_mass():
+    log_law = jnp.log(jnp.array([0.5, 0.0, 0.5, 0.0]))
+    law = tree.best_of_n_law(log_law, jnp.array([0.0, 1.0, 2.0, 3.0]), 2)
+    np.testing.assert_allclose(np.exp(law), [0.25, 0, 0.75, 0], atol=1e-15)
+    gradient = jax.grad(lambda x: jnp.exp(tree.best_of_n_law(x, jnp.array([0.0, 1.0, 2.0, 3.0]), 2))[2])(log_law)
+    assert np.isfinite(gradient).all()
+
+
+def test_nan_in_a_law_shows():
+    law = jnp.log(jnp.array([0.5, jnp.nan, 0.5]))
+    assert np.isnan(tree.expected(law, jnp.ones(3)))
+    assert np.isnan(tree.sequence_kl(law, jnp.log(jnp.ones(3) / 3)))
+
+
+def test_reward_of_a_response_that_is_none_of_the_tree_is_nan():
+    """Cut short, going on after its end, or outside the vocabulary; and the complete ones keep their numbers."""
+    t = tree.Tree(3, 3, eos_id=0)
+    tokens = jnp.array([[1, 2, 0, 0], [1, 0, 0, 0], [1, 2, 2, 1], [1, 0, 1, 0], [7, 0, 0, 0], [1, 2, 2, 0]])
+    mask = jnp.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]], bool)
+    index = np.asarray(tree.response_index(t, tokens, mask))
+    assert (index[[0, 2, 3, 4]] == -1).all()
+    for row in (1, 5):
+        ours = tuple(np.asarray(tokens[row])[np.asarray(mask[row])])
+        kept = np.asarray(t.responses[0])[index[row]][np.asarray(t.responses[1])[index[row]]]
+        assert ours == tuple(kept)
+    table = jnp.arange(float(t.num_responses))
+    length, zero = jnp.zeros(6, jnp.int32), jnp.zeros(6, jnp.int32)
+    paid = np.asarray(tree.reward(t)(table, tokens, mask, length, zero))
+    assert np.isnan(paid[[0, 2, 3, 4]]).all()
+    np.testing.assert_array_equal(paid[[1, 5]], index[[1, 5]])
+    beyond = tree.reward(t)(jnp.stack([table, table]), tokens, mask, length, jnp.array([0, 1, 0, 0, 0, 2]))
+    assert np.isnan(np.asarray(beyond)[5])
+
+
+def test_tables_that_do_not_fit_are_refused():
+    t = tree.Tree(3, 2, eos_id=0)
+    base, reward = exact.tables(t, 0)
+    arguments = {"max_new_tokens": 3, "eos_ids": (0,)}
+    with pytest.raises(ValueError, match="max_new_tokens: expected at most the tree's horizon of 2"):
+        decoding.sample(tree.policy(t), base, exact.RNG, tree.prompts(2), **arguments)
+    arguments["max_new_tokens"] = 2
+    with pytest.raises(ValueError, match="params: expected a table with a row for each prompt's index"):
+        decoding.sample(tree.policy(t), jnp.stack([base, base]), exact.RNG, tree.prompts(3), **arguments)
+    both = {"policy": base, "reward": jnp.stack([reward, reward])}
+    with pytest.raises(ValueError, match="reward: expected a table with a row for each prompt's index"):
+        decoding.best_of_n(tree.policy(t), tree.reward(t), both, exact.RNG, tree.prompts(3), n=2, **arguments)
+    both["reward"] = reward[1:]
+    with pytest.raises(ValueError, match="reward: expected a table of shape"):
+        decoding.best_of_n(tree.policy(t), tree.reward(t), both, exact.RNG, tree.prompts(3), n=2, **arguments)
+    # A response that is cut short earns nothing that could be compared.
+    both["reward"], arguments["max_new_tokens"] = reward, 1
+    with pytest.raises(ValueError, match="reward: expected numbers, found NaN for prompts"):
+        decoding.best_of_n(tree.policy(t), tree.reward(t), both, exact.RNG, tree.prompts(8), n=2, **arguments)
+
+
 def test_cd_T10_blockwise_law():
     """Against a recursion over states; N = 1 is the base; M = T by the reward is best-of-N; the bound holds and needs
     its ceiling; E[r] >= V_ref with the exact value."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import loop, policies
+from jaxalign.checks import is_concrete, same_prompts
 from jaxalign.types import (
     NEGATIVE,
     Array,
@@ -23,8 +24,6 @@ from jaxalign.types import (
     State,
     StepOutput,
     any_prompts,
-    check_prompts,
-    is_concrete,
     is_supported,
     prompt_index,
     strong,
@@ -60,7 +59,7 @@ def sample(
       ValueError: on the host, before tracing: no new tokens, an empty prompt, a token outside the vocabulary, a prompt
         that does not fit the context, a beta <= 0, …
     """
-    eos_ids = check_request(policy, params, prompts, max_new_tokens, eos_ids)
+    prompts, eos_ids = check_request(policy, params, prompts, max_new_tokens, eos_ids)
     policy, params, prompts = with_temperature(policy, params, prompts, temperature)
     return _sample(policy, strong(params), rng, prompts, max_new_tokens, eos_ids)
 
@@ -71,10 +70,24 @@ def _sample(
 ) -> Completions:
     start, draws = jax.random.split(rng)
     state, output = policy.init(params, start, prompts, max_new_tokens)
-    rows = prompt_index(prompts)
     return loop.rollout(
-        policy, params, draws, state, output, steps=max_new_tokens, eos_ids=eos_ids, rows=rows, last_step=False
+        policy,
+        params,
+        draws,
+        state,
+        output,
+        steps=max_new_tokens,
+        eos_ids=eos_ids,
+        rows=streams(prompt_index(prompts), jnp.zeros(1, jnp.int32)),
+        last_step=False,
     )[2]
+
+
+def streams(index: Array, sample: Array) -> Array:
+    """The random streams [B·n,2] of samples `sample` [n] of the prompts `index` [B]: what `loop.rollout` takes as
+    rows."""
+    pairs = jnp.broadcast_arrays(index[:, None], sample[None, :])
+    return jnp.stack([pair.reshape(-1) for pair in pairs], axis=1)
 
 
 def with_temperature(
@@ -99,18 +112,19 @@ def _tempered(policy: Policy) -> Policy:
 
 def check_request(
     policy: Policy, params: Params, prompts: Prompts, max_new_tokens: int, eos_ids: tuple[int, ...]
-) -> tuple[int, ...]:
-    """What every decoder checks on the host before tracing; gives eos_ids as a tuple of ints."""
+) -> tuple[Prompts, tuple[int, ...]]:
+    """What every decoder checks on the host before tracing; gives the prompts with one index in every entry, and
+    eos_ids as a tuple of ints."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     eos_ids = tuple(int(i) for i in eos_ids)
     vocab = policy.vocab_size
     if any(i < 0 or (vocab is not None and i >= vocab) for i in eos_ids):
         raise ValueError(f"eos_ids: expected ids in [0, {vocab}), found {eos_ids}")
-    check_prompts(any_prompts(prompts))
+    prompts = same_prompts(prompts)
     if policy.check is not None:
         policy.check(params, prompts, max_new_tokens)
-    return eos_ids
+    return prompts, eos_ids
 
 
 def log_prob(
@@ -139,7 +153,17 @@ def log_prob(
     """
     chex.assert_rank([tokens, mask], 2)
     chex.assert_equal_shape([tokens, mask])
-    eos_ids = check_request(policy, params, prompts, tokens.shape[1], eos_ids)
+    prompts, eos_ids = check_request(policy, params, prompts, tokens.shape[1], eos_ids)
+    if tokens.shape[0] != any_prompts(prompts).tokens.shape[0]:
+        raise ValueError(
+            f"tokens: expected one response per prompt, {any_prompts(prompts).tokens.shape[0]}, found {tokens.shape[0]}"
+        )
+    if is_concrete(tokens, mask) and policy.vocab_size is not None:
+        real = np.asarray(tokens)[np.asarray(mask, bool)]
+        if real.size and (real.min() < 0 or real.max() >= policy.vocab_size):
+            raise ValueError(
+                f"tokens: expected ids in [0, {policy.vocab_size}), found ids from {real.min()} to {real.max()}"
+            )
     if is_concrete(mask):
         host = np.asarray(mask, bool)
         holes = np.flatnonzero((host[:, 1:] & ~host[:, :-1]).any(axis=1))

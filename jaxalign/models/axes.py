@@ -52,7 +52,14 @@ def partition_spec(path: str, rules: Mapping[str, str | None] = RULES) -> Partit
 
 
 def shard(tree: Any, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
-    """Places parameters or a cache on a mesh by the table; mesh axes that the mesh lacks count as replicated."""
+    """Places parameters or a cache on a mesh by the table; mesh axes that the mesh lacks count as replicated.
+
+    ValueError: a mesh with Explicit axes (what `jax.make_mesh` gives by default): a scatter into a cache whose rows are
+    split has no rule there. `jax.sharding.Mesh(devices, names)` has Auto axes.
+    """
+    explicit = [str(kind) for kind in getattr(mesh, "axis_types", ()) if "Explicit" in str(kind)]
+    if explicit:
+        raise ValueError(f"mesh: expected Auto axes, as of jax.sharding.Mesh(devices, names), found {explicit}")
     present = {logical: axis for logical, axis in rules.items() if axis in mesh.axis_names}
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:

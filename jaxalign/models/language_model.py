@@ -147,10 +147,12 @@ class LanguageModel:
         return picked, Cache(layers, last + 1)
 
     def candidates(self, params: Params, cache: Cache, tokens: Array) -> tuple[Array, tuple[KeyValue, ...]]:
-        """K alternative next tokens [B,K] in one pass over the shared prefix: (hidden [B,K,D], entries to `commit`)."""
+        """K alternative next tokens [B,K] in one pass over the shared prefix: (hidden [B,K,D], entries to `commit`).
+        NaN where more tokens were appended than the cache has slots."""
         x = self.embed(params, tokens)
         hidden, entries = self._call(params, Transformer.extend, x, cache.length, list(cache.layers))
-        return hidden, tuple(entries)
+        lost = cache.length > cache.layers[0].k.shape[2]
+        return jnp.where(lost[:, None, None], jnp.nan, hidden), tuple(entries)
 
     def commit(self, cache: Cache, entries: tuple[KeyValue, ...], choice: Array) -> Cache:
         """Writes candidate choice [B] of each row into its next slot; choice -1 writes nowhere and keeps the length."""
@@ -160,11 +162,14 @@ class LanguageModel:
         return Cache(layers, cache.length + (choice >= 0))
 
     def step(self, params: Params, cache: Cache, token: Array) -> tuple[Array, Cache]:
-        """Appends token [B]: (hidden [B,D], cache). Token -1: the row stands still, its hidden is undefined."""
+        """Appends token [B]: (hidden [B,D], cache). Token -1: the row stands still, its hidden is undefined. NaN where
+        the cache has no slot left: a token that nothing attends to would be silently wrong."""
         x = self.embed(params, jnp.maximum(token, 0)[:, None])
         slot = _next_slot(cache, token >= 0)
         hidden, layers = self._call(params, Transformer.append, x, cache.length, slot, list(cache.layers))
-        return hidden[:, 0], Cache(tuple(layers), cache.length + (token >= 0))
+        full = (token >= 0) & (cache.length >= cache.layers[0].k.shape[2])
+        hidden = jnp.where(full[:, None], jnp.nan, hidden[:, 0])
+        return hidden, Cache(tuple(layers), cache.length + (token >= 0))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import mdp
+from jaxalign.checks import is_concrete
 from jaxalign.tree.structure import Tree
 from jaxalign.types import (
     Array,
+    CheckedReward,
     Critic,
     Params,
     Policy,
@@ -90,37 +93,66 @@ def critic(tree: Tree, kind: Literal["level", "increment"]) -> Critic:
 
 
 def reward(tree: Tree) -> Reward:
-    """Reward whose params are a table [M] over responses, or [N,M] by the prompt's index."""
+    """Reward whose params are a table [M] over responses, or [N,M] by the prompt's index.
+
+    The table pays whole responses only: NaN for one that was cut short, goes on past its end, or whose prompt's index
+    is outside the table.
+    """
 
     def score(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
-        part = mdp.response_part(mask, prompt_length)
-        response, real = mdp.compact(tokens, part)
-        width = max(tree.horizon - response.shape[1], 0)
-        response = jnp.pad(response, ((0, 0), (0, width)))[:, : tree.horizon]
-        real = jnp.pad(real, ((0, 0), (0, width)))[:, : tree.horizon]
+        response, real = mdp.compact(tokens, mdp.response_part(mask, prompt_length))
         found = response_index(tree, response, real)
         table = at_least_float32(params)
-        return table[found] if table.ndim == 1 else table[index, found]
+        paid = table[found] if table.ndim == 1 else table.at[index, found].get(mode="fill", fill_value=jnp.nan)
+        return jnp.where(found >= 0, paid, jnp.nan)
 
-    return score
+    def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        if np.ndim(params) not in (1, 2) or np.shape(params)[-1] != tree.num_responses:
+            raise ValueError(
+                f"reward: expected a table of shape ({tree.num_responses},) or (N, {tree.num_responses}), "
+                f"found {np.shape(params)}"
+            )
+        if np.ndim(params) == 2:
+            _check_index("reward", prompts, np.shape(params)[0])
+
+    return CheckedReward(score, check, tree.vocab_size)
 
 
 def response_index(tree: Tree, tokens: Array, mask: Array) -> Array:
-    """The number [B] of each complete response, tokens and mask [B,T] with T = horizon, right-padded."""
-    node, found = jnp.zeros(tokens.shape[:1], jnp.int32), jnp.zeros(tokens.shape[:1], jnp.int32)
-    leaf = jnp.asarray(tree.leaf)
-    for t in range(tree.horizon):
-        token = jnp.where(mask[:, t], tokens[:, t], 0)
-        inside = jnp.minimum(node, tree.num_states - 1)
-        found = jnp.where(mask[:, t], leaf[inside, token], found)
-        node = jnp.where(mask[:, t], node * tree.vocab_size + 1 + token, node)
+    """The number [B] of each response, tokens and mask [B,T] right-padded; −1 for one that is not complete, or holds
+    tokens after its end or outside the vocabulary."""
+    node, found = jnp.zeros(tokens.shape[:1], jnp.int32), jnp.full(tokens.shape[:1], -1, jnp.int32)
+    leaf, past = jnp.asarray(tree.leaf), tree.num_states
+    for t in range(tokens.shape[1]):
+        real, token = mask[:, t], tokens[:, t]
+        inside = (node < past) & (token >= 0) & (token < tree.vocab_size)
+        at = jnp.where(inside, node, 0), jnp.where(inside, token, 0)
+        found = jnp.where(real, jnp.where(inside, leaf[at], -1), found)
+        # A response that has ended, or left the tree, has no state: one more token makes it none.
+        child = jnp.where(inside & (found < 0), at[0] * tree.vocab_size + 1 + at[1], past)
+        node = jnp.where(real, child, node)
     return found
 
 
 def _check_tables(tree: Tree) -> Any:
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
         shape = (tree.num_states, tree.vocab_size)
-        if params.shape[-2:] != shape or params.ndim not in (2, 3):
-            raise ValueError(f"params: expected a table of shape {shape} or (N, {shape[0]}, {shape[1]})")
+        if np.shape(params)[-2:] != shape or np.ndim(params) not in (2, 3):
+            raise ValueError(
+                f"params: expected a table of shape {shape} or (N, {shape[0]}, {shape[1]}), found {np.shape(params)}"
+            )
+        if max_new_tokens > tree.horizon:
+            raise ValueError(
+                f"max_new_tokens: expected at most the tree's horizon of {tree.horizon}, found {max_new_tokens}"
+            )
+        if np.ndim(params) == 3:
+            _check_index("params", prompts, np.shape(params)[0])
 
     return check
+
+
+def _check_index(name: str, prompts: TokenBatch, rows: int) -> None:
+    """A look-up beyond a table would read another prompt's row."""
+    index = prompt_index(prompts)
+    if is_concrete(index) and not np.all((np.asarray(index) >= 0) & (np.asarray(index) < rows)):
+        raise ValueError(f"{name}: expected a table with a row for each prompt's index, found {rows} rows for {index}")

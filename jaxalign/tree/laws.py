@@ -54,24 +54,30 @@ def policy_of(tree: Tree, log_prob: Array) -> Array:
 def expected(log_prob: Array, values: Array) -> Array:
     """E_pi[f] = Σ_y pi(y)·f(y), from [M] and [M]."""
     weight = jnp.exp(at_least_float32(log_prob))
-    return jnp.where(weight > 0, weight * values, 0).sum(axis=-1)
+    # Tested for zero, not for positive: a NaN in a law must show in every number that rests on it.
+    return jnp.where(weight == 0, 0, weight * values).sum(axis=-1)
 
 
 @jax.jit
 def sequence_kl(log_p: Array, log_q: Array) -> Array:
     """KL(p‖q) of two laws over responses [M], in nats; 0·log 0 = 0."""
+    return _divergence(log_p, log_q)
+
+
+def _divergence(log_p: Array, log_q: Array) -> Array:
+    """Σ p·(log p − log q) over the last axis; 0·log 0 = 0, NaN passes."""
     weight = jnp.exp(at_least_float32(log_p))
-    return jnp.where(weight > 0, weight * (jnp.where(weight > 0, log_p, 0) - log_q), 0).sum(axis=-1)
+    absent = weight == 0
+    return jnp.where(absent, 0, weight * (jnp.where(absent, 0, log_p) - jnp.where(absent, 0, log_q))).sum(axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def step_kl(tree: Tree, log_p: Array, log_q: Array) -> Array:
     """KL(p(·|s)‖q(·|s)) [S] of two policies [S,V], weighted by the probability of reaching s under p: the sum over s is
     the sequence KL (chain rule)."""
-    weight = jnp.exp(at_least_float32(log_p))
-    each = jnp.where(weight > 0, weight * (jnp.where(weight > 0, log_p, 0) - log_q), 0).sum(axis=-1)
+    each = _divergence(log_p, log_q)
     reach = jnp.exp(state_log_prob(tree, log_p))
-    return jnp.where(reach > 0, reach * each, 0)
+    return jnp.where(reach == 0, 0, reach * each)
 
 
 def optimal_log_prob(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
@@ -93,27 +99,58 @@ def greedy_response(tree: Tree, log_policy: Array) -> int:
 @jax.jit
 def win_rate(log_p: Array, log_q: Array, reward: Array, *, ties: ArrayLike = 0.5) -> Array:
     """Pr(r(y) > r(y')) + ties·Pr(r(y) = r(y')), y ~ p and y' ~ q independent, laws [M]."""
-    below, at = _cumulative(log_q, reward)
-    return (jnp.exp(log_p) * (below + ties * at)).sum()
+    below, at, total = _ranks(jnp.zeros(reward.shape, jnp.int32), reward, jnp.exp(at_least_float32(log_q)))
+    return (jnp.exp(log_p) * (below + ties * at) / total).sum()
 
 
-def _cumulative(log_prob: Array, score: Array) -> tuple[Array, Array]:
-    """(Pr(score < score_i), Pr(score = score_i)) [M] under the law log_prob [M]."""
-    order = jnp.argsort(score)
-    ranked, mass = score[order], jnp.exp(at_least_float32(log_prob))[order]
-    total = jnp.concatenate([jnp.zeros(1, mass.dtype), jnp.cumsum(mass)])
-    low = total[jnp.searchsorted(ranked, score, side="left")]
-    high = total[jnp.searchsorted(ranked, score, side="right")]
-    return low / total[-1], (high - low) / total[-1]
+def _ranks(group: Array, score: Array, mass: Array) -> tuple[Array, Array, Array]:
+    """Mass of lower scores, of equal scores, and of all, inside each entry's group; all [M].
+
+    Equal scores are summed by themselves and lower ones from the group's start: a difference of two prefix sums would
+    leave no digit of a rare response.
+    """
+    order = jnp.lexsort((score, group))
+    group, score, mass = group[order], score[order], mass[order]
+    one = jnp.ones(1, bool)
+    new_group = jnp.concatenate([one, group[1:] != group[:-1]])
+    new_value = new_group | jnp.concatenate([one, score[1:] != score[:-1]])
+    value, count = jnp.cumsum(new_value) - 1, mass.shape[0]
+    at = jax.ops.segment_sum(mass, value, num_segments=count)[value]
+    total = jax.ops.segment_sum(mass, jnp.cumsum(new_group) - 1, num_segments=count)[jnp.cumsum(new_group) - 1]
+
+    def add(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
+
+    upto = jax.lax.associative_scan(add, (new_group, jnp.where(new_value, at, 0)))[1]
+    # Up to and with the value before this one: read at the entry before the value's first.
+    first = jax.lax.cummax(jnp.where(new_value, jnp.arange(count), 0))
+    below = jnp.where(new_group[first], 0, upto[jnp.maximum(first - 1, 0)])
+    return (
+        jnp.zeros_like(below).at[order].set(below),
+        jnp.zeros_like(at).at[order].set(at),
+        jnp.zeros_like(total).at[order].set(total),
+    )
+
+
+def _log_best(log_own: Array, below: Array, at: Array, total: Array, n: ArrayLike) -> Array:
+    """log of own/at·(F(<=v)^n − F(<v)^n), the difference as F^n·(1 − (1 − at/F)^n); −inf where own is zero."""
+    absent = (jnp.exp(log_own) == 0) | (at == 0)
+    at = jnp.where(absent, 1, at)
+    upto = below + at
+    log_upto = jnp.log(upto) - jnp.log(jnp.where(absent, 1, total))
+    lowest = below == 0  # of its group: gained = 1, and no derivative of log1p at -1
+    gained = jnp.where(lowest, 1, -jnp.expm1(n * jnp.log1p(-jnp.where(lowest, 0.5, at / upto))))
+    law = jnp.where(absent, 0, log_own) - jnp.log(at) + n * log_upto + jnp.log(jnp.where(absent, 1, gained))
+    return jnp.where(absent, -jnp.inf, law)
 
 
 @jax.jit
 def best_of_n_law(log_prob: Array, score: Array, n: ArrayLike) -> Array:
     """log-law [M] of the best of n independent responses by score [M], ties split by their share of the base:
-    P(y) = share(y)·(F(<=v)^n − F(<v)^n)."""
-    below, at = _cumulative(log_prob, score)
-    share = jnp.exp(log_prob) / at
-    return jnp.log(share * ((below + at) ** n - below**n))
+    P(y) = share(y)·(F(<=v)^n − F(<v)^n); −inf where the base has no mass."""
+    log_prob = at_least_float32(log_prob)
+    below, at, total = _ranks(jnp.zeros(score.shape, jnp.int32), score, jnp.exp(log_prob))
+    return _log_best(log_prob, below, at, total, n)
 
 
 @jax.jit
@@ -167,28 +204,9 @@ def _blockwise(tree: Tree, log_ref: Array, state_score: Array, reward: Array, ca
         )
         live = length > begin
         mass = jnp.where(first & live, jnp.exp(log_block), 0)
-        law = _grouped_best(start, score, mass, jnp.exp(log_block), candidates)
-        total = jnp.where(live, total + jnp.log(law), total)
+        law = _log_best(log_block, *_ranks(start, score, mass), candidates)
+        total = jnp.where(live, total + law, total)
     return total
-
-
-def _grouped_best(group: Array, score: Array, mass: Array, own: Array, n: int) -> Array:
-    """P(block) = share·(F(<=v)^n − F(<v)^n) with F the law of scores inside each group; own: the block's base mass."""
-    order = jnp.lexsort((score, group))
-    ranked_group, ranked_score, ranked_mass = group[order], score[order], mass[order]
-    cumulative = jnp.concatenate([jnp.zeros(1, mass.dtype), jnp.cumsum(ranked_mass)])
-    new_group = jnp.concatenate([jnp.ones(1, bool), ranked_group[1:] != ranked_group[:-1]])
-    new_value = new_group | jnp.concatenate([jnp.ones(1, bool), ranked_score[1:] != ranked_score[:-1]])
-    position = jnp.arange(group.shape[0])
-    group_first = jax.lax.cummax(jnp.where(new_group, position, 0))
-    value_first = jax.lax.cummax(jnp.where(new_value, position, 0))
-    ends_value = jnp.concatenate([new_value[1:], jnp.ones(1, bool)])
-    value_last = jax.lax.cummin(jnp.where(ends_value, position, group.shape[0]), reverse=True)
-    below = cumulative[value_first] - cumulative[group_first]
-    upto = cumulative[value_last + 1] - cumulative[group_first]
-    share_base = upto - below
-    gain = jnp.where(share_base > 0, (upto**n - below**n) / jnp.where(share_base > 0, share_base, 1), 0)
-    return own * jnp.zeros_like(gain).at[order].set(gain)
 
 
 def blockwise_bound(tree: Tree, log_prob: Array, *, candidates: int, block: int) -> Array:

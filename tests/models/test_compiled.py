@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxalign import models
+from jaxalign.models import axes
 from tests.conftest import needs_jit, tiny_config, tiny_lm
 
 CAPACITY = 512
@@ -42,7 +43,8 @@ def decode(lm, params, cache, tokens):
 @pytest.mark.parametrize("k", [None, 4])
 def test_a_decoding_loop_copies_no_cache(batch, k):
     """Batch 1 is a case of its own: a scatter of one update becomes another instruction."""
-    lm = models.LanguageModel(tiny_config(max_length=CAPACITY))
+    # Heads of 16: with narrower ones the attention's weights alone are as large as the cache.
+    lm = models.LanguageModel(tiny_config(max_length=CAPACITY, head_dim=16))
     params = lm.init(jax.random.key(0))
     tokens = jnp.ones((batch, 2), jnp.int32)
     _, cache = lm.prefill(params, tokens, tokens > 0, CAPACITY)
@@ -51,7 +53,34 @@ def test_a_decoding_loop_copies_no_cache(batch, k):
     shape = ",".join(map(str, cache.layers[0].k.shape))
     assert f"f32[{shape}]" in program.as_text()
     assert re.findall(rf"= f32\[{shape}\]\S* copy\(.*", program.as_text()) == []
-    assert program.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= size
+    # Neither the candidates nor the attention hold another cache, whatever k.
+    assert memory.temp_size_in_bytes < size / 2
+
+
+@needs_jit
+@pytest.mark.parametrize("k", [None, 4])
+def test_a_step_costs_the_same_at_every_position(k):
+    """The position is data: one program serves all, so its FLOPs and bytes cannot depend on it. Only the capacity
+    (attention reads all slots) does."""
+    lm = models.LanguageModel(tiny_config(max_length=4 * CAPACITY))
+    params = lm.init(jax.random.key(0))
+    tokens = jnp.ones((2, 2), jnp.int32)
+    first = jnp.ones((2,) if k is None else (2, k), jnp.int32)
+
+    def cost(length: int, capacity: int) -> dict:
+        cache = lm.prefill(params, tokens, tokens > 0, capacity)[1]
+        cache = cache._replace(length=jnp.full_like(cache.length, length))
+        run = jax.jit(lambda p, c, t: lm.step(p, c, t) if k is None else lm.candidates(p, c, t))
+        found = run.lower(params, cache, first).compile().cost_analysis()
+        return {name: found[name] for name in ("flops", "bytes accessed")}
+
+    early, late, wide = cost(2, CAPACITY), cost(CAPACITY - 1, CAPACITY), cost(2, 4 * CAPACITY)
+    assert early == late
+    assert wide["flops"] > early["flops"]
+    assert wide["bytes accessed"] > early["bytes accessed"]
 
 
 @needs_jit
@@ -132,3 +161,11 @@ def test_parameters_and_caches_are_placed_by_the_table_on_four_devices(tmp_path)
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_mesh_with_explicit_axes_is_refused():
+    _, params = tiny_lm(0)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(ValueError, match="mesh: expected Auto axes"):
+        axes.shard(params, mesh)
+    axes.shard(params, jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",)))

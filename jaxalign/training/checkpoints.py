@@ -1,0 +1,54 @@
+"""Checkpoints by orbax: train state and data position together, whole or not at all."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxalign.training.step import TrainState
+
+
+def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
+    """A manager of the folder; the last `keep` checkpoints stay. Saves run in the background, into a temporary folder
+    that is renamed at the end: after a kill the newest whole one is found, and what was cut short is removed."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(pathlib.Path(folder).resolve(), options=options)
+
+
+def latest_step(manager: ocp.CheckpointManager) -> int | None:
+    """Optimizer steps of the newest whole checkpoint, None without one."""
+    return manager.latest_step()
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, position: dict[str, Any]) -> None:
+    """Saves the state at its step with the data position (JSON values), once."""
+    step = int(state.step)
+    if manager.latest_step() == step:
+        return
+    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position)))
+
+
+def restore(
+    manager: ocp.CheckpointManager, template: TrainState, position: dict[str, Any]
+) -> tuple[TrainState, int] | None:
+    """(state, its step) of the newest checkpoint, None without one. Arrays take the template's shapes and places.
+
+    ValueError when the checkpoint was made on other data than `position` names: its batches would not go on.
+    """
+    step = manager.latest_step()
+    if step is None:
+        return None
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    found = manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+    )
+    changed = {k for k in set(position) | set(found["data"]) if position.get(k) != found["data"].get(k)} - {"step"}
+    if changed:
+        raise ValueError(
+            f"data: expected {found['data']} as the checkpoint in {manager.directory} was made with, found {position}; "
+            "name another --out, or remove that folder"
+        )
+    return found["state"], step

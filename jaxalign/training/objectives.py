@@ -1,0 +1,147 @@
+"""Objectives on language models, as losses for `train_step`: each binds a function of `jaxalign.losses` to a model.
+
+Batches are right-padded: tokens [b,L] int32, mask [b,L] real tokens, loss_mask [b,L] the response's. A model whose dtype
+is bfloat16 computes in it: parameters are cast where they are used and their gradients come back in float32; rewards,
+log-probabilities and all sums stay in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import losses, mdp, models
+from jaxalign.training.step import Loss, Measured
+from jaxalign.types import Array, Params
+
+VALUE_OBJECTIVES = ("fudge", "cd_q", "td")
+
+
+def cast(lm: Any, params: Params) -> Params:
+    """Parameters in the dtype that the model computes in."""
+    return jax.tree.map(lambda x: x.astype(lm.dtype), params)
+
+
+def language_model(lm: Any) -> Loss:
+    """`losses.language_model` over the tokens of loss_mask; batch {"tokens", "mask", "loss_mask"}. Weight: tokens."""
+
+    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+        log_prob, target = _response_log_prob(lm, cast(lm, params), batch)
+        return Measured(losses.language_model(log_prob, target), target.sum(), {})
+
+    return loss
+
+
+def bradley_terry(lm: Any) -> Loss:
+    """`losses.bradley_terry` of a scalar head at the last real token; batch {"chosen", "rejected"} of batches as above.
+    Metrics: accuracy (ties half), margin."""
+
+    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+        chosen, rejected = jnp.split(rewards_of(lm, cast(lm, params), _joined(batch)), 2)
+        return _pairs(losses.bradley_terry(chosen, rejected), chosen, rejected)
+
+    return loss
+
+
+def autoregressive_reward(lm: Any, *, beta_r: float) -> Loss:
+    """`losses.autoregressive_reward` of the responses' log-likelihoods; batch and metrics as `bradley_terry`."""
+
+    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+        chosen, rejected = jnp.split(log_likelihoods(lm, cast(lm, params), _joined(batch)), 2)
+        return _pairs(losses.autoregressive_reward(chosen, rejected, beta_r=beta_r), chosen, rejected)
+
+    return loss
+
+
+def value(lm: Any, objective: str, *, base: Any = None) -> Loss:
+    """A value after each response token, by `losses.fudge`, `losses.cd_q` or `losses.td`; batch {"tokens", "mask",
+    "loss_mask", "reward" [b]}. Metrics: squared_error to the reward at the last token.
+
+    A scalar head is read at y_t; a Q head at the position before, in the column of y_t. "cd_q" needs a Q head and the
+    base model, whose parameters are `frozen`: its target is the exact mean over pi_ref's next tokens.
+    ValueError for an unknown objective, a model without a head, or cd_q without Q head and base.
+    """
+    if objective not in VALUE_OBJECTIVES:
+        raise ValueError(f"objective: expected one of {VALUE_OBJECTIVES}, found {objective!r}")
+    if lm.config.head is None:
+        raise ValueError("value: expected a model with a head, found none")
+    wide = lm.config.head.kind == "q"
+    if objective == "cd_q" and not (wide and base is not None):
+        raise ValueError("cd_q: expected a Q head, whose target is a mean over the vocabulary, and the base model")
+
+    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+        params = cast(lm, params)
+        tokens, mask = batch["tokens"], batch["mask"]
+        drawn, reward = batch["loss_mask"][:, 1:], batch["reward"]
+        hidden = lm.hidden(params, tokens, mask=mask)
+        found = values_of(lm, params, hidden, tokens)[:, 1:]
+        if objective == "fudge":
+            total = losses.fudge(found, reward, drawn)
+        elif objective == "td":
+            total = losses.td(found, reward, drawn)
+        else:
+            below = jax.lax.stop_gradient(base.hidden(cast(base, frozen), tokens, mask=mask))
+            total = losses.cd_q(found, _expected_next(lm, params, base, frozen, hidden, below)[:, 1:], reward, drawn)
+        last = mdp.last_index(drawn)
+        final = jnp.take_along_axis(found, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
+        # The weight counts rows with a response: padding rows carry none.
+        rows = drawn.any(axis=1)
+        count = jnp.maximum(rows.sum(), 1)
+        squared = (jnp.where(rows, final - reward, 0) ** 2).sum() / count
+        return Measured(total * (rows.shape[0] / count), rows.sum(), {"squared_error": squared})
+
+    return loss
+
+
+def values_of(lm: Any, params: Params, hidden: Array, tokens: Array) -> Array:
+    """V([x,y^t]) at the position of y_t, [b,L] in float32, from hidden [b,L,D]; position 0 of a Q head is 0."""
+    if lm.config.head.kind != "q":
+        return lm.head(params, hidden)[..., 0]
+
+    def read(hidden: Array, following: Array) -> Array:
+        return jnp.take_along_axis(lm.head(params, hidden), following[..., None], axis=-1)[..., 0]
+
+    return jnp.pad(models.chunked(read, hidden[:, :-1], tokens[:, 1:], chunk=64), ((0, 0), (1, 0)))
+
+
+def _expected_next(lm: Any, params: Params, base: Any, frozen: Params, hidden: Array, below: Array) -> Array:
+    """Σ_z pi_ref(z|s)·Q(s,z) at each position [b,L], in chunks: neither table is held for all positions."""
+    frozen = cast(base, frozen)
+
+    def read(hidden: Array, below: Array) -> Array:
+        return losses.expected_next(lm.head(params, hidden), jax.nn.log_softmax(base.logits(frozen, below)))
+
+    return jax.lax.stop_gradient(models.chunked(read, jax.lax.stop_gradient(hidden), below, chunk=64))
+
+
+def rewards_of(lm: Any, params: Params, batch: Any) -> Array:
+    """r(x,y) [b] at the last real token."""
+    hidden = lm.hidden(params, batch["tokens"], mask=batch["mask"])
+    last = mdp.last_index(batch["mask"])
+    return lm.head(params, jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0])[:, 0]
+
+
+def log_likelihoods(lm: Any, params: Params, batch: Any) -> Array:
+    """log pi(y|x) [b], summed over the response's tokens."""
+    log_prob, target = _response_log_prob(lm, params, batch)
+    return jnp.where(target, log_prob, 0).sum(axis=-1)
+
+
+def _response_log_prob(lm: Any, params: Params, batch: Any) -> tuple[Array, Array]:
+    """(log pi(token), whether it counts) [b,L-1] of tokens 1..L-1."""
+    tokens, mask = batch["tokens"], batch["mask"]
+    hidden = lm.hidden(params, tokens[:, :-1], mask=mask[:, :-1])
+    return models.token_log_prob(lm, params, hidden, tokens[:, 1:]), batch["loss_mask"][:, 1:]
+
+
+def _joined(batch: Any) -> Any:
+    """Chosen over rejected: one pass of 2b rows."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch["chosen"], batch["rejected"])
+
+
+def _pairs(loss: Array, chosen: Array, rejected: Array) -> Measured:
+    margin = chosen - rejected
+    accuracy = jnp.mean((margin > 0) + 0.5 * (margin == 0))
+    return Measured(loss, jnp.asarray(chosen.shape[0]), {"accuracy": accuracy, "margin": margin.mean()})
