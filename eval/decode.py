@@ -10,10 +10,12 @@ goes on where it was stopped; a response depends on the seed and on the prompt's
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,14 +54,15 @@ class Config:
     top_k: int | None = None
     """Candidates per token; 0: the whole vocabulary. Default: 10 for scalar heads, which are scored one candidate at a
     time; the whole vocabulary for Q heads and autoregressive rewards, which give all scores at once."""
-    best_of_n: int = 0
-    """Also decode best-of-n of the base by --reward, n responses per prompt; 0: not."""
+    best_of_n: tuple[int, ...] = ()
+    """Also decode best-of-n of the base by --reward, for each n [responses per prompt] given."""
     include_base: bool = True
     """Also decode the base itself."""
     reward: str = ""
     """Folder of a reward model that scores every response (the proxy)."""
     gold: str = ""
-    """Folder of a second reward model that no method saw."""
+    """Folder of a second reward model that no method saw, or MODULE:FUNCTION, a program f(prompts, responses) ->
+    numbers on lists of texts."""
     max_new_tokens: int = 128
     """Limit of a response [tokens], its EOS included."""
     temperature: float = 1.0
@@ -98,7 +101,7 @@ def check(config: Config) -> None:
     if not 0 <= config.temperature < math.inf:
         raise ValueError(f"temperature: expected a finite value >= 0, found {config.temperature}")
     # Records are told apart by method and beta.
-    for name in ("beta", "critic"):
+    for name in ("beta", "critic", "best_of_n"):
         values = getattr(config, name)
         if len(set(values)) < len(values) and not (name == "critic" and config.sum):
             raise ValueError(f"{name}: expected each value once, found {values}")
@@ -118,8 +121,8 @@ def check(config: Config) -> None:
         raise ValueError("sum: expected at least one --critic, found none")
     if config.top_k is not None and config.top_k < 0:
         raise ValueError(f"top_k: expected 0 (all) or at least 1, found {config.top_k}")
-    if config.best_of_n < 0 or (config.best_of_n > 0 and not config.reward):
-        raise ValueError(f"best_of_n: expected n >= 0 and a --reward to select by, found {config.best_of_n}")
+    if any(n < 2 for n in config.best_of_n) or (config.best_of_n and not config.reward):
+        raise ValueError(f"best_of_n: expected n >= 2 and a --reward to select by, found {config.best_of_n}")
     if config.best_of_n and config.temperature == 0:
         raise ValueError(f"best_of_n: expected a temperature > 0, found {config.best_of_n} equal greedy responses")
     if not (config.critic or config.include_base or config.best_of_n):
@@ -132,7 +135,8 @@ def load_all(config: Config) -> tuple[Any, dict[str, tuple[models.LanguageModel,
     if mesh is not None and config.batch_size % mesh.size:
         raise ValueError(f"mesh: expected a divisor of batch_size {config.batch_size}, found {config.mesh!r}")
     folders = {"model": config.model} | {f"critic {spec}": spec.partition(":")[2] for spec in config.critic}
-    folders |= {name: getattr(config, name) for name in ("reward", "gold") if getattr(config, name)}
+    judges = {name: getattr(config, name) for name in ("reward", "gold") if getattr(config, name)}
+    folders |= {name: folder for name, folder in judges.items() if not rewards.is_program(folder)}
     tokenizer = models.tokenizer(config.model)
     distinct: dict[str, str] = {}  # folder -> its first role: one load where roles share a folder, the model first
     for name, folder in folders.items():
@@ -174,9 +178,9 @@ def methods(config: Config, loaded: dict[str, tuple[models.LanguageModel, Params
     base = policies.language_model(lm)
     sampled = "mean -log pi_ref(y)" if config.temperature == 0 else "sum of exact per-step KL"
     out = [Method("base", None, base, params, 1, sampled)] if config.include_base else []
-    if config.best_of_n:
+    for n in config.best_of_n:
         bound = "bound log n - (n-1)/n" if config.temperature == 1 else "bound, to the tempered base"
-        out.append(Method(f"best_of_{config.best_of_n}", None, base, params, config.best_of_n, bound))
+        out.append(Method(f"best_of_{n}", None, base, params, n, bound))
     built = [(spec, *build_critic(spec, loaded[f"critic {spec}"][0])) for spec in config.critic]
     values = [loaded[f"critic {spec}"][1] for spec in config.critic]
     if config.sum:
@@ -235,8 +239,8 @@ def decode_batch(
     return decoding.best_of_n(method.policy, proxy.reward, both, rng, prompts, n=method.n, **shared).best
 
 
-def run(config: Config) -> pathlib.Path:
-    """Decodes, writes the run folder, prints the table; gives the path of responses.jsonl."""
+def run(config: Config, *, quiet: bool = False) -> pathlib.Path:
+    """Decodes, writes the run folder, prints the table (unless quiet); gives the path of responses.jsonl."""
     check(config)
     tokenizer, loaded = load_all(config)
     prompts = data.tokenize_prompts(config.prompts, tokenizer)
@@ -252,8 +256,12 @@ def run(config: Config) -> pathlib.Path:
         if name in loaded:
             check_prompt_fits(loaded[name][0], everything, config.max_new_tokens, name=name)
             judges[name] = Judge(jax.jit(rewards.from_model(loaded[name][0])), loaded[name][1])
-    inputs = [config.model, config.reward, config.gold, *(c.partition(":")[2] for c in config.critic)]
-    out = cli.open_run(config.out, config, inputs=[path for path in inputs if path])
+        elif getattr(config, name):
+            judges[name] = Judge(
+                rewards.from_text(functools.partial(_text, tokenizer), rewards.program(getattr(config, name))), None
+            )
+    models_given = [config.model, config.reward, config.gold, *(c.partition(":")[2] for c in config.critic)]
+    out = cli.open_run(config.out, config, inputs=[path for path in models_given if path])
     final, partial = out / "responses.jsonl", out / "responses.jsonl.partial"
     speed: dict[tuple[str, float | None], float] = {}
     if not final.exists():
@@ -268,7 +276,8 @@ def run(config: Config) -> pathlib.Path:
     rows = results.summarise(records)
     results.add_speed(rows, speed, out / "summary.json")
     cli.write_json(out / "summary.json", rows)
-    results.print_table(rows)
+    if not quiet:
+        results.print_table(rows)
     print(f"wrote {final} ({len(records)} responses) and {out / 'summary.json'}")
     return final
 
@@ -338,6 +347,10 @@ def _decode_all(
                 progress.set_postfix_str(f"{method.name} {tokens / seconds:.0f} tokens/s")
                 progress.update(len(batch.rows))
     return records, {key: count / seconds for key, (count, seconds) in timed.items()}
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def check_finite(method: Method, host: Completions, rows: list[int]) -> None:

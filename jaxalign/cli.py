@@ -153,7 +153,7 @@ def open_run(folder: str | os.PathLike[str], config: Any, *, inputs: Sequence[st
 
 def _stamps(inputs: Sequence[str]) -> dict[str, list[int]]:
     """File -> [size in bytes, time of change in ns], for files and the files directly in folders."""
-    files = [path for name in inputs for path in _files(pathlib.Path(name))]
+    files = [path for name in inputs if name for path in _files(pathlib.Path(name))]
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 

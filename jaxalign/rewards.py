@@ -5,6 +5,9 @@ Each combinator takes Rewards and gives a Reward. All come out in at least float
 
 from __future__ import annotations
 
+import importlib
+import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,6 +136,23 @@ def from_numpy(f: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.
         return jax.pure_callback(call, shape, tokens, mask, prompt_length, index, vmap_method="sequential")
 
     return reward
+
+
+def program(spec: str) -> Callable[[list[str], list[str]], Sequence[float]]:
+    """The function of "MODULE:FUNCTION", f(prompts, responses) -> one number each. ValueError where there is none."""
+    module, _, name = spec.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"reward: expected MODULE:FUNCTION, found {spec!r} ({error})") from error
+    if not callable(found):
+        raise ValueError(f"reward: expected MODULE:FUNCTION, found {spec!r}, a {type(found).__name__}")
+    return found
+
+
+def is_program(spec: str) -> bool:
+    """Whether an option names a program, "MODULE:FUNCTION", and not a folder."""
+    return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec)) and not pathlib.Path(spec).exists()
 
 
 def from_text(decode: Callable[[Sequence[int]], str], f: Callable[[list[str], list[str]], Sequence[float]]) -> Reward:

@@ -1,22 +1,34 @@
-"""python -m eval.bench {decode,args,genarm} [--out DIR]
+"""python -m eval.bench {decode,args,genarm,score} [options]; NAME --help lists the options of one
 
-Times our decoding against the usual alternative, on one set of random weights, alternating, and prints medians and
-ratios. Needs `pip install -e '.[bench]'` (torch and transformers' torch models) for decode and args.
+Each benchmark runs the usual alternative beside ours in one process, on one set of random weights, alternating, and
+prints medians and ratios. decode and args need `pip install -e '.[bench]'` (torch and transformers' torch models).
 """
 
 from __future__ import annotations
 
-import tyro
+import argparse
+import sys
 
-from eval.bench import args, decode, genarm
+from eval.bench import args, decode, genarm, score
+
+BENCHMARKS = {"decode": decode, "args": args, "genarm": genarm, "score": score}
 
 
-def main() -> None:
-    tyro.extras.subcommand_cli_from_dict(
-        {"decode": decode.main, "args": args.main, "genarm": genarm.main},
+def main(arguments: list[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
         prog="python -m eval.bench",
-        description="Each benchmark runs the alternative beside ours in the same process and prints the ratio.",
+        usage="python -m eval.bench NAME [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name, module in BENCHMARKS.items():
+        # The docstring is "python -m eval.bench NAME: what it measures".
+        names.add_parser(name, help=(module.__doc__ or "").splitlines()[0].partition(": ")[2])
+    # The rest belongs to the benchmark, which parses it with its own config.
+    name = parser.parse_args(arguments[:1]).name
+    BENCHMARKS[name].main(arguments[1:])
 
 
 if __name__ == "__main__":

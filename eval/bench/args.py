@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,83 +10,91 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.bench import common
-from jaxalign import critics, decoding, models, policies
+from jaxalign import cli, critics, decoding, models, policies
+from jaxalign.types import TokenBatch
 
 
-def main(
-    batch: tuple[int, ...] = (1, 16),
-    k: int = 10,
-    prompt: int = 32,
-    new: int = 64,
-    repeats: int = 5,
-    layers: int = 8,
-    width: int = 512,
-    dtype: str = "float32",
-    torch: bool = True,
-    out: str | None = None,
-) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Config(common.Options):
+    """Options of eval.bench args."""
+
+    batch: tuple[int, ...] = (1, 16)
+    """Batch sizes of ours, one or several [prompts]."""
+    k: int = 10
+    """Candidates per token."""
+    prompt: int = 32
+    """Prompt length [tokens]."""
+    new: int = 64
+    """New tokens per prompt; no row stops early."""
+    repeats: int = 5
+    """Timed runs of each side, alternating; the median is printed."""
+    layers: int = 8
+    """Layers of both models."""
+    width: int = 512
+    """Width of both models, a multiple of 64; heads of 64."""
+    torch: bool = True
+    """Run the torch loop beside ours; without it only our tokens/s are printed."""
+
+
+def run(config: Config) -> list[dict[str, Any]]:
     """Tokens/s of ARGS-greedy with a reward model of the base's size.
 
     The torch loop is the authors' form, batch 1: the language model with its cache, and the reward model on the k
     candidates with the prompt's cache expanded k times and re-ordered into k copies of the winner. Each ratio is to its
     tokens/s at batch 1, since that code decodes one prompt at a time.
-
-    Args:
-        batch: Batch sizes of ours [prompts].
-        k: Candidates per token.
-        prompt: Prompt length [tokens].
-        new: New tokens per prompt.
-        repeats: Timed runs of each side, alternating; the median is printed.
-        layers: Layers of both models.
-        width: Width of both models (heads of 64).
-        dtype: Type of the weights.
-        torch: Run the torch loop beside ours.
-        out: Folder for args.json.
     """
-    lm, params = common.build(0, common.config(layers=layers, width=width), dtype)
-    reward_lm, reward_params = common.build(
-        1, common.config(layers=layers, width=width, head=models.Head("reward")), dtype
-    )
-    policy = policies.tilt(policies.language_model(lm), critics.args(reward_lm), top_k=k)
-    arguments = {"policy": params, "critic": reward_params, "beta": jnp.asarray(1 / 1.5)}
-
-    def ours(size: int) -> np.ndarray:
-        drawn = decoding.sample(
-            policy,
-            arguments,
-            jax.random.key(1),
-            common.prompts(size, prompt),
-            max_new_tokens=new,
-            eos_ids=(),
-            temperature=jnp.asarray(0.0),
-        )
-        return np.asarray(drawn.tokens)
-
+    mesh = common.check(config, config.batch)
+    k, new = config.k, config.new
+    base = common.config(layers=config.layers, width=config.width)
+    lm, params = common.build(0, base, config.dtype)
+    reward_lm, reward_params = common.build(1, dataclasses.replace(base, head=models.Head("reward")), config.dtype)
     loop = None
-    if torch:
+    if config.torch:
         loop = _torch_loop(
             common.torch_twin(lm, params, "LlamaForCausalLM"),
             common.torch_twin(reward_lm, reward_params, "LlamaForSequenceClassification"),
             k,
             new,
             1.5,
-            dtype,
+            config.dtype,
         )
-    runs: dict[str, Any] = {f"jaxalign {size}": lambda size=size: ours(size) for size in batch}
+    params, reward_params = common.place((params, reward_params), mesh)
+    policy = policies.tilt(policies.language_model(lm), critics.args(reward_lm), top_k=k)
+    arguments = {"policy": params, "critic": reward_params, "beta": jnp.asarray(1 / 1.5)}
+
+    def ours(inputs: TokenBatch) -> np.ndarray:
+        drawn = decoding.sample(
+            policy,
+            arguments,
+            jax.random.key(1),
+            inputs,
+            max_new_tokens=new,
+            eos_ids=(),
+            temperature=jnp.asarray(0.0),
+        )
+        return np.asarray(drawn.tokens)
+
+    placed = {size: common.place(common.prompts(size, config.prompt), mesh, "data") for size in config.batch}
+    runs: dict[str, Any] = {f"jaxalign {size}": lambda x=inputs: ours(x) for size, inputs in placed.items()}
+    single = common.prompts(1, config.prompt)
     if loop is not None:
-        runs["torch"] = lambda: loop(common.prompts(1, prompt).tokens)
-    seconds = common.alternate(runs, repeats=repeats)
+        runs["torch"] = lambda: loop(single.tokens)
+    seconds = common.alternate(runs, repeats=config.repeats)
     rows = []
-    for size in batch:
+    for size in config.batch:
         speed = size * new / seconds[f"jaxalign {size}"]
         row: dict[str, Any] = {"batch": size, "k": k, "jaxalign tokens/s": speed}
         if loop is not None:
             row["torch tokens/s at batch 1"] = new / seconds["torch"]
             row["ratio"] = speed * seconds["torch"] / new
-            row["same tokens"] = float(np.mean(loop(common.prompts(1, prompt).tokens) == ours(1)[0]))
+            row["same tokens"] = float(np.mean(loop(single.tokens) == ours(single)[0]))
         rows.append(row)
-    common.report("args", rows, out)
+    common.report("args", rows, config.out)
     return rows
+
+
+def main(args: list[str] | None = None) -> None:
+    run(cli.parse(Config, description=__doc__ or "", args=args))
 
 
 def _torch_loop(model: Any, reward_model: Any, k: int, new: int, weight: float, dtype: str) -> Any:

@@ -1,7 +1,8 @@
-"""The model of the benchmarks, alternating timers, and the table that they print."""
+"""What the benchmarks share: options, the model, placement, alternating timers, and the table that they print."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,28 +11,67 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxalign import models
+from jaxalign import cli, models
 from jaxalign.types import TokenBatch
 
 VOCAB = 8192
 
 
-def config(*, layers: int = 8, width: int = 512, head: models.Head | None = None) -> models.Config:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of every benchmark."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters and activations; torch on a CPU always runs float32."""
+    mesh: str = ""
+    """data=N: N devices share each batch of ours; N divides every batch size."""
+    out: str = ""
+    """Folder for NAME.json, the printed rows; none is written when empty."""
+    config: str = ""
+    """JSON or TOML file of defaults for these options."""
+
+
+def check(options: Options, batch: tuple[int, ...]) -> Mesh | None:
+    """The mesh, after value checks that need no model. ValueErrors name the option."""
+    if not batch or min(batch) < 1:
+        raise ValueError(f"batch: expected sizes of at least 1, found {batch}")
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        # Every integer here counts something that the benchmark needs one of.
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ValueError(f"{field.name}: expected at least 1, found {value}")
+        if field.name == "width" and value % 64:
+            raise ValueError(f"width: expected a multiple of 64, the width of a head, found {value}")
+    mesh = cli.make_mesh(options.mesh)
+    if mesh is not None and any(size % mesh.size for size in batch):
+        raise ValueError(f"mesh: expected a divisor of every batch size {batch}, found {options.mesh!r}")
+    return mesh
+
+
+def place(tree: Any, mesh: Mesh | None, *axes: str) -> Any:
+    """The tree's leaves on the mesh: replicated, or split along their first axis by `axes` ("data")."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def config(
+    *, layers: int = 8, width: int = 512, vocab: int = VOCAB, length: int = 2048, head: models.Head | None = None
+) -> models.Config:
     """A Llama of 33.7 M parameters at the default size: 8 layers, width 512, 8 heads, vocabulary 8192, untied."""
     return models.Config(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=width,
         num_layers=layers,
         num_heads=width // 64,
         num_kv_heads=width // 64,
         head_dim=64,
         intermediate_size=width * 43 // 16,
-        max_length=2048,
+        max_length=length,
         eos_ids=(0,),
         head=head,
     )
@@ -43,9 +83,9 @@ def build(seed: int, cfg: models.Config, dtype: str = "float32") -> tuple[models
     return lm, lm.init(jax.random.key(seed))
 
 
-def prompts(batch: int, length: int, seed: int = 0) -> TokenBatch:
+def prompts(batch: int, length: int, seed: int = 0, *, vocab: int = VOCAB) -> TokenBatch:
     """Random prompts without padding: torch's generate is given its easiest case."""
-    tokens = jax.random.randint(jax.random.key(seed), (batch, length), 1, VOCAB, jnp.int32)
+    tokens = jax.random.randint(jax.random.key(seed), (batch, length), 1, vocab, jnp.int32)
     return TokenBatch(tokens, jnp.ones((batch, length), bool))
 
 
@@ -81,7 +121,7 @@ def device() -> str:
     return f"{kind} ({os.cpu_count()} cores, {platform.machine()})" if kind == "cpu" else kind
 
 
-def report(name: str, rows: list[dict[str, Any]], out: str | None) -> None:
+def report(name: str, rows: list[dict[str, Any]], out: str) -> None:
     """Prints the rows as a table and, with `out`, writes them to DIR/name.json (temporary name, then rename)."""
     print(f"{name} on {device()}, jax {jax.__version__}")
     columns = list(rows[0])
@@ -89,7 +129,7 @@ def report(name: str, rows: list[dict[str, Any]], out: str | None) -> None:
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     for row in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    if out is not None:
+    if out:
         folder = pathlib.Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{name}.json"

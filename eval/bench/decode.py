@@ -2,60 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from eval.bench import common
-from jaxalign import decoding, policies
+from jaxalign import cli, decoding, policies
 
 
-def main(
-    batch: tuple[int, ...] = (1, 8, 32),
-    prompt: int = 32,
-    new: int = 128,
-    repeats: int = 7,
-    layers: int = 8,
-    width: int = 512,
-    dtype: str = "float32",
-    torch: bool = True,
-    out: str | None = None,
-) -> list[dict[str, Any]]:
-    """Tokens/s of sampling at temperature 1 from a random Llama, and the ratio to torch's.
+@dataclasses.dataclass(frozen=True)
+class Config(common.Options):
+    """Options of eval.bench decode."""
 
-    Args:
-        batch: Batch sizes [prompts].
-        prompt: Prompt length [tokens].
-        new: New tokens per prompt; no row stops early.
-        repeats: Timed runs of each side, alternating; the median is printed.
-        layers: Layers of the model.
-        width: Width of the model (heads of 64).
-        dtype: Type of our weights; torch runs the same on an accelerator, float32 otherwise.
-        torch: Run torch's generate beside ours; without it only our tokens/s are printed.
-        out: Folder for decode.json.
-    """
-    lm, params = common.build(0, common.config(layers=layers, width=width), dtype)
+    batch: tuple[int, ...] = (1, 8, 32)
+    """Batch sizes, one or several [prompts]."""
+    prompt: int = 32
+    """Prompt length [tokens]."""
+    new: int = 128
+    """New tokens per prompt; no row stops early."""
+    repeats: int = 7
+    """Timed runs of each side, alternating; the median is printed."""
+    layers: int = 8
+    """Layers of the model."""
+    width: int = 512
+    """Width of the model, a multiple of 64; heads of 64."""
+    torch: bool = True
+    """Run torch's generate beside ours; without it only our tokens/s are printed."""
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Tokens/s of sampling at temperature 1 from a random Llama, and the ratio to torch's."""
+    mesh = common.check(config, config.batch)
+    lm, params = common.build(0, common.config(layers=config.layers, width=config.width), config.dtype)
     policy = policies.language_model(lm)
-    twin = common.torch_twin(lm, params, "LlamaForCausalLM") if torch else None
+    twin = common.torch_twin(lm, params, "LlamaForCausalLM") if config.torch else None
+    params = common.place(params, mesh)
     rows = []
-    for size in batch:
-        inputs = common.prompts(size, prompt)
+    for size in config.batch:
+        inputs = common.prompts(size, config.prompt)
+        placed = common.place(inputs, mesh, "data")
 
-        def ours(inputs: Any = inputs) -> None:
-            drawn = decoding.sample(policy, params, jax.random.key(1), inputs, max_new_tokens=new, eos_ids=())
+        def ours(inputs: Any = placed) -> None:
+            drawn = decoding.sample(policy, params, jax.random.key(1), inputs, max_new_tokens=config.new, eos_ids=())
             jax.block_until_ready(drawn)
 
         runs: dict[str, Callable[[], None]] = {"jaxalign": ours}
         if twin is not None:
-            runs["torch"] = _generate(twin, inputs, new, dtype)
-        seconds = common.alternate(runs, repeats=repeats)
-        row = {"batch": size} | {f"{name} tokens/s": size * new / s for name, s in seconds.items()}
+            runs["torch"] = _generate(twin, inputs, config.new, config.dtype)
+        seconds = common.alternate(runs, repeats=config.repeats)
+        row = {"batch": size} | {f"{name} tokens/s": size * config.new / s for name, s in seconds.items()}
         if twin is not None:
             row["ratio"] = seconds["torch"] / seconds["jaxalign"]
         rows.append(row)
-    common.report("decode", rows, out)
+    common.report("decode", rows, config.out)
     return rows
+
+
+def main(args: list[str] | None = None) -> None:
+    run(cli.parse(Config, description=__doc__ or "", args=args))
 
 
 def _generate(model: Any, inputs: Any, new: int, dtype: str) -> Any:

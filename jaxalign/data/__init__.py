@@ -1,4 +1,4 @@
-"""Prompts and, as the library grows, preference data and the embedded world."""
+"""Prompts, preference data and the embedded world."""
 
 from jaxalign.data.files import Prompt, read_prompts, tokenize_prompts
 from jaxalign.data.prompts import bucket, prompt_batch

@@ -1,8 +1,8 @@
 """Objectives on language models, as losses for `train_step`: each binds a function of `jaxalign.losses` to a model.
 
-Batches are right-padded: tokens [b,L] int32, mask [b,L] real tokens, loss_mask [b,L] the response's. A model whose dtype
-is bfloat16 computes in it: parameters are cast where they are used and their gradients come back in float32; rewards,
-log-probabilities and all sums stay in float32.
+Batches are right-padded: tokens [b,L] int32, mask [b,L] real tokens, loss_mask [b,L] the response's. A model whose
+dtype is bfloat16 computes in it: parameters are cast where they are used and their gradients come back in float32;
+rewards, log-probabilities and all sums stay in float32.
 """
 
 from __future__ import annotations

@@ -1,0 +1,330 @@
+"""Preference pairs and texts from files, in the usual forms, as token ids and as padded arrays.
+
+A row is read by its fields:
+
+- {"prompt", "chosen", "rejected"}: text; the responses go on where the prompt ends.
+- {"chosen", "rejected"}: whole transcripts in the form of hh-rlhf, split at the last "Assistant:" turn.
+- the same two with lists of chat messages, through the tokenizer's template.
+- for supervised training also {"prompt", "response"}, {"prompt", "completion"}, {"text"}, {"messages"}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxalign.data.files import _raw_lines
+
+TURN = "\n\nAssistant:"
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+class Pair(NamedTuple):
+    """Text of a preference. templated: a chat template has written the special tokens."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    templated: bool = False
+
+
+class Text(NamedTuple):
+    """A text to learn: the response after the prompt ("" where there is none)."""
+
+    prompt: str
+    response: str
+    templated: bool = False
+
+
+class PairTokens(NamedTuple):
+    """Token ids, EOS included; where: file and line."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    where: str
+
+
+class TextTokens(NamedTuple):
+    """Token ids, EOS included; where: file and line."""
+
+    prompt: list[int]
+    response: list[int]
+    where: str
+
+
+class Loaded(NamedTuple):
+    """rows; the number of bad ones that were skipped; "file:line: reason" of the first 20 of them."""
+
+    rows: list[Any]
+    skipped: int
+    reasons: list[str]
+
+
+class _Bad(Exception):
+    """A row that cannot be used, and why."""
+
+
+def tokenize_pairs(
+    path: str | pathlib.Path, tokenizer: Any, *, eos_id: int | None, max_length: int, skip_bad: bool = False
+) -> Loaded:
+    """Preference pairs of a file as rows of `PairTokens`.
+
+    Prompt and response are tokenized apart, so that the boundary is exact; eos_id ends each response (None: nothing is
+    appended). A prompt that is too long for max_length [tokens] loses its beginning; a response that leaves no room for
+    one prompt token makes a bad row.
+
+    ValueError with file, line and reason for a bad row, or with skip_bad it is left out and counted; a ValueError too
+    for a file of another kind, or one without a good row.
+    """
+
+    def convert(where: str, row: dict[str, Any]) -> PairTokens:
+        pair = _pair(row, tokenizer)
+        prompt = _prompt_ids(tokenizer, pair.prompt, pair.templated)
+        both = [_response_ids(tokenizer, r, eos_id, pair.templated) for r in (pair.chosen, pair.rejected)]
+        if both[0] == both[1]:
+            raise _Bad("expected two responses that differ, found the same tokens twice")
+        return PairTokens(_cut(prompt, max(map(len, both)), max_length), both[0], both[1], where)
+
+    return _load(pathlib.Path(path), convert, skip_bad)
+
+
+def tokenize_texts(
+    path: str | pathlib.Path, tokenizer: Any, *, eos_id: int | None, max_length: int, skip_bad: bool = False
+) -> Loaded:
+    """Texts of a file as rows of `TextTokens`; of a preference pair the chosen response. As `tokenize_pairs`, but a
+    text without a prompt that is too long loses its end."""
+
+    def convert(where: str, row: dict[str, Any]) -> TextTokens:
+        text = _text(row, tokenizer)
+        prompt = _prompt_ids(tokenizer, text.prompt, text.templated, empty=not text.prompt)
+        response = _response_ids(tokenizer, text.response, eos_id, text.templated)
+        if not text.prompt:
+            return TextTokens(prompt, response[: max_length - len(prompt)], where)
+        return TextTokens(_cut(prompt, len(response), max_length), response, where)
+
+    return _load(pathlib.Path(path), convert, skip_bad)
+
+
+def read_strings(path: str | pathlib.Path, *, skip_bad: bool = False) -> Loaded:
+    """Every text of a file, for a tokenizer's training: prompts with their responses. Rows of chat messages are bad."""
+
+    def convert(where: str, row: dict[str, Any]) -> list[str]:
+        if "rejected" in row:
+            pair = _pair(row, None)
+            return [pair.prompt + pair.chosen, pair.rejected]
+        return ["".join(_text(row, None)[:2])]
+
+    found = _load(pathlib.Path(path), convert, skip_bad)
+    return found._replace(rows=[text for texts in found.rows for text in texts])
+
+
+def split_by_prompt(rows: Sequence[Any], *, fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """(training, validation) rows: a prompt is in the second with probability `fraction`, by a hash of seed and prompt.
+
+    So no prompt is in both, and a prompt's part does not depend on the other rows. rows: anything with `prompt`.
+    ValueError: a fraction outside (0, 1), or a part that comes out empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction: expected a share in (0, 1), found {fraction}")
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for row in rows:
+        digest = hashlib.blake2b(json.dumps([seed, row.prompt]).encode(), digest_size=8).digest()
+        parts[int.from_bytes(digest, "big") < fraction * 2**64].append(row)
+    for name, part in zip(("training", "validation"), parts, strict=True):
+        if not part:
+            raise ValueError(f"fraction: expected a {name} part with rows, found none of {len(rows)} at {fraction}")
+    return parts
+
+
+def pad_texts(rows: Sequence[TextTokens], *, length: int) -> dict[str, np.ndarray]:
+    """{"tokens" [B,L] int32, "mask" [B,L] real tokens, "loss_mask" [B,L] the response's}, right-padded to L = length.
+
+    ValueError naming the row: longer than length, or without a response token that is predicted from another (its loss
+    mask would be empty).
+    """
+    tokens = np.zeros((len(rows), length), np.int32)
+    mask, loss_mask = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
+    for b, row in enumerate(rows):
+        both = [*row.prompt, *row.response]
+        if len(both) > length:
+            raise ValueError(f"{row.where}: expected at most {length} tokens, found {len(both)}")
+        if not row.response or len(both) < 2:
+            raise ValueError(f"{row.where}: expected a response token after another token, found an empty loss mask")
+        tokens[b, : len(both)], mask[b, : len(both)] = both, True
+        loss_mask[b, len(row.prompt) : len(both)] = True
+    return {"tokens": tokens, "mask": mask, "loss_mask": loss_mask}
+
+
+def pad_pairs(rows: Sequence[PairTokens], *, length: int) -> dict[str, dict[str, np.ndarray]]:
+    """{"chosen", "rejected"}, each as `pad_texts` makes it."""
+    return {
+        side: pad_texts([TextTokens(row.prompt, getattr(row, side), row.where) for row in rows], length=length)
+        for side in ("chosen", "rejected")
+    }
+
+
+# Rows of a file -------------------------------------------------------------------------------------------------------
+
+
+def _load(file: pathlib.Path, convert: Callable[[str, dict[str, Any]], Any], skip_bad: bool) -> Loaded:
+    if not file.name.endswith(SUFFIXES) or not file.is_file():
+        found = "no such file" if not file.is_file() else f"suffix {file.suffix!r}"
+        raise ValueError(f"data: expected a file that ends in {', '.join(SUFFIXES)}, found {found} at {file}")
+    rows: list[Any] = []
+    reasons: list[str] = []
+    skipped = 0
+    for where, row in _rows(file):
+        try:
+            if isinstance(row, _Bad):
+                raise row
+            rows.append(convert(where, row))
+        except _Bad as error:
+            if not skip_bad:
+                raise ValueError(f"{where}: {error}") from None
+            skipped += 1
+            reasons += [f"{where}: {error}"] * (len(reasons) < 20)
+    if not rows:
+        raise ValueError(f"data: expected at least one good row, found none in {file} ({skipped} bad)")
+    return Loaded(rows, skipped, reasons)
+
+
+def _rows(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """(file:line, the row as a dict or what is wrong with it)."""
+    if file.suffix == ".parquet":
+        try:
+            from pyarrow import lib, parquet
+        except ImportError as error:
+            raise ValueError("data: expected pyarrow for .parquet files (pip install 'jaxalign[parquet]')") from error
+        try:
+            table = parquet.read_table(file)
+        except (lib.ArrowException, OSError) as error:
+            raise ValueError(f"data: expected a Parquet file, found {error} in {file}") from error
+        for number, row in enumerate(table.to_pylist(), start=1):
+            yield f"{file}:{number}", {k: v for k, v in row.items() if v is not None}
+        return
+    for number, raw in _raw_lines(file):
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except ValueError as error:  # of the encoding, and of JSON
+            yield f"{file}:{number}", _Bad(f"expected JSON, found {error}")
+            continue
+        good = isinstance(row, dict)
+        yield f"{file}:{number}", row if good else _Bad(f"expected a JSON object, found {type(row).__name__}")
+
+
+def _pair(row: dict[str, Any], tokenizer: Any) -> Pair:
+    if "chosen" not in row or "rejected" not in row:
+        raise _Bad(f'expected "chosen" and "rejected", found fields {sorted(row)}')
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return _chat_pair(prompt, chosen, rejected, tokenizer)
+    for name in ("chosen", "rejected", *(("prompt",) if prompt is not None else ())):
+        if not isinstance(row[name], str):
+            raise _Bad(f"expected text in {name}, found {type(row[name]).__name__}")
+    if prompt is None:
+        (prompt, chosen), (other, rejected) = _turn(chosen, "chosen"), _turn(rejected, "rejected")
+        if prompt != other:
+            raise _Bad('expected transcripts that agree up to the last "Assistant:" turn, found two prompts')
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        if not response.strip():
+            raise _Bad(f"expected a response in {name}, found an empty one")
+    return Pair(prompt, chosen, rejected)
+
+
+def _turn(transcript: str, name: str) -> tuple[str, str]:
+    """(prompt with the last "Assistant:", response)."""
+    before, turn, after = transcript.rpartition(TURN)
+    if not turn:
+        raise _Bad(f'expected a prompt, or a transcript with an "Assistant:" turn, found neither in {name}')
+    return before + turn, after
+
+
+def _chat_pair(prompt: Any, chosen: list[Any], rejected: list[Any], tokenizer: Any) -> Pair:
+    if prompt is None:
+        if chosen[:-1] != rejected[:-1]:
+            raise _Bad("expected chats that agree up to the last message, found two prompts")
+        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
+    if not isinstance(prompt, list) or not prompt or not chosen or not rejected:
+        raise _Bad("expected messages in prompt, chosen and rejected, found an empty or another one")
+    start, first = _templated(prompt, chosen, tokenizer)
+    return Pair(start, first, _templated(prompt, rejected, tokenizer)[1], True)
+
+
+def _templated(prompt: list[Any], response: list[Any], tokenizer: Any) -> tuple[str, str]:
+    """(the prompt with the template's turn for the response, the response as the template writes it)."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("data: expected a tokenizer with a chat template for lists of messages, found none")
+    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in (*prompt, *response)):
+        raise _Bad('expected messages as {"role": …, "content": text}')
+    if not any(m["content"].strip() for m in response):
+        raise _Bad("expected a response, found an empty message")
+    try:
+        start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*prompt, *response], tokenize=False)
+    except Exception as error:  # a template is a program of the model's author and raises what it likes
+        raise _Bad(f"expected messages that the chat template accepts, found {error}") from error
+    if not whole.startswith(start):
+        raise _Bad("expected a chat template that keeps the prompt's text before a response, found another text")
+    return start, whole[len(start) :]
+
+
+def _text(row: dict[str, Any], tokenizer: Any) -> Text:
+    if "chosen" in row:
+        pair = _pair(row | {"rejected": row.get("rejected", row["chosen"])}, tokenizer)
+        return Text(pair.prompt, pair.chosen, pair.templated)
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or len(messages) < 2:
+            raise _Bad("expected messages with a prompt and a response, found fewer than two")
+        return Text(*_templated(messages[:-1], messages[-1:], tokenizer), True)
+    names = [name for name in ("response", "completion", "text") if name in row]
+    if len(names) != 1 or (names == ["text"]) == ("prompt" in row):
+        raise _Bad(f'expected "prompt" with "response", "text", "messages" or a pair, found fields {sorted(row)}')
+    prompt, response = row.get("prompt", ""), row[names[0]]
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        raise _Bad("expected text in prompt and response")
+    if not response.strip():
+        raise _Bad(f"expected text in {names[0]}, found an empty one")
+    return Text(prompt, response)
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------
+
+
+def _prompt_ids(tokenizer: Any, text: str, templated: bool, *, empty: bool = False) -> list[int]:
+    """The tokenizer adds its special tokens (a BOS) unless a template has; an empty prompt keeps those alone."""
+    ids = [int(i) for i in tokenizer(text, add_special_tokens=not templated)["input_ids"]]
+    if not ids and not empty:
+        raise _Bad("expected a prompt token, found none")
+    return ids
+
+
+def _response_ids(tokenizer: Any, text: str, eos_id: int | None, templated: bool) -> list[int]:
+    ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if eos_id is None:
+        closed = ids
+    elif templated and eos_id in ids:
+        closed = ids[: ids.index(eos_id) + 1]  # some templates write a newline after their end of turn
+    else:
+        closed = [*ids, eos_id]
+    if not [i for i in ids if i != eos_id]:
+        raise _Bad("expected a response token, found an empty loss mask")
+    return closed
+
+
+def _cut(prompt: list[int], response: int, max_length: int) -> list[int]:
+    """The prompt's last tokens, so that the row fits."""
+    room = max_length - response
+    if room < 1:
+        raise _Bad(
+            f"expected a response of at most {max_length - 1} tokens, found {response} (max_length {max_length})"
+        )
+    return prompt[-room:]

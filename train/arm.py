@@ -1,0 +1,61 @@
+"""Train GenARM's autoregressive reward model on preference pairs:
+
+python -m train.arm --data pairs.jsonl --model DIR --out runs/arm
+
+A language model whose log-likelihood of a response is its reward (arXiv 2410.08193, eq. 5): no reference model, sums
+over the response's tokens, no length normalisation. The data is that of train.reward_model. summary.json holds the
+accuracy on held-out pairs with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxalign import cli
+from jaxalign.training import objectives
+from train import common, pairs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(common.Options):
+    """Options of train.arm."""
+
+    data: str
+    """File of preference pairs: .jsonl, .jsonl.gz or .parquet."""
+    beta_r: float = 0.05
+    """Scale of the log-likelihood in the loss [1]: the paper's beta_r."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, writes the run folder, gives its summary."""
+    common.check(config)
+    if not config.beta_r > 0:
+        raise ValueError(f"beta_r: expected a value > 0, found {config.beta_r}")
+    out = cli.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
+    following = f"python -m eval.decode --model BASE --critic autoregressive:{out / 'model'} --prompts FILE --out DIR"
+    done = common.finished(out)
+    if done is not None:
+        common.report(out, done, following)
+        return done
+    begin = common.start(config, lambda _: None)
+    data, collate = pairs.load(config, begin.tokenizer)
+    loss = objectives.autoregressive_reward(begin.lm, beta_r=config.beta_r)
+    params = common.run(config, begin, data, loss, collate, stage="arm", out=out)
+
+    def score(params: Any, batch: Any) -> Any:
+        cast = objectives.cast(begin.lm, params)
+        return jnp.stack([objectives.log_likelihoods(begin.lm, cast, batch[s]) for s in ("chosen", "rejected")], -1)
+
+    summary = pairs.accuracy(score, params, data, collate, config.batch_size)
+    return common.finish(out, begin, params, data, summary, following)
+
+
+def main(args: list[str] | None = None) -> None:
+    run(cli.parse(Config, description=__doc__ or "", args=args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What the scripts that train on preference pairs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxalign.data import preferences
+from jaxalign.types import Params
+from train import common
+
+
+def load(config: Any, tokenizer: Any) -> tuple[common.Data, Callable[[list[Any]], Any]]:
+    """(pairs of --data split by prompt, the function that pads a list of them)."""
+    loaded = preferences.tokenize_pairs(
+        config.data,
+        tokenizer,
+        eos_id=common.eos_of(tokenizer),
+        max_length=config.max_length,
+        skip_bad=config.skip_bad,
+    )
+
+    def collate(rows: list[preferences.PairTokens]) -> dict[str, Any]:
+        longest = [len(row.prompt) + max(len(row.chosen), len(row.rejected)) for row in rows]
+        return preferences.pad_pairs(rows, length=common.row_length(config, longest))
+
+    return common.split(loaded, config), collate
+
+
+def accuracy(
+    score: Callable[[Params, Any], Any],
+    params: Params,
+    data: common.Data,
+    collate: Callable[[list[Any]], Any],
+    batch_size: int,
+) -> dict[str, Any]:
+    """Share of held-out pairs whose chosen response scores higher (ties half) with its 95 % half-width, and the mean
+    margin. score(params, batch) -> [b,2]: chosen, rejected."""
+    if not data.validation:
+        return {}
+    scores = common.evaluate(score, params, data.validation, collate, batch_size)
+    if not np.isfinite(scores).all():
+        raise ValueError("validation: expected finite scores, found NaN or infinity")
+    margin = scores[:, 0] - scores[:, 1]
+    mean, half = common.interval((margin > 0) + 0.5 * (margin == 0))
+    return {"pair_accuracy": mean, "pair_accuracy_95": half, "margin": float(margin.mean())}

@@ -1,0 +1,74 @@
+"""Train a language model on texts, from a Hugging Face folder or from random weights:
+
+python -m train.sft --data texts.jsonl --model DIR --out runs/sft
+python -m train.sft --data texts.jsonl --architecture config.json --tokenizer DIR --out runs/sft
+
+The data is JSON lines (or .jsonl.gz, .parquet) with {"prompt", "response"}, {"text"}, {"messages"}, or preference
+pairs, whose chosen response counts. The loss is over the response's tokens, its EOS included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import cli
+from jaxalign.data import preferences
+from jaxalign.training import objectives
+from train import common
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(common.Options):
+    """Options of train.sft."""
+
+    data: str
+    """File of texts: .jsonl, .jsonl.gz or .parquet."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, writes the run folder, gives its summary."""
+    common.check(config)
+    out = cli.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
+    following = f"python -m eval.decode --model {out / 'model'} --prompts FILE --out DIR"
+    done = common.finished(out)
+    if done is not None:
+        common.report(out, done, following)
+        return done
+    begin = common.start(config, lambda _: None)
+    loaded = preferences.tokenize_texts(
+        config.data,
+        begin.tokenizer,
+        eos_id=common.eos_of(begin.tokenizer),
+        max_length=config.max_length,
+        skip_bad=config.skip_bad,
+    )
+    data = common.split(loaded, config)
+
+    def collate(rows: list[preferences.TextTokens]) -> dict[str, np.ndarray]:
+        length = common.row_length(config, [len(row.prompt) + len(row.response) for row in rows])
+        return preferences.pad_texts(rows, length=length)
+
+    params = common.run(config, begin, data, objectives.language_model(begin.lm), collate, stage="sft", out=out)
+
+    def score(params: Any, batch: Any) -> tuple[Any, Any]:
+        cast = objectives.cast(begin.lm, params)
+        return objectives.log_likelihoods(begin.lm, cast, batch), jnp.sum(batch["loss_mask"][:, 1:], axis=-1)
+
+    summary: dict[str, Any] = {}
+    if data.validation:
+        total, count = common.evaluate(score, params, data.validation, collate, config.batch_size)
+        loss = -float(total.sum() / count.sum())
+        summary = {"validation_loss": loss, "validation_perplexity": float(np.exp(loss))}
+    return common.finish(out, begin, params, data, summary, following)
+
+
+def main(args: list[str] | None = None) -> None:
+    run(cli.parse(Config, description=__doc__ or "", args=args))
+
+
+if __name__ == "__main__":
+    main()
