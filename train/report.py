@@ -57,7 +57,7 @@ def frontier(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         base = next(row for row in rows if row["method"] == "base")
         axes.axhline(base[name], color="0.8", lw=1, zorder=0)
         axes.set_xscale("symlog", linthresh=1.0)
-        axes.set_xlim(left=-0.1)
+        axes.set_xlim(-0.1, 1.4 * max(row["kl"] for row in rows))
         ticks = [t for t in (0, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if t <= 1.3 * max(row["kl"] for row in rows)]
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
@@ -101,7 +101,7 @@ def side_by_side(
 ) -> None:
     """An HTML table: prompts down, methods across, each at its setting of highest gold reward."""
     summary = results.summarise(records)
-    best: dict[str, dict[str, Any]] = {}
+    best: dict[str, dict[str, Any]] = {}  # label -> the row of its setting
     for row in summary:
         label = family(row["method"])
         if label not in best or row["gold"] > best[label]["gold"]:
@@ -109,9 +109,9 @@ def side_by_side(
     chosen = {(row["method"], row["beta"]): label for label, row in best.items()}
     table: dict[int, dict[str, dict[str, Any]]] = {}
     for record in records:
-        label = chosen.get((record["method"], record["beta"]))
-        if label is not None:
-            table.setdefault(record["index"], {})[label] = record
+        key = (record["method"], record["beta"])
+        if key in chosen:
+            table.setdefault(record["index"], {})[chosen[key]] = record
     head = "".join(
         f"<th>{label}<small>{_setting(row)} KL {row['kl']:.1f}, gold {row['gold']:.2f}</small></th>"
         for label, row in best.items()

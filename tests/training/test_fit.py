@@ -1,0 +1,265 @@
+"""The loop: resuming bit for bit after an interruption, SIGTERM and kill -9; NaN; metrics; the order of rows."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxalign import training
+from jaxalign.data import batches
+from jaxalign.training import metrics as lines
+
+PROGRAM = """
+    import os, pathlib, signal, sys, time
+    import jax, jax.numpy as jnp, numpy as np, optax
+    from jaxalign import training
+    from jaxalign.data import batches
+
+    ROWS = [np.random.default_rng(i).normal(size=3).astype(np.float32) for i in range(10)]
+
+    def loss(params, batch, frozen):
+        error = batch["x"] @ params["w"] - params["b"]
+        return training.Measured((error**2).mean(), jnp.asarray(len(batch["x"])), {})
+
+    def run(out, steps=12, slow=0.0, save_every=4):
+        optimizer = optax.adam(0.1)
+        inner = training.train_step(loss, optimizer)
+
+        def step(state, batch, frozen):
+            time.sleep(slow)
+            return inner(state, batch, frozen)
+
+        state = training.create({"w": jnp.ones(3), "b": jnp.zeros(())}, optimizer)
+        collate = lambda rows: {"x": np.stack(rows), "mask": np.ones((len(rows), 3), bool)}
+        source = batches.batches(ROWS, collate, batch_size=4, seed=3, accumulate=2)
+        return training.fit(step, state, source, steps=steps, out=pathlib.Path(out), stage="test",
+                            position={"seed": 3}, save_every=save_every, log_every=1)
+"""
+exec(compile(textwrap.dedent(PROGRAM), "program", "exec"))
+
+
+def same(a, b) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, final state) of the uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(out)  # noqa: F821
+
+
+def losses_of(out: pathlib.Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in lines.read(out / "metrics.jsonl")]
+
+
+def child(code: str, *arguments: str, **options) -> subprocess.Popen:
+    program = textwrap.dedent(PROGRAM) + textwrap.dedent(code)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_a_run_that_goes_on_is_the_uninterrupted_one(whole, tmp_path):
+    folder, final = whole
+
+    class Power(Exception):
+        pass
+
+    source = batches.batches
+
+    def failing(*args, **kwargs):
+        start = source(*args, **kwargs)
+
+        def iterate(step):
+            for i, batch in enumerate(start(step), start=step):
+                if i == 6:
+                    raise Power
+                yield batch
+
+        return iterate
+
+    batches.batches = failing
+    try:
+        with pytest.raises(Power):
+            run(tmp_path)  # noqa: F821
+    finally:
+        batches.batches = source
+    assert [step for step, _ in losses_of(tmp_path)] == [1, 2, 3, 4, 5]
+    resumed = run(tmp_path)  # noqa: F821
+    same(resumed, final)
+    assert losses_of(tmp_path) == losses_of(folder)
+    same(run(tmp_path), final)  # noqa: F821  # a finished run is read, not trained further
+
+
+def test_sigterm_saves_says_so_and_exits_with_zero(whole, tmp_path):
+    process = child("run(sys.argv[1], slow=0.2)", str(tmp_path))
+    deadline = time.time() + 120
+    while not (tmp_path / "metrics.jsonl").exists() or len(losses_of(tmp_path)) < 2:
+        assert time.time() < deadline
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    assert "stopped at step" in out
+    assert "the same command goes on" in out
+    stopped = len(losses_of(tmp_path))
+    assert stopped < 12
+    same(run(tmp_path), whole[1])  # noqa: F821
+    assert losses_of(tmp_path) == losses_of(whole[0])
+
+
+KILLED = """
+    # Killed where the third checkpoint's temporary folder would get its name.
+    import os
+    saved = []
+    for name in ("rename", "replace"):
+        inner = getattr(os, name)
+        def renamed(source, target, *args, inner=inner, **kwargs):
+            if str(target).rstrip("/").endswith("checkpoints/9"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(source, target, *args, **kwargs)
+        setattr(os, name, renamed)
+    from pathlib import Path
+    for name in ("rename", "replace"):
+        inner = getattr(Path, name)
+        def moved(self, target, inner=inner):
+            if str(target).endswith("checkpoints/9"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(self, target)
+        setattr(Path, name, moved)
+    run(sys.argv[1], save_every=3)
+"""
+
+
+def test_kill_9_in_the_middle_of_a_save_loses_nothing_that_was_saved(whole, tmp_path):
+    process = child(KILLED, str(tmp_path))
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert "9" not in names
+    assert any("9" in name for name in names), names  # the save had begun
+    assert training.latest_step(training.open_checkpoints(tmp_path / "checkpoints")) == 6
+    same(run(tmp_path, save_every=3), whole[1])  # noqa: F821
+    assert losses_of(tmp_path) == losses_of(whole[0])
+    left = [path.name for path in (tmp_path / "checkpoints").iterdir() if "tmp" in path.name]
+    assert left == []
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.3, 0.7])
+def test_kill_9_at_any_time(whole, tmp_path, wait):
+    process = child("run(sys.argv[1], slow=0.1, save_every=1)", str(tmp_path))
+    deadline = time.time() + 120
+    while not (tmp_path / "metrics.jsonl").exists() or not losses_of_or_none(tmp_path):
+        assert time.time() < deadline
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.02)
+    time.sleep(wait)
+    process.kill()
+    process.communicate()
+    same(run(tmp_path), whole[1])  # noqa: F821
+    assert losses_of(tmp_path) == losses_of(whole[0])
+
+
+def losses_of_or_none(out: pathlib.Path):
+    try:
+        return losses_of(out)
+    except json.JSONDecodeError:  # a line that is being written
+        return None
+
+
+def test_nan_stops_the_run_and_names_the_step(tmp_path):
+    """The checkpoint that stays is from before it."""
+    optimizer = optax.sgd(0.1)
+
+    def loss(params, batch, frozen):
+        return training.Measured((params["w"] * batch["x"]).sum(), jnp.ones(()), {})
+
+    step = training.train_step(loss, optimizer)
+    values = np.ones(10, np.float32)
+    values[6] = np.nan
+
+    def source(start):
+        return iter({"x": values[i].reshape(1, 1)} for i in range(start, 10))
+
+    state = training.create({"w": jnp.ones(1)}, optimizer)
+    with pytest.raises(FloatingPointError, match=r"'loss': nan.* at step 7; the last checkpoint is from before it"):
+        training.fit(step, state, source, steps=10, out=tmp_path, stage="test", position={}, save_every=2, log_every=1)
+    assert training.latest_step(training.open_checkpoints(tmp_path / "checkpoints")) == 6
+    assert all(np.isfinite(loss) for _, loss in losses_of(tmp_path))
+
+
+def test_other_data_under_a_checkpoint_is_refused(tmp_path):
+    run(tmp_path, steps=4)  # noqa: F821
+    state = training.create({"w": jnp.ones(3), "b": jnp.zeros(())}, optax.adam(0.1))
+    with pytest.raises(ValueError, match=r"data: expected .* as the checkpoint .* was made with"):
+        training.fit(None, state, None, steps=8, out=tmp_path, stage="test", position={"seed": 4})
+
+
+def test_metrics_are_lines_and_events(whole):
+    out, _ = whole
+    found = lines.read(out / "metrics.jsonl")
+    assert [line["step"] for line in found] == list(range(1, 13))
+    assert {"loss", "grad_norm", "tokens_per_second"} <= set(found[0])
+    assert list((out / "tensorboard").glob("events*"))
+
+
+def test_progress_is_whole_lines_in_a_pipe(tmp_path):
+    process = child("run(sys.argv[1])", str(tmp_path))
+    _, err = process.communicate(timeout=120)
+    shown = [line for line in err.splitlines() if line.startswith("test:")]
+    assert "\\r" not in repr(err)
+    assert "12/12" in shown[-1]
+    assert "loss" in shown[-1]
+    assert "tokens/s" in shown[-1]
+
+
+# The order of rows ----------------------------------------------------------------------------------------------------
+
+
+def collect(start, count: int) -> list[list[int]]:
+    return [np.ravel(batch["x"]).tolist() for batch, _ in zip(start, range(count), strict=False)]
+
+
+def test_the_order_of_rows_is_a_function_of_seed_and_step():
+    def source(seed):
+        return batches.batches(list(range(10)), lambda rows: {"x": np.array(rows)}, batch_size=4, seed=seed)
+
+    first = collect(source(0)(0), 10)
+    assert collect(source(0)(0), 10) == first
+    assert collect(source(0)(6), 4) == first[6:]
+    assert collect(source(1)(0), 10) != first
+    flat = [x for batch in first for x in batch]
+    epochs = [flat[i : i + 10] for i in (0, 10, 20, 30)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)  # each row once a pass
+    assert len({tuple(epoch) for epoch in epochs}) == 4  # every pass is a new shuffle
+
+
+def test_batches_refuse_what_cannot_be():
+    with pytest.raises(ValueError, match="rows: expected at least one"):
+        batches.batches([], list, batch_size=1, seed=0)
+    with pytest.raises(ValueError, match="accumulate: expected a divisor of batch_size 4, found 3"):
+        batches.batches([1], list, batch_size=4, seed=0, accumulate=3)
+
+
+def test_fingerprints_differ_with_the_rows():
+    rows = [("a", [1, 2]), ("b", [3])]
+    assert batches.fingerprint(rows) == batches.fingerprint(list(rows))
+    assert batches.fingerprint(rows) != batches.fingerprint(rows[::-1])

@@ -1,0 +1,241 @@
+"""One optimizer step: accumulation, sharding, masks, bfloat16; and the objectives against plain numpy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxalign import models, training
+from jaxalign.training import objectives
+from tests.conftest import VOCAB, tiny_config, tiny_lm
+
+
+def rows(count: int, length: int = 7, seed: int = 0) -> dict[str, np.ndarray]:
+    """Right-padded rows of unequal length; pads hold a real token id on purpose."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, VOCAB, (count, length)).astype(np.int32)
+    size = rng.integers(4, length + 1, count)
+    mask = np.arange(length) < size[:, None]
+    return {"tokens": tokens, "mask": mask, "loss_mask": mask & (np.arange(length) >= 2)}
+
+
+def pairs(count: int) -> dict:
+    return {"chosen": rows(count, seed=1), "rejected": rows(count, seed=2)}
+
+
+def grouped(batch, parts: int):
+    """[B,...] -> [A,b,...]."""
+    return jax.tree.map(lambda x: x.reshape((parts, -1, *x.shape[1:])), batch)
+
+
+def objective(name: str, dtype: str = "float32"):
+    """(loss, float32 parameters, frozen, batch of 8)."""
+    head = {"sft": None, "arm": None, "reward_model": "reward", "fudge": "value", "td": "value"}.get(name, "q")
+    lm, params = tiny_lm(0, head)
+    lm = models.LanguageModel(lm.config, dtype)
+    reward = np.linspace(-1, 1, 8).astype(np.float32)
+    if name == "sft":
+        return objectives.language_model(lm), params, None, rows(8)
+    if name == "reward_model":
+        return objectives.bradley_terry(lm), params, None, pairs(8)
+    if name == "arm":
+        return objectives.autoregressive_reward(lm, beta_r=0.3), params, None, pairs(8)
+    base, frozen = tiny_lm(5)
+    base = models.LanguageModel(base.config, dtype)
+    kind = {"fudge_q": "fudge"}.get(name, name)
+    loss = objectives.value(lm, kind, base=base if kind == "cd_q" else None)
+    return loss, params, frozen if kind == "cd_q" else None, rows(8) | {"reward": reward}
+
+
+NAMES = ["sft", "reward_model", "arm", "fudge", "fudge_q", "td", "cd_q"]
+
+
+def one_step(name: str, parts: int, dtype: str = "float32"):
+    loss, params, frozen, batch = objective(name, dtype)
+    optimizer = optax.sgd(0.1)
+    step = training.train_step(loss, optimizer)
+    start = training.create(jax.tree.map(jnp.array, params), optimizer)
+    return params, step(start, grouped(batch, parts), frozen)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accumulated_gradients_are_those_of_the_large_batch(name):
+    """Also where the micro-batches hold different numbers of tokens (sft): the sums are divided once."""
+    _, (whole, expected) = one_step(name, 1)
+    for parts in (2, 4):
+        _, (state, found) = one_step(name, parts)
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole.params), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+        for key, value in expected.items():
+            np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+        assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_bfloat16_step_keeps_float32_masters(name):
+    before, (state, metrics) = one_step(name, 2, "bfloat16")
+    _, (_, exact) = one_step(name, 2)
+    old_leaves, new_leaves = jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(state.params)
+    for (path, old), new in zip(old_leaves, new_leaves, strict=True):
+        assert new.dtype == jnp.float32
+        assert np.isfinite(new).all()
+        # A value objective does not read the language model's own head.
+        read = name in ("sft", "arm") or "lm_head" not in jax.tree_util.keystr(path)
+        assert not read or old.ndim < 2 or (np.asarray(old) != np.asarray(new)).any(), path
+    assert all(value.dtype == jnp.float32 for value in metrics.values())
+    np.testing.assert_allclose(metrics["loss"], exact["loss"], rtol=0.1, atol=0.05)
+
+
+def test_what_is_masked_out_changes_nothing():
+    """Other tokens behind the mask, and rows of padding alone, give the same step."""
+    loss, params, _, batch = objective("sft")
+    optimizer = optax.sgd(0.1)
+    step = training.train_step(loss, optimizer)
+    expected, metrics = step(training.create(jax.tree.map(jnp.array, params), optimizer), grouped(batch, 1))
+    other = batch | {"tokens": np.where(batch["mask"], batch["tokens"], 9)}
+    empty = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), other)
+    found, again = step(training.create(jax.tree.map(jnp.array, params), optimizer), grouped(empty, 2))
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(again["loss"], metrics["loss"], rtol=1e-5)
+
+
+def test_objectives_equal_their_equations():
+    """Each against the losses on the model's own outputs, one row at a time, without padding."""
+    for name in ("sft", "reward_model", "arm", "fudge", "fudge_q", "cd_q"):
+        loss, params, frozen, batch = objective(name)
+        found = float(loss(params, batch, frozen).loss)
+        np.testing.assert_allclose(found, by_hand(name, params, frozen, batch), rtol=2e-5, err_msg=name)
+
+
+def by_hand(name, params, frozen, batch) -> float:
+    lm = tiny_lm(0, {"sft": None, "arm": None, "reward_model": "reward", "fudge": "value"}.get(name, "q"))[0]
+
+    def alone(part, b):
+        size = int(part["mask"][b].sum())
+        return jnp.asarray(part["tokens"][b : b + 1, :size]), size
+
+    def log_likelihood(part, b):
+        tokens, size = alone(part, b)
+        table = jax.nn.log_softmax(lm.apply(params, tokens).logits)
+        return sum(float(table[0, t - 1, tokens[0, t]]) for t in range(2, size))
+
+    def score(part, b):
+        return float(lm.apply(params, alone(part, b)[0]).head[0, -1, 0])
+
+    if name == "sft":
+        return -sum(log_likelihood(batch, b) for b in range(8)) / batch["loss_mask"].sum()
+    if name in ("reward_model", "arm"):
+        f, scale = (score, 1.0) if name == "reward_model" else (log_likelihood, 0.3)
+        margin = np.array([f(batch["chosen"], b) - f(batch["rejected"], b) for b in range(8)])
+        return float(np.log1p(np.exp(-scale * margin)).mean())
+    total = 0.0
+    for b in range(8):
+        tokens, size = alone(batch, b)
+        head = np.asarray(lm.apply(params, tokens).head[0])
+        for t in range(2, size):  # y_t at position t
+            value = head[t, 0] if name == "fudge" else head[t - 1, tokens[0, t]]
+            target = batch["reward"][b]
+            if name == "cd_q" and t < size - 1:
+                base = np.asarray(jax.nn.softmax(tiny_lm(5)[0].apply(frozen, tokens).logits[0, t]))
+                target = float(base @ head[t])
+            total += 0.5 * (value - target) ** 2
+    return float(total) / 8
+
+
+def test_the_schedule_rises_and_falls():
+    _, schedule = training.adamw(learning_rate=1.0, steps=100, warmup=0.1)
+    values = [float(schedule(i)) for i in range(100)]
+    assert 0 < values[0] <= 0.2
+    assert max(values) == pytest.approx(1.0)
+    assert np.argmax(values) == pytest.approx(9, abs=1)
+    assert values[-1] == pytest.approx(0.1, abs=0.01)
+    assert np.isfinite([float(training.adamw(learning_rate=1.0, steps=1)[1](0))]).all()
+
+
+def test_weight_decay_leaves_vectors_alone():
+    optimizer, _ = training.adamw(learning_rate=0.1, steps=2, weight_decay=0.5)
+    params = {"matrix": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert (updates["scale"] == 0).all()
+    assert (updates["matrix"] < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("head", "kind", "message"),
+    [("value", "cd_q", "cd_q: expected a Q head"), ("q", "mse", "objective: expected one of"), (None, "td", "a head")],
+)
+def test_value_objectives_that_cannot_be_are_refused(head, kind, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.value(tiny_lm(0, head)[0], kind)
+
+
+def test_the_bellman_target_holds_no_table_of_all_positions():
+    """cd_q reads two tables of V numbers per position, in chunks: temporaries far below [b,L,V]."""
+    config = tiny_config(
+        models.Head("q"), vocab_size=16_384, max_length=512, num_layers=1, num_heads=1, num_kv_heads=1
+    )
+    lm = models.LanguageModel(config)
+    base = models.with_head(lm, None)
+    loss = objectives.value(lm, "cd_q", base=base)
+    batch = {
+        k: jax.ShapeDtypeStruct((4, 512), v) for k, v in (("tokens", jnp.int32), ("mask", bool), ("loss_mask", bool))
+    }
+    batch["reward"] = jax.ShapeDtypeStruct((4,), jnp.float32)
+    params, frozen = jax.eval_shape(lm.init, jax.random.key(0)), jax.eval_shape(base.init, jax.random.key(0))
+    run = jax.jit(jax.grad(lambda p, b, f: loss(p, b, f).loss)).lower(params, batch, frozen).compile()
+    assert run.memory_analysis().temp_size_in_bytes < 4 * 512 * 16_384 * 4
+
+
+FOUR = """
+    import jax, numpy as np, optax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jaxalign import training
+    from jaxalign.models import axes
+    from tests.training.test_step import grouped, objective
+
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    assert mesh.size == 4
+    for name in ("sft", "reward_model"):
+        losses = []
+        for spread in (False, True):
+            loss, params, frozen, batch = objective(name)
+            optimizer = optax.adam(0.01)
+            step = training.train_step(loss, optimizer)
+            state = training.create(jax.tree.map(lambda x: x.copy(), params), optimizer)
+            batch = grouped(batch, 2)
+            if spread:
+                state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+                state = state._replace(params=axes.shard(state.params, mesh))
+                batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, "data")))
+                assert batch_leaf(batch).addressable_shards[0].data.shape[1] == 1
+            found = []
+            for _ in range(3):
+                state, metrics = step(state, batch, frozen)
+                found.append(float(metrics["loss"]))
+            if spread:
+                assert all(len(leaf.devices()) == 4 for leaf in jax.tree.leaves(state.params))
+            losses.append(found)
+        np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5, err_msg=name)
+"""
+
+
+def test_four_devices_give_the_losses_of_one():
+    program = textwrap.dedent(FOUR).replace("batch_leaf(batch)", "jax.tree.leaves(batch)[0]")
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
