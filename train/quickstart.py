@@ -19,9 +19,8 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from eval import decode, results
-from jaxalign import cli, models
-from jaxalign.data import opinions, tokenizers
-from train import arm, report, reward_model, sft, value
+from jaxalign import cli
+from train import arm, report, reward_model, sft, value, world
 
 GOLD = "jaxalign.data.opinions:golds"
 
@@ -93,40 +92,6 @@ LIMIT = 40  # tokens of a response; three sentences take at most 36
 LENGTH = 64
 
 
-def prepare(config: Config, size: Size, folder: pathlib.Path) -> None:
-    """texts.jsonl, pairs.jsonl, prompts.jsonl (for roll-outs), held_out.jsonl (for decoding), config.json, tokenizer/.
-
-    Every fifth prompt is held out: none of the texts, pairs and roll-outs holds one of them.
-    """
-    asked = opinions.prompts()
-    kept = [prompt for i, prompt in enumerate(asked) if i % 5]
-    held = [prompt for i, prompt in enumerate(asked) if i % 5 == 0]
-    files = {
-        "texts": opinions.corpus(size.texts, seed=config.seed, asked=kept),
-        "pairs": opinions.preferences(size.pairs, seed=config.seed, asked=kept),
-        "prompts": [{"prompt": prompt} for prompt in kept],
-        # Spread over the topics, whatever the number.
-        "held_out": [{"prompt": held[i * len(held) // size.prompts]} for i in range(size.prompts)],
-    }
-    for name, rows in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = tokenizers.word_level(opinions.words())
-    tokenizer.save_pretrained(folder / "tokenizer")
-    architecture = models.Config(
-        vocab_size=len(tokenizer),
-        hidden_size=size.width,
-        num_layers=size.layers,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=size.width // 4,
-        intermediate_size=3 * size.width,
-        max_length=128,
-        eos_ids=(tokenizer.eos_token_id,),
-        tie_embeddings=True,
-    )
-    cli.write_json(folder / "config.json", architecture.to_hf())
-
-
 def run(config: Config) -> dict[str, Any]:
     """All stages; gives what results.json holds."""
     size = SIZES[config.preset]
@@ -145,13 +110,22 @@ def run(config: Config) -> dict[str, Any]:
     }
     pairs = shared | {"data": str(data / "pairs.jsonl"), "model": folders["sft"]}
 
-    def world() -> None:
-        if not (data / "config.json").exists():
-            data.mkdir(exist_ok=True)
-            prepare(config, size, data)
+    def make_world() -> None:
+        if not data.exists():
+            world.run(
+                world.Config(
+                    out=str(data),
+                    texts=size.texts,
+                    pairs=size.pairs,
+                    held_out=size.prompts,
+                    layers=size.layers,
+                    width=size.width,
+                    seed=config.seed,
+                )
+            )
 
     stages: list[tuple[str, Callable[[], Any]]] = [
-        ("world and tokenizer", world),
+        ("world and tokenizer", make_world),
         (
             "base model (sft)",
             lambda: sft.run(

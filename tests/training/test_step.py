@@ -181,9 +181,7 @@ def test_value_objectives_that_cannot_be_are_refused(head, kind, message):
 
 def test_the_bellman_target_holds_no_table_of_all_positions():
     """cd_q reads two tables of V numbers per position, in chunks: temporaries far below [b,L,V]."""
-    config = tiny_config(
-        models.Head("q"), vocab_size=16_384, max_length=512, num_layers=1, num_heads=1, num_kv_heads=1
-    )
+    config = tiny_config(models.Head("q"), vocab_size=16_384, max_length=512, num_layers=1, num_heads=1, num_kv_heads=1)
     lm = models.LanguageModel(config)
     base = models.with_head(lm, None)
     loss = objectives.value(lm, "cd_q", base=base)

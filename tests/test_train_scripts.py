@@ -1,0 +1,283 @@
+"""The training scripts as a user runs them: run folders, resuming, bad input, bfloat16, devices, transcripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from jaxalign import models
+from jaxalign.data import opinions, preferences
+from jaxalign.training import metrics
+from tests.conftest import tiny_lm
+from train import arm, common, quickstart, reward_model, sft, tokenizer, value, world
+
+SCRIPTS = {"sft": sft, "reward_model": reward_model, "arm": arm, "value": value}
+ROOT = pathlib.Path(__file__).parent.parent
+SHORT = ("--steps", "2", "--batch-size", "8", "--max-length", "64", "--log-every", "1")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> pathlib.Path:
+    """A tiny world, and base/: a model of two steps on it."""
+    folder = tmp_path_factory.mktemp("files")
+    sizes = ("--texts", "64", "--pairs", "48", "--held-out", "6", "--layers", "1", "--width", "16")
+    world.main(["--out", str(folder / "world"), *sizes])
+    sft.main([*options("sft", folder), "--out", str(folder / "base")])
+    asked = opinions.prompts()[:6]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in asked))
+    return folder
+
+
+def options(name: str, folder: pathlib.Path) -> list[str]:
+    """The options of a short run of a script, all but --out."""
+    if name == "sft":
+        new = ("--architecture", str(folder / "world/config.json"), "--tokenizer", str(folder / "world/tokenizer"))
+        return ["--data", str(folder / "world/texts.jsonl"), *new, *SHORT]
+    base = str(folder / "base/model")
+    if name == "value":
+        rolls = (
+            "--samples",
+            "2",
+            "--max-new-tokens",
+            "8",
+            "--shard",
+            "2",
+            "--decode-batch",
+            "4",
+            "--validation",
+            "0.3",
+        )
+        judge = (
+            "--validation",
+            "0.3",
+            "--reward",
+            "jaxalign.data.opinions:golds",
+            "--prompts",
+            str(folder / "prompts.jsonl"),
+        )
+        return ["--base", base, *judge, *rolls, *SHORT]
+    return ["--data", str(folder / "world/pairs.jsonl"), "--model", base, "--validation", "0.2", *SHORT]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_in_bfloat16_writes_its_folder_and_names_the_next_command(name, files, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = [*options(name, files), "--out", str(out), "--dtype", "bfloat16"]
+    SCRIPTS[name].main(command)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert str(out / "model") in last
+    assert "next: python -m eval.decode" in last
+    written = {path.name for path in out.iterdir()}
+    assert {"model", "summary.json", "metrics.jsonl", "tensorboard", "config.json", "versions.json"} <= written
+    _, params = models.load(out / "model")
+    assert all(np.isfinite(leaf).all() and leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    rows = metrics.read(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    summary = json.loads((out / "summary.json").read_text())
+    measured = {"sft": "validation_loss", "value": "squared_error"}.get(name, "pair_accuracy")
+    assert np.isfinite(summary[measured])
+    # The same command finds the run whole: nothing is computed again.
+    before = (out / "model/model.safetensors").stat().st_mtime_ns
+    SCRIPTS[name].main(command)
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    assert (out / "model/model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_explains_each_option_and_an_unknown_one_fails(name, capsys):
+    with pytest.raises(SystemExit) as found:
+        SCRIPTS[name].main(["--help"])
+    assert found.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--learning-rate", "--max-length", "--mesh", "--dtype", "--seed", "[tokens]", "data=N"):
+        assert option in shown
+    with pytest.raises(SystemExit) as found:
+        SCRIPTS[name].main(["--out", "x", "--learning-rat", "1"])
+    assert found.value.code == 2
+
+
+def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights(files, tmp_path, capsys, monkeypatch):
+    command = [*options("reward_model", files), "--steps", "4"]
+    reward_model.main([*command, "--out", str(tmp_path / "whole")])
+    seen = []
+    pad = preferences.pad_pairs
+
+    def stop_at_the_second(rows, *, length):
+        seen.append(len(rows))
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pad(rows, length=length)
+
+    monkeypatch.setattr(preferences, "pad_pairs", stop_at_the_second)
+    with pytest.raises(SystemExit) as found:
+        reward_model.main([*command, "--out", str(tmp_path / "stopped")])
+    assert found.value.code == 0
+    assert "stopped" in capsys.readouterr().out
+    assert not (tmp_path / "stopped/summary.json").exists()
+    monkeypatch.setattr(preferences, "pad_pairs", pad)
+    reward_model.main([*command, "--out", str(tmp_path / "stopped")])
+    both = [models.load(tmp_path / run / "model")[1] for run in ("whole", "stopped")]
+    chex.assert_trees_all_equal(*both)
+
+
+def test_roll_outs_go_on_with_the_missing_shard_and_lose_or_repeat_no_prompt(files, tmp_path, monkeypatch):
+    command = options("value", files)
+    value.main([*command, "--out", str(tmp_path / "whole")])
+    write, written = value._write_shard, []
+
+    def fail_at_the_second(*args):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(args)
+        write(*args)
+
+    monkeypatch.setattr(value, "_write_shard", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        value.main([*command, "--out", str(tmp_path / "stopped")])
+    folder = tmp_path / "stopped/rollouts"
+    assert [path.name for path in folder.iterdir()] == ["00000.npz"]
+    before = (folder / "00000.npz").stat().st_mtime_ns
+    monkeypatch.setattr(value, "_write_shard", write)
+    value.main([*command, "--out", str(tmp_path / "stopped")])
+    assert (folder / "00000.npz").stat().st_mtime_ns == before
+    indices = []
+    for shard in ("00000.npz", "00001.npz", "00002.npz"):
+        whole, found = (np.load(tmp_path / run / "rollouts" / shard) for run in ("whole", "stopped"))
+        indices += found["index"].tolist()
+        for field in whole.files:
+            np.testing.assert_array_equal(found[field], whole[field])
+    assert indices == np.repeat(np.arange(6), 2).tolist()
+    chex.assert_trees_all_equal(*(models.load(tmp_path / run / "model")[1] for run in ("whole", "stopped")))
+
+
+@pytest.mark.parametrize("objective", ["fudge", "cd_q", "td"])
+def test_every_value_objective_trains_a_head_that_decodes(objective, files, tmp_path):
+    head = "q" if objective == "cd_q" else "scalar"
+    command = [*options("value", files), "--objective", objective, "--head", head, "--head-size", "8"]
+    value.main([*command, "--out", str(tmp_path / "run")])
+    lm, _ = models.load(tmp_path / "run/model")
+    assert lm.config.head == models.Head("q" if head == "q" else "value", hidden_size=8)
+
+
+def test_transcripts_in_the_form_of_hh_train_a_reward_model_and_bad_lines_are_counted(files, tmp_path):
+    rows = opinions.transcripts(opinions.preferences(24, seed=3))
+    lines = [json.dumps(row) for row in rows]
+    lines.insert(5, json.dumps({"chosen": "no turn at all", "rejected": "none here"}))
+    path = tmp_path / "hh.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    tokenizer.main(["--data", str(path), "--skip-bad", "--vocab-size", "300", "--out", str(tmp_path / "tokens")])
+    new = ("--architecture", str(files / "world/config.json"), "--tokenizer", str(tmp_path / "tokens"))
+    command = ["--data", str(path), *new, *SHORT, "--max-length", "128", "--validation", "0.3"]
+    with pytest.raises(ValueError, match=r"hh\.jsonl:6: "):
+        reward_model.main([*command, "--out", str(tmp_path / "strict")])
+    assert not (tmp_path / "strict/model").exists()
+    reward_model.main([*command, "--skip-bad", "--out", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["skipped_rows"] == 1
+    assert summary["rows"] + summary["validation_rows"] == 24
+    assert 0 <= summary["pair_accuracy"] <= 1
+    assert summary["pair_accuracy_95"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "match"),
+    [
+        ("sft", ("--epochs", "0"), "epochs: "),
+        ("sft", ("--accumulate", "3"), "accumulate: expected a divisor of batch_size 8"),
+        ("sft", ("--model", "x"), "found both"),
+        ("sft", ("--mesh", "data=999"), "mesh: "),
+        ("sft", ("--max-length", "1000"), "max_length: expected at most the model's context of 128"),
+        ("sft", ("--data", "absent.jsonl"), r"absent\.jsonl"),
+        ("reward_model", ("--model", "absent"), "absent"),
+        ("arm", ("--beta-r", "0"), "beta_r: "),
+        ("value", ("--objective", "cd_q"), "head: expected q"),
+        ("value", ("--samples", "0"), "samples: "),
+        ("value", ("--reward", "jaxalign.data.opinions:nothing"), "nothing"),
+        ("value", ("--max-length", "9"), "max_length: "),
+    ],
+)
+def test_bad_options_are_named(name, extra, match, files, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        SCRIPTS[name].main([*options(name, files), *extra, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_a_changed_prompt_file_is_not_mixed_with_old_roll_outs(files, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text((files / "prompts.jsonl").read_text())
+    command = [*options("value", files), "--prompts", str(prompts), "--out", str(tmp_path / "run")]
+    value.main(command)
+    (tmp_path / "run/summary.json").unlink()
+    prompts.write_text(json.dumps({"prompt": opinions.prompts()[9]}) + "\n")
+    with pytest.raises(ValueError, match=r"inputs: .*prompts\.jsonl"):
+        value.main(command)
+
+
+DEVICES = """
+from train import reward_model, sft
+for script, options in ((sft, {sft!r}), (reward_model, {reward_model!r})):
+    script.main(options)
+"""
+
+
+def test_four_devices_give_the_losses_of_one(files, tmp_path):
+    commands = {}
+    for name in ("sft", "reward_model"):
+        command = [*options(name, files), "--steps", "3"]
+        SCRIPTS[name].main([*command, "--out", str(tmp_path / f"one_{name}")])
+        commands[name] = [*command, "--mesh", "data=4", "--out", str(tmp_path / f"four_{name}")]
+    found = subprocess.run(
+        [sys.executable, "-c", DEVICES.format(**commands)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    for name in commands:
+        one, four = (metrics.read(tmp_path / f"{run}_{name}/metrics.jsonl") for run in ("one", "four"))
+        assert len(one) == 3
+        for a, b in zip(one, four, strict=True):
+            np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+            np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
+
+
+def test_head_of_another_kind_is_replaced_and_a_classifier_is_no_language_model():
+    lm, params = tiny_lm(0)
+    new, found = common.replace_head(lm, params, models.Head("reward"), jax.random.key(0))
+    assert new.config.head == models.Head("reward")
+    body = {name: leaf for name, leaf in params["transformer"].items() if name != "lm_head"}
+    chex.assert_trees_all_equal(found["transformer"], body)
+    with pytest.raises(ValueError, match="expected a language model"):
+        common.replace_head(new, found, None, jax.random.key(0))
+
+
+def test_the_tasks_of_the_world_hold_no_prompt_twice(tmp_path):
+    for task in ("opinions", "summaries"):
+        config = world.Config(out=str(tmp_path / task), task=task, texts=80, pairs=40, held_out=16)
+        found = world.rows(config)
+        asked = {name: {row["prompt"] for row in rows} for name, rows in found.items()}
+        seen = asked["texts"] | asked["pairs"] | asked["prompts"]
+        assert not seen & (asked["held_out"] | asked["drift"])
+        assert not asked["held_out"] & asked["drift"]
+        assert len(asked["held_out"]) == len(found["held_out"]) == 16
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with pytest.raises(ValueError, match="out: expected a new or empty folder"):
+        world.run(world.Config(out=str(tmp_path / "full")))
+
+
+def test_quickstart_refuses_unknown_presets(capsys):
+    with pytest.raises(SystemExit):
+        quickstart.main(["--out", "x", "--preset", "huge"])
+    assert "huge" in capsys.readouterr().err + capsys.readouterr().out
