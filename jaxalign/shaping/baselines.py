@@ -1,0 +1,89 @@
+"""What is done to rewards before a decoder sees them, all on one interface: f(utility [...,n], reference [...,K]) ->
+reward [...,n], with the scores of K base samples of the same prompt as reference. Bind options with functools.partial.
+
+The statistics could also come from the candidates themselves (the authors' token-level code does that): pass the
+utility as its own reference.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.shaping.threshold import optimal_threshold, soft_threshold_reward, threshold_reward
+from jaxalign.types import Array, ArrayLike, at_least_float32
+
+_SMALL = 1e-6  # of range and deviation: identical samples give no signal
+
+
+def raw(utility: ArrayLike, reference: ArrayLike) -> Array:
+    """r = u."""
+    return at_least_float32(utility)
+
+
+def stackelberg(
+    utility: ArrayLike,
+    reference: ArrayLike,
+    *,
+    bound: ArrayLike,
+    beta: ArrayLike,
+    sharpness: float | None = None,
+    range_factor: float | None = None,
+    max_gain: float | None = None,
+) -> Array:
+    """The threshold reward (sharpness None) or its sigmoid form, the threshold from the reference samples.
+
+    range_factor: the authors' data-dependent bound, B_x = min(bound, range_factor·range of the samples); max_gain:
+    their cap on the gain in the threshold. Neither by default.
+    """
+    reference, bound = at_least_float32(reference), at_least_float32(bound)
+    if range_factor is not None:
+        bound = jnp.minimum(bound, range_factor * (reference.max(axis=-1) - reference.min(axis=-1)))
+        # A range of zero gives no signal; the bound must stay positive for the functions below.
+        bound = jnp.maximum(bound, jnp.finfo(bound.dtype).tiny)
+    threshold = optimal_threshold(reference, gain=bound / beta, max_gain=max_gain)
+    if sharpness is None:
+        return threshold_reward(utility, threshold, bound=bound)
+    return soft_threshold_reward(utility, threshold, bound=bound, sharpness=sharpness)
+
+
+def minmax(utility: ArrayLike, reference: ArrayLike, *, bound: ArrayLike, range_factor: float | None = None) -> Array:
+    """r = B·(u − min)/max(range, 1e-6), min and range of the reference. With range_factor B = min(bound,
+    range_factor·range): where the bound does not bind that is range_factor·(u − min), the raw reward again."""
+    utility, reference = at_least_float32(utility), at_least_float32(reference)
+    low = reference.min(axis=-1, keepdims=True)
+    spread = reference.max(axis=-1, keepdims=True) - low
+    bound = jnp.asarray(bound) if range_factor is None else jnp.minimum(bound, range_factor * spread)
+    return bound * (utility - low) / jnp.maximum(spread, _SMALL)
+
+
+def meanstd(utility: ArrayLike, reference: ArrayLike) -> Array:
+    """r = (u − mean)/max(deviation, 1e-6)."""
+    utility, reference = at_least_float32(utility), at_least_float32(reference)
+    deviation = reference.std(axis=-1, keepdims=True)
+    return (utility - reference.mean(axis=-1, keepdims=True)) / jnp.maximum(deviation, _SMALL)
+
+
+def cap(utility: ArrayLike, reference: ArrayLike, *, bound: ArrayLike) -> Array:
+    """r = clip(u − min, 0, bound)."""
+    low = at_least_float32(reference).min(axis=-1, keepdims=True)
+    return jnp.clip(at_least_float32(utility) - low, 0, bound)
+
+
+def mean_sigmoid(utility: ArrayLike, reference: ArrayLike, *, bound: ArrayLike, sharpness: float) -> Array:
+    """r = bound·sigmoid(sharpness·(u − mean)): the soft threshold with its centre at the mean, where the optimal one
+    lies above."""
+    mean = at_least_float32(reference).mean(axis=-1)
+    return soft_threshold_reward(utility, mean, bound=bound, sharpness=sharpness)
+
+
+def log_sigmoid(utility: ArrayLike, reference: ArrayLike, *, quantile: float = 0.85) -> Array:
+    """r = log sigmoid(u − reference quantile) (Wang et al., 2024): negative, bounded above by 0, not below."""
+    centre = jnp.quantile(at_least_float32(reference), quantile, axis=-1, keepdims=True)
+    return jax.nn.log_sigmoid(at_least_float32(utility) - centre)
+
+
+def preference_as_reward(utility: ArrayLike, reference: ArrayLike) -> Array:
+    """r = mean_j sigmoid(u − u_j): PAR (Fu et al., 2025), the Bradley-Terry win rate over the reference; in (0, 1)."""
+    utility, reference = at_least_float32(utility), at_least_float32(reference)
+    return jax.nn.sigmoid(utility[..., :, None] - reference[..., None, :]).mean(axis=-1)

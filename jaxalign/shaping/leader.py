@@ -1,0 +1,104 @@
+"""The leader's problem by gradient: differentiated through the follower's closed form, where no formula is known."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign import gibbs
+from jaxalign.checks import check_positive
+from jaxalign.types import Array, ArrayLike, at_least_float32
+
+
+def leader_utility(reward: ArrayLike, utility: ArrayLike, log_base: ArrayLike, *, beta: ArrayLike) -> Array:
+    """U(r) = E_{pi_r}[u], pi_r ∝ base·exp(r/beta): what the leader gets for paying r [...,n], [...].
+
+    With n base samples and log_base = zeros it is the self-normalised estimate of the same; see `effective_samples`.
+    Gradient: dU/dr = pi_r·(u − U)/beta.
+    """
+    return gibbs.utility(gibbs.log_policy(log_base, reward, beta=beta), utility)
+
+
+def effective_samples(reward: ArrayLike, *, beta: ArrayLike) -> Array:
+    """1/Σ w², w = softmax(r/beta) over n samples [...,n]: how many samples the estimate rests on, from 1 to n."""
+    log_weight = gibbs.log_policy(jnp.zeros_like(at_least_float32(reward)), reward, beta=beta)
+    return jnp.exp(-jax.nn.logsumexp(2 * log_weight, axis=-1))
+
+
+def excess_kl(reward: ArrayLike, log_base: ArrayLike, *, beta: ArrayLike, budget: ArrayLike) -> Array:
+    """max(KL(pi_r‖base) − budget, 0), [...] in nats, log_base normalised. As a penalty with a factor above the budget's
+    shadow price (in units of u per nat) it holds a leader to the budget exactly."""
+    log_base = at_least_float32(log_base)
+    return jnp.maximum(gibbs.kl(gibbs.log_policy(log_base, reward, beta=beta), log_base) - budget, 0)
+
+
+class Leader(NamedTuple):
+    """reward: the table found, within [0, bound]; objective []: what it delivers; history [steps]."""
+
+    reward: Array
+    objective: Array
+    history: Array
+
+
+def solve_leader(
+    utility: ArrayLike,
+    log_base: ArrayLike,
+    *,
+    bound: ArrayLike,
+    beta: ArrayLike,
+    objective: Callable[[Array], Array] | None = None,
+    steps: int = 600,
+    step_size: float = 0.05,
+) -> Leader:
+    """Climbs an objective of the reward table by projected gradients; r starts at bound/2 and stays in [0, bound].
+
+    objective(reward) -> a number; None: the mean over prompts of `leader_utility`, whose optimum is the threshold
+    reward. Constraints and other aims enter there: a KL budget (`excess_kl` as a penalty), a lower quantile or the
+    minimum over an ensemble or over groups of users (utility [G,...,n] and jnp.quantile over G), groups with bases of
+    their own. reward has the shape of utility and log_base together unless `objective` sees another use: it is passed
+    the table of shape log_base.
+
+    log_base [...,n]; utility [...,n]; bound, beta > 0, scalars; step_size: the largest first step as a share of the
+    bound, falling to 0 on a cosine.
+    """
+    check_positive("bound", bound)
+    check_positive("beta", beta)
+    log_base = at_least_float32(log_base)
+    if objective is None:
+        objective = functools.partial(_mean_utility, utility=utility, log_base=log_base, beta=beta)
+    optimizer = optax.adam(optax.cosine_decay_schedule(step_size, steps), b1=0.9, b2=0.99, eps=1e-20)
+    # In units of the bound, so that one step size serves all.
+    scaled = lambda share: objective(share * bound)  # noqa: E731
+
+    def step(carry: tuple[Array, optax.OptState], _: None) -> tuple[tuple[Array, optax.OptState], Array]:
+        share, state = carry
+        value, gradient = jax.value_and_grad(scaled)(share)
+        update, state = optimizer.update(-gradient, state)
+        return (jnp.clip(optax.apply_updates(share, update), 0, 1), state), value
+
+    start = jnp.full(log_base.shape, 0.5, log_base.dtype)
+    (share, _), history = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
+    return Leader(share * bound, scaled(share), history)
+
+
+def _mean_utility(reward: Array, *, utility: ArrayLike, log_base: Array, beta: ArrayLike) -> Array:
+    return leader_utility(reward, utility, log_base, beta=beta).mean()
+
+
+def score_function(log_prob: Array, utility: ArrayLike) -> Array:
+    """A number whose gradient is an unbiased estimate of the gradient of E_pi[u], from N >= 2 draws of pi, [...,N].
+
+    mean_i sg(u_i − mean of the others)·log pi(y_i): REINFORCE with the leave-one-out baseline. log_prob [...,N] of
+    whole responses under a policy that depends on the reward (`decoding.log_prob` of a tilt); utility [...,N].
+    """
+    utility = at_least_float32(utility)
+    n = utility.shape[-1]
+    if n < 2:
+        raise ValueError(f"utility: expected at least 2 draws for a leave-one-out baseline, found {n}")
+    others = (utility.sum(axis=-1, keepdims=True) - utility) / (n - 1)
+    return (jax.lax.stop_gradient(utility - others) * log_prob).mean()

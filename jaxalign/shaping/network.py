@@ -1,0 +1,46 @@
+"""A shaping function that is learned: monotone in the utility, and aware of the prompt by its samples' statistics."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxalign.types import Array, ArrayLike, at_least_float32
+
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+def statistics(reference: ArrayLike) -> tuple[Array, Array, Array]:
+    """(mean [...], scale [...], features [...,6]) of the utilities of base samples [...,K]: the scale is their standard
+    deviation, 1 where it is 0; the features are standardised quantiles, so that u -> a·u + c changes none of them."""
+    reference = at_least_float32(reference)
+    mean, deviation = reference.mean(axis=-1), reference.std(axis=-1)
+    scale = jnp.where(deviation > 0, deviation, 1)
+    found = jnp.quantile(reference, jnp.asarray(QUANTILES, reference.dtype), axis=-1)
+    return mean, scale, jnp.moveaxis((found - mean) / scale, 0, -1)
+
+
+class MonotoneShaping(nn.Module):
+    """r(u, x) = bound·sigmoid(Σ_k a_k·tanh(b_k·(z − c_k)) + d), z = (u − mean)/scale, a and b > 0: non-decreasing in u.
+
+    a, b, c, d are functions of the prompt's statistics by a small network. Trained through the follower's closed form
+    on samples of many prompts: the loss is −leader_utility of the rewards. units: steps k; width: of the network.
+    """
+
+    bound: float
+    units: int = 4
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, utility: Array, reference: Array) -> Array:
+        """reward [...,n] in [0, bound] of utility [...,n], given base samples' utilities [...,K]."""
+        mean, scale, features = statistics(reference)
+        hidden = nn.tanh(nn.Dense(self.width)(features))
+        shape = nn.Dense(3 * self.units + 1, kernel_init=nn.initializers.normal(0.1))(hidden)
+        height, slope, centre, offset = jnp.split(shape, [self.units, 2 * self.units, 3 * self.units], axis=-1)
+        # Centres start spread over the upper half, where thresholds lie.
+        spread = jnp.linspace(-0.5, 2.0, self.units)
+        z = ((at_least_float32(utility) - mean[..., None]) / scale[..., None])[..., None]
+        steps = nn.tanh(nn.softplus(slope + 2.0)[..., None, :] * (z - (centre + spread)[..., None, :]))
+        return self.bound * jax.nn.sigmoid((nn.softplus(height + 1.0)[..., None, :] * steps).sum(axis=-1) + offset)

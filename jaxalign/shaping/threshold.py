@@ -1,0 +1,203 @@
+"""The leader's optimum in closed form: the threshold, the rewards it defines, the follower's answer to them.
+
+Throughout, gain = bound/beta: what the follower multiplies a rewarded response's weight by is e^gain. Arrays have one
+prompt's responses (or samples) on their last axis; what stands before is prompts. Source: arXiv 2602.02572.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.checks import check_positive, is_concrete
+from jaxalign.types import Array, ArrayLike, at_least_float32, is_supported
+
+ABSENT = -87.0
+"""Log of the smallest normalised weight that counts [nats]: below it float32 has no normal number."""
+
+
+def optimal_threshold(
+    utility: ArrayLike, log_base: ArrayLike | None = None, *, gain: ArrayLike, max_gain: float | None = None
+) -> Array:
+    """m* = max over r in [0, bound] of E_{pi_r}[u], [...]: the utility delivered, and the threshold that delivers it.
+
+    The only root of F(m) = Σ p·w_m·(u − m), w_m = e^gain where u >= m, else 1 (theorem 2): an expectile of the utility.
+    Between the base's mean (gain 0) and the maximum (gain -> inf), non-decreasing in gain.
+
+    utility [...,n]; log_base [...,n], normalised or not (None: n samples of equal weight); gain >= 0, scalar or [...];
+    max_gain: an explicit cap on the gain, none by default. Responses of normalised log weight below −87 count as
+    absent, whatever their utility. In float32 right for gains from 0 to 1e4, to rounding of the utility's range.
+
+    F is convex and piecewise linear, so Newton's iteration from the mean climbs to the root and ends exactly, when the
+    set above the threshold no longer changes (4 to 10 passes of O(n); no sort). Differentiated through the envelope:
+    dm*/du = pi*, dm*/d log_base = pi*·(u − m*), dm*/dgain = Σ_{u >= m*} pi*·(u − m*).
+
+    ValueError (concrete values): no samples, utilities that are not finite where they count, gain < 0, weights that are
+    all zero. Under jit such input gives NaN.
+    """
+    utility = at_least_float32(utility)
+    log_base = jnp.zeros_like(utility) if log_base is None else at_least_float32(log_base)
+    gain = at_least_float32(gain)
+    if utility.ndim == 0 or utility.shape[-1] == 0:
+        raise ValueError(f"utility: expected at least one response on the last axis, found shape {utility.shape}")
+    utility, log_base = jnp.broadcast_arrays(utility, log_base)
+    _check(utility, log_base, gain)
+    if max_gain is not None:
+        gain = jnp.minimum(gain, max_gain)
+    dtype = jnp.result_type(utility, log_base, gain)
+    gain = jnp.broadcast_to(gain, utility.shape[:-1])
+    return _threshold(utility.astype(dtype), log_base.astype(dtype), gain.astype(dtype))
+
+
+def _check(utility: Array, log_base: Array, gain: Array) -> None:
+    if is_concrete(gain) and not np.all(np.asarray(gain) >= 0):
+        raise ValueError(f"gain: expected bound/beta >= 0, found {np.asarray(gain)}")
+    if not is_concrete(utility, log_base):
+        return
+    inside = np.asarray(is_supported(log_base))
+    if not inside.any(axis=-1).all():
+        raise ValueError("log_base: expected a response of positive weight for each prompt, found none")
+    if np.isnan(np.asarray(log_base)).any():
+        raise ValueError("log_base: expected log weights, found NaN")
+    if not np.isfinite(np.asarray(utility)[inside]).all():
+        raise ValueError("utility: expected finite numbers, found NaN or infinity")
+
+
+def _weights(log_base: Array) -> tuple[Array, Array]:
+    """(normalised log weights, those that are present)."""
+    inside = is_supported(log_base)
+    log_weight = jnp.where(inside, log_base, -jnp.inf)
+    log_weight = log_weight - jax.nn.logsumexp(log_weight, axis=-1, keepdims=True)
+    return log_weight, ~(log_weight < ABSENT)
+
+
+@jax.custom_jvp
+def _threshold(utility: Array, log_base: Array, gain: Array) -> Array:
+    log_weight, present = _weights(log_base)
+    top = jnp.where(present, utility, -jnp.inf).max(axis=-1, keepdims=True)
+    # Shifted by the maximum, all terms are <= 0: sums keep their digits, and identical utilities give exactly 0.
+    below = jnp.where(present, utility - top, 0)
+    # Half the gain on either side of 1. At 160 a weight of e^-87 outweighs all others by e^73: more changes no digit.
+    half = jnp.minimum(gain, 160.0)[..., None] / 2
+    weight = jnp.where(present, jnp.exp(log_weight), 0)
+    # e^-80·(mass below) is lost beside e^80·(mass above), as it should be; e^80·1 is within float32.
+    high, low = weight * jnp.exp(half), weight * jnp.exp(-half)
+
+    def mean(m: Array) -> Array:
+        w = jnp.where(below >= m[..., None], high, low)
+        return (w * below).sum(axis=-1) / w.sum(axis=-1)
+
+    def climb(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        m, _ = carry
+        # Rounding may lower the last iterate by a digit: the climb is over then.
+        return jnp.maximum(m, mean(m)), m
+
+    start = (weight * below).sum(axis=-1) / weight.sum(axis=-1)
+    found, _ = jax.lax.while_loop(lambda c: (c[0] > c[1]).any(), climb, (start, jnp.full_like(start, -jnp.inf)))
+    return found + top[..., 0]
+
+
+@_threshold.defjvp
+def _threshold_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    utility, log_base, gain = primals
+    du, dw, dgain = tangents
+    m = _threshold(utility, log_base, gain)
+    log_weight, present = _weights(log_base)
+    above = utility >= m[..., None]
+    logit = jnp.where(present, log_weight + jnp.where(above, gain[..., None], 0), -jnp.inf)
+    policy = jax.nn.softmax(logit, axis=-1)
+    margin = jnp.where(present, utility - m[..., None], 0)
+    moved = jnp.where(present, du + margin * (jnp.where(present, dw, 0) + jnp.where(above, dgain[..., None], 0)), 0)
+    return m, (policy * moved).sum(axis=-1)
+
+
+def threshold_reward(utility: ArrayLike, threshold: ArrayLike, *, bound: ArrayLike) -> Array:
+    """r = bound·1[u > m] (theorem 1), [...,n] from utility [...,n] and threshold [...]. Identical utilities equal their
+    threshold and get 0: no signal, no shaping. No gradient in u or m: differentiate `soft_threshold_reward`, or the
+    utility delivered. bound > 0, scalar or [...] (ValueError)."""
+    check_positive("bound", bound)
+    utility, threshold, bound = map(at_least_float32, (utility, threshold, bound))
+    return _column(bound) * (utility > _column(threshold))
+
+
+def soft_threshold_reward(utility: ArrayLike, threshold: ArrayLike, *, bound: ArrayLike, sharpness: ArrayLike) -> Array:
+    """r = bound·sigmoid(sharpness·(u − m)), [...,n]; sharpness [1/units of u] -> inf gives `threshold_reward`, 0 a
+    constant. The threshold is the hard one, not solved again."""
+    check_positive("bound", bound)
+    utility, threshold, bound = map(at_least_float32, (utility, threshold, bound))
+    return _column(bound) * jax.nn.sigmoid(_column(at_least_float32(sharpness)) * (utility - _column(threshold)))
+
+
+def _column(x: Array) -> Array:
+    """[...] beside arrays [...,n]; a scalar stays."""
+    return x[..., None] if x.ndim else x
+
+
+def kl_bound(gain: ArrayLike) -> Array:
+    """z − 1 − ln z, z = L/(1 − e^−L), L = gain: the largest KL(pi_r‖base) over every base and every r in [0, bound], in
+    nats. At most min(L, L²/8); 0 at L = 0. ValueError for gain < 0."""
+    gain = at_least_float32(gain)
+    if is_concrete(gain) and not np.all(np.asarray(gain) >= 0):
+        raise ValueError(f"gain: expected bound/beta >= 0, found {np.asarray(gain)}")
+    small = gain < 0.1
+    safe = jnp.where(small, 1.0, gain)
+    excess = (safe + jnp.expm1(-safe)) / -jnp.expm1(-safe)
+    near = jnp.where(small, gain, 0)
+    return jnp.where(small, near**2 / 8 * (1 - near**2 / 72 + near**4 / 3240), excess - jnp.log1p(excess))
+
+
+class Mixture(NamedTuple):
+    """pi* = (1 − share)·base + share·base(· | u > m): share [...]; exceed [...]: base(u > m); log_norm [...]: log Z."""
+
+    share: Array
+    exceed: Array
+    log_norm: Array
+
+
+def mixture(utility: ArrayLike, log_base: ArrayLike | None, threshold: ArrayLike, *, gain: ArrayLike) -> Mixture:
+    """The follower's answer to the threshold reward as a mixture of the base and its best part."""
+    utility, threshold, gain = map(at_least_float32, (utility, threshold, gain))
+    log_base = jnp.zeros_like(utility) if log_base is None else at_least_float32(log_base)
+    log_weight, present = _weights(jnp.broadcast_to(log_base, utility.shape))
+    above = present & (utility > _column(threshold))
+    exceed = jnp.where(above, jnp.exp(jnp.where(present, log_weight, 0)), 0).sum(axis=-1)
+    log_exceed = jnp.where(exceed > 0, jnp.log(jnp.where(exceed > 0, exceed, 1)), -jnp.inf)
+    # Z = 1 + (e^gain − 1)·q; 1 − 1/Z without cancelling.
+    log_norm = jnp.logaddexp(jnp.log1p(-jnp.minimum(exceed, 1)), gain + log_exceed)
+    return Mixture(-jnp.expm1(-log_norm), exceed, log_norm)
+
+
+def accept_log_prob(utility: ArrayLike, threshold: ArrayLike, *, gain: ArrayLike) -> Array:
+    """log of the probability with which a draw from the base is kept, so that those kept follow pi*: 0 above the
+    threshold, −gain elsewhere. [...,n]. See `decoding.rejection`."""
+    utility, threshold, gain = map(at_least_float32, (utility, threshold, gain))
+    return jnp.where(utility > _column(threshold), 0, -_column(gain))
+
+
+def exceedance_log_weight(logit: ArrayLike, *, gain: ArrayLike) -> Array:
+    """log(1 + (e^gain − 1)·p), p = sigmoid(logit) = Pr_base(u > m | prefix): the follower's exact weight of a prefix.
+
+    pi*(z|s) ∝ pi_ref(z|s)·(1 + (e^gain − 1)·p(sz)): as q of a tilt with beta 1 it gives the sequence optimum, which
+    controlled decoding's q/beta = gain·p does not (it is the exponential's chord: equal at p = 0 and 1 only).
+    """
+    logit, gain = at_least_float32(logit), at_least_float32(gain)
+    return jnp.logaddexp(jax.nn.log_sigmoid(-logit), gain + jax.nn.log_sigmoid(logit))
+
+
+def exceedance_soft_value(p: ArrayLike, *, bound: ArrayLike, beta: ArrayLike) -> Array:
+    """V_soft = beta·log(1 + (e^(bound/beta) − 1)·p) of a prefix that exceeds with probability p, in units of reward.
+    For p strictly inside (0, 1) where it is differentiated."""
+    check_positive("beta", beta)
+    p, bound, beta = map(at_least_float32, (p, bound, beta))
+    return beta * jnp.logaddexp(jnp.log1p(-p), bound / beta + jnp.log(p))
+
+
+def expectile_loss(prediction: ArrayLike, utility: ArrayLike, *, gain: ArrayLike) -> Array:
+    """½·w·(u − m̂)² elementwise, w = 1 where u >= m̂, else e^−gain: its minimiser over u ~ base is the optimal threshold,
+    so that m(x) can be learned from one sample a prompt. prediction, utility: one shape."""
+    prediction, utility, gain = map(at_least_float32, (prediction, utility, gain))
+    weight = jnp.where(utility >= prediction, 1.0, jnp.exp(-gain))
+    return 0.5 * jax.lax.stop_gradient(weight) * (utility - prediction) ** 2
