@@ -29,7 +29,7 @@ from jaxalign import cli, critics, data, decoding, metrics, models, policies, re
 from jaxalign.checks import check_prompt_fits
 from jaxalign.types import Completions, Critic, Params, Policy, Reward, TokenBatch
 
-KINDS = ("args", "value", "autoregressive")
+KINDS = ("args", "value", "autoregressive", "follower")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Config:
     out: str
     """Run folder: responses.jsonl, summary.json, config.json, versions.json."""
     critic: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """KIND:DIR; give the option again for another method. KIND is args, value or autoregressive. Replaces the list of
-    --config."""
+    """KIND:DIR; give the option again for another method. KIND is args, value, autoregressive, or follower, a head of
+    train.value for a shaped reward, decoded at the beta it was trained for. Replaces the list of --config."""
     beta: tuple[float, ...] = (1.0,)
     """KL weights, one or several, each > 0 [units of the critic's score per nat]; autoregressive: 1/alpha."""
     sum: bool = False
@@ -169,6 +169,8 @@ def build_critic(spec: str, lm: models.LanguageModel) -> tuple[Critic, bool]:
         return critics.args(lm), False
     if kind == "value":
         return critics.value(lm), lm.config.head is not None and lm.config.head.kind == "q"
+    if kind == "follower":
+        return critics.follower(lm), lm.config.head is not None and lm.config.head.kind == "q"
     return critics.autoregressive(lm), True
 
 
@@ -191,10 +193,25 @@ def methods(config: Config, loaded: dict[str, tuple[models.LanguageModel, Params
     for (name, critic, whole), critic_params in zip(built, values, strict=True):
         k = (None if whole else min(10, lm.vocab_size)) if config.top_k is None else (config.top_k or None)
         policy = policies.tilt(base, critic, top_k=k)
-        for beta in config.beta:
-            tilted = {"policy": params, "critic": critic_params, "beta": jnp.asarray(beta, jnp.float32)}
+        for beta in betas(config, name, loaded):
+            used = beta if critic.beta is None else critic.beta
+            tilted = {"policy": params, "critic": critic_params, "beta": jnp.asarray(used, jnp.float32)}
             out.append(Method(name, beta, policy, tilted, 1, sampled))
     return out
+
+
+def betas(config: Config, name: str, loaded: dict[str, tuple[models.LanguageModel, Params]]) -> tuple[float, ...]:
+    """The KL weights of a method: --beta, or the one that a follower's head was trained for. ValueError where --beta
+    asks such a head for others."""
+    spec = name.split("+")[0]
+    if not spec.startswith("follower:"):
+        return config.beta
+    head = loaded[f"critic {spec}"][0].config.head
+    assert head is not None
+    assert head.follower is not None
+    if config.beta != (1.0,) and head.follower.beta not in config.beta:
+        raise ValueError(f"beta: expected {head.follower.beta}, which {name} was trained for, found {config.beta}")
+    return (head.follower.beta,)
 
 
 class Batch(NamedTuple):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import checks, shaping
 from jaxalign.checks import check_has_logits, check_prompt_fits, entry, is_concrete
 from jaxalign.types import (
     Array,
@@ -47,9 +48,68 @@ def value(lm: Any) -> Critic:
     the state s, so that a step costs one token. The model may share its weights with the base: pass the base's arrays
     with the head beside them. For a Q head on hidden states that the policy computes anyway see `hidden_value`.
     """
+    if lm.config.head is not None and lm.config.head.follower is not None:
+        raise ValueError(f"value: expected a head of values, found one of log weights ({lm.config.head.follower})")
     if lm.config.head is not None and lm.config.head.kind == "q":
         return _vocabulary_critic("value", lm, lm.head, "level")
     return _candidate_critic("value", lm)
+
+
+def follower(lm: Any, *, beta: float | None = None, bound: float | None = None) -> Critic:
+    """The exact follower of a shaped reward: q(s,z) = the log weight of sz, under `tilt` with beta 1. Level; params:
+    the model's.
+
+    lm has a head trained by `train.value --objective exceedance` or `soft` (models.Follower): a classifier of
+    Pr_ref(u > m | prefix), read as log(1 + (e^(bound/beta) − 1)·p), or the soft value of the shaped reward over beta.
+    If they are right, decoding by tokens has the law of the whole response's optimum, which V_ref in their place has
+    not. beta, bound: what the caller wants; ValueError where the head was trained for others, or for none.
+    """
+    spec = None if lm.config.head is None else lm.config.head.follower
+    if spec is None:
+        raise ValueError("follower: expected a head that was trained for a shaped reward, found " + str(lm.config.head))
+    for name, wanted in (("beta", beta), ("bound", bound)):
+        if wanted is not None and wanted != getattr(spec, name):
+            raise ValueError(f"{name}: expected {getattr(spec, name)}, which the head was trained for, found {wanted}")
+
+    def weigh(found: Array) -> Array:
+        if spec.objective == "exceedance":
+            return shaping.exceedance_log_weight(found, gain=spec.bound / spec.beta)
+        return at_least_float32(found) / spec.beta
+
+    if lm.config.head.kind == "q":
+        critic = _vocabulary_critic("follower", lm, lambda params, hidden: weigh(lm.head(params, hidden)), "level")
+    else:
+        critic = _candidate_critic("follower", lm, weigh)
+    return critic._replace(beta=1.0)
+
+
+def shaped_over_candidates(
+    critic: Critic,
+    *,
+    beta: float,
+    sharpness: float | None = None,
+    range_factor: float | None = None,
+    max_gain: float | None = None,
+) -> Critic:
+    """SRS-ARGS as its authors run it: at every step the threshold is solved again over the candidates' scores, weighted
+    by the policy below, and the score becomes bound·1[q > m] or bound·sigmoid(sharpness·(q − m)). Level.
+
+    params {"critic", "map": the bound B > 0}. beta: of the tilt, for the gain B/beta. range_factor: B_t = min(B,
+    factor·range of the candidates' scores) (the authors: 1.01); max_gain: their cap (log 2). This is not the per-prompt
+    threshold of the theory: scores of partial text, one fixed point a token.
+    """
+    checks.check_positive("beta", beta)
+
+    def shape(bound: Params, q: Array, log_prob: Array, index: Array) -> Array:
+        bound = jnp.broadcast_to(at_least_float32(bound), q.shape[:1])
+        if range_factor is not None:
+            bound = jnp.minimum(bound, range_factor * (q.max(axis=-1) - q.min(axis=-1)))
+        threshold = shaping.optimal_threshold(q, log_prob, gain=bound / beta, max_gain=max_gain)
+        # Scores that are all equal leave no range and no signal.
+        above = q > threshold[:, None] if sharpness is None else jax.nn.sigmoid(sharpness * (q - threshold[:, None]))
+        return bound[:, None] * above
+
+    return map_scores(critic, shape)
 
 
 def autoregressive(lm: Any) -> Critic:
@@ -149,7 +209,12 @@ def weighted_sum(critics: Sequence[Critic]) -> Critic:
             if critic.check is not None:
                 critic.check(params["critics"][i], prompts_at(prompts, i), max_new_tokens)
 
-    return Critic(init, score, advance, critics[0].kind, check, sizes[0] if sizes else None)
+    betas = sorted({critic.beta for critic in critics if critic.beta is not None})
+    if len(betas) > 1:
+        raise ValueError(f"critics: expected critics for one beta, found {betas}")
+    return Critic(
+        init, score, advance, critics[0].kind, check, sizes[0] if sizes else None, betas[0] if betas else None
+    )
 
 
 def map_scores(critic: Critic, f: Callable[[Params, Array, Array, Array], Array]) -> Critic:
@@ -188,7 +253,7 @@ def _gather(table: Array, candidates: Array | None) -> Array:
 _BLOCK = 256  # candidates per pass where a scalar head scores the whole vocabulary
 
 
-def _candidate_critic(name: str, lm: Any) -> Critic:
+def _candidate_critic(name: str, lm: Any, weigh: Callable[[Array], Array] = at_least_float32) -> Critic:
     """Level critic that reads a scalar head at each candidate: K tokens at one position over the shared prefix.
 
     Over the whole vocabulary (candidates None) the tokens go through in blocks, and the chosen one once more: neither
@@ -212,12 +277,12 @@ def _candidate_critic(name: str, lm: Any) -> Critic:
 
             def block(tokens: Array) -> Array:
                 hidden = lm.candidates(params, state["cache"], jnp.broadcast_to(tokens, (batch, width)))[0]
-                return lm.head(params, hidden)[..., 0]
+                return weigh(lm.head(params, hidden)[..., 0])
 
             q = jnp.moveaxis(jax.lax.map(block, ids), 0, 1).reshape(batch, -1)[:, :vocab]
             return q, {"cache": state["cache"]}
         hidden, entries = lm.candidates(params, state["cache"], candidates)
-        return lm.head(params, hidden)[..., 0], {"cache": state["cache"], "entries": entries}
+        return weigh(lm.head(params, hidden)[..., 0]), {"cache": state["cache"], "entries": entries}
 
     def advance(params: Params, proposal: State, choice: Array) -> State:
         if "entries" not in proposal:  # the choice is a token of the whole vocabulary

@@ -141,6 +141,23 @@ def exceedance(logit: Array, utility: Array, threshold: Array, mask: Array) -> A
     return _masked(each, mask).sum(axis=-1).mean()
 
 
+def last_and_pairs(value: Array, reward: Array, mask: Array, *, pair_weight: float = 1.0) -> Array:
+    """mean_b (v_T − r)² + c·mean over pairs (v_t − v_{t+1})²: the value head of SRS-CD as its authors train it.
+
+    Only the last token of the response sees the reward; the pair term, without a stopped gradient, spreads it and is 0
+    exactly when v is constant along the response. value [B,T] after token t; reward [B]; mask [B,T]; c: pair_weight.
+    """
+    chex.assert_equal_shape([value, mask])
+    value = _masked(value, mask)
+    following = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    last = mask & ~following
+    final = jnp.where(last, value - at_least_float32(reward)[:, None], 0) ** 2
+    pair = mask & following
+    difference = jnp.where(pair, value - jnp.pad(value[:, 1:], ((0, 0), (0, 1))), 0) ** 2
+    count = jnp.maximum(pair.sum(axis=-1), 1)
+    return (final.sum(axis=-1) + pair_weight * difference.sum(axis=-1) / count).mean()
+
+
 def _masked(x: Array, mask: Array) -> Array:
     return jnp.where(mask, at_least_float32(x), 0)
 

@@ -185,6 +185,12 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
         check_positive("beta", entry(params, "beta"))
         per_row(params["beta"], prompt_index(prompts).shape[0], name="beta")
+        found = params["beta"]
+        if critic.beta is not None and is_concrete(found) and np.any(np.asarray(found) != critic.beta):
+            raise ValueError(
+                f"beta: expected {critic.beta:g}, the only one that this critic's scores are for, found "
+                f"{np.asarray(found)}"
+            )
         _check(policy, params, prompts, max_new_tokens, "policy")
         _check(critic, params, prompts, max_new_tokens, "critic")
 

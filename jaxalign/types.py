@@ -77,7 +77,8 @@ class Critic(NamedTuple):
     score(params, rng, state, output, candidates [B,K] | None) -> (q [B,K] or [B,V], proposal)
     advance(params, proposal, choice [B]) -> state, where choice indexes the candidates
     kind: "level", q = V(sz) or r(sz); "increment", q summed over tokens is the score, as log pi_r(z|s).
-    `check` and `vocab_size` as for a Policy.
+    `check` and `vocab_size` as for a Policy. beta: the only KL weight that `tilt` may divide this score by, None for
+    any; a critic that gives log weights has 1.
     """
 
     init: Callable[..., State]
@@ -86,6 +87,7 @@ class Critic(NamedTuple):
     kind: Literal["level", "increment"]
     check: Callable[..., None] | None = None
     vocab_size: int | None = None
+    beta: float | None = None
 
 
 Reward = Callable[..., Array]

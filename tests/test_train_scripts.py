@@ -18,7 +18,7 @@ from jaxalign import models
 from jaxalign.data import opinions, preferences
 from jaxalign.training import metrics
 from tests.conftest import tiny_lm
-from train import arm, common, quickstart, reward_model, sft, tokenizer, value, world
+from train import arm, common, quickstart, reward_model, rollouts, sft, tokenizer, value, world
 
 SCRIPTS = {"sft": sft, "reward_model": reward_model, "arm": arm, "value": value}
 ROOT = pathlib.Path(__file__).parent.parent
@@ -132,7 +132,7 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights(files, tmp_pat
 def test_roll_outs_go_on_with_the_missing_shard_and_lose_or_repeat_no_prompt(files, tmp_path, monkeypatch):
     command = options("value", files)
     value.main([*command, "--out", str(tmp_path / "whole")])
-    write, written = value._write_shard, []
+    write, written = rollouts.write_shard, []
 
     def fail_at_the_second(*args):
         if len(written) == 1:
@@ -140,13 +140,13 @@ def test_roll_outs_go_on_with_the_missing_shard_and_lose_or_repeat_no_prompt(fil
         written.append(args)
         write(*args)
 
-    monkeypatch.setattr(value, "_write_shard", fail_at_the_second)
+    monkeypatch.setattr(rollouts, "write_shard", fail_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         value.main([*command, "--out", str(tmp_path / "stopped")])
     folder = tmp_path / "stopped/rollouts"
     assert [path.name for path in folder.iterdir()] == ["00000.npz"]
     before = (folder / "00000.npz").stat().st_mtime_ns
-    monkeypatch.setattr(value, "_write_shard", write)
+    monkeypatch.setattr(rollouts, "write_shard", write)
     value.main([*command, "--out", str(tmp_path / "stopped")])
     assert (folder / "00000.npz").stat().st_mtime_ns == before
     indices = []
@@ -159,13 +159,19 @@ def test_roll_outs_go_on_with_the_missing_shard_and_lose_or_repeat_no_prompt(fil
     chex.assert_trees_all_equal(*(models.load(tmp_path / run / "model")[1] for run in ("whole", "stopped")))
 
 
-@pytest.mark.parametrize("objective", ["fudge", "cd_q", "td"])
-def test_every_value_objective_trains_a_head_that_decodes(objective, files, tmp_path):
-    head = "q" if objective == "cd_q" else "scalar"
+@pytest.mark.parametrize("objective", ["cd_q", "td", "pairs", "soft", "exceedance"])
+def test_every_value_objective_trains_a_head_that_says_what_it_is(objective, files, tmp_path):
+    head = "q" if objective in ("cd_q", "exceedance") else "scalar"
     command = [*options("value", files), "--objective", objective, "--head", head, "--head-size", "8"]
+    follower = None
+    if objective in ("soft", "exceedance"):
+        command += ["--bound", "3", "--beta", "0.5"]
+        follower = models.Follower(objective, beta=0.5, bound=3.0)
     value.main([*command, "--out", str(tmp_path / "run")])
     lm, _ = models.load(tmp_path / "run/model")
-    assert lm.config.head == models.Head("q" if head == "q" else "value", hidden_size=8)
+    assert lm.config.head == models.Head("q" if head == "q" else "value", hidden_size=8, follower=follower)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert ("threshold" in summary) == (follower is not None)
 
 
 def test_transcripts_in_the_form_of_hh_train_a_reward_model_and_bad_lines_are_counted(files, tmp_path):
@@ -201,6 +207,9 @@ def test_transcripts_in_the_form_of_hh_train_a_reward_model_and_bad_lines_are_co
         ("arm", ("--beta-r", "0"), "beta_r: "),
         ("value", ("--objective", "cd_q"), "head: expected q"),
         ("value", ("--samples", "0"), "samples: "),
+        ("value", ("--objective", "exceedance"), "bound: expected a value > 0"),
+        ("value", ("--objective", "soft"), "beta: expected a value > 0"),
+        ("value", ("--bound", "1", "--beta", "1", "--samples", "1"), "samples: expected at least 2"),
         ("value", ("--reward", "jaxalign.data.opinions:nothing"), "nothing"),
         ("value", ("--max-length", "9"), "max_length: "),
     ],

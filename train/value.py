@@ -5,205 +5,170 @@ python -m train.value --base DIR --prompts prompts.jsonl --reward DIR --out runs
 The base answers every prompt; a reward model (--reward DIR) or a program (--reward module:function) scores the answers;
 the model learns the value of each prefix. Roll-outs are written in numbered shards: an interrupted run goes on with the
 first shard that is missing, and no prompt is lost or repeated.
+
+With --bound the reward is shaped first (Stackelberg): bound above each prompt's threshold, which is solved from its
+roll-outs, and 0 below. The exact heads for decoding by tokens are then
+
+python -m train.value --objective exceedance --bound 3 --beta 1 --samples 16 … --out runs/exceedance
+python -m train.value --objective soft --bound 3 --beta 1 --sharpness 2 … --out runs/soft
+
+which eval.decode takes as --critic follower:DIR, at that beta.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import pathlib
+import math
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import cli, data, decoding, models, policies, rewards
+from jaxalign import cli, models, shaping
 from jaxalign.data import preferences
 from jaxalign.training import objectives
-from jaxalign.types import Params, Reward
-from train import common
+from jaxalign.types import Params
+from train import common, rollouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.Options):
+class Config(rollouts.Options):
     """Options of train.value."""
 
-    base: str
-    """Folder of the base language model that makes the roll-outs; --model defaults to it."""
-    prompts: str
-    """File of prompts: .txt, .jsonl or .jsonl.gz."""
-    reward: str
-    """Folder of a reward model over the base's vocabulary, or MODULE:FUNCTION, a program f(prompts, responses) ->
-    numbers on lists of texts."""
-    samples: int = 4
-    """Roll-outs per prompt."""
-    max_new_tokens: int = 128
-    """Limit of a roll-out [tokens], its EOS included; one without EOS is scored as it stands."""
-    shard: int = 256
-    """Prompts per shard of roll-outs."""
-    decode_batch: int = 64
-    """Roll-outs decoded together."""
-    objective: Literal["fudge", "cd_q", "td"] = "fudge"
+    objective: Literal["fudge", "cd_q", "td", "pairs", "soft", "exceedance"] = "fudge"
     """fudge: the roll-out's reward at every prefix; cd_q: exact mean over the base's next tokens (Q head); td: the next
-    prefix's value."""
+    prefix's value; pairs: the reward at the last token, and neighbours alike; soft: beta·log E exp(reward/beta);
+    exceedance: a classifier of the utility's exceeding the threshold."""
     head: Literal["scalar", "q"] = "scalar"
     """scalar: one value a prefix; q: the value of every next token at once."""
     head_size: int = 0
     """Width of the head's hidden layer; 0: the model's."""
+    bound: float = 0.0
+    """Bound B of the shaped reward [units of reward]; 0: the reward as it is."""
+    beta: float = 0.0
+    """KL weight that the head is for [units of reward per nat]; with --bound and with --objective soft."""
+    sharpness: float = 0.0
+    """Shaped reward B·sigmoid(sharpness·(u − m)) [per unit of reward]; 0: B·1[u > m]."""
+    pair_weight: float = 1.0
+    """Weight of the pair term of --objective pairs [1]."""
 
 
-class Rollout(NamedTuple):
-    """prompt and response: token ids; reward: of the whole response."""
+class Row(NamedTuple):
+    """A roll-out and what its values are learned from. reward: shaped where asked; utility: as it was paid; threshold:
+    of its prompt, 0 without shaping."""
 
     prompt: list[int]
     response: list[int]
     reward: float
+    utility: float
+    threshold: float
 
 
-def judge(config: Config, lm: models.LanguageModel, tokenizer: Any) -> tuple[Reward, Params]:
-    """The Reward of --reward and its parameters. ValueErrors: no such program, another vocabulary, no scalar head."""
-    if rewards.is_program(config.reward):
-        read = rewards.program(config.reward)
-        return rewards.from_text(lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True), read), None
-    models.check_tokens(tokenizer.get_vocab(), models.tokenizer(config.reward).get_vocab(), name="reward")
-    reward_lm, params = models.load(config.reward, dtype=config.dtype)
-    if reward_lm.vocab_size != lm.vocab_size:
-        raise ValueError(f"reward: expected {lm.vocab_size} tokens as the base has, found {reward_lm.vocab_size}")
-    return rewards.from_model(reward_lm), params
-
-
-def roll_out(config: Config, out: pathlib.Path, tokenizer: Any) -> list[Rollout]:
-    """All roll-outs, in order of prompt and sample; shards that are there are read."""
-    prompts = data.tokenize_prompts(config.prompts, tokenizer)
-    digest = hashlib.blake2b(repr([p.tokens for p in prompts]).encode(), digest_size=8).hexdigest()
-    shards = -(-len(prompts) // config.shard)
-    folder = out / "rollouts"
-    folder.mkdir(exist_ok=True)
-    paths = [folder / f"{k:05d}.npz" for k in range(shards)]
-    if not all(path.exists() for path in paths):
-        lm, params = models.load(config.base, dtype=config.dtype)
-        policy = policies.language_model(lm)
-        reward, reward_params = judge(config, lm, tokenizer)
-        arguments = {"policy": params, "reward": reward_params}
-        with cli.progress("value: roll-outs", len(prompts), unit="prompt") as bar:
-            for k, path in enumerate(paths):
-                rows = range(k * config.shard, min((k + 1) * config.shard, len(prompts)))
-                if not path.exists():
-                    _write_shard(config, policy, reward, arguments, lm.config.eos_ids, prompts, rows, path, digest)
-                bar.update(len(rows))
-    out_rows = []
-    for path in paths:
-        with np.load(path) as shard:
-            if str(shard["prompts"]) != digest:
-                raise ValueError(f"prompts: expected those that {path} was made from, found others in {config.prompts}")
-            for i, tokens, length, paid in zip(
-                *(shard[n] for n in ("index", "tokens", "length", "reward")), strict=True
-            ):
-                out_rows.append(Rollout(prompts[i].tokens, tokens[:length].tolist(), float(paid)))
-    return out_rows
-
-
-def _write_shard(
-    config: Config,
-    policy: Any,
-    reward: Reward,
-    arguments: Params,
-    eos_ids: tuple[int, ...],
-    prompts: list[data.Prompt],
-    rows: range,
-    path: pathlib.Path,
-    digest: str,
-) -> None:
-    """One shard: a function of the seed and its prompts' rows. Written under a temporary name, then renamed."""
-    parts = []
-    size = max(config.decode_batch // config.samples, 1)
-    for part in common.iterate(list(rows), size):
-        batch = data.prompt_batch([prompts[i].tokens for i in part], index=part, batch_size=size)
-        drawn = decoding.best_of_n(
-            policy,
-            reward,
-            arguments,
-            jax.random.key(config.seed),
-            batch,
-            n=config.samples,
-            max_new_tokens=config.max_new_tokens,
-            eos_ids=eos_ids,
+def check(config: Config) -> None:
+    """ValueErrors that name the option."""
+    rollouts.check(config)
+    if config.objective == "cd_q" and config.head != "q":
+        raise ValueError("head: expected q for --objective cd_q, whose target is a mean over the vocabulary")
+    for name in ("bound", "beta", "sharpness", "pair_weight"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name}: expected a finite value >= 0, found {getattr(config, name)}")
+    if config.objective == "exceedance" and not config.bound:
+        raise ValueError(
+            "bound: expected a value > 0 for --objective exceedance, which is for a shaped reward, found 0"
         )
-        kept = drawn.samples.tokens, drawn.samples.mask, drawn.reward
-        tokens, mask, paid = common.first_rows(kept, len(part))
-        if not np.isfinite(paid).all():
-            raise ValueError(f"reward: expected finite numbers, found {paid} for prompts {part}")
-        index = np.repeat(part, config.samples)
-        parts.append((index, tokens.reshape(-1, tokens.shape[-1]), mask.sum(-1).reshape(-1), paid.reshape(-1)))
-    index, tokens, length, paid = (np.concatenate(x) for x in zip(*parts, strict=True))
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as sink:
-        np.savez(sink, index=index, tokens=tokens, length=length, reward=paid, prompts=np.asarray(digest))
-    temporary.replace(path)
+    if (config.bound or config.objective == "soft") and not config.beta:
+        raise ValueError("beta: expected a value > 0 with --bound and with --objective soft, found 0")
+    if config.bound and config.samples < 2:
+        raise ValueError(f"samples: expected at least 2 for a threshold per prompt, found {config.samples}")
+    if config.objective == "exceedance" and config.sharpness:
+        raise ValueError("sharpness: expected 0 for --objective exceedance; --objective soft serves a soft threshold")
 
 
-def pad(rows: list[Rollout], *, length: int) -> dict[str, np.ndarray]:
-    """{"tokens", "mask", "loss_mask" [b,L], "reward" [b]}, right-padded."""
-    texts = [preferences.TextTokens(row.prompt, row.response, "roll-out") for row in rows]
-    return preferences.pad_texts(texts, length=length) | {"reward": np.asarray([r.reward for r in rows], np.float32)}
+def shaped(config: Config, found: list[rollouts.Rollout]) -> list[Row]:
+    """Rows for training: rewards shaped by each prompt's threshold, from all of its roll-outs."""
+    if not config.bound:
+        return [Row(r.prompt, r.response, r.reward, r.reward, 0.0) for r in found]
+    out = []
+    for rows in rollouts.by_prompt(found).values():
+        utility = np.asarray([row.reward for row in rows], np.float32)
+        threshold = shaping.optimal_threshold(utility, gain=config.bound / config.beta)
+        if config.sharpness:
+            paid = shaping.soft_threshold_reward(utility, threshold, bound=config.bound, sharpness=config.sharpness)
+        else:
+            paid = shaping.threshold_reward(utility, threshold, bound=config.bound)
+        for row, r in zip(rows, np.asarray(paid).tolist(), strict=True):
+            out.append(Row(row.prompt, row.response, r, row.reward, float(threshold)))
+    return out
 
 
 def run(config: Config) -> dict[str, Any]:
     """Rolls out, trains, writes the run folder, gives its summary."""
     if not (config.model or config.architecture):
         config = dataclasses.replace(config, model=config.base)
-    common.check(config)
-    for name in ("samples", "max_new_tokens", "shard", "decode_batch"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, found {getattr(config, name)}")
-    if config.objective == "cd_q" and config.head != "q":
-        raise ValueError("head: expected q for --objective cd_q, whose target is a mean over the vocabulary")
-    inputs = [config.base, config.prompts, config.reward, config.model, config.architecture, config.tokenizer]
-    out = cli.open_run(config.out, config, inputs=inputs)
-    following = f"python -m eval.decode --model {config.base} --critic value:{out / 'model'} --prompts FILE --out DIR"
+    check(config)
+    out = cli.open_run(config.out, config, inputs=rollouts.inputs(config))
+    log_weight = config.objective == "exceedance" or (config.objective == "soft" and bool(config.bound))
+    critic = "follower" if log_weight else "value"
+    following = (
+        f"python -m eval.decode --model {config.base} --critic {critic}:{out / 'model'} --prompts FILE --out DIR"
+    )
     done = common.finished(out)
     if done is not None:
         common.report(out, done, following)
         return done
+    exact: Any = "exceedance" if config.objective == "exceedance" else "soft"
+    follower = models.Follower(exact, beta=config.beta, bound=config.bound) if log_weight else None
     kind: Any = "q" if config.head == "q" else "value"
-    begin = common.start(config, lambda body: models.Head(kind, hidden_size=config.head_size or body.hidden_size))
-    rows = roll_out(config, out, begin.tokenizer)
-    longest = max(len(row.prompt) + len(row.response) for row in rows)
-    if longest > config.max_length:
-        raise ValueError(
-            f"max_length: expected at least the longest roll-out's {longest} tokens, found {config.max_length}"
-        )
+    begin = common.start(
+        config, lambda body: models.Head(kind, hidden_size=config.head_size or body.hidden_size, follower=follower)
+    )
+    rows = shaped(config, rollouts.roll_out(config, out, begin.tokenizer, stage="value"))
     split = common.split(preferences.Loaded(rows, 0, []), config)
+    classify = config.objective == "exceedance"
 
-    def collate(rows: list[Rollout]) -> dict[str, np.ndarray]:
-        return pad(rows, length=common.row_length(config, [len(r.prompt) + len(r.response) for r in rows]))
+    def collate(rows: list[Row]) -> dict[str, np.ndarray]:
+        texts = [preferences.TextTokens(row.prompt, row.response, "roll-out") for row in rows]
+        length = common.row_length(config, [len(row.prompt) + len(row.response) for row in rows])
+        paid = [row.utility if classify else row.reward for row in rows]
+        more = {"reward": paid, "threshold": [row.threshold for row in rows]}
+        arrays = {name: np.asarray(values, np.float32) for name, values in more.items()}
+        return preferences.pad_texts(texts, length=length) | arrays
 
     base: Any = None
     frozen: Params = None
     if config.objective == "cd_q":
         base, frozen = models.load(config.base, dtype=config.dtype)
-    loss = objectives.value(begin.lm, config.objective, base=base)
+    loss = objectives.value(
+        begin.lm, config.objective, base=base, beta=config.beta or None, pair_weight=config.pair_weight
+    )
     params = common.run(config, begin, split, loss, collate, stage="value", out=out, frozen=frozen)
 
     def score(params: Params, batch: Any) -> Any:
         cast = objectives.cast(begin.lm, params)
         hidden = begin.lm.hidden(cast, batch["tokens"], mask=batch["mask"])
         found = objectives.values_of(begin.lm, cast, hidden, batch["tokens"])
-        error = jnp.where(batch["loss_mask"], (found - batch["reward"][:, None]) ** 2, 0).sum(-1)
-        return {"error": error / batch["loss_mask"].sum(-1), "reward": batch["reward"]}
+        target = batch["reward"][:, None]
+        if classify:
+            target = (target > batch["threshold"][:, None]).astype(found.dtype)
+            found = 1 / (1 + jnp.exp(-found))
+        error = jnp.where(batch["loss_mask"], (found - target) ** 2, 0).sum(-1)
+        return {"error": error / batch["loss_mask"].sum(-1), "target": target[:, 0]}
 
-    paid = np.asarray([row.reward for row in rows])
+    paid, utility = (np.asarray([getattr(row, name) for row in rows]) for name in ("reward", "utility"))
     summary: dict[str, Any] = {
         "rollouts": len(rows),
-        "reward": float(paid.mean()),
-        "reward_deviation": float(paid.std()),
+        "reward": float(utility.mean()),
+        "reward_deviation": float(utility.std()),
     }
+    if config.bound:
+        summary |= {"shaped_reward": float(paid.mean()), "threshold": float(np.mean([r.threshold for r in rows]))}
+        summary["exceed"] = float(np.mean([row.utility > row.threshold for row in rows]))
     if split.validation:
         found = common.evaluate(score, params, split.validation, collate, config.batch_size)
         mean, half = common.interval(found["error"])
-        # Of the reward's variance; the share that a prefix cannot know is never explained.
-        explained = 1 - float(found["error"].mean() / found["reward"].var()) if found["reward"].var() > 0 else None
+        # Of the target's variance; the share that a prefix cannot know is never explained.
+        variance = found["target"].var()
+        explained = 1 - float(found["error"].mean() / variance) if variance > 0 else None
         summary |= {"squared_error": mean, "squared_error_95": half, "explained_variance": explained}
     return common.finish(out, begin, params, split, summary, following)
 

@@ -1,7 +1,7 @@
-"""python -m eval.bench {decode,args,genarm,score} [options]; NAME --help lists the options of one
+"""python -m eval.bench {decode,args,genarm,score,train} [options]; NAME --help lists the options of one
 
 Each benchmark runs the usual alternative beside ours in one process, on one set of random weights, alternating, and
-prints medians and ratios. decode and args need `pip install -e '.[bench]'` (torch and transformers' torch models).
+prints medians and ratios. decode, args and train need `pip install -e '.[bench]'` (torch, transformers' torch models).
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.bench import args, decode, genarm, score
+from eval.bench import args, decode, genarm, score, train
 
-BENCHMARKS = {"decode": decode, "args": args, "genarm": genarm, "score": score}
+BENCHMARKS = {"decode": decode, "args": args, "genarm": genarm, "score": score, "train": train}
 
 
 def main(arguments: list[str] | None = None) -> None:

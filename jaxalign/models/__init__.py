@@ -1,6 +1,6 @@
 """Language models: one decoder-only transformer for all families, its cache and heads, and Hugging Face folders."""
 
-from jaxalign.models.config import Config, Head, Rope
+from jaxalign.models.config import Config, Follower, Head, Rope
 from jaxalign.models.hub import load, save, tokenizer
 from jaxalign.models.language_model import Cache, LanguageModel, ModelOutput, with_head
 from jaxalign.models.log_prob import chunked, token_log_prob
@@ -9,6 +9,7 @@ from jaxalign.models.vocabulary import check_tokens, cut_vocabulary, match_vocab
 __all__ = [
     "Cache",
     "Config",
+    "Follower",
     "Head",
     "LanguageModel",
     "ModelOutput",

@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Follower:
+    """What a value or Q head says of the follower of a shaped reward in [0, bound], whose KL weight is beta.
+
+    objective "exceedance": the logit of Pr_ref(u > m | prefix), m the leader's threshold; "soft": the soft value
+    beta·log E_ref[exp(r/beta) | prefix]. Either gives the follower's exact weight of a prefix, for this beta and bound
+    and no other (`critics.follower`).
+    """
+
+    objective: Literal["exceedance", "soft"]
+    beta: float
+    bound: float
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("exceedance", "soft"):
+            raise ValueError(f"objective: expected 'exceedance' or 'soft', found {self.objective!r}")
+        for name in ("beta", "bound"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite value > 0, found {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +37,8 @@ class Head:
     hidden_size: width of the hidden layers of a value or Q head; None: linear with a bias.
     num_hidden: how many such layers (RE-Control's value nets have one or two, with "relu").
     activation: between the layers.
+    bound: of a reward head: its output is bound·sigmoid(score), a reward in [0, bound]; None: the score itself.
+    follower: of a value or Q head that was trained for a shaped reward.
     """
 
     kind: Literal["reward", "value", "q"]
@@ -22,6 +46,8 @@ class Head:
     hidden_size: int | None = None
     num_hidden: int = 1
     activation: Literal["silu", "relu", "gelu", "tanh"] = "silu"
+    bound: float | None = None
+    follower: Follower | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("reward", "value", "q"):
@@ -30,6 +56,10 @@ class Head:
             raise ValueError(f"activation: expected 'silu', 'relu', 'gelu' or 'tanh', found {self.activation!r}")
         if self.kind == "reward" and self.hidden_size is not None:
             raise ValueError(f"hidden_size: expected None for a reward head, found {self.hidden_size}")
+        if self.bound is not None and (self.kind != "reward" or not 0 < self.bound < math.inf):
+            raise ValueError(f"bound: expected a finite value > 0 of a reward head, found {self.bound} of {self.kind}")
+        if self.follower is not None and self.kind == "reward":
+            raise ValueError("follower: expected a value or Q head, found a reward head")
         for name in ("num_labels", "num_hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")

@@ -17,7 +17,8 @@ ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "t
 class HeadModule(nn.Module):
     """hidden [...,D] -> [...,W], in at least float32.
 
-    reward: h·W without a bias. value, q: W_n·a(… a(W_1·h + b_1) …) + b_n with the activation a of the spec.
+    reward: h·W without a bias, or bound·sigmoid(h·W) where the spec has a bound. value, q: W_n·a(… a(W_1·h + b_1) …) +
+    b_n with the activation a of the spec.
     """
 
     spec: Head
@@ -31,7 +32,8 @@ class HeadModule(nn.Module):
             return nn.Dense(features, bias, dtype=self.dtype, param_dtype=self.dtype, name=name, kernel_init=init)
 
         if self.spec.kind == "reward":
-            return at_least_float32(layer(self.width, False, "score")(hidden))
+            score = at_least_float32(layer(self.width, False, "score")(hidden))
+            return score if self.spec.bound is None else self.spec.bound * jax.nn.sigmoid(score)
         for name in self.spec.hidden_layers:
             assert self.spec.hidden_size is not None
             hidden = ACTIVATIONS[self.spec.activation](layer(self.spec.hidden_size, True, name)(hidden))

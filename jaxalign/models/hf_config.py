@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxalign.models.config import Config, Head, Rope
+from jaxalign.models.config import Config, Follower, Head, Rope
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """model_type -> the prefix of its architecture names."""
@@ -170,13 +170,15 @@ def _head(values: dict[str, Any]) -> Head | None:
         unknown = sorted(set(own) - {field.name for field in dataclasses.fields(Head)})
         if unknown:
             raise ValueError(f"jaxalign_head: expected the fields of models.Head, found also {unknown}")
-        return Head(**own)
+        follower = own.get("follower")
+        return Head(**own | {"follower": None if follower is None else Follower(**follower)})
     code = sorted(name for name in values.get("auto_map") or {} if name.startswith("AutoModel"))
     if code:
         raise ValueError(f"auto_map: expected a model without code of its own, found {code}")
     if architecture.endswith("ForSequenceClassification"):
         labels = values.get("id2label")
-        return Head("reward", num_labels=len(labels) if labels is not None else values.get("num_labels", 2))
+        count = len(labels) if labels is not None else values.get("num_labels", 2)
+        return Head("reward", num_labels=count, bound=values.get("jaxalign_bound"))
     if architecture and not architecture.endswith("ForCausalLM"):
         raise ValueError(f"architectures: expected …ForCausalLM or …ForSequenceClassification, found {architecture!r}")
     return None
@@ -228,6 +230,8 @@ def to_hf(config: Config) -> dict[str, Any]:
         ]
     if reward and config.head is not None:
         values["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.head.num_labels)}
+        if config.head.bound is not None:
+            values["jaxalign_bound"] = config.head.bound
     elif config.head is not None:
         values["jaxalign_head"] = dataclasses.asdict(config.head)
     if from_hf(values) != config:

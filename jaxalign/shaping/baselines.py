@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxalign.shaping.threshold import optimal_threshold, soft_threshold_reward, threshold_reward
+from jaxalign.shaping.threshold import column, optimal_threshold, soft_threshold_reward, threshold_reward
 from jaxalign.types import Array, ArrayLike, at_least_float32
 
 _SMALL = 1e-6  # of range and deviation: identical samples give no signal
@@ -53,7 +53,8 @@ def minmax(utility: ArrayLike, reference: ArrayLike, *, bound: ArrayLike, range_
     utility, reference = at_least_float32(utility), at_least_float32(reference)
     low = reference.min(axis=-1, keepdims=True)
     spread = reference.max(axis=-1, keepdims=True) - low
-    bound = jnp.asarray(bound) if range_factor is None else jnp.minimum(bound, range_factor * spread)
+    bound = column(at_least_float32(bound))
+    bound = bound if range_factor is None else jnp.minimum(bound, range_factor * spread)
     return bound * (utility - low) / jnp.maximum(spread, _SMALL)
 
 
@@ -67,7 +68,7 @@ def meanstd(utility: ArrayLike, reference: ArrayLike) -> Array:
 def cap(utility: ArrayLike, reference: ArrayLike, *, bound: ArrayLike) -> Array:
     """r = clip(u − min, 0, bound)."""
     low = at_least_float32(reference).min(axis=-1, keepdims=True)
-    return jnp.clip(at_least_float32(utility) - low, 0, bound)
+    return jnp.clip(at_least_float32(utility) - low, 0, column(at_least_float32(bound)))
 
 
 def mean_sigmoid(utility: ArrayLike, reference: ArrayLike, *, bound: ArrayLike, sharpness: float) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.checks import check_positive, is_concrete
-from jaxalign.types import Array, ArrayLike, at_least_float32, is_supported
+from jaxalign.types import NEGATIVE, Array, ArrayLike, at_least_float32, is_supported
 
 ABSENT = -87.0
 """Log of the smallest normalised weight that counts [nats]: below it float32 has no normal number."""
@@ -29,7 +29,8 @@ def optimal_threshold(
 
     utility [...,n]; log_base [...,n], normalised or not (None: n samples of equal weight); gain >= 0, scalar or [...];
     max_gain: an explicit cap on the gain, none by default. Responses of normalised log weight below −87 count as
-    absent, whatever their utility. In float32 right for gains from 0 to 1e4, to rounding of the utility's range.
+    absent, whatever their utility. In float32 right for gains from 0 to 1e4, to rounding of the utility's range; a last
+    digit below the maximum at most, unless all utilities are equal.
 
     F is convex and piecewise linear, so Newton's iteration from the mean climbs to the root and ends exactly, when the
     set above the threshold no longer changes (4 to 10 passes of O(n); no sort). Differentiated through the envelope:
@@ -52,17 +53,24 @@ def optimal_threshold(
     return _threshold(utility.astype(dtype), log_base.astype(dtype), gain.astype(dtype))
 
 
-def _check(utility: Array, log_base: Array, gain: Array) -> None:
+def _check_gain(gain: Array) -> None:
     if is_concrete(gain) and not np.all(np.asarray(gain) >= 0):
         raise ValueError(f"gain: expected bound/beta >= 0, found {np.asarray(gain)}")
+
+
+def _check(utility: Array, log_base: Array, gain: Array) -> None:
+    _check_gain(gain)
     if not is_concrete(utility, log_base):
         return
-    inside = np.asarray(is_supported(log_base))
-    if not inside.any(axis=-1).all():
+    # In numpy: inside a trace, jax would turn these constants into tracers.
+    log_weight = np.asarray(log_base, np.float64)
+    if np.isnan(log_weight).any() or np.isposinf(log_weight).any():
+        raise ValueError("log_base: expected log weights, found NaN or +infinity")
+    log_weight = np.where(log_weight <= NEGATIVE / 2, -np.inf, log_weight)
+    if not np.isfinite(log_weight).any(axis=-1).all():
         raise ValueError("log_base: expected a response of positive weight for each prompt, found none")
-    if np.isnan(np.asarray(log_base)).any():
-        raise ValueError("log_base: expected log weights, found NaN")
-    if not np.isfinite(np.asarray(utility)[inside]).all():
+    log_weight = log_weight - np.logaddexp.reduce(log_weight, axis=-1, keepdims=True)
+    if not np.isfinite(np.asarray(utility)[log_weight >= ABSENT]).all():
         raise ValueError("utility: expected finite numbers, found NaN or infinity")
 
 
@@ -78,10 +86,13 @@ def _weights(log_base: Array) -> tuple[Array, Array]:
 def _threshold(utility: Array, log_base: Array, gain: Array) -> Array:
     log_weight, present = _weights(log_base)
     top = jnp.where(present, utility, -jnp.inf).max(axis=-1, keepdims=True)
-    # Shifted by the maximum, all terms are <= 0: sums keep their digits, and identical utilities give exactly 0.
+    # Shifted by the maximum, all terms are <= 0: sums keep their digits, and identical utilities give exactly 0. In
+    # units of the range, sums of weights up to e^80 stay within float32 for utilities of any size.
     below = jnp.where(present, utility - top, 0)
+    spread = -below.min(axis=-1, keepdims=True)
+    below = below / jnp.where(spread == 0, 1, spread)
     # Half the gain on either side of 1. At 160 a weight of e^-87 outweighs all others by e^73: more changes no digit.
-    half = jnp.minimum(gain, 160.0)[..., None] / 2
+    half = jnp.minimum(jnp.where(gain >= 0, gain, jnp.nan), 160.0)[..., None] / 2
     weight = jnp.where(present, jnp.exp(log_weight), 0)
     # e^-80·(mass below) is lost beside e^80·(mass above), as it should be; e^80·1 is within float32.
     high, low = weight * jnp.exp(half), weight * jnp.exp(-half)
@@ -97,7 +108,11 @@ def _threshold(utility: Array, log_base: Array, gain: Array) -> Array:
 
     start = (weight * below).sum(axis=-1) / weight.sum(axis=-1)
     found, _ = jax.lax.while_loop(lambda c: (c[0] > c[1]).any(), climb, (start, jnp.full_like(start, -jnp.inf)))
-    return found + top[..., 0]
+    top, spread = top[..., 0], spread[..., 0]
+    # At large gains the root rounds to the maximum: kept just below, so that `threshold_reward` still pays the best.
+    # The step is a normal number at any maximum, 0 included, or the comparison would flush it.
+    step = jnp.maximum(jnp.finfo(top.dtype).eps * jnp.abs(top), jnp.finfo(top.dtype).tiny)
+    return jnp.where(spread == 0, top, jnp.minimum(top + found * spread, top - step))
 
 
 @_threshold.defjvp
@@ -107,7 +122,8 @@ def _threshold_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> t
     m = _threshold(utility, log_base, gain)
     log_weight, present = _weights(log_base)
     above = utility >= m[..., None]
-    logit = jnp.where(present, log_weight + jnp.where(above, gain[..., None], 0), -jnp.inf)
+    # The gain is taken off below, not put on above, where at 1e4 it would leave three digits of the weights.
+    logit = jnp.where(present, log_weight - jnp.where(above, 0, gain[..., None]), -jnp.inf)
     policy = jax.nn.softmax(logit, axis=-1)
     margin = jnp.where(present, utility - m[..., None], 0)
     moved = jnp.where(present, du + margin * (jnp.where(present, dw, 0) + jnp.where(above, dgain[..., None], 0)), 0)
@@ -120,7 +136,7 @@ def threshold_reward(utility: ArrayLike, threshold: ArrayLike, *, bound: ArrayLi
     utility delivered. bound > 0, scalar or [...] (ValueError)."""
     check_positive("bound", bound)
     utility, threshold, bound = map(at_least_float32, (utility, threshold, bound))
-    return _column(bound) * (utility > _column(threshold))
+    return column(bound) * (utility > column(threshold))
 
 
 def soft_threshold_reward(utility: ArrayLike, threshold: ArrayLike, *, bound: ArrayLike, sharpness: ArrayLike) -> Array:
@@ -128,20 +144,20 @@ def soft_threshold_reward(utility: ArrayLike, threshold: ArrayLike, *, bound: Ar
     constant. The threshold is the hard one, not solved again."""
     check_positive("bound", bound)
     utility, threshold, bound = map(at_least_float32, (utility, threshold, bound))
-    return _column(bound) * jax.nn.sigmoid(_column(at_least_float32(sharpness)) * (utility - _column(threshold)))
+    return column(bound) * jax.nn.sigmoid(column(at_least_float32(sharpness)) * (utility - column(threshold)))
 
 
-def _column(x: Array) -> Array:
+def column(x: Array) -> Array:
     """[...] beside arrays [...,n]; a scalar stays."""
     return x[..., None] if x.ndim else x
 
 
 def kl_bound(gain: ArrayLike) -> Array:
     """z − 1 − ln z, z = L/(1 − e^−L), L = gain: the largest KL(pi_r‖base) over every base and every r in [0, bound], in
-    nats. At most min(L, L²/8); 0 at L = 0. ValueError for gain < 0."""
+    nats. At most min(L, L²/8); 0 at L = 0. ValueError for gain < 0, NaN under jit."""
     gain = at_least_float32(gain)
-    if is_concrete(gain) and not np.all(np.asarray(gain) >= 0):
-        raise ValueError(f"gain: expected bound/beta >= 0, found {np.asarray(gain)}")
+    _check_gain(gain)
+    gain = jnp.where(gain >= 0, gain, jnp.nan)
     small = gain < 0.1
     safe = jnp.where(small, 1.0, gain)
     excess = (safe + jnp.expm1(-safe)) / -jnp.expm1(-safe)
@@ -162,7 +178,7 @@ def mixture(utility: ArrayLike, log_base: ArrayLike | None, threshold: ArrayLike
     utility, threshold, gain = map(at_least_float32, (utility, threshold, gain))
     log_base = jnp.zeros_like(utility) if log_base is None else at_least_float32(log_base)
     log_weight, present = _weights(jnp.broadcast_to(log_base, utility.shape))
-    above = present & (utility > _column(threshold))
+    above = present & (utility > column(threshold))
     exceed = jnp.where(above, jnp.exp(jnp.where(present, log_weight, 0)), 0).sum(axis=-1)
     log_exceed = jnp.where(exceed > 0, jnp.log(jnp.where(exceed > 0, exceed, 1)), -jnp.inf)
     # Z = 1 + (e^gain − 1)·q; 1 − 1/Z without cancelling.
@@ -174,7 +190,7 @@ def accept_log_prob(utility: ArrayLike, threshold: ArrayLike, *, gain: ArrayLike
     """log of the probability with which a draw from the base is kept, so that those kept follow pi*: 0 above the
     threshold, −gain elsewhere. [...,n]. See `decoding.rejection`."""
     utility, threshold, gain = map(at_least_float32, (utility, threshold, gain))
-    return jnp.where(utility > _column(threshold), 0, -_column(gain))
+    return jnp.where(utility > column(threshold), 0, -column(gain))
 
 
 def exceedance_log_weight(logit: ArrayLike, *, gain: ArrayLike) -> Array:

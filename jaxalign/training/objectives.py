@@ -16,7 +16,7 @@ from jaxalign import losses, mdp, models
 from jaxalign.training.step import Loss, Measured
 from jaxalign.types import Array, Params
 
-VALUE_OBJECTIVES = ("fudge", "cd_q", "td")
+VALUE_OBJECTIVES = ("fudge", "cd_q", "td", "pairs", "soft", "exceedance")
 
 
 def cast(lm: Any, params: Params) -> Params:
@@ -55,13 +55,15 @@ def autoregressive_reward(lm: Any, *, beta_r: float) -> Loss:
     return loss
 
 
-def value(lm: Any, objective: str, *, base: Any = None) -> Loss:
-    """A value after each response token, by `losses.fudge`, `losses.cd_q` or `losses.td`; batch {"tokens", "mask",
-    "loss_mask", "reward" [b]}. Metrics: squared_error to the reward at the last token.
+def value(lm: Any, objective: str, *, base: Any = None, beta: float | None = None, pair_weight: float = 1.0) -> Loss:
+    """A value after each response token, by the loss of that name (`losses.fudge`, `cd_q`, `td`, `last_and_pairs`,
+    `soft_value`, `exceedance`); batch {"tokens", "mask", "loss_mask", "reward" [b]}. Metrics: squared_error to the
+    reward at the last token. "soft" needs beta; "exceedance" a "threshold" [b] in the batch, its reward is the utility,
+    and its metric is the accuracy at the last token.
 
     A scalar head is read at y_t; a Q head at the position before, in the column of y_t. "cd_q" needs a Q head and the
     base model, whose parameters are `frozen`: its target is the exact mean over pi_ref's next tokens.
-    ValueError for an unknown objective, a model without a head, or cd_q without Q head and base.
+    ValueError for an unknown objective, a model without a head, cd_q without Q head and base, soft without beta.
     """
     if objective not in VALUE_OBJECTIVES:
         raise ValueError(f"objective: expected one of {VALUE_OBJECTIVES}, found {objective!r}")
@@ -70,6 +72,8 @@ def value(lm: Any, objective: str, *, base: Any = None) -> Loss:
     wide = lm.config.head.kind == "q"
     if objective == "cd_q" and not (wide and base is not None):
         raise ValueError("cd_q: expected a Q head, whose target is a mean over the vocabulary, and the base model")
+    if objective == "soft" and beta is None:
+        raise ValueError("beta: expected the KL weight of the soft value, found none")
 
     def loss(params: Params, batch: Any, frozen: Params) -> Measured:
         params = cast(lm, params)
@@ -81,6 +85,13 @@ def value(lm: Any, objective: str, *, base: Any = None) -> Loss:
             total = losses.fudge(found, reward, drawn)
         elif objective == "td":
             total = losses.td(found, reward, drawn)
+        elif objective == "pairs":
+            total = losses.last_and_pairs(found, reward, drawn, pair_weight=pair_weight)
+        elif objective == "soft":
+            assert beta is not None
+            total = losses.soft_value(found, reward, drawn, beta=beta)
+        elif objective == "exceedance":
+            total = losses.exceedance(found, reward, batch["threshold"], drawn)
         else:
             below = jax.lax.stop_gradient(base.hidden(cast(base, frozen), tokens, mask=mask))
             total = losses.cd_q(found, _expected_next(lm, params, base, frozen, hidden, below)[:, 1:], reward, drawn)
@@ -89,8 +100,12 @@ def value(lm: Any, objective: str, *, base: Any = None) -> Loss:
         # The weight counts rows with a response: padding rows carry none.
         rows = drawn.any(axis=1)
         count = jnp.maximum(rows.sum(), 1)
-        squared = (jnp.where(rows, final - reward, 0) ** 2).sum() / count
-        return Measured(total * (rows.shape[0] / count), rows.sum(), {"squared_error": squared})
+        if objective == "exceedance":
+            right = (final > 0) == (reward > batch["threshold"])
+            metrics = {"accuracy": jnp.where(rows, right, False).sum() / count}
+        else:
+            metrics = {"squared_error": (jnp.where(rows, final - reward, 0) ** 2).sum() / count}
+        return Measured(total * (rows.shape[0] / count), rows.sum(), metrics)
 
     return loss
 
