@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from eval.bench import __main__ as bench
-from eval.bench import score
-from jaxalign import models
+from eval.bench import score, train
+from jaxalign import losses, models
 
 SMALL = ("--layers", "1", "--width", "64", "--repeats", "1")
 DRAWS = (*SMALL, "--batch", "2", "--prompt", "3", "--new", "2")
@@ -22,6 +22,7 @@ SIZES = {
     "args": (*DRAWS, "--no-torch", "--k", "2"),
     "genarm": DRAWS,
     "score": (*SMALL, "--batch", "2", "--length", "7", "--vocab", "50", "--chunk", "4"),
+    "train": (*SMALL, "--batch", "2", "--length", "7", "--no-torch"),
 }
 COLUMNS = {
     "decode": ["batch", "jaxalign tokens/s"],
@@ -41,7 +42,9 @@ COLUMNS = {
         "model temp MB",
         "max difference",
     ],
+    "train": ["stage", "rows x length", "jaxalign tokens/s", "jaxalign MB", "GFLOP"],
 }
+FIRST = {"score": ["forward", "gradient"], "train": ["sft", "reward_model", "arm"]}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -50,7 +53,7 @@ def test_prints_and_writes_its_rows(name, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{name}.json"]
     written = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert written.keys() == {"device", "jax", "rows"}
-    first = ["forward", "gradient"] if name == "score" else [2]
+    first = FIRST.get(name, [2])
     assert [row[COLUMNS[name][0]] for row in written["rows"]] == first
     assert [list(row) for row in written["rows"]] == [COLUMNS[name]] * len(first)
     for row in written["rows"]:
@@ -116,6 +119,8 @@ def test_the_benchmarks_are_listed(capsys):
         ("genarm", ("--mesh", "data=1000"), "mesh"),
         ("score", ("--length", "1"), "length"),
         ("score", ("--chunk", "0"), "chunk"),
+        ("train", ("--batch", "3"), "batch"),
+        ("train", ("--length", "1"), "length"),
     ],
 )
 def test_bad_values_are_named(name, extra, match, tmp_path):
@@ -157,3 +162,23 @@ def test_score_refuses_a_wrong_result(monkeypatch, error):
     monkeypatch.setattr(models, "token_log_prob", lambda *args, **options: right(*args, **options) + error)
     with pytest.raises(RuntimeError, match=r"score forward: expected a difference of at most 0\.0001"):
         score.run(score.Config(batch=2, length=7, vocab=50, layers=1, width=64, repeats=1))
+
+
+TRAIN = train.Config(batch=2, length=7, layers=1, width=64, repeats=1)
+
+
+def test_train_agrees_with_torch():
+    pytest.importorskip("torch")
+    rows = train.run(TRAIN)
+    at = COLUMNS["train"].index("jaxalign tokens/s") + 1
+    columns = [*COLUMNS["train"][:at], "torch tokens/s", "ratio", *COLUMNS["train"][at:], "max difference"]
+    assert [list(row) for row in rows] == [columns] * len(train.LOSSES)
+
+
+@pytest.mark.parametrize("error", [1e-2, math.nan])
+def test_train_refuses_a_wrong_result(monkeypatch, error):
+    pytest.importorskip("torch")
+    right = losses.language_model
+    monkeypatch.setattr(losses, "language_model", lambda *args, **options: right(*args, **options) + error)
+    with pytest.raises(RuntimeError, match=r"train sft: expected torch's loss .* after 0 steps"):
+        train.run(TRAIN)

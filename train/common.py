@@ -259,9 +259,14 @@ def finish(
 
 def report(out: pathlib.Path, summary: dict[str, Any], following: str) -> None:
     """The figures, and as the last line what was written and what comes next."""
+    show(summary)
+    print(f"wrote {out / 'model'} and {out / 'summary.json'}; next: {following}", flush=True)
+
+
+def show(summary: dict[str, Any]) -> None:
+    """One line per figure."""
     for name, value in summary.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
-    print(f"wrote {out / 'model'} and {out / 'summary.json'}; next: {following}", flush=True)
 
 
 def finished(out: pathlib.Path) -> dict[str, Any] | None:

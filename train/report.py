@@ -10,7 +10,14 @@ from typing import Any
 from eval import results
 
 LABELS = {"base": "base", "best_of": "best-of-n", "args": "ARGS", "value": "CD-FUDGE", "autoregressive": "GenARM"}
-COLOURS = {"base": "black", "best-of-n": "C4", "ARGS": "C3", "CD-FUDGE": "C1", "GenARM": "C2"}
+# Okabe and Ito's colours, and a marker each: told apart without colour, too.
+STYLES = {
+    "base": ("black", "s"),
+    "best-of-n": ("#CC79A7", "D"),
+    "ARGS": ("#D55E00", "v"),
+    "CD-FUDGE": ("#E69F00", "o"),
+    "GenARM": ("#009E73", "^"),
+}
 
 
 def family(method: str) -> str:
@@ -39,14 +46,14 @@ def frontier(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained", sharex=True)
     titles = {"gold": "true utility (gold)", "reward": "learned reward (proxy)"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        for label, colour in COLOURS.items():
+        for label, (colour, marker) in STYLES.items():
             mine = [row for row in rows if _label(row) == label]
             mine.sort(key=lambda row: row["kl"])
             axes.errorbar(
                 [row["kl"] for row in mine],
                 [row[name] for row in mine],
                 [row[f"{name}_95"] or 0 for row in mine],
-                marker="s" if label == "base" else "o",
+                marker=marker,
                 ms=5,
                 lw=1.4,
                 capsize=2,

@@ -213,11 +213,15 @@ def _rows(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
             continue
         try:
             row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+            if b"\\u" in raw:
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
         except ValueError as error:  # of the encoding, and of JSON
             yield f"{file}:{number}", _Bad(f"expected JSON, found {error}")
             continue
-        good = isinstance(row, dict)
-        yield f"{file}:{number}", row if good else _Bad(f"expected a JSON object, found {type(row).__name__}")
+        if isinstance(row, dict):
+            yield f"{file}:{number}", {k: v for k, v in row.items() if v is not None}
+        else:
+            yield f"{file}:{number}", _Bad(f"expected a JSON object, found {type(row).__name__}")
 
 
 def _pair(row: dict[str, Any], tokenizer: Any) -> Pair:
@@ -260,6 +264,8 @@ def _chat_pair(prompt: Any, chosen: list[Any], rejected: list[Any], tokenizer: A
 
 def _templated(prompt: list[Any], response: list[Any], tokenizer: Any) -> tuple[str, str]:
     """(the prompt with the template's turn for the response, the response as the template writes it)."""
+    if tokenizer is None:
+        raise _Bad("expected text, found lists of messages")
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("data: expected a tokenizer with a chat template for lists of messages, found none")
     if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in (*prompt, *response)):
@@ -309,7 +315,7 @@ def _prompt_ids(tokenizer: Any, text: str, templated: bool, *, empty: bool = Fal
 
 def _response_ids(tokenizer: Any, text: str, eos_id: int | None, templated: bool) -> list[int]:
     ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    if eos_id is None:
+    if eos_id is None or ids[-1:] == [eos_id]:
         closed = ids
     elif templated and eos_id in ids:
         closed = ids[: ids.index(eos_id) + 1]  # some templates write a newline after their end of turn

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign import losses, mdp, models
+from jaxalign import losses, mdp, models, shaping
 from jaxalign.training.step import Loss, Measured
 from jaxalign.types import Array, Params
 
@@ -129,6 +129,33 @@ def _expected_next(lm: Any, params: Params, base: Any, frozen: Params, hidden: A
         return losses.expected_next(lm.head(params, hidden), jax.nn.log_softmax(base.logits(frozen, below)))
 
     return jax.lax.stop_gradient(models.chunked(read, jax.lax.stop_gradient(hidden), below, chunk=64))
+
+
+def stackelberg(lm: Any, *, beta: float) -> Loss:
+    """−E[u] under the follower of the model's reward: −Σ_i w_i·u_i per prompt, w = softmax(r/beta) over its n samples
+    of the base; batch {"tokens", "mask" [b,n,L], "utility" [b,n]}. Metrics: utility, effective_samples (1/Σ w²).
+
+    The weights are self-normalised estimates of the closed form, and the gradient passes through them into every
+    parameter: dU/dr_i = w_i·(u_i − U)/beta. The head's bound keeps r within [0, B]. ValueError for a model without one.
+    """
+    if lm.config.head is None or lm.config.head.bound is None:
+        raise ValueError(f"stackelberg: expected a reward head with a bound, found {lm.config.head}")
+
+    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+        reward = group_rewards(lm, cast(lm, params), batch)
+        log_base = batch.get("log_base", jnp.zeros_like(reward))
+        delivered = shaping.leader_utility(reward, batch["utility"], log_base, beta=beta).mean()
+        ess = shaping.effective_samples(reward, beta=beta).mean()
+        return Measured(-delivered, jnp.asarray(reward.shape[0]), {"utility": delivered, "effective_samples": ess})
+
+    return loss
+
+
+def group_rewards(lm: Any, params: Params, batch: Any) -> Array:
+    """r(x,y_i) [b,n] of {"tokens", "mask" [b,n,L]}."""
+    shape = batch["tokens"].shape
+    flat = {name: batch[name].reshape(-1, shape[-1]) for name in ("tokens", "mask")}
+    return rewards_of(lm, params, flat).reshape(shape[:-1])
 
 
 def rewards_of(lm: Any, params: Params, batch: Any) -> Array:

@@ -38,7 +38,14 @@ def grouped(batch, parts: int):
 
 def objective(name: str, dtype: str = "float32"):
     """(loss, float32 parameters, frozen, batch of 8)."""
-    head = {"sft": None, "arm": None, "reward_model": "reward", "fudge": "value", "td": "value"}.get(name, "q")
+    head = {
+        "sft": None,
+        "arm": None,
+        "reward_model": "reward",
+        "leader": "reward",
+        "fudge": "value",
+        "td": "value",
+    }.get(name, "q")
     lm, params = tiny_lm(0, head)
     lm = models.LanguageModel(lm.config, dtype)
     reward = np.linspace(-1, 1, 8).astype(np.float32)
@@ -48,6 +55,11 @@ def objective(name: str, dtype: str = "float32"):
         return objectives.bradley_terry(lm), params, None, pairs(8)
     if name == "arm":
         return objectives.autoregressive_reward(lm, beta_r=0.3), params, None, pairs(8)
+    if name == "leader":
+        lm = models.with_head(lm, models.Head("reward", bound=2.0))
+        grouped_rows = {k: v.reshape(8, 3, *v.shape[1:]) for k, v in rows(24).items() if k != "loss_mask"}
+        utility = np.random.default_rng(3).normal(size=(8, 3)).astype(np.float32)
+        return objectives.stackelberg(lm, beta=0.7), params, None, grouped_rows | {"utility": utility}
     base, frozen = tiny_lm(5)
     base = models.LanguageModel(base.config, dtype)
     kind = {"fudge_q": "fudge"}.get(name, name)
@@ -55,7 +67,7 @@ def objective(name: str, dtype: str = "float32"):
     return loss, params, frozen if kind == "cd_q" else None, rows(8) | {"reward": reward}
 
 
-NAMES = ["sft", "reward_model", "arm", "fudge", "fudge_q", "td", "cd_q"]
+NAMES = ["sft", "reward_model", "arm", "fudge", "fudge_q", "td", "cd_q", "leader"]
 
 
 def one_step(name: str, parts: int, dtype: str = "float32"):
