@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import mdp, models
+from jaxalign import mdp, models, shaping
 from jaxalign.checks import check_has_logits, check_prompt_fits, entry, is_concrete
 from jaxalign.types import Array, CheckedReward, Params, Reward, TokenBatch, at_least_float32
 
@@ -113,6 +113,23 @@ def map_reward(reward: Reward, f: Callable[[Params, Array, Array], Array]) -> Re
         _check(reward, entry(params, "reward"), prompts, max_new_tokens)
 
     return CheckedReward(mapped, check, _vocab_size([reward]))
+
+
+def shaped(reward: Reward, *, sharpness: float | None = None) -> Reward:
+    """Stackelberg shaping by per-prompt thresholds: bound·1[r > m], or bound·sigmoid(sharpness·(r − m)).
+
+    params {"reward", "map": {"threshold": [prompts], read at the prompt's index, or one number; "bound": B > 0}};
+    thresholds by `shaping.optimal_threshold` on base samples. For best-of-n, `decoding.rejection` and training.
+    """
+
+    def shape(params: Params, value: Array, index: Array) -> Array:
+        threshold, bound = at_least_float32(entry(params, "threshold")), entry(params, "bound")
+        per_row = threshold if threshold.ndim == 0 else threshold[index]
+        if sharpness is None:
+            return shaping.threshold_reward(value[:, None], per_row, bound=bound)[:, 0]
+        return shaping.soft_threshold_reward(value[:, None], per_row, bound=bound, sharpness=sharpness)[:, 0]
+
+    return map_reward(reward, shape)
 
 
 def from_numpy(f: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Reward:

@@ -23,6 +23,7 @@ SIZES = {
     "genarm": DRAWS,
     "score": (*SMALL, "--batch", "2", "--length", "7", "--vocab", "50", "--chunk", "4"),
     "train": (*SMALL, "--batch", "2", "--length", "7", "--no-torch"),
+    "shaping": (*SMALL, "--prompts", "20", "--samples", "5", "--batch", "2", "--length", "7"),
 }
 COLUMNS = {
     "decode": ["batch", "jaxalign tokens/s"],
@@ -43,8 +44,21 @@ COLUMNS = {
         "max difference",
     ],
     "train": ["stage", "rows x length", "jaxalign tokens/s", "jaxalign MB", "GFLOP"],
+    "shaping": ["what", "seconds", "times", "of"],
 }
-FIRST = {"score": ["forward", "gradient"], "train": ["sft", "reward_model", "arm"]}
+FIRST = {
+    "score": ["forward", "gradient"],
+    "train": ["sft", "reward_model", "arm"],
+    "shaping": [
+        "threshold",
+        "threshold and gradient",
+        "one jnp.sort",
+        "sorted-prefix form",
+        "numpy, 50 bisections",
+        "prefill",
+        "prefill with a threshold head",
+    ],
+}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -121,6 +135,8 @@ def test_the_benchmarks_are_listed(capsys):
         ("score", ("--chunk", "0"), "chunk"),
         ("train", ("--batch", "3"), "batch"),
         ("train", ("--length", "1"), "length"),
+        ("shaping", ("--samples", "0"), "samples"),
+        ("shaping", ("--gain", "-1"), "gain"),
     ],
 )
 def test_bad_values_are_named(name, extra, match, tmp_path):

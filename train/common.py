@@ -257,10 +257,10 @@ def finish(
     return summary
 
 
-def report(out: pathlib.Path, summary: dict[str, Any], following: str) -> None:
+def report(out: pathlib.Path, summary: dict[str, Any], following: str, *, product: str = "model") -> None:
     """The figures, and as the last line what was written and what comes next."""
     show(summary)
-    print(f"wrote {out / 'model'} and {out / 'summary.json'}; next: {following}", flush=True)
+    print(f"wrote {out / product} and {out / 'summary.json'}; next: {following}", flush=True)
 
 
 def show(summary: dict[str, Any]) -> None:

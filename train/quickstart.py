@@ -2,11 +2,11 @@
 
 python -m train.quickstart --out runs/quickstart
 
-Makes the world's texts and preferences, trains tokenizer, base model, reward model, value model and autoregressive
-reward model, decodes held-out prompts with the base, best-of-n, ARGS, CD-FUDGE and GenARM at several strengths, and
-writes results.json, frontier.png (true utility against KL) and responses.html. A run that was stopped goes on at its
-stage. Each stage prints what it is: the same files serve as examples for train.sft, train.reward_model, train.value,
-train.arm and eval.decode.
+Makes the world's texts and preferences, trains tokenizer, base model, reward model, value model, autoregressive reward
+model and heads for Stackelberg-shaped rewards, decodes held-out prompts with the base, best-of-n, ARGS, CD-FUDGE,
+GenARM and the shaped rewards' followers at several strengths, and writes results.json, frontier.png (true utility
+against KL) and responses.html. A run that was stopped goes on at its stage. Each stage prints what it is: the same
+files serve as examples for train.sft, train.reward_model, train.value, train.arm and eval.decode.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Size(NamedTuple):
     args: tuple[float, ...]
     value: tuple[float, ...]
     arm: tuple[float, ...]
+    bounds: tuple[float, ...]  # of shaped rewards [units of reward], at beta 1
 
 
 SIZES = {
@@ -73,6 +74,7 @@ SIZES = {
         args=(4.0, 2.0, 1.0, 0.5, 0.25),
         value=(2.0, 1.0, 0.5, 0.25, 0.12),
         arm=(4.0, 2.0, 1.0, 0.5, 0.25, 0.06),
+        bounds=(3.0, 6.0),
     ),
     "tiny": Size(
         layers=1,
@@ -86,6 +88,7 @@ SIZES = {
         args=(1.0,),
         value=(0.5,),
         arm=(1.0,),
+        bounds=(2.0,),
     ),
 }
 LIMIT = 40  # tokens of a response; three sentences take at most 36
@@ -107,6 +110,17 @@ def run(config: Config) -> dict[str, Any]:
         "max_length": LENGTH,
         "save_every": 100,
         "log_every": 20,
+    }
+    values = shared | {
+        "base": folders["sft"],
+        "prompts": str(data / "prompts.jsonl"),
+        "reward": folders["reward_model"],
+        "samples": size.rollouts,
+        "max_new_tokens": LIMIT,
+        "decode_batch": 512,
+        "head": "q",
+        "learning_rate": 1e-3,
+        "epochs": size.epochs[2],
     }
     pairs = shared | {"data": str(data / "pairs.jsonl"), "model": folders["sft"]}
 
@@ -148,21 +162,7 @@ def run(config: Config) -> dict[str, Any]:
         ),
         (
             "value model",
-            lambda: value.run(
-                value.Config(
-                    **shared,
-                    out=str(out / "value"),
-                    base=folders["sft"],
-                    prompts=str(data / "prompts.jsonl"),
-                    reward=folders["reward_model"],
-                    samples=size.rollouts,
-                    max_new_tokens=LIMIT,
-                    decode_batch=512,
-                    head="q",
-                    learning_rate=1e-3,
-                    epochs=size.epochs[2],
-                )
-            ),
+            lambda: value.run(value.Config(**values, out=str(out / "value"))),
         ),
         (
             "autoregressive reward model",
@@ -171,11 +171,15 @@ def run(config: Config) -> dict[str, Any]:
             ),
         ),
     ]
+    heads = {bound: out / f"exceedance_{bound:g}" for bound in size.bounds}
+    for bound, folder in heads.items():
+        stages.append((f"exceedance head, bound {bound:g}", _exceedance(values, out, folder, bound)))
     methods: list[tuple[str, dict[str, Any]]] = [
         ("base and best-of-n", {"best_of_n": size.n}),
         ("ARGS", {"critic": (f"args:{folders['reward_model']}",), "beta": size.args}),
         ("CD-FUDGE", {"critic": (f"value:{folders['value']}",), "beta": size.value}),
         ("GenARM", {"critic": (f"autoregressive:{folders['arm']}",), "beta": size.arm}),
+        ("Stackelberg", {"critic": tuple(f"follower:{folder / 'model'}" for folder in heads.values())}),
     ]
     for name, options in methods:
         stages.append((f"decode: {name}", _decoding(config, out, folders, name, options)))
@@ -196,6 +200,12 @@ def run(config: Config) -> dict[str, Any]:
     print(f"{total:.0f} s in all: " + ", ".join(f"{name} {s:.0f} s" for name, s in clock.seconds.items()))
     print(f"wrote {out / 'results.json'}, {out / 'frontier.png'} and {out / 'responses.html'}; next: docs/real_data.md")
     return found
+
+
+def _exceedance(values: dict[str, Any], out: pathlib.Path, folder: pathlib.Path, bound: float) -> Callable[[], Any]:
+    """On the roll-outs of the value model."""
+    options: dict[str, Any] = {"objective": "exceedance", "bound": bound, "beta": 1.0, "rollouts": str(out / "value")}
+    return lambda: value.run(value.Config(**values, **options, out=str(folder)))
 
 
 def _folder(out: pathlib.Path, name: str) -> pathlib.Path:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import html
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from eval import results
 
-LABELS = {"base": "base", "best_of": "best-of-n", "args": "ARGS", "value": "CD-FUDGE", "autoregressive": "GenARM"}
+LABELS = {
+    "base": "base",
+    "best_of": "best-of-n",
+    "args": "ARGS",
+    "value": "CD-FUDGE",
+    "autoregressive": "GenARM",
+    "follower": "Stackelberg",
+}
 # Okabe and Ito's colours, and a marker each: told apart without colour, too.
 STYLES = {
     "base": ("black", "s"),
@@ -17,6 +25,7 @@ STYLES = {
     "ARGS": ("#D55E00", "v"),
     "CD-FUDGE": ("#E69F00", "o"),
     "GenARM": ("#009E73", "^"),
+    "Stackelberg": ("#0072B2", "P"),
 }
 
 
@@ -32,8 +41,14 @@ def rows(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]]) ->
     for row in found:
         row["tokens_per_second"] = known.get((row["method"], row["beta"]))
         label = family(row["method"])
-        row["method"] = row["method"].replace("_", "-") if label in ("base", "best-of-n") else label
+        row["method"] = row["method"].replace("_", "-") if label in ("base", "best-of-n") else _name(row["method"])
     return found
+
+
+def _name(method: str) -> str:
+    """The label; with the bound of a shaped reward, by which the folder of its head is named."""
+    bound = re.search(r"exceedance_([\d.]+)", method)
+    return f"{family(method)}, B {bound.group(1)}" if bound else family(method)
 
 
 def frontier(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
@@ -80,7 +95,7 @@ def frontier(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def _label(row: dict[str, Any]) -> str:
-    return "best-of-n" if row["method"].startswith("best-of") else row["method"]
+    return "best-of-n" if row["method"].startswith("best-of") else row["method"].partition(",")[0]
 
 
 PAGE = """<!doctype html>
@@ -136,7 +151,8 @@ def side_by_side(
 
 def _setting(row: dict[str, Any]) -> str:
     if row["beta"] is not None:
-        return f"beta {row['beta']:g},"
+        bound = _name(row["method"]).partition(", ")[2]
+        return f"{bound}, beta {row['beta']:g}," if bound else f"beta {row['beta']:g},"
     return f"n = {row['method'].rpartition('_')[2]}," if row["method"].startswith("best") else ""
 
 

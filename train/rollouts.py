@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -38,6 +39,9 @@ class Options(common.Options):
     """Prompts per shard of roll-outs."""
     decode_batch: int = 64
     """Roll-outs decoded together."""
+    rollouts: str = ""
+    """Run folder of another train.value or train.shaping with the same base, prompts, reward, samples, limit and seed:
+    its roll-outs are read, none are made."""
 
 
 class Rollout(NamedTuple):
@@ -59,7 +63,8 @@ def check(config: Options) -> None:
 
 def inputs(config: Options) -> list[str]:
     """The files and folders that a run reads."""
-    return [config.base, config.prompts, config.reward, config.model, config.architecture, config.tokenizer]
+    folders = [config.base, config.prompts, config.reward, config.model, config.architecture, config.tokenizer]
+    return [*folders, config.rollouts]
 
 
 def judge(config: Options, lm: models.LanguageModel, tokenizer: Any) -> tuple[Reward, Params]:
@@ -80,9 +85,11 @@ def roll_out(config: Options, out: pathlib.Path, tokenizer: Any, *, stage: str) 
     prompts = data.tokenize_prompts(config.prompts, tokenizer)
     digest = hashlib.blake2b(repr([p.tokens for p in prompts]).encode(), digest_size=8).hexdigest()
     shards = -(-len(prompts) // config.shard)
-    folder = out / "rollouts"
-    folder.mkdir(exist_ok=True)
+    folder = (pathlib.Path(config.rollouts) if config.rollouts else out) / "rollouts"
     paths = [folder / f"{k:05d}.npz" for k in range(shards)]
+    if config.rollouts:
+        _check_same(config, paths)
+    folder.mkdir(exist_ok=True)
     if not all(path.exists() for path in paths):
         lm, params = models.load(config.base, dtype=config.dtype)
         policy = policies.language_model(lm)
@@ -101,6 +108,20 @@ def roll_out(config: Options, out: pathlib.Path, tokenizer: Any, *, stage: str) 
             f"max_length: expected at least the longest roll-out's {longest} tokens, found {config.max_length}"
         )
     return found
+
+
+def _check_same(config: Options, paths: list[pathlib.Path]) -> None:
+    """ValueError where the roll-outs of --rollouts are not those that this run would make, or are not complete."""
+    other = pathlib.Path(config.rollouts) / "config.json"
+    made = json.loads(other.read_text()) if other.exists() else {}
+    for name in ("base", "reward", "samples", "max_new_tokens", "shard", "seed"):
+        if made.get(name) != getattr(config, name):
+            raise ValueError(
+                f"rollouts: expected those of {name} {getattr(config, name)}, found {made.get(name)} in {other}"
+            )
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise ValueError(f"rollouts: expected all {len(paths)} shards in {paths[0].parent}, found none of {missing}")
 
 
 def _read(path: pathlib.Path, prompts: list[data.Prompt], digest: str, name: str) -> list[Rollout]:

@@ -32,6 +32,9 @@ from jaxalign.types import Params
 from train import common, rollouts
 
 
+NETWORK = "network.safetensors"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(rollouts.Options):
     """Options of train.shaping."""
@@ -152,7 +155,8 @@ def run(config: Config) -> dict[str, Any]:
         following = "docs/stackelberg.md"
     done = common.finished(out)
     if done is not None:
-        common.report(out, done, following)
+        network = config.leader == "network" and not config.amortise
+        common.report(out, done, following, product=NETWORK if network else "model")
         return done
     bound = config.bound if config.leader == "reward_model" and not config.amortise else None
     begin = common.start(config, lambda _: models.Head("reward", bound=bound))
@@ -216,14 +220,13 @@ def _network(
     delivered = utilities(config, {"leader": reward, "sampled_threshold": np.asarray(sampled)}, weighed)
     ess = np.asarray(shaping.effective_samples(reward, beta=config.beta))
     flat = {"/".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    temporary = out / ".network.safetensors"
+    temporary = out / f".{NETWORK}"
     save_file(flat, temporary, metadata={"bound": str(config.bound), "beta": str(config.beta)})
-    temporary.replace(out / "network.safetensors")
+    temporary.replace(out / NETWORK)
     summary = {"rows": len(data.train), "validation_rows": len(data.validation)} | compare(config, delivered)
     summary["effective_samples"] = float(ess.mean())
     cli.write_json(out / "summary.json", summary)
-    common.show(summary)
-    print(f"wrote {out / 'network.safetensors'} and {out / 'summary.json'}; next: {following}", flush=True)
+    common.report(out, summary, following, product=NETWORK)
     return summary
 
 
@@ -237,7 +240,7 @@ def _amortise(
     score = lambda params, batch: thresholds(begin.lm, params, batch)  # noqa: E731
     found = common.evaluate(score, params, data.validation, pad, config.batch_size)
     exact = np.asarray(shaping.optimal_threshold(utility, gain=gain))
-    constant = np.median([shaping.optimal_threshold(np.asarray(row.utility), gain=gain) for row in data.train])
+    constant = np.median(shaping.optimal_threshold(np.asarray([row.utility for row in data.train]), gain=gain))
     paid = {
         name: np.asarray(shaping.threshold_reward(utility, m, bound=config.bound))
         for name, m in (("leader", found), ("constant", np.full_like(found, constant)))

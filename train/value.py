@@ -88,17 +88,18 @@ def shaped(config: Config, found: list[rollouts.Rollout]) -> list[Row]:
     """Rows for training: rewards shaped by each prompt's threshold, from all of its roll-outs."""
     if not config.bound:
         return [Row(r.prompt, r.response, r.reward, r.reward, 0.0) for r in found]
-    out = []
-    for rows in rollouts.by_prompt(found).values():
-        utility = np.asarray([row.reward for row in rows], np.float32)
-        threshold = shaping.optimal_threshold(utility, gain=config.bound / config.beta)
-        if config.sharpness:
-            paid = shaping.soft_threshold_reward(utility, threshold, bound=config.bound, sharpness=config.sharpness)
-        else:
-            paid = shaping.threshold_reward(utility, threshold, bound=config.bound)
-        for row, r in zip(rows, np.asarray(paid).tolist(), strict=True):
-            out.append(Row(row.prompt, row.response, r, row.reward, float(threshold)))
-    return out
+    groups = list(rollouts.by_prompt(found).values())
+    utility = np.asarray([[row.reward for row in rows] for rows in groups], np.float32)
+    threshold = shaping.optimal_threshold(utility, gain=config.bound / config.beta)
+    if config.sharpness:
+        paid = shaping.soft_threshold_reward(utility, threshold, bound=config.bound, sharpness=config.sharpness)
+    else:
+        paid = shaping.threshold_reward(utility, threshold, bound=config.bound)
+    return [
+        Row(row.prompt, row.response, r, row.reward, m)
+        for rows, rewards, m in zip(groups, np.asarray(paid).tolist(), np.asarray(threshold).tolist(), strict=True)
+        for row, r in zip(rows, rewards, strict=True)
+    ]
 
 
 def run(config: Config) -> dict[str, Any]:

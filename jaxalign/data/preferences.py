@@ -42,20 +42,22 @@ class Text(NamedTuple):
 
 
 class PairTokens(NamedTuple):
-    """Token ids, EOS included; where: file and line."""
+    """Token ids, EOS included; where: file and line; asked: the text by which rows are split, uncut."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     where: str
+    asked: str = ""
 
 
 class TextTokens(NamedTuple):
-    """Token ids, EOS included; where: file and line."""
+    """Token ids, EOS included; where: file and line; asked: the text by which rows are split, uncut."""
 
     prompt: list[int]
     response: list[int]
     where: str
+    asked: str = ""
 
 
 class Loaded(NamedTuple):
@@ -89,7 +91,7 @@ def tokenize_pairs(
         both = [_response_ids(tokenizer, r, eos_id, pair.templated) for r in (pair.chosen, pair.rejected)]
         if both[0] == both[1]:
             raise _Bad("expected two responses that differ, found the same tokens twice")
-        return PairTokens(_cut(prompt, max(map(len, both)), max_length), both[0], both[1], where)
+        return PairTokens(_cut(prompt, max(map(len, both)), max_length), both[0], both[1], where, pair.prompt)
 
     return _load(pathlib.Path(path), convert, skip_bad)
 
@@ -105,8 +107,8 @@ def tokenize_texts(
         prompt = _prompt_ids(tokenizer, text.prompt, text.templated, empty=not text.prompt)
         response = _response_ids(tokenizer, text.response, eos_id, text.templated)
         if not text.prompt:
-            return TextTokens(prompt, response[: max_length - len(prompt)], where)
-        return TextTokens(_cut(prompt, len(response), max_length), response, where)
+            return TextTokens(prompt, response[: max_length - len(prompt)], where, text.response)
+        return TextTokens(_cut(prompt, len(response), max_length), response, where, text.prompt)
 
     return _load(pathlib.Path(path), convert, skip_bad)
 
@@ -127,14 +129,16 @@ def read_strings(path: str | pathlib.Path, *, skip_bad: bool = False) -> Loaded:
 def split_by_prompt(rows: Sequence[Any], *, fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
     """(training, validation) rows: a prompt is in the second with probability `fraction`, by a hash of seed and prompt.
 
-    So no prompt is in both, and a prompt's part does not depend on the other rows. rows: anything with `prompt`.
+    So no prompt is in both, and a prompt's part does not depend on the other rows. rows: anything with `prompt`; rows
+    of files by the uncut text of their prompt, or by that of the response where there is none.
     ValueError: a fraction outside (0, 1), or a part that comes out empty.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction: expected a share in (0, 1), found {fraction}")
     parts: tuple[list[Any], list[Any]] = ([], [])
     for row in rows:
-        digest = hashlib.blake2b(json.dumps([seed, row.prompt]).encode(), digest_size=8).digest()
+        asked = getattr(row, "asked", "") or row.prompt
+        digest = hashlib.blake2b(json.dumps([seed, asked]).encode(), digest_size=8).digest()
         parts[int.from_bytes(digest, "big") < fraction * 2**64].append(row)
     for name, part in zip(("training", "validation"), parts, strict=True):
         if not part:
@@ -202,10 +206,10 @@ def _rows(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
         except ImportError as error:
             raise ValueError("data: expected pyarrow for .parquet files (pip install 'jaxalign[parquet]')") from error
         try:
-            table = parquet.read_table(file)
-        except (lib.ArrowException, OSError) as error:
+            rows = parquet.read_table(file).to_pylist()
+        except (lib.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"data: expected a Parquet file, found {error} in {file}") from error
-        for number, row in enumerate(table.to_pylist(), start=1):
+        for number, row in enumerate(rows, start=1):
             yield f"{file}:{number}", {k: v for k, v in row.items() if v is not None}
         return
     for number, raw in _raw_lines(file):
@@ -215,7 +219,7 @@ def _rows(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
             row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
             if b"\\u" in raw:
                 json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
-        except ValueError as error:  # of the encoding, and of JSON
+        except (ValueError, RecursionError) as error:  # of the encoding, of JSON, of its depth
             yield f"{file}:{number}", _Bad(f"expected JSON, found {error}")
             continue
         if isinstance(row, dict):
@@ -315,6 +319,8 @@ def _prompt_ids(tokenizer: Any, text: str, templated: bool, *, empty: bool = Fal
 
 def _response_ids(tokenizer: Any, text: str, eos_id: int | None, templated: bool) -> list[int]:
     ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    while eos_id is not None and ids[-2:] == [eos_id, eos_id]:
+        ids.pop()
     if eos_id is None or ids[-1:] == [eos_id]:
         closed = ids
     elif templated and eos_id in ids:

@@ -1,0 +1,1 @@
+"""Studies of shaped rewards: gold reward against KL for every shaping and decoder. See docs/stackelberg.md."""
