@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.types import ArrayLike, Params, Prompts, TokenBatch
+from jaxalign.types import ArrayLike, Critic, Params, Policy, Prompts, TokenBatch, prompts_for
 
 
 def is_concrete(*trees: Any) -> bool:
@@ -109,4 +109,20 @@ def check_prompt_fits(lm: Any, prompts: TokenBatch, max_new_tokens: int, *, name
     if real.min() < 0 or real.max() >= lm.vocab_size:
         raise ValueError(
             f"{name}: expected token ids in [0, {lm.vocab_size}), found ids from {real.min()} to {real.max()}"
+        )
+
+
+def check_part(part: Policy | Critic, params: Params, prompts: Prompts, max_new_tokens: int, name: str) -> None:
+    """The host checks of a policy or critic that others are put on, with params[name] and its prompts."""
+    entry(params, name)
+    if part.check is not None:
+        part.check(entry(params, name), prompts_for(prompts, name), max_new_tokens)
+
+
+def check_same_vocabulary(name: str, left: Policy | Critic, right: Policy | Critic) -> None:
+    """ValueError where both know their vocabulary and differ."""
+    if left.vocab_size is not None and right.vocab_size is not None and left.vocab_size != right.vocab_size:
+        raise ValueError(
+            f"{name}: expected one vocabulary, found {left.vocab_size} and {right.vocab_size} tokens "
+            "(models.match_vocabulary cuts appended rows)"
         )

@@ -31,7 +31,6 @@ from jaxalign.training.step import Loss
 from jaxalign.types import Params
 from train import common, rollouts
 
-
 NETWORK = "network.safetensors"
 
 

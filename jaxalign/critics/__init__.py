@@ -1,0 +1,19 @@
+"""Critics: which Q tilts the base. Each function takes a model (or critics) and gives a Critic.
+
+A critic's `score` may be asked for K candidates or (None) for the whole vocabulary; its proposal holds what `advance`
+needs to move to the chosen one without another pass over the prefix.
+"""
+
+from jaxalign.critics.combinators import map_scores, shaped_over_candidates, weighted_sum
+from jaxalign.critics.models import args, autoregressive, follower, hidden_value, value
+
+__all__ = [
+    "args",
+    "autoregressive",
+    "follower",
+    "hidden_value",
+    "map_scores",
+    "shaped_over_candidates",
+    "value",
+    "weighted_sum",
+]

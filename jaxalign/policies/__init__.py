@@ -1,0 +1,11 @@
+"""Policies: the language model, the tilt by a critic, and the transforms of a next-token distribution.
+
+Every function here takes Policies (or a model) and gives a Policy; build it once and reuse it, since a new closure is
+a new trace.
+"""
+
+from jaxalign.policies.base import language_model, with_reference
+from jaxalign.policies.tilting import tilt
+from jaxalign.policies.truncation import temperature, top_k, top_p
+
+__all__ = ["language_model", "temperature", "tilt", "top_k", "top_p", "with_reference"]
