@@ -206,3 +206,23 @@ def test_rejection_runs_on_language_models():
     assert found.completions.tokens.shape == (5, 4)
     assert (np.asarray(found.completions.tokens) < VOCAB).all()
     assert ((found.reward >= 0) & (found.reward <= 2)).all()
+
+
+@pytest.mark.parametrize("sharpness", [None, 2.0])
+def test_a_shaped_reward_reads_the_threshold_of_its_prompt(sharpness):
+    """Rows of prompts 2, 0, 2: bound above the prompt's threshold, 0 at and below it; a sigmoid where asked."""
+    plain = rewards.from_numpy(lambda tokens, mask, length, index: tokens[:, 0])
+    reward = rewards.shaped(plain, sharpness=sharpness)
+    tokens = jnp.array([[5], [5], [6]])
+    threshold = np.array([4.0, 0.0, 5.0])
+    params = {"reward": None, "map": {"threshold": jnp.array(threshold), "bound": 3.0}}
+    index = jnp.array([2, 0, 2])
+    found = jax.jit(reward)(params, tokens, jnp.ones((3, 1), bool), jnp.zeros(3, jnp.int32), index)
+    over = np.array([5, 5, 6]) - threshold[np.asarray(index)]
+    expected = 3.0 * (over > 0) if sharpness is None else 3.0 / (1 + np.exp(-sharpness * over))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    one = params | {"map": {"threshold": jnp.asarray(5.0), "bound": 3.0}}
+    found = reward(one, tokens, jnp.ones((3, 1), bool), jnp.zeros(3, jnp.int32), index)
+    over = np.array([0, 0, 1])
+    expected = 3.0 * (over > 0) if sharpness is None else 3.0 / (1 + np.exp(-sharpness * over))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -152,12 +152,26 @@ def accepted(
 
 
 def train_head(
-    world: World, name: str, objective: Any, *, bound: float, sharpness: float = 0.0
+    world: World, name: str, objective: Any, *, bound: float, sharpness: float = 0.0, **changed: Any
 ) -> tuple[models.LanguageModel, Params]:
-    """A head for a shaped reward at beta 1, trained as the quickstart's value model and on its roll-outs; kept in the
-    run's folder."""
+    """A head for a shaped reward at beta 1, trained as the quickstart's value model and on its roll-outs unless
+    `changed` says otherwise; kept in the run's folder."""
+    out = world.folder / "frontier" / name
     made = json.loads((world.folder / "value" / "config.json").read_text())
-    changed = {"objective": objective, "bound": bound, "beta": 1.0, "sharpness": sharpness, "config": ""}
-    changed |= {"rollouts": str(world.folder / "value"), "out": str(world.folder / "frontier" / name)}
+    made |= {"objective": objective, "bound": bound, "beta": 1.0, "sharpness": sharpness, "config": ""}
+    made |= {"rollouts": str(world.folder / "value"), "out": str(out)}
     value.run(value.Config(**(made | changed)))
-    return models.load(str(world.folder / "frontier" / name / "model"))
+    return models.load(str(out / "model"))
+
+
+def political_prompts(world: World) -> pathlib.Path:
+    """A file of the political prompts among those that the run's models were trained on."""
+    path = world.folder / "frontier" / "political.jsonl"
+    if path.exists():
+        return path
+    rows = (world.folder / "data" / "prompts.jsonl").read_text().splitlines()
+    kept = [row for row in rows if opinions.topic_of(json.loads(row)["prompt"]) in opinions.POLITICAL]
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(f"{row}\n" for row in kept))
+    return temporary.replace(path)

@@ -32,8 +32,12 @@ class Config(common.Options):
     """Bound B of the shaped reward [units of the learned reward], among --heads."""
     bounds: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0)
     """Bounds of the sweep, predicted by the closed form [units of the learned reward]."""
-    heads: tuple[float, ...] = (3.0, 6.0, 12.0, 20.0)
-    """Bounds of the sweep by tokens, an exceedance head each; those that the quickstart lacks are trained."""
+    heads: tuple[float, ...] = (3.0, 6.0, 12.0)
+    """Bounds of the sweep by tokens; an exceedance head is trained for each."""
+    head_samples: int = 64
+    """Roll-outs per training prompt that the heads are trained on, and thresholds solved from."""
+    head_steps: int = 400
+    """Optimizer steps of each head."""
     responses: int = 4
     """Responses per prompt of each measurement."""
 
@@ -124,12 +128,21 @@ def run(config: Config) -> list[dict[str, Any]]:
 
     lm, head_params = models.load(str(world.folder / "value" / "model"))
     rows.append(summary("raw", "by tokens", by_tokens(critics.value(lm), head_params)))
+    prompts, first = base.political_prompts(world), ""
     for bound in config.heads:
-        made = world.folder / f"exceedance_{bound:g}" / "model"
-        name = f"exceedance_{bound:g}"
-        lm, head_params = (
-            models.load(str(made)) if made.exists() else base.train_head(world, name, "exceedance", bound=bound)
+        name = f"political_{bound:g}_{config.head_samples}_{config.head_steps}"
+        lm, head_params = base.train_head(
+            world,
+            name,
+            "exceedance",
+            bound=bound,
+            prompts=str(prompts),
+            samples=config.head_samples,
+            steps=config.head_steps,
+            decode_batch=base.PER_BATCH,
+            rollouts=first,
         )
+        first = first or str(world.folder / "frontier" / name)
         got = by_tokens(critics.follower(lm, beta=beta, bound=bound), head_params)
         sweep.append({"sweep": "by tokens", "bound": bound} | summary("threshold", f"{bound:g}", got))
         if bound == config.bound:
@@ -146,8 +159,8 @@ def _draw(config: Config, rows: list[dict[str, Any]], sweep: list[dict[str, Any]
         1, 3, figsize=(13, 4.2), layout="constrained", gridspec_kw={"width_ratios": [1, 1.25, 1]}
     )
     hatch = {"samples": "", "predicted": "", "by responses": "//", "by tokens": ".."}
-    labels = [f"{r['reward']}\n{r['how']}" if r["reward"] != "base" else "base" for r in rows]
-    labels = [label.replace("threshold", "shaped") for label in labels]
+    shown = {"predicted": "closed\nform", "by responses": "by re-\nsponses", "by tokens": "by\ntokens", "samples": ""}
+    labels = [f"{r['reward'].replace('threshold', 'shaped')}\n{shown[r['how']]}" for r in rows]
     for axes, names in ((panels[0], ("loaded",)), (panels[1], ("utility", "gold"))):
         width = 0.8 / len(names)
         for k, name in enumerate(names):
