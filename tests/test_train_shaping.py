@@ -80,9 +80,11 @@ def test_roll_outs_of_another_run_are_read_and_none_are_made(files, tmp_path, mo
     value.main([*base, "--out", str(tmp_path / "value")])
     monkeypatch.setattr(rollouts, "write_shard", None)  # would fail
     shared = ("--rollouts", str(tmp_path / "value"))
-    value.main(
-        [*base, *shared, "--objective", "exceedance", "--bound", "2", "--beta", "1", "--out", str(tmp_path / "head")]
-    )
+    head = [*base, *shared, "--objective", "exceedance", "--bound", "2", "--beta", "1", "--out", str(tmp_path / "head")]
+    value.main(head)
+    # Both commands again: the first writes its folder's config.json anew, which is no change to the second.
+    value.main([*base, "--out", str(tmp_path / "value")])
+    value.main(head)
     shaping.main([*command(files, "reward_model"), *shared, "--out", str(tmp_path / "leader")])
     assert not (tmp_path / "head/rollouts").exists()
     with pytest.raises(ValueError, match=r"rollouts: expected those of samples 2, found 4"):

@@ -64,7 +64,8 @@ def check(config: Options) -> None:
 def inputs(config: Options) -> list[str]:
     """The files and folders that a run reads."""
     folders = [config.base, config.prompts, config.reward, config.model, config.architecture, config.tokenizer]
-    return [*folders, config.rollouts]
+    # The shards alone: the folder around them is written anew each time its own command is repeated.
+    return [*folders, str(pathlib.Path(config.rollouts) / "rollouts") if config.rollouts else ""]
 
 
 def judge(config: Options, lm: models.LanguageModel, tokenizer: Any) -> tuple[Reward, Params]:
