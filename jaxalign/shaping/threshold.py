@@ -40,7 +40,9 @@ def optimal_threshold(
     all zero. Under jit such input gives NaN.
     """
     utility = at_least_float32(utility)
-    log_base = jnp.zeros_like(utility) if log_base is None else at_least_float32(log_base)
+    # Behind a barrier: the compiler would fold sums over a constant of the samples' size, for seconds.
+    even = jax.lax.optimization_barrier(jnp.zeros_like(utility)) if log_base is None else log_base
+    log_base = at_least_float32(even)
     gain = at_least_float32(gain)
     if utility.ndim == 0 or utility.shape[-1] == 0:
         raise ValueError(f"utility: expected at least one response on the last axis, found shape {utility.shape}")
