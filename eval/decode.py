@@ -4,7 +4,8 @@ python -m eval.decode --model DIR --critic args:REWARD_DIR --critic autoregressi
     --reward REWARD_DIR --prompts prompts.jsonl --out runs/decode
 
 Each critic is a method, run at every beta, beside the base and (with --best-of-n) best-of-n; with --block it also
-selects blocks of the base. The same command again goes on where it was stopped; a response depends on the seed and on the prompt's index alone.
+selects blocks of the base. The same command again goes on where it was stopped; a response depends on the seed and on
+the prompt's index alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,8 +58,8 @@ class Config:
     best_of_n: tuple[int, ...] = ()
     """Also decode best-of-n of the base by --reward, for each n [responses per prompt] given."""
     block: tuple[int, ...] = ()
-    """Also decode the base blockwise by each --critic, at each length of a block [tokens] given: the best of --candidates
-    continuations is kept, then the next block."""
+    """Also decode the base blockwise by each --critic, for each length of a block [tokens] given: the best of
+    --candidates continuations is kept, then the next block."""
     candidates: int = 8
     """With --block: continuations per block, of which the critic keeps one."""
     include_base: bool = True
@@ -68,6 +69,9 @@ class Config:
     gold: str = ""
     """Folder of a second reward model that no method saw, or MODULE:FUNCTION, a program f(prompts, responses) ->
     numbers on lists of texts."""
+    embedding: str = ""
+    """MODULE:FUNCTION, a program f(texts) -> one vector each (SimCSE in ARGS' tables): reports coherence, the cosine of
+    prompt and response."""
     max_new_tokens: int = 128
     """Limit of a response [tokens], its EOS included."""
     temperature: float = 1.0
@@ -306,13 +310,14 @@ def run(config: Config, *, quiet: bool = False) -> pathlib.Path:
             judges[name] = Judge(
                 rewards.from_text(functools.partial(_text, tokenizer), rewards.program(getattr(config, name))), None
             )
+    embed = rewards.program(config.embedding, name="embedding") if config.embedding else None
     models_given = [config.model, config.reward, config.gold, *(c.partition(":")[2] for c in config.critic)]
     out = cli.open_run(config.out, config, inputs=[path for path in models_given if path])
     final, partial = out / "responses.jsonl", out / "responses.jsonl.partial"
     speed: dict[tuple[str, float | None], float] = {}
     if not final.exists():
         eos_ids = loaded["model"][0].config.eos_ids
-        records, speed = _decode_all(config, plan, judges, texts, ids, tokenizer, eos_ids, partial)
+        records, speed = _decode_all(config, plan, judges, embed, texts, ids, tokenizer, eos_ids, partial)
         order = {(m.name, m.beta): k for k, m in enumerate(plan)}
         records.sort(key=lambda r: (order[r["method"], r["beta"]], r["index"]))
         results.write(final, records)
@@ -332,6 +337,7 @@ def _decode_all(
     config: Config,
     plan: list[Method],
     judges: dict[str, Judge],
+    embed: Callable[..., Any] | None,
     texts: list[str],
     ids: list[list[int]],
     tokenizer: Any,
@@ -380,6 +386,8 @@ def _decode_all(
                     | {name: round(float(values[b]), 6) for name, values in scores.items()}
                     for b, i in enumerate(batch.rows)
                 ]
+                if embed is not None:
+                    add_coherence(new, embed)
                 sink.writelines(json.dumps(record, allow_nan=False) + "\n" for record in new)
                 sink.flush()
                 records += new
@@ -400,6 +408,18 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
+def add_coherence(records: list[dict[str, Any]], embed: Callable[[list[str]], Any]) -> None:
+    """Writes the cosine of prompt and response into each record. ValueError where there is none."""
+    vectors = (np.asarray(embed([r[name] for r in records]), np.float64) for name in ("prompt", "response"))
+    with np.errstate(invalid="ignore"):
+        found = metrics.coherence(*vectors)
+    bad = [r["index"] for r, value in zip(records, found, strict=True) if not np.isfinite(value)]
+    if bad:
+        raise ValueError(f"embedding: expected finite vectors other than 0, found none for prompts {bad}")
+    for record, value in zip(records, found.tolist(), strict=True):
+        record["coherence"] = round(value, 6)
+
+
 def check_finite(method: Method, host: Completions, rows: list[int]) -> None:
     """ValueError that names the method and the prompts where a policy has no distribution (NaN weights, an overflow).
     host: Completions of numpy arrays; the rows beyond len(rows) are padding."""
@@ -417,7 +437,7 @@ def _record(method: Method, index: int, prompt: str, tokenizer: Any, host: Compl
     real = host.mask[b]
     log_prob, log_ref = host.log_prob[b][real], host.log_prob_ref[b][real]
     if method.block:
-        kl = float(metrics.blockwise_kl_bound(real, method.block, method.n))
+        kl = float(metrics.blockwise_kl_bound(np.asarray(real), method.block, method.n))
     elif method.n > 1:
         kl = metrics.best_of_n_kl_bound(method.n)
     elif method.kl_kind.startswith("mean"):

@@ -262,6 +262,24 @@ def test_blocks_are_selected_by_each_critic(folders, tmp_path):
     assert whole == [r["tokens"] for r in by_method["best_of_3"]]
 
 
+def words_counted(texts: list[str]) -> list[list[float]]:
+    """An embedding for the tests: counts of three words."""
+    return [[1.0 + text.split().count(word) for word in ("the", "cat", "dog")] for text in texts]
+
+
+def test_coherence_is_reported_by_a_users_embedding(folders, tmp_path, capsys):
+    spec = "tests.test_eval_decode:words_counted"
+    decode.main(arguments(folders, tmp_path / "out", "--embedding", spec))
+    (summary,) = json.loads((tmp_path / "out" / "summary.json").read_text())
+    found = []
+    for r in read(tmp_path / "out"):
+        x, y = (np.asarray(v) for v in words_counted([r["prompt"], r["response"]]))
+        found.append(x @ y / np.sqrt((x @ x) * (y @ y)))
+        assert r["coherence"] == pytest.approx(found[-1], abs=1e-5)
+    assert summary["coherence"] == pytest.approx(np.mean(found), abs=1e-5)
+    assert "coherence" in capsys.readouterr().out
+
+
 def test_another_config_in_the_folder_is_refused_and_named(finished, folders):
     before = (finished / "responses.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"seed: expected 0 .* found 1"):
@@ -308,6 +326,7 @@ def test_bad_input_names_its_field_and_writes_nothing(folders, tmp_path):
         ((*arm, "--weights", "1"), "weights: expected --sum"),
         ((*arm, "--critic", f"args:{folders['reward']}", "--sum"), "critics of one kind"),
         (("--sum",), "sum"),
+        (("--embedding", "tests.test_eval_decode:nothing"), "embedding: expected MODULE:FUNCTION"),
         (("--block", "4"), "block: expected a --critic"),
         ((*arm, "--block", "0"), "block: expected at least 1"),
         ((*arm, "--block", "4", "--candidates", "1"), "candidates: expected at least 2"),

@@ -42,7 +42,6 @@ def scored(config: rollouts.Options, path: str, tokenizer: Any, *, eos_id: int) 
     if bad:
         raise ValueError(f"{bad[0]}: expected a finite reward, found none in {len(bad)} rows")
     values = [
-        rollouts.Rollout(row.prompt, row.response, float(value), i)
-        for (row, i), value in zip(rows, paid, strict=True)
+        rollouts.Rollout(row.prompt, row.response, float(value), i) for (row, i), value in zip(rows, paid, strict=True)
     ]
     return found._replace(rows=values)

@@ -60,10 +60,14 @@ def run(config: Config) -> list[dict[str, Any]]:
             )
             jax.block_until_ready(drawn)
 
+        def one_by_one() -> None:
+            for seed in range(config.candidates):
+                draw(1, seed)
+
         seconds = common.alternate(
             {
                 "together": lambda: draw(config.candidates, 0),
-                "one by one": lambda: [draw(1, seed) for seed in range(config.candidates)],
+                "one by one": one_by_one,
             },
             repeats=config.repeats,
         )

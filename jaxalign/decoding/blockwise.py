@@ -146,14 +146,12 @@ def _blockwise(
         inner, output = policy.step(params["policy"], key, ends["policy"], jnp.where(still, -1, token))
         total = jnp.take_along_axis(score, best[:, None], axis=1)[:, 0].astype(state["score"].dtype)
         state = {"policy": inner, "critic": judge, "output": output, "score": total}
-        kept = {
-            name: jax.lax.dynamic_update_slice(old, getattr(drawn, name), (0, begin)) for name, old in kept.items()
-        }
+        kept = {name: jax.lax.dynamic_update_slice(old, getattr(drawn, name), (0, begin)) for name, old in kept.items()}
         return begin + block, state, drawn.finished, kept, broken
 
     room = -(-max_new_tokens // block) * block
-    dtypes = dict.fromkeys(("log_prob", "log_prob_ref", "log_norm", "kl"), output.log_prob.dtype)
-    dtypes |= {"tokens": jnp.int32, "mask": bool}
+    dtypes = {"tokens": jnp.int32, "mask": jnp.bool_}
+    dtypes |= dict.fromkeys(("log_prob", "log_prob_ref", "log_norm", "kl"), output.log_prob.dtype)
     kept = {name: jnp.zeros((batch, room), dtype) for name, dtype in dtypes.items()}
     none = jnp.zeros(batch, bool)
     carry = (jnp.zeros((), jnp.int32), state, none, kept, none)
@@ -166,9 +164,7 @@ def _blockwise(
 def _judge(critic: Critic, params: Params, key: Array, state: State, token: Array) -> tuple[Array, State]:
     """(q [B] of one token a row, proposal)."""
     rng = jax.random.fold_in(key, _JUDGE)
-    q, proposal = critic.score(
-        params["critic"], rng, state["critic"], state["output"], jnp.maximum(token, 0)[:, None]
-    )
+    q, proposal = critic.score(params["critic"], rng, state["critic"], state["output"], jnp.maximum(token, 0)[:, None])
     return at_least_float32(q[:, 0]), proposal
 
 
