@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxalign import critics, decoding, mdp, metrics, models, policies, rewards, tree
-from jaxalign.types import TokenBatch
+from jaxalign.types import Critic, TokenBatch
 from tests import cases, exact
 from tests.conftest import EOS, PROMPTS, VOCAB, needs_jit, padded, tiny_lm
 
@@ -229,6 +229,29 @@ def test_every_kind_of_critic_selects_blocks(name):
     clear = (clear[:, -1] - clear[:, -2] > 1e-4) | (score.max(1) == score[:, 0])
     assert clear.any()
     np.testing.assert_array_equal(np.asarray(found.tokens)[clear, :width], kept[clear])
+
+
+def test_an_early_end_is_scored_by_the_output_it_was_drawn_from():
+    """A critic that wants unlikely ends: it reads the policy's output, which a row that stands still no longer has."""
+    eos = (0, 1, 2, 3)
+
+    def score(params, rng, state, output, candidates):
+        value = jnp.take_along_axis(output.log_prob, candidates, axis=1)
+        return jnp.where(candidates <= 3, 100, 0) - value, state
+
+    critic = Critic(lambda *a: jnp.zeros(5), score, lambda params, proposal, choice: proposal, "level")
+    params = {"policy": BASE, "critic": None}
+    n = 16
+    found = decoded(critic=critic, params=params, candidates=n, block=3, new=3, eos_ids=eos)
+    samples = decoding.best_of_n(
+        POLICY, nothing, {"policy": BASE, "reward": None}, RNG, padded(PROMPTS), n=n, max_new_tokens=3, eos_ids=eos
+    ).samples
+    ended = np.asarray(samples.finished)
+    last = np.take_along_axis(np.asarray(samples.log_prob), np.asarray(samples.mask).sum(-1, keepdims=True) - 1, -1)
+    best = (100 * ended - last[..., 0]).argmax(axis=1)
+    early = ended & (np.asarray(samples.mask).sum(-1) < 3)
+    assert early[np.arange(5), best].sum() >= 2
+    np.testing.assert_array_equal(found.tokens, np.asarray(samples.tokens)[np.arange(5), best])
 
 
 def stepped(case, prompts, tokens, mask):
