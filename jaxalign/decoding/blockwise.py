@@ -47,7 +47,7 @@ def blockwise(
     eos_ids: tuple[int, ...],
     temperature: ArrayLike = 1.0,
 ) -> Completions:
-    """Blockwise best-of-K (arXiv 2310.17022, section 3.2): repeat {draw K continuations of M tokens from the policy,
+    """Blockwise best-of-K (arXiv 2310.17022): repeat {draw K continuations of M tokens from the policy,
     keep the one of highest critic score} until the kept one ends.
 
     A continuation is cut at its EOS, and the last block at max_new_tokens; its score is the critic's of its last token:
