@@ -3,8 +3,9 @@
 python -m eval.decode --model DIR --critic args:REWARD_DIR --critic autoregressive:ARM_DIR --beta 0.5 1.0 \\
     --reward REWARD_DIR --prompts prompts.jsonl --out runs/decode
 
-Each critic is a method, run at every beta, beside the base and (with --best-of-n) best-of-n. The same command again
-goes on where it was stopped; a response depends on the seed and on the prompt's index alone.
+Each critic is a method, run at every beta, beside the base and (with --best-of-n) best-of-n; with --block it also
+selects blocks of the base. The same command again goes on where it was stopped; a response depends on the seed and on
+the prompt's index alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +57,11 @@ class Config:
     time; the whole vocabulary for Q heads and autoregressive rewards, which give all scores at once."""
     best_of_n: tuple[int, ...] = ()
     """Also decode best-of-n of the base by --reward, for each n [responses per prompt] given."""
+    block: tuple[int, ...] = ()
+    """Also decode the base blockwise by each --critic, for each length of a block [tokens] given: the best of
+    --candidates continuations is kept, then the next block."""
+    candidates: int = 8
+    """With --block: continuations per block, of which the critic keeps one."""
     include_base: bool = True
     """Also decode the base itself."""
     reward: str = ""
@@ -63,6 +69,9 @@ class Config:
     gold: str = ""
     """Folder of a second reward model that no method saw, or MODULE:FUNCTION, a program f(prompts, responses) ->
     numbers on lists of texts."""
+    embedding: str = ""
+    """MODULE:FUNCTION, a program f(texts) -> one vector each (SimCSE in ARGS' tables): reports coherence, the cosine of
+    prompt and response."""
     max_new_tokens: int = 128
     """Limit of a response [tokens], its EOS included."""
     temperature: float = 1.0
@@ -86,8 +95,10 @@ class Method(NamedTuple):
     beta: float | None
     policy: Policy
     params: Params
-    n: int  # responses per prompt, of which the best is kept
+    n: int  # responses per prompt, or continuations per block, of which the best is kept
     kl_kind: str
+    block: int = 0  # length of a block, 0: none
+    judge: tuple[Critic, Params] | None = None  # which selects blocks
 
 
 def check(config: Config) -> None:
@@ -101,7 +112,7 @@ def check(config: Config) -> None:
     if not 0 <= config.temperature < math.inf:
         raise ValueError(f"temperature: expected a finite value >= 0, found {config.temperature}")
     # Records are told apart by method and beta.
-    for name in ("beta", "critic", "best_of_n"):
+    for name in ("beta", "critic", "best_of_n", "block"):
         values = getattr(config, name)
         if len(set(values)) < len(values) and not (name == "critic" and config.sum):
             raise ValueError(f"{name}: expected each value once, found {values}")
@@ -125,6 +136,16 @@ def check(config: Config) -> None:
         raise ValueError(f"best_of_n: expected n >= 2 and a --reward to select by, found {config.best_of_n}")
     if config.best_of_n and config.temperature == 0:
         raise ValueError(f"best_of_n: expected a temperature > 0, found {config.best_of_n} equal greedy responses")
+    if any(block < 1 for block in config.block):
+        raise ValueError(f"block: expected at least 1 token, found {config.block}")
+    if config.candidates < 2:
+        raise ValueError(f"candidates: expected at least 2, found {config.candidates}")
+    if config.block and not config.critic:
+        raise ValueError(f"block: expected a --critic to select by, found {config.block} and no critic")
+    if config.candidates != 8 and not config.block:
+        raise ValueError(f"candidates: expected with --block, found {config.candidates} and no block")
+    if config.block and config.temperature == 0:
+        raise ValueError(f"block: expected a temperature > 0, found {config.candidates} equal greedy continuations")
     if not (config.critic or config.include_base or config.best_of_n):
         raise ValueError("critic: expected something to decode, found no critic, no base and no best_of_n")
 
@@ -197,6 +218,12 @@ def methods(config: Config, loaded: dict[str, tuple[models.LanguageModel, Params
             used = beta if critic.beta is None else critic.beta
             tilted = {"policy": params, "critic": critic_params, "beta": jnp.asarray(used, jnp.float32)}
             out.append(Method(name, beta, policy, tilted, 1, sampled))
+        for block in config.block:
+            selected = f"blockwise_{config.candidates}x{block} {name}"
+            bound = "bound ceil(|y|/M) (log K - (K-1)/K)"
+            bound += "" if config.temperature == 1 else ", to the tempered base"
+            judge = (critic, critic_params)
+            out.append(Method(selected, None, base, params, config.candidates, bound, block, judge))
     return out
 
 
@@ -245,10 +272,16 @@ class Judge(NamedTuple):
 def decode_batch(
     config: Config, method: Method, proxy: Judge | None, prompts: TokenBatch, eos_ids: tuple[int, ...]
 ) -> Completions:
-    """One batch by one method; best-of-n selects by the proxy."""
+    """One batch by one method; best-of-n selects by the proxy, blockwise by its critic."""
     shared: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "eos_ids": eos_ids}
     shared["temperature"] = 1.0 if config.temperature == 1 else jnp.asarray(config.temperature, jnp.float32)
     rng = jax.random.key(config.seed)
+    if method.judge is not None:
+        critic, values = method.judge
+        pair = {"policy": method.params, "critic": values}
+        return decoding.blockwise(
+            method.policy, critic, pair, rng, prompts, candidates=method.n, block=method.block, **shared
+        )
     if method.n == 1:
         return decoding.sample(method.policy, method.params, rng, prompts, **shared)
     assert proxy is not None
@@ -277,13 +310,14 @@ def run(config: Config, *, quiet: bool = False) -> pathlib.Path:
             judges[name] = Judge(
                 rewards.from_text(functools.partial(_text, tokenizer), rewards.program(getattr(config, name))), None
             )
+    embed = rewards.program(config.embedding, name="embedding") if config.embedding else None
     models_given = [config.model, config.reward, config.gold, *(c.partition(":")[2] for c in config.critic)]
     out = cli.open_run(config.out, config, inputs=[path for path in models_given if path])
     final, partial = out / "responses.jsonl", out / "responses.jsonl.partial"
     speed: dict[tuple[str, float | None], float] = {}
     if not final.exists():
         eos_ids = loaded["model"][0].config.eos_ids
-        records, speed = _decode_all(config, plan, judges, texts, ids, tokenizer, eos_ids, partial)
+        records, speed = _decode_all(config, plan, judges, embed, texts, ids, tokenizer, eos_ids, partial)
         order = {(m.name, m.beta): k for k, m in enumerate(plan)}
         records.sort(key=lambda r: (order[r["method"], r["beta"]], r["index"]))
         results.write(final, records)
@@ -303,6 +337,7 @@ def _decode_all(
     config: Config,
     plan: list[Method],
     judges: dict[str, Judge],
+    embed: Callable[..., Any] | None,
     texts: list[str],
     ids: list[list[int]],
     tokenizer: Any,
@@ -351,12 +386,15 @@ def _decode_all(
                     | {name: round(float(values[b]), 6) for name, values in scores.items()}
                     for b, i in enumerate(batch.rows)
                 ]
+                if embed is not None:
+                    add_coherence(new, embed)
                 sink.writelines(json.dumps(record, allow_nan=False) + "\n" for record in new)
                 sink.flush()
                 records += new
                 tokens = int(host.mask[: len(batch.rows)].sum())
                 # Methods that differ in beta alone share the trace.
-                trace = (method.policy, method.n, batch.prompts.tokens.shape)
+                critic = None if method.judge is None else method.judge[0]
+                trace = (method.policy, critic, method.block, method.n, batch.prompts.tokens.shape)
                 if trace in traced:
                     before = timed.get((method.name, method.beta), (0, 0.0))
                     timed[method.name, method.beta] = (before[0] + tokens, before[1] + seconds)
@@ -368,6 +406,18 @@ def _decode_all(
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def add_coherence(records: list[dict[str, Any]], embed: Callable[[list[str]], Any]) -> None:
+    """Writes the cosine of prompt and response into each record. ValueError where there is none."""
+    vectors = (np.asarray(embed([r[name] for r in records]), np.float64) for name in ("prompt", "response"))
+    with np.errstate(invalid="ignore"):
+        found = metrics.coherence(*vectors)
+    bad = [r["index"] for r, value in zip(records, found, strict=True) if not np.isfinite(value)]
+    if bad:
+        raise ValueError(f"embedding: expected finite vectors other than 0, found none for prompts {bad}")
+    for record, value in zip(records, found.tolist(), strict=True):
+        record["coherence"] = round(value, 6)
 
 
 def check_finite(method: Method, host: Completions, rows: list[int]) -> None:
@@ -386,7 +436,9 @@ def check_finite(method: Method, host: Completions, rows: list[int]) -> None:
 def _record(method: Method, index: int, prompt: str, tokenizer: Any, host: Completions, b: int) -> dict[str, Any]:
     real = host.mask[b]
     log_prob, log_ref = host.log_prob[b][real], host.log_prob_ref[b][real]
-    if method.n > 1:
+    if method.block:
+        kl = float(metrics.blockwise_kl_bound(np.asarray(real), method.block, method.n))
+    elif method.n > 1:
         kl = metrics.best_of_n_kl_bound(method.n)
     elif method.kl_kind.startswith("mean"):
         kl = -float(log_ref.sum())

@@ -53,8 +53,9 @@ def check_texts(
 
 def summarise(records: Sequence[Record]) -> list[Record]:
     """Per method and beta, in order of appearance: means with 95 % half-widths (None for a single response) of reward,
-    gold and KL (its kind named), mean length [tokens], share truncated, mean diversity of a response's tokens; and the
-    win rate against the method "base" on the same prompts, by gold (by reward where there is no gold), ties half."""
+    gold and KL (its kind named), mean length [tokens], share truncated, mean diversity of a response's tokens, mean
+    coherence where it was computed; and the win rate against the method "base" on the same prompts, by gold (by reward
+    where there is no gold), ties half."""
     judge = next((name for name in ("gold", "reward") if records and name in records[0]), None)
     base = {r["index"]: r[judge] for r in records if r["method"] == "base"} if judge else {}
     groups: dict[Key, list[Record]] = {}
@@ -72,6 +73,8 @@ def summarise(records: Sequence[Record]) -> list[Record]:
         row["tokens"] = metrics.mean_interval([len(r["tokens"]) for r in group]).mean
         row["truncated"] = metrics.mean_interval([r["truncated"] for r in group]).mean
         row["diversity"] = metrics.mean_interval([metrics.diversity(r["tokens"]) for r in group]).mean
+        if "coherence" in group[0]:
+            row["coherence"] = metrics.mean_interval([r["coherence"] for r in group]).mean
         if judge and all(r["index"] in base for r in group):
             margin = [r[judge] - base[r["index"]] for r in group]
             estimate = metrics.mean_interval([(m > 0) + 0.5 * (m == 0) for m in margin])
@@ -94,13 +97,14 @@ def print_table(rows: Sequence[Record]) -> None:
     """One line per row; a mean is followed by its 95 % half-width. "-": one response has no interval, and a method that
     was decoded in its compiling batch alone has no speed."""
     names = [name for name in ("reward", "gold", "kl", "win_rate") if name in rows[0]]
-    head = ["method", "beta", *names, "diversity", "tokens", "truncated", "tokens/s", "kind of KL"]
+    plain = [name for name in ("diversity", "coherence") if name in rows[0]]
+    head = ["method", "beta", *names, *plain, "tokens", "truncated", "tokens/s", "kind of KL"]
     lines = [head]
     for row in rows:
         cells = [str(row["method"]), _number(row["beta"], "g")]
         cells += [f"{row[name]:.3f} ± {_number(row[f'{name}_95'], '.3f')}" for name in names]
         cells += [
-            f"{row['diversity']:.2f}",
+            *(f"{row[name]:.2f}" for name in plain),
             f"{row['tokens']:.1f}",
             f"{row['truncated']:.2f}",
             _number(row["tokens_per_second"], ".0f"),

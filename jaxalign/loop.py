@@ -8,9 +8,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.types import Array, Completions, Params, Policy, State, StepOutput, is_supported
+from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, State, StepOutput, is_supported
 
 _BLOCK = 128  # tokens per block of the two-level inverse CDF: about the square root of usual vocabularies
+_MOVE = 2**31 - 1  # no prompt's index: keys of the policy's steps are none of the draws'
 
 
 def draw(log_prob: Array, uniform: Array) -> Array:
@@ -58,6 +59,11 @@ def is_eos(token: Array, eos_ids: tuple[int, ...]) -> Array:
     return (token[..., None] == jnp.asarray(eos_ids, token.dtype)).any(axis=-1)
 
 
+def step_key(rng: Array, t: ArrayLike) -> Array:
+    """The key of the policy's step after token t of a rollout with key rng."""
+    return jax.random.fold_in(jax.random.fold_in(rng, t), _MOVE)
+
+
 class _Carry(NamedTuple):
     t: Array
     state: State
@@ -78,6 +84,8 @@ def rollout(
     finished: Array | None = None,
     rows: Array | None = None,
     last_step: bool = True,
+    begin: ArrayLike = 0,
+    limit: ArrayLike | None = None,
 ) -> tuple[State, StepOutput, Completions]:
     """Draws up to `steps` tokens per row from output and its successors; stops when every row is finished.
 
@@ -92,6 +100,9 @@ def rollout(
       rows: [B,m] integers, m per row, that name the rows' random streams (decoders: the prompt's index and the
         sample's number); (0..B-1, 0) when None.
       last_step: False leaves out the policy's step after the last token, for callers that need no further state.
+      begin: the number t of the first step, for the random streams: a rollout that goes on where another stopped draws
+        what one long rollout would. May be traced, as limit.
+      limit: of the T = steps tokens, draw at most this many, at least 1; all when None.
 
     Returns:
       (state, output, Completions [B,T]). A finished row's state is the one it had before its EOS. A policy that has no
@@ -108,7 +119,7 @@ def rollout(
     records |= {"tokens": jnp.zeros((steps, batch), jnp.int32), "mask": jnp.zeros((steps, batch), bool)}
 
     def choose(carry: _Carry) -> tuple[_Carry, Array]:
-        keys = jnp.broadcast_to(jax.random.fold_in(rng, carry.t), (batch,))
+        keys = jnp.broadcast_to(jax.random.fold_in(rng, begin + carry.t), (batch,))
         for i in range(rows.shape[1]):
             keys = jax.vmap(jax.random.fold_in)(keys, rows[:, i])
         uniform = jax.vmap(lambda key: jax.random.uniform(key, dtype=dtype))(keys)
@@ -130,14 +141,15 @@ def rollout(
         return carry._replace(t=carry.t + 1, finished=finished, records=records), token
 
     def body(carry: _Carry) -> _Carry:
-        key = jax.random.fold_in(rng, steps + carry.t)  # beyond the keys of the draws
+        key = step_key(rng, begin + carry.t)
         carry, token = choose(carry)
         state, output = policy.step(params, key, carry.state, jnp.where(carry.finished, -1, token))
         return carry._replace(state=state, output=output)
 
-    limit = steps if last_step else steps - 1
+    limit = steps if limit is None else limit
+    fed = limit if last_step else limit - 1
     carry = _Carry(jnp.zeros((), jnp.int32), state, output, finished, records)
-    carry = jax.lax.while_loop(lambda c: (c.t < limit) & ~c.finished.all(), body, carry)
+    carry = jax.lax.while_loop(lambda c: (c.t < fed) & ~c.finished.all(), body, carry)
     if not last_step:
         carry, _ = choose(carry)
     fields = {name: value.T for name, value in carry.records.items()}

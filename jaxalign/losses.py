@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from jaxalign.types import Array, ArrayLike, at_least_float32
 
+MAX_EXPONENT = 20.0  # of the linex loss
+
 
 def language_model(log_prob: Array, mask: Array, *, count: ArrayLike | None = None) -> Array:
     """−Σ_{b,t} m·log pi(y_t|y_<t) / count, in nats per token.
@@ -117,18 +119,28 @@ def td(value: Array, reward: Array, mask: Array) -> Array:
     return cd_q(value, following, reward, mask)
 
 
-def soft_value(value: Array, reward: Array, mask: Array, *, beta: ArrayLike, max_exponent: float = 20.0) -> Array:
+def soft_value(
+    value: Array, reward: Array, mask: Array, *, beta: ArrayLike, max_exponent: float = MAX_EXPONENT
+) -> Array:
     """mean_b Σ_t m·(exp(d) − d − 1), d = (r − v_t)/beta: the linex loss, whose minimiser over y ~ pi_ref is
     V_soft = beta·log E[exp(r/beta)], the exact token-level solution.
 
     value [B,T] after token t; reward [B]. Above max_exponent the exponential goes on as its tangent, so that one sample
-    cannot blow up the gradient; the loss stays convex.
+    cannot blow up the gradient; the loss stays convex. `clipped_share` tells how often.
     """
     chex.assert_equal_shape([value, mask])
     d = (at_least_float32(reward)[:, None] - _masked(value, mask)) / beta
     inside = jnp.minimum(d, max_exponent)
     each = jnp.exp(inside) * (1 + d - inside) - d - 1
     return _masked(each, mask).sum(axis=-1).mean()
+
+
+def clipped_share(
+    value: Array, reward: Array, mask: Array, *, beta: ArrayLike, max_exponent: float = MAX_EXPONENT
+) -> Array:
+    """The share of each response's tokens whose exponent (r − v_t)/beta `soft_value` clips, [B]."""
+    d = (at_least_float32(reward)[:, None] - _masked(value, mask)) / beta
+    return ((d > max_exponent) & mask).sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)
 
 
 def exceedance(logit: Array, utility: Array, threshold: Array, mask: Array) -> Array:

@@ -33,6 +33,16 @@ def best_of_n_kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def blockwise_kl_bound(mask: np.ndarray, block: int, candidates: int) -> np.ndarray:
+    """⌈|y|/M⌉·(log K − (K−1)/K) of each response, [...] from its mask [...,T], in nats: the mean over decoded responses
+    bounds KL(blockwise best-of-K with blocks of M‖base) (arXiv 2310.17022). ValueError for M or K < 1."""
+    if block < 1:
+        raise ValueError(f"block: expected at least 1, found {block}")
+    if candidates < 1:
+        raise ValueError(f"candidates: expected at least 1, found {candidates}")
+    return -(-np.asarray(mask, np.int64).sum(axis=-1) // block) * best_of_n_kl_bound(candidates)
+
+
 def diversity(tokens: Sequence[object]) -> float:
     """Π_{n=2..4} |unique n-grams| / (|n-grams| + 1): the diversity of ARGS (arXiv 2402.01694, its code), of one
     response as words or token ids.

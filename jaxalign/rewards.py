@@ -155,15 +155,16 @@ def from_numpy(f: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.
     return reward
 
 
-def program(spec: str) -> Callable[[list[str], list[str]], Sequence[float]]:
-    """The function of "MODULE:FUNCTION", f(prompts, responses) -> one number each. ValueError where there is none."""
-    module, _, name = spec.partition(":")
+def program(spec: str, *, name: str = "reward") -> Callable[..., Any]:
+    """The function of "MODULE:FUNCTION": of a reward, f(prompts, responses) -> one number each. ValueError that names
+    the field where there is none."""
+    module, _, function = spec.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"reward: expected MODULE:FUNCTION, found {spec!r} ({error})") from error
+        raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r} ({error})") from error
     if not callable(found):
-        raise ValueError(f"reward: expected MODULE:FUNCTION, found {spec!r}, a {type(found).__name__}")
+        raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r}, a {type(found).__name__}")
     return found
 
 

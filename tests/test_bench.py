@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ SIZES = {
     "decode": (*DRAWS, "--no-torch"),
     "args": (*DRAWS, "--no-torch", "--k", "2"),
     "genarm": DRAWS,
+    "blockwise": (*DRAWS, "--candidates", "3", "--block", "2"),
     "score": (*SMALL, "--batch", "2", "--length", "7", "--vocab", "50", "--chunk", "4"),
     "train": (*SMALL, "--batch", "2", "--length", "7", "--no-torch"),
     "shaping": (*SMALL, "--prompts", "20", "--samples", "5", "--batch", "2", "--length", "7"),
@@ -29,6 +31,7 @@ COLUMNS = {
     "decode": ["batch", "jaxalign tokens/s"],
     "args": ["batch", "k", "jaxalign tokens/s"],
     "genarm": ["batch", "base tokens/s", "genarm tokens/s", "cost"],
+    "blockwise": ["batch", "candidates", "block", "together tokens/s", "one by one tokens/s", "ratio"],
     "score": [
         "pass",
         "jaxalign s",
@@ -115,7 +118,7 @@ def test_the_benchmarks_are_listed(capsys):
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     for name in SIZES:
-        assert f"    {name} " in printed
+        assert re.search(rf"^    {name}\s", printed, re.MULTILINE), name
     for arguments in ([], ["speed"]):
         with pytest.raises(SystemExit) as ended:
             bench.main(arguments)
@@ -131,6 +134,8 @@ def test_the_benchmarks_are_listed(capsys):
         ("args", ("--k", "0"), "k: "),
         ("genarm", ("--mesh", "rows=2"), "mesh"),
         ("genarm", ("--mesh", "data=1000"), "mesh"),
+        ("blockwise", ("--candidates", "0"), "candidates"),
+        ("blockwise", ("--block", "0"), "block"),
         ("score", ("--length", "1"), "length"),
         ("score", ("--chunk", "0"), "chunk"),
         ("train", ("--batch", "3"), "batch"),

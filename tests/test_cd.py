@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,3 +237,45 @@ def test_cd_T13_reward_is_not_monotone_in_the_weight():
     q_soft = tree.q_values(t, tree.soft_value(t, log_ref, reward, beta=1 / 2000), reward)
     kl = exact.kl(decoded(t, log_ref, q_soft, 1 / 2000), np.asarray(tree.response_log_prob(t, log_ref)))
     np.testing.assert_allclose(kl, np.log(1 / 0.7) + np.log(20), atol=1e-6)
+
+
+def trained(loss, start, steps: int = 60):
+    """The minimiser of a convex loss that is a sum over table entries: Newton's method with the diagonal curvature,
+    which climbs to that of the linex loss from below."""
+    table = jnp.full((TREE.num_states, TREE.vocab_size), start)
+    ones = jnp.ones_like(table)
+
+    @jax.jit
+    def step(table):
+        gradient, curvature = jax.jvp(jax.grad(loss), (table,), (ones,))
+        return table - jnp.where(curvature > 0, gradient / jnp.where(curvature > 0, curvature, 1), 0)
+
+    for _ in range(steps):
+        table = step(table)
+    return table
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_cd_training_the_soft_value_gives_the_gibbs_policy_and_the_plain_value_does_not(beta):
+    """Both losses to convergence, their expectation exact over all responses of the base."""
+    log_ref, reward = exact.tables(TREE, 9)
+    tokens, mask = exact.responses(TREE)
+    log_base = tree.response_log_prob(TREE, log_ref)
+    target = exact.gibbs_law(log_base, reward, beta)
+
+    def expected(each):
+        """E_ref of a loss over single responses, of a table Q(s,z) read at the tokens drawn."""
+
+        def loss(table):
+            value = table[jnp.asarray(TREE.nodes), tokens]
+            return jnp.exp(log_base) @ jax.vmap(lambda v, r, m: each(v[None], r[None], m[None]))(value, reward, mask)
+
+        return loss
+
+    soft = trained(expected(functools.partial(losses.soft_value, beta=beta)), reward.min())
+    np.testing.assert_allclose(np.exp(decoded(TREE, log_ref, soft, beta)), np.exp(target), atol=1e-4)
+    truth = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=beta), reward)
+    np.testing.assert_allclose(soft[TREE.alive], truth[TREE.alive], atol=1e-4)
+    plain = trained(expected(losses.fudge), 0.0)
+    np.testing.assert_allclose(plain[TREE.alive], q_ref(TREE, log_ref, reward)[TREE.alive], atol=1e-9)
+    assert exact.total_variation(decoded(TREE, log_ref, plain, beta), target) > 0.02

@@ -238,6 +238,48 @@ def test_a_weighted_sum_is_one_method(folders, tmp_path):
     assert {r["method"] for r in read(tmp_path / "out")} == {"+".join(specs[1::2])}
 
 
+def test_blocks_are_selected_by_each_critic(folders, tmp_path):
+    """Two critics, two lengths: the KL is each response's bound; a block as long as the limit earns most by its critic,
+    as best-of-n does, from the same draws."""
+    critic = f"args:{folders['reward']}"
+    specs = ("--critic", critic, "--critic", f"value:{folders['q']}", "--block", "2", "9", "--candidates", "3")
+    judge = ("--reward", folders["reward"], "--best-of-n", "3", "--no-include-base")
+    decode.main([*arguments(folders, tmp_path / "out", *specs, *judge), "--batch-size", "5"])
+    records = read(tmp_path / "out")
+    kinds = {r["kl_kind"] for r in records if r["method"].startswith("blockwise")}
+    assert kinds == {"bound ceil(|y|/M) (log K - (K-1)/K)"}
+    by_method = {}
+    for r in records:
+        by_method.setdefault(r["method"], []).append(r)
+    assert set(by_method) == {
+        "best_of_3",
+        *(f"{prefix}{s}" for s in specs[1:4:2] for prefix in ("", "blockwise_3x2 ", "blockwise_3x9 ")),
+    }
+    for r in by_method[f"blockwise_3x2 {critic}"]:
+        assert r["beta"] is None
+        assert r["kl"] == pytest.approx(-(-len(r["tokens"]) // 2) * (np.log(3) - 2 / 3), abs=1e-4)
+    whole = [r["tokens"] for r in by_method[f"blockwise_3x9 {critic}"]]
+    assert whole == [r["tokens"] for r in by_method["best_of_3"]]
+
+
+def words_counted(texts: list[str]) -> list[list[float]]:
+    """An embedding for the tests: counts of three words."""
+    return [[1.0 + text.split().count(word) for word in ("the", "cat", "dog")] for text in texts]
+
+
+def test_coherence_is_reported_by_a_users_embedding(folders, tmp_path, capsys):
+    spec = "tests.test_eval_decode:words_counted"
+    decode.main(arguments(folders, tmp_path / "out", "--embedding", spec))
+    (summary,) = json.loads((tmp_path / "out" / "summary.json").read_text())
+    found = []
+    for r in read(tmp_path / "out"):
+        x, y = (np.asarray(v) for v in words_counted([r["prompt"], r["response"]]))
+        found.append(x @ y / np.sqrt((x @ x) * (y @ y)))
+        assert r["coherence"] == pytest.approx(found[-1], abs=1e-5)
+    assert summary["coherence"] == pytest.approx(np.mean(found), abs=1e-5)
+    assert "coherence" in capsys.readouterr().out
+
+
 def test_another_config_in_the_folder_is_refused_and_named(finished, folders):
     before = (finished / "responses.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"seed: expected 0 .* found 1"):
@@ -284,6 +326,12 @@ def test_bad_input_names_its_field_and_writes_nothing(folders, tmp_path):
         ((*arm, "--weights", "1"), "weights: expected --sum"),
         ((*arm, "--critic", f"args:{folders['reward']}", "--sum"), "critics of one kind"),
         (("--sum",), "sum"),
+        (("--embedding", "tests.test_eval_decode:nothing"), "embedding: expected MODULE:FUNCTION"),
+        (("--block", "4"), "block: expected a --critic"),
+        ((*arm, "--block", "0"), "block: expected at least 1"),
+        ((*arm, "--block", "4", "--candidates", "1"), "candidates: expected at least 2"),
+        ((*arm, "--candidates", "4"), "candidates: expected with --block"),
+        ((*arm, "--block", "4", "--temperature", "0"), "block: expected a temperature > 0"),
         (("--temperature", "-1"), "temperature"),
         (("--batch-size", "0"), "batch_size"),
         (("--best-of-n", "2", "--reward", folders["reward"], "--temperature", "0"), "best_of_n: .*temperature > 0"),

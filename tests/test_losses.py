@@ -100,6 +100,14 @@ def test_the_linex_tail_is_finite_convex_and_still_pulls_up():
     assert loss(10.0) < loss(0.0)
 
 
+def test_the_clipped_share_counts_tokens_beyond_the_largest_exponent():
+    value = jnp.array([[0.0, 0.0, 0.0], [-30.0, 0.0, jnp.nan], [0.0, 0.0, 0.0]])
+    mask = jnp.array([[1, 1, 1], [1, 1, 0], [0, 0, 0]], bool)
+    share = losses.clipped_share(value, jnp.array([9.0, 11.0, 99.0]), mask, beta=1.0)
+    np.testing.assert_allclose(share, [0, 0.5, 0])
+    np.testing.assert_allclose(losses.clipped_share(value, jnp.array([11.0, 1.0, 0.0]), mask, beta=0.5)[0], 1)
+
+
 def test_exceedance_minimiser_is_the_probability():
     with jax.enable_x64(True):
         utility = jnp.array([0.0, 1.0, 2.0, 3.0])

@@ -172,6 +172,34 @@ def test_every_value_objective_trains_a_head_that_says_what_it_is(objective, fil
     assert lm.config.head == models.Head("q" if head == "q" else "value", hidden_size=8, follower=follower)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert ("threshold" in summary) == (follower is not None)
+    logged = metrics.read(tmp_path / "run/metrics.jsonl")
+    assert all(("clipped" in row) == (objective == "soft") for row in logged)
+    assert all(0 <= row.get("clipped", 0) <= 1 for row in logged)
+
+
+@pytest.mark.parametrize("objective", ["cd_q", "fudge"])
+def test_a_q_head_learns_from_responses_that_others_wrote(objective, files, tmp_path):
+    """Rows of a file, the base's or not: scored as whole texts, no roll-outs made, the run resumable."""
+    path = tmp_path / "responses.jsonl"
+    rows = [row | {"method": "other"} for row in opinions.corpus(12, seed=1, asked=opinions.prompts()[:6])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = options("value", files)
+    at = given.index("--prompts")
+    given[at : at + 2] = ["--responses", str(path)]
+    command = [*given, "--objective", objective, "--head", "q", "--out", str(tmp_path / "run")]
+    value.main(command)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["rollouts"] == 12
+    golds = opinions.golds([row["prompt"] for row in rows], [row["response"] for row in rows])
+    assert summary["reward"] == pytest.approx(np.mean(golds), abs=1e-5)
+    assert not (tmp_path / "run/rollouts").exists()
+    with pytest.raises(ValueError, match="prompts: expected either --prompts or --responses, found both"):
+        value.main([*command, "--prompts", str(files / "prompts.jsonl")])
+    with pytest.raises(ValueError, match="bound: expected --prompts"):
+        value.main([*command, "--bound", "1", "--beta", "1"])
+    path.write_text(json.dumps({"text": "no prompt here"}) + "\n")
+    with pytest.raises(ValueError, match=r'responses\.jsonl:1: expected a "prompt"'):
+        value.main([*command[:-1], str(tmp_path / "other")])
 
 
 def test_transcripts_in_the_form_of_hh_train_a_reward_model_and_bad_lines_are_counted(files, tmp_path):

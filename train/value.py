@@ -13,6 +13,13 @@ python -m train.value --objective exceedance --bound 3 --beta 1 --samples 16 …
 python -m train.value --objective soft --bound 3 --beta 1 --sharpness 2 … --out runs/soft
 
 which eval.decode takes as --critic follower:DIR, at that beta.
+
+The exact mean of cd_q learns the base's value from anybody's responses, since its target needs no draw of the base:
+
+python -m train.value --objective cd_q --head q --responses responses.jsonl …
+
+The other objectives learn from --responses the value of whoever wrote them. A response without EOS ("truncated") is
+scored as it stands: its last kept token is terminal.
 """
 
 from __future__ import annotations
@@ -28,13 +35,18 @@ from jaxalign import cli, models, shaping
 from jaxalign.data import preferences
 from jaxalign.training import objectives
 from jaxalign.types import Params
-from train import common, rollouts
+from train import common, responses, rollouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(rollouts.Options):
     """Options of train.value."""
 
+    prompts: str = ""
+    """File of prompts: .txt, .jsonl or .jsonl.gz; each is answered by the base."""
+    responses: str = ""
+    """In place of --prompts: file of "prompt" and "response" rows by any policy (.jsonl, .jsonl.gz, .parquet), such as
+    responses.jsonl of eval.decode; each is scored as a whole text, EOS added."""
     objective: Literal["fudge", "cd_q", "td", "pairs", "soft", "exceedance"] = "fudge"
     """fudge: the roll-out's reward at every prefix; cd_q: exact mean over the base's next tokens (Q head); td: the next
     prefix's value; pairs: the reward at the last token, and neighbours alike; soft: beta·log E exp(reward/beta);
@@ -67,6 +79,12 @@ class Row(NamedTuple):
 def check(config: Config) -> None:
     """ValueErrors that name the option."""
     rollouts.check(config)
+    if bool(config.prompts) == bool(config.responses):
+        found = "both" if config.prompts else "neither"
+        raise ValueError(f"prompts: expected either --prompts or --responses, found {found}")
+    for name in ("bound", "rollouts"):
+        if config.responses and getattr(config, name):
+            raise ValueError(f"{name}: expected --prompts, of which roll-outs are made, found --responses")
     if config.objective == "cd_q" and config.head != "q":
         raise ValueError("head: expected q for --objective cd_q, whose target is a mean over the vocabulary")
     for name in ("bound", "beta", "sharpness", "pair_weight"):
@@ -107,7 +125,7 @@ def run(config: Config) -> dict[str, Any]:
     if not (config.model or config.architecture):
         config = dataclasses.replace(config, model=config.base)
     check(config)
-    out = cli.open_run(config.out, config, inputs=rollouts.inputs(config))
+    out = cli.open_run(config.out, config, inputs=[*rollouts.inputs(config), config.responses])
     log_weight = config.objective == "exceedance" or (config.objective == "soft" and bool(config.bound))
     critic = "follower" if log_weight else "value"
     following = (
@@ -123,8 +141,13 @@ def run(config: Config) -> dict[str, Any]:
     begin = common.start(
         config, lambda body: models.Head(kind, hidden_size=config.head_size or body.hidden_size, follower=follower)
     )
-    rows = shaped(config, rollouts.roll_out(config, out, begin.tokenizer, stage="value"))
-    split = common.split(preferences.Loaded(rows, 0, []), config)
+    if config.responses:
+        eos_id = common.eos_of(begin.tokenizer)
+        found = responses.scored(config, config.responses, begin.tokenizer, eos_id=eos_id)
+    else:
+        found = preferences.Loaded(rollouts.roll_out(config, out, begin.tokenizer, stage="value"), 0, [])
+    rows = shaped(config, found.rows)
+    split = common.split(found._replace(rows=rows), config)
     classify = config.objective == "exceedance"
 
     def collate(rows: list[Row]) -> dict[str, np.ndarray]:
@@ -165,11 +188,11 @@ def run(config: Config) -> dict[str, Any]:
         summary |= {"shaped_reward": float(paid.mean()), "threshold": float(np.mean([r.threshold for r in rows]))}
         summary["exceed"] = float(np.mean([row.utility > row.threshold for row in rows]))
     if split.validation:
-        found = common.evaluate(score, params, split.validation, collate, config.batch_size)
-        mean, half = common.interval(found["error"])
+        measured = common.evaluate(score, params, split.validation, collate, config.batch_size)
+        mean, half = common.interval(measured["error"])
         # Of the target's variance; the share that a prefix cannot know is never explained.
-        variance = found["target"].var()
-        explained = 1 - float(found["error"].mean() / variance) if variance > 0 else None
+        variance = measured["target"].var()
+        explained = 1 - float(measured["error"].mean() / variance) if variance > 0 else None
         summary |= {"squared_error": mean, "squared_error_95": half, "explained_variance": explained}
     return common.finish(out, begin, params, split, summary, following)
 

@@ -58,8 +58,9 @@ def autoregressive_reward(lm: Any, *, beta_r: float) -> Loss:
 def value(lm: Any, objective: str, *, base: Any = None, beta: float | None = None, pair_weight: float = 1.0) -> Loss:
     """A value after each response token, by the loss of that name (`losses.fudge`, `cd_q`, `td`, `last_and_pairs`,
     `soft_value`, `exceedance`); batch {"tokens", "mask", "loss_mask", "reward" [b]}. Metrics: squared_error to the
-    reward at the last token. "soft" needs beta; "exceedance" a "threshold" [b] in the batch, its reward is the utility,
-    and its metric is the accuracy at the last token.
+    reward at the last token. "soft" needs beta; its metric clipped is the share of response tokens whose exponent was
+    clipped, where the fit is of less than V_soft. "exceedance" needs a "threshold" [b] in the batch, its reward is the
+    utility, and its metric is the accuracy at the last token.
 
     A scalar head is read at y_t; a Q head at the position before, in the column of y_t. "cd_q" needs a Q head and the
     base model, whose parameters are `frozen`: its target is the exact mean over pi_ref's next tokens.
@@ -105,6 +106,10 @@ def value(lm: Any, objective: str, *, base: Any = None, beta: float | None = Non
             metrics = {"accuracy": jnp.where(rows, right, False).sum() / count}
         else:
             metrics = {"squared_error": (jnp.where(rows, final - reward, 0) ** 2).sum() / count}
+        if objective == "soft":
+            assert beta is not None
+            share = losses.clipped_share(found, reward, drawn, beta=beta)
+            metrics["clipped"] = jnp.where(rows, share, 0).sum() / count
         return Measured(total * (rows.shape[0] / count), rows.sum(), metrics)
 
     return loss

@@ -1,0 +1,107 @@
+"""Short programs as a user writes them: they run, they are short, and their results are what they say."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import decoding, policies, rewards
+from tests.conftest import EOS, PROMPTS, VOCAB, padded, tiny_lm
+from tests.programs import (
+    best_of_n_over_two_critics,
+    beta_per_prompt,
+    blockwise_on_dpo,
+    gradient_into_a_reward_model,
+    numpy_reward,
+    own_policy,
+)
+
+FILES = sorted(p for p in (pathlib.Path(__file__).parent / "programs").glob("*.py") if p.name != "__init__.py")
+RNG = jax.random.key(0)
+
+
+def model(seed: int, head: str | None = None):
+    return tiny_lm(seed, head, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return model(1, "reward")
+
+
+def rewards_of(judge, completions, prompts):
+    return rewards.from_model(judge[0])(judge[1], *decoding.join(prompts, completions), jnp.arange(5))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_programs_are_short(path):
+    text = path.read_text().splitlines()
+    assert len(text) < 25
+    assert text[0].startswith('"""')
+
+
+def test_best_of_n_over_two_critics(judge, prompts):
+    found = best_of_n_over_two_critics.main(model(0), judge, model(2, "value"), prompts, EOS)
+    assert found.samples.tokens.shape == (5, 3, 3)
+    np.testing.assert_allclose(rewards_of(judge, found.best, prompts), found.reward.max(axis=1), rtol=1e-4, atol=1e-4)
+
+
+def test_blockwise_on_dpo(judge, prompts):
+    dpo, reference = model(7), model(0)
+    drawn, kl = blockwise_on_dpo.main(dpo, reference, judge, prompts, EOS)
+    for (lm, params), expected in ((dpo, drawn.log_prob), (reference, drawn.log_prob_ref)):
+        alone = decoding.log_prob(policies.language_model(lm), params, RNG, prompts, drawn.tokens, drawn.mask)
+        np.testing.assert_allclose(expected, alone.log_prob, rtol=1e-4, atol=1e-4)
+    blocks = np.ceil(np.asarray(drawn.mask).sum(1) / 2)
+    ratio = np.asarray((drawn.log_prob - drawn.log_prob_ref).sum(1))
+    np.testing.assert_allclose(kl, ratio + blocks * (np.log(3) - 2 / 3), rtol=1e-5)
+
+
+def test_beta_per_prompt(judge, prompts):
+    """A prompt's samples do not depend on the other prompts' betas; a large beta is the base."""
+    base, arm = model(0), model(4)
+    mixed = beta_per_prompt.main(base, arm, judge, prompts, jnp.array([0.3, 1.0, 1e9, 0.3, 1e9]), EOS)
+    same = beta_per_prompt.main(base, arm, judge, prompts, jnp.array([0.3, 0.2, 5.0, 9.0, 1e9]), EOS)
+    for b in (0, 4):
+        np.testing.assert_array_equal(mixed.samples.tokens[b], same.samples.tokens[b])
+    assert (mixed.samples.tokens[1] != same.samples.tokens[1]).any()
+    np.testing.assert_allclose(mixed.samples.kl[2], 0, atol=1e-5)
+    assert mixed.samples.kl[0].sum() > 0.01
+
+
+def test_numpy_reward(prompts):
+    found = numpy_reward.main(model(0), prompts, EOS)
+    tokens, mask = np.asarray(found.samples.tokens), np.asarray(found.samples.mask)
+    for b in range(5):
+        count = [len(set(tokens[b, j][mask[b, j]].tolist())) for j in range(4)]
+        assert found.reward[b].tolist() == count
+        assert len(set(np.asarray(found.best.tokens[b])[np.asarray(found.best.mask[b])].tolist())) == max(count)
+
+
+def test_gradient_into_a_reward_model(prompts):
+    tokens = jnp.array([[1, 2, 5], [3, 3, 9], [10, 4, 6], [2, 8, 1], [7, 1, 2]])
+    mask = jnp.ones((5, 3), bool).at[1, 2].set(False)
+    rate = 1e-5
+    before, after, gradient = gradient_into_a_reward_model.main(model(0), model(4), prompts, tokens, mask, rate)
+    squared = sum(float((g**2).sum()) for g in jax.tree.leaves(gradient))
+    assert after > before
+    np.testing.assert_allclose(after - before, rate * squared, rtol=0.2)
+
+
+def test_own_policy(prompts):
+    table = jax.random.normal(jax.random.key(3), (VOCAB, VOCAB)) * 2
+    arm = model(4)
+    drawn = own_policy.main(table, arm, prompts, EOS)
+    lm, params = arm
+    for b, prompt in enumerate(PROMPTS):
+        text = list(prompt)
+        for t in range(int(drawn.mask[b].sum())):
+            padded_text = padded([text], side="right", extra=8 - len(text))
+            logits = lm.apply(params, padded_text.tokens, mask=padded_text.mask).logits[0, len(text) - 1]
+            expected = jax.nn.log_softmax(jax.nn.log_softmax(table[text[-1]]) + jax.nn.log_softmax(logits) / 2)
+            text.append(int(drawn.tokens[b, t]))
+            np.testing.assert_allclose(drawn.log_prob[b, t], expected[text[-1]], rtol=1e-4, atol=1e-4)
