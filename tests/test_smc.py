@@ -268,7 +268,7 @@ def models():
 
 
 def generate(policy, reward, params, prompts, seed: int = 0, n: int = 4, **changes):
-    arguments = {"particles": n, "max_new_tokens": 4, "eos_ids": EOS, "resample_below": 0.9} | changes
+    arguments = {"particles": n, "max_new_tokens": 4, "eos_ids": EOS, "resample_below": 1.0} | changes
     return decoding.smc(policy, reward, params, jax.random.key(seed), prompts, **arguments)
 
 
@@ -286,7 +286,7 @@ def test_smc_of_language_models_is_traced_once_and_its_weights_are_those_of_its_
     generate(counted, reward, {**params, "beta": params["beta"] * 2}, prompts, 1, resample_below=0.3)
     assert traces == [1]
     assert found.completions.tokens.shape == (5, 4, 4)
-    assert (found.resamplings > 0).any()
+    assert (found.resamplings >= 2).all()
     base_params, base = params["policy"]["policy"], policies.language_model(tiny_lm(0, num_layers=1)[0])
     for j in range(4):
         drawn = jax.tree.map(lambda x, j=j: x[:, j], found.completions)
@@ -303,6 +303,33 @@ def test_smc_of_language_models_is_traced_once_and_its_weights_are_those_of_its_
     np.testing.assert_allclose(
         single.log_weight, scored + single.reward / params["beta"][:, None], rtol=1e-4, atol=1e-4
     )
+
+
+def test_smc_of_a_model_with_a_reference_and_of_nested_candidates(prompts):
+    """The base of the weight is the reference; candidates of candidates truncate the target."""
+    (lm, tuned), (_, reference), (judge, judge_params), (arm, arm_params) = (
+        tiny_lm(0, num_layers=1),
+        tiny_lm(7, num_layers=1),
+        tiny_lm(1, "reward", num_layers=1),
+        tiny_lm(4, num_layers=1),
+    )
+    base, reward = policies.language_model(lm), rewards.from_model(judge)
+    both = policies.with_reference(base, base)
+    inner = policies.tilt(base, critics.autoregressive(arm), top_k=4)
+    nested = policies.tilt(inner, critics.args(judge), top_k=3)
+    tilted = {"policy": {"policy": tuned, "critic": arm_params, "beta": 1.0}, "critic": judge_params, "beta": 2.0}
+    for policy, own, below, truncated in (
+        (both, {"policy": tuned, "reference": reference}, reference, False),
+        (nested, tilted, tuned, True),
+    ):
+        arguments = {"policy": own, "reward": judge_params, "beta": 1.5}
+        found = generate(policy, reward, arguments, prompts, n=2, resample_below=0.0)
+        for j in range(2):
+            drawn = jax.tree.map(lambda x, j=j: x[:, j], found.completions)
+            ref = decoding.log_prob(base, below, RNG, prompts, drawn.tokens, drawn.mask).log_prob.sum(1)
+            weight = ref - drawn.log_prob.sum(1) + found.reward[:, j] / 1.5
+            np.testing.assert_allclose(found.log_weight[:, j], weight, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(found.truncated_support, truncated)
 
 
 def test_smc_of_a_prompt_alone_is_what_it_is_in_a_batch(prompts):
