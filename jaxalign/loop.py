@@ -64,6 +64,33 @@ def step_key(rng: Array, t: ArrayLike) -> Array:
     return jax.random.fold_in(jax.random.fold_in(rng, t), _MOVE)
 
 
+def draw_rows(log_prob: Array, rng: Array, rows: Array) -> Array:
+    """Token [B] of log_prob [B,V]; row b draws with rng folded with each number of rows[b] [B,m]. rng: consumed."""
+    keys = jnp.broadcast_to(rng, rows.shape[:1])
+    for i in range(rows.shape[1]):
+        keys = jax.vmap(jax.random.fold_in)(keys, rows[:, i])
+    return draw(log_prob, jax.vmap(lambda key: jax.random.uniform(key, dtype=log_prob.dtype))(keys))
+
+
+def record(output: StepOutput, token: Array, active: Array) -> dict[str, Array]:
+    """What Completions keep of one step, each [B]: zeros where active [B] is False."""
+    new = {
+        "tokens": token,
+        "mask": active,
+        "log_prob": token_value(output.log_prob, token),
+        "log_prob_ref": token_value(output.log_prob_ref, token),
+        "log_norm": output.log_norm,
+        "kl": exact_kl(output.log_prob, output.log_prob_ref),
+    }
+    return {name: jnp.where(active, value, 0).astype(value.dtype) for name, value in new.items()}
+
+
+def no_records(shape: tuple[int, ...], dtype: jnp.dtype) -> dict[str, Array]:
+    """Zeros of `shape` for every entry of `record`, in the dtype of the log-probabilities."""
+    records = {name: jnp.zeros(shape, dtype) for name in ("log_prob", "log_prob_ref", "log_norm", "kl")}
+    return records | {"tokens": jnp.zeros(shape, jnp.int32), "mask": jnp.zeros(shape, bool)}
+
+
 class _Carry(NamedTuple):
     t: Array
     state: State
@@ -114,28 +141,14 @@ def rollout(
     chex.assert_shape(rows, (batch, None))
     if finished is None:
         finished = jnp.zeros(batch, bool)
-    dtype = output.log_prob.dtype
-    records = {name: jnp.zeros((steps, batch), dtype) for name in ("log_prob", "log_prob_ref", "log_norm", "kl")}
-    records |= {"tokens": jnp.zeros((steps, batch), jnp.int32), "mask": jnp.zeros((steps, batch), bool)}
+    records = no_records((steps, batch), output.log_prob.dtype)
 
     def choose(carry: _Carry) -> tuple[_Carry, Array]:
-        keys = jnp.broadcast_to(jax.random.fold_in(rng, begin + carry.t), (batch,))
-        for i in range(rows.shape[1]):
-            keys = jax.vmap(jax.random.fold_in)(keys, rows[:, i])
-        uniform = jax.vmap(lambda key: jax.random.uniform(key, dtype=dtype))(keys)
-        output, active = carry.output, ~carry.finished
-        token = draw(output.log_prob, uniform)
-        new = {
-            "tokens": token,
-            "mask": active,
-            "log_prob": token_value(output.log_prob, token),
-            "log_prob_ref": token_value(output.log_prob_ref, token),
-            "log_norm": output.log_norm,
-            "kl": exact_kl(output.log_prob, output.log_prob_ref),
-        }
+        active = ~carry.finished
+        token = draw_rows(carry.output.log_prob, jax.random.fold_in(rng, begin + carry.t), rows)
         records = {
-            name: carry.records[name].at[carry.t].set(jnp.where(active, value, 0).astype(carry.records[name].dtype))
-            for name, value in new.items()
+            name: carry.records[name].at[carry.t].set(value.astype(carry.records[name].dtype))
+            for name, value in record(carry.output, token, active).items()
         }
         finished = carry.finished | (active & is_eos(token, eos_ids))
         return carry._replace(t=carry.t + 1, finished=finished, records=records), token

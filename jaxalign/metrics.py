@@ -43,6 +43,38 @@ def blockwise_kl_bound(mask: np.ndarray, block: int, candidates: int) -> np.ndar
     return -(-np.asarray(mask, np.int64).sum(axis=-1) // block) * best_of_n_kl_bound(candidates)
 
 
+def best_of_n_curve(reward: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:
+    """[...,N]: entry n−1 estimates E[value of the best of n by reward] without bias, for all n = 1..N at once, from N
+    independent samples with reward and value [...,N] (the reward itself when None).
+
+    It is the mean over all subsets of n samples. In the order of rewards sample i is the best of a share
+    C(i−1, n−1)/C(N, n) of them; equal rewards share theirs evenly, which is the law of a best-of-n that breaks ties at
+    random (`tree.best_of_n_law`). Entry 0 is the mean of the values, entry N−1 the value of the best. ValueError for
+    no samples, shapes that differ, or a reward that is NaN.
+    """
+    r = np.asarray(reward, np.float64)
+    v = r if value is None else np.asarray(value, np.float64)
+    if r.shape != v.shape or r.ndim == 0 or r.shape[-1] == 0:
+        raise ValueError(f"reward, value: expected one shape [...,N], N at least 1, found {r.shape} and {v.shape}")
+    if np.isnan(r).any():
+        raise ValueError("reward: expected numbers, found NaN")
+    count = r.shape[-1]
+    order = np.argsort(r, axis=-1, kind="stable")
+    r, v = np.take_along_axis(r, order, axis=-1), np.take_along_axis(v, order, axis=-1)
+    # The mean value of those of equal reward, in the place of each.
+    flat_r, flat_v = r.reshape(-1, count), v.reshape(-1, count)
+    starts = np.concatenate([np.ones((len(flat_r), 1), bool), flat_r[:, 1:] != flat_r[:, :-1]], axis=1)
+    group = np.cumsum(starts.reshape(-1)) - 1
+    shared = (np.bincount(group, flat_v.reshape(-1)) / np.bincount(group))[group].reshape(flat_v.shape)
+    rank = np.arange(count)  # i − 1
+    weight, out = np.full(count, 1 / count), np.empty_like(flat_v)
+    for n in range(1, count + 1):
+        # Samples that are the best of no subset count nothing, whatever their value.
+        out[:, n - 1] = shared[:, n - 1 :] @ weight[n - 1 :]
+        weight = weight * np.maximum(rank - n + 1, 0) / n * (n + 1) / max(count - n, 1)
+    return out.reshape(r.shape)
+
+
 def diversity(tokens: Sequence[object]) -> float:
     """Π_{n=2..4} |unique n-grams| / (|n-grams| + 1): the diversity of ARGS (arXiv 2402.01694, its code), of one
     response as words or token ids.

@@ -1,8 +1,9 @@
-"""Exact draws from the response-level optimum of a bounded reward, by rejection."""
+"""Rejection: exact draws from the response-level optimum of a bounded reward, or from the base above a threshold."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +81,9 @@ def rejection(
     arrays |= {name: per_row(entry(params, name), batch, name=name) for name in ("beta", "bound")}
     both = {"policy": inner, "reward": judged}
     chunk = min(chunk, tries)
-    found, highest = _rejection(tempered, reward, strong(arrays), rng, both, tries, max_new_tokens, eos_ids, chunk)
+    found, highest = _rejection(
+        tempered, reward, strong(arrays), rng, both, tries, max_new_tokens, eos_ids, chunk, _exponential, False
+    )
     check_scores(found.reward[:, None])
     if is_concrete(highest, arrays["bound"]):
         # A reward that is its bound up to rounding is not above it.
@@ -92,7 +95,62 @@ def rejection(
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7, 8))
+def _exponential(params: Params, score: Array) -> Array:
+    """log of the acceptance probability [B,n] of rewards [B,n]."""
+    return (score - params["bound"][:, None]) / params["beta"][:, None]
+
+
+def _above(params: Params, score: Array) -> Array:
+    """As `_exponential`, of a threshold: certain from it on, never below. NaN is accepted, so that it shows."""
+    return jnp.where(score < params["threshold"][:, None], -jnp.inf, 0).astype(score.dtype)
+
+
+def first_above(
+    policy: Policy,
+    reward: Reward,
+    params: Params,
+    rng: Array,
+    prompts: Prompts,
+    *,
+    tries: int,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    temperature: ArrayLike = 1.0,
+    chunk: int = 8,
+) -> Rejection:
+    """The first draw y ~ pi whose reward reaches a threshold: pi(y | r(y) >= threshold) exactly, for rows that were
+    accepted; best-of-n that stops when it is good enough.
+
+    params {"policy", "reward", "threshold": scalar or [B]}. A row without an accepted draw after `tries` is marked, and
+    its response is the best of its draws (the first among equals). accept_rate is the share of the first chunk's draws
+    that reach the threshold, an unbiased estimate of p = Pr(r >= threshold); 1/p is the expected number of tries and
+    −log p the KL to the policy. The other arguments as `rejection`.
+
+    ValueError: tries < 1, a threshold that is NaN, and those of `best_of_n`.
+    """
+    if tries < 1 or chunk < 1:
+        raise ValueError(f"tries: expected at least 1 try and a chunk of at least 1, found {tries} and {chunk}")
+    prompts = same_prompts(prompts)
+    inner, judged = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
+    own, reward_params = entry(params, "policy"), entry(params, "reward")
+    threshold = entry(params, "threshold")
+    if is_concrete(threshold) and np.isnan(np.asarray(threshold)).any():
+        raise ValueError(f"threshold: expected numbers, found {np.asarray(threshold)}")
+    inner, eos_ids = check_request(policy, own, inner, max_new_tokens, eos_ids)
+    check_reward(reward, reward_params, judged, max_new_tokens, policy.vocab_size)
+    tempered, policy_params, inner = with_temperature(policy, own, inner, temperature)
+    least = per_row(threshold, prompt_index(judged).shape[0], name="threshold")
+    arrays = {"policy": policy_params, "reward": reward_params, "threshold": least}
+    both = {"policy": inner, "reward": judged}
+    chunk = min(chunk, tries)
+    found, _ = _rejection(
+        tempered, reward, strong(arrays), rng, both, tries, max_new_tokens, eos_ids, chunk, _above, True
+    )
+    check_scores(found.reward[:, None])
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7, 8, 9, 10))
 def _rejection(
     policy: Policy,
     reward: Reward,
@@ -103,7 +161,11 @@ def _rejection(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
     chunk: int,
+    acceptance: Callable[[Params, Array], Array],
+    fall_back: bool,
 ) -> tuple[Rejection, Array]:
+    """acceptance(params, rewards [B,n]) -> log-probabilities. fall_back: a row that accepts none keeps the best of its
+    draws, not the last."""
     start, draws, coins = jax.random.split(rng, 3)
     index = prompt_index(prompts)
     batch = index.shape[0]
@@ -126,7 +188,7 @@ def _rejection(
             last_step=False,
         )
         score = score_completions(reward, params["reward"], judged, drawn).reshape(batch, chunk)
-        log_accept = (score - params["bound"][:, None]) / params["beta"][:, None]
+        log_accept = acceptance(params, score)
         return jax.tree.map(lambda x: x.reshape((batch, chunk, *x.shape[1:])), drawn), score, log_accept
 
     def coin(number: Array) -> Array:
@@ -142,11 +204,17 @@ def _rejection(
         accept = ~(jnp.log(coin(number)) >= log_accept) & allowed
         hit = accept.any(axis=1)
         last = jnp.minimum(tries - begin, chunk) - 1
-        pick = jnp.where(hit, jnp.argmax(accept, axis=1), last)
+        spent = jnp.where(hit, jnp.argmax(accept, axis=1), last)
+        pick = spent
+        if fall_back:
+            pick = jnp.where(hit, spent, jnp.argmax(jnp.where(allowed, score, -jnp.inf), axis=1))
         chosen = jax.tree.map(lambda x: x[jnp.arange(batch), pick], drawn)
         # Of a fixed number of draws: a mean up to the accepted one would depend on where it stopped.
         rate = jnp.where(begin == 0, jnp.exp(jnp.minimum(log_accept, 0)).mean(axis=1), found.accept_rate)
-        new = Rejection(chosen, hit, found.tries + pick + 1, score[jnp.arange(batch), pick], rate)
+        new = Rejection(chosen, hit, found.tries + spent + 1, score[jnp.arange(batch), pick], rate)
+        if fall_back:
+            worse = ~hit & (begin > 0) & (new.reward <= found.reward)
+            new = where_rows(worse, found._replace(tries=new.tries), new)
         merged = where_rows(found.accepted, found, new)
         top = jnp.where(allowed, score, -jnp.inf).max(axis=1)
         return begin + chunk, merged, jnp.where(found.accepted, highest, jnp.maximum(highest, top))

@@ -1,0 +1,161 @@
+"""Around best-of-n: the estimate for every n from one set of samples, and draws until a threshold is reached."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import decoding, metrics, policies, rewards, tree
+from tests import exact
+from tests.conftest import EOS, PROMPTS, padded, tiny_lm
+from tests.sampling import assert_mean, chi_square, index_of
+
+TREE = tree.Tree(3, 3, eos_id=0)
+
+
+# One set of samples, every n ------------------------------------------------------------------------------------------
+
+
+def mean_over_subsets(reward: np.ndarray, value: np.ndarray, n: int) -> float:
+    """The value of the best of every subset of n; ties split evenly."""
+    out = []
+    for subset in itertools.combinations(range(len(reward)), n):
+        best = max(reward[i] for i in subset)
+        out.append(np.mean([value[i] for i in subset if reward[i] == best]))
+    return float(np.mean(out))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_best_of_n_curve_is_the_mean_over_all_subsets(ties):
+    rng = np.random.default_rng(0)
+    reward, value = rng.normal(size=(2, 3, 7))
+    if ties:
+        reward = np.round(reward)
+        assert all(len(np.unique(row)) < 7 for row in reward)
+    curve = metrics.best_of_n_curve(reward, value)
+    assert curve.shape == (3, 7)
+    for b in range(3):
+        for n in range(1, 8):
+            assert curve[b, n - 1] == pytest.approx(mean_over_subsets(reward[b], value[b], n), abs=1e-12)
+    np.testing.assert_allclose(curve[:, 0], value.mean(1))
+    np.testing.assert_allclose(metrics.best_of_n_curve(reward)[:, -1], reward.max(1))
+    np.testing.assert_allclose(metrics.best_of_n_curve(reward[0], value[0]), curve[0], rtol=1e-12)
+
+
+def test_best_of_n_curve_is_unbiased_for_the_law_of_best_of_n():
+    """4,000 sets of 8 samples of a tree with tied rewards: the mean curve of another value is E under
+    `tree.best_of_n_law`, each n within 5 standard errors."""
+    base, reward = exact.tables(TREE, 4)
+    reward, other = np.round(np.asarray(reward) * 2), np.asarray(exact.tables(TREE, 5)[1], np.float64)
+    log_base = tree.response_log_prob(TREE, base)
+    law = np.exp(np.asarray(log_base, np.float64))
+    drawn = np.random.default_rng(1).choice(len(law), size=(4000, 8), p=law / law.sum())
+    curve = metrics.best_of_n_curve(reward[drawn], other[drawn])
+    expected = [float(tree.expected(tree.best_of_n_law(log_base, reward, n), other)) for n in range(1, 9)]
+    assert_mean(curve, np.array(expected))
+    assert np.ptp(expected) > 0.05
+
+
+def test_best_of_n_curve_of_many_samples_and_of_forbidden_ones():
+    x = np.random.default_rng(2).random(3000)
+    curve = metrics.best_of_n_curve(x)
+    assert (np.diff(curve) > 0).all()
+    rank = np.sort(x)
+    for n in (2, 50, 2999):
+        weight = [math.comb(i, n - 1) / math.comb(3000, n) if i >= n - 1 else 0 for i in range(3000)]
+        assert curve[n - 1] == pytest.approx(float(np.dot(weight, rank)), rel=1e-10)
+    forbidden = metrics.best_of_n_curve(np.array([-np.inf, 1.0, -np.inf]), np.array([5.0, 1.0, 7.0]))
+    np.testing.assert_allclose(forbidden, [13 / 3, (6 + 1 + 1) / 3, 1])
+    for bad, match in (
+        ((np.ones(3), np.ones(2)), "one shape"),
+        ((np.ones(0),), "at least 1"),
+        ((np.array([np.nan]),), "NaN"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            metrics.best_of_n_curve(*bad)
+
+
+# Until a threshold ----------------------------------------------------------------------------------------------------
+
+
+def above(*, count: int, tries: int, threshold, tables=None, chunk: int = 4):
+    base, reward = exact.tables(TREE, 4) if tables is None else tables
+    return decoding.first_above(
+        tree.policy(TREE),
+        tree.reward(TREE),
+        {"policy": base, "reward": reward, "threshold": threshold},
+        jax.random.key(3),
+        tree.prompts(count),
+        tries=tries,
+        chunk=chunk,
+        max_new_tokens=3,
+        eos_ids=(0,),
+    )
+
+
+def test_best_of_n_first_above_is_the_base_conditioned_on_the_threshold():
+    """20,000 rows, chi-squared with at most 14 degrees of freedom below its 1 − 1e-6 quantile; the threshold is one of
+    the rewards, which counts as reached. The share is unbiased and the tries are geometric."""
+    base, reward = exact.tables(TREE, 4)
+    threshold = float(np.sort(np.asarray(reward))[10])
+    found = above(count=20_000, tries=400, threshold=threshold)
+    assert found.accepted.all()
+    law = np.exp(np.asarray(tree.response_log_prob(TREE, base), np.float64))
+    kept = np.asarray(reward) >= threshold
+    index = index_of(TREE, found.completions)
+    assert kept[index].all()
+    assert chi_square(index, np.where(kept, law, 0)) < 56
+    assert_mean(found.accept_rate, law[kept].sum())
+    assert_mean(found.tries, 1 / law[kept].sum())
+    np.testing.assert_allclose(found.reward, np.asarray(reward)[index])
+    kl = exact.kl(np.log(np.where(kept, law, 1e-300) / law[kept].sum()), np.log(law))
+    assert kl == pytest.approx(-math.log(law[kept].sum()), rel=1e-5)
+
+
+def test_best_of_n_first_above_falls_back_on_the_best_of_its_tries():
+    """A threshold that nothing reaches: best-of-6 in its exact law, whatever the chunk; one per prompt where wanted."""
+    base, reward = exact.tables(TREE, 4)
+    found = above(count=20_000, tries=6, threshold=1e9)
+    assert not found.accepted.any()
+    np.testing.assert_array_equal(found.tries, 6)
+    np.testing.assert_array_equal(found.accept_rate, 0)
+    law = np.exp(tree.best_of_n_law(tree.response_log_prob(TREE, base), reward, 6))
+    assert chi_square(index_of(TREE, found.completions), law) < 56
+    runs = [above(count=64, tries=6, threshold=0.8, chunk=c) for c in (1, 4, 6)]
+    assert 0 < int(runs[0].accepted.sum()) < 64
+    for other in runs[1:]:
+        for name in ("accepted", "tries", "reward"):
+            np.testing.assert_array_equal(getattr(other, name), getattr(runs[0], name))
+        np.testing.assert_array_equal(other.completions.tokens, runs[0].completions.tokens)
+    mixed = above(count=64, tries=6, threshold=jnp.where(jnp.arange(64) < 32, -1e9, 1e9))
+    np.testing.assert_array_equal(mixed.accepted, np.arange(64) < 32)
+    np.testing.assert_array_equal(mixed.tries[:32], 1)
+
+
+def test_best_of_n_first_above_on_language_models_and_bad_requests():
+    (lm, params), (judge, judge_params) = tiny_lm(0, num_layers=1), tiny_lm(1, "reward", num_layers=1)
+    policy, reward, prompts = policies.language_model(lm), rewards.from_model(judge), padded(PROMPTS)
+
+    def draw(reward=reward, arguments=None, **changes):
+        given = {"policy": params, "reward": judge_params, "threshold": 0.5, **(arguments or {})}
+        settings = {"tries": 6, "chunk": 4, "max_new_tokens": 4, "eos_ids": EOS} | changes
+        return decoding.first_above(policy, reward, given, jax.random.key(0), prompts, **settings)
+
+    found = draw()
+    np.testing.assert_array_equal(found.accepted, np.asarray(found.reward) >= 0.5)
+    score = reward(judge_params, *decoding.join(prompts, found.completions), jnp.arange(5))
+    np.testing.assert_allclose(found.reward, score, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="tries: expected at least 1 try"):
+        draw(tries=0)
+    with pytest.raises(ValueError, match="threshold: expected numbers"):
+        draw(arguments={"threshold": float("nan")})
+    with pytest.raises(ValueError, match=r"threshold: expected a scalar or shape \(5,\)"):
+        draw(arguments={"threshold": jnp.ones(3)})
+    broken = rewards.from_numpy(lambda t, m, p, i: np.where(i == 2, np.nan, 0.0))
+    with pytest.raises(ValueError, match=r"reward: expected numbers, found NaN for prompts \[2\]"):
+        draw(reward=broken, arguments={"reward": None})
