@@ -77,6 +77,7 @@ def rollout(
     eos_ids: tuple[int, ...],
     finished: Array | None = None,
     rows: Array | None = None,
+    limits: Array | None = None,
     last_step: bool = True,
 ) -> tuple[State, StepOutput, Completions]:
     """Draws up to `steps` tokens per row from output and its successors; stops when every row is finished.
@@ -91,6 +92,7 @@ def rollout(
       finished: [B], rows that stand still from the start.
       rows: [B,m] integers, m per row, that name the rows' random streams (decoders: the prompt's index and the
         sample's number); (0..B-1, 0) when None.
+      limits: [B], tokens at most of each row, up to `steps`; the loop ends when no row has one left.
       last_step: False leaves out the policy's step after the last token, for callers that need no further state.
 
     Returns:
@@ -103,16 +105,19 @@ def rollout(
     chex.assert_shape(rows, (batch, None))
     if finished is None:
         finished = jnp.zeros(batch, bool)
+    if limits is None:
+        limits = jnp.full(batch, steps, jnp.int32)
     dtype = output.log_prob.dtype
     records = {name: jnp.zeros((steps, batch), dtype) for name in ("log_prob", "log_prob_ref", "log_norm", "kl")}
     records |= {"tokens": jnp.zeros((steps, batch), jnp.int32), "mask": jnp.zeros((steps, batch), bool)}
 
     def choose(carry: _Carry) -> tuple[_Carry, Array]:
+        """The carry with one more token, and that token; -1 where the row stands still or has just ended."""
         keys = jnp.broadcast_to(jax.random.fold_in(rng, carry.t), (batch,))
         for i in range(rows.shape[1]):
             keys = jax.vmap(jax.random.fold_in)(keys, rows[:, i])
         uniform = jax.vmap(lambda key: jax.random.uniform(key, dtype=dtype))(keys)
-        output, active = carry.output, ~carry.finished
+        output, active = carry.output, ~carry.finished & (carry.t < limits)
         token = draw(output.log_prob, uniform)
         new = {
             "tokens": token,
@@ -127,17 +132,20 @@ def rollout(
             for name, value in new.items()
         }
         finished = carry.finished | (active & is_eos(token, eos_ids))
-        return carry._replace(t=carry.t + 1, finished=finished, records=records), token
+        moves = active & ~finished
+        return carry._replace(t=carry.t + 1, finished=finished, records=records), jnp.where(moves, token, -1)
 
     def body(carry: _Carry) -> _Carry:
         key = jax.random.fold_in(rng, steps + carry.t)  # beyond the keys of the draws
         carry, token = choose(carry)
-        state, output = policy.step(params, key, carry.state, jnp.where(carry.finished, -1, token))
+        state, output = policy.step(params, key, carry.state, token)
         return carry._replace(state=state, output=output)
 
-    limit = steps if last_step else steps - 1
+    def goes_on(carry: _Carry) -> Array:
+        return (~carry.finished & (carry.t < (limits if last_step else limits - 1))).any()
+
     carry = _Carry(jnp.zeros((), jnp.int32), state, output, finished, records)
-    carry = jax.lax.while_loop(lambda c: (c.t < limit) & ~c.finished.all(), body, carry)
+    carry = jax.lax.while_loop(goes_on, body, carry)
     if not last_step:
         carry, _ = choose(carry)
     fields = {name: value.T for name, value in carry.records.items()}
