@@ -92,7 +92,7 @@ def rollout(
       finished: [B], rows that stand still from the start.
       rows: [B,m] integers, m per row, that name the rows' random streams (decoders: the prompt's index and the
         sample's number); (0..B-1, 0) when None.
-      limits: [B], tokens at most of each row, up to `steps`; the loop ends when no row has one left.
+      limits: [B], tokens at most of each row (and `steps`); the loop ends when no row has one left.
       last_step: False leaves out the policy's step after the last token, for callers that need no further state.
 
     Returns:
@@ -105,8 +105,7 @@ def rollout(
     chex.assert_shape(rows, (batch, None))
     if finished is None:
         finished = jnp.zeros(batch, bool)
-    if limits is None:
-        limits = jnp.full(batch, steps, jnp.int32)
+    limits = jnp.full(batch, steps, jnp.int32) if limits is None else jnp.minimum(limits, steps)
     dtype = output.log_prob.dtype
     records = {name: jnp.zeros((steps, batch), dtype) for name in ("log_prob", "log_prob_ref", "log_norm", "kl")}
     records |= {"tokens": jnp.zeros((steps, batch), jnp.int32), "mask": jnp.zeros((steps, batch), bool)}

@@ -81,14 +81,14 @@ def critic_cases(dtype: str = "float32") -> dict[str, CriticCase]:
         "tabular_level": CriticCase(tree.critic(TREE, "level"), table(5) * 0.7),
         "tabular_increment": CriticCase(tree.critic(TREE, "increment"), table(6)),
         "transfer_q": CriticCase(
-            critics.transfer_q(policies.language_model(arm_lm), weighted_tokens, eos_ids=EOS, rollouts=2),
-            {"baseline": arm_params, "reward": table(9)[0]},
-        ),
-        "transfer_q_indirect": CriticCase(
             critics.transfer_q(
-                tree.policy(TREE), weighted_tokens, eos_ids=EOS, rollouts=3, baseline_reward=weighted_tokens, chunk=4
+                policies.language_model(arm_lm),
+                weighted_tokens,
+                eos_ids=EOS,
+                rollouts=2,
+                baseline_reward=weighted_tokens,
             ),
-            {"baseline": table(7), "reward": table(8)[0], "baseline_reward": table(8)[1], "beta": BETA},
+            {"baseline": arm_params, "reward": table(8)[0], "baseline_reward": table(8)[1], "beta": BETA},
         ),
     }
 
@@ -140,7 +140,6 @@ CRITICS = [
     "tabular_level",
     "tabular_increment",
     "transfer_q",
-    "transfer_q_indirect",
 ]
 POLICIES = [
     "language_model",

@@ -140,7 +140,7 @@ def test_transfer_q_Q1_a_tilted_policy_as_the_baseline():
     tilted = policies.tilt(tree.policy(TREE), tree.critic(TREE, "level"))
     critic = critics.transfer_q(tilted, tree.reward(TREE), eos_ids=(0,), rollouts=20)
     params = {"baseline": {"policy": log_ref, "critic": soft, "beta": jnp.asarray(0.6)}, "reward": reward}
-    states, found = at_all_states(TREE, critic, params)
+    _, found = at_all_states(TREE, critic, params)
     table = tree.optimal_policy(TREE, log_ref, reward, beta=0.6)
     _, expected = at_all_states(TREE, direct(TREE, 20), {"baseline": table, "reward": reward})
     np.testing.assert_allclose(found, expected, atol=1e-12)
@@ -232,7 +232,7 @@ def weighted_truth(t, baseline, reward, baseline_reward, beta, n):
 
 @pytest.mark.parametrize("name", ["Q5_no_reward", "Q6_another_reward"])
 def test_transfer_q_Q5_Q6_weights_give_the_targets_value_at_every_prefix(name):
-    """Q5: r_BL = 0, the baseline is the base. Q6: any r_BL. The weighted mean is E_{pi*}[r|sz], exactly in the limit."""
+    """Q5: r_BL = 0, the baseline is the base. Q6: any r_BL. The weighted mean is E_{pi*}[r|sz] in the limit."""
     log_ref, reward = exact.tables(TREE, 9)
     other = jnp.zeros_like(reward) if name.startswith("Q5") else exact.tables(TREE, 10)[1]
     beta = 1.3
@@ -278,7 +278,7 @@ def expected_step_kl(log_alg, log_baseline, log_ref) -> float:
     return float(jnp.where(TREE.alive, reach * each, 0).sum())
 
 
-@pytest.mark.parametrize("beta", (0.1, 1.0, 3.0))
+@pytest.mark.parametrize("beta", [0.1, 1.0, 3.0])
 def test_transfer_q_Q7_provable_inequalities(beta):
     for seed, beta_dec in itertools.product(range(4), (0.05, 0.5, 5.0)):
         log_ref, reward = exact.tables(TREE, seed)

@@ -212,7 +212,7 @@ def test_transfer_q_stops_where_every_roll_out_has_ended():
     nothing = jnp.zeros((2, 0), jnp.int32)
     q = walked(critic, params, tree.prompts(2), nothing, 4, jnp.array([[1, 2], [2, 0]]))[0]
     jax.effects_barrier()
-    assert stepped == [4, 4]  # the candidates, and the draw that finds them ended
+    assert stepped == [4, 8]  # the candidates, and one step of the roll-outs that finds them ended
     # Weights 1..L at the places of prompt, candidate and EOS.
     np.testing.assert_allclose(q * 10, [[6, 6], [6, 3]], rtol=1e-6)
 
@@ -253,16 +253,18 @@ def test_transfer_q_each_model_reads_its_own_template():
 
 def test_transfer_q_gradients_reach_the_rewards():
     """d log pi/d reward = the roll-outs' counts: finite differences agree; the baseline gets none."""
-    base, reward = exact.tables(TREE, 6)
-    policy = policies.tilt(tree.policy(TREE), tabular())
-    tokens, mask = jnp.array([[1, 2, 1], [2, 0, 0]], jnp.int32), jnp.array([[True] * 3, [True, True, False]])
+    t = tree.Tree(2, 3, eos_id=0)
+    base, reward = exact.tables(t, 6)
+    critic = critics.transfer_q(tree.policy(t), tree.reward(t), eos_ids=(0,), rollouts=3)
+    policy = policies.tilt(tree.policy(t), critic)
+    tokens, mask = jnp.array([[1, 1], [1, 0]], jnp.int32), jnp.ones((2, 2), bool)
 
     @jax.jit
     def total(reward, baseline):
         params = {"policy": base, "critic": {"baseline": baseline, "reward": reward}, "beta": jnp.asarray(0.7)}
         return decoding.log_prob(policy, params, RNG, tree.prompts(2), tokens, mask).log_prob.sum()
 
-    table = exact.tables(TREE, 7)[0]
+    table = exact.tables(t, 7)[0]
     by_reward, by_baseline = jax.grad(total, argnums=(0, 1))(reward, table)
     direction = jax.random.normal(RNG, reward.shape)
     step = 0.05

@@ -1,7 +1,8 @@
-"""python -m eval.bench {decode,args,genarm,score,train,shaping} [options]; NAME --help lists the options of one
+"""python -m eval.bench {decode,args,genarm,transfer,score,train,shaping} [options]; NAME --help lists one's options
 
 Each benchmark runs the usual alternative beside ours in one process, on one set of random weights, alternating, and
-prints medians and ratios. decode, args and train need `pip install -e '.[bench]'` (torch, transformers' torch models).
+prints medians and ratios. decode, args, transfer and train need `pip install -e '.[bench]'` (torch, transformers' torch
+models).
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.bench import args, decode, genarm, score, shaping, train
+from eval.bench import args, decode, genarm, score, shaping, train, transfer
 
 BENCHMARKS = {
     "decode": decode,
     "args": args,
     "genarm": genarm,
+    "transfer": transfer,
     "score": score,
     "train": train,
     "shaping": shaping,
