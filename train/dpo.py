@@ -49,7 +49,10 @@ def run(config: Config) -> dict[str, Any]:
             f"{config.loss}"
         )
     out = cli.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
-    following = f"python -m eval.decode --model {out / 'model'} --prompts FILE --out DIR"
+    following = (
+        f"python -m eval.decode --model {config.model or 'BASE'} --critic transfer:{out / 'model'} --reward REWARD_DIR "
+        "--prompts FILE --out DIR"
+    )
     done = common.finished(out)
     if done is not None:
         common.report(out, done, following)
