@@ -231,6 +231,14 @@ def test_transfer_q_a_candidate_that_the_baseline_cannot_follow_is_nan():
         np.testing.assert_array_equal(lost, np.broadcast_to(outside & (baseline is tilted), (2, 3)))
 
 
+def test_transfer_q_a_baseline_without_a_distribution_is_nan():
+    """Below token 1 the baseline is NaN: its roll-outs could be scored, and would be silently wrong."""
+    base, reward = exact.tables(TREE, 4)
+    broken = base.at[2].set(jnp.nan)
+    q = walked(tabular(), {"baseline": broken, "reward": reward}, tree.prompts(2), jnp.zeros((2, 0), jnp.int32), 3)[0]
+    np.testing.assert_array_equal(np.isnan(np.asarray(q)), [[False, True, False]] * 2)
+
+
 def test_transfer_q_a_candidate_beyond_the_limit_is_nan():
     base, reward = exact.tables(TREE, 4)
     full = jnp.array([[1, 1, 1], [1, 1, -1]])
@@ -260,15 +268,17 @@ def test_transfer_q_gradients_reach_the_rewards():
     tokens, mask = jnp.array([[1, 1], [1, 0]], jnp.int32), jnp.ones((2, 2), bool)
 
     @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def total(reward, baseline):
         params = {"policy": base, "critic": {"baseline": baseline, "reward": reward}, "beta": jnp.asarray(0.7)}
         return decoding.log_prob(policy, params, RNG, tree.prompts(2), tokens, mask).log_prob.sum()
 
     table = exact.tables(t, 7)[0]
-    by_reward, by_baseline = jax.grad(total, argnums=(0, 1))(reward, table)
+    by_reward, by_baseline = total(reward, table)[1]
     direction = jax.random.normal(RNG, reward.shape)
     step = 0.05
-    numeric = (total(reward + step * direction, table) - total(reward - step * direction, table)) / (2 * step)
+    up, down = (total(reward + sign * step * direction, table)[0] for sign in (1, -1))
+    numeric = (up - down) / (2 * step)
     np.testing.assert_allclose((by_reward * direction).sum(), numeric, rtol=2e-2)
     assert np.isfinite(numeric)
     assert float(jnp.abs(by_reward).max()) > 0.1

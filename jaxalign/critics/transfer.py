@@ -62,8 +62,8 @@ def transfer_q(
       baseline_reward: r_BL, which makes the transfer indirect.
       chunk: candidates at a time, which bounds memory (B·chunk·n states); all when None, 256 of a whole vocabulary.
 
-    NaN, so that it shows: a candidate from which the baseline cannot go on (outside the candidates of a tilt), and one
-    beyond max_new_tokens. Gradients reach the rewards' parameters and beta, not the drawn tokens.
+    NaN, so that it shows: a candidate from which the baseline cannot go on (outside the candidates of a tilt, or without
+    a distribution), and one beyond max_new_tokens. Gradients reach the rewards' parameters and beta, not the drawn tokens.
 
     Raises:
       ValueError: rollouts or chunk < 1, lookahead < 0, an EOS outside the vocabulary, two vocabularies; on the host
@@ -175,6 +175,7 @@ def transfer_q(
             places = rows["length"][:, None] + jnp.arange(steps)
             rows["response"] = _write(rows["response"], places, drawn.tokens, drawn.mask)
             rows["length"] = rows["length"] + drawn.mask.sum(axis=1)
+            lost |= jnp.isnan(drawn.log_prob).any(axis=1)
         real = jnp.arange(limit) < rows["length"][:, None]
         paid = {}
         for name, judge in rewards.items():
