@@ -62,8 +62,9 @@ def transfer_q(
       baseline_reward: r_BL, which makes the transfer indirect.
       chunk: candidates at a time, which bounds memory (B·chunk·n states); all when None, 256 of a whole vocabulary.
 
-    NaN, so that it shows: a candidate from which the baseline cannot go on (outside the candidates of a tilt, or without
-    a distribution), and one beyond max_new_tokens. Gradients reach the rewards' parameters and beta, not the drawn tokens.
+    NaN, so that it shows: a candidate beyond max_new_tokens, one that the baseline cannot follow (outside the
+    candidates of a tilt), and a baseline without a distribution. Gradients reach the rewards' parameters and beta, not
+    the drawn tokens.
 
     Raises:
       ValueError: rollouts or chunk < 1, lookahead < 0, an EOS outside the vocabulary, two vocabularies; on the host
