@@ -30,7 +30,7 @@ from jaxalign import cli, critics, data, decoding, metrics, models, policies, re
 from jaxalign.checks import check_prompt_fits
 from jaxalign.types import Completions, Critic, Params, Policy, Reward, TokenBatch
 
-KINDS = ("args", "value", "autoregressive", "follower")
+KINDS = ("args", "value", "autoregressive", "follower", "transfer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Config:
     out: str
     """Run folder: responses.jsonl, summary.json, config.json, versions.json."""
     critic: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """KIND:DIR; give the option again for another method. KIND is args, value, autoregressive, or follower, a head of
-    train.value for a shaped reward, decoded at the beta it was trained for. Replaces the list of --config."""
+    """KIND:DIR; give the option again for another method. KIND is args, value, autoregressive, follower, a head of
+    train.value for a shaped reward, decoded at the beta it was trained for, or transfer, an aligned language model
+    whose roll-outs --reward scores. Replaces the list of --config."""
     beta: tuple[float, ...] = (1.0,)
     """KL weights, one or several, each > 0 [units of the critic's score per nat]; autoregressive: 1/alpha."""
     sum: bool = False
@@ -55,6 +56,10 @@ class Config:
     top_k: int | None = None
     """Candidates per token; 0: the whole vocabulary. Default: 10 for scalar heads, which are scored one candidate at a
     time; the whole vocabulary for Q heads and autoregressive rewards, which give all scores at once."""
+    rollouts: int = 1
+    """Roll-outs per candidate of a transfer critic."""
+    lookahead: int | None = None
+    """Tokens of a transfer critic's roll-out; 0: none. Default: up to the end of the response."""
     best_of_n: tuple[int, ...] = ()
     """Also decode best-of-n of the base by --reward, for each n [responses per prompt] given."""
     block: tuple[int, ...] = ()
@@ -124,6 +129,12 @@ def check(config: Config) -> None:
     for spec in config.critic:
         if spec.partition(":")[0] not in KINDS or not spec.partition(":")[2]:
             raise ValueError(f"critic: expected KIND:DIR with KIND among {KINDS}, found {spec!r}")
+    if any(spec.startswith("transfer:") for spec in config.critic):
+        if not config.reward or rewards.is_program(config.reward):
+            raise ValueError(f"reward: expected a folder, which a transfer critic scores by, found {config.reward!r}")
+    elif config.rollouts != 1 or config.lookahead is not None:
+        field, given = ("rollouts", config.rollouts) if config.lookahead is None else ("lookahead", config.lookahead)
+        raise ValueError(f"{field}: expected a transfer critic that uses it, found {given} and none")
     if config.weights and (not config.sum or len(config.weights) != len(config.critic)):
         raise ValueError(
             f"weights: expected --sum and one weight per critic ({len(config.critic)}), found {len(config.weights)}"
@@ -176,7 +187,8 @@ def load_all(config: Config) -> tuple[Any, dict[str, tuple[models.LanguageModel,
             f"{sorted(lost)}: responses would not end"
         )
     for name, (lm, _) in loaded.items():
-        if (name == "model" or name.startswith("critic autoregressive:")) and not lm.has_lm_head:
+        drawn = name == "model" or name.startswith(("critic autoregressive:", "critic transfer:"))
+        if drawn and not lm.has_lm_head:
             raise ValueError(f"{name}: expected a language model, found a sequence classifier in {folders[name]}")
         if name in ("reward", "gold") and lm.head_width != 1:
             raise ValueError(f"{name}: expected a model with a scalar head, found {lm.config.head} in {folders[name]}")
@@ -195,6 +207,21 @@ def build_critic(spec: str, lm: models.LanguageModel) -> tuple[Critic, bool]:
     return critics.autoregressive(lm), True
 
 
+def transfer_critic(
+    config: Config, spec: str, loaded: dict[str, tuple[models.LanguageModel, Params]]
+) -> tuple[Critic, Params]:
+    """Direct transfer from the model of spec, scored by --reward."""
+    (lm, params), (reward_lm, reward_params) = loaded[f"critic {spec}"], loaded["reward"]
+    critic = critics.transfer_q(
+        policies.language_model(lm),
+        rewards.from_model(reward_lm),
+        eos_ids=loaded["model"][0].config.eos_ids,
+        rollouts=config.rollouts,
+        lookahead=config.lookahead,
+    )
+    return critic, {"baseline": params, "reward": reward_params}
+
+
 def methods(config: Config, loaded: dict[str, tuple[models.LanguageModel, Params]]) -> list[Method]:
     """All methods of a run, the base first."""
     lm, params = loaded["model"]
@@ -204,8 +231,16 @@ def methods(config: Config, loaded: dict[str, tuple[models.LanguageModel, Params
     for n in config.best_of_n:
         bound = "bound log n - (n-1)/n" if config.temperature == 1 else "bound, to the tempered base"
         out.append(Method(f"best_of_{n}", None, base, params, n, bound))
-    built = [(spec, *build_critic(spec, loaded[f"critic {spec}"][0])) for spec in config.critic]
-    values = [loaded[f"critic {spec}"][1] for spec in config.critic]
+    built: list[tuple[str, Critic, bool]] = []
+    values: list[Params] = []
+    for spec in config.critic:
+        if spec.startswith("transfer:"):
+            critic, value = transfer_critic(config, spec, loaded)
+            built.append((spec, critic, False))
+            values.append(value)
+        else:
+            built.append((spec, *build_critic(spec, loaded[f"critic {spec}"][0])))
+            values.append(loaded[f"critic {spec}"][1])
     if config.sum:
         weights = jnp.asarray(config.weights or (1.0,) * len(built), jnp.float32)
         summed = critics.weighted_sum([critic for _, critic, _ in built])

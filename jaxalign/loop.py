@@ -112,7 +112,7 @@ def rollout(
     rows: Array | None = None,
     last_step: bool = True,
     begin: ArrayLike = 0,
-    limit: ArrayLike | None = None,
+    limits: ArrayLike | None = None,
 ) -> tuple[State, StepOutput, Completions]:
     """Draws up to `steps` tokens per row from output and its successors; stops when every row is finished.
 
@@ -128,8 +128,8 @@ def rollout(
         sample's number); (0..B-1, 0) when None.
       last_step: False leaves out the policy's step after the last token, for callers that need no further state.
       begin: the number t of the first step, for the random streams: a rollout that goes on where another stopped draws
-        what one long rollout would. May be traced, as limit.
-      limit: of the T = steps tokens, draw at most this many, at least 1; all when None.
+        what one long rollout would. May be traced.
+      limits: of the T = steps tokens, draw at most this many, one number or [B]; all when None. May be traced.
 
     Returns:
       (state, output, Completions [B,T]). A finished row's state is the one it had before its EOS. A policy that has no
@@ -141,28 +141,32 @@ def rollout(
     chex.assert_shape(rows, (batch, None))
     if finished is None:
         finished = jnp.zeros(batch, bool)
+    most = jnp.broadcast_to(jnp.asarray(steps if limits is None else limits, jnp.int32), (batch,)).clip(max=steps)
     records = no_records((steps, batch), output.log_prob.dtype)
 
     def choose(carry: _Carry) -> tuple[_Carry, Array]:
-        active = ~carry.finished
+        """The carry with one more token, and that token; -1 where the row stands still or has just ended."""
+        active = ~carry.finished & (carry.t < most)
         token = draw_rows(carry.output.log_prob, jax.random.fold_in(rng, begin + carry.t), rows)
         records = {
             name: carry.records[name].at[carry.t].set(value.astype(carry.records[name].dtype))
             for name, value in record(carry.output, token, active).items()
         }
         finished = carry.finished | (active & is_eos(token, eos_ids))
-        return carry._replace(t=carry.t + 1, finished=finished, records=records), token
+        moves = active & ~finished
+        return carry._replace(t=carry.t + 1, finished=finished, records=records), jnp.where(moves, token, -1)
 
     def body(carry: _Carry) -> _Carry:
         key = step_key(rng, begin + carry.t)
         carry, token = choose(carry)
-        state, output = policy.step(params, key, carry.state, jnp.where(carry.finished, -1, token))
+        state, output = policy.step(params, key, carry.state, token)
         return carry._replace(state=state, output=output)
 
-    limit = steps if limit is None else limit
-    fed = limit if last_step else limit - 1
+    def goes_on(carry: _Carry) -> Array:
+        return (~carry.finished & (carry.t < (most if last_step else most - 1))).any()
+
     carry = _Carry(jnp.zeros((), jnp.int32), state, output, finished, records)
-    carry = jax.lax.while_loop(lambda c: (c.t < fed) & ~c.finished.all(), body, carry)
+    carry = jax.lax.while_loop(goes_on, body, carry)
     if not last_step:
         carry, _ = choose(carry)
     fields = {name: value.T for name, value in carry.records.items()}

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from jaxalign import critics, policies, tree
 from jaxalign.types import Critic, Params, Policy
-from tests.conftest import VOCAB
+from tests.conftest import EOS, VOCAB
 from tests.conftest import tiny_lm as two_layers
 
 TREE = tree.Tree(VOCAB, 3, eos_id=0)
+BETA = jnp.array([0.5, 1.0, 4.0, 0.8, 1.3])
 
 
 def tiny_lm(seed: int, head: str | None = None, dtype: str = "float32"):
@@ -48,6 +49,11 @@ def tabular() -> Case:
     return Case(tree.policy(TREE), table(0))
 
 
+def weighted_tokens(params, tokens, mask, prompt_length, index):
+    """A reward that every part of a text changes: the sum of its tokens' weights [V] by place."""
+    return (jnp.where(mask, params[tokens], 0) * jnp.arange(1, mask.shape[1] + 1)).sum(axis=1) / 10
+
+
 def critic_cases(dtype: str = "float32") -> dict[str, CriticCase]:
     reward_lm, reward_params = tiny_lm(1, "reward", dtype)
     value_lm, value_params = tiny_lm(2, "value", dtype)
@@ -74,10 +80,17 @@ def critic_cases(dtype: str = "float32") -> dict[str, CriticCase]:
         "map_scores": CriticCase(bound, {"critic": reward_params, "map": {"scale": jnp.linspace(0.5, 1.5, 5)}}),
         "tabular_level": CriticCase(tree.critic(TREE, "level"), table(5) * 0.7),
         "tabular_increment": CriticCase(tree.critic(TREE, "increment"), table(6)),
+        "transfer_q": CriticCase(
+            critics.transfer_q(
+                policies.language_model(arm_lm),
+                weighted_tokens,
+                eos_ids=EOS,
+                rollouts=2,
+                baseline_reward=weighted_tokens,
+            ),
+            {"baseline": arm_params, "reward": table(8)[0], "baseline_reward": table(8)[1], "beta": BETA},
+        ),
     }
-
-
-BETA = jnp.array([0.5, 1.0, 4.0, 0.8, 1.3])
 
 
 def policy_cases(dtype: str = "float32") -> dict[str, Case]:
@@ -126,6 +139,7 @@ CRITICS = [
     "map_scores",
     "tabular_level",
     "tabular_increment",
+    "transfer_q",
 ]
 POLICIES = [
     "language_model",

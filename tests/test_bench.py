@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from eval.bench import __main__ as bench
-from eval.bench import score, train
+from eval.bench import score, train, transfer
 from jaxalign import losses, models
 
 SMALL = ("--layers", "1", "--width", "64", "--repeats", "1")
@@ -23,6 +23,7 @@ SIZES = {
     "args": (*DRAWS, "--no-torch", "--k", "2"),
     "genarm": DRAWS,
     "blockwise": (*DRAWS, "--candidates", "3", "--block", "2"),
+    "transfer": (*DRAWS, "--no-torch", "--k", "2", "--lookahead", "2"),
     "score": (*SMALL, "--batch", "2", "--length", "7", "--vocab", "50", "--chunk", "4"),
     "train": (*SMALL, "--batch", "2", "--length", "7", "--no-torch"),
     "shaping": (*SMALL, "--prompts", "20", "--samples", "5", "--batch", "2", "--length", "7"),
@@ -32,6 +33,7 @@ COLUMNS = {
     "args": ["batch", "k", "jaxalign tokens/s"],
     "genarm": ["batch", "base tokens/s", "genarm tokens/s", "cost"],
     "blockwise": ["batch", "candidates", "block", "together tokens/s", "one by one tokens/s", "ratio"],
+    "transfer": ["batch", "k", "lookahead", "jaxalign tokens/s"],
     "score": [
         "pass",
         "jaxalign s",
@@ -132,6 +134,7 @@ def test_the_benchmarks_are_listed(capsys):
         ("decode", ("--new", "0"), "new"),
         ("args", ("--width", "96"), "width"),
         ("args", ("--k", "0"), "k: "),
+        ("transfer", ("--lookahead", "0"), "lookahead: "),
         ("genarm", ("--mesh", "rows=2"), "mesh"),
         ("genarm", ("--mesh", "data=1000"), "mesh"),
         ("blockwise", ("--candidates", "0"), "candidates"),
@@ -186,6 +189,15 @@ def test_score_refuses_a_wrong_result(monkeypatch, error):
 
 
 TRAIN = train.Config(batch=2, length=7, layers=1, width=64, repeats=1)
+
+
+def test_transfer_chooses_the_tokens_of_the_torch_loop(capsys):
+    pytest.importorskip("torch")
+    sizes = {"batch": (1, 2), "k": 3, "lookahead": 3, "prompt": 4, "new": 3, "layers": 1, "width": 64, "repeats": 1}
+    rows = transfer.run(transfer.Config(**sizes))
+    columns = [*COLUMNS["transfer"], "torch tokens/s at batch 1", "ratio", "same tokens"]
+    assert [list(row) for row in rows] == [columns] * 2
+    assert [row["same tokens"] for row in rows] == [1.0, 1.0]
 
 
 def test_train_agrees_with_torch():

@@ -418,3 +418,34 @@ def test_bad_arguments_of_the_other_decoders():
             decoding.sample(
                 nucleus, {"policy": params, "top_p": value}, RNG, padded(PROMPTS), max_new_tokens=2, eos_ids=EOS
             )
+
+
+def test_rollout_stops_each_row_at_its_own_limit():
+    """The tokens are those of a roll-out without limits, cut; the state includes them all."""
+    t = tree.Tree(3, 4, eos_id=None)
+    table = exact.tables(t, 0)[0]
+    policy = tree.policy(t)
+    state, output = policy.init(table, RNG, tree.prompts(4), 4)
+    steps = []
+
+    def step(params, rng, state, token):
+        jax.debug.callback(lambda: steps.append(None))
+        return policy.step(params, rng, state, token)
+
+    counted, limits = policy._replace(step=step), jnp.array([0, 1, 2, 9])
+    shared = {"steps": 3, "eos_ids": ()}
+    whole = loop.rollout(policy, table, RNG, state, output, **shared)[2]
+    for last_step in (True, False):
+        steps.clear()
+        after, _, cut = loop.rollout(counted, table, RNG, state, output, limits=limits, last_step=last_step, **shared)
+        jax.effects_barrier()
+        assert len(steps) == 3 - (not last_step)
+        np.testing.assert_array_equal(cut.mask.sum(axis=1), [0, 1, 2, 3])
+        np.testing.assert_array_equal(cut.tokens, jnp.where(cut.mask, whole.tokens, 0))
+        if last_step:
+            depth = np.asarray(t.depth)[np.asarray(after["node"])[:3]]
+            np.testing.assert_array_equal(depth, [0, 1, 2])
+    steps.clear()
+    loop.rollout(counted, table, RNG, state, output, limits=jnp.array([1, 1, 1, 2]), last_step=False, **shared)
+    jax.effects_barrier()
+    assert len(steps) == 1

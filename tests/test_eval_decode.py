@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 
 from eval import decode
-from jaxalign import models
+from jaxalign import critics, data, decoding, models, policies, rewards
 from jaxalign.decoding import sampling
 from tests.conftest import tiny_lm
 
@@ -280,6 +280,29 @@ def test_coherence_is_reported_by_a_users_embedding(folders, tmp_path, capsys):
     assert "coherence" in capsys.readouterr().out
 
 
+def test_a_transfer_critic_rolls_out_its_model_and_scores_by_the_reward(folders, tmp_path):
+    """The tokens of the library's own Transfer Q* with these models, at the run's key, indices and limits."""
+    spec = f"transfer:{folders['arm']}"
+    options = ("--critic", spec, "--reward", folders["reward"], "--rollouts", "2", "--lookahead", "2", "--top-k", "3")
+    decode.main(arguments(folders, tmp_path / "out", *options, "--beta", "0.2", "--no-include-base"))
+    records = read(tmp_path / "out")
+    assert {record["method"] for record in records} == {spec}
+    (lm, base), (other_lm, other), (reward_lm, judge) = (models.load(folders[n]) for n in ("base", "arm", "reward"))
+    critic = critics.transfer_q(
+        policies.language_model(other_lm), rewards.from_model(reward_lm), eos_ids=(0,), rollouts=2, lookahead=2
+    )
+    policy = policies.tilt(policies.language_model(lm), critic, top_k=3)
+    params = {"policy": base, "critic": {"baseline": other, "reward": judge}, "beta": jnp.asarray(0.2)}
+    ids = [prompt.tokens for prompt in data.tokenize_prompts(folders["prompts.txt"], tokenizer())]
+    drawn = decoding.sample(
+        policy, params, jax.random.key(0), data.prompt_batch(ids), max_new_tokens=4, eos_ids=(0,), temperature=1.0
+    )
+    for record in records:
+        b = record["index"]
+        assert record["tokens"] == drawn.tokens[b][drawn.mask[b]].tolist()
+        np.testing.assert_allclose(record["log_prob"], drawn.log_prob[b][drawn.mask[b]], rtol=1e-3, atol=1e-4)
+
+
 def test_another_config_in_the_folder_is_refused_and_named(finished, folders):
     before = (finished / "responses.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"seed: expected 0 .* found 1"):
@@ -332,6 +355,11 @@ def test_bad_input_names_its_field_and_writes_nothing(folders, tmp_path):
         ((*arm, "--block", "4", "--candidates", "1"), "candidates: expected at least 2"),
         ((*arm, "--candidates", "4"), "candidates: expected with --block"),
         ((*arm, "--block", "4", "--temperature", "0"), "block: expected a temperature > 0"),
+        (("--critic", f"transfer:{folders['arm']}"), "reward: expected a folder, which a transfer critic scores by"),
+        ((*arm, "--rollouts", "2"), "rollouts: expected a transfer critic"),
+        ((*arm, "--lookahead", "0"), "lookahead: expected a transfer critic"),
+        (("--critic", f"transfer:{folders['arm']}", "--reward", folders["reward"], "--rollouts", "0"), "rollouts"),
+        (("--critic", f"transfer:{folders['reward']}", "--reward", folders["reward"]), "expected a language model"),
         (("--temperature", "-1"), "temperature"),
         (("--batch-size", "0"), "batch_size"),
         (("--best-of-n", "2", "--reward", folders["reward"], "--temperature", "0"), "best_of_n: .*temperature > 0"),

@@ -18,9 +18,9 @@ from jaxalign import models
 from jaxalign.data import opinions, preferences
 from jaxalign.training import metrics
 from tests.conftest import tiny_lm
-from train import arm, common, quickstart, reward_model, rollouts, sft, tokenizer, value, world
+from train import arm, common, dpo, quickstart, reward_model, rollouts, sft, tokenizer, value, world
 
-SCRIPTS = {"sft": sft, "reward_model": reward_model, "arm": arm, "value": value}
+SCRIPTS = {"sft": sft, "reward_model": reward_model, "arm": arm, "dpo": dpo, "value": value}
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = ("--steps", "2", "--batch-size", "8", "--max-length", "64", "--log-every", "1")
 
@@ -202,6 +202,33 @@ def test_a_q_head_learns_from_responses_that_others_wrote(objective, files, tmp_
         value.main([*command[:-1], str(tmp_path / "other")])
 
 
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_dpo_moves_away_from_its_reference_and_prefers_what_was_chosen(loss, files, tmp_path):
+    command = [
+        *options("dpo", files),
+        "--loss",
+        loss,
+        "--steps",
+        "12",
+        "--learning-rate",
+        "0.01",
+        "--validation",
+        "0.4",
+    ]
+    dpo.main([*command, "--out", str(tmp_path / "run")])
+    rows = metrics.read(tmp_path / "run/metrics.jsonl")
+    at_reference = np.log(2) if loss == "dpo" else 25.0  # (0 − 1/(2·0.1))²
+    np.testing.assert_allclose(rows[0]["loss"], at_reference, rtol=1e-5)
+    assert rows[0]["margin"] == 0
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["margin"] > 0
+    assert rows[-1]["accuracy"] > 0.5
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert 0 <= summary["pair_accuracy"] <= 1
+    assert np.isfinite(summary["margin"])
+    assert summary["margin"] != 0
+
+
 def test_transcripts_in_the_form_of_hh_train_a_reward_model_and_bad_lines_are_counted(files, tmp_path):
     rows = opinions.transcripts(opinions.preferences(24, seed=3))
     lines = [json.dumps(row) for row in rows]
@@ -233,6 +260,9 @@ def test_transcripts_in_the_form_of_hh_train_a_reward_model_and_bad_lines_are_co
         ("sft", ("--data", "absent.jsonl"), r"absent\.jsonl"),
         ("reward_model", ("--model", "absent"), "absent"),
         ("arm", ("--beta-r", "0"), "beta_r: "),
+        ("dpo", ("--beta", "0"), "beta: "),
+        ("dpo", ("--label-smoothing", "0.5"), "label_smoothing: "),
+        ("dpo", ("--loss", "ipo", "--label-smoothing", "0.1"), "label_smoothing: .* 0 for ipo"),
         ("value", ("--objective", "cd_q"), "head: expected q"),
         ("value", ("--samples", "0"), "samples: "),
         ("value", ("--objective", "exceedance"), "bound: expected a value > 0"),
@@ -260,15 +290,15 @@ def test_a_changed_prompt_file_is_not_mixed_with_old_roll_outs(files, tmp_path):
 
 
 DEVICES = """
-from train import reward_model, sft
-for script, options in ((sft, {sft!r}), (reward_model, {reward_model!r})):
+from train import dpo, reward_model, sft
+for script, options in ((sft, {sft!r}), (reward_model, {reward_model!r}), (dpo, {dpo!r})):
     script.main(options)
 """
 
 
 def test_four_devices_give_the_losses_of_one(files, tmp_path):
     commands = {}
-    for name in ("sft", "reward_model"):
+    for name in ("sft", "reward_model", "dpo"):
         command = [*options(name, files), "--steps", "3"]
         SCRIPTS[name].main([*command, "--out", str(tmp_path / f"one_{name}")])
         commands[name] = [*command, "--mesh", "data=4", "--out", str(tmp_path / f"four_{name}")]

@@ -1,7 +1,8 @@
-"""python -m eval.bench {decode,args,genarm,blockwise,score,train,shaping} [options]; NAME --help lists one's options
+"""python -m eval.bench NAME [options]; NAME is one of those below, NAME --help lists its options
 
 Each benchmark runs the usual alternative beside ours in one process, on one set of random weights, alternating, and
-prints medians and ratios. decode, args and train need `pip install -e '.[bench]'` (torch, transformers' torch models).
+prints medians and ratios. decode, args, transfer and train need `pip install -e '.[bench]'` (torch, transformers' torch
+models).
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.bench import args, blockwise, decode, genarm, score, shaping, train
+from eval.bench import args, blockwise, decode, genarm, score, shaping, train, transfer
 
 BENCHMARKS = {
     "decode": decode,
     "args": args,
     "genarm": genarm,
     "blockwise": blockwise,
+    "transfer": transfer,
     "score": score,
     "train": train,
     "shaping": shaping,

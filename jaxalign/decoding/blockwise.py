@@ -129,7 +129,7 @@ def _blockwise(
             rows=named,
             last_step=False,
             begin=begin,
-            limit=jnp.minimum(block, max_new_tokens - begin),
+            limits=jnp.minimum(block, max_new_tokens - begin),
         )
         # The last tokens are not fed yet: the critic scores them all, and the winner alone steps on.
         last = jnp.maximum(mdp.last_index(drawn.mask), 0)

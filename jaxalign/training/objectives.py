@@ -17,6 +17,7 @@ from jaxalign.training.step import Loss, Measured
 from jaxalign.types import Array, Params
 
 VALUE_OBJECTIVES = ("fudge", "cd_q", "td", "pairs", "soft", "exceedance")
+DPO_OBJECTIVES = ("dpo", "ipo")
 
 
 def cast(lm: Any, params: Params) -> Params:
@@ -53,6 +54,41 @@ def autoregressive_reward(lm: Any, *, beta_r: float) -> Loss:
         return _pairs(losses.autoregressive_reward(chosen, rejected, beta_r=beta_r), chosen, rejected)
 
     return loss
+
+
+def dpo(lm: Any, *, beta: float, objective: str = "dpo", label_smoothing: float = 0.0) -> Loss:
+    """`losses.dpo` or `losses.ipo` against the reference whose parameters are `frozen`, a model of the same config;
+    batch as `bradley_terry`. Metrics of the implicit reward beta·log(pi/pi_ref)(y): accuracy (ties half), margin.
+
+    The reference reads each batch beside the model, so that at the first step both are equal to the last bit.
+    ValueError for an unknown objective, and for label smoothing outside [0, 1/2) or with "ipo", which has none.
+    """
+    if objective not in DPO_OBJECTIVES:
+        raise ValueError(f"objective: expected one of {DPO_OBJECTIVES}, found {objective!r}")
+    if not 0 <= label_smoothing < 0.5 or (label_smoothing and objective != "dpo"):
+        raise ValueError(
+            f"label_smoothing: expected a share in [0, 0.5), and 0 for ipo, found {label_smoothing} for {objective}"
+        )
+
+    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+        both = _joined(batch)
+        chosen, rejected = jnp.split(log_likelihoods(lm, cast(lm, params), both), 2)
+        reference = jax.lax.stop_gradient(log_likelihoods(lm, cast(lm, frozen), both))
+        chosen_ref, rejected_ref = jnp.split(reference, 2)
+        if objective == "ipo":
+            total = losses.ipo(chosen, rejected, chosen_ref, rejected_ref, beta=beta)
+        else:
+            total = losses.dpo(chosen, rejected, chosen_ref, rejected_ref, beta=beta, label_smoothing=label_smoothing)
+        return _pairs(total, beta * (chosen - chosen_ref), beta * (rejected - rejected_ref))
+
+    return loss
+
+
+def implicit_rewards(lm: Any, params: Params, reference: Params, batch: Any, *, beta: float) -> Array:
+    """beta·log(pi/pi_ref)(y|x) [b], summed over the response's tokens: DPO's reward (arXiv 2305.18290, eq. 5, up to a
+    constant of the prompt)."""
+    ratio = log_likelihoods(lm, cast(lm, params), batch) - log_likelihoods(lm, cast(lm, reference), batch)
+    return beta * ratio
 
 
 def value(lm: Any, objective: str, *, base: Any = None, beta: float | None = None, pair_weight: float = 1.0) -> Loss:

@@ -41,6 +41,8 @@ def objective(name: str, dtype: str = "float32"):
     head = {
         "sft": None,
         "arm": None,
+        "dpo": None,
+        "ipo": None,
         "reward_model": "reward",
         "leader": "reward",
         "fudge": "value",
@@ -55,6 +57,10 @@ def objective(name: str, dtype: str = "float32"):
         return objectives.bradley_terry(lm), params, None, pairs(8)
     if name == "arm":
         return objectives.autoregressive_reward(lm, beta_r=0.3), params, None, pairs(8)
+    if name in objectives.DPO_OBJECTIVES:
+        smoothing = 0.1 if name == "dpo" else 0.0
+        loss = objectives.dpo(lm, beta=0.3, objective=name, label_smoothing=smoothing)
+        return loss, params, tiny_lm(5)[1], pairs(8)
     if name == "leader":
         lm = models.with_head(lm, models.Head("reward", bound=2.0))
         grouped_rows = {k: v.reshape(8, 3, *v.shape[1:]) for k, v in rows(24).items() if k != "loss_mask"}
@@ -67,7 +73,7 @@ def objective(name: str, dtype: str = "float32"):
     return loss, params, frozen if kind == "cd_q" else None, rows(8) | {"reward": reward}
 
 
-NAMES = ["sft", "reward_model", "arm", "fudge", "fudge_q", "td", "cd_q", "leader"]
+NAMES = ["sft", "reward_model", "arm", "dpo", "ipo", "fudge", "fudge_q", "td", "cd_q", "leader"]
 
 
 def one_step(name: str, parts: int, dtype: str = "float32"):
@@ -100,7 +106,7 @@ def test_one_bfloat16_step_keeps_float32_masters(name):
         assert new.dtype == jnp.float32
         assert np.isfinite(new).all()
         # A value objective does not read the language model's own head.
-        read = name in ("sft", "arm") or "lm_head" not in jax.tree_util.keystr(path)
+        read = name in ("sft", "arm", "dpo", "ipo") or "lm_head" not in jax.tree_util.keystr(path)
         assert not read or old.ndim < 2 or (np.asarray(old) != np.asarray(new)).any(), path
     assert all(value.dtype == jnp.float32 for value in metrics.values())
     np.testing.assert_allclose(metrics["loss"], exact["loss"], rtol=0.1, atol=0.05)
@@ -122,22 +128,23 @@ def test_what_is_masked_out_changes_nothing():
 
 def test_objectives_equal_their_equations():
     """Each against the losses on the model's own outputs, one row at a time, without padding."""
-    for name in ("sft", "reward_model", "arm", "fudge", "fudge_q", "cd_q"):
+    for name in ("sft", "reward_model", "arm", "dpo", "ipo", "fudge", "fudge_q", "cd_q"):
         loss, params, frozen, batch = objective(name)
         found = float(loss(params, batch, frozen).loss)
         np.testing.assert_allclose(found, by_hand(name, params, frozen, batch), rtol=2e-5, err_msg=name)
 
 
 def by_hand(name, params, frozen, batch) -> float:
-    lm = tiny_lm(0, {"sft": None, "arm": None, "reward_model": "reward", "fudge": "value"}.get(name, "q"))[0]
+    heads = {"reward_model": "reward", "fudge": "value", "fudge_q": "q", "cd_q": "q"}
+    lm = tiny_lm(0, heads.get(name))[0]
 
     def alone(part, b):
         size = int(part["mask"][b].sum())
         return jnp.asarray(part["tokens"][b : b + 1, :size]), size
 
-    def log_likelihood(part, b):
+    def log_likelihood(part, b, weights=params):
         tokens, size = alone(part, b)
-        table = jax.nn.log_softmax(lm.apply(params, tokens).logits)
+        table = jax.nn.log_softmax(lm.apply(weights, tokens).logits)
         return sum(float(table[0, t - 1, tokens[0, t]]) for t in range(2, size))
 
     def score(part, b):
@@ -149,6 +156,15 @@ def by_hand(name, params, frozen, batch) -> float:
         f, scale = (score, 1.0) if name == "reward_model" else (log_likelihood, 0.3)
         margin = np.array([f(batch["chosen"], b) - f(batch["rejected"], b) for b in range(8)])
         return float(np.log1p(np.exp(-scale * margin)).mean())
+    if name in ("dpo", "ipo"):
+
+        def ratio(part, b):
+            return log_likelihood(part, b) - log_likelihood(part, b, frozen)
+
+        margin = np.array([ratio(batch["chosen"], b) - ratio(batch["rejected"], b) for b in range(8)])
+        if name == "ipo":
+            return float(((margin - 1 / 0.6) ** 2).mean())
+        return float((0.9 * np.log1p(np.exp(-0.3 * margin)) + 0.1 * np.log1p(np.exp(0.3 * margin))).mean())
     total = 0.0
     for b in range(8):
         tokens, size = alone(batch, b)
@@ -161,6 +177,40 @@ def by_hand(name, params, frozen, batch) -> float:
                 target = float(base @ head[t])
             total += 0.5 * (value - target) ** 2
     return float(total) / 8
+
+
+def test_dpo_starts_at_the_reference_and_its_margin_is_the_implicit_rewards():
+    """At the reference the loss is log 2 and the margin 0, to the last bit; one step down raises the margin."""
+    lm, params = tiny_lm(0)
+    batch = pairs(8)
+    loss = objectives.dpo(lm, beta=0.3)
+    first = loss(params, batch, params)
+    np.testing.assert_allclose(first.loss, np.log(2), rtol=1e-6)
+    assert float(first.metrics["margin"]) == 0
+    assert float(first.metrics["accuracy"]) == 0.5
+    optimizer = optax.sgd(0.01)
+    start = training.create(jax.tree.map(jnp.array, params), optimizer)
+    state, _ = training.train_step(loss, optimizer)(start, grouped(batch, 1), params)
+    after = loss(state.params, batch, params)
+    assert float(after.loss) < float(first.loss)
+    sides = [objectives.implicit_rewards(lm, state.params, params, batch[s], beta=0.3) for s in ("chosen", "rejected")]
+    margin = np.asarray(sides[0] - sides[1])
+    np.testing.assert_allclose(after.metrics["margin"], margin.mean(), rtol=1e-4)
+    np.testing.assert_allclose(after.metrics["accuracy"], (margin > 0).mean())
+    assert float(after.metrics["margin"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "slic"}, "objective: expected one of"),
+        ({"label_smoothing": 0.5}, "label_smoothing: "),
+        ({"objective": "ipo", "label_smoothing": 0.1}, "label_smoothing: .* 0 for ipo"),
+    ],
+)
+def test_dpo_settings_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.dpo(tiny_lm(0)[0], beta=0.1, **options)
 
 
 def test_the_schedule_rises_and_falls():
@@ -215,7 +265,7 @@ FOUR = """
 
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
     assert mesh.size == 4
-    for name in ("sft", "reward_model"):
+    for name in ("sft", "reward_model", "dpo"):
         losses = []
         for spread in (False, True):
             loss, params, frozen, batch = objective(name)

@@ -1,0 +1,413 @@
+"""Transfer Q*: the exact properties of its specification (section 6), and the critic's roll-outs against them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import critics, policies, tree
+from jaxalign.types import NEGATIVE, Critic, StepOutput, TokenBatch
+from tests import exact
+
+TREE = tree.Tree(3, 3, eos_id=0)
+BETAS = (0.1, 0.5, 1.0, 3.0)
+RNG = jax.random.key(0)
+MANY = 4000
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@functools.cache
+def direct(t: tree.Tree, rollouts: int) -> Critic:
+    eos = () if t.eos_id is None else (t.eos_id,)
+    return critics.transfer_q(tree.policy(t), tree.reward(t), eos_ids=eos, rollouts=rollouts)
+
+
+@functools.cache
+def indirect(t: tree.Tree, rollouts: int) -> Critic:
+    eos = () if t.eos_id is None else (t.eos_id,)
+    reward = tree.reward(t)
+    return critics.transfer_q(tree.policy(t), reward, eos_ids=eos, rollouts=rollouts, baseline_reward=reward)
+
+
+def rows(count: int, index: int | None = None) -> TokenBatch:
+    """Dummy prompts with a stream each, or all with that of `index`."""
+    numbers = jnp.arange(count, dtype=jnp.int32) if index is None else jnp.full(count, index, jnp.int32)
+    return TokenBatch(jnp.ones((count, 2), jnp.int32), jnp.ones((count, 2), bool), numbers)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def scores(t: tree.Tree, critic: Critic, params, prompts, prefix, candidates=None):
+    """(q, proposal) after the prefixes [B,D] (-1: no token), reached by `advance`."""
+    state = critic.init(params, RNG, prompts, t.horizon)
+    for d in range(prefix.shape[1]):
+        state = critic.advance(params, state, prefix[:, d])
+    none = jnp.zeros(prefix.shape[:1])
+    table = jnp.zeros((prefix.shape[0], t.vocab_size))
+    return critic.score(params, RNG, state, StepOutput(table, table, none), candidates)
+
+
+def prefixes(t: tree.Tree) -> tuple[np.ndarray, np.ndarray]:
+    """(live states [N], their prefixes [N,T-1], -1 after the end)."""
+    states = np.flatnonzero(t.alive)
+    out = np.full((len(states), t.horizon - 1), -1, np.int32)
+    for row, state in zip(out, states, strict=True):
+        path: list[int] = []
+        while state > 0:
+            path.insert(0, (state - 1) % t.vocab_size)
+            state = (state - 1) // t.vocab_size
+        row[: len(path)] = path
+    return states, out
+
+
+def at_all_states(t: tree.Tree, critic: Critic, params) -> tuple[np.ndarray, np.ndarray]:
+    """(live states, q [N,V]) by the critic."""
+    states, prefix = prefixes(t)
+    return states, np.asarray(scores(t, critic, params, rows(len(states)), jnp.asarray(prefix))[0])
+
+
+def by_enumeration(t: tree.Tree, log_law: np.ndarray, f: np.ndarray) -> np.ndarray:
+    """E[f | s,z] [S,V] of a law over responses, as a sum over all of them; 0 where none goes through."""
+    mass, total = np.zeros((2, t.num_states, t.vocab_size))
+    tokens, mask = t.responses
+    for y, p in enumerate(np.exp(log_law)):
+        for step in np.flatnonzero(mask[y]):
+            mass[t.nodes[y, step], tokens[y, step]] += p
+            total[t.nodes[y, step], tokens[y, step]] += p * f[y]
+    return np.where(mass > 0, total / np.where(mass > 0, mass, 1), 0)
+
+
+def transfer_table(t, log_ref, reward, beta) -> jax.Array:
+    return tree.q_values(t, tree.transfer_value(t, log_ref, reward, beta=beta), reward)
+
+
+def decoded(t, log_ref, q, beta) -> np.ndarray:
+    return exact.tilted_law(t, log_ref, tree.critic(t, "level"), q, beta=beta)
+
+
+def deterministic(t: tree.Tree, log_policy) -> jax.Array:
+    """The policy's most probable token in each state, surely."""
+    best = jnp.argmax(log_policy, axis=-1)
+    return jnp.where(jnp.arange(t.vocab_size) == best[:, None], 0.0, NEGATIVE)
+
+
+def assert_within(found, truth, error) -> None:
+    """At most 5 standard errors off: for Gaussian errors 6e-7 a comparison."""
+    assert (np.abs(found - truth) <= 5 * error + 1e-9).all(), np.abs(found - truth).max()
+
+
+def test_transfer_q_Q1_roll_outs_enumeration_and_backward_induction_agree():
+    log_ref, reward = exact.tables(TREE, 0)
+    baseline = tree.optimal_policy(TREE, log_ref, reward, beta=0.7)
+    truth = tree.q_values(TREE, tree.value(TREE, baseline, reward), reward)
+    np.testing.assert_allclose(truth, transfer_table(TREE, log_ref, reward, 0.7), atol=1e-12)
+    law = np.asarray(tree.response_log_prob(TREE, baseline))
+    r = np.asarray(reward)
+    enumerated, squares = by_enumeration(TREE, law, r), by_enumeration(TREE, law, r**2)
+    states, found = at_all_states(TREE, direct(TREE, MANY), {"baseline": baseline, "reward": reward})
+    np.testing.assert_allclose(enumerated[states], truth[states], atol=1e-12)
+    deviation = np.sqrt(np.maximum(squares - enumerated**2, 0))[states]
+    assert (deviation > 0.05).any()
+    assert_within(found, enumerated[states], deviation / math.sqrt(MANY))
+    # A candidate that ends the text is scored as it is, without noise.
+    ends = TREE.leaf[states] >= 0
+    assert ends.any()
+    np.testing.assert_allclose(found[ends], enumerated[states][ends], atol=1e-12)
+
+
+def test_transfer_q_Q1_exact_for_a_deterministic_baseline():
+    reward = exact.tables(TREE, 1)[1]
+    baseline = deterministic(TREE, exact.tables(TREE, 2)[0])
+    truth = tree.q_values(TREE, tree.value(TREE, baseline, reward), reward)
+    states, found = at_all_states(TREE, direct(TREE, 1), {"baseline": baseline, "reward": reward})
+    np.testing.assert_allclose(found, truth[states], atol=1e-12)
+
+
+def test_transfer_q_Q1_a_tilted_policy_as_the_baseline():
+    """The tilt by the exact soft value is pi*: the same draws, so the same estimate, as from its table."""
+    log_ref, reward = exact.tables(TREE, 3)
+    soft = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=0.6), reward)
+    tilted = policies.tilt(tree.policy(TREE), tree.critic(TREE, "level"))
+    critic = critics.transfer_q(tilted, tree.reward(TREE), eos_ids=(0,), rollouts=20)
+    params = {"baseline": {"policy": log_ref, "critic": soft, "beta": jnp.asarray(0.6)}, "reward": reward}
+    _, found = at_all_states(TREE, critic, params)
+    table = tree.optimal_policy(TREE, log_ref, reward, beta=0.6)
+    _, expected = at_all_states(TREE, direct(TREE, 20), {"baseline": table, "reward": reward})
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_transfer_q_Q2_order_of_the_values_and_the_kl_of_the_future(beta):
+    for seed in range(3):
+        log_ref, reward = exact.tables(TREE, seed)
+        alive = TREE.alive
+        low = tree.value(TREE, log_ref, reward)[alive]
+        soft = tree.soft_value(TREE, log_ref, reward, beta=beta)[alive]
+        high = tree.transfer_value(TREE, log_ref, reward, beta=beta)[alive]
+        top = tree.max_value(TREE, log_ref, reward)[alive]
+        assert (low <= soft + 1e-12).all()
+        assert (soft <= high + 1e-12).all()
+        assert (high <= top + 1e-12).all()
+        optimal = tree.optimal_policy(TREE, log_ref, reward, beta=beta)
+        ratio = tree.response_log_prob(TREE, optimal) - tree.response_log_prob(TREE, log_ref)
+        before = tree.state_log_prob(TREE, optimal) - tree.state_log_prob(TREE, log_ref)
+        # E[log-ratio of the whole response | s] less the log-ratio of the prefix.
+        future = tree.value(TREE, optimal, ratio)[alive] - before[alive]
+        np.testing.assert_allclose(high - soft, beta * future, atol=1e-10)
+        assert float(future.max()) > 1e-4
+
+
+def test_transfer_q_Q3_a_wide_beta_gives_controlled_decoding():
+    log_ref, reward = exact.tables(TREE, 4)
+    cd = tree.q_values(TREE, tree.value(TREE, log_ref, reward), reward)
+    wide = transfer_table(TREE, log_ref, reward, 1e8)
+    np.testing.assert_allclose(wide[TREE.alive], cd[TREE.alive], atol=1e-7)
+    np.testing.assert_allclose(decoded(TREE, log_ref, wide, 0.5), decoded(TREE, log_ref, cd, 0.5), atol=1e-6)
+    assert exact.total_variation(decoded(TREE, log_ref, transfer_table(TREE, log_ref, reward, 0.5), 0.5),
+                                 decoded(TREE, log_ref, cd, 0.5)) > 1e-3  # fmt: skip
+    # The critic with the base as its baseline: every log-probability is off by at most the errors of its q.
+    params = {"baseline": log_ref, "reward": reward}
+    found = exact.tilted_law(TREE, log_ref, direct(TREE, MANY), params, beta=0.5)
+    error = 5 * float(reward.std()) / math.sqrt(MANY) / 0.5
+    np.testing.assert_allclose(found, decoded(TREE, log_ref, cd, 0.5), atol=2 * 3 * error)
+    assert exact.total_variation(found, decoded(TREE, log_ref, cd, 0.5)) < error
+
+
+def test_transfer_q_Q3_a_narrow_beta_gives_the_largest_reward():
+    """Also through the critic: the baseline is then the greedy optimum, one roll-out is exact, and so is the law."""
+    log_ref, reward = exact.tables(TREE, 5)
+    best = tree.max_value(TREE, log_ref, reward)
+    narrow = tree.transfer_value(TREE, log_ref, reward, beta=1e-4)
+    np.testing.assert_allclose(narrow[TREE.alive], best[TREE.alive], atol=1e-6)
+    baseline = deterministic(TREE, tree.optimal_policy(TREE, log_ref, reward, beta=1e-4))
+    found = exact.tilted_law(TREE, log_ref, direct(TREE, 1), {"baseline": baseline, "reward": reward}, beta=0.8)
+    expected = decoded(TREE, log_ref, tree.q_values(TREE, best, reward), 0.8)
+    np.testing.assert_allclose(found, expected, atol=1e-11)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_transfer_q_Q4_exact_at_one_step(beta):
+    single = tree.Tree(6, 1, eos_id=None)
+    log_ref, reward = exact.tables(single, 6)
+    params = {"baseline": exact.tables(single, 7)[0], "reward": reward}
+    found = exact.tilted_law(single, log_ref, direct(single, 1), params, beta=beta)
+    np.testing.assert_allclose(found, exact.gibbs_law(log_ref[0], reward, beta), atol=1e-12)
+
+
+def test_transfer_q_Q5_the_targets_own_baseline_makes_indirect_transfer_direct():
+    log_ref, reward = exact.tables(TREE, 8)
+    baseline = tree.optimal_policy(TREE, log_ref, reward, beta=0.4)
+    params = {"baseline": baseline, "reward": reward}
+    both = params | {"baseline_reward": reward, "beta": jnp.asarray(0.4)}
+    states, prefix = prefixes(TREE)
+    prefix, prompts = jnp.asarray(prefix), rows(len(states))
+    expected, plain = scores(TREE, direct(TREE, 20), params, prompts, prefix)
+    found, proposal = scores(TREE, indirect(TREE, 20), both, prompts, prefix)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_allclose(critics.effective_rollouts(proposal), 20, rtol=1e-12)
+    np.testing.assert_array_equal(critics.effective_rollouts(plain), 20)
+
+
+def weighted_truth(t, baseline, reward, baseline_reward, beta, n):
+    """(E_BL[w·r|s,z]/E_BL[w|s,z], standard error of its self-normalised estimate from n draws), [S,V] each."""
+    law = np.asarray(tree.response_log_prob(t, baseline))
+    r, w = np.asarray(reward), np.exp((np.asarray(reward) - np.asarray(baseline_reward)) / beta)
+    mean = by_enumeration(t, law, w)
+    mean = np.where(mean > 0, mean, 1)
+    q = by_enumeration(t, law, w * r) / mean
+    second = [by_enumeration(t, law, w**2 * r**k) for k in range(3)]
+    variance = (second[2] - 2 * q * second[1] + q**2 * second[0]) / mean**2
+    return q, np.sqrt(np.maximum(variance, 0) / n)
+
+
+@pytest.mark.parametrize("name", ["Q5_no_reward", "Q6_another_reward"])
+def test_transfer_q_Q5_Q6_weights_give_the_targets_value_at_every_prefix(name):
+    """Q5: r_BL = 0, the baseline is the base. Q6: any r_BL. The weighted mean is E_{pi*}[r|sz] in the limit."""
+    log_ref, reward = exact.tables(TREE, 9)
+    other = jnp.zeros_like(reward) if name.startswith("Q5") else exact.tables(TREE, 10)[1]
+    beta = 1.3
+    baseline = tree.optimal_policy(TREE, log_ref, other, beta=beta)
+    truth = np.asarray(transfer_table(TREE, log_ref, reward, beta))
+    enumerated, error = weighted_truth(TREE, baseline, reward, other, beta, MANY)
+    params = {"baseline": baseline, "reward": reward, "baseline_reward": other, "beta": jnp.asarray(beta)}
+    states, found = at_all_states(TREE, indirect(TREE, MANY), params)
+    np.testing.assert_allclose(enumerated[states], truth[states], atol=1e-12)
+    assert error[states].max() > 1e-3
+    assert_within(found, truth[states], error[states])
+    # Without weights it is the baseline's value, which is another.
+    plain = np.asarray(tree.q_values(TREE, tree.value(TREE, baseline, reward), reward))
+    assert np.abs(plain - truth)[states].max() > 10 * error[states].max()
+
+
+def test_transfer_q_Q6_one_normaliser_for_all_prefixes_fails():
+    """E_BL[w·r|sz]/E_BL[w] is the value times pi*(prefix)/pi_BL(prefix); E_BL[w|sz] alone gives pi* from pi_BL."""
+    log_ref, reward = exact.tables(TREE, 11)
+    other, beta = exact.tables(TREE, 12)[1], 0.8
+    baseline = tree.optimal_policy(TREE, log_ref, other, beta=beta)
+    optimal = tree.optimal_policy(TREE, log_ref, reward, beta=beta)
+    law = np.asarray(tree.response_log_prob(TREE, baseline))
+    r, w = np.asarray(reward), np.exp(np.asarray(reward - other) / beta)
+    per_state = by_enumeration(TREE, law, w)
+    z = float(np.exp(law) @ w)
+    ratio = np.exp(
+        np.asarray(tree.state_log_prob(TREE, optimal) - tree.state_log_prob(TREE, baseline))[:, None]
+        + np.asarray(optimal - baseline)
+    )
+    truth, alive = np.asarray(transfer_table(TREE, log_ref, reward, beta)), TREE.alive
+    globally = by_enumeration(TREE, law, w * r) / z
+    np.testing.assert_allclose(globally[alive], (truth * ratio)[alive], atol=1e-12)
+    assert np.abs(globally - truth)[alive].max() > 0.05
+    recipe = jax.nn.log_softmax(baseline + jnp.log(np.where(per_state > 0, per_state, 1)))
+    np.testing.assert_allclose(recipe[alive], optimal[alive], atol=1e-12)
+
+
+def expected_step_kl(log_alg, log_baseline, log_ref) -> float:
+    """Σ_t E_{s_t~alg} KL(baseline(·|s_t)‖ref(·|s_t))."""
+    reach = jnp.exp(tree.state_log_prob(TREE, log_alg))
+    each = (jnp.exp(log_baseline) * (log_baseline - log_ref)).sum(axis=-1)
+    return float(jnp.where(TREE.alive, reach * each, 0).sum())
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 3.0])
+def test_transfer_q_Q7_provable_inequalities(beta):
+    for seed, beta_dec in itertools.product(range(4), (0.05, 0.5, 5.0)):
+        log_ref, reward = exact.tables(TREE, seed)
+        base = np.asarray(tree.response_log_prob(TREE, log_ref))
+        baseline = tree.optimal_policy(TREE, log_ref, reward, beta=beta)
+        law_bl = np.asarray(tree.response_log_prob(TREE, baseline))
+        q = transfer_table(TREE, log_ref, reward, beta)
+        alg = decoded(TREE, log_ref, q, beta_dec)
+        r = np.asarray(reward)
+        gain = np.exp(alg) @ r - np.exp(law_bl) @ r
+        kept = expected_step_kl(tree.tilted_policy(log_ref, q, beta=beta_dec), baseline, log_ref)
+        assert gain >= beta_dec * (exact.kl(alg, base) - kept) - 1e-10  # (a)
+        for other in (alg, np.asarray(tree.response_log_prob(TREE, exact.tables(TREE, seed + 60)[0]))):
+            better = np.exp(other) @ r - np.exp(law_bl) @ r
+            assert better <= beta * (exact.kl(other, base) - exact.kl(law_bl, base)) + 1e-10  # (b)
+
+
+FLAT = tree.Tree(3, 2, eos_id=None)
+
+
+def self_normalised_mean(p, r, w, n) -> float:
+    """The exact expectation of Σ w·r/Σ w over n draws of p, by enumeration of the counts."""
+    total = 0.0
+    for counts in itertools.product(range(n + 1), repeat=len(p)):
+        if sum(counts) == n:
+            c = np.array(counts)
+            ways = math.factorial(n) / math.prod(math.factorial(k) for k in counts)
+            total += ways * float(np.prod(p**c)) * float((c * w * r).sum() / (c * w).sum())
+    return total
+
+
+def test_transfer_q_Q8_bias_of_one_over_n():
+    """The estimate's mean over 4000 streams is the enumerated one, whose bias falls as 1/n."""
+    baseline, reward = exact.tables(FLAT, 13)
+    other, beta, count = exact.tables(FLAT, 14)[1], 0.9, 4000
+    w_all = np.exp(np.asarray(reward - other) / beta)
+    leaves = FLAT.leaf[1]  # below token 0
+    p, r, w = np.exp(np.asarray(baseline[1])), np.asarray(reward)[leaves], w_all[leaves]
+    truth = (p * w * r).sum() / (p * w).sum()
+    params = {"baseline": baseline, "reward": reward, "baseline_reward": other, "beta": jnp.asarray(beta)}
+    expected = {n: self_normalised_mean(p, r, w, n) for n in (1, 2, 4, 8, 16)}
+    nothing, first = jnp.zeros((count, 0), jnp.int32), jnp.zeros((count, 1), jnp.int32)
+    found = np.asarray(scores(FLAT, indirect(FLAT, 2), params, rows(count), nothing, first)[0][:, 0])
+    error = found.std() / math.sqrt(count)
+    assert_within(found.mean(), expected[2], error)
+    assert abs(found.mean() - truth) > 5 * error
+    bias = [value - truth for value in expected.values()]
+    assert abs(bias[0]) > 0.05
+    np.testing.assert_allclose(bias[-1] / bias[-2], 0.5, atol=0.05)
+    assert all(abs(late) < abs(early) for early, late in itertools.pairwise(bias))
+
+
+def test_transfer_q_Q8_the_effective_sample_falls_as_the_rewards_part():
+    baseline, reward = exact.tables(FLAT, 13)
+    other = exact.tables(FLAT, 14)[1]
+    beta = jnp.repeat(jnp.array([100.0, 3.0, 1.0, 0.3, 0.01]), 200)  # per prompt
+    params = {"baseline": baseline, "reward": reward, "baseline_reward": other, "beta": beta}
+    nothing = jnp.zeros((len(beta), 0), jnp.int32)
+    _, proposal = scores(FLAT, indirect(FLAT, 16), params, rows(len(beta)), nothing)
+    effective = np.asarray(critics.effective_rollouts(proposal))
+    assert effective.shape == (1000, 3)
+    assert effective.min() >= 1 - 1e-9
+    assert effective.max() <= 16 + 1e-9
+    mean = effective.reshape(5, 200, 3).mean(axis=1)
+    assert (np.diff(mean, axis=0) < 0).all()
+    np.testing.assert_allclose(mean[0], 16, rtol=0.01)
+    # Draws of the best response are equal: as many as came up, however small beta.
+    assert mean[-1].min() < 8
+
+
+def test_transfer_q_Q9_limits_of_the_decoders_weight():
+    for seed in range(5):
+        log_ref, reward = exact.tables(TREE, seed)
+        baseline = exact.tables(TREE, seed + 20)[0]
+        q = tree.q_values(TREE, tree.value(TREE, baseline, reward), reward)
+        earned = np.exp(decoded(TREE, log_ref, q, 1e-3)) @ np.asarray(reward)
+        assert earned >= float(tree.value(TREE, baseline, reward)[0]) - 1e-10
+    found = exact.tilted_law(TREE, log_ref, direct(TREE, 3), {"baseline": baseline, "reward": reward}, beta=1e10)
+    np.testing.assert_allclose(found, tree.response_log_prob(TREE, log_ref), atol=1e-8)
+
+
+def test_transfer_q_Q10_a_constant_in_the_reward_changes_nothing():
+    log_ref, reward = exact.tables(TREE, 15)
+    other = exact.tables(TREE, 16)[1]
+    baseline = tree.optimal_policy(TREE, log_ref, other, beta=0.8)
+
+    def laws(added):
+        params = {"baseline": baseline, "reward": reward + added}
+        weighted = params | {"baseline_reward": other, "beta": jnp.asarray(0.8)}
+        plain = exact.tilted_law(TREE, log_ref, direct(TREE, 3), params, beta=0.5)
+        return plain, exact.tilted_law(TREE, log_ref, indirect(TREE, 3), weighted, beta=0.5)
+
+    for before, after in zip(laws(0.0), laws(-4.0), strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-10)
+    # The released formula, exp((r − r_BL)/2)·r without a normaliser, is not so: regression.
+    law = np.asarray(tree.response_log_prob(TREE, baseline))
+
+    def released(added):
+        r = np.asarray(reward) + added
+        q = by_enumeration(TREE, law, np.exp(0.5 * (r - np.asarray(other))) * r)
+        return decoded(TREE, log_ref, jnp.asarray(q), 0.5)
+
+    assert exact.total_variation(released(0.0), released(-4.0)) > 0.1
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_transfer_q_Q11_not_the_optimum_beyond_one_step(beta):
+    """The tilt by V_TQ is not pi*_beta; the tilt by V_soft is."""
+    log_ref, reward = exact.tables(TREE, 20)
+    base = np.asarray(tree.response_log_prob(TREE, log_ref))
+    target = exact.gibbs_law(base, reward, beta)
+    law = decoded(TREE, log_ref, transfer_table(TREE, log_ref, reward, beta), beta)
+    assert exact.total_variation(law, target) > 1e-3
+    soft = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=beta), reward)
+    assert exact.total_variation(decoded(TREE, log_ref, soft, beta), target) < 1e-11
+
+
+def test_transfer_q_Q12_interpolated_policies():
+    """beta·log(pi_BL/pi_ref) is the soft advantage, so pi_ref^{1-g}·pi_BL^g is pi* at g = 1, and not pi*_{beta/g}."""
+    beta = 0.7
+    for t in (TREE, tree.Tree(4, 1, eos_id=None)):
+        log_ref, reward = exact.tables(t, 18)
+        baseline = tree.optimal_policy(t, log_ref, reward, beta=beta)
+        soft = tree.soft_value(t, log_ref, reward, beta=beta)
+        advantage = tree.q_values(t, soft, reward) - soft[:, None]
+        np.testing.assert_allclose((beta * (baseline - log_ref))[t.alive], advantage[t.alive], atol=1e-11)
+        base = tree.response_log_prob(t, log_ref)
+        ratio = tree.critic(t, "increment")
+        for g in (0.4, 1.0, 2.0):
+            law = exact.tilted_law(t, log_ref, ratio, baseline - log_ref, beta=1 / g)
+            distance = exact.total_variation(law, exact.gibbs_law(base, reward, beta / g))
+            assert distance < 1e-11 if g == 1 or t.horizon == 1 else distance > 1e-3

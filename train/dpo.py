@@ -1,0 +1,84 @@
+"""Train a language model by direct preference optimisation:
+
+python -m train.dpo --data pairs.jsonl --model DIR --out runs/dpo
+
+The reward is implicit, beta·log(pi/pi_ref)(y|x), and the reference is the model that the run starts from (DPO, arXiv
+2305.18290; IPO, arXiv 2310.12036). The data is that of train.reward_model. The result is an aligned model, decoded by
+itself, or the baseline whose roll-outs steer another model (Transfer Q*). summary.json holds the accuracy and the
+margin of the implicit reward on held-out pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import cli
+from jaxalign.training import objectives
+from train import common, pairs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(common.Options):
+    """Options of train.dpo."""
+
+    data: str
+    """File of preference pairs: .jsonl, .jsonl.gz or .parquet."""
+    loss: Literal["dpo", "ipo"] = "dpo"
+    """dpo: logistic loss of the margin; ipo: squared distance of the difference of log-ratios to 1/(2·beta)."""
+    beta: float = 0.1
+    """KL weight [units of the implicit reward per nat]; for ipo the paper's tau."""
+    label_smoothing: float = 0.0
+    """Share of pairs taken to be labelled the wrong way round, in [0, 0.5); dpo alone."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW; small models take more."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, writes the run folder, gives its summary."""
+    common.check(config)
+    if not 0 < config.beta < math.inf:
+        raise ValueError(f"beta: expected a finite value > 0, found {config.beta}")
+    if not 0 <= config.label_smoothing < 0.5 or (config.label_smoothing and config.loss != "dpo"):
+        raise ValueError(
+            f"label_smoothing: expected a share in [0, 0.5), and 0 for ipo, found {config.label_smoothing} for "
+            f"{config.loss}"
+        )
+    out = cli.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
+    following = (
+        f"python -m eval.decode --model {config.model or 'BASE'} --critic transfer:{out / 'model'} --reward REWARD_DIR "
+        "--prompts FILE --out DIR"
+    )
+    done = common.finished(out)
+    if done is not None:
+        common.report(out, done, following)
+        return done
+    begin = common.start(config, lambda _: None)
+    data, collate = pairs.load(config, begin.tokenizer)
+    loss = objectives.dpo(begin.lm, beta=config.beta, objective=config.loss, label_smoothing=config.label_smoothing)
+    # A copy, in the type that it is used in: the step gives the state's own arrays away.
+    reference = jax.tree.map(lambda x: jnp.array(x, begin.lm.dtype), begin.params)
+    params = common.run(config, begin, data, loss, collate, stage="dpo", out=out, frozen=reference)
+
+    def score(both: Any, batch: Any) -> Any:
+        params, reference = both
+        sides = [
+            objectives.implicit_rewards(begin.lm, params, reference, batch[side], beta=config.beta)
+            for side in ("chosen", "rejected")
+        ]
+        return jnp.stack(sides, -1)
+
+    summary = pairs.accuracy(score, (params, reference), data, collate, config.batch_size)
+    return common.finish(out, begin, params, data, summary, following)
+
+
+def main(args: list[str] | None = None) -> None:
+    run(cli.parse(Config, description=__doc__ or "", args=args))
+
+
+if __name__ == "__main__":
+    main()
