@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign import critics, policies, tree
+from jaxalign import critics, models, policies, tree
 from jaxalign.types import Critic, Params, Policy
 from tests.conftest import VOCAB
 from tests.conftest import tiny_lm as two_layers
@@ -27,6 +27,24 @@ def tiny_lm(seed: int, head: str | None = None, dtype: str = "float32"):
 class Case(NamedTuple):
     policy: Policy
     params: Params
+
+
+def adapter(lm, seed: int, rank: int = 2) -> tuple[models.Lora, Params]:
+    """(spec, a random adapter of lm, which changes its distribution visibly)."""
+    spec = models.Lora(rank, alpha=2.0 * rank)
+    leaves, structure = jax.tree.flatten(models.lora.init(jax.random.key(seed), lm, spec))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [0.4 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return spec, structure.unflatten(drawn)
+
+
+def stacked_adapters(dtype: str = "float32") -> Case:
+    """Two adapters of the base, one of rank 1."""
+    lm, params = tiny_lm(0, dtype=dtype)
+    parts = [adapter(lm, 1), adapter(lm, 2, rank=1)]
+    stacked = models.lora.stack([part for _, part in parts], [spec for spec, _ in parts])
+    weights = jnp.array([0.6, 0.9])
+    return Case(policies.adapters(lm, 2), {"policy": params, "adapters": stacked, "weights": weights})
 
 
 class CriticCase(NamedTuple):
@@ -94,6 +112,7 @@ def policy_cases(dtype: str = "float32") -> dict[str, Case]:
             policies.with_reference(lm.policy, policies.language_model(other[0])),
             {"policy": lm.params, "reference": other[1]},
         ),
+        "adapters": stacked_adapters(dtype),
     }
     for name, case in critic_cases(dtype).items():
         for k in (None, 4):
@@ -134,6 +153,7 @@ POLICIES = [
     "top_k",
     "top_p",
     "with_reference",
+    "adapters",
     *(f"tilt_{name}_{k}" for name in CRITICS for k in ("all", 4)),
     "nested",
     "nested_candidates",
