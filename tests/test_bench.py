@@ -28,7 +28,7 @@ SIZES = {
 COLUMNS = {
     "decode": ["batch", "jaxalign tokens/s"],
     "args": ["batch", "k", "jaxalign tokens/s"],
-    "genarm": ["batch", "base tokens/s", "genarm tokens/s", "cost"],
+    "genarm": ["batch", "base tokens/s", "genarm tokens/s", "adapter tokens/s", "cost", "adapter cost"],
     "score": [
         "pass",
         "jaxalign s",

@@ -374,7 +374,7 @@ def test_genarm_A13_padding_and_the_length_of_the_other_response_change_nothing_
     """Pairs of unequal length, padded together, give the mean of the losses of each pair alone, unpadded."""
     lm, params = tiny_lm(4, dtype="float64", num_layers=1)
     text = [([4, 5, 6], [7, 8, 1, 2, 0], [9, 0]), ([1], [2, 0], [3, 9, 10, 8, 7, 0]), ([5, 2, 9, 9], [0], [4, 1, 0])]
-    pairs = [preferences.PairTokens(*row) for row in text]
+    pairs = [preferences.PairTokens(*row, where="") for row in text]
     loss = jax.jit(objectives.autoregressive_reward(lm, beta_r=0.7))
 
     def padded_to(length):
@@ -455,7 +455,11 @@ def separate():
         parts = [cases.adapter(lm, 1), cases.adapter(lm, 2, rank=1)]
         merged = tuple(models.lora.merge(base, part, spec) for spec, part in parts)
         tilt = policies.tilt(policies.language_model(lm), critics.weighted_sum([critics.autoregressive(lm)] * 2))
-        params = {"policy": base, "critic": {"critics": merged, "weights": jnp.asarray(WEIGHTS)}, "beta": jnp.asarray(1.0)}
+        params = {
+            "policy": base,
+            "critic": {"critics": merged, "weights": jnp.asarray(WEIGHTS)},
+            "beta": jnp.asarray(1.0),
+        }
         return fused.policy, fused.params | {"weights": jnp.asarray(WEIGHTS)}, tilt, params
 
 
@@ -515,7 +519,9 @@ def test_genarm_A15_gradients_reach_weights_adapters_and_base(separate):
     def by_weights(weights):
         return total(tilt, tilt_params | {"critic": tilt_params["critic"] | {"weights": weights}})
 
-    np.testing.assert_allclose(found["weights"], jax.grad(by_weights)(tilt_params["critic"]["weights"]), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(
+        found["weights"], jax.grad(by_weights)(tilt_params["critic"]["weights"]), rtol=1e-7, atol=1e-9
+    )
     for leaf in jax.tree.leaves(found):
         assert bool(jnp.isfinite(leaf).all())
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(found["adapters"]))

@@ -78,14 +78,17 @@ def low_rank(x: Array, a: Array, b: Array) -> Array:
     """(x·a)·b of rows x [N,L,D], in x's type. With m stacked adapters, a [m,D,r] and b [m,r,out], the rows are groups
     of 1+m neighbours: the first of each has no adapter, the i-th after it has the i-th."""
     a, b = a.astype(x.dtype), b.astype(x.dtype)
-    if a.ndim == 2:
+
+    def term(x: Array, a: Array, b: Array) -> Array:
         low = wide_einsum("nld,dr->nlr", x, a).astype(x.dtype)
         return wide_einsum("nlr,ro->nlo", low, b).astype(x.dtype)
-    grouped = x.reshape(-1, 1 + a.shape[0], *x.shape[1:])[:, 1:]
-    low = wide_einsum("nmld,mdr->nmlr", grouped, a).astype(x.dtype)
-    change = wide_einsum("nmlr,mro->nmlo", low, b).astype(x.dtype)
-    change = jnp.pad(change, ((0, 0), (1, 0), (0, 0), (0, 0)))
-    return change.reshape(*x.shape[:-1], b.shape[-1])
+
+    if a.ndim == 2:
+        return term(x, a, b)
+    # One product for each adapter: as one batched product, a CPU transposes every a and b at every step.
+    grouped = x.reshape(-1, 1 + a.shape[0], *x.shape[1:])
+    terms = [term(grouped[:, i + 1], a[i], b[i]) for i in range(a.shape[0])]
+    return jnp.stack([jnp.zeros_like(terms[0]), *terms], axis=1).reshape(*x.shape[:-1], b.shape[-1])
 
 
 def dense(features: int, bias: bool, dtype: Any, name: str) -> Projection:
