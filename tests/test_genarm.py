@@ -506,6 +506,27 @@ def test_genarm_A15_weights_are_one_set_for_all_or_one_for_each_prompt(separate)
         np.testing.assert_allclose(scored(WEIGHTS[b])[b], together[b], rtol=1e-9, atol=1e-9)
 
 
+@needs_jit
+def test_genarm_A15_weights_change_without_a_new_trace(separate):
+    fused, params, _, _ = separate
+    traces = 0
+
+    def init(*arguments):
+        nonlocal traces
+        traces += 1
+        return fused.init(*arguments)
+
+    policy = fused._replace(init=init)
+    drawn = [
+        decoding.sample(policy, params | {"weights": w}, RNG, padded(PROMPTS), max_new_tokens=2, eos_ids=EOS)
+        for w in (jnp.asarray(WEIGHTS), jnp.zeros((len(PROMPTS), 2)), -jnp.asarray(WEIGHTS))
+    ]
+    assert traces == 1
+    np.testing.assert_allclose(drawn[1].log_prob, drawn[1].log_prob_ref, rtol=1e-12, atol=1e-12)  # no weight: the base
+    np.testing.assert_allclose(drawn[1].kl, 0, atol=1e-12)
+    assert float(drawn[2].kl.sum()) > 0.1
+
+
 def test_genarm_A15_gradients_reach_weights_adapters_and_base(separate):
     """The stacked form has the gradient of the separate models in the weights, and one in every leaf."""
     fused, params, tilt, tilt_params = separate
