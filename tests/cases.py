@@ -6,10 +6,12 @@ transform adds to log_prob − log_prob_ref + log_norm at the token just drawn (
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import critics, models, policies, tree
 from jaxalign.types import Critic, Params, Policy
@@ -32,17 +34,18 @@ class Case(NamedTuple):
 def adapter(lm, seed: int, rank: int = 2) -> tuple[models.Lora, Params]:
     """(spec, a random adapter of lm, which changes its distribution visibly)."""
     spec = models.Lora(rank, alpha=2.0 * rank)
-    leaves, structure = jax.tree.flatten(models.lora.init(jax.random.key(seed), lm, spec))
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [0.4 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return spec, structure.unflatten(drawn)
+    shapes = jax.eval_shape(functools.partial(models.lora.init, lm=lm, spec=spec), jax.random.key(0))
+    draw = np.random.default_rng(seed)
+    return spec, jax.tree.map(lambda x: jnp.asarray(0.4 * draw.normal(size=x.shape), x.dtype), shapes)
 
 
 def stacked_adapters(dtype: str = "float32") -> Case:
     """Two adapters of the base, one of rank 1."""
     lm, params = tiny_lm(0, dtype=dtype)
     parts = [adapter(lm, 1), adapter(lm, 2, rank=1)]
-    stacked = models.lora.stack([part for _, part in parts], [spec for spec, _ in parts])
+    stacked = jax.jit(models.lora.stack, static_argnums=1)(
+        [part for _, part in parts], tuple(spec for spec, _ in parts)
+    )
     weights = jnp.array([0.6, 0.9])
     return Case(policies.adapters(lm, 2), {"policy": params, "adapters": stacked, "weights": weights})
 

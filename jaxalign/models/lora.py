@@ -9,6 +9,7 @@ of the weights. The fused projections have one adapter each: one `a` serves quer
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +46,7 @@ class Lora:
         return self.alpha / self.rank
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def init(rng: Array, lm: LanguageModel, spec: Lora) -> Params:
     """A new adapter: a uniform within ±1/sqrt(in) (Kaiming's, as peft draws it), b zero, so that it changes nothing.
 
