@@ -6,12 +6,14 @@ transform adds to log_prob − log_prob_ref + log_norm at the token just drawn (
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxalign import critics, policies, tree
+from jaxalign import critics, models, policies, tree
 from jaxalign.types import Critic, Params, Policy
 from tests.conftest import EOS, VOCAB
 from tests.conftest import tiny_lm as two_layers
@@ -28,6 +30,25 @@ def tiny_lm(seed: int, head: str | None = None, dtype: str = "float32"):
 class Case(NamedTuple):
     policy: Policy
     params: Params
+
+
+def adapter(lm, seed: int, rank: int = 2) -> tuple[models.Lora, Params]:
+    """(spec, a random adapter of lm, which changes its distribution visibly)."""
+    spec = models.Lora(rank, alpha=2.0 * rank)
+    shapes = jax.eval_shape(functools.partial(models.lora.init, lm=lm, spec=spec), jax.random.key(0))
+    draw = np.random.default_rng(seed)
+    return spec, jax.tree.map(lambda x: jnp.asarray(0.4 * draw.normal(size=x.shape), x.dtype), shapes)
+
+
+def stacked_adapters(dtype: str = "float32") -> Case:
+    """Two adapters of the base, one of rank 1."""
+    lm, params = tiny_lm(0, dtype=dtype)
+    parts = [adapter(lm, 1), adapter(lm, 2, rank=1)]
+    stacked = jax.jit(models.lora.stack, static_argnums=1)(
+        [part for _, part in parts], tuple(spec for spec, _ in parts)
+    )
+    weights = jnp.array([0.6, 0.9])
+    return Case(policies.adapters(lm, 2), {"policy": params, "adapters": stacked, "weights": weights})
 
 
 class CriticCase(NamedTuple):
@@ -107,6 +128,7 @@ def policy_cases(dtype: str = "float32") -> dict[str, Case]:
             policies.with_reference(lm.policy, policies.language_model(other[0])),
             {"policy": lm.params, "reference": other[1]},
         ),
+        "adapters": stacked_adapters(dtype),
     }
     for name, case in critic_cases(dtype).items():
         for k in (None, 4):
@@ -148,6 +170,7 @@ POLICIES = [
     "top_k",
     "top_p",
     "with_reference",
+    "adapters",
     *(f"tilt_{name}_{k}" for name in CRITICS for k in ("all", 4)),
     "nested",
     "nested_candidates",

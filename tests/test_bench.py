@@ -31,9 +31,9 @@ SIZES = {
 COLUMNS = {
     "decode": ["batch", "jaxalign tokens/s"],
     "args": ["batch", "k", "jaxalign tokens/s"],
-    "genarm": ["batch", "base tokens/s", "genarm tokens/s", "cost"],
     "blockwise": ["batch", "candidates", "block", "together tokens/s", "one by one tokens/s", "ratio"],
     "transfer": ["batch", "k", "lookahead", "jaxalign tokens/s"],
+    "genarm": ["batch", "base tokens/s", "genarm tokens/s", "adapter tokens/s", "cost", "adapter cost"],
     "score": [
         "pass",
         "jaxalign s",

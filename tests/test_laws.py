@@ -244,6 +244,8 @@ def mirrored(params, prompts):
         out["policy"] = mirrored(params["policy"], prompts)
     if "reference" in params:
         out["reference"] = prompts
+    if "adapters" in params:
+        out["adapters"] = [prompts] * len(jax.tree.leaves(params["adapters"])[0])
     if "critic" in params:
         out["critic"] = mirrored(params["critic"], prompts)
     if "critics" in params:

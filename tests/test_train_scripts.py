@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import models
+from eval import decode
+from jaxalign import models, training
 from jaxalign.data import opinions, preferences
 from jaxalign.training import metrics
 from tests.conftest import tiny_lm
-from train import arm, common, dpo, quickstart, reward_model, rollouts, sft, tokenizer, value, world
+from train import arm, common, dpo, lora, quickstart, reward_model, rollouts, sft, tokenizer, value, world
 
 SCRIPTS = {"sft": sft, "reward_model": reward_model, "arm": arm, "dpo": dpo, "value": value}
 ROOT = pathlib.Path(__file__).parent.parent
@@ -127,6 +128,84 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights(files, tmp_pat
     reward_model.main([*command, "--out", str(tmp_path / "stopped")])
     both = [models.load(tmp_path / run / "model")[1] for run in ("whole", "stopped")]
     chex.assert_trees_all_equal(*both)
+
+
+ADAPTER = ("--lora-rank", "2", "--lora-alpha", "4")
+
+
+def test_an_adapter_is_trained_alone_and_its_run_goes_on_to_the_same_weights(files, tmp_path, capsys, monkeypatch):
+    """In bfloat16: model/ is the frozen base plus adapter/, the optimizer keeps two moments of the adapter and no more,
+    stopping and going on changes nothing, and the last line's command decodes."""
+    create, states = training.create, []
+
+    def note(params, optimizer):
+        states.append(create(params, optimizer))
+        return states[-1]
+
+    monkeypatch.setattr(training, "create", note)
+    command = [*options("arm", files), *ADAPTER, "--steps", "4", "--dtype", "bfloat16"]
+    arm.main([*command, "--out", str(tmp_path / "whole")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    lm, base = models.load(files / "base/model")
+    spec, adapter = models.load_adapter(tmp_path / "whole/adapter", lm)
+    assert spec == models.Lora(2, alpha=4.0)
+    assert any(np.any(b) for _, b in models.lora.pairs(adapter).values())
+    size = sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    assert sum(leaf.size for leaf in jax.tree.leaves(states[0]) if leaf.shape) == 3 * size
+    merged = models.load(tmp_path / "whole/model")[1]
+    chex.assert_trees_all_close(merged, models.lora.merge(base, adapter, spec), rtol=1e-6, atol=1e-7)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((merged, adapter)))
+    config = json.loads((tmp_path / "whole/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(files / "base/model")
+    saved, pad = [], preferences.pad_pairs
+
+    def stop_at_the_second(rows, *, length):
+        saved.append(len(rows))
+        if len(saved) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pad(rows, length=length)
+
+    monkeypatch.setattr(preferences, "pad_pairs", stop_at_the_second)
+    with pytest.raises(SystemExit):
+        arm.main([*command, "--out", str(tmp_path / "stopped")])
+    monkeypatch.setattr(preferences, "pad_pairs", pad)
+    arm.main([*command, "--out", str(tmp_path / "stopped")])
+    for name, file in (("model", "model.safetensors"), ("adapter", "adapter_model.safetensors")):
+        assert (tmp_path / "whole" / name / file).read_bytes() == (tmp_path / "stopped" / name / file).read_bytes()
+    named = last.partition("next: python -m eval.decode ")[2].split()
+    given = {"BASE": str(files / "base/model"), "FILE": str(files / "prompts.jsonl"), "DIR": str(tmp_path / "decoded")}
+    decode.main([*(given.get(word, word) for word in named), "--max-new-tokens", "2", "--batch-size", "6"])
+    assert (tmp_path / "decoded/summary.json").exists()
+
+
+def test_the_first_loss_of_an_adapter_is_the_bases_and_its_gradient_the_adapters(files, tmp_path):
+    """b = 0: before the first step the model is the base; training all weights starts from the same loss."""
+    rows = {}
+    for name, extra in (("whole", ()), ("adapter", ADAPTER), ("down", (*ADAPTER, "--lora-targets", "down"))):
+        arm.main([*options("arm", files), *extra, "--out", str(tmp_path / name)])
+        rows[name] = metrics.read(tmp_path / name / "metrics.jsonl")
+    np.testing.assert_allclose(rows["adapter"][0]["loss"], rows["whole"][0]["loss"], rtol=1e-6)
+    assert rows["adapter"][0]["grad_norm"] > rows["down"][0]["grad_norm"] > 0
+    assert not (tmp_path / "whole/adapter").exists()
+    spec = models.load_adapter(tmp_path / "down/adapter", models.load(files / "base/model")[0])[0]
+    assert spec.targets == ("down",)
+
+
+def test_a_loss_with_an_adapter_gets_the_base_as_its_frozen_model():
+    """So that DPO's reference costs nothing, and stays what it was."""
+    lm, params = tiny_lm(0)
+    spec = models.Lora(2)
+    adapter = jax.tree.map(lambda x: x + 1, models.lora.init(jax.random.key(0), lm, spec))
+    seen = {}
+
+    def loss(params, batch, frozen):
+        seen.update(params=params, frozen=frozen)
+        return batch
+
+    assert lora.with_adapter(loss, spec)(adapter, "batch", params) == "batch"
+    assert seen["frozen"] is params
+    assert seen["params"]["transformer"] is params["transformer"]
+    assert "lora" in seen["params"]
 
 
 def test_roll_outs_go_on_with_the_missing_shard_and_lose_or_repeat_no_prompt(files, tmp_path, monkeypatch):
@@ -263,6 +342,10 @@ def test_transcripts_in_the_form_of_hh_train_a_reward_model_and_bad_lines_are_co
         ("dpo", ("--beta", "0"), "beta: "),
         ("dpo", ("--label-smoothing", "0.5"), "label_smoothing: "),
         ("dpo", ("--loss", "ipo", "--label-smoothing", "0.1"), "label_smoothing: .* 0 for ipo"),
+        ("arm", ("--lora-rank", "-1"), "lora_rank: expected at least 0"),
+        ("arm", ("--lora-alpha", "2"), "lora_alpha: expected with --lora-rank"),
+        ("arm", (*ADAPTER, "--lora-targets", "q"), r"lora_targets: .*'q'"),
+        ("arm", ("--lora-rank", "99"), "rank: expected at most 16"),
         ("value", ("--objective", "cd_q"), "head: expected q"),
         ("value", ("--samples", "0"), "samples: "),
         ("value", ("--objective", "exceedance"), "bound: expected a value > 0"),

@@ -5,6 +5,8 @@ python -m train.arm --data pairs.jsonl --model DIR --out runs/arm
 A language model whose log-likelihood of a response is its reward (arXiv 2410.08193, eq. 5): no reference model, sums
 over the response's tokens, no length normalisation. The data is that of train.reward_model. summary.json holds the
 accuracy on held-out pairs with its 95 % interval.
+
+With --lora-rank the model is an adapter of the frozen --model: adapter/ holds it alone, in peft's form, model/ merged.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import jax.numpy as jnp
 
 from jaxalign import cli
 from jaxalign.training import objectives
-from train import common, pairs
+from train import common, lora, pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.Options):
+class Config(lora.Options):
     """Options of train.arm."""
 
     data: str
@@ -34,6 +36,7 @@ def run(config: Config) -> dict[str, Any]:
     common.check(config)
     if not config.beta_r > 0:
         raise ValueError(f"beta_r: expected a value > 0, found {config.beta_r}")
+    lora.spec_of(config)
     out = cli.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
     following = f"python -m eval.decode --model BASE --critic autoregressive:{out / 'model'} --prompts FILE --out DIR"
     done = common.finished(out)
@@ -43,7 +46,7 @@ def run(config: Config) -> dict[str, Any]:
     begin = common.start(config, lambda _: None)
     data, collate = pairs.load(config, begin.tokenizer)
     loss = objectives.autoregressive_reward(begin.lm, beta_r=config.beta_r)
-    params = common.run(config, begin, data, loss, collate, stage="arm", out=out)
+    params = lora.run(config, begin, data, loss, collate, stage="arm", out=out)
 
     def score(params: Any, batch: Any) -> Any:
         cast = objectives.cast(begin.lm, params)

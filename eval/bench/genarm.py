@@ -1,4 +1,4 @@
-"""python -m eval.bench genarm: the cost of one autoregressive reward model of the base's size, per token."""
+"""python -m eval.bench genarm: the cost of one autoregressive reward, a model of the base's size or its adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from eval.bench import common
-from jaxalign import cli, critics, decoding, policies
+from jaxalign import cli, critics, decoding, models, policies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,13 @@ class Config(common.Options):
     """Layers of both models."""
     width: int = 512
     """Width of both models, a multiple of 64; heads of 64."""
+    rank: int = 8
+    """Rank of the adapter, on every projection."""
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Tokens/s of the base and of the base under one autoregressive reward model; cost = time of the second over the
-    first."""
+    """Tokens/s of the base, of the base under one autoregressive reward model, and under one that is an adapter of it;
+    cost = their times over the base's."""
     mesh = common.check(config, config.batch)
     shape = common.config(layers=config.layers, width=config.width)
     lm, params = common.build(0, shape, config.dtype)
@@ -41,6 +43,11 @@ def run(config: Config) -> list[dict[str, Any]]:
     base = policies.language_model(lm)
     guided = policies.tilt(base, critics.autoregressive(arm))
     arguments = {"policy": params, "critic": arm_params, "beta": jnp.asarray(1.0)}
+    fused = policies.adapters(lm, 1)
+    spec = models.Lora(config.rank)
+    adapter = jax.tree.map(lambda x: x + 0.01, models.lora.init(jax.random.key(2), lm, spec))
+    stacked = common.place(models.lora.stack([adapter], [spec]), mesh)
+    shared = {"policy": params, "adapters": stacked, "weights": jnp.ones(1)}
     rows = []
     for size in config.batch:
         inputs = common.place(common.prompts(size, config.prompt), mesh, "data")
@@ -49,11 +56,15 @@ def run(config: Config) -> list[dict[str, Any]]:
             drawn = decoding.sample(policy, values, jax.random.key(1), inputs, max_new_tokens=config.new, eos_ids=())
             jax.block_until_ready(drawn)
 
-        seconds = common.alternate(
-            {"base": lambda: draw(base, params), "genarm": lambda: draw(guided, arguments)}, repeats=config.repeats
-        )
+        runs = {
+            "base": lambda: draw(base, params),
+            "genarm": lambda: draw(guided, arguments),
+            "adapter": lambda: draw(fused, shared),
+        }
+        seconds = common.alternate(runs, repeats=config.repeats)
         row = {"batch": size} | {f"{name} tokens/s": size * config.new / s for name, s in seconds.items()}
-        rows.append(row | {"cost": seconds["genarm"] / seconds["base"]})
+        costs = {"cost": seconds["genarm"] / seconds["base"], "adapter cost": seconds["adapter"] / seconds["base"]}
+        rows.append(row | costs)
     common.report("genarm", rows, config.out)
     return rows
 

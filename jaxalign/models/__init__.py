@@ -1,9 +1,12 @@
 """Language models: one decoder-only transformer for all families, its cache and heads, and Hugging Face folders."""
 
+from jaxalign.models import lora
 from jaxalign.models.config import Config, Follower, Head, Rope
 from jaxalign.models.hub import load, save, tokenizer
 from jaxalign.models.language_model import Cache, LanguageModel, ModelOutput, with_head
 from jaxalign.models.log_prob import chunked, token_log_prob
+from jaxalign.models.lora import Lora
+from jaxalign.models.lora_hub import load_adapter, save_adapter
 from jaxalign.models.vocabulary import check_tokens, cut_vocabulary, match_vocabulary
 
 __all__ = [
@@ -12,14 +15,18 @@ __all__ = [
     "Follower",
     "Head",
     "LanguageModel",
+    "Lora",
     "ModelOutput",
     "Rope",
     "check_tokens",
     "chunked",
     "cut_vocabulary",
     "load",
+    "load_adapter",
+    "lora",
     "match_vocabulary",
     "save",
+    "save_adapter",
     "token_log_prob",
     "tokenizer",
     "with_head",

@@ -12,6 +12,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -47,10 +48,10 @@ def load(
     folder = _folder(path)
     if dtype == "float64" and jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError("dtype: expected float64 under jax.enable_x64, found it off")
-    config = Config.from_hf(_read_json(folder / "config.json"))
+    config = Config.from_hf(read_json(folder / "config.json"))
     generation = folder / "generation_config.json"
     if generation.exists():
-        eos = id_set(_read_json(generation).get("eos_token_id"))
+        eos = id_set(read_json(generation).get("eos_token_id"))
         config = dataclasses.replace(config, eos_ids=eos or config.eos_ids)
     lm = LanguageModel(config, dtype)
     params = _read_params(folder, lm)
@@ -65,23 +66,31 @@ def save(
     Written under a temporary name and renamed: a folder under the target's name is whole, the old one or the new.
     ValueError for parameters that are not this model's, and when the target holds files and `overwrite` is False.
     """
+    tensors = _to_checkpoint(lm, params)
+    values = lm.config.to_hf() | {"dtype": lm.dtype}
+    with whole_folder(path, overwrite=overwrite) as temporary:
+        write_json(temporary / "config.json", values)
+        generation = {"eos_token_id": values["eos_token_id"], "bos_token_id": values["bos_token_id"]}
+        write_json(temporary / "generation_config.json", generation | {"pad_token_id": values["pad_token_id"]})
+        _write_tensors(temporary, tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
+    """A temporary folder to write to, renamed to `path` at the end: what stands there is whole, old or new.
+    ValueError when the target is a file, or holds files and `overwrite` is False."""
     target = pathlib.Path(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"path: expected a folder, found a file {target}")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"path: expected a new or empty folder, found files in {target} (overwrite=True replaces it)")
-    tensors = _to_checkpoint(lm, params)
-    values = lm.config.to_hf() | {"dtype": lm.dtype}
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     old = temporary.with_name(temporary.name + ".old")
     try:
-        _write_json(temporary / "config.json", values)
-        generation = {"eos_token_id": values["eos_token_id"], "bos_token_id": values["bos_token_id"]}
-        _write_json(temporary / "generation_config.json", generation | {"pad_token_id": values["pad_token_id"]})
-        _write_tensors(temporary, tensors)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        yield temporary
         temporary.chmod(0o755)
         if target.exists():
             target.rename(old)
@@ -115,13 +124,13 @@ def _folder(path: str | pathlib.Path) -> pathlib.Path:
     raise ValueError(f"path: expected a folder with config.json and safetensors, found none at {folder}")
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path.name}: expected in the folder, found no file {path}")
     return json.loads(path.read_text())
 
 
-def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -129,7 +138,7 @@ def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Tensor name -> the file that holds it, from the files themselves: an index may say otherwise."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
     elif single.exists():
         files = [single]
     else:
@@ -217,4 +226,4 @@ def _write_tensors(folder: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
         save_file(part, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, name)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})

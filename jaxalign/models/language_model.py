@@ -86,7 +86,10 @@ class LanguageModel:
         return self._head_module.init(rng, hidden)["params"]
 
     def _call(self, params: Params, method: Any, *args: Any) -> Any:
-        return self._module.apply({"params": params["transformer"]}, *args, method=method)
+        variables = {"params": params["transformer"]}
+        if "lora" in params:  # an adapter beside the weights: models.lora.attach
+            variables["lora"] = params["lora"]
+        return self._module.apply(variables, *args, method=method)
 
     def embed(self, params: Params, tokens: Array) -> Array:
         """Input embeddings [...,D] of tokens."""

@@ -64,8 +64,37 @@ class RMSNorm(nn.Module):
         return wide.astype(x.dtype) * scale
 
 
-def dense(features: int, bias: bool, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(features, bias, dtype=dtype, param_dtype=dtype, name=name, kernel_init=nn.initializers.normal(0.02))
+class Projection(nn.Dense):
+    """x·W (+ bias), and the term of a low-rank adapter where the collection "lora" holds one (`models.lora`)."""
+
+    def __call__(self, x: Array) -> Array:
+        y = super().__call__(x)
+        if not self.has_variable("lora", "a"):
+            return y
+        return y + low_rank(x, self.get_variable("lora", "a"), self.get_variable("lora", "b"))
+
+
+def low_rank(x: Array, a: Array, b: Array) -> Array:
+    """(x·a)·b of rows x [N,L,D], in x's type. With m stacked adapters, a [m,D,r] and b [m,r,out], the rows are groups
+    of 1+m neighbours: the first of each has no adapter, the i-th after it has the i-th."""
+    a, b = a.astype(x.dtype), b.astype(x.dtype)
+
+    def term(x: Array, a: Array, b: Array) -> Array:
+        low = wide_einsum("nld,dr->nlr", x, a).astype(x.dtype)
+        return wide_einsum("nlr,ro->nlo", low, b).astype(x.dtype)
+
+    if a.ndim == 2:
+        return term(x, a, b)
+    # One product for each adapter: as one batched product, a CPU transposes every a and b at every step.
+    grouped = x.reshape(-1, 1 + a.shape[0], *x.shape[1:])
+    terms = [term(grouped[:, i + 1], a[i], b[i]) for i in range(a.shape[0])]
+    return jnp.stack([jnp.zeros_like(terms[0]), *terms], axis=1).reshape(*x.shape[:-1], b.shape[-1])
+
+
+def dense(features: int, bias: bool, dtype: Any, name: str) -> Projection:
+    return Projection(
+        features, bias, dtype=dtype, param_dtype=dtype, name=name, kernel_init=nn.initializers.normal(0.02)
+    )
 
 
 class Attention(nn.Module):

@@ -4,8 +4,9 @@ Every function here takes Policies (or a model) and gives a Policy; build it onc
 a new trace.
 """
 
+from jaxalign.policies.adapters import adapters
 from jaxalign.policies.base import language_model, with_reference
 from jaxalign.policies.tilting import tilt
 from jaxalign.policies.truncation import temperature, top_k, top_p
 
-__all__ = ["language_model", "temperature", "tilt", "top_k", "top_p", "with_reference"]
+__all__ = ["adapters", "language_model", "temperature", "tilt", "top_k", "top_p", "with_reference"]
