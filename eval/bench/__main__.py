@@ -1,4 +1,4 @@
-"""python -m eval.bench {decode,args,genarm,score,train,shaping} [options]; NAME --help lists the options of one
+"""python -m eval.bench {decode,args,genarm,recontrol,ggro,score,train,shaping} [options]; NAME --help lists the options of one
 
 Each benchmark runs the usual alternative beside ours in one process, on one set of random weights, alternating, and
 prints medians and ratios. decode, args and train need `pip install -e '.[bench]'` (torch, transformers' torch models).
@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.bench import args, decode, genarm, score, shaping, train
+from eval.bench import args, decode, genarm, recontrol, score, shaping, train
 
 BENCHMARKS = {
     "decode": decode,
     "args": args,
     "genarm": genarm,
+    "recontrol": recontrol,
     "score": score,
     "train": train,
     "shaping": shaping,
