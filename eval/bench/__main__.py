@@ -1,4 +1,5 @@
-"""python -m eval.bench {decode,args,genarm,recontrol,ggro,score,train,shaping} [options]; NAME --help lists the options of one
+"""python -m eval.bench NAME [options]: decode, args, genarm, recontrol, ggro, score, train, shaping; NAME --help lists
+the options of one
 
 Each benchmark runs the usual alternative beside ours in one process, on one set of random weights, alternating, and
 prints medians and ratios. decode, args and train need `pip install -e '.[bench]'` (torch, transformers' torch models).

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 
 from eval.bench import common
 from jaxalign import cli, decoding, models, policies
+from jaxalign.types import Policy, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,38 +48,21 @@ def run(config: Config) -> list[dict[str, Any]]:
     base = policies.language_model(lm)
     rows = []
     for times in config.times:
-        head = models.Head("value", hidden_size=times * config.width, activation="relu")
-        value_lm = models.with_head(lm, head)
-        value, value_params = policies.head_value(value_lm), {"head": value_lm.init_head(jax.random.key(1))}
-        value_params = common.place(value_params, mesh)
+        value_lm = models.with_head(lm, models.Head("value", hidden_size=times * config.width, activation="relu"))
+        value_params = common.place({"head": value_lm.init_head(jax.random.key(1))}, mesh)
+        value = policies.head_value(value_lm)
         edited = policies.edit(base, lm.logits, value, steps=config.steps)
         arguments = {"policy": params, "value": value_params, "step_size": jnp.asarray(0.5)}
-
-        @jax.jit
-        def passes(weights: Any, hidden: Any, value: Any = value) -> Any:
-            """`steps` times the forward pass and the gradient of its input, for each new token."""
-            gradient = jax.grad(lambda h: value(weights, h).sum())
-            # Each pass needs the one before, so that none is left out.
-            return jax.lax.fori_loop(0, config.steps * config.new, lambda _, h: h + gradient(h), hidden)
-
+        passes = _passes(value, config.steps * config.new)
         for size in config.batch:
             inputs = common.place(common.prompts(size, config.prompt), mesh, "data")
             hidden = common.place(jax.random.normal(jax.random.key(2), (size, config.width)), mesh, "data")
-
-            def draw(policy: Any, values: Any, inputs: Any = inputs) -> None:
-                drawn = decoding.sample(
-                    policy, values, jax.random.key(1), inputs, max_new_tokens=config.new, eos_ids=()
-                )
-                jax.block_until_ready(drawn)
-
-            seconds = common.alternate(
-                {
-                    "base": lambda: draw(base, params),
-                    "edited": lambda: draw(edited, arguments),
-                    "bare": lambda hidden=hidden: jax.block_until_ready(passes(value_params, hidden)),
-                },
-                repeats=config.repeats,
-            )
+            runs: dict[str, Callable[[], Any]] = {
+                "base": functools.partial(_draw, base, params, inputs, config.new),
+                "edited": functools.partial(_draw, edited, arguments, inputs, config.new),
+                "bare": functools.partial(passes, value_params, hidden),
+            }
+            seconds = common.alternate(runs, repeats=config.repeats)
             row: dict[str, Any] = {"batch": size, "value width": times * config.width}
             row |= {f"{name} ms/token": 1e3 * s / config.new for name, s in seconds.items()}
             row["cost"] = seconds["edited"] / seconds["base"]
@@ -87,3 +73,20 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 def main(args: list[str] | None = None) -> None:
     run(cli.parse(Config, description=__doc__ or "", args=args))
+
+
+def _draw(policy: Policy, params: Any, inputs: TokenBatch, new: int) -> None:
+    drawn = decoding.sample(policy, params, jax.random.key(1), inputs, max_new_tokens=new, eos_ids=())
+    jax.block_until_ready(drawn)
+
+
+def _passes(value: Any, count: int) -> Callable[[Any, Any], None]:
+    """`count` times the forward pass of the value network and the gradient of its input."""
+
+    @jax.jit
+    def passes(weights: Any, hidden: Any) -> Any:
+        gradient = jax.grad(lambda h: value(weights, h).sum())
+        # Each pass needs the one before, so that none is left out.
+        return jax.lax.fori_loop(0, count, lambda _, h: h + gradient(h), hidden)
+
+    return lambda weights, hidden: jax.block_until_ready(passes(weights, hidden))

@@ -184,7 +184,7 @@ def _ascend(
 
 
 def _edited(unembed: Unembed, params: Params, output: StepOutput, d: Array) -> StepOutput:
-    hidden = at_least_float32(output.hidden)
+    hidden = _hidden_of("edit", output)
     logit = output.log_prob + (unembed(params, hidden + d) - unembed(params, hidden))
     # The old log-sum-exp is 0 up to rounding; with it, d = 0 gives the policy below bit for bit.
     norm = jax.nn.logsumexp(logit, axis=-1) - jax.nn.logsumexp(output.log_prob, axis=-1)
