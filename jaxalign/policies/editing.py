@@ -50,8 +50,8 @@ def edit(policy: Policy, unembed: Unembed, value: Value, *, steps: int, max_norm
       unembed: f(params["policy"], hidden [B,D]) -> logits [B,V]; `lm.logits` over `policies.language_model(lm)`. It
         reads the parameters of the whole policy below: over a tilt, lambda p, h: lm.logits(p["policy"], h).
       value: f(params["value"], hidden [B,D]) -> [B] or [B,1]; `head_value(lm)` for a value head that
-        `train.value --objective td --frozen` trained. `linear_value` is static editing: the constant step
-        steps·step_size·direction.
+        `train.value --objective td --frozen` trained on the base's hidden states. `linear_value` is static editing:
+        the constant step steps·step_size·direction.
       steps: >= 0.
       max_norm: the edit is scaled back to |d| <= max_norm·|h| after each step; None: no cap.
     """
