@@ -1,4 +1,4 @@
-"""RE-Control: the exact properties of its specification (section 6), on featured trees in float64 and on tiny models."""
+"""RE-Control: the exact properties of its specification (section 6), on trees with hidden states and on tiny models."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def featured(t: tree.Tree) -> Policy:
     below = tree.policy(t)
 
     def with_hidden(params, state, output):
-        return state, output._replace(
-            hidden=params["hidden"][jnp.where(state["node"] < t.num_states, state["node"], 0)]
-        )
+        node = jnp.where(state["node"] < t.num_states, state["node"], 0)
+        return state, output._replace(hidden=params["hidden"][node])
 
     def init(params, rng, prompts, max_new_tokens):
         return with_hidden(params, *below.init(params["hidden"] @ params["W"], rng, prompts, max_new_tokens))
@@ -103,22 +102,19 @@ VALUE_LM, VALUE_PARAMS = tiny_lm(2, "value", num_layers=1)
 HEAD = policies.head_value(VALUE_LM)
 BASE = policies.language_model(LM)
 EDIT = policies.edit(BASE, LM.logits, HEAD, steps=4)
+VALUES = jax.jit(lambda params, tokens, mask: VALUE_LM.head(params, VALUE_LM.hidden(params, tokens, mask=mask))[..., 0])
 LM_GIVEN = {"policy": LM_PARAMS, "value": VALUE_PARAMS, "step_size": jnp.asarray(0.3)}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def walk(policy, params, batch, tokens):
-    """Outputs and final state along tokens [B,T]."""
-
-    @jax.jit
-    def run(params, batch, tokens):
-        state, output = policy.init(params, RNG, batch, tokens.shape[1])
-        outputs = [output]
-        for t in range(tokens.shape[1]):
-            state, output = policy.step(params, RNG, state, tokens[:, t])
-            outputs.append(output)
-        return state, outputs
-
-    return run(params, batch, tokens)
+    """Final state, and outputs along tokens [B,T]."""
+    state, output = policy.init(params, RNG, batch, tokens.shape[1])
+    outputs = [output]
+    for t in range(tokens.shape[1]):
+        state, output = policy.step(params, RNG, state, tokens[:, t])
+        outputs.append(output)
+    return state, outputs
 
 
 TOKENS = jnp.array([[1, 2], [3, 3], [10, 4], [2, 8], [7, 1]])
@@ -252,7 +248,9 @@ def fixed_point(t: tree.Tree, objective) -> np.ndarray:
     """Where the (semi-)gradient, which is affine in the table, is zero: values of the states that are reached."""
     gradient, alive = jax.grad(objective), t.alive
     zero = jnp.zeros(t.num_states)
-    offset, matrix = gradient(zero), jax.jacobian(gradient)(zero)
+    # A Jacobian would not see what is stopped.
+    offset, moved = gradient(zero), jax.vmap(gradient)(jnp.eye(t.num_states))
+    matrix = (moved - offset).T
     return np.linalg.solve(np.asarray(matrix)[alive][:, alive], -np.asarray(offset)[alive])
 
 
@@ -298,8 +296,8 @@ def test_re_control_R7_the_objective_reads_the_states_that_draw_and_pays_the_las
     loss_mask = mask & (jnp.arange(6) >= jnp.array([[2], [1], [3]]))
     reward = jnp.array([0.7, -1.2, 9.0])
     batch = {"tokens": tokens, "mask": mask, "loss_mask": loss_mask, "reward": reward}
-    measured = objectives.value(VALUE_LM, objective, before=True)(VALUE_PARAMS, batch, None)
-    v = np.asarray(VALUE_LM.head(VALUE_PARAMS, VALUE_LM.hidden(VALUE_PARAMS, tokens, mask=mask))[..., 0])
+    measured = jax.jit(objectives.value(VALUE_LM, objective, before=True))(VALUE_PARAMS, batch, None)
+    v = np.asarray(VALUES(VALUE_PARAMS, tokens, mask))
     # Row 0: prompt 2 tokens, response 4: states 1..4; row 1: prompt 1, response 3: states 0..2.
     total = 0.0
     for row, states in ((0, [1, 2, 3, 4]), (1, [0, 1, 2])):
@@ -315,7 +313,7 @@ def test_re_control_R7_the_objective_reads_the_states_that_draw_and_pays_the_las
 
 
 def test_re_control_R8_rows_are_independent():
-    """A batch is its rows one by one, under any padding, each with its own step size; a standing row keeps its state."""
+    """A batch is its rows one by one, under any padding, each with its own step size."""
     sizes = jnp.array([0.0, 0.1, 0.3, 0.5, 1.0])
     params = LM_GIVEN | {"step_size": sizes}
     _, together = walk(EDIT, params, padded(PROMPTS), TOKENS)
@@ -325,9 +323,8 @@ def test_re_control_R8_rows_are_independent():
         for t in range(3):
             np.testing.assert_allclose(alone[t].log_prob[0], together[t].log_prob[b], rtol=1e-5, atol=1e-5)
     # A row whose value is NaN spoils no other row.
-    spoilt = policies.edit(
-        BASE, LM.logits, lambda p, h: HEAD(p, h) * jnp.where(jnp.arange(5) == 2, jnp.nan, 1), steps=4
-    )
+    nan = jnp.where(jnp.arange(5) == 2, jnp.nan, 1)
+    spoilt = policies.edit(BASE, LM.logits, lambda p, h: HEAD(p, h) * nan, steps=4)
     _, found = walk(spoilt, params, padded(PROMPTS), TOKENS)
     rows = np.array([0, 1, 3, 4])
     np.testing.assert_allclose(found[1].log_prob[rows], together[1].log_prob[rows], rtol=1e-6, atol=1e-6)
@@ -362,9 +359,9 @@ def expected_table(t: tree.Tree, steps: int):
     return table
 
 
-def test_re_control_R9_the_value_gradient_has_no_guarantee_and_the_expected_q_has(float64, capsys):
+def test_re_control_R9_the_value_gradient_has_no_guarantee_and_the_expected_q_has(float64):
     """V fitted exactly in all states, small steps: the edit raises E_{pi'}[V_ref(sz)] in about half of 20·40 states
-    (here 3 standard errors around what is printed lie within 0.4..0.75), ascent on E_{pi_d}[Q] in all."""
+    (0.54 here; the specification found 0.52), ascent on E_{pi_d}[Q] in all."""
     oracle = expected_table(TREE, 5)
     by_value, by_q = [], []
     for seed in range(20):
@@ -375,8 +372,7 @@ def test_re_control_R9_the_value_gradient_has_no_guarantee_and_the_expected_q_ha
         by_value.append(gain(edited(TREE, random_features, 5)(params, fitted(params, truth, seed), 1e-3)[0]))
         by_q.append(gain(oracle(params, q, 1e-2)))
     share = [float((np.stack(x) > 0).mean()) for x in (by_value, by_q)]
-    with capsys.disabled():
-        print(f"\nstates with a raised value: by grad V {share[0]:.3f}, by grad E[Q] {share[1]:.3f}")
+    print(f"states with a raised value: by grad V {share[0]:.3f}, by grad E[Q] {share[1]:.3f}")
     assert 0.4 < share[0] < 0.75
     assert share[1] == 1
 
@@ -426,12 +422,13 @@ def test_re_control_gradients_reach_the_step_size_and_the_value():
     def score(given):
         return decoding.log_prob(EDIT, given, RNG, batch, TOKENS, mask).log_prob.sum()
 
-    gradient = jax.grad(score)(LM_GIVEN)
+    gradient_of = jax.jit(jax.grad(score))
+    gradient = gradient_of(LM_GIVEN)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
     up, down = (score(LM_GIVEN | {"step_size": jnp.asarray(0.3 + e)}) for e in (1e-2, -1e-2))
     np.testing.assert_allclose(gradient["step_size"], (up - down) / 2e-2, rtol=2e-2)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient["value"]["head"])) > 1e-3
-    at_zero = jax.grad(score)(LM_GIVEN | {"step_size": jnp.asarray(0.0)})["step_size"]
+    at_zero = gradient_of(LM_GIVEN | {"step_size": jnp.asarray(0.0)})["step_size"]
     assert abs(float(at_zero)) > 1e-3  # though the policy there is the base's
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.bench import args, decode, genarm, recontrol, score, shaping, train
+from eval.bench import args, decode, genarm, ggro, recontrol, score, shaping, train
 
 BENCHMARKS = {
     "decode": decode,
     "args": args,
     "genarm": genarm,
     "recontrol": recontrol,
+    "ggro": ggro,
     "score": score,
     "train": train,
     "shaping": shaping,

@@ -46,7 +46,7 @@ class Nudged(NamedTuple):
     reward with its greedy form and with the form that was kept (0 beyond the last).
 
     Costs of each row, [B]: tokens: policy steps, of all candidates; scored: reward passes; gradients: gain passes. A
-    batch waits for its longest row."""
+    batch takes as many rounds as its row with the most forms."""
 
     completions: Completions
     reward: Array
@@ -153,21 +153,22 @@ class _Plan(NamedTuple):
 
 
 class _Search(NamedTuple):
-    """The search for one segment: i forms were made. best: the best, score [B] its reward, floor [B] that of the greedy
-    form, form [B] the best's number; current [B]: first token of the latest form, an index of the top_k, and gain [B,k]
-    there; tried [B,k]; going [B]; bad [B]: a NaN was seen; costs: [B] each."""
+    """Where each row stands, all [B,...]. text: what is accepted, before the segment that is searched; best: its best
+    form so far, score its reward, floor that of the greedy form, form the best's number; made: forms so far; pick: the
+    next form's first token, an index of the top_k; tried [B,k]: those that were; bad: a NaN was seen; out: fields of
+    `Nudged`. round []: forms that every row has made."""
 
-    i: Array
+    round: Array
+    text: segments.Text
     best: segments.Text
     score: Array
     floor: Array
     form: Array
-    current: Array
-    gain: Array
+    made: Array
+    pick: Array
     tried: Array
-    going: Array
     bad: Array
-    costs: dict[str, Array]
+    out: dict[str, Array]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 6))
@@ -205,87 +206,84 @@ def _nudge(
         one = lambda: (gain.reward(params["gain"], *texts, index), zeros(jax.eval_shape(both)[1]))  # noqa: E731
         return jax.tree.map(at_least_float32, jax.lax.cond(more, both, one))
 
-    def search(text: segments.Text, number: Array, key: Array) -> _Search:
-        """The search for segment `number` [B] after `text`, in the rows that are not done."""
-        top, choices = jax.lax.top_k(text.output.log_prob, min(plan.top_k, text.output.log_prob.shape[-1]))
-        allowed, order = is_supported(top), jnp.arange(top.shape[1])
+    def propose(scores: Array, allowed: Array, current: Array, made: Array, number: Array) -> Array:
+        """The index [B] that the gains [B,k] propose where `current` [B] stands; number [B] of the segment."""
+        order = jnp.arange(scores.shape[1])
+        stands = order == current[:, None]
+        now = jnp.where(stands, scores, 0).sum(axis=1, keepdims=True)
+        value = scores - now if plan.rule == "difference" else jnp.where(stands, 0, scores)
 
-        def propose(carry: _Search) -> Array:
-            """Index [B] of the proposed token."""
-            stands = order == carry.current[:, None]
-            now = jnp.where(stands, carry.gain, 0).sum(axis=1, keepdims=True)
-            value = carry.gain - now if plan.rule == "difference" else jnp.where(stands, 0, carry.gain)
-            keys = jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(proposals, a), b))(index, number)
-            keys = jax.vmap(lambda k: jax.random.fold_in(k, carry.i))(keys)
-            noise = jax.vmap(lambda k: jax.random.gumbel(k, order.shape, value.dtype))(keys)
-            warm = (params["temperature"] > 0)[:, None]
-            value = jnp.where(warm, value / jnp.where(warm, params["temperature"][:, None], 1) + noise, value)
-            best = jnp.argmax(jnp.where(allowed, value, -jnp.inf), axis=1).astype(jnp.int32)
-            return jnp.where(carry.i == 0, 0, best)  # first the greedy form: the most probable token
+        def gumbel(*streams: Array) -> Array:
+            return jax.random.gumbel(functools.reduce(jax.random.fold_in, streams, proposals), order.shape, value.dtype)
 
-        def attempt(carry: _Search) -> _Search:
-            """One more form, where its first token was not tried."""
-            pick = propose(carry)
-            proposed = order == pick[:, None]
-            going = carry.going & ~(carry.tried & proposed).any(axis=1)
-            first = jnp.where(going, token_value(choices, pick), -1)
-            found = extend(jax.random.fold_in(key, carry.i), text, first, going)
-            more = carry.i + 1 < params["candidates"]
-            value, scores = judge(text.length, found, choices, more)
-            lost = jnp.isnan(value) | jnp.isnan(jnp.where(allowed, scores, 0)).any(axis=1)
-            better = going & ((value > carry.score) | (carry.i == 0))
-            added = {"tokens": segments.fed(text, found), "scored": going, "gradients": going & more}
-            return _Search(
-                carry.i + 1,
-                where_rows(better, found, carry.best),
-                jnp.where(better, value, carry.score),
-                jnp.where(carry.i == 0, value, carry.floor),
-                jnp.where(better, carry.i, carry.form),
-                jnp.where(going, pick, carry.current),
-                jnp.where(going[:, None], scores, carry.gain),
-                carry.tried | (proposed & going[:, None]),
-                going,
-                carry.bad | (going & lost),
-                {name: cost + jnp.where(going, added[name], 0) for name, cost in carry.costs.items()},
-            )
+        warm = (params["temperature"] > 0)[:, None]
+        tempered = value / jnp.where(warm, params["temperature"][:, None], 1) + jax.vmap(gumbel)(index, number, made)
+        value = jnp.where(allowed, jnp.where(warm, tempered, value), -jnp.inf)
+        return jnp.argmax(value, axis=1).astype(jnp.int32)
 
-        paid, scores = jax.tree.map(zeros, jax.eval_shape(lambda: judge(zero, text, choices, jnp.asarray(True))))
-        costs = dict.fromkeys(("tokens", "scored", "gradients"), zero)
-        untried, no = jnp.zeros(top.shape, bool), jnp.zeros(batch, bool)
-        begin = _Search(zero[0], text, paid, paid, zero, zero, scores, untried, ~text.done, no, costs)
-        return jax.lax.while_loop(lambda c: (c.i < params["candidates"]) & c.going.any(), attempt, begin)
-
-    def segment(carry: Any) -> Any:
-        count, text, out, bad = carry
-        active = ~text.done
-        found = search(text, out["segments"], jax.random.fold_in(moves, count))
-        at = jnp.where(active, out["segments"], most)
-        inside = active[:, None] & (columns >= text.length[:, None]) & (columns < found.best.length[:, None])
-        forced = (columns == text.length[:, None]) & (active & (found.form > 0))[:, None]
-        new = {
-            "reward": jnp.where(active, found.score, out["reward"]),
+    def attempt(carry: _Search) -> _Search:
+        """One more form in every row that is not done, of the segment that the row is at; rows whose search is over
+        accept their best."""
+        text, out, going = carry.text, carry.out, ~carry.text.done
+        top, choices = jax.lax.top_k(text.output.log_prob, carry.tried.shape[1])
+        allowed, picked = is_supported(top), jnp.arange(top.shape[1]) == carry.pick[:, None]
+        found = extend(jax.random.fold_in(moves, carry.round), text, token_value(choices, carry.pick), going)
+        made = carry.made + 1
+        more = going & (made < params["candidates"])
+        value, scores = judge(text.length, found, choices, more.any())
+        lost = jnp.isnan(value) | jnp.isnan(jnp.where(allowed, scores, 0)).any(axis=1)
+        first = carry.made == 0
+        better = going & (first | (value > carry.score))
+        best = where_rows(better, found, carry.best)
+        score, floor = jnp.where(better, value, carry.score), jnp.where(first, value, carry.floor)
+        form = jnp.where(better, carry.made, carry.form)
+        tried = carry.tried | picked
+        pick = propose(scores, allowed, carry.pick, made, out["segments"])
+        over = going & (~more | jnp.take_along_axis(tried, pick[:, None], axis=1)[:, 0])
+        at = jnp.where(over, out["segments"], most)
+        inside = over[:, None] & (columns >= text.length[:, None]) & (columns < best.length[:, None])
+        out = {
+            "reward": jnp.where(over, score, out["reward"]),
             "segment": jnp.where(inside, out["segments"][:, None], out["segment"]),
-            "nudged": out["nudged"] | forced,
-            "segments": out["segments"] + active,
-            "floor": out["floor"].at[rows, at].set(found.floor, mode="drop"),
-            "kept": out["kept"].at[rows, at].set(found.score, mode="drop"),
+            "nudged": out["nudged"] | (inside & (columns == text.length[:, None]) & (form > 0)[:, None]),
+            "segments": out["segments"] + over,
+            "floor": out["floor"].at[rows, at].set(floor, mode="drop"),
+            "kept": out["kept"].at[rows, at].set(score, mode="drop"),
+            "tokens": out["tokens"] + jnp.where(going, segments.fed(text, found), 0),
+            "scored": out["scored"] + going,
+            "gradients": out["gradients"] + more,
         }
-        new |= {name: out[name] + cost for name, cost in found.costs.items()}
-        return count + 1, where_rows(active, found.best, text), new, bad | found.bad
+        return _Search(
+            carry.round + 1,
+            where_rows(over, best, text),
+            best,
+            score,
+            floor,
+            form,
+            jnp.where(over, 0, made),
+            jnp.where(over, 0, pick),  # first the greedy form: the most probable token
+            tried & ~over[:, None],
+            carry.bad | (going & lost),
+            out,
+        )
 
     state, output = policy.init(params["policy"], start, prompts["policy"], steps)
     text = segments.empty(state, output, steps)
-    choice, no = jnp.zeros((batch, 1), jnp.int32), jnp.zeros(batch, bool)
+    k, no = min(plan.top_k, output.log_prob.shape[-1]), jnp.zeros(batch, bool)
+    choice = jnp.zeros((batch, k), jnp.int32)
     paid = zeros(jax.eval_shape(lambda: judge(zero, text, choice, jnp.asarray(True)))[0])
     out = dict.fromkeys(("segments", "tokens", "scored", "gradients"), zero)
     out |= dict.fromkeys(("floor", "kept"), jnp.zeros((batch, most), paid.dtype))
     out |= {"reward": paid, "nudged": jnp.zeros((batch, steps), bool)}
     out |= {"segment": jnp.full((batch, steps), -1, jnp.int32)}
-    carry = (jnp.zeros((), jnp.int32), text, out, no)
-    _, text, out, bad = jax.lax.while_loop(lambda c: ~c[1].done.all(), segment, carry)
+    tried = jnp.zeros((batch, k), bool)
+    begin = _Search(jnp.zeros((), jnp.int32), text, text, paid, paid, zero, zero, zero, tried, no, out)
+    # Rows are never in step: each is at its own segment and form, and none waits for another's search.
+    found = jax.lax.while_loop(lambda carry: ~carry.text.done.all(), attempt, begin)
+    text = found.text
     mask, ref = columns < text.length[:, None], text.log_prob_ref
     # A point mass at each token: log 1, and its KL to the base.
     completions = Completions(
         text.tokens, mask, jnp.zeros_like(ref), ref, text.log_norm, -ref, text.finished, ~text.finished
     )
-    return Nudged(completions, **out), bad
+    return Nudged(completions, **found.out), found.bad
