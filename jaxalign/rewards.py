@@ -5,6 +5,7 @@ Each combinator takes Rewards and gives a Reward. All come out in at least float
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pathlib
 import re
@@ -31,6 +32,54 @@ def from_model(lm: Any) -> Reward:
         return lm.head(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])[:, 0]
 
     return CheckedReward(reward, _model_check(lm), lm.vocab_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedGain:
+    """A first-order score of tokens, as `decoding.nudge` takes it. score: (params, tokens [N,L], mask [N,L],
+    prompt_length [N], position [N], candidates [N,K]) -> [N,K]; reward: the Reward behind it; with_reward: as score,
+    but (reward [N], score [N,K]) in one pass; check, vocab_size as in a CheckedReward."""
+
+    score: Callable[..., Array]
+    reward: Reward
+    with_reward: Callable[..., tuple[Array, Array]]
+    check: Callable[..., None] | None = None
+    vocab_size: int | None = None
+
+    def __call__(self, *arguments: Any) -> Array:
+        return self.score(*arguments)
+
+
+def embedding_gain(lm: Any) -> CheckedGain:
+    """The first-order score of tokens at one position: gain(params, tokens [N,L], mask [N,L], prompt_length [N],
+    position [N], candidates [N,K]) -> g [N,K], g_v = E[v]·∂r/∂e, with e the input embedding [D] at column `position`
+    and r the reward of `from_model(lm)`; params: the model's.
+
+    g_v − g_current is the first-order gain of replacing the token that stands there (GGRO, arXiv 2606.09635). The
+    gradient is one vector [D] a row: the numbers of the one-hot gradient, of which nothing [N,L,V] is made.
+    """
+    reward = from_model(lm)
+
+    def with_reward(
+        params: Params, tokens: Array, mask: Array, prompt_length: Array, position: Array, candidates: Array
+    ) -> tuple[Array, Array]:
+        del prompt_length
+        rows, last = jnp.arange(tokens.shape[0]), mdp.last_index(mask)
+        embeddings = lm.embed(params, jnp.where(mask, tokens, 0))
+
+        def total(e: Array) -> tuple[Array, Array]:
+            hidden = lm.hidden(params, tokens, mask=mask, embeddings=embeddings.at[rows, position].set(e))
+            found = lm.head(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])[:, 0]
+            return found.sum(), found
+
+        gradient, found = jax.grad(total, has_aux=True)(embeddings[rows, position])
+        table = at_least_float32(lm.embed(params, candidates))
+        return found, jnp.einsum("nkd,nd->nk", table, at_least_float32(gradient))
+
+    def gain(*arguments: Any) -> Array:
+        return with_reward(*arguments)[1]
+
+    return CheckedGain(gain, reward, with_reward, _model_check(lm), lm.vocab_size)
 
 
 def log_likelihood(lm: Any) -> Reward:

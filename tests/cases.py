@@ -130,6 +130,16 @@ def policy_cases(dtype: str = "float32") -> dict[str, Case]:
         ),
         "adapters": stacked_adapters(dtype),
     }
+    value_lm, value_params = tiny_lm(2, "value", dtype)
+    cases["edit"] = Case(
+        policies.edit(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, policies.head_value(value_lm), steps=3),
+        {"policy": lm.params, "value": value_params, "step_size": BETA / 20},
+    )
+    q_lm, q_params = tiny_lm(3, "q", dtype)
+    cases["edit_expected"] = Case(
+        policies.edit_expected(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, critics.value(q_lm), steps=3),
+        {"policy": lm.params, "critic": q_params, "step_size": BETA / 20},
+    )
     for name, case in critic_cases(dtype).items():
         for k in (None, 4):
             tilted = policies.tilt(lm.policy, case.critic, top_k=k)
@@ -171,6 +181,8 @@ POLICIES = [
     "top_p",
     "with_reference",
     "adapters",
+    "edit",
+    "edit_expected",
     *(f"tilt_{name}_{k}" for name in CRITICS for k in ("all", 4)),
     "nested",
     "nested_candidates",

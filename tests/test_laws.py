@@ -182,10 +182,10 @@ def test_law_2_tilt_sends_minus_one_down_for_a_token_outside_its_candidates(all_
 # Law 3 ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tilt_args_4", "tilt_autoregressive_all", "temperature", "top_p"])
+@pytest.mark.parametrize("name", ["tilt_args_4", "tilt_autoregressive_all", "temperature", "top_p", "edit"])
 def test_law_3_a_value_per_prompt_is_that_prompts_own(all_policies, prompts, name):
     case = all_policies[name]
-    key = next(k for k in ("beta", "temperature", "top_p") if k in case.params)
+    key = next(k for k in ("beta", "temperature", "top_p", "step_size") if k in case.params)
     state, output, step = start(case, prompts)
     token = supported_tokens(output)
     _, together = step(state, token)

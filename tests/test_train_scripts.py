@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from eval import decode
-from jaxalign import models, training
+from jaxalign import data, decoding, models, policies, training
 from jaxalign.data import opinions, preferences
 from jaxalign.training import metrics
 from tests.conftest import tiny_lm
@@ -431,3 +431,26 @@ def test_quickstart_refuses_unknown_presets(capsys):
     with pytest.raises(SystemExit):
         quickstart.main(["--out", "x", "--preset", "huge"])
     assert "huge" in capsys.readouterr().err + capsys.readouterr().out
+
+
+def test_a_frozen_body_stays_and_its_value_head_is_for_editing(files, tmp_path, capsys):
+    head = ("--objective", "td", "--frozen", "--activation", "relu", "--head-layers", "2", "--head-size", "12")
+    value.main([*options("value", files), *head, "--weight-decay", "0.1", "--out", str(tmp_path / "out")])
+    assert "next: policies.edit" in capsys.readouterr().out.splitlines()[-1]
+    lm, params = models.load(tmp_path / "out/model")
+    base, base_params = models.load(files / "base/model")
+    chex.assert_trees_all_equal(params["transformer"], base_params["transformer"])
+    assert lm.config.head == models.Head("value", hidden_size=12, num_hidden=2, activation="relu")
+    edited = policies.edit(policies.language_model(base), base.logits, policies.head_value(lm), steps=2)
+    given = {"policy": base_params, "value": params, "step_size": 10.0}
+    prompts = data.prompt_batch([[5, 6], [7]])
+    drawn = decoding.sample(edited, given, jax.random.key(0), prompts, max_new_tokens=2, eos_ids=())
+    assert float(drawn.kl.sum()) > 0
+    for extra, match in (
+        (("--head", "q"), "head: expected scalar with --frozen"),
+        (("--objective", "soft", "--beta", "1"), "objective: expected fudge, td or pairs"),
+        (("--model", str(tmp_path / "out/model")), "model: expected the base with --frozen"),
+        (("--head-layers", "0"), "head_layers: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            value.main([*options("value", files), *head, *extra, "--out", str(tmp_path / "bad")])

@@ -20,6 +20,10 @@ python -m train.value --objective cd_q --head q --responses responses.jsonl …
 
 The other objectives learn from --responses the value of whoever wrote them. A response without EOS ("truncated") is
 scored as it stands: its last kept token is terminal.
+
+RE-Control's value network, a head on the base's own hidden states for policies.edit, is
+
+python -m train.value --objective td --frozen --activation relu --head-layers 2 … --out runs/edit
 """
 
 from __future__ import annotations
@@ -54,7 +58,14 @@ class Config(rollouts.Options):
     head: Literal["scalar", "q"] = "scalar"
     """scalar: one value a prefix; q: the value of every next token at once."""
     head_size: int = 0
-    """Width of the head's hidden layer; 0: the model's."""
+    """Width of the head's hidden layers; 0: the model's."""
+    head_layers: int = 1
+    """Hidden layers of the head."""
+    activation: Literal["silu", "relu", "gelu", "tanh"] = "silu"
+    """Between the head's layers."""
+    frozen: bool = False
+    """Train the head alone, on the base's hidden states: the value of each state that a token is drawn from, the
+    prompt's included, for policies.edit."""
     bound: float = 0.0
     """Bound B of the shaped reward [units of reward]; 0: the reward as it is."""
     beta: float = 0.0
@@ -90,6 +101,14 @@ def check(config: Config) -> None:
     for name in ("bound", "beta", "sharpness", "pair_weight"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name}: expected a finite value >= 0, found {getattr(config, name)}")
+    if config.head_layers < 1:
+        raise ValueError(f"head_layers: expected at least 1, found {config.head_layers}")
+    if config.frozen and config.head != "scalar":
+        raise ValueError("head: expected scalar with --frozen, found q")
+    if config.frozen and (config.bound or config.objective not in ("fudge", "td", "pairs")):
+        raise ValueError("objective: expected fudge, td or pairs, and no --bound, with --frozen")
+    if config.frozen and config.model != config.base:
+        raise ValueError("model: expected the base with --frozen, whose hidden states are edited")
     if config.objective == "exceedance" and not config.bound:
         raise ValueError(
             "bound: expected a value > 0 for --objective exceedance, which is for a shaped reward, found 0"
@@ -131,6 +150,8 @@ def run(config: Config) -> dict[str, Any]:
     following = (
         f"python -m eval.decode --model {config.base} --critic {critic}:{out / 'model'} --prompts FILE --out DIR"
     )
+    if config.frozen:
+        following = f"policies.edit with policies.head_value of {out / 'model'}, over {config.base}"
     done = common.finished(out)
     if done is not None:
         common.report(out, done, following)
@@ -139,7 +160,14 @@ def run(config: Config) -> dict[str, Any]:
     follower = models.Follower(exact, beta=config.beta, bound=config.bound) if log_weight else None
     kind: Any = "q" if config.head == "q" else "value"
     begin = common.start(
-        config, lambda body: models.Head(kind, hidden_size=config.head_size or body.hidden_size, follower=follower)
+        config,
+        lambda body: models.Head(
+            kind,
+            hidden_size=config.head_size or body.hidden_size,
+            num_hidden=config.head_layers,
+            activation=config.activation,
+            follower=follower,
+        ),
     )
     if config.responses:
         eos_id = common.eos_of(begin.tokenizer)
@@ -163,20 +191,36 @@ def run(config: Config) -> dict[str, Any]:
     if config.objective == "cd_q":
         base, frozen = models.load(config.base, dtype=config.dtype)
     loss = objectives.value(
-        begin.lm, config.objective, base=base, beta=config.beta or None, pair_weight=config.pair_weight
+        begin.lm,
+        config.objective,
+        base=base,
+        beta=config.beta or None,
+        pair_weight=config.pair_weight,
+        before=config.frozen,
     )
-    params = common.run(config, begin, split, loss, collate, stage="value", out=out, frozen=frozen)
+    if config.frozen:
+        # The body is no parameter of the run: neither gradients nor moments of it are made, and no decay reaches it.
+        frozen = {"transformer": begin.params["transformer"]}
+        train = lambda params, batch, frozen: loss({**frozen, **params}, batch, None)  # noqa: E731
+        alone = begin._replace(params={"head": begin.params["head"]})
+        params = common.run(config, alone, split, train, collate, stage="value", out=out, frozen=frozen)
+        params = {**frozen, **params}
+    else:
+        params = common.run(config, begin, split, loss, collate, stage="value", out=out, frozen=frozen)
 
     def score(params: Params, batch: Any) -> Any:
         cast = objectives.cast(begin.lm, params)
         hidden = begin.lm.hidden(cast, batch["tokens"], mask=batch["mask"])
         found = objectives.values_of(begin.lm, cast, hidden, batch["tokens"])
+        drawn = batch["loss_mask"]
+        if config.frozen:
+            found, drawn = found[:, :-1], drawn[:, 1:]
         target = batch["reward"][:, None]
         if classify:
             target = (target > batch["threshold"][:, None]).astype(found.dtype)
             found = 1 / (1 + jnp.exp(-found))
-        error = jnp.where(batch["loss_mask"], (found - target) ** 2, 0).sum(-1)
-        return {"error": error / batch["loss_mask"].sum(-1), "target": target[:, 0]}
+        error = jnp.where(drawn, (found - target) ** 2, 0).sum(-1)
+        return {"error": error / drawn.sum(-1), "target": target[:, 0]}
 
     paid, utility = (np.asarray([getattr(row, name) for row in rows]) for name in ("reward", "utility"))
     summary: dict[str, Any] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.bench import args, blockwise, decode, genarm, score, shaping, train, transfer
+from eval.bench import args, blockwise, decode, genarm, ggro, recontrol, score, shaping, train, transfer
 
 BENCHMARKS = {
     "decode": decode,
@@ -18,6 +18,8 @@ BENCHMARKS = {
     "genarm": genarm,
     "blockwise": blockwise,
     "transfer": transfer,
+    "recontrol": recontrol,
+    "ggro": ggro,
     "score": score,
     "train": train,
     "shaping": shaping,

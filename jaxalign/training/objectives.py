@@ -91,7 +91,15 @@ def implicit_rewards(lm: Any, params: Params, reference: Params, batch: Any, *, 
     return beta * ratio
 
 
-def value(lm: Any, objective: str, *, base: Any = None, beta: float | None = None, pair_weight: float = 1.0) -> Loss:
+def value(
+    lm: Any,
+    objective: str,
+    *,
+    base: Any = None,
+    beta: float | None = None,
+    pair_weight: float = 1.0,
+    before: bool = False,
+) -> Loss:
     """A value after each response token, by the loss of that name (`losses.fudge`, `cd_q`, `td`, `last_and_pairs`,
     `soft_value`, `exceedance`); batch {"tokens", "mask", "loss_mask", "reward" [b]}. Metrics: squared_error to the
     reward at the last token. "soft" needs beta; its metric clipped is the share of response tokens whose exponent was
@@ -100,7 +108,13 @@ def value(lm: Any, objective: str, *, base: Any = None, beta: float | None = Non
 
     A scalar head is read at y_t; a Q head at the position before, in the column of y_t. "cd_q" needs a Q head and the
     base model, whose parameters are `frozen`: its target is the exact mean over pi_ref's next tokens.
-    ValueError for an unknown objective, a model without a head, cd_q without Q head and base, soft without beta.
+
+    before: the value of each state that a response token is drawn from, in place of the state after it: the prompt's
+    first, and last the one that draws the last token, whose target is the reward. With "td" that is RE-Control's loss
+    (arXiv 2406.05954, eq. 6; here with a factor ½ and stopped gradients), for `policies.edit`.
+
+    ValueError for an unknown objective, a model without a head, cd_q without Q head and base, soft without beta, before
+    with a Q head.
     """
     if objective not in VALUE_OBJECTIVES:
         raise ValueError(f"objective: expected one of {VALUE_OBJECTIVES}, found {objective!r}")
@@ -109,6 +123,8 @@ def value(lm: Any, objective: str, *, base: Any = None, beta: float | None = Non
     wide = lm.config.head.kind == "q"
     if objective == "cd_q" and not (wide and base is not None):
         raise ValueError("cd_q: expected a Q head, whose target is a mean over the vocabulary, and the base model")
+    if before and wide:
+        raise ValueError("before: expected a scalar head, found a Q head, which reads the token that is drawn")
     if objective == "soft" and beta is None:
         raise ValueError("beta: expected the KL weight of the soft value, found none")
 
@@ -117,7 +133,8 @@ def value(lm: Any, objective: str, *, base: Any = None, beta: float | None = Non
         tokens, mask = batch["tokens"], batch["mask"]
         drawn, reward = batch["loss_mask"][:, 1:], batch["reward"]
         hidden = lm.hidden(params, tokens, mask=mask)
-        found = values_of(lm, params, hidden, tokens)[:, 1:]
+        found = values_of(lm, params, hidden, tokens)
+        found = found[:, :-1] if before else found[:, 1:]
         if objective == "fudge":
             total = losses.fudge(found, reward, drawn)
         elif objective == "td":
