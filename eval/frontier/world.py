@@ -158,13 +158,17 @@ def run(config: Config) -> list[dict[str, Any]]:
 def _draw(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     figure, panels = common.pyplot().subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     start = next(r for r in rows if r["at"] == "base")
-    for axes, at, x in ((panels[0], "equal beta", "beta"), (panels[1], "equal KL", "budget")):
+    for axes, at, x, y in (
+        (panels[0], "equal beta", "beta", "gold"),
+        (panels[1], "equal KL", "budget", "gold_over_raw"),
+    ):
         for name in common.STYLES:
             mine = [r for r in rows if r["at"] == at and r["shaping"] == name]
             if mine:
-                common.curve(axes, mine, x, "gold", name)
-        axes.axhline(start["gold"], color="0.7", lw=1, zorder=0)
-        axes.set_ylabel("true utility (gold)")
+                common.curve(axes, mine, x, y, name)
+    panels[0].axhline(start["gold"], color="0.7", lw=1, zorder=0)
+    panels[0].set_ylabel("true utility (gold)")
+    panels[1].set_ylabel("gold minus the raw reward's, paired by prompt")
     panels[0].set_xscale("log")
     panels[0].invert_xaxis()
     panels[0].set_xticks(config.betas, [f"{b:g}" for b in config.betas])
