@@ -11,24 +11,17 @@ the prompt's index alone.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import math
 import pathlib
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
-from jax.sharding import NamedSharding, PartitionSpec
 
-from eval import results
-from jaxalign import cli, critics, data, decoding, metrics, models, policies, rewards
-from jaxalign.checks import check_prompt_fits
-from jaxalign.types import Completions, Critic, Params, Policy, Reward, TokenBatch
+from eval import engine, methods, results
+from eval.engine import Method, Texts
+from eval.methods import Setting
+from jaxalign import cli, critics, data, policies, rewards
+from jaxalign.types import Critic, Params
 
 KINDS = ("args", "value", "autoregressive", "follower", "transfer")
 
@@ -93,19 +86,6 @@ class Config:
     """JSON or TOML file of defaults for these options."""
 
 
-class Method(NamedTuple):
-    """One row group of the results."""
-
-    name: str
-    beta: float | None
-    policy: Policy
-    params: Params
-    n: int  # responses per prompt, or continuations per block, of which the best is kept
-    kl_kind: str
-    block: int = 0  # length of a block, 0: none
-    judge: tuple[Critic, Params] | None = None  # which selects blocks
-
-
 def check(config: Config) -> None:
     """Value checks that need no file. ValueErrors name the option."""
     if config.max_new_tokens < 1:
@@ -161,108 +141,52 @@ def check(config: Config) -> None:
         raise ValueError("critic: expected something to decode, found no critic, no base and no best_of_n")
 
 
-def load_all(config: Config) -> tuple[Any, dict[str, tuple[models.LanguageModel, Params]]]:
-    """(tokenizer, models by role), all over one vocabulary: equal, appended rows cut with a warning, or an error."""
-    mesh = cli.make_mesh(config.mesh)
-    if mesh is not None and config.batch_size % mesh.size:
-        raise ValueError(f"mesh: expected a divisor of batch_size {config.batch_size}, found {config.mesh!r}")
-    folders = {"model": config.model} | {f"critic {spec}": spec.partition(":")[2] for spec in config.critic}
-    judges = {name: getattr(config, name) for name in ("reward", "gold") if getattr(config, name)}
-    folders |= {name: folder for name, folder in judges.items() if not rewards.is_program(folder)}
-    tokenizer = models.tokenizer(config.model)
-    distinct: dict[str, str] = {}  # folder -> its first role: one load where roles share a folder, the model first
-    for name, folder in folders.items():
-        distinct.setdefault(folder, name)
-    for folder, name in distinct.items():
-        if folder != config.model:
-            models.check_tokens(tokenizer.get_vocab(), models.tokenizer(folder).get_vocab(), name=name)
-    pairs = [models.load(folder, dtype=config.dtype, mesh=mesh) for folder in distinct]
-    matched = models.match_vocabulary(*pairs, names=tuple(distinct.values()))
-    by_folder = dict(zip(distinct, matched, strict=True))
-    loaded = {name: by_folder[folder] for name, folder in folders.items()}
-    lost = set(pairs[0][0].config.eos_ids) - set(matched[0][0].config.eos_ids)
-    if lost:
-        raise ValueError(
-            f"model: expected EOS ids within the common vocabulary of {matched[0][0].vocab_size} tokens, found "
-            f"{sorted(lost)}: responses would not end"
-        )
-    for name, (lm, _) in loaded.items():
-        drawn = name == "model" or name.startswith(("critic autoregressive:", "critic transfer:"))
-        if drawn and not lm.has_lm_head:
-            raise ValueError(f"{name}: expected a language model, found a sequence classifier in {folders[name]}")
-        if name in ("reward", "gold") and lm.head_width != 1:
-            raise ValueError(f"{name}: expected a model with a scalar head, found {lm.config.head} in {folders[name]}")
-    return tokenizer, loaded
+def folders(config: Config) -> dict[str, str]:
+    """Role -> folder of every model of a run."""
+    named = {"model": config.model} | {f"critic {spec}": spec.partition(":")[2] for spec in config.critic}
+    judges = {name: getattr(config, name) for name in ("reward", "gold")}
+    return named | {name: spec for name, spec in judges.items() if spec and not rewards.is_program(spec)}
 
 
-def build_critic(spec: str, lm: models.LanguageModel) -> tuple[Critic, bool]:
-    """(critic, whether it gives the scores of the whole vocabulary at once)."""
-    kind = spec.partition(":")[0]
-    if kind == "args":
-        return critics.args(lm), False
-    if kind == "value":
-        return critics.value(lm), lm.config.head is not None and lm.config.head.kind == "q"
-    if kind == "follower":
-        return critics.follower(lm), lm.config.head is not None and lm.config.head.kind == "q"
-    return critics.autoregressive(lm), True
-
-
-def transfer_critic(
-    config: Config, spec: str, loaded: dict[str, tuple[models.LanguageModel, Params]]
-) -> tuple[Critic, Params]:
-    """Direct transfer from the model of spec, scored by --reward."""
-    (lm, params), (reward_lm, reward_params) = loaded[f"critic {spec}"], loaded["reward"]
-    critic = critics.transfer_q(
-        policies.language_model(lm),
-        rewards.from_model(reward_lm),
-        eos_ids=loaded["model"][0].config.eos_ids,
-        rollouts=config.rollouts,
-        lookahead=config.lookahead,
-    )
-    return critic, {"baseline": params, "reward": reward_params}
-
-
-def methods(config: Config, loaded: dict[str, tuple[models.LanguageModel, Params]]) -> list[Method]:
+def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> list[Method]:
     """All methods of a run, the base first."""
-    lm, params = loaded["model"]
-    base = policies.language_model(lm)
-    sampled = "mean -log pi_ref(y)" if config.temperature == 0 else "sum of exact per-step KL"
-    out = [Method("base", None, base, params, 1, sampled)] if config.include_base else []
-    for n in config.best_of_n:
-        bound = "bound log n - (n-1)/n" if config.temperature == 1 else "bound, to the tempered base"
-        out.append(Method(f"best_of_{n}", None, base, params, n, bound))
-    built: list[tuple[str, Critic, bool]] = []
-    values: list[Params] = []
+    out = [methods.sampled(setting, "base", None, setting.base, setting.params)] if config.include_base else []
+    out += [methods.best_of_n(setting, n) for n in config.best_of_n]
+    built: list[tuple[str, Critic, Params, float]] = []
     for spec in config.critic:
-        if spec.startswith("transfer:"):
-            critic, value = transfer_critic(config, spec, loaded)
-            built.append((spec, critic, False))
-            values.append(value)
+        kind, folder = spec.split(":", 1)
+        lm, params = loaded[f"critic {spec}"]
+        if kind in ("autoregressive", "transfer"):
+            methods.check_language_model(f"critic {spec}", lm, folder)
+        if kind == "transfer":
+            critic, value = methods.transfer(
+                setting, (lm, params), rollouts=config.rollouts, lookahead=config.lookahead
+            )
+            top_k = 10 if config.top_k is None else (config.top_k or lm.vocab_size)
+            cost = methods.transfer_cost(setting, top_k=top_k, rollouts=config.rollouts, lookahead=config.lookahead)
+            built.append((spec, critic, value, cost))
         else:
-            built.append((spec, *build_critic(spec, loaded[f"critic {spec}"][0])))
-            values.append(loaded[f"critic {spec}"][1])
+            critic, each = methods.critic_of(kind, lm)
+            built.append((spec, critic, params, each))
+    whole = {spec: cost == 1 for spec, _, _, cost in built}  # critics that give all scores at once
     if config.sum:
         weights = jnp.asarray(config.weights or (1.0,) * len(built), jnp.float32)
-        summed = critics.weighted_sum([critic for _, critic, _ in built])
-        built = [("+".join(config.critic), summed, all(whole for _, _, whole in built))]
-        values = [{"critics": tuple(values), "weights": weights}]
-    for (name, critic, whole), critic_params in zip(built, values, strict=True):
-        k = (None if whole else min(10, lm.vocab_size)) if config.top_k is None else (config.top_k or None)
-        policy = policies.tilt(base, critic, top_k=k)
-        for beta in betas(config, name, loaded):
-            used = beta if critic.beta is None else critic.beta
-            tilted = {"policy": params, "critic": critic_params, "beta": jnp.asarray(used, jnp.float32)}
-            out.append(Method(name, beta, policy, tilted, 1, sampled))
-        for block in config.block:
-            selected = f"blockwise_{config.candidates}x{block} {name}"
-            bound = "bound ceil(|y|/M) (log K - (K-1)/K)"
-            bound += "" if config.temperature == 1 else ", to the tempered base"
-            judge = (critic, critic_params)
-            out.append(Method(selected, None, base, params, config.candidates, bound, block, judge))
+        summed = critics.weighted_sum([critic for _, critic, _, _ in built])
+        name, costs = "+".join(config.critic), [cost for _, _, _, cost in built]
+        whole = {name: all(whole.values())}
+        params = {"critics": tuple(value for _, _, value, _ in built), "weights": weights}
+        built = [(name, summed, params, sum(costs) if all(costs) else 0)]
+    for name, critic, params, cost in built:
+        k = (None if whole[name] else 10) if config.top_k is None else (config.top_k or None)
+        out += methods.tilted(setting, name, critic, params, betas(config, name, loaded), top_k=k, per_token=cost)
+        out += [
+            methods.blockwise(setting, name, critic, params, candidates=config.candidates, block=block)
+            for block in config.block
+        ]
     return out
 
 
-def betas(config: Config, name: str, loaded: dict[str, tuple[models.LanguageModel, Params]]) -> tuple[float, ...]:
+def betas(config: Config, name: str, loaded: dict[str, methods.Model]) -> tuple[float, ...]:
     """The KL weights of a method: --beta, or the one that a follower's head was trained for. ValueError where --beta
     asks such a head for others."""
     spec = name.split("+")[0]
@@ -276,89 +200,47 @@ def betas(config: Config, name: str, loaded: dict[str, tuple[models.LanguageMode
     return (head.follower.beta,)
 
 
-class Batch(NamedTuple):
-    """rows: indices of the prompts; prompts: padded to batch_size rows."""
-
-    rows: list[int]
-    prompts: TokenBatch
-
-
-def batches(config: Config, ids: list[list[int]]) -> list[Batch]:
-    """Prompts of near lengths together. The same batches for every method and after every interruption."""
-    mesh = cli.make_mesh(config.mesh)
-    order = sorted(range(len(ids)), key=lambda i: (data.bucket(len(ids[i])), i))
-    out = []
-    for begin in range(0, len(order), config.batch_size):
-        rows = order[begin : begin + config.batch_size]
-        prompts = data.prompt_batch([ids[i] for i in rows], index=rows, batch_size=config.batch_size)
-        if mesh is not None:
-            prompts = jax.device_put(prompts, NamedSharding(mesh, PartitionSpec("data")))
-        out.append(Batch(rows, prompts))
-    return out
-
-
-class Judge(NamedTuple):
-    """A jitted Reward and its parameters."""
-
-    reward: Reward
-    params: Params
-
-
-def decode_batch(
-    config: Config, method: Method, proxy: Judge | None, prompts: TokenBatch, eos_ids: tuple[int, ...]
-) -> Completions:
-    """One batch by one method; best-of-n selects by the proxy, blockwise by its critic."""
-    shared: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "eos_ids": eos_ids}
-    shared["temperature"] = 1.0 if config.temperature == 1 else jnp.asarray(config.temperature, jnp.float32)
-    rng = jax.random.key(config.seed)
-    if method.judge is not None:
-        critic, values = method.judge
-        pair = {"policy": method.params, "critic": values}
-        return decoding.blockwise(
-            method.policy, critic, pair, rng, prompts, candidates=method.n, block=method.block, **shared
-        )
-    if method.n == 1:
-        return decoding.sample(method.policy, method.params, rng, prompts, **shared)
-    assert proxy is not None
-    both = {"policy": method.params, "reward": proxy.params}
-    return decoding.best_of_n(method.policy, proxy.reward, both, rng, prompts, n=method.n, **shared).best
-
-
 def run(config: Config, *, quiet: bool = False) -> pathlib.Path:
     """Decodes, writes the run folder, prints the table (unless quiet); gives the path of responses.jsonl."""
     check(config)
-    tokenizer, loaded = load_all(config)
+    given = folders(config)
+    tokenizer, loaded = methods.load(given, dtype=config.dtype, mesh=config.mesh, batch_size=config.batch_size)
+    lm, params = loaded["model"]
+    methods.check_language_model("model", lm, config.model)
     prompts = data.tokenize_prompts(config.prompts, tokenizer)
-    texts, ids = [prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts]
-    plan = methods(config, loaded)
+    texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
+    everything = data.prompt_batch(texts.ids)
+    judged = {"reward": config.reward, "gold": config.gold}
+    judges = methods.judges(judged, loaded, tokenizer, everything, config.max_new_tokens)
+    setting = Setting(
+        lm,
+        policies.language_model(lm),
+        params,
+        config.max_new_tokens,
+        config.temperature,
+        judges.get("reward"),
+        loaded["reward"][0] if "reward" in loaded else None,
+    )
+    chosen = plan(config, setting, loaded)
     # Every host check on all prompts, before anything is written.
-    everything = data.prompt_batch(ids)
-    for method in plan:
-        assert method.policy.check is not None
-        method.policy.check(method.params, everything, config.max_new_tokens)
-    judges: dict[str, Judge] = {}
-    for name in ("reward", "gold"):
-        if name in loaded:
-            check_prompt_fits(loaded[name][0], everything, config.max_new_tokens, name=name)
-            judges[name] = Judge(jax.jit(rewards.from_model(loaded[name][0])), loaded[name][1])
-        elif getattr(config, name):
-            judges[name] = Judge(
-                rewards.from_text(functools.partial(_text, tokenizer), rewards.program(getattr(config, name))), None
-            )
+    for method in chosen:
+        method.check(everything)
     embed = rewards.program(config.embedding, name="embedding") if config.embedding else None
-    models_given = [config.model, config.reward, config.gold, *(c.partition(":")[2] for c in config.critic)]
-    out = cli.open_run(config.out, config, inputs=[path for path in models_given if path])
-    final, partial = out / "responses.jsonl", out / "responses.jsonl.partial"
-    speed: dict[tuple[str, float | None], float] = {}
-    if not final.exists():
-        eos_ids = loaded["model"][0].config.eos_ids
-        records, speed = _decode_all(config, plan, judges, embed, texts, ids, tokenizer, eos_ids, partial)
-        order = {(m.name, m.beta): k for k, m in enumerate(plan)}
-        records.sort(key=lambda r: (order[r["method"], r["beta"]], r["index"]))
-        results.write(final, records)
-        partial.unlink()
+    inputs = [config.model, config.reward, config.gold, *(spec.partition(":")[2] for spec in config.critic)]
+    out = cli.open_run(config.out, config, inputs=[path for path in inputs if path])
+    final = out / "responses.jsonl"
+    speed = engine.decode(
+        chosen,
+        judges,
+        texts,
+        final,
+        batch_size=config.batch_size,
+        mesh=config.mesh,
+        seed=config.seed,
+        embed=embed,
+    )
     records = results.read(final)
-    results.check_texts(records, texts, final, expected=len(plan) * len(texts))
+    results.check_texts(records, texts.texts, final, expected=len(chosen) * len(texts.texts))
     rows = results.summarise(records)
     results.add_speed(rows, speed, out / "summary.json")
     cli.write_json(out / "summary.json", rows)
@@ -366,138 +248,6 @@ def run(config: Config, *, quiet: bool = False) -> pathlib.Path:
         results.print_table(rows)
     print(f"wrote {final} ({len(records)} responses) and {out / 'summary.json'}")
     return final
-
-
-def _decode_all(
-    config: Config,
-    plan: list[Method],
-    judges: dict[str, Judge],
-    embed: Callable[..., Any] | None,
-    texts: list[str],
-    ids: list[list[int]],
-    tokenizer: Any,
-    eos_ids: tuple[int, ...],
-    partial: pathlib.Path,
-) -> tuple[list[dict[str, Any]], dict[tuple[str, float | None], float]]:
-    """All records, and the tokens/s of each method and beta that was decoded here beyond its first, compiling batch.
-    Each finished batch is appended to the partial file, from which the next call goes on."""
-    found = {(r["method"], r["beta"], r["index"]): r for r in results.read(partial)}
-    results.check_texts(list(found.values()), texts, partial)
-    parts = batches(config, ids)
-    # A batch that was cut short is decoded again whole: the same shapes and neighbours give the same bits.
-    whole = {
-        (k, j)
-        for k, method in enumerate(plan)
-        for j, batch in enumerate(parts)
-        if all((method.name, method.beta, i) in found for i in batch.rows)
-    }
-    records = [found[plan[k].name, plan[k].beta, i] for k, j in sorted(whole) for i in parts[j].rows]
-    results.write(partial, records)
-    total = len(plan) * len(ids)
-    traced: set[Any] = set()
-    timed: dict[tuple[str, float | None], tuple[int, float]] = {}
-    progress = cli.progress("decode", total, initial=len(records), unit="response")
-    with partial.open("a") as sink, progress:
-        for k, method in enumerate(plan):
-            for j, batch in enumerate(parts):
-                if (k, j) in whole:
-                    continue
-                begin = time.perf_counter()
-                drawn = decode_batch(config, method, judges.get("reward"), batch.prompts, eos_ids)
-                jax.block_until_ready(drawn)
-                seconds = time.perf_counter() - begin
-                joined = decoding.join(batch.prompts, drawn)
-                scores = {
-                    name: np.asarray(judge.reward(judge.params, *joined, batch.prompts.index))
-                    for name, judge in judges.items()
-                }
-                for name, values in scores.items():
-                    if not np.isfinite(values).all():
-                        raise ValueError(f"{name}: expected finite rewards, found {values} for prompts {batch.rows}")
-                host = jax.tree.map(np.asarray, drawn)
-                check_finite(method, host, batch.rows)
-                new = [
-                    _record(method, i, texts[i], tokenizer, host, b)
-                    | {name: round(float(values[b]), 6) for name, values in scores.items()}
-                    for b, i in enumerate(batch.rows)
-                ]
-                if embed is not None:
-                    add_coherence(new, embed)
-                sink.writelines(json.dumps(record, allow_nan=False) + "\n" for record in new)
-                sink.flush()
-                records += new
-                tokens = int(host.mask[: len(batch.rows)].sum())
-                # Methods that differ in beta alone share the trace.
-                critic = None if method.judge is None else method.judge[0]
-                trace = (method.policy, critic, method.block, method.n, batch.prompts.tokens.shape)
-                if trace in traced:
-                    before = timed.get((method.name, method.beta), (0, 0.0))
-                    timed[method.name, method.beta] = (before[0] + tokens, before[1] + seconds)
-                traced.add(trace)
-                progress.set_postfix_str(f"{method.name} {tokens / seconds:.0f} tokens/s")
-                progress.update(len(batch.rows))
-    return records, {key: count / seconds for key, (count, seconds) in timed.items()}
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=True)
-
-
-def add_coherence(records: list[dict[str, Any]], embed: Callable[[list[str]], Any]) -> None:
-    """Writes the cosine of prompt and response into each record. ValueError where there is none."""
-    vectors = (np.asarray(embed([r[name] for r in records]), np.float64) for name in ("prompt", "response"))
-    with np.errstate(invalid="ignore"):
-        found = metrics.coherence(*vectors)
-    bad = [r["index"] for r, value in zip(records, found, strict=True) if not np.isfinite(value)]
-    if bad:
-        raise ValueError(f"embedding: expected finite vectors other than 0, found none for prompts {bad}")
-    for record, value in zip(records, found.tolist(), strict=True):
-        record["coherence"] = round(value, 6)
-
-
-def check_finite(method: Method, host: Completions, rows: list[int]) -> None:
-    """ValueError that names the method and the prompts where a policy has no distribution (NaN weights, an overflow).
-    host: Completions of numpy arrays; the rows beyond len(rows) are padding."""
-    count = len(rows)
-    for name in ("log_prob", "log_prob_ref", "log_norm", "kl"):
-        values = getattr(host, name)
-        if values is None:
-            continue
-        bad = [i for i, row in zip(rows, np.isfinite(values[:count]).all(axis=1), strict=True) if not row]
-        if bad:
-            raise ValueError(f"{method.name}: expected finite {name}, found NaN or infinity for prompts {bad}")
-
-
-def _record(method: Method, index: int, prompt: str, tokenizer: Any, host: Completions, b: int) -> dict[str, Any]:
-    real = host.mask[b]
-    log_prob, log_ref = host.log_prob[b][real], host.log_prob_ref[b][real]
-    if method.block:
-        kl = float(metrics.blockwise_kl_bound(np.asarray(real), method.block, method.n))
-    elif method.n > 1:
-        kl = metrics.best_of_n_kl_bound(method.n)
-    elif method.kl_kind.startswith("mean"):
-        kl = -float(log_ref.sum())
-    else:
-        assert host.kl is not None
-        kl = float(host.kl[b].sum())
-    tokens = host.tokens[b][real].tolist()
-    return {
-        "method": method.name,
-        "beta": method.beta,
-        "index": index,
-        "prompt": prompt,
-        "response": tokenizer.decode(tokens, skip_special_tokens=True),
-        "tokens": tokens,
-        "log_prob": [round(float(x), 6) for x in log_prob],
-        "log_prob_ref": [round(float(x), 6) for x in log_ref],
-        "log_prob_sum": round(float(log_prob.sum()), 5),
-        "log_prob_ref_sum": round(float(log_ref.sum()), 5),
-        "log_norm_sum": round(float(host.log_norm[b][real].sum()), 5),
-        "kl": round(kl, 5),
-        "kl_kind": method.kl_kind,
-        "finished": bool(host.finished[b]),
-        "truncated": bool(host.truncated[b]),
-    }
 
 
 def main(args: list[str] | None = None) -> None:

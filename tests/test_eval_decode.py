@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 import transformers
 
-from eval import decode
+from eval import decode, engine
 from jaxalign import critics, data, decoding, models, policies, rewards
 from jaxalign.decoding import sampling
 from tests.conftest import tiny_lm
@@ -125,7 +125,7 @@ def test_records_hold_the_models_own_numbers(finished, folders):
 def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(finished, folders, tmp_path, monkeypatch):
     out = tmp_path / "out"
     calls = []
-    whole = decode.decode_batch
+    whole = engine.decode_batch
 
     def interrupted(*args):
         calls.append(1)
@@ -133,7 +133,7 @@ def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(finished, fo
             raise KeyboardInterrupt
         return whole(*args)
 
-    monkeypatch.setattr(decode, "decode_batch", interrupted)
+    monkeypatch.setattr(engine, "decode_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decode.main(arguments(folders, out, *all_methods(folders)))
     partial = out / "responses.jsonl.partial"
@@ -175,16 +175,16 @@ def test_other_prompts_under_the_same_name_are_refused(folders, tmp_path, monkey
     """Otherwise the responses of the old prompts would be reported for the new ones."""
     prompts, out = tmp_path / "p.txt", tmp_path / "out"
     extra = ("--prompts", str(prompts))
-    whole = decode.decode_batch
+    whole = engine.decode_batch
 
-    def interrupted(config, method, proxy, prompts, eos_ids):
+    def interrupted(method, rng, prompts):
         if 2 in prompts.index.tolist():
             raise KeyboardInterrupt
-        return whole(config, method, proxy, prompts, eos_ids)
+        return whole(method, rng, prompts)
 
     prompts.write_text("the cat\nsat\nthe mat\n")
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "decode_batch", interrupted)
+        patch.setattr(engine, "decode_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             decode.main(arguments(folders, out, *extra))
     for text in ("the cat\nran\nthe mat\n", "the cat\n"):

@@ -1,0 +1,367 @@
+"""Methods for eval.decode and eval.compare: models from folders, and one builder per way of decoding.
+
+A builder binds models and numbers into an `engine.Method`: how to draw, which KL to report and how it is called, and
+how many tokens pass through models.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval.engine import Extra, Judge, Method, sampled_kl
+from jaxalign import cli, critics, decoding, metrics, models, policies, rewards
+from jaxalign.checks import check_prompt_fits
+from jaxalign.types import Array, Completions, Critic, Params, Policy, Reward, TokenBatch
+
+Model = tuple[models.LanguageModel, Params]
+
+
+class Setting(NamedTuple):
+    """What the methods of a run share. base, params: its policy and parameters; proxy: the reward that methods may use,
+    None without one; reward_lm: its model, for methods that differentiate it."""
+
+    lm: models.LanguageModel
+    base: Policy
+    params: Params
+    max_new_tokens: int
+    temperature: float
+    proxy: Judge | None
+    reward_lm: models.LanguageModel | None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return self.lm.config.eos_ids
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of every decoder."""
+        value = 1.0 if self.temperature == 1 else jnp.asarray(self.temperature, jnp.float32)
+        return {"max_new_tokens": self.max_new_tokens, "eos_ids": self.eos_ids, "temperature": value}
+
+    @property
+    def judge(self) -> Judge:
+        """The proxy. ValueError where there is none."""
+        if self.proxy is None:
+            raise ValueError("reward: expected a reward model that the method selects by, found none")
+        return self.proxy
+
+    def tempered(self, bound: str) -> str:
+        """A bound to the base is one to the tempered base at another temperature."""
+        return bound if self.temperature == 1 else f"{bound}, to the tempered base"
+
+
+def load(folders: dict[str, str], *, dtype: str, mesh: str, batch_size: int) -> tuple[Any, dict[str, Model]]:
+    """(tokenizer, models by role) of {"model": the base's folder, role: folder}, all over one vocabulary: equal,
+    appended rows cut with a warning, or an error."""
+    devices = cli.make_mesh(mesh)
+    if devices is not None and batch_size % devices.size:
+        raise ValueError(f"mesh: expected a divisor of batch_size {batch_size}, found {mesh!r}")
+    tokenizer = models.tokenizer(folders["model"])
+    distinct: dict[str, str] = {}  # folder -> its first role: one load where roles share a folder, the model first
+    for name, folder in folders.items():
+        distinct.setdefault(folder, name)
+    for folder, name in distinct.items():
+        if folder != folders["model"]:
+            models.check_tokens(tokenizer.get_vocab(), models.tokenizer(folder).get_vocab(), name=name)
+    pairs = [models.load(folder, dtype=dtype, mesh=devices) for folder in distinct]
+    matched = models.match_vocabulary(*pairs, names=tuple(distinct.values()))
+    by_folder = dict(zip(distinct, matched, strict=True))
+    lost = set(pairs[0][0].config.eos_ids) - set(matched[0][0].config.eos_ids)
+    if lost:
+        raise ValueError(
+            f"model: expected EOS ids within the common vocabulary of {matched[0][0].vocab_size} tokens, found "
+            f"{sorted(lost)}: responses would not end"
+        )
+    return tokenizer, {name: by_folder[folder] for name, folder in folders.items()}
+
+
+def check_language_model(name: str, lm: models.LanguageModel, folder: str) -> None:
+    if not lm.has_lm_head:
+        raise ValueError(f"{name}: expected a language model, found a sequence classifier in {folder}")
+
+
+def check_scalar(name: str, lm: models.LanguageModel, folder: str) -> None:
+    if lm.head_width != 1:
+        raise ValueError(f"{name}: expected a model with a scalar head, found {lm.config.head} in {folder}")
+
+
+def judges(
+    given: dict[str, str], loaded: dict[str, Model], tokenizer: Any, prompts: TokenBatch, max_new_tokens: int
+) -> dict[str, Judge]:
+    """A Judge for each of {"reward": folder or MODULE:FUNCTION, "gold": …} that is named. ValueErrors name it."""
+    out: dict[str, Judge] = {}
+    for name, spec in given.items():
+        if name in loaded:
+            lm, params = loaded[name]
+            check_scalar(name, lm, spec)
+            check_prompt_fits(lm, prompts, max_new_tokens, name=name)
+            out[name] = Judge(jax.jit(rewards.from_model(lm)), params)
+        elif spec:
+            read = functools.partial(_text, tokenizer)
+            out[name] = Judge(rewards.from_text(read, rewards.program(spec, name=name)), None)
+    return out
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def critic_of(kind: str, lm: models.LanguageModel) -> tuple[Critic, int]:
+    """(critic, tokens that pass through its model for each token; 0: as many as there are candidates)."""
+    wide = lm.config.head is not None and lm.config.head.kind == "q"
+    if kind == "args":
+        return critics.args(lm), 0
+    if kind == "value":
+        return critics.value(lm), int(wide)
+    if kind == "follower":
+        return critics.follower(lm), int(wide)
+    return critics.autoregressive(lm), 1
+
+
+def sampled(
+    setting: Setting,
+    name: str,
+    beta: float | None,
+    policy: Policy,
+    params: Params,
+    *,
+    per_token: float = 1.0,
+) -> Method:
+    """Ancestral sampling from any Policy. per_token: tokens that pass through models for each token drawn."""
+
+    def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
+        return decoding.sample(policy, params, rng, prompts, **setting.options), {}
+
+    kind, kl = "sum of exact per-step KL", sampled_kl
+    if setting.temperature == 0:
+        kind, kl = "mean -log pi_ref(y)", surprise
+    check = functools.partial(_check, policy, params, setting.max_new_tokens)
+    return Method(name, beta, draw, kl, kind, check, policy, lambda prompt, length, told: per_token * length)
+
+
+def surprise(host: Completions, told: Extra, b: int) -> float:
+    """−log pi_ref(y), the KL of a point mass."""
+    return -float(host.log_prob_ref[b].sum())
+
+
+def _check(policy: Policy, params: Params, max_new_tokens: int, prompts: TokenBatch) -> None:
+    assert policy.check is not None
+    policy.check(params, prompts, max_new_tokens)
+
+
+def best_of_n(setting: Setting, n: int) -> Method:
+    """Best of n of the base by the proxy."""
+    judge = setting.judge
+    both = {"policy": setting.params, "reward": judge.params}
+
+    def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
+        found = decoding.best_of_n(setting.base, judge.reward, both, rng, prompts, n=n, **setting.options)
+        return found.best, {}
+
+    bound = metrics.best_of_n_kl_bound(n)
+    kind = "bound log n - (n-1)/n" if setting.temperature == 1 else "bound, to the tempered base"
+    return _of_base(
+        setting,
+        f"best_of_{n}",
+        None,
+        draw,
+        kind,
+        kl=lambda host, told, b: bound,
+        trace=("best_of_n", n),
+        forwards=lambda prompt, length, told: n * (prompt + 2 * length),
+    )
+
+
+def blockwise(
+    setting: Setting, name: str, critic: Critic, critic_params: Params, *, candidates: int, block: int
+) -> Method:
+    """Blocks of the base, selected by a critic that steps beside it."""
+    both = {"policy": setting.params, "critic": critic_params}
+
+    def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
+        options = setting.options | {"candidates": candidates, "block": block}
+        return decoding.blockwise(setting.base, critic, both, rng, prompts, **options), {}
+
+    def kl(host: Completions, told: Extra, b: int) -> float:
+        return float(metrics.blockwise_kl_bound(np.asarray(host.mask[b]), block, candidates))
+
+    return _of_base(
+        setting,
+        f"blockwise_{candidates}x{block} {name}",
+        None,
+        draw,
+        setting.tempered("bound ceil(|y|/M) (log K - (K-1)/K)"),
+        kl=kl,
+        trace=("blockwise", critic, candidates, block),
+        forwards=lambda prompt, length, told: 2 * candidates * length,
+    )
+
+
+def smc(
+    setting: Setting, name: str, beta: float, proposal: Policy, params: Params, *, particles: int, per_token: float
+) -> Method:
+    """One particle of SMC towards the response-level optimum at beta, proposed by any Policy."""
+    judge = setting.judge
+    three = {"policy": params, "reward": judge.params, "beta": jnp.asarray(beta, jnp.float32)}
+    options = {name: value for name, value in setting.options.items() if name != "temperature"}
+
+    def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
+        found = decoding.smc(proposal, judge.reward, three, rng, prompts, particles=particles, **options)
+        told = {"estimated_kl": found.kl, "ess": found.ess, "log_z": found.log_z, "resamplings": found.resamplings}
+        return found.pick, told
+
+    return Method(
+        name,
+        beta,
+        draw,
+        lambda host, told, b: float(told["estimated_kl"][b]),
+        "estimate E[r]/beta - log Z",
+        functools.partial(_check, proposal, params, setting.max_new_tokens),
+        ("smc", proposal, particles),
+        lambda prompt, length, told: particles * ((per_token + 1) * length + prompt),
+    )
+
+
+def quest(setting: Setting, beta: float, *, moves: int, samples: int) -> Method:
+    """The last state of a chain of QUEST. Its law after finitely many moves is not known; the KL reported is that of
+    the stationary law, E[r]/beta − log Z with Z from base samples."""
+    judge = setting.judge
+    three = {"policy": setting.params, "reward": judge.params, "beta": jnp.asarray(beta, jnp.float32)}
+    both = {name: three[name] for name in ("policy", "reward")}
+
+    def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
+        chain = decoding.quest(setting.base, judge.reward, three, rng, prompts, moves=moves, **setting.options)
+        drawn = decoding.best_of_n(setting.base, judge.reward, both, rng, prompts, n=samples, **setting.options)
+        log_z = jax.nn.logsumexp(drawn.reward / beta, axis=1) - np.log(samples)
+        stationary = jnp.maximum(chain.reward[:, moves // 2 :].mean(axis=1) / beta - log_z, 0)
+        return chain.last, {"estimated_kl": stationary, "accept_rate": chain.accept_rate}
+
+    return _of_base(
+        setting,
+        f"quest_{moves}",
+        beta,
+        draw,
+        setting.tempered(f"of the stationary law, E[r]/beta - log Z, Z of {samples} samples"),
+        kl=lambda host, told, b: float(told["estimated_kl"][b]),
+        trace=("quest", moves),
+        forwards=lambda prompt, length, told: (moves + 1) * (prompt + 2 * length),
+    )
+
+
+def cards(setting: Setting, beta: float, *, goal: float, entropy: float, tries: int) -> Method:
+    """Segments of the base that pass the proxy's goal."""
+    judge = setting.judge
+    params = {"policy": setting.params, "reward": judge.params, "beta": jnp.asarray(beta, jnp.float32)}
+    params |= {name: jnp.asarray(value, jnp.float32) for name, value in (("threshold", goal), ("entropy", entropy))}
+
+    def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
+        found = decoding.cards(setting.base, judge.reward, params, rng, prompts, tries=tries, **setting.options)
+        told = {"segments": found.segments, "tries": found.tries, "capped": found.capped, "steps": found.steps}
+        return found.completions, told
+
+    def forwards(prompt: int, length: int, told: dict[str, float]) -> float:
+        return told["steps"] + told["tries"] * (prompt + length / 2)
+
+    return _of_base(
+        setting,
+        "cards",
+        beta,
+        draw,
+        setting.tempered("bound segments x log tries"),
+        kl=lambda host, told, b: float(told["segments"][b]) * float(np.log(tries)),
+        trace=("cards", tries),
+        forwards=forwards,
+    )
+
+
+def nudge(setting: Setting, candidates: int, *, entropy: float, top_k: int) -> Method:
+    """GGRO: greedy text of the base in segments, each begun by the token that the proxy's gradient proposes."""
+    judge, lm = setting.judge, setting.reward_lm
+    if lm is None:
+        raise ValueError("reward: expected a reward model, whose gradient GGRO takes, found a program")
+    gain = rewards.embedding_gain(lm)
+    both = {"policy": setting.params, "reward": judge.params}
+    options: dict[str, Any] = {"max_new_tokens": setting.max_new_tokens, "eos_ids": setting.eos_ids}
+
+    def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
+        found = decoding.nudge(
+            setting.base,
+            judge.reward,
+            gain,
+            both,
+            rng,
+            prompts,
+            candidates=candidates,
+            threshold=entropy,
+            top_k=top_k,
+            **options,
+        )
+        told = {name: getattr(found, name) for name in ("segments", "tokens", "scored", "gradients")}
+        return found.completions, {f"nudge_{name}": value for name, value in told.items()}
+
+    def forwards(prompt: int, length: int, told: dict[str, float]) -> float:
+        # A gradient costs about two forward passes beyond its own.
+        return told["nudge_tokens"] + (told["nudge_scored"] + 3 * told["nudge_gradients"]) * (prompt + length / 2)
+
+    return _of_base(
+        setting,
+        f"ggro_{candidates}",
+        None,
+        draw,
+        "mean -log pi_ref(y)",
+        kl=surprise,
+        trace=("ggro", gain, candidates, top_k),
+        forwards=forwards,
+    )
+
+
+def _of_base(
+    setting: Setting, name: str, beta: float | None, draw: Any, kind: str, *, kl: Any, trace: Hashable, forwards: Any
+) -> Method:
+    check = functools.partial(_check, setting.base, setting.params, setting.max_new_tokens)
+    return Method(name, beta, draw, kl, kind, check, trace, forwards)
+
+
+def tilted(
+    setting: Setting,
+    name: str,
+    critic: Critic,
+    critic_params: Params,
+    betas: Sequence[float],
+    *,
+    top_k: int | None,
+    per_token: float,
+) -> list[Method]:
+    """A tilt of the base at each beta; one Policy, so one trace. per_token: of the critic; 0: one a candidate."""
+    k = top_k if top_k is None else min(top_k, setting.lm.vocab_size)
+    policy = policies.tilt(setting.base, critic, top_k=k)
+    cost = 1 + (per_token or k or setting.lm.vocab_size)
+    out = []
+    for beta in betas:
+        used = beta if critic.beta is None else critic.beta
+        params = {"policy": setting.params, "critic": critic_params, "beta": jnp.asarray(used, jnp.float32)}
+        out.append(sampled(setting, name, beta, policy, params, per_token=cost))
+    return out
+
+
+def transfer(setting: Setting, baseline: Model, *, rollouts: int, lookahead: int | None) -> tuple[Critic, Params]:
+    """Direct transfer from an aligned model, scored by the proxy."""
+    lm, params = baseline
+    judge = setting.judge
+    reward: Reward = judge.reward if setting.reward_lm is None else rewards.from_model(setting.reward_lm)
+    critic = critics.transfer_q(
+        policies.language_model(lm), reward, eos_ids=setting.eos_ids, rollouts=rollouts, lookahead=lookahead
+    )
+    return critic, {"baseline": params, "reward": judge.params}
+
+
+def transfer_cost(setting: Setting, *, top_k: int, rollouts: int, lookahead: int | None) -> float:
+    """Tokens per token drawn: roll-outs of half the limit on average, each read by the reward with its prefix."""
+    ahead = setting.max_new_tokens / 2 if lookahead is None else min(lookahead, setting.max_new_tokens / 2)
+    return top_k * (1 + rollouts * (ahead + setting.max_new_tokens))
