@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -136,7 +137,7 @@ def test_the_benchmarks_are_listed(capsys):
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     for name in SIZES:
-        assert f"    {name} " in printed
+        assert re.search(rf"^    {name}\s", printed, re.MULTILINE), name
     for arguments in ([], ["speed"]):
         with pytest.raises(SystemExit) as ended:
             bench.main(arguments)
