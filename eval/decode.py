@@ -162,7 +162,7 @@ def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> 
             critic, value = methods.transfer(
                 setting, (lm, params), rollouts=config.rollouts, lookahead=config.lookahead
             )
-            top_k = 10 if config.top_k is None else (config.top_k or lm.vocab_size)
+            top_k = min(10, lm.vocab_size) if config.top_k is None else (config.top_k or lm.vocab_size)
             cost = methods.transfer_cost(setting, top_k=top_k, rollouts=config.rollouts, lookahead=config.lookahead)
             built.append((spec, critic, value, cost))
         else:
@@ -177,7 +177,11 @@ def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> 
         params = {"critics": tuple(value for _, _, value, _ in built), "weights": weights}
         built = [(name, summed, params, sum(costs) if all(costs) else 0)]
     for name, critic, params, cost in built:
-        k = (None if whole[name] else 10) if config.top_k is None else (config.top_k or None)
+        k = (
+            (None if whole[name] else min(10, setting.lm.vocab_size))
+            if config.top_k is None
+            else (config.top_k or None)
+        )
         out += methods.tilted(setting, name, critic, params, betas(config, name, loaded), top_k=k, per_token=cost)
         out += [
             methods.blockwise(setting, name, critic, params, candidates=config.candidates, block=block)

@@ -339,9 +339,8 @@ def tilted(
     per_token: float,
 ) -> list[Method]:
     """A tilt of the base at each beta; one Policy, so one trace. per_token: of the critic; 0: one a candidate."""
-    k = top_k if top_k is None else min(top_k, setting.lm.vocab_size)
-    policy = policies.tilt(setting.base, critic, top_k=k)
-    cost = 1 + (per_token or k or setting.lm.vocab_size)
+    policy = policies.tilt(setting.base, critic, top_k=top_k)
+    cost = 1 + (per_token or top_k or setting.lm.vocab_size)
     out = []
     for beta in betas:
         used = beta if critic.beta is None else critic.beta

@@ -21,7 +21,7 @@ class Config(common.Options):
 
     batch: tuple[int, ...] = (16,)
     """Batch sizes, one or several [prompts]."""
-    candidates: int = 8
+    candidates: int = 4
     """Forms of each segment, at most."""
     k: int = 25
     """Tokens that may be forced."""
@@ -30,7 +30,7 @@ class Config(common.Options):
     exceeds."""
     prompt: int = 32
     """Prompt length [tokens]."""
-    new: int = 48
+    new: int = 32
     """New tokens per prompt; no row stops early."""
     repeats: int = 3
     """Timed runs of each side, alternating; the median is printed."""
