@@ -152,6 +152,7 @@ def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> 
     """All methods of a run, the base first."""
     out = [methods.sampled(setting, "base", None, setting.base, setting.params)] if config.include_base else []
     out += [methods.best_of_n(setting, n) for n in config.best_of_n]
+    ten = min(10, setting.lm.vocab_size)
     built: list[tuple[str, Critic, Params, float]] = []
     for spec in config.critic:
         kind, folder = spec.split(":", 1)
@@ -162,7 +163,7 @@ def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> 
             critic, value = methods.transfer(
                 setting, (lm, params), rollouts=config.rollouts, lookahead=config.lookahead
             )
-            top_k = min(10, lm.vocab_size) if config.top_k is None else (config.top_k or lm.vocab_size)
+            top_k = ten if config.top_k is None else (config.top_k or lm.vocab_size)
             cost = methods.transfer_cost(setting, top_k=top_k, rollouts=config.rollouts, lookahead=config.lookahead)
             built.append((spec, critic, value, cost))
         else:
