@@ -273,11 +273,17 @@ def cards(setting: Setting, beta: float, *, goal: float, entropy: float, tries: 
         "cards",
         beta,
         draw,
-        setting.tempered("bound segments x log tries"),
-        kl=lambda host, told, b: float(told["segments"][b]) * float(np.log(tries)),
+        setting.tempered("estimate segments x log(tries per segment)"),
+        kl=_cards_kl,
         trace=("cards", tries),
         forwards=forwards,
     )
+
+
+def _cards_kl(host: Completions, told: Extra, b: int) -> float:
+    """A segment that is drawn until it passes with probability a has KL <= −log E[a] = log E[tries] (up to the cap)."""
+    segments = max(float(told["segments"][b]), 1.0)
+    return segments * float(np.log(max(float(told["tries"][b]) / segments, 1.0)))
 
 
 def nudge(setting: Setting, candidates: int, *, entropy: float, top_k: int) -> Method:

@@ -378,7 +378,7 @@ def test_ggro_G12_exhaustive_nudging_is_at_least_as_good_from_the_same_prefix():
     assert better > 0  # the gradient does not find all of it
 
 
-def test_ggro_G13entropy_of_uniform_and_certain_and_equality_triggers():
+def test_ggro_G13_entropy_of_uniform_and_certain_and_equality_triggers():
     rows = jnp.log(jnp.array([[1 / V] * V, [1.0] + [0.0] * (V - 1)]))
     rows = jnp.where(jnp.isfinite(rows), rows, -1e20)
     np.testing.assert_allclose(entropy(rows), [math.log(V), 0], atol=1e-6)

@@ -2,11 +2,11 @@
 
 python -m train.quickstart --out runs/quickstart
 
-Makes the world's texts and preferences, trains tokenizer, base model, reward model, value model, autoregressive reward
-model and heads for Stackelberg-shaped rewards, decodes held-out prompts with the base, best-of-n, ARGS, CD-FUDGE,
-GenARM and the shaped rewards' followers at several strengths, and writes results.json, frontier.png (true utility
-against KL) and responses.html. A run that was stopped goes on at its stage. Each stage prints what it is: the same
-files serve as examples for train.sft, train.reward_model, train.value, train.arm and eval.decode.
+Makes the world's texts and preferences, trains tokenizer, base model, reward model, value models, autoregressive reward
+model, DPO model and heads for Stackelberg-shaped rewards, decodes held-out prompts by every method of the library at
+several strengths, and writes results.json, frontier.png (true utility against KL) and responses.html. A run that was
+stopped goes on at its stage. Each stage prints what it is: the same files serve as examples for the training scripts,
+eval.decode and eval.compare.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from eval import decode, results
+from eval import compare, pictures, results
 from jaxalign import cli
-from train import arm, report, reward_model, sft, value, world
+from train import arm, dpo, report, reward_model, sft, value, world
 
 GOLD = "jaxalign.data.opinions:golds"
 
@@ -32,8 +32,8 @@ class Config:
     out: str
     """Run folder: results.json, frontier.png, responses.html, and a folder per stage."""
     preset: Literal["default", "tiny"] = "default"
-    """default: the run of the README, at most 6 minutes on two CPU cores; tiny: the same stages in little more than a
-    minute, too small to learn the world well."""
+    """default: the run of the README, at most 8 minutes on two CPU cores; tiny: the same stages in two minutes, too
+    small to learn the world well."""
     seed: int = 0
     """Seed of the world, of all weights and of all draws."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -52,12 +52,11 @@ class Size(NamedTuple):
     texts: int
     pairs: int
     rollouts: int  # per prompt
-    epochs: tuple[float, float, float, float]  # sft, reward model, value, arm
+    epochs: dict[str, float]  # sft, reward_model, value, cd_q, edit, arm, dpo
     prompts: int
-    n: tuple[int, ...]
-    args: tuple[float, ...]
-    value: tuple[float, ...]
-    arm: tuple[float, ...]
+    strengths: dict[str, str]  # of each method, as eval.compare's --method takes them after @
+    particles: int
+    moves: int
     bounds: tuple[float, ...]  # of shaped rewards [units of reward], at beta 1
 
 
@@ -68,12 +67,24 @@ SIZES = {
         texts=12_000,
         pairs=6_000,
         rollouts=8,
-        epochs=(2.0, 2.0, 3.0, 2.0),
+        epochs={"sft": 2, "reward_model": 2, "value": 3, "cd_q": 2, "edit": 2, "arm": 2, "dpo": 1},
         prompts=128,
-        n=(2, 4, 8, 16),
-        args=(4.0, 2.0, 1.0, 0.5, 0.25),
-        value=(2.0, 1.0, 0.5, 0.25, 0.12),
-        arm=(4.0, 2.0, 1.0, 0.5, 0.25, 0.06),
+        strengths={
+            "best_of_n": "2,4,8,16",
+            "args": "4,2,1,0.5,0.25",
+            "value": "2,1,0.5,0.25,0.12",
+            "cd_q": "2,1,0.5,0.25",
+            "blockwise": "2,4,8",
+            "autoregressive": "4,2,1,0.5,0.25,0.06",
+            "transfer": "2,1",
+            "edit": "0.05,0.2,0.5",
+            "ggro": "2,4",
+            "smc": "2,1,0.5",
+            "quest": "2,1",
+            "cards": "2,1",
+        },
+        particles=16,
+        moves=16,
         bounds=(3.0, 6.0),
     ),
     "tiny": Size(
@@ -82,12 +93,24 @@ SIZES = {
         texts=1_500,
         pairs=600,
         rollouts=2,
-        epochs=(1.0, 1.0, 1.0, 1.0),
+        epochs={"sft": 1, "reward_model": 1, "value": 1, "cd_q": 1, "edit": 1, "arm": 1, "dpo": 1},
         prompts=16,
-        n=(4,),
-        args=(1.0,),
-        value=(0.5,),
-        arm=(1.0,),
+        strengths={
+            "best_of_n": "4",
+            "args": "1",
+            "value": "0.5",
+            "cd_q": "0.5",
+            "blockwise": "2",
+            "autoregressive": "1",
+            "transfer": "1",
+            "edit": "0.1",
+            "ggro": "2",
+            "smc": "1",
+            "quest": "1",
+            "cards": "1",
+        },
+        particles=4,
+        moves=4,
         bounds=(2.0,),
     ),
 }
@@ -101,7 +124,8 @@ def run(config: Config) -> dict[str, Any]:
     out = cli.open_run(config.out, config)
     clock = Clock(out / "timings.json")
     data = out / "data"
-    folders = {name: str(out / name / "model") for name in ("sft", "reward_model", "value", "arm")}
+    names = ("sft", "reward_model", "value", "cd_q", "edit", "arm", "dpo")
+    folders = {name: str(out / name / "model") for name in names}
     shared: dict[str, Any] = {
         "seed": config.seed,
         "dtype": config.dtype,
@@ -118,10 +142,9 @@ def run(config: Config) -> dict[str, Any]:
         "samples": size.rollouts,
         "max_new_tokens": LIMIT,
         "decode_batch": 512,
-        "head": "q",
         "learning_rate": 1e-3,
-        "epochs": size.epochs[2],
     }
+    made: dict[str, Any] = {"rollouts": str(out / "value")}
     pairs = shared | {"data": str(data / "pairs.jsonl"), "model": folders["sft"]}
 
     def make_world() -> None:
@@ -150,50 +173,86 @@ def run(config: Config) -> dict[str, Any]:
                     architecture=str(data / "config.json"),
                     tokenizer=str(data / "tokenizer"),
                     learning_rate=4e-3,
-                    epochs=size.epochs[0],
+                    epochs=size.epochs["sft"],
                 )
             ),
         ),
         (
             "reward model",
             lambda: reward_model.run(
-                reward_model.Config(**pairs, out=str(out / "reward_model"), learning_rate=1e-3, epochs=size.epochs[1])
+                reward_model.Config(
+                    **pairs, out=str(out / "reward_model"), learning_rate=1e-3, epochs=size.epochs["reward_model"]
+                )
             ),
         ),
         (
             "value model",
-            lambda: value.run(value.Config(**values, out=str(out / "value"))),
+            lambda: value.run(value.Config(**values, head="q", epochs=size.epochs["value"], out=str(out / "value"))),
+        ),
+        (
+            "value model by Bellman's equation (CD-Q)",
+            lambda: value.run(
+                value.Config(
+                    **values, **made, objective="cd_q", head="q", epochs=size.epochs["cd_q"], out=str(out / "cd_q")
+                )
+            ),
+        ),
+        (
+            "value on the base's hidden states (RE-Control)",
+            lambda: value.run(
+                value.Config(
+                    **values, **made, objective="td", frozen=True, epochs=size.epochs["edit"], out=str(out / "edit")
+                )
+            ),
         ),
         (
             "autoregressive reward model",
             lambda: arm.run(
-                arm.Config(**pairs, out=str(out / "arm"), learning_rate=5e-4, beta_r=0.5, epochs=size.epochs[3])
+                arm.Config(**pairs, out=str(out / "arm"), learning_rate=5e-4, beta_r=0.5, epochs=size.epochs["arm"])
             ),
         ),
     ]
+    stages.append(
+        (
+            "aligned model (DPO)",
+            lambda: dpo.run(
+                dpo.Config(**pairs, out=str(out / "dpo"), learning_rate=3e-4, beta=0.3, epochs=size.epochs["dpo"])
+            ),
+        )
+    )
     heads = {bound: out / f"exceedance_{bound:g}" for bound in size.bounds}
     for bound, folder in heads.items():
-        stages.append((f"exceedance head, bound {bound:g}", _exceedance(values, out, folder, bound)))
-    methods: list[tuple[str, dict[str, Any]]] = [
-        ("base and best-of-n", {"best_of_n": size.n}),
-        ("ARGS", {"critic": (f"args:{folders['reward_model']}",), "beta": size.args}),
-        ("CD-FUDGE", {"critic": (f"value:{folders['value']}",), "beta": size.value}),
-        ("GenARM", {"critic": (f"autoregressive:{folders['arm']}",), "beta": size.arm}),
-        ("Stackelberg", {"critic": tuple(f"follower:{folder / 'model'}" for folder in heads.values())}),
-    ]
-    for name, options in methods:
-        stages.append((f"decode: {name}", _decoding(config, out, folders, name, options)))
+        options = values | made | {"head": "q", "epochs": size.epochs["value"]}
+        stages.append((f"exceedance head, bound {bound:g}", _exceedance(options, folder, bound)))
+    at = size.strengths
+    groups = {
+        "base and best-of-n": (f"best_of_n@{at['best_of_n']}",),
+        "ARGS": (f"args:{folders['reward_model']}@{at['args']}",),
+        "CD-FUDGE and CD-Q": (f"value:{folders['value']}@{at['value']}", f"value:{folders['cd_q']}@{at['cd_q']}"),
+        "blockwise CD": (f"blockwise:value:{folders['value']}@{at['blockwise']}",),
+        "GenARM": (f"autoregressive:{folders['arm']}@{at['autoregressive']}",),
+        "Stackelberg": tuple(f"follower:{folder / 'model'}" for folder in heads.values()),
+        "DPO": (f"policy:{folders['dpo']}",),
+        "Transfer Q*": (f"transfer:{folders['dpo']}@{at['transfer']}",),
+        "RE-Control": (f"edit:{folders['edit']}@{at['edit']}",),
+        "GGRO": (f"ggro@{at['ggro']}",),
+        "SMC": (f"smc:value:{folders['value']}@{at['smc']}",),
+        "QUEST and CARDS": (f"quest@{at['quest']}", f"cards@{at['cards']}"),
+    }
+    for name, methods in groups.items():
+        stages.append((f"decode: {name}", _comparison(config, out, folders, methods)))
     for i, (name, stage) in enumerate(stages, start=1):
         print(f"[{i}/{len(stages)}] {name}", flush=True)
         with clock.stage(name):
             stage()
-    records = [r for name, _ in methods for r in results.read(_folder(out, name) / "responses.jsonl")]
-    speeds = [row for name, _ in methods for row in json.loads((_folder(out, name) / "summary.json").read_text())]
-    rows = report.rows(records, speeds)
+    rows = _comparison(config, out, folders, tuple(m for methods in groups.values() for m in methods))()
+    records = [r for path in sorted((out / "decode").glob("*/responses.jsonl")) for r in results.read(path)]
+    for row in rows:
+        row["method"] = pictures.label(row["method"])
     found = {"preset": config.preset, "seed": config.seed, "rows": rows, "seconds": clock.seconds}
     cli.write_json(out / "results.json", found)
-    report.frontier(rows, out / "frontier.png")
-    report.side_by_side(records, rows, out / "responses.html")
+    (out / "frontier.png").write_bytes((out / "decode" / "frontier.png").read_bytes())
+    report.side_by_side(records, out / "responses.html")
     print()
     results.print_table(rows)
     total = sum(clock.seconds.values())
@@ -202,33 +261,32 @@ def run(config: Config) -> dict[str, Any]:
     return found
 
 
-def _exceedance(values: dict[str, Any], out: pathlib.Path, folder: pathlib.Path, bound: float) -> Callable[[], Any]:
+def _exceedance(values: dict[str, Any], folder: pathlib.Path, bound: float) -> Callable[[], Any]:
     """On the roll-outs of the value model."""
-    options: dict[str, Any] = {"objective": "exceedance", "bound": bound, "beta": 1.0, "rollouts": str(out / "value")}
+    options: dict[str, Any] = {"objective": "exceedance", "bound": bound, "beta": 1.0}
     return lambda: value.run(value.Config(**values, **options, out=str(folder)))
 
 
-def _folder(out: pathlib.Path, name: str) -> pathlib.Path:
-    return out / "decode" / name.lower().replace(" ", "_")
-
-
-def _decoding(
-    config: Config, out: pathlib.Path, folders: dict[str, str], name: str, options: dict[str, Any]
-) -> Callable[[], Any]:
-    return lambda: decode.run(
-        decode.Config(
+def _comparison(
+    config: Config, out: pathlib.Path, folders: dict[str, str], methods: tuple[str, ...]
+) -> Callable[[], list[dict[str, Any]]]:
+    """Decodes by the methods that are not decoded yet; gives the rows of all."""
+    size = SIZES[config.preset]
+    return lambda: compare.run(
+        compare.Config(
             model=folders["sft"],
             prompts=str(out / "data" / "held_out.jsonl"),
-            out=str(_folder(out, name)),
-            include_base=name.startswith("base"),
             reward=folders["reward_model"],
             gold=GOLD,
+            particles=size.particles,
+            moves=size.moves,
             max_new_tokens=LIMIT,
             batch_size=64 if config.preset == "default" else 8,
             seed=config.seed,
             dtype=config.dtype,
             mesh=config.mesh,
-            **options,
+            out=str(out / "decode"),
+            method=methods,
         ),
         quiet=True,
     )

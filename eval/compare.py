@@ -1,0 +1,367 @@
+"""Compare any set of methods on the same prompts, base, reward and gold, at several strengths:
+
+python -m eval.compare --model DIR --reward REWARD_DIR --gold MODULE:FUNCTION --prompts FILE --out DIR \\
+    --method base --method best_of_n@4,16 --method args:REWARD_DIR@2,1 --method value:DIR@1,0.5 \\
+    --method blockwise:value:DIR@4,8 --method transfer:DPO_DIR@1 --method smc:value:DIR@1
+
+A method is KIND[:DIR][@STRENGTHS]; each has a folder of its own under --out, so that the same command with one method
+more decodes that method alone, and an interrupted run goes on where it was stopped. results.json and frontier.png hold
+gold and proxy reward, KL with its kind, win rate over the base, diversity, tokens/s, and tokens that pass through
+models for each token of a response.
+
+    KIND           DIR                               STRENGTHS
+    base           -                                 -
+    policy         an aligned model (DPO, RL)        -
+    best_of_n      -                                 n [responses]
+    args           a reward model                    beta
+    value          a value model                     beta
+    follower       a head for a shaped reward        its own beta
+    autoregressive an autoregressive reward model    beta = 1/alpha
+    transfer       an aligned baseline               beta
+    blockwise      value:DIR, args:DIR, …            K [blocks of --block tokens]
+    edit           train.value --frozen              step size
+    ggro           -                                 candidates per segment
+    smc            value:DIR, … or none (the base)   beta
+    quest          -                                 beta
+    cards          -                                 beta
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from eval import engine, methods, pictures, results
+from eval.engine import Method, Texts
+from eval.methods import Model, Setting
+from jaxalign import cli, data, decoding, models, policies, rewards
+
+PLAIN = ("base", "best_of_n", "ggro", "quest", "cards")
+CRITICS = ("args", "value", "follower", "autoregressive")
+FOLDER = ("policy", "transfer", "edit", *CRITICS)
+NESTED = ("blockwise", "smc")
+WHOLE = ("best_of_n", "blockwise", "ggro")  # strengths that count
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of eval.compare that decide a method's responses."""
+
+    model: str
+    """Folder (or hub name) of the base language model, with its tokenizer."""
+    prompts: str
+    """File of prompts: .txt, one per line; .jsonl or .jsonl.gz with "prompt" or "messages"."""
+    reward: str
+    """Folder of the reward model that methods maximise (the proxy)."""
+    gold: str = ""
+    """Folder of a second reward model that no method sees, or MODULE:FUNCTION."""
+    top_k: int = 10
+    """Candidates per token of args, transfer and scalar value heads, and tokens that ggro may force."""
+    block: int = 8
+    """Length of a block of blockwise decoding [tokens]."""
+    rollouts: int = 1
+    """Roll-outs per candidate of transfer."""
+    lookahead: int | None = None
+    """Tokens of a roll-out of transfer. Default: to the end of the response."""
+    edit_steps: int = 30
+    """Gradient steps of edit."""
+    particles: int = 16
+    """Particles of smc."""
+    moves: int = 32
+    """Moves of quest."""
+    entropy: float = 2.0
+    """Entropy at which ggro and cards begin a new segment [nats]."""
+    goal: float | None = None
+    """Reward that cards asks of a segment [units of reward]. Default: the 0.9 quantile of 32 base responses."""
+    tries: int = 20
+    """Proposals per segment of cards."""
+    max_new_tokens: int = 128
+    """Limit of a response [tokens], its EOS included."""
+    batch_size: int = 16
+    """Prompts decoded together."""
+    seed: int = 0
+    """Seed of all draws."""
+    dtype: str = "float32"
+    """Type of all models' parameters and activations: float32 or bfloat16."""
+    mesh: str = ""
+    """data=N: N devices share each batch; N divides --batch-size."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Options of eval.compare."""
+
+    out: str
+    """Run folder: results.json, frontier.png, and a folder per method."""
+    method: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """KIND[:DIR][@STRENGTHS], as above; give the option again for another method. base is added where it is missing."""
+    config: str = ""
+    """JSON or TOML file of defaults for these options."""
+
+
+class Spec(NamedTuple):
+    """kind: how to decode; critic: of a nested kind, "" for none; folder: "" for none; strengths: beta, K, n, …"""
+
+    text: str
+    kind: str
+    critic: str
+    folder: str
+    strengths: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """KIND[:DIR], the method's name in tables."""
+        return self.text.partition("@")[0]
+
+    @property
+    def slug(self) -> str:
+        """A name for its folder."""
+        return re.sub(r"[^\w.=-]+", "_", self.text.replace("/model", "")).strip("_")[-120:]
+
+
+def parse(text: str) -> Spec:
+    """The parts of KIND[:DIR][@STRENGTHS]. ValueError that says what is wrong with it."""
+    head, _, tail = text.partition("@")
+    kind, _, rest = head.partition(":")
+    if kind not in (*PLAIN, *FOLDER, *NESTED):
+        raise ValueError(f"method: expected a kind among {(*PLAIN, *FOLDER, *NESTED)}, found {text!r}")
+    critic, folder = "", rest
+    if kind in NESTED and rest:
+        critic, _, folder = rest.partition(":")
+        if critic not in CRITICS:
+            raise ValueError(f"method: expected {kind}:CRITIC:DIR with CRITIC among {CRITICS}, found {text!r}")
+    if (kind in PLAIN and rest) or (kind in FOLDER and not folder) or (kind == "blockwise" and not folder):
+        wanted = "no folder" if kind in PLAIN else "a folder"
+        raise ValueError(f"method: expected {wanted} for {kind}, found {text!r}")
+    try:
+        strengths = tuple(float(part) for part in tail.split(",")) if tail else ()
+    except ValueError as error:
+        raise ValueError(f"method: expected numbers after @, found {text!r}") from error
+    if bool(strengths) == (kind in ("base", "policy", "follower")):
+        wanted = "no strength" if strengths else "@ and strengths"
+        raise ValueError(f"method: expected {wanted} for {kind}, found {text!r}")
+    if any(not 0 < s < math.inf or (kind in WHOLE and s != int(s)) for s in strengths):
+        raise ValueError(f"method: expected positive strengths, whole numbers for {WHOLE}, found {text!r}")
+    if len(set(strengths)) < len(strengths):
+        raise ValueError(f"method: expected each strength once, found {text!r}")
+    if kind in ("best_of_n", "blockwise") and min(strengths) < 2:
+        raise ValueError(f"method: expected at least 2 to choose from, found {text!r}")
+    return Spec(text, kind, critic, folder, strengths)
+
+
+def check(config: Config) -> list[Spec]:
+    """The methods, base first. ValueErrors name the option."""
+    for name in ("top_k", "block", "rollouts", "edit_steps", "particles", "tries", "max_new_tokens", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, found {getattr(config, name)}")
+    if config.moves < 2:
+        raise ValueError(f"moves: expected at least 2, found {config.moves}")
+    if config.lookahead is not None and config.lookahead < 0:
+        raise ValueError(f"lookahead: expected at least 0, found {config.lookahead}")
+    if not 0 <= config.entropy < math.inf:
+        raise ValueError(f"entropy: expected a finite value >= 0, found {config.entropy}")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype: expected float32 or bfloat16, found {config.dtype!r}")
+    if not config.reward or rewards.is_program(config.reward):
+        raise ValueError(f"reward: expected the folder of a reward model, found {config.reward!r}")
+    specs = [parse(text) for text in dict.fromkeys(("base", *config.method))]
+    slugs = [spec.slug for spec in specs]
+    if len(set(slugs)) < len(slugs):
+        raise ValueError(f"method: expected names that differ in more than punctuation, found {config.method}")
+    return specs
+
+
+def build(config: Config, setting: Setting, spec: Spec, loaded: dict[str, Model], goal: float) -> list[Method]:
+    """The methods of one spec, one per strength."""
+    lm, params = loaded.get(spec.text, (setting.lm, setting.params))
+    if spec.kind == "base":
+        return [methods.sampled(setting, "base", None, setting.base, setting.params)]
+    if spec.kind == "policy":
+        methods.check_language_model(spec.text, lm, spec.folder)
+        aligned = policies.with_reference(policies.language_model(lm), setting.base)
+        both = {"policy": params, "reference": setting.params}
+        # The base is read for its KL alone.
+        return [methods.sampled(setting, spec.name, None, aligned, both, per_token=1)]
+    if spec.kind == "best_of_n":
+        return [methods.best_of_n(setting, int(n)) for n in spec.strengths]
+    if spec.kind == "ggro":
+        return [methods.nudge(setting, int(n), entropy=config.entropy, top_k=config.top_k) for n in spec.strengths]
+    if spec.kind == "quest":
+        return [methods.quest(setting, beta, moves=config.moves, samples=64) for beta in spec.strengths]
+    if spec.kind == "cards":
+        return [
+            methods.cards(setting, beta, goal=goal, entropy=config.entropy, tries=config.tries)
+            for beta in spec.strengths
+        ]
+    if spec.kind == "edit":
+        return _edit(config, setting, spec, lm, params)
+    if spec.kind == "transfer":
+        methods.check_language_model(spec.text, lm, spec.folder)
+        ahead = config.lookahead
+        critic, given = methods.transfer(setting, (lm, params), rollouts=config.rollouts, lookahead=ahead)
+        cost = methods.transfer_cost(setting, top_k=config.top_k, rollouts=config.rollouts, lookahead=ahead)
+        return methods.tilted(
+            setting, spec.name, critic, given, spec.strengths, top_k=_candidates(config, setting), per_token=cost
+        )
+    if spec.kind == "smc" and not spec.critic:
+        return [
+            methods.smc(setting, "smc", beta, setting.base, setting.params, particles=config.particles, per_token=1)
+            for beta in spec.strengths
+        ]
+    kind = spec.critic or spec.kind
+    if kind == "autoregressive":
+        methods.check_language_model(spec.text, lm, spec.folder)
+    critic, cost = methods.critic_of(kind, lm)
+    if spec.kind == "blockwise":
+        return [
+            methods.blockwise(setting, f"{kind}:{spec.folder}", critic, params, candidates=int(k), block=config.block)
+            for k in spec.strengths
+        ]
+    if spec.kind == "smc":
+        # The proposal is a tilt at the target's own beta; its whole vocabulary keeps the target whole.
+        proposal = policies.tilt(setting.base, critic)
+        given = {"policy": setting.params, "critic": params}
+        return [
+            methods.smc(
+                setting,
+                spec.name,
+                beta,
+                proposal,
+                given | {"beta": jnp.asarray(critic.beta or beta, jnp.float32)},
+                particles=config.particles,
+                per_token=1 + (cost or setting.lm.vocab_size),
+            )
+            for beta in spec.strengths
+        ]
+    top_k = None if cost else _candidates(config, setting)
+    betas = spec.strengths
+    if spec.kind == "follower":
+        assert lm.config.head is not None
+        assert lm.config.head.follower is not None
+        betas = (lm.config.head.follower.beta,)
+    return methods.tilted(setting, spec.name, critic, params, betas, top_k=top_k, per_token=cost)
+
+
+def _candidates(config: Config, setting: Setting) -> int:
+    return min(config.top_k, setting.lm.vocab_size)
+
+
+def _edit(config: Config, setting: Setting, spec: Spec, lm: models.LanguageModel, params: Any) -> list[Method]:
+    value = policies.head_value(lm)
+    edited = policies.edit(setting.base, setting.lm.logits, value, steps=config.edit_steps)
+    name = spec.name
+    return [
+        methods.sampled(
+            setting,
+            name,
+            size,
+            edited,
+            {"policy": setting.params, "value": params, "step_size": jnp.asarray(size, jnp.float32)},
+        )
+        for size in spec.strengths
+    ]
+
+
+def default_goal(config: Config, setting: Setting, prompts: Texts) -> float:
+    """The 0.9 quantile of the proxy over 32 base responses: one for each of up to 32 prompts."""
+    judge = setting.judge
+    ids = prompts.ids[:: max(len(prompts.ids) // 32, 1)][:32]
+    found = decoding.best_of_n(
+        setting.base,
+        judge.reward,
+        {"policy": setting.params, "reward": judge.params},
+        jax.random.key(config.seed),
+        data.prompt_batch(ids),
+        n=-(-32 // len(ids)),
+        **setting.options,
+    )
+    return float(np.quantile(np.asarray(found.reward)[: len(ids)], 0.9))
+
+
+def run(config: Config, *, quiet: bool = False) -> list[dict[str, Any]]:
+    """Decodes what is missing, writes results.json and frontier.png, prints the table; gives its rows."""
+
+    specs = check(config)
+    folders = {"model": config.model, "reward": config.reward}
+    if config.gold and not rewards.is_program(config.gold):
+        folders["gold"] = config.gold
+    folders |= {spec.text: spec.folder for spec in specs if spec.folder}
+    tokenizer, loaded = methods.load(folders, dtype=config.dtype, mesh=config.mesh, batch_size=config.batch_size)
+    lm, params = loaded["model"]
+    methods.check_language_model("model", lm, config.model)
+    prompts = data.tokenize_prompts(config.prompts, tokenizer)
+    texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
+    everything = data.prompt_batch(texts.ids)
+    judges = methods.judges(
+        {"reward": config.reward, "gold": config.gold}, loaded, tokenizer, everything, config.max_new_tokens
+    )
+    base = policies.language_model(lm)
+    setting = Setting(lm, base, params, config.max_new_tokens, 1.0, judges["reward"], loaded["reward"][0])
+    goal = 0.0
+    if any(spec.kind == "cards" for spec in specs):
+        goal = default_goal(config, setting, texts) if config.goal is None else config.goal
+    plans = {spec: build(config, setting, spec, loaded, goal) for spec in specs}
+    for plan in plans.values():
+        for method in plan:
+            method.check(everything)
+    records: list[dict[str, Any]] = []
+    speeds: list[dict[str, Any]] = []
+    for spec, plan in plans.items():
+        folder, found = _decode(config, spec, plan, judges, texts)
+        records += found
+        speeds += json.loads((folder / "summary.json").read_text())
+    rows = results.summarise(records)
+    known = {(row["method"], row["beta"]): row["tokens_per_second"] for row in speeds}
+    for row in rows:
+        row["tokens_per_second"] = known[row["method"], row["beta"]]
+    out = pathlib.Path(config.out)
+    cli.write_json(out / "results.json", rows)
+    pictures.frontier(rows, out / "frontier.png")
+    if not quiet:
+        results.print_table(rows)
+    print(f"wrote {out / 'results.json'} and {out / 'frontier.png'} ({len(records)} responses)")
+    return rows
+
+
+def _decode(
+    config: Config, spec: Spec, plan: list[Method], judges: dict[str, engine.Judge], texts: Texts
+) -> tuple[pathlib.Path, list[dict[str, Any]]]:
+    """A method's folder and records, decoded unless they are there."""
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(Options)}
+    inputs = [config.model, config.reward, config.prompts, spec.folder]
+    inputs += [config.gold] if config.gold and not rewards.is_program(config.gold) else []
+    folder = cli.open_run(
+        str(pathlib.Path(config.out) / spec.slug), _Run(**shared, method=spec.text), inputs=[x for x in inputs if x]
+    )
+    final = folder / "responses.jsonl"
+    speed = engine.decode(plan, judges, texts, final, batch_size=config.batch_size, mesh=config.mesh, seed=config.seed)
+    records = results.read(final)
+    results.check_texts(records, texts.texts, final, expected=len(plan) * len(texts.texts))
+    rows = results.summarise(records)
+    results.add_speed(rows, speed, folder / "summary.json")
+    cli.write_json(folder / "summary.json", rows)
+    return folder, records
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run(Options):
+    """What decides the responses in a method's folder."""
+
+    method: str
+
+
+def main(args: list[str] | None = None) -> None:
+    run(cli.parse(Config, description=__doc__ or "", args=args))
+
+
+if __name__ == "__main__":
+    main()
