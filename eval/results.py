@@ -72,6 +72,8 @@ def summarise(records: Sequence[Record]) -> list[Record]:
         row["kl_kind"] = group[0]["kl_kind"]
         row["tokens"] = metrics.mean_interval([len(r["tokens"]) for r in group]).mean
         row["truncated"] = metrics.mean_interval([r["truncated"] for r in group]).mean
+        if "forwards" in group[0]:
+            row["forwards"] = metrics.mean_interval([r["forwards"] for r in group]).mean
         row["diversity"] = metrics.mean_interval([metrics.diversity(r["tokens"]) for r in group]).mean
         if "coherence" in group[0]:
             row["coherence"] = metrics.mean_interval([r["coherence"] for r in group]).mean
@@ -95,10 +97,11 @@ def add_speed(rows: Sequence[Record], speed: Mapping[Key, float], former: pathli
 
 def print_table(rows: Sequence[Record]) -> None:
     """One line per row; a mean is followed by its 95 % half-width. "-": one response has no interval, and a method that
-    was decoded in its compiling batch alone has no speed."""
+    was decoded in its compiling batch alone has no speed. passes/token: tokens that pass through models for each token
+    of a response."""
     names = [name for name in ("reward", "gold", "kl", "win_rate") if name in rows[0]]
     plain = [name for name in ("diversity", "coherence") if name in rows[0]]
-    head = ["method", "beta", *names, *plain, "tokens", "truncated", "tokens/s", "kind of KL"]
+    head = ["method", "beta", *names, *plain, "tokens", "truncated", "passes/token", "tokens/s", "kind of KL"]
     lines = [head]
     for row in rows:
         cells = [str(row["method"]), _number(row["beta"], "g")]
@@ -107,6 +110,7 @@ def print_table(rows: Sequence[Record]) -> None:
             *(f"{row[name]:.2f}" for name in plain),
             f"{row['tokens']:.1f}",
             f"{row['truncated']:.2f}",
+            _number(row.get("forwards"), ".1f"),
             _number(row["tokens_per_second"], ".0f"),
         ]
         lines.append([*cells, row["kl_kind"]])

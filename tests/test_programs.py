@@ -18,6 +18,7 @@ from tests.programs import (
     gradient_into_a_reward_model,
     numpy_reward,
     own_policy,
+    tilted_baseline,
 )
 
 FILES = sorted(p for p in (pathlib.Path(__file__).parent / "programs").glob("*.py") if p.name != "__init__.py")
@@ -105,3 +106,14 @@ def test_own_policy(prompts):
             expected = jax.nn.log_softmax(jax.nn.log_softmax(table[text[-1]]) + jax.nn.log_softmax(logits) / 2)
             text.append(int(drawn.tokens[b, t]))
             np.testing.assert_allclose(drawn.log_prob[b, t], expected[text[-1]], rtol=1e-4, atol=1e-4)
+
+
+def test_a_tilted_policy_is_the_baseline_of_transfer_q(judge, prompts):
+    """The base alone is log_prob_ref, and at a small beta the drawn responses earn more than the base's."""
+    drawn = tilted_baseline.main(model(0), model(4), judge, prompts, EOS)
+    alone = decoding.log_prob(policies.language_model(model(0)[0]), model(0)[1], RNG, prompts, drawn.tokens, drawn.mask)
+    np.testing.assert_allclose(drawn.log_prob_ref, alone.log_prob, rtol=1e-4, atol=1e-4)
+    plain = decoding.sample(
+        policies.language_model(model(0)[0]), model(0)[1], RNG, prompts, max_new_tokens=3, eos_ids=EOS
+    )
+    assert rewards_of(judge, drawn, prompts).mean() > rewards_of(judge, plain, prompts).mean()

@@ -1,0 +1,176 @@
+"""eval.compare as a user runs it: every kind of method, one more method later, an interruption, refusals."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from eval import compare, engine, pictures
+from jaxalign import metrics, models
+from jaxalign.models import Follower, Head
+from tests.conftest import tiny_lm
+from tests.test_eval_decode import tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    heads = {"base": None, "reward": "reward", "gold": "reward", "q": "q", "scalar": "value", "arm": None, "dpo": None}
+    for seed, (name, head) in enumerate(heads.items()):
+        models.save(root / name, *tiny_lm(seed, head, num_layers=1), tokenizer=tokenizer())
+    lm, params = tiny_lm(9, "q", num_layers=1)
+    assert lm.config.head is not None
+    spec = Follower("exceedance", beta=0.5, bound=2.0)
+    head = Head("q", hidden_size=lm.config.head.hidden_size, follower=spec)
+    models.save(root / "exceedance_2", models.with_head(lm, head), params, tokenizer=tokenizer())
+    # The base's own body under a value head: its hidden states are edited.
+    body, (value_lm, value) = tiny_lm(0, num_layers=1)[1], tiny_lm(5, "value", num_layers=1)
+    models.save(root / "edit", value_lm, value | {"transformer": body["transformer"]}, tokenizer=tokenizer())
+    (root / "prompts.txt").write_text("the cat\na dog ran on the mat\nthe dog and the cat sat\n")
+    return {name: str(root / name) for name in [*heads, "exceedance_2", "edit", "prompts.txt"]}
+
+
+def command(folders, out, *methods: str, options: tuple[str, ...] = ()) -> list[str]:
+    given = ["--model", folders["base"], "--reward", folders["reward"], "--gold", folders["gold"]]
+    given += ["--prompts", folders["prompts.txt"], "--out", str(out), "--max-new-tokens", "4", "--batch-size", "3"]
+    given += ["--moves", "2", "--particles", "3", "--tries", "3", "--edit-steps", "2", "--top-k", "3", "--block", "2"]
+    return [*given, *options, *(part for method in methods for part in ("--method", method))]
+
+
+def every_method(folders) -> list[str]:
+    return [
+        "best_of_n@2",
+        f"args:{folders['reward']}@1,0.5",
+        f"value:{folders['scalar']}@1",
+        f"value:{folders['q']}@1",
+        f"autoregressive:{folders['arm']}@1",
+        f"follower:{folders['exceedance_2']}",
+        f"policy:{folders['dpo']}",
+        f"transfer:{folders['dpo']}@1",
+        f"blockwise:value:{folders['q']}@2",
+        f"edit:{folders['edit']}@0.5",
+        "ggro@2",
+        f"smc:value:{folders['q']}@1",
+        "smc@1",
+        "quest@1",
+        "cards@1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    compare.main(command(folders, out, *every_method(folders)))
+    return out
+
+
+def rows_of(out) -> list[dict]:
+    return json.loads((pathlib.Path(out) / "results.json").read_text())
+
+
+def test_every_kind_of_method_has_its_row(finished, folders):
+    rows = rows_of(finished)
+    assert len(rows) == 1 + len(every_method(folders)) + 1  # base, and two betas of one method
+    by_name = {(row["method"], row["beta"]): row for row in rows}
+    base = by_name["base", None]
+    assert base["kl"] == 0
+    assert base["win_rate"] == 0.5
+    assert base["forwards"] == pytest.approx(1)
+    assert by_name["best_of_2", None]["kl"] == pytest.approx(metrics.best_of_n_kl_bound(2), abs=1e-4)
+    assert by_name[f"args:{folders['reward']}", 0.5]["forwards"] == pytest.approx(4)  # one token, three candidates
+    assert by_name[f"value:{folders['q']}", 1.0]["forwards"] == pytest.approx(2)
+    assert by_name[f"follower:{folders['exceedance_2']}", 0.5]["kl"] > 0
+    assert by_name["ggro_2", None]["kl_kind"] == "mean -log pi_ref(y)"
+    for row in rows:
+        assert np.isfinite([row["gold"], row["reward"], row["kl"], row["forwards"]]).all(), row["method"]
+        assert row["forwards"] >= 1
+        assert pictures.family(row["method"]) in pictures.STYLES
+    assert (finished / "frontier.png").stat().st_size > 10_000
+
+
+def test_one_more_method_decodes_that_method_alone(finished, folders, monkeypatch):
+    before = rows_of(finished)
+    drawn = []
+    whole = engine.decode_batch
+
+    def counted(method, rng, prompts):
+        drawn.append(method.name)
+        return whole(method, rng, prompts)
+
+    monkeypatch.setattr(engine, "decode_batch", counted)
+    compare.main(command(folders, finished, *every_method(folders), "best_of_n@3"))
+    assert set(drawn) == {"best_of_3"}
+    assert rows_of(finished)[:-1] == before
+    # The same folder again for fewer methods: nothing is decoded, the table holds what was asked for.
+    drawn.clear()
+    compare.main(command(folders, finished, "best_of_n@2"))
+    assert not drawn
+    assert [row["method"] for row in rows_of(finished)] == ["base", "best_of_2"]
+    compare.main(command(folders, finished, *every_method(folders)))
+    assert rows_of(finished) == before
+
+
+def test_an_interrupted_run_goes_on(finished, folders, tmp_path, monkeypatch):
+    chosen = ("best_of_n@2", f"value:{folders['q']}@1")
+    whole = engine.decode_batch
+
+    def interrupted(method, rng, prompts):
+        if method.name.startswith("value"):
+            raise KeyboardInterrupt
+        return whole(method, rng, prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "decode_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare.main(command(folders, tmp_path / "out", *chosen))
+    assert not (tmp_path / "out" / "results.json").exists()
+    compare.main(command(folders, tmp_path / "out", *chosen))
+    wanted = {(row["method"], row["beta"]): row["reward"] for row in rows_of(finished)}
+    for row in rows_of(tmp_path / "out"):
+        assert row["reward"] == wanted[row["method"], row["beta"]]
+
+
+def test_other_options_under_the_same_name_are_refused(finished, folders):
+    with pytest.raises(ValueError, match="seed: expected 0"):
+        compare.main(command(folders, finished, "best_of_n@2", options=("--seed", "1")))
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        ("magic@1", "method: expected a kind among"),
+        ("value@1", "method: expected a folder for value"),
+        ("best_of_n:x@4", "method: expected no folder for best_of_n"),
+        ("best_of_n@2.5", "method: expected positive strengths, whole numbers"),
+        ("best_of_n@1", "method: expected at least 2 to choose from"),
+        ("best_of_n", "method: expected @ and strengths"),
+        ("policy:x@1", "method: expected no strength"),
+        ("args:x@1,1", "method: expected each strength once"),
+        ("args:x@one", "method: expected numbers after @"),
+        ("smc:nothing:x@1", "method: expected smc:CRITIC:DIR"),
+        ("args:nowhere@1", "nowhere"),
+    ],
+)
+def test_bad_methods_are_named_and_nothing_is_written(method, match, folders, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        compare.main(command(folders, tmp_path / "out", method))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (("--moves", "1"), "moves: "),
+        (("--block", "0"), "block: "),
+        (("--entropy", "-1"), "entropy: "),
+        (("--lookahead", "-1"), "lookahead: "),
+        (("--reward", "jaxalign.data.opinions:golds"), "reward: expected the folder"),
+        (("--dtype", "int8"), "dtype: "),
+    ],
+)
+def test_bad_options_are_named(options, match, folders, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        compare.main(command(folders, tmp_path / "out", "best_of_n@2", options=options))
