@@ -49,6 +49,19 @@ PLAIN = ("base", "best_of_n", "ggro", "quest", "cards")
 CRITICS = ("args", "value", "follower", "autoregressive")
 FOLDER = ("policy", "transfer", "edit", *CRITICS)
 NESTED = ("blockwise", "smc")
+READ_BY = {
+    "top_k": ("args", "value", "follower", "transfer", "ggro", "smc"),
+    "block": ("blockwise",),
+    "rollouts": ("transfer",),
+    "lookahead": ("transfer",),
+    "edit_steps": ("edit",),
+    "particles": ("smc",),
+    "moves": ("quest",),
+    "entropy": ("ggro", "cards"),
+    "goal": ("cards",),
+    "tries": ("cards",),
+}
+"""Option -> the kinds that read it; all read the others."""
 WHOLE = ("best_of_n", "blockwise", "ggro")  # strengths that count
 
 
@@ -120,17 +133,26 @@ class Spec(NamedTuple):
     @property
     def name(self) -> str:
         """KIND[:DIR], the method's name in tables."""
-        return self.text.partition("@")[0]
+        return _halves(self.text)[0]
 
     @property
     def slug(self) -> str:
         """A name for its folder."""
-        return re.sub(r"[^\w.=-]+", "_", self.text.replace("/model", "")).strip("_")[-120:]
+        path = pathlib.PurePath(self.folder)
+        folder = path.parent.name if path.name == "model" else path.name
+        parts = [self.kind, self.critic, folder, "_".join(f"{s:g}" for s in self.strengths)]
+        return re.sub(r"[^\w.=-]+", "_", "_".join(part for part in parts if part))
+
+
+def _halves(text: str) -> tuple[str, str]:
+    """What stands before and after the last @; a folder's name may hold one, if it has a separator behind it."""
+    head, at, tail = text.rpartition("@")
+    return (head, tail) if at and "/" not in tail else (text, "")
 
 
 def parse(text: str) -> Spec:
     """The parts of KIND[:DIR][@STRENGTHS]. ValueError that says what is wrong with it."""
-    head, _, tail = text.partition("@")
+    head, tail = _halves(text)
     kind, _, rest = head.partition(":")
     if kind not in (*PLAIN, *FOLDER, *NESTED):
         raise ValueError(f"method: expected a kind among {(*PLAIN, *FOLDER, *NESTED)}, found {text!r}")
@@ -139,7 +161,8 @@ def parse(text: str) -> Spec:
         critic, _, folder = rest.partition(":")
         if critic not in CRITICS:
             raise ValueError(f"method: expected {kind}:CRITIC:DIR with CRITIC among {CRITICS}, found {text!r}")
-    if (kind in PLAIN and rest) or (kind in FOLDER and not folder) or (kind == "blockwise" and not folder):
+    needs = kind in FOLDER or kind == "blockwise" or critic
+    if (kind in PLAIN and rest) or (needs and not folder):
         wanted = "no folder" if kind in PLAIN else "a folder"
         raise ValueError(f"method: expected {wanted} for {kind}, found {text!r}")
     try:
@@ -176,7 +199,7 @@ def check(config: Config) -> list[Spec]:
     specs = [parse(text) for text in dict.fromkeys(("base", *config.method))]
     slugs = [spec.slug for spec in specs]
     if len(set(slugs)) < len(slugs):
-        raise ValueError(f"method: expected names that differ in more than punctuation, found {config.method}")
+        raise ValueError(f"method: expected folders of different names for each kind, found {config.method}")
     return specs
 
 
@@ -194,9 +217,10 @@ def build(config: Config, setting: Setting, spec: Spec, loaded: dict[str, Model]
     if spec.kind == "best_of_n":
         return [methods.best_of_n(setting, int(n)) for n in spec.strengths]
     if spec.kind == "ggro":
-        return [methods.nudge(setting, int(n), entropy=config.entropy, top_k=config.top_k) for n in spec.strengths]
+        counts = [int(n) for n in spec.strengths]
+        return methods.nudge(setting, counts, entropy=config.entropy, top_k=config.top_k)
     if spec.kind == "quest":
-        return [methods.quest(setting, beta, moves=config.moves, samples=64) for beta in spec.strengths]
+        return methods.quest(setting, spec.strengths, moves=config.moves, samples=64)
     if spec.kind == "cards":
         return [
             methods.cards(setting, beta, goal=goal, entropy=config.entropy, tries=config.tries)
@@ -208,9 +232,9 @@ def build(config: Config, setting: Setting, spec: Spec, loaded: dict[str, Model]
         methods.check_language_model(spec.text, lm, spec.folder)
         ahead = config.lookahead
         critic, given = methods.transfer(setting, (lm, params), rollouts=config.rollouts, lookahead=ahead)
-        cost = methods.transfer_cost(setting, top_k=config.top_k, rollouts=config.rollouts, lookahead=ahead)
+        price = methods.transfer_cost(top_k=config.top_k, rollouts=config.rollouts, lookahead=ahead)
         return methods.tilted(
-            setting, spec.name, critic, given, spec.strengths, top_k=_candidates(config, setting), per_token=cost
+            setting, spec.name, critic, given, spec.strengths, top_k=_candidates(config, setting), per_token=price
         )
     if spec.kind == "smc" and not spec.critic:
         return [
@@ -227,8 +251,9 @@ def build(config: Config, setting: Setting, spec: Spec, loaded: dict[str, Model]
             for k in spec.strengths
         ]
     if spec.kind == "smc":
-        # The proposal is a tilt at the target's own beta; its whole vocabulary keeps the target whole.
-        proposal = policies.tilt(setting.base, critic)
+        # The proposal is a tilt at the target's own beta; a whole vocabulary keeps the target whole, and candidates
+        # of a scalar head cut it, as truncated_support in the responses tells.
+        proposal = policies.tilt(setting.base, critic, top_k=None if cost else _candidates(config, setting))
         given = {"policy": setting.params, "critic": params}
         return [
             methods.smc(
@@ -238,7 +263,7 @@ def build(config: Config, setting: Setting, spec: Spec, loaded: dict[str, Model]
                 proposal,
                 given | {"beta": jnp.asarray(critic.beta or beta, jnp.float32)},
                 particles=config.particles,
-                per_token=1 + (cost or setting.lm.vocab_size),
+                per_token=1 + (cost or _candidates(config, setting)),
             )
             for beta in spec.strengths
         ]
@@ -256,6 +281,11 @@ def _candidates(config: Config, setting: Setting) -> int:
 
 
 def _edit(config: Config, setting: Setting, spec: Spec, lm: models.LanguageModel, params: Any) -> list[Method]:
+    body, own = (jax.tree.leaves(p["transformer"]) for p in (setting.params, params))
+    if len(body) != len(own) or not all(np.array_equal(a, b) for a, b in zip(body, own, strict=True)):
+        raise ValueError(
+            f"{spec.name}: expected a head on the base's own hidden states (train.value --frozen), found another model"
+        )
     value = policies.head_value(lm)
     edited = policies.edit(setting.base, setting.lm.logits, value, steps=config.edit_steps)
     name = spec.name
@@ -310,6 +340,9 @@ def run(config: Config, *, quiet: bool = False) -> list[dict[str, Any]]:
     if any(spec.kind == "cards" for spec in specs):
         goal = default_goal(config, setting, texts) if config.goal is None else config.goal
     plans = {spec: build(config, setting, spec, loaded, goal) for spec in specs}
+    every = [(method.name, method.beta) for plan in plans.values() for method in plan]
+    if twice := {str(key) for key in every if every.count(key) > 1}:
+        raise ValueError(f"method: expected each method and strength once, found {sorted(twice)} twice")
     for plan in plans.values():
         for method in plan:
             method.check(everything)
@@ -336,7 +369,9 @@ def _decode(
     config: Config, spec: Spec, plan: list[Method], judges: dict[str, engine.Judge], texts: Texts
 ) -> tuple[pathlib.Path, list[dict[str, Any]]]:
     """A method's folder and records, decoded unless they are there."""
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(Options)}
+    # An option that this kind does not read may change without harm to its responses.
+    read = [field.name for field in dataclasses.fields(Options) if spec.kind in READ_BY.get(field.name, (spec.kind,))]
+    shared: dict[str, Any] = {name: getattr(config, name) for name in read}
     inputs = [config.model, config.reward, config.prompts, spec.folder]
     inputs += [config.gold] if config.gold and not rewards.is_program(config.gold) else []
     folder = cli.open_run(

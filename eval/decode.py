@@ -153,7 +153,7 @@ def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> 
     out = [methods.sampled(setting, "base", None, setting.base, setting.params)] if config.include_base else []
     out += [methods.best_of_n(setting, n) for n in config.best_of_n]
     ten = min(10, setting.lm.vocab_size)
-    built: list[tuple[str, Critic, Params, float]] = []
+    built: list[tuple[str, Critic, Params, float | methods.Cost]] = []
     for spec in config.critic:
         kind, folder = spec.split(":", 1)
         lm, params = loaded[f"critic {spec}"]
@@ -164,8 +164,8 @@ def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> 
                 setting, (lm, params), rollouts=config.rollouts, lookahead=config.lookahead
             )
             top_k = ten if config.top_k is None else (config.top_k or lm.vocab_size)
-            cost = methods.transfer_cost(setting, top_k=top_k, rollouts=config.rollouts, lookahead=config.lookahead)
-            built.append((spec, critic, value, cost))
+            price = methods.transfer_cost(top_k=top_k, rollouts=config.rollouts, lookahead=config.lookahead)
+            built.append((spec, critic, value, price))
         else:
             critic, each = methods.critic_of(kind, lm)
             built.append((spec, critic, params, each))
@@ -176,7 +176,10 @@ def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> 
         name, costs = "+".join(config.critic), [cost for _, _, _, cost in built]
         whole = {name: all(whole.values())}
         params = {"critics": tuple(value for _, _, value, _ in built), "weights": weights}
-        built = [(name, summed, params, sum(costs) if all(costs) else 0)]
+        flat = [cost for cost in costs if not callable(cost)]
+        # A roll-out's cost depends on the prompt: a sum with one is counted without the others' few tokens.
+        total = next((cost for cost in costs if callable(cost)), sum(flat) if all(flat) else 0)
+        built = [(name, summed, params, total)]
     for name, critic, params, cost in built:
         k = (
             (None if whole[name] else min(10, setting.lm.vocab_size))
@@ -185,7 +188,7 @@ def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> 
         )
         out += methods.tilted(setting, name, critic, params, betas(config, name, loaded), top_k=k, per_token=cost)
         out += [
-            methods.blockwise(setting, name, critic, params, candidates=config.candidates, block=block)
+            methods.blockwise(setting, name, critic, params, candidates=config.candidates, block=block, per_token=cost)
             for block in config.block
         ]
     return out

@@ -27,7 +27,7 @@ class Method(NamedTuple):
     draw(rng, prompts) -> (Completions, Extra); kl(host, extra, b) -> the KL of row b, of the kind that kl_kind names;
     check(prompts): ValueErrors on the host; trace: methods with the same one share their compiled program; forwards(P,
     T, extra of the row) -> tokens that pass through models for a response of T tokens to a prompt of P, beyond the
-    prompt's first reading by each."""
+    prompt's first reading by each; measure(rng, prompts, extra) -> more of Extra, outside the time and the count."""
 
     name: str
     beta: float | None
@@ -37,6 +37,7 @@ class Method(NamedTuple):
     check: Callable[[TokenBatch], None]
     trace: Hashable
     forwards: Callable[[int, int, dict[str, float]], float]
+    measure: Callable[[Array, TokenBatch, Extra], Extra] | None = None
 
 
 class Judge(NamedTuple):
@@ -118,6 +119,8 @@ def decode(
     traced: set[Any] = set()
     timed: dict[results.Key, tuple[int, float]] = {}
     rng = jax.random.key(seed)
+    # Draws that a method shares with the base would count as ties, and best-of-n would win too often.
+    keys = [rng if method.name == "base" else jax.random.fold_in(rng, 1) for method in plan]
     total = len(plan) * len(prompts.ids)
     progress = cli.progress("decode", total, initial=len(records), unit="response")
     with partial.open("a") as sink, progress:
@@ -126,8 +129,10 @@ def decode(
                 if (k, j) in whole:
                     continue
                 begin = time.perf_counter()
-                drawn, extra = jax.block_until_ready(decode_batch(method, rng, batch.prompts))
+                drawn, extra = jax.block_until_ready(decode_batch(method, keys[k], batch.prompts))
                 seconds = time.perf_counter() - begin
+                if method.measure is not None:
+                    extra = extra | method.measure(keys[k], batch.prompts, extra)
                 new = _records(method, judges, prompts, batch, drawn, extra)
                 if embed is not None:
                     add_coherence(new, embed)

@@ -7,7 +7,7 @@ how many tokens pass through models.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.engine import Extra, Judge, Method, sampled_kl
-from jaxalign import cli, critics, decoding, metrics, models, policies, rewards
+from jaxalign import cli, critics, decoding, gibbs, metrics, models, policies, rewards
 from jaxalign.checks import check_prompt_fits
 from jaxalign.types import Array, Completions, Critic, Params, Policy, Reward, TokenBatch
 
 Model = tuple[models.LanguageModel, Params]
+Cost = Callable[[int, int], float]
+"""(tokens of the prompt, of the response) -> tokens that pass through models for each token drawn."""
 
 
 class Setting(NamedTuple):
@@ -131,7 +133,7 @@ def sampled(
     policy: Policy,
     params: Params,
     *,
-    per_token: float = 1.0,
+    per_token: float | Cost = 1.0,
 ) -> Method:
     """Ancestral sampling from any Policy. per_token: tokens that pass through models for each token drawn."""
 
@@ -142,7 +144,11 @@ def sampled(
     if setting.temperature == 0:
         kind, kl = "mean -log pi_ref(y)", surprise
     check = functools.partial(_check, policy, params, setting.max_new_tokens)
-    return Method(name, beta, draw, kl, kind, check, policy, lambda prompt, length, told: per_token * length)
+
+    def forwards(prompt: int, length: int, told: dict[str, float]) -> float:
+        return length * (per_token(prompt, length) if callable(per_token) else per_token)
+
+    return Method(name, beta, draw, kl, kind, check, policy, forwards)
 
 
 def surprise(host: Completions, told: Extra, b: int) -> float:
@@ -179,9 +185,16 @@ def best_of_n(setting: Setting, n: int) -> Method:
 
 
 def blockwise(
-    setting: Setting, name: str, critic: Critic, critic_params: Params, *, candidates: int, block: int
+    setting: Setting,
+    name: str,
+    critic: Critic,
+    critic_params: Params,
+    *,
+    candidates: int,
+    block: int,
+    per_token: float | Cost = 1.0,
 ) -> Method:
-    """Blocks of the base, selected by a critic that steps beside it."""
+    """Blocks of the base, selected by a critic that steps beside it; per_token: of the critic, for one candidate."""
     both = {"policy": setting.params, "critic": critic_params}
 
     def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
@@ -191,6 +204,10 @@ def blockwise(
     def kl(host: Completions, told: Extra, b: int) -> float:
         return float(metrics.blockwise_kl_bound(np.asarray(host.mask[b]), block, candidates))
 
+    def forwards(prompt: int, length: int, told: dict[str, float]) -> float:
+        each = per_token(prompt, length) if callable(per_token) else (per_token or 1.0)
+        return candidates * length * (1 + each)
+
     return _of_base(
         setting,
         f"blockwise_{candidates}x{block} {name}",
@@ -199,7 +216,7 @@ def blockwise(
         setting.tempered("bound ceil(|y|/M) (log K - (K-1)/K)"),
         kl=kl,
         trace=("blockwise", critic, candidates, block),
-        forwards=lambda prompt, length, told: 2 * candidates * length,
+        forwards=forwards,
     )
 
 
@@ -214,6 +231,7 @@ def smc(
     def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
         found = decoding.smc(proposal, judge.reward, three, rng, prompts, particles=particles, **options)
         told = {"estimated_kl": found.kl, "ess": found.ess, "log_z": found.log_z, "resamplings": found.resamplings}
+        told["truncated_support"] = found.truncated_support
         return found.pick, told
 
     return Method(
@@ -228,30 +246,46 @@ def smc(
     )
 
 
-def quest(setting: Setting, beta: float, *, moves: int, samples: int) -> Method:
+def quest(setting: Setting, betas: Sequence[float], *, moves: int, samples: int) -> list[Method]:
     """The last state of a chain of QUEST. Its law after finitely many moves is not known; the KL reported is that of
-    the stationary law, E[r]/beta − log Z with Z from base samples."""
+    the stationary law, E[r]/beta − log Z, both from the same weighted base samples: at most log of their number."""
     judge = setting.judge
-    three = {"policy": setting.params, "reward": judge.params, "beta": jnp.asarray(beta, jnp.float32)}
-    both = {name: three[name] for name in ("policy", "reward")}
+    both = {"policy": setting.params, "reward": judge.params}
+    known: dict[bytes, Array] = {}  # rewards of base samples, which serve every beta
 
-    def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
-        chain = decoding.quest(setting.base, judge.reward, three, rng, prompts, moves=moves, **setting.options)
-        drawn = decoding.best_of_n(setting.base, judge.reward, both, rng, prompts, n=samples, **setting.options)
-        log_z = jax.nn.logsumexp(drawn.reward / beta, axis=1) - np.log(samples)
-        stationary = jnp.maximum(chain.reward[:, moves // 2 :].mean(axis=1) / beta - log_z, 0)
-        return chain.last, {"estimated_kl": stationary, "accept_rate": chain.accept_rate}
+    def base_rewards(rng: Array, prompts: TokenBatch) -> Array:
+        name = np.asarray(prompts.tokens).tobytes() + np.asarray(prompts.index).tobytes()
+        if name not in known:
+            options = setting.options | {"n": samples, "chunk": 8}
+            drawn = decoding.best_of_n(setting.base, judge.reward, both, jax.random.fold_in(rng, 2), prompts, **options)
+            known[name] = drawn.reward
+        return known[name]
 
-    return _of_base(
-        setting,
-        f"quest_{moves}",
-        beta,
-        draw,
-        setting.tempered(f"of the stationary law, E[r]/beta - log Z, Z of {samples} samples"),
-        kl=lambda host, told, b: float(told["estimated_kl"][b]),
-        trace=("quest", moves),
-        forwards=lambda prompt, length, told: (moves + 1) * (prompt + 2 * length),
-    )
+    def at(beta: float) -> Method:
+        three = both | {"beta": jnp.asarray(beta, jnp.float32)}
+
+        def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
+            chain = decoding.quest(setting.base, judge.reward, three, rng, prompts, moves=moves, **setting.options)
+            return chain.last, {"accept_rate": chain.accept_rate}
+
+        def measure(rng: Array, prompts: TokenBatch, told: Extra) -> Extra:
+            even = jnp.full(samples, -np.log(samples))
+            reward = base_rewards(rng, prompts)
+            return {"stationary_kl": gibbs.kl(gibbs.log_policy(even, reward, beta=beta), even)}
+
+        made = _of_base(
+            setting,
+            f"quest_{moves}",
+            beta,
+            draw,
+            setting.tempered(f"of the stationary law, from {samples} samples, at most log {samples}"),
+            kl=lambda host, told, b: float(told["stationary_kl"][b]),
+            trace=("quest", moves),
+            forwards=lambda prompt, length, told: (moves + 1) * (prompt + 2 * length),
+        )
+        return made._replace(measure=measure)
+
+    return [at(beta) for beta in betas]
 
 
 def cards(setting: Setting, beta: float, *, goal: float, entropy: float, tries: int) -> Method:
@@ -263,6 +297,7 @@ def cards(setting: Setting, beta: float, *, goal: float, entropy: float, tries: 
     def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
         found = decoding.cards(setting.base, judge.reward, params, rng, prompts, tries=tries, **setting.options)
         told = {"segments": found.segments, "tries": found.tries, "capped": found.capped, "steps": found.steps}
+        told["kl_bound"] = found.kl_bound
         return found.completions, told
 
     def forwards(prompt: int, length: int, told: dict[str, float]) -> float:
@@ -273,58 +308,48 @@ def cards(setting: Setting, beta: float, *, goal: float, entropy: float, tries: 
         "cards",
         beta,
         draw,
-        setting.tempered("estimate segments x log(tries per segment)"),
-        kl=_cards_kl,
+        setting.tempered("estimated bound, sum over segments of -log(share that passes)"),
+        kl=lambda host, told, b: float(told["kl_bound"][b]),
         trace=("cards", tries),
         forwards=forwards,
     )
 
 
-def _cards_kl(host: Completions, told: Extra, b: int) -> float:
-    """A segment that is drawn until it passes with probability a has KL <= −log E[a] = log E[tries] (up to the cap)."""
-    segments = max(float(told["segments"][b]), 1.0)
-    return segments * float(np.log(max(float(told["tries"][b]) / segments, 1.0)))
-
-
-def nudge(setting: Setting, candidates: int, *, entropy: float, top_k: int) -> Method:
-    """GGRO: greedy text of the base in segments, each begun by the token that the proxy's gradient proposes."""
+def nudge(setting: Setting, counts: Sequence[int], *, entropy: float, top_k: int) -> list[Method]:
+    """GGRO: greedy text of the base in segments, each begun by the token that the proxy's gradient proposes; for each
+    number of forms per segment."""
     judge, lm = setting.judge, setting.reward_lm
     if lm is None:
         raise ValueError("reward: expected a reward model, whose gradient GGRO takes, found a program")
-    gain = rewards.embedding_gain(lm)
+    gain = rewards.embedding_gain(lm)  # one for all: a new one is a new trace
     both = {"policy": setting.params, "reward": judge.params}
-    options: dict[str, Any] = {"max_new_tokens": setting.max_new_tokens, "eos_ids": setting.eos_ids}
+    options: dict[str, Any] = {"max_new_tokens": setting.max_new_tokens, "eos_ids": setting.eos_ids, "top_k": top_k}
 
-    def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
-        found = decoding.nudge(
-            setting.base,
-            judge.reward,
-            gain,
-            both,
-            rng,
-            prompts,
-            candidates=candidates,
-            threshold=entropy,
-            top_k=top_k,
-            **options,
+    def at(candidates: int) -> Method:
+        def draw(rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
+            found = decoding.nudge(
+                setting.base, None, gain, both, rng, prompts, candidates=candidates, threshold=entropy, **options
+            )
+            told = {name: getattr(found, name) for name in ("segments", "tokens", "scored", "gradients")}
+            return found.completions, {f"nudge_{name}": value for name, value in told.items()}
+
+        return _of_base(
+            setting,
+            f"ggro_{candidates}",
+            None,
+            draw,
+            "mean -log pi_ref(y)",
+            kl=surprise,
+            trace=("ggro", gain, top_k),
+            forwards=_nudge_forwards,
         )
-        told = {name: getattr(found, name) for name in ("segments", "tokens", "scored", "gradients")}
-        return found.completions, {f"nudge_{name}": value for name, value in told.items()}
 
-    def forwards(prompt: int, length: int, told: dict[str, float]) -> float:
-        # A gradient costs about two forward passes beyond its own.
-        return told["nudge_tokens"] + (told["nudge_scored"] + 3 * told["nudge_gradients"]) * (prompt + length / 2)
+    return [at(candidates) for candidates in counts]
 
-    return _of_base(
-        setting,
-        f"ggro_{candidates}",
-        None,
-        draw,
-        "mean -log pi_ref(y)",
-        kl=surprise,
-        trace=("ggro", gain, candidates, top_k),
-        forwards=forwards,
-    )
+
+def _nudge_forwards(prompt: int, length: int, told: dict[str, float]) -> float:
+    # A gradient costs about two passes beyond the reward's own, which it shares.
+    return told["nudge_tokens"] + (told["nudge_scored"] + 2 * told["nudge_gradients"]) * (prompt + length / 2)
 
 
 def _of_base(
@@ -342,11 +367,12 @@ def tilted(
     betas: Sequence[float],
     *,
     top_k: int | None,
-    per_token: float,
+    per_token: float | Cost,
 ) -> list[Method]:
     """A tilt of the base at each beta; one Policy, so one trace. per_token: of the critic; 0: one a candidate."""
     policy = policies.tilt(setting.base, critic, top_k=top_k)
-    cost = 1 + (per_token or top_k or setting.lm.vocab_size)
+    each = per_token or top_k or setting.lm.vocab_size
+    cost: float | Cost = (lambda prompt, length: 1 + each(prompt, length)) if callable(each) else 1 + each
     out = []
     for beta in betas:
         used = beta if critic.beta is None else critic.beta
@@ -366,7 +392,13 @@ def transfer(setting: Setting, baseline: Model, *, rollouts: int, lookahead: int
     return critic, {"baseline": params, "reward": judge.params}
 
 
-def transfer_cost(setting: Setting, *, top_k: int, rollouts: int, lookahead: int | None) -> float:
-    """Tokens per token drawn: roll-outs of half the limit on average, each read by the reward with its prefix."""
-    ahead = setting.max_new_tokens / 2 if lookahead is None else min(lookahead, setting.max_new_tokens / 2)
-    return top_k * (1 + rollouts * (ahead + setting.max_new_tokens))
+def transfer_cost(*, top_k: int, rollouts: int, lookahead: int | None) -> Cost:
+    """Each candidate steps the baseline, is rolled out for half the response on average (or the look-ahead), and every
+    text is read by the reward from the prompt on."""
+
+    def cost(prompt: int, length: int) -> float:
+        ahead = length / 2 if lookahead is None else min(lookahead, length / 2)
+        texts = rollouts if ahead else 1
+        return top_k * ((1 if ahead else 0) + texts * (ahead + prompt + length / 2 + ahead))
+
+    return cost

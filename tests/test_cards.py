@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxalign import decoding, policies, rewards, tree
-from jaxalign.decoding.cards import predictive_entropy
+from jaxalign.decoding.segments import entropy as predictive_entropy
 from jaxalign.types import CheckedReward, TokenBatch
 from tests import exact
 from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_lm
@@ -232,3 +232,18 @@ def test_cards_refuses_what_is_no_request():
     broken = rewards.from_numpy(lambda t, m, p, i: np.where(i == 2, np.nan, 0.0))
     with pytest.raises(ValueError, match=r"reward: expected numbers, found NaN for prompts \[2\]"):
         generate(policy, broken, {**params, "reward": None}, prompts)
+
+
+def test_cards_kl_bound_is_the_surprise_of_passing():
+    """One segment: the mean over 8,000 draws is −log of the share of base draws that pass, within five standard errors;
+    where nothing passes, best-of-n's bound."""
+    found = run(count=8000, entropy=jnp.asarray(10.0), threshold=2.0, tries=400)
+    base = np.exp(np.asarray(tree.response_log_prob(TREE, exact.tables(TREE, 4)[0])))
+    share = (base * np.minimum(1, np.exp((response_reward() - 2.0) / 0.5))).sum()
+    bound = np.asarray(found.kl_bound)
+    assert (found.capped == 0).all()
+    assert abs(bound.mean() + np.log(share)) < 5 * bound.std() / np.sqrt(len(bound))
+    law = np.bincount(index_of(TREE, found.completions), minlength=len(base)) / len(bound)
+    assert np.where(law > 0, law * np.log(np.where(law > 0, law, 1) / base), 0).sum() < -np.log(share)
+    hard = run(count=4, entropy=jnp.asarray(10.0), threshold=500.0)
+    np.testing.assert_allclose(hard.kl_bound, np.log(3) - 2 / 3, rtol=1e-6)

@@ -152,12 +152,40 @@ def test_other_options_under_the_same_name_are_refused(finished, folders):
         ("args:x@one", "method: expected numbers after @"),
         ("smc:nothing:x@1", "method: expected smc:CRITIC:DIR"),
         ("args:nowhere@1", "nowhere"),
+        ("smc:value@1", "method: expected a folder for smc"),
     ],
 )
 def test_bad_methods_are_named_and_nothing_is_written(method, match, folders, tmp_path):
     with pytest.raises(ValueError, match=match):
         compare.main(command(folders, tmp_path / "out", method))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_same_strength_twice_is_refused(folders, tmp_path):
+    """Its responses would count twice, and the intervals would be too narrow."""
+    with pytest.raises(ValueError, match="method: expected each method and strength once"):
+        compare.main(command(folders, tmp_path / "out", "best_of_n@2", "best_of_n@2,3"))
+
+
+def test_a_head_for_other_hidden_states_edits_none(folders, tmp_path):
+    with pytest.raises(ValueError, match="expected a head on the base's own hidden states"):
+        compare.main(command(folders, tmp_path / "out", f"edit:{folders['scalar']}@1"))
+
+
+def test_an_option_that_a_method_does_not_read_may_change(finished, folders):
+    before = rows_of(finished)
+    compare.main(command(folders, finished, "best_of_n@2", options=("--goal", "3")))
+    assert rows_of(finished) == [row for row in before if row["method"] in ("base", "best_of_2")]
+    compare.main(command(folders, finished, *every_method(folders)))
+
+
+def test_draws_are_apart_from_the_bases(finished):
+    """Else the base's response is among the n, and best-of-n wins too often."""
+    texts = {}
+    for name in ("base", "best_of_n_2"):
+        lines = (finished / name / "responses.jsonl").read_text().splitlines()
+        texts[name] = [json.loads(line)["tokens"] for line in lines]
+    assert texts["base"] != texts["best_of_n_2"]
 
 
 @pytest.mark.parametrize(

@@ -298,3 +298,18 @@ def test_every_tensor_of_an_adapter_names_its_axes():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             assert len(axes.logical_axes(axes.path_name(path))) == leaf.ndim
     assert axes.logical_axes("layer_0/attention/out/a") == ("heads", None)
+
+
+def test_an_adapter_is_not_put_on_an_adapter():
+    """Merging twice would count one twice, and stacking would leave the first one out."""
+    lm, params = tiny_lm(0)
+    spec = models.Lora(2, targets=["qkv"])
+    adapter = models.lora.init(jax.random.key(0), lm, spec)
+    attached = models.lora.attach(params, adapter, spec)
+    with pytest.raises(ValueError, match="params: expected a model without an adapter"):
+        models.lora.merge(attached, adapter, spec)
+    policy = policies.adapters(lm, 1)
+    stacked = {"policy": attached, "adapters": models.lora.stack([adapter], [spec]), "weights": jnp.ones(1)}
+    prompts = padded(PROMPTS)
+    with pytest.raises(ValueError, match="policy: expected a base without an adapter"):
+        policy.init(stacked, jax.random.key(0), prompts, 2)

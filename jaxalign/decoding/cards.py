@@ -12,6 +12,7 @@ import numpy as np
 from jaxalign import loop
 from jaxalign.checks import check_positive, entry, is_concrete, same_prompts
 from jaxalign.decoding.sampling import check_request, with_temperature
+from jaxalign.decoding.segments import entropy
 from jaxalign.decoding.selection import check_reward, check_scores, score_completions
 from jaxalign.types import (
     Array,
@@ -23,7 +24,6 @@ from jaxalign.types import (
     Reward,
     State,
     StepOutput,
-    is_supported,
     per_row,
     prompt_index,
     prompts_for,
@@ -35,7 +35,8 @@ from jaxalign.types import (
 class Cards(NamedTuple):
     """completions: Completions [B,T]; reward [B], of the whole response; segments [B]: kept ones; tries [B]: proposed
     ones, which is as many calls of the reward; capped [B]: segments kept without passing, after the last try; steps
-    [B]: tokens drawn, those thrown away included."""
+    [B]: tokens drawn, those thrown away included; kl_bound [B]: an estimate of a bound on the KL to the policy [nats],
+    whose mean over draws is Σ over segments of −log Pr(a proposal passes), or of log K − (K−1)/K for the best of K."""
 
     completions: Completions
     reward: Array
@@ -43,6 +44,7 @@ class Cards(NamedTuple):
     tries: Array
     capped: Array
     steps: Array
+    kl_bound: Array
 
 
 def cards(
@@ -117,14 +119,6 @@ def cards(
     return found
 
 
-def predictive_entropy(log_prob: Array) -> Array:
-    """−Σ_z pi(z)·log pi(z) [...] of log_prob [...,V], in nats; 0·log 0 = 0."""
-    inside = is_supported(log_prob)
-    finite = jnp.where(inside, log_prob, 0)
-    # Rounding may leave a little less than 0 of a distribution that is certain.
-    return jnp.maximum(-jnp.where(inside, jnp.exp(finite) * finite, 0).sum(axis=-1), 0)
-
-
 class _Draft(NamedTuple):
     """A text so far: B rows, each with its own length."""
 
@@ -158,6 +152,7 @@ def _cards(
     sizes: tuple[int, int, int],
 ) -> tuple[Cards, Array]:
     tries, min_segment, max_segment = sizes
+    harmonic = jnp.cumsum(jnp.concatenate([jnp.zeros(1), 1 / jnp.arange(1.0, tries + 1)]))
     start, draws, moves, coins = jax.random.split(rng, 4)
     index = prompt_index(prompts)
     batch = index.shape[0]
@@ -184,7 +179,7 @@ def _cards(
             state, output = policy.step(params["policy"], step, draft.state, jnp.where(still, -1, token))
             # A row that stands still has no output of its own; the next segment begins with the one it had.
             output = where_rows(still, draft.output, output)
-            cut = predictive_entropy(output.log_prob) >= params["entropy"]
+            cut = entropy(output.log_prob) >= params["entropy"]
             ended = still | (cut & (t + 1 >= min_segment)) | (t + 1 >= max_segment)
             return t + 1, _Draft(state, output, finished, length, records), ended
 
@@ -212,7 +207,10 @@ def _cards(
         forced = ~accept & (attempt >= tries)
         chosen, paid = where_rows(accept, (draft, found), (best, best_reward))
         moved = active & (accept | forced)
+        # A segment that passes with probability a has KL <= −log a, and n tries have E[1 + 1/2 + … + 1/(n−1)] = −log a.
+        bound = jnp.where(forced, np.log(tries) - (tries - 1) / tries, harmonic[attempt - 1])
         counts = {
+            "kl_bound": jnp.where(moved, bound, 0).astype(paid.dtype),
             "segments": moved,
             "tries": active,
             "capped": active & forced,
@@ -234,6 +232,7 @@ def _cards(
     empty = _Draft(state, output, no, none, loop.no_records((batch, limit), output.log_prob.dtype))
     paid = jnp.zeros(batch, jax.eval_shape(lambda: score(empty)).dtype)
     statistics: dict[str, Any] = dict.fromkeys(("segments", "tries", "capped", "steps"), none)
+    statistics["kl_bound"] = paid
     carry = _Round(jnp.zeros((), jnp.int32), empty, empty, paid, none, paid, statistics, no)
     carry = jax.lax.while_loop(lambda c: ~c.kept.finished.all(), round_, carry)
     ended = (carry.kept.records["mask"] & loop.is_eos(carry.kept.records["tokens"], eos_ids)).any(axis=1)

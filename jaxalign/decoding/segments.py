@@ -93,7 +93,8 @@ def fed(before: Text, after: Text) -> Array:
 
 
 def entropy(log_prob: Array) -> Array:
-    """−Σ_z pi(z)·log pi(z) [B] in nats; 0·log 0 = 0."""
+    """−Σ_z pi(z)·log pi(z) [...] of log_prob [...,V], in nats; 0·log 0 = 0."""
     inside = is_supported(log_prob)
-    log_prob = jnp.where(inside, log_prob, 0)
-    return -jnp.where(inside, jnp.exp(log_prob) * log_prob, 0).sum(axis=-1)
+    finite = jnp.where(inside, log_prob, 0)
+    # Rounding may leave a little less than 0 of a distribution that is certain.
+    return jnp.maximum(-jnp.where(inside, jnp.exp(finite) * finite, 0).sum(axis=-1), 0)

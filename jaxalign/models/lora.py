@@ -34,6 +34,7 @@ class Lora:
     targets: tuple[str, ...] = tuple(TARGETS)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))  # hashable, as jit wants a static argument
         if self.rank < 1:
             raise ValueError(f"rank: expected at least 1, found {self.rank}")
         if not 0 < self.alpha < math.inf:
@@ -76,7 +77,10 @@ def attach(params: Params, adapter: Params, spec: Lora) -> Params:
 
 
 def merge(params: Params, adapter: Params, spec: Lora) -> Params:
-    """The model's parameters with W + scale·a·b in place of W: a model without adapters. ValueError as `attach`."""
+    """The model's parameters with W + scale·a·b in place of W: a model without adapters. ValueError as `attach`, and
+    for parameters that hold an adapter already, which would be left in."""
+    if "lora" in params:
+        raise ValueError("params: expected a model without an adapter beside it, found one under 'lora'")
     check_fits(kernel_shapes(params), adapter)
     flat = traverse_util.flatten_dict(params["transformer"], sep="/")
     for place, (a, b) in pairs(adapter).items():

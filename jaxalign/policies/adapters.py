@@ -68,6 +68,10 @@ def adapters(lm: Any, m: int) -> Policy:
 
     def joined(params: Params) -> Params:
         """The base's weights with the stacked adapters beside them."""
+        if "lora" in params["policy"]:
+            raise ValueError(
+                "policy: expected a base without an adapter (models.lora.merge it), found one under 'lora'"
+            )
         kernels = models.lora.kernel_shapes(params["policy"])
         models.lora.check_fits(kernels, params["adapters"], m=m)
         return {**params["policy"], "lora": params["adapters"]}
