@@ -187,3 +187,12 @@ POLICIES = [
     "nested",
     "nested_candidates",
 ]
+# Each critic at the whole vocabulary and at candidates is one construction: the laws of policies are held against each
+# critic in one of the two forms, and against both where the candidates' form has a pass of its own.
+CHECKED = [
+    name
+    for name in POLICIES
+    if not name.startswith("tilt_")
+    or name in ("tilt_args_4", "tilt_value_scalar_4", "tilt_transfer_q_4", "tilt_hidden_value_4")
+    or (name.endswith("_all") and name not in ("tilt_transfer_q_all", "tilt_value_scalar_all"))
+]

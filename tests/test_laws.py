@@ -42,7 +42,7 @@ def all_critics() -> dict[str, cases.CriticCase]:
     return built
 
 
-@pytest.fixture(params=cases.POLICIES)
+@pytest.fixture(params=cases.CHECKED)
 def case(request, all_policies) -> cases.Case:
     return all_policies[request.param]
 
