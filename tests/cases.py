@@ -187,12 +187,12 @@ POLICIES = [
     "nested",
     "nested_candidates",
 ]
-# Each critic at the whole vocabulary and at candidates is one construction: the laws of policies are held against each
-# critic in one of the two forms, and against both where the candidates' form has a pass of its own.
+# The laws of policies are held against every transform, and against a tilt by each kind of critic: scored one candidate
+# at a time, all at once, as an increment, by roll-outs, and by a combinator. Law 5 is held against every critic.
 CHECKED = [
     name
     for name in POLICIES
     if not name.startswith("tilt_")
-    or name in ("tilt_args_4", "tilt_value_scalar_4", "tilt_transfer_q_4", "tilt_hidden_value_4")
-    or (name.endswith("_all") and name not in ("tilt_transfer_q_all", "tilt_value_scalar_all"))
+    or name
+    in ("tilt_args_4", "tilt_value_q_all", "tilt_autoregressive_all", "tilt_transfer_q_4", "tilt_map_scores_all")
 ]
