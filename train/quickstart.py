@@ -232,7 +232,7 @@ def run(config: Config) -> dict[str, Any]:
         "quest": ("QUEST", "quest"),
         "cards": ("CARDS", "cards"),
     }
-    groups = {
+    groups: dict[str, tuple[str, ...]] = {
         name: (f"{kind}@{size.strengths[method]}",)
         for method, (name, kind) in wanted.items()
         if method in size.strengths
