@@ -295,7 +295,13 @@ def test_a_transfer_critic_rolls_out_its_model_and_scores_by_the_reward(folders,
     params = {"policy": base, "critic": {"baseline": other, "reward": judge}, "beta": jnp.asarray(0.2)}
     ids = [prompt.tokens for prompt in data.tokenize_prompts(folders["prompts.txt"], tokenizer())]
     drawn = decoding.sample(
-        policy, params, jax.random.key(0), data.prompt_batch(ids), max_new_tokens=4, eos_ids=(0,), temperature=1.0
+        policy,
+        params,
+        jax.random.fold_in(jax.random.key(0), 1),  # apart from the base's draws
+        data.prompt_batch(ids),
+        max_new_tokens=4,
+        eos_ids=(0,),
+        temperature=1.0,
     )
     for record in records:
         b = record["index"]

@@ -11,6 +11,8 @@ from scipy.optimize import linprog
 
 from jaxalign import gibbs, shaping
 
+pytestmark = pytest.mark.slow
+
 BETA, BOUND = 0.7, 2.0
 
 

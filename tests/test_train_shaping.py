@@ -19,6 +19,8 @@ from jaxalign.training import metrics
 from tests.test_train_scripts import ROOT, files, options
 from train import rollouts, shaping, value
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["files"]  # a fixture
 
 RUN = ("--bound", "3", "--beta", "1", "--samples", "4", "--batch-size", "2", "--validation", "0.4", "--epochs", "2")

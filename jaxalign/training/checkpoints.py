@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -14,8 +15,13 @@ from jaxalign.training.step import TrainState
 def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
     """A manager of the folder; the last `keep` checkpoints stay. Saves run in the background, into a temporary folder
     that is renamed at the end: after a kill the newest whole one is found, and what was cut short is removed."""
+    # Removed here and one by one: orbax removes a folder and the temporary ones inside it at the same time, which fails
+    # now and then.
+    path = pathlib.Path(folder).resolve()
+    for cut_short in path.glob("*orbax-checkpoint-tmp*"):
+        shutil.rmtree(cut_short)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(pathlib.Path(folder).resolve(), options=options)
+    return ocp.CheckpointManager(path, options=options)
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
