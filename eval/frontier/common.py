@@ -82,7 +82,7 @@ def report(name: str, options: Options, rows: Sequence[dict[str, Any]]) -> pathl
     """Prints the rows, writes NAME.json; gives the folder."""
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    given = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "config")}
+    given = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "config", "run")}
     about = {"device": device(), "jax": jax.__version__, "options": given}
     cli.write_json(out / f"{name}.json", about | {"rows": list(rows)})
     table(rows)
