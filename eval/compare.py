@@ -32,8 +32,7 @@ import dataclasses
 import json
 import math
 import pathlib
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +42,9 @@ import tyro
 from eval import engine, methods, pictures, results
 from eval.engine import Method, Texts
 from eval.methods import Model, Setting
+from eval.specs import Spec, parse
 from jaxalign import cli, data, decoding, models, policies, rewards
 
-PLAIN = ("base", "best_of_n", "ggro", "quest", "cards")
-CRITICS = ("args", "value", "follower", "autoregressive")
-FOLDER = ("policy", "transfer", "edit", *CRITICS)
-NESTED = ("blockwise", "smc")
 READ_BY = {
     "top_k": ("args", "value", "follower", "transfer", "ggro", "smc"),
     "block": ("blockwise",),
@@ -62,7 +58,6 @@ READ_BY = {
     "tries": ("cards",),
 }
 """Option -> the kinds that read it; all read the others."""
-WHOLE = ("best_of_n", "blockwise", "ggro")  # strengths that count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,66 +116,6 @@ class Config(Options):
     """JSON or TOML file of defaults for these options."""
 
 
-class Spec(NamedTuple):
-    """kind: how to decode; critic: of a nested kind, "" for none; folder: "" for none; strengths: beta, K, n, …"""
-
-    text: str
-    kind: str
-    critic: str
-    folder: str
-    strengths: tuple[float, ...]
-
-    @property
-    def name(self) -> str:
-        """KIND[:DIR], the method's name in tables."""
-        return _halves(self.text)[0]
-
-    @property
-    def slug(self) -> str:
-        """A name for its folder."""
-        path = pathlib.PurePath(self.folder)
-        folder = path.parent.name if path.name == "model" else path.name
-        parts = [self.kind, self.critic, folder, "_".join(f"{s:g}" for s in self.strengths)]
-        return re.sub(r"[^\w.=-]+", "_", "_".join(part for part in parts if part))
-
-
-def _halves(text: str) -> tuple[str, str]:
-    """What stands before and after the last @; a folder's name may hold one, if it has a separator behind it."""
-    head, at, tail = text.rpartition("@")
-    return (head, tail) if at and "/" not in tail else (text, "")
-
-
-def parse(text: str) -> Spec:
-    """The parts of KIND[:DIR][@STRENGTHS]. ValueError that says what is wrong with it."""
-    head, tail = _halves(text)
-    kind, _, rest = head.partition(":")
-    if kind not in (*PLAIN, *FOLDER, *NESTED):
-        raise ValueError(f"method: expected a kind among {(*PLAIN, *FOLDER, *NESTED)}, found {text!r}")
-    critic, folder = "", rest
-    if kind in NESTED and rest:
-        critic, _, folder = rest.partition(":")
-        if critic not in CRITICS:
-            raise ValueError(f"method: expected {kind}:CRITIC:DIR with CRITIC among {CRITICS}, found {text!r}")
-    needs = kind in FOLDER or kind == "blockwise" or critic
-    if (kind in PLAIN and rest) or (needs and not folder):
-        wanted = "no folder" if kind in PLAIN else "a folder"
-        raise ValueError(f"method: expected {wanted} for {kind}, found {text!r}")
-    try:
-        strengths = tuple(float(part) for part in tail.split(",")) if tail else ()
-    except ValueError as error:
-        raise ValueError(f"method: expected numbers after @, found {text!r}") from error
-    if bool(strengths) == (kind in ("base", "policy", "follower")):
-        wanted = "no strength" if strengths else "@ and strengths"
-        raise ValueError(f"method: expected {wanted} for {kind}, found {text!r}")
-    if any(not 0 < s < math.inf or (kind in WHOLE and s != int(s)) for s in strengths):
-        raise ValueError(f"method: expected positive strengths, whole numbers for {WHOLE}, found {text!r}")
-    if len(set(strengths)) < len(strengths):
-        raise ValueError(f"method: expected each strength once, found {text!r}")
-    if kind in ("best_of_n", "blockwise") and min(strengths) < 2:
-        raise ValueError(f"method: expected at least 2 to choose from, found {text!r}")
-    return Spec(text, kind, critic, folder, strengths)
-
-
 def check(config: Config) -> list[Spec]:
     """The methods, base first. ValueErrors name the option."""
     for name in ("top_k", "block", "rollouts", "edit_steps", "particles", "tries", "max_new_tokens", "batch_size"):
@@ -237,10 +172,7 @@ def build(config: Config, setting: Setting, spec: Spec, loaded: dict[str, Model]
             setting, spec.name, critic, given, spec.strengths, top_k=_candidates(config, setting), per_token=price
         )
     if spec.kind == "smc" and not spec.critic:
-        return [
-            methods.smc(setting, "smc", beta, setting.base, setting.params, particles=config.particles, per_token=1)
-            for beta in spec.strengths
-        ]
+        return _smc(config, setting, spec, lambda beta: (setting.base, setting.params), per_token=1)
     kind = spec.critic or spec.kind
     if kind == "autoregressive":
         methods.check_language_model(spec.text, lm, spec.folder)
@@ -255,18 +187,8 @@ def build(config: Config, setting: Setting, spec: Spec, loaded: dict[str, Model]
         # of a scalar head cut it, as truncated_support in the responses tells.
         proposal = policies.tilt(setting.base, critic, top_k=None if cost else _candidates(config, setting))
         given = {"policy": setting.params, "critic": params}
-        return [
-            methods.smc(
-                setting,
-                spec.name,
-                beta,
-                proposal,
-                given | {"beta": jnp.asarray(critic.beta or beta, jnp.float32)},
-                particles=config.particles,
-                per_token=1 + (cost or _candidates(config, setting)),
-            )
-            for beta in spec.strengths
-        ]
+        at = lambda beta: (proposal, given | {"beta": jnp.asarray(critic.beta or beta, jnp.float32)})  # noqa: E731
+        return _smc(config, setting, spec, at, per_token=1 + (cost or _candidates(config, setting)))
     top_k = None if cost else _candidates(config, setting)
     betas = spec.strengths
     if spec.kind == "follower":
@@ -280,6 +202,14 @@ def _candidates(config: Config, setting: Setting) -> int:
     return min(config.top_k, setting.lm.vocab_size)
 
 
+def _smc(config: Config, setting: Setting, spec: Spec, proposal: Any, *, per_token: float) -> list[Method]:
+    """proposal(beta) -> (Policy, its parameters)."""
+    return [
+        methods.smc(setting, spec.name, beta, *proposal(beta), particles=config.particles, per_token=per_token)
+        for beta in spec.strengths
+    ]
+
+
 def _edit(config: Config, setting: Setting, spec: Spec, lm: models.LanguageModel, params: Any) -> list[Method]:
     body, own = (jax.tree.leaves(p["transformer"]) for p in (setting.params, params))
     if len(body) != len(own) or not all(np.array_equal(a, b) for a, b in zip(body, own, strict=True)):
@@ -288,11 +218,10 @@ def _edit(config: Config, setting: Setting, spec: Spec, lm: models.LanguageModel
         )
     value = policies.head_value(lm)
     edited = policies.edit(setting.base, setting.lm.logits, value, steps=config.edit_steps)
-    name = spec.name
     return [
         methods.sampled(
             setting,
-            name,
+            spec.name,
             size,
             edited,
             {"policy": setting.params, "value": params, "step_size": jnp.asarray(size, jnp.float32)},
