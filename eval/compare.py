@@ -39,9 +39,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from eval import engine, methods, pictures, results
+from eval import engine, loading, methods, pictures, results
 from eval.engine import Method, Texts
-from eval.methods import Model, Setting
+from eval.loading import Model
+from eval.methods import Setting
 from eval.specs import Spec, parse
 from jaxalign import cli, data, decoding, models, policies, rewards
 
@@ -144,7 +145,7 @@ def build(config: Config, setting: Setting, spec: Spec, loaded: dict[str, Model]
     if spec.kind == "base":
         return [methods.sampled(setting, "base", None, setting.base, setting.params)]
     if spec.kind == "policy":
-        methods.check_language_model(spec.text, lm, spec.folder)
+        loading.check_language_model(spec.text, lm, spec.folder)
         aligned = policies.with_reference(policies.language_model(lm), setting.base)
         both = {"policy": params, "reference": setting.params}
         # The base is read for its KL alone.
@@ -164,7 +165,7 @@ def build(config: Config, setting: Setting, spec: Spec, loaded: dict[str, Model]
     if spec.kind == "edit":
         return _edit(config, setting, spec, lm, params)
     if spec.kind == "transfer":
-        methods.check_language_model(spec.text, lm, spec.folder)
+        loading.check_language_model(spec.text, lm, spec.folder)
         ahead = config.lookahead
         critic, given = methods.transfer(setting, (lm, params), rollouts=config.rollouts, lookahead=ahead)
         price = methods.transfer_cost(top_k=config.top_k, rollouts=config.rollouts, lookahead=ahead)
@@ -175,7 +176,7 @@ def build(config: Config, setting: Setting, spec: Spec, loaded: dict[str, Model]
         return _smc(config, setting, spec, lambda beta: (setting.base, setting.params), per_token=1)
     kind = spec.critic or spec.kind
     if kind == "autoregressive":
-        methods.check_language_model(spec.text, lm, spec.folder)
+        loading.check_language_model(spec.text, lm, spec.folder)
     critic, cost = methods.critic_of(kind, lm)
     if spec.kind == "blockwise":
         return [
@@ -254,13 +255,13 @@ def run(config: Config, *, quiet: bool = False) -> list[dict[str, Any]]:
     if config.gold and not rewards.is_program(config.gold):
         folders["gold"] = config.gold
     folders |= {spec.text: spec.folder for spec in specs if spec.folder}
-    tokenizer, loaded = methods.load(folders, dtype=config.dtype, mesh=config.mesh, batch_size=config.batch_size)
+    tokenizer, loaded = loading.load(folders, dtype=config.dtype, mesh=config.mesh, batch_size=config.batch_size)
     lm, params = loaded["model"]
-    methods.check_language_model("model", lm, config.model)
+    loading.check_language_model("model", lm, config.model)
     prompts = data.tokenize_prompts(config.prompts, tokenizer)
     texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
     everything = data.prompt_batch(texts.ids)
-    judges = methods.judges(
+    judges = loading.judges(
         {"reward": config.reward, "gold": config.gold}, loaded, tokenizer, everything, config.max_new_tokens
     )
     base = policies.language_model(lm)

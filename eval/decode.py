@@ -17,7 +17,7 @@ import pathlib
 import jax.numpy as jnp
 import tyro
 
-from eval import engine, methods, results
+from eval import engine, loading, methods, results
 from eval.engine import Method, Texts
 from eval.methods import Setting
 from jaxalign import cli, critics, data, policies, rewards
@@ -148,7 +148,7 @@ def folders(config: Config) -> dict[str, str]:
     return named | {name: spec for name, spec in judges.items() if spec and not rewards.is_program(spec)}
 
 
-def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> list[Method]:
+def plan(config: Config, setting: Setting, loaded: dict[str, loading.Model]) -> list[Method]:
     """All methods of a run, the base first."""
     out = [methods.sampled(setting, "base", None, setting.base, setting.params)] if config.include_base else []
     out += [methods.best_of_n(setting, n) for n in config.best_of_n]
@@ -158,7 +158,7 @@ def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> 
         kind, folder = spec.split(":", 1)
         lm, params = loaded[f"critic {spec}"]
         if kind in ("autoregressive", "transfer"):
-            methods.check_language_model(f"critic {spec}", lm, folder)
+            loading.check_language_model(f"critic {spec}", lm, folder)
         if kind == "transfer":
             critic, value = methods.transfer(
                 setting, (lm, params), rollouts=config.rollouts, lookahead=config.lookahead
@@ -194,7 +194,7 @@ def plan(config: Config, setting: Setting, loaded: dict[str, methods.Model]) -> 
     return out
 
 
-def betas(config: Config, name: str, loaded: dict[str, methods.Model]) -> tuple[float, ...]:
+def betas(config: Config, name: str, loaded: dict[str, loading.Model]) -> tuple[float, ...]:
     """The KL weights of a method: --beta, or the one that a follower's head was trained for. ValueError where --beta
     asks such a head for others."""
     spec = name.split("+")[0]
@@ -212,14 +212,14 @@ def run(config: Config, *, quiet: bool = False) -> pathlib.Path:
     """Decodes, writes the run folder, prints the table (unless quiet); gives the path of responses.jsonl."""
     check(config)
     given = folders(config)
-    tokenizer, loaded = methods.load(given, dtype=config.dtype, mesh=config.mesh, batch_size=config.batch_size)
+    tokenizer, loaded = loading.load(given, dtype=config.dtype, mesh=config.mesh, batch_size=config.batch_size)
     lm, params = loaded["model"]
-    methods.check_language_model("model", lm, config.model)
+    loading.check_language_model("model", lm, config.model)
     prompts = data.tokenize_prompts(config.prompts, tokenizer)
     texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
     everything = data.prompt_batch(texts.ids)
     judged = {"reward": config.reward, "gold": config.gold}
-    judges = methods.judges(judged, loaded, tokenizer, everything, config.max_new_tokens)
+    judges = loading.judges(judged, loaded, tokenizer, everything, config.max_new_tokens)
     setting = Setting(
         lm,
         policies.language_model(lm),
