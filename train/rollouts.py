@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -21,11 +21,11 @@ from train import common
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(common.Options):
-    """Options of scripts that make roll-outs."""
+class Source:
+    """What roll-outs are made from, and how."""
 
     base: str
-    """Folder of the base language model that makes the roll-outs; --model defaults to it."""
+    """Folder of the base language model that makes the roll-outs."""
     prompts: str
     """File of prompts: .txt, .jsonl or .jsonl.gz."""
     reward: str
@@ -40,8 +40,19 @@ class Options(common.Options):
     decode_batch: int = 64
     """Roll-outs decoded together."""
     rollouts: str = ""
-    """Run folder of another train.value or train.shaping with the same base, prompts, reward, samples, limit and seed:
-    its roll-outs are read, none are made."""
+    """Run folder of another train.value, train.shaping or train.calibrate with the same base, prompts, reward, samples,
+    limit and seed: its roll-outs are read, none are made."""
+    max_length: int = 256
+    """Longest row [tokens], prompt and response; a longer roll-out is an error."""
+    seed: int = 0
+    """Seed of all draws."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and of the weights as they are used; rewards stay float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Source, common.Options):
+    """Options of scripts that train on roll-outs; --model defaults to --base."""
 
 
 class Rollout(NamedTuple):
@@ -56,19 +67,26 @@ class Rollout(NamedTuple):
 def check(config: Options) -> None:
     """ValueErrors that name the option."""
     common.check(config)
+    check_source(config)
+
+
+def check_source(config: Source) -> None:
+    """ValueErrors that name the option."""
     for name in ("samples", "max_new_tokens", "shard", "decode_batch"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: expected at least 1, found {getattr(config, name)}")
 
 
-def inputs(config: Options) -> list[str]:
+def inputs(config: Source) -> list[str]:
     """The files and folders that a run reads."""
-    folders = [config.base, config.prompts, config.reward, config.model, config.architecture, config.tokenizer]
+    folders = [config.base, config.prompts, config.reward]
+    if isinstance(config, common.Options):
+        folders += [config.model, config.architecture, config.tokenizer]
     # The shards alone: the folder around them is written anew each time its own command is repeated.
     return [*folders, str(pathlib.Path(config.rollouts) / "rollouts") if config.rollouts else ""]
 
 
-def judge(config: Options, lm: models.LanguageModel, tokenizer: Any) -> tuple[Reward, Params]:
+def judge(config: Source, lm: models.LanguageModel, tokenizer: Any) -> tuple[Reward, Params]:
     """The Reward of --reward and its parameters. ValueErrors: no such program, another vocabulary, no scalar head."""
     if rewards.is_program(config.reward):
         read = rewards.program(config.reward)
@@ -80,7 +98,7 @@ def judge(config: Options, lm: models.LanguageModel, tokenizer: Any) -> tuple[Re
     return rewards.from_model(reward_lm), params
 
 
-def roll_out(config: Options, out: pathlib.Path, tokenizer: Any, *, stage: str) -> list[Rollout]:
+def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -> list[Rollout]:
     """All roll-outs, in order of prompt and sample; shards that are there are read. ValueError: they were made from
     other prompts, or one is longer than --max-length with its prompt."""
     prompts = data.tokenize_prompts(config.prompts, tokenizer)
@@ -111,7 +129,7 @@ def roll_out(config: Options, out: pathlib.Path, tokenizer: Any, *, stage: str) 
     return found
 
 
-def _check_same(config: Options, paths: list[pathlib.Path]) -> None:
+def _check_same(config: Source, paths: list[pathlib.Path]) -> None:
     """ValueError where the roll-outs of --rollouts are not those that this run would make, or are not complete."""
     other = pathlib.Path(config.rollouts) / "config.json"
     made = json.loads(other.read_text()) if other.exists() else {}
@@ -137,7 +155,7 @@ def _read(path: pathlib.Path, prompts: list[data.Prompt], digest: str, name: str
 
 
 def write_shard(
-    config: Options,
+    config: Source,
     policy: Any,
     reward: Reward,
     arguments: Params,

@@ -54,6 +54,36 @@ def best_of_n(
     ValueError: n < 1, a chunk that does not divide n, a reward over another vocabulary or prompts that do not fit its
     model, a reward that is NaN, and those of `sample`.
     """
+    selection = samples_with_rewards(
+        policy,
+        reward,
+        params,
+        rng,
+        prompts,
+        n=n,
+        max_new_tokens=max_new_tokens,
+        eos_ids=eos_ids,
+        temperature=temperature,
+        chunk=chunk,
+    )
+    check_scores(selection.reward)
+    return selection
+
+
+def samples_with_rewards(
+    policy: Policy,
+    reward: Reward,
+    params: Params,
+    rng: Array,
+    prompts: Prompts,
+    *,
+    n: int,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    temperature: ArrayLike = 1.0,
+    chunk: int | None = None,
+) -> Selection:
+    """As `best_of_n`, for callers that look at every reward themselves: one that is NaN is no error here."""
     if n < 1:
         raise ValueError(f"n: expected at least 1 sample, found {n}")
     chunk = n if chunk is None else chunk
@@ -67,9 +97,7 @@ def best_of_n(
     tempered, policy_params, inner = with_temperature(policy, own, inner, temperature)
     arrays = {"policy": policy_params, "reward": reward_params}
     both = {"policy": inner, "reward": judged}
-    selection = _best_of_n(tempered, reward, strong(arrays), rng, both, n, max_new_tokens, eos_ids, chunk)
-    check_scores(selection.reward)
-    return selection
+    return _best_of_n(tempered, reward, strong(arrays), rng, both, n, max_new_tokens, eos_ids, chunk)
 
 
 def check_reward(
