@@ -20,7 +20,7 @@ def token_rewards(reward: Array, log_ratio: Array, mask: Array, *, beta: ArrayLi
     Its sum is r − beta·log(pi/pi_ref)(y), whose mean under pi is E[r] − beta·KL(pi‖pi_ref). reward [b].
     """
     chex.assert_equal_shape([log_ratio, mask])
-    paid = jnp.where(mask, -beta * at_least_float32(log_ratio), 0)
+    paid = -jnp.where(mask, beta * at_least_float32(log_ratio), 0)
     last = jnp.arange(mask.shape[1]) == mdp.last_index(mask)[:, None]
     return paid + jnp.where(last, at_least_float32(reward)[:, None], 0)
 

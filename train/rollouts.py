@@ -86,13 +86,14 @@ def inputs(config: Source) -> list[str]:
     return [*folders, str(pathlib.Path(config.rollouts) / "rollouts") if config.rollouts else ""]
 
 
-def judge(config: Source, lm: models.LanguageModel, tokenizer: Any) -> tuple[Reward, Params]:
-    """The Reward of --reward and its parameters. ValueErrors: no such program, another vocabulary, no scalar head."""
-    if rewards.is_program(config.reward):
-        read = rewards.program(config.reward)
+def judge(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) -> tuple[Reward, Params]:
+    """The Reward of --reward, a folder or MODULE:FUNCTION, and its parameters. ValueErrors: no such program, another
+    vocabulary, no scalar head."""
+    if rewards.is_program(spec):
+        read = rewards.program(spec)
         return rewards.from_text(lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True), read), None
-    models.check_tokens(tokenizer.get_vocab(), models.tokenizer(config.reward).get_vocab(), name="reward")
-    reward_lm, params = models.load(config.reward, dtype=config.dtype)
+    models.check_tokens(tokenizer.get_vocab(), models.tokenizer(spec).get_vocab(), name="reward")
+    reward_lm, params = models.load(spec, dtype=dtype)
     if reward_lm.vocab_size != lm.vocab_size:
         raise ValueError(f"reward: expected {lm.vocab_size} tokens as the base has, found {reward_lm.vocab_size}")
     return rewards.from_model(reward_lm), params
@@ -112,7 +113,7 @@ def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -
     if not all(path.exists() for path in paths):
         lm, params = models.load(config.base, dtype=config.dtype)
         policy = policies.language_model(lm)
-        reward, reward_params = judge(config, lm, tokenizer)
+        reward, reward_params = judge(config.reward, lm, tokenizer, dtype=config.dtype)
         arguments = {"policy": params, "reward": reward_params}
         with cli.progress(f"{stage}: roll-outs", len(prompts), unit="prompt") as bar:
             for k, path in enumerate(paths):

@@ -197,4 +197,3 @@ def _split(rows: Any, rng: Array, minibatches: int, accumulate: int) -> list[Any
     order = jax.random.permutation(rng, rows["mask"].shape[0])
     parts = jax.tree.map(lambda x: x[order].reshape((minibatches, accumulate, -1, *x.shape[1:])), rows)
     return [jax.tree.map(lambda x: x[i], parts) for i in range(minibatches)]  # noqa: B023
-
