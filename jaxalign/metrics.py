@@ -88,8 +88,9 @@ def selection_win_rates(reward: np.ndarray, base_reward: np.ndarray) -> Selectio
     from one set of samples a side: reward [...,K] of the policy's, base_reward [...,L] of the base's, n = 1..min(K,L).
 
     W = Σ_ij v_i·v'_j·(1[y_i > z_j] + ½·1[y_i = z_j]) in ascending order, v_i = C(i−1, n−1)/C(K, n) for the best and
-    C(K−i, n−1)/C(K, n) for the worst: the mean over all pairs of subsets. How equal rewards are ordered changes nothing.
-    The estimates of different n rest on the same samples. ValueError for no samples, leading axes that differ, or NaN.
+    C(K−i, n−1)/C(K, n) for the worst: the mean over all pairs of subsets. How equal rewards are ordered changes
+    nothing. The estimates of different n rest on the same samples. ValueError for no samples, leading axes that differ,
+    or NaN.
     """
     y, z = np.sort(np.asarray(reward, np.float64)), np.sort(np.asarray(base_reward, np.float64))
     if y.ndim == 0 or y.shape[:-1] != z.shape[:-1] or 0 in (y.shape[-1], z.shape[-1]):

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxalign import gibbs
 from jaxalign.checks import check_positive
@@ -45,16 +44,17 @@ def solve(
     log_base: ArrayLike,
     beta: ArrayLike,
     *arguments: ArrayLike,
+    start: ArrayLike | None = None,
     steps: int = 4000,
     tolerance: float | None = None,
 ) -> FixedPoint:
     """The fixed point of (a) and (b) over M outcomes, of any procedure, [...] for beta of shape [...].
 
     win_rate(probabilities [M], *arguments) -> W^P [], whose gradient is R: of ranks `levels.procedure_win_rate`, of any
-    rule `levels.rule_win_rate`; a function built once is one trace. log_base [M], normalised inside. tolerance: of the residual; None:
-    1e-10 in float64, 1e-4 in float32.
+    rule `levels.rule_win_rate`; a function built once is one trace. log_base [M], normalised inside. tolerance: of the
+    residual; None: 1e-10 in float64, 1e-4 in float32.
 
-    Starts at the base. First KL-proximal ascent, log pi <- (1 − η)·log pi + η·(log base + R/beta) − log Z, η halved
+    Starts at the base, or at log probabilities `start` [M] on its support. First KL-proximal ascent, log pi <- (1 − η)·log pi + η·(log base + R/beta) − log Z, η halved
     until the objective does not fall: safe from anywhere. Where the objective is flat to rounding the same step goes
     on by the residual, η halved whenever it grows: undamped it would diverge for best-of-N and small beta. The
     residual says whether it converged. ValueError: beta <= 0.
@@ -64,7 +64,8 @@ def solve(
     dtype = jnp.result_type(log_base, beta)
     log_base = jnp.where(is_supported(log_base), jax.nn.log_softmax(log_base.astype(dtype)), NEGATIVE)
     limit = (1e-10 if dtype == jnp.float64 else 1e-4) if tolerance is None else tolerance
-    one = lambda beta: _solve(win_rate, limit, steps, log_base, beta, *arguments)  # noqa: E731
+    first = log_base if start is None else jnp.where(is_supported(log_base), jax.nn.log_softmax(start), NEGATIVE)
+    one = lambda beta: _solve(win_rate, limit, steps, log_base, first, beta, *arguments)  # noqa: E731
     for _ in range(beta.ndim):
         one = jax.vmap(one)
     return one(beta.astype(dtype))
@@ -77,12 +78,12 @@ class _State(NamedTuple):
     near: Array  # distance of the two
     eta: Array
     flat: Array  # whether the objective can no longer tell
-    count: Array
+    taken: Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _solve(
-    win_rate: WinRate, limit: float, steps: int, log_base: Array, beta: Array, *arguments: ArrayLike
+    win_rate: WinRate, limit: float, steps: int, log_base: Array, first: Array, beta: Array, *arguments: ArrayLike
 ) -> FixedPoint:
     eps = float(jnp.finfo(log_base.dtype).eps)
     inside = is_supported(log_base)
@@ -109,22 +110,22 @@ def _solve(
         # A change this small is rounding: from there on the distance decides.
         flat = state.flat | (jnp.abs(objective - state.objective) < 32 * eps)
         eta = jnp.where(accept, jnp.minimum(1.1 * state.eta, 1), state.eta / 2)
-        old = state[:4]
-        kept = (jnp.where(accept, a, b) for a, b in zip((policy, target, objective, near), old, strict=True))
-        return _State(*kept, eta, flat, state.count + 1)
+        moved = state._replace(log_policy=policy, target=target, objective=objective, near=near)
+        kept: _State = jax.tree.map(lambda new, old: jnp.where(accept, new, old), moved, state)
+        return kept._replace(eta=eta, flat=flat, taken=state.taken + 1)
 
     def going(state: _State) -> Array:
         far = jnp.abs(gap(state.log_policy, state.target)).max() > limit
-        return far & (state.count < steps) & (state.eta > eps)
+        return far & (state.taken < steps) & (state.eta > eps)
 
-    objective, target = look(log_base)
-    near, eta = distance(log_base, target), jnp.ones_like(beta)
-    start = _State(log_base, target, objective, near, eta, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
+    objective, target = look(first)
+    near, eta = distance(first, target), jnp.ones_like(beta)
+    start = _State(first, target, objective, near, eta, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
     found = jax.lax.while_loop(going, step, start)
     reward = value_and_reward(jnp.exp(found.log_policy), *arguments)[1]
     reward = reward - jnp.where(inside, reward, -jnp.inf).max()
     residual = jnp.abs(gap(found.log_policy, found.target)).max()
-    return FixedPoint(reward, found.log_policy, found.objective, residual, found.count)
+    return FixedPoint(reward, found.log_policy, found.objective, residual, found.taken)
 
 
 def optimal_transform(procedure: Procedure, beta: ArrayLike, *, steps: int = 4000) -> FixedPoint:

@@ -1,7 +1,7 @@
 """Inference-time procedures that look at ranks alone: what is finally emitted, as a reweighting of quantiles.
 
-A procedure P is calibrated when P(pi)(y) = pi(y)·g(s), s the quantile of y's reward under pi itself, ∫_0^1 g = 1: g says
-which quantiles it favours, G(s) = ∫_0^s g is the law of the emitted quantile. Source: InfAlign, arXiv 2412.19792.
+A procedure P is calibrated when P(pi)(y) = pi(y)·g(s), s the quantile of y's reward under pi itself, ∫_0^1 g = 1: g
+says which quantiles it favours, G(s) = ∫_0^s g is the law of the emitted quantile. Source: InfAlign, arXiv 2412.19792.
 """
 
 from __future__ import annotations
