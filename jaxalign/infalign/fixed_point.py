@@ -54,10 +54,11 @@ def solve(
     rule `levels.rule_win_rate`; a function built once is one trace. log_base [M], normalised inside. tolerance: of the
     residual; None: 1e-10 in float64, 1e-4 in float32.
 
-    Starts at the base, or at log probabilities `start` [M] on its support. First KL-proximal ascent, log pi <- (1 − η)·log pi + η·(log base + R/beta) − log Z, η halved
-    until the objective does not fall: safe from anywhere. Where the objective is flat to rounding the same step goes
-    on by the residual, η halved whenever it grows: undamped it would diverge for best-of-N and small beta. The
-    residual says whether it converged. ValueError: beta <= 0.
+    Starts at the base, or at log probabilities `start` [M] on its support. First KL-proximal ascent,
+    log pi <- (1 − η)·log pi + η·(log base + R/beta) − log Z, η halved until the objective does not fall: safe from
+    anywhere. Where the objective is flat to rounding the same step goes on by the residual, η halved whenever it grows:
+    undamped it would diverge for best-of-N and small beta. The residual says whether it converged. ValueError:
+    beta <= 0.
     """
     check_positive("beta", beta)
     log_base, beta = at_least_float32(log_base), at_least_float32(beta)
