@@ -72,13 +72,13 @@ def worst_of_n_power(n: int) -> Transform:
 
 
 def tabulated(c: ArrayLike, value: ArrayLike) -> Transform:
-    """Phi by linear interpolation of value [M] at increasing c [M] (constant beyond its ends): a fixed point as a
-    transform. ValueError (concrete values): shapes, c not increasing, a value that is NaN or falls."""
+    """Phi by linear interpolation of value [M] at sorted c [M] (constant beyond its ends): a fixed point as a
+    transform. ValueError: shapes; on concrete values also c not sorted, a value that is NaN or falls."""
     c, value = at_least_float32(c), at_least_float32(value)
     if c.ndim != 1 or c.shape != value.shape or c.shape[0] < 2:
         raise ValueError(f"c, value: expected one shape [M], M at least 2, found {c.shape} and {value.shape}")
-    if is_concrete(c) and not (np.diff(np.asarray(c)) > 0).all():
-        raise ValueError("c: expected increasing quantiles, found some that do not increase")
+    if is_concrete(c) and not (np.diff(np.asarray(c)) >= 0).all():
+        raise ValueError("c: expected sorted quantiles, found some that fall")
     if is_concrete(value):
         _check_steps("value", np.asarray(value))
     return lambda x: jnp.interp(at_least_float32(x), c, value)
