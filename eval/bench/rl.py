@@ -1,4 +1,4 @@
-"""python -m eval.bench rl: an iteration of train.rl (RLOO), roll-out and update, against TRL's RLOO trainer on torch."""
+"""python -m eval.bench rl: an iteration of train.rl (RLOO), roll-out and update, against TRL's RLOO trainer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from eval.bench import common
 from jaxalign import cli, models, training
 from jaxalign.training import policy_gradient
 from jaxalign.types import Array
-from train import rl, rl_reward
 from train import common as training_common
+from train import rl, rl_reward
 
 BETA, CLIP = 0.05, 1.0
 
@@ -50,8 +50,8 @@ class Config(common.Options):
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Samples/s of an iteration: roll-out, reward, reference, one AdamW step on all responses. The same weights, prompts
-    and lengths on both sides; the reward is the share of even tokens, which costs nothing on either.
+    """Samples/s of an iteration: roll-out, reward, reference, one AdamW step on all responses. The same weights,
+    prompts and lengths on both sides; the reward is the share of even tokens, which costs nothing on either.
 
     Both update all weights in float32, clip the gradient's norm to 1, take the KL (beta 0.05) off the reward and keep
     the reference beside.
@@ -146,7 +146,7 @@ def _trl(lm: models.LanguageModel, params: Any, config: Config) -> float:
 
     stamps: list[float] = []
 
-    class Clock(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+    class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             stamps.append(time.perf_counter())
 

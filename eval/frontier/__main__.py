@@ -10,9 +10,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.frontier import bound, language, noise, samples, tree, world
+from eval.frontier import bound, language, noise, samples, trained, tree, world
 
-STUDIES = {"tree": tree, "noise": noise, "samples": samples, "bound": bound, "world": world, "language": language}
+STUDIES = {
+    "tree": tree,
+    "noise": noise,
+    "samples": samples,
+    "bound": bound,
+    "world": world,
+    "language": language,
+    "trained": trained,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
