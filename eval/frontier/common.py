@@ -53,6 +53,8 @@ def check(options: Options) -> None:
         if field.name == "seed" or isinstance(value, str | bool):
             continue
         values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, str) for v in values):
+            continue
         if not values or not all(0 < v < math.inf for v in values):
             raise ValueError(f"{field.name}: expected finite values > 0, found {value}")
 

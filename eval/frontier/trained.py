@@ -1,9 +1,9 @@
 """python -m eval.frontier trained: policies that train.rl aligns with calibrated, transformed rewards, and the curves
 
 Reads a base, a reward and prompts (by default those of a finished train.quickstart), makes a calibration table, trains
-a policy for each transform and KL (the beta that the closed form predicts for it; for rewards without calibration the KL
-is held by changing beta), draws many responses of each to held-out prompts, and sets win rate, best-of-n and worst-of-n
-win rates at the KL that was reached beside those of the closed form there.
+a policy for each transform and KL (at the beta of the closed form; without calibration beta is adapted to hold the KL),
+draws many responses of each to held-out prompts, and sets win rate, best-of-n and worst-of-n win rates at the KL that
+was reached beside those of the closed form there.
 """
 
 from __future__ import annotations
@@ -67,8 +67,7 @@ class Drawn(NamedTuple):
 
 def run(config: Config) -> list[dict[str, Any]]:
     """All rows; writes NAME.json and NAME.png."""
-    checked = dataclasses.replace(config, ablation=("-",))
-    common.check(dataclasses.replace(checked, kls=config.kls))
+    common.check(config)
     for text in config.transforms:
         infalign.parse(text)
     root = pathlib.Path(config.run)
