@@ -13,7 +13,7 @@ import pytest
 from jaxalign import infalign, models, rewards, shaping
 from jaxalign.data import opinions, tables
 from jaxalign.training import metrics
-from train import calibrate, rl, rl_reward, sft, world
+from train import calibrate, distil, rl, rl_reward, rollouts, sft, world
 
 GOLD = f"{__name__}:lengths"
 PROMPTS, LIMIT, K = 8, 6, 4
@@ -232,3 +232,48 @@ def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(fi
     threshold = shaping.optimal_threshold(own, gain=4.0)
     np.testing.assert_allclose(found.params["map"]["threshold"], threshold, rtol=1e-5)
     assert found.params["map"]["bound"] == 2.0
+
+
+@pytest.mark.parametrize("loss", ["bonbon", "sft"])
+def test_best_of_n_is_distilled_from_the_tables_samples(loss, files, tmp_path):
+    short = (
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--max-length",
+        "64",
+        "--validation",
+        "0.3",
+        "--learning-rate",
+        "1e-3",
+    )
+    command = ["--model", str(files / "base/model"), "--calibration", str(files / "table"), "--n", "2", *short]
+    distil.main([*command, "--loss", loss, "--out", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["wanted_margin"] == 1.0
+    assert 0 < summary["pairs"] <= PROMPTS * K / 2
+    assert models.load(tmp_path / "run/model")[0].config.head is None
+
+
+def test_the_margin_of_distillation_is_that_of_the_best_of_n_policy():
+    """E of (n−1)·(log max − log min) of n uniforms, by 400,000 draws: the standard error is below 0.3 %."""
+    for n in (2, 4, 8):
+        c = np.random.default_rng(n).random((400_000, n))
+        drawn = (n - 1) * (np.log(c.max(axis=1)) - np.log(c.min(axis=1)))
+        assert abs(drawn.mean() - distil.margin(n)) < 4 * drawn.std() / np.sqrt(len(c))
+    assert distil.margin(4) == pytest.approx(5.5)
+
+
+def test_distillation_keeps_the_best_and_the_worst_of_each_group_and_refuses_another_base(files, tmp_path):
+    found = [rollouts.Rollout([1], [i], float(r), 0) for i, r in enumerate((3, 1, 2, 5, 5, 5))]
+    kept = list(distil.best_and_worst(found, 3))
+    assert [(pair.chosen, pair.rejected) for pair in kept] == [([0], [1])]
+    lm, params = models.load(files / "base/model")
+    params["transformer"]["norm"] = jax.tree.map(lambda x: x + 1, params["transformer"]["norm"])
+    models.save(tmp_path / "other", lm, params, tokenizer=models.tokenizer(str(files / "base/model")))
+    given = ["--calibration", str(files / "table"), "--out", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="model: expected the base that"):
+        distil.main(["--model", str(tmp_path / "other"), *given])
+    with pytest.raises(ValueError, match="n: expected at most the table's 4"):
+        distil.main(["--model", str(files / "base/model"), "--n", "5", *given])

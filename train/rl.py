@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -25,13 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign import advantages, cli, data, decoding, models, policies, training
+from jaxalign import cli, data, decoding, models, policies, training
 from jaxalign.data import batches, preferences
 from jaxalign.training import objectives, policy_gradient
-from jaxalign.types import Params, Policy, TokenBatch
+from jaxalign.types import Params, TokenBatch
 from train import common, lora, rl_reward
-
-BAD_IN_A_ROW = 3
+from train.rl_iteration import Learner, State, make_iteration, weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,34 +70,11 @@ class Config(rl_reward.Options, lora.Options):
     """Share of the prompts held out for the figures in summary.json, chosen by a hash of the prompt; 0: none."""
 
 
-class State(NamedTuple):
-    """step []: iterations; train: of the optimizer; beta []; dropped [2]: iterations with a reward that was not finite,
-    in all and in a row."""
-
-    step: jax.Array
-    train: training.TrainState
-    beta: jax.Array
-    dropped: jax.Array
-
-
 class Ask(NamedTuple):
     """A prompt. row: in its file, which per-prompt tables are looked up by."""
 
     prompt: list[int]
     row: int
-
-
-class Learner(NamedTuple):
-    """What an iteration is made of. reference: the model without heads; assemble(params, frozen) -> the model's
-    parameters, where an adapter is trained with the weights under it."""
-
-    config: Config
-    lm: models.LanguageModel
-    reference: models.LanguageModel
-    policy: Policy
-    reward: rl_reward.Composed
-    method: policy_gradient.Method
-    assemble: Callable[[Params, Params], Params]
 
 
 def check(config: Config) -> None:
@@ -140,89 +115,6 @@ def collate(rows: Sequence[Ask], *, length: int) -> dict[str, np.ndarray]:
     assert made.index is not None
     found = {"prompt_tokens": made.tokens, "prompt_mask": made.mask, "index": made.index}
     return {name: np.asarray(x) for name, x in found.items()}
-
-
-def draw(learner: Learner, params: Params, frozen: Params, rng: jax.Array, prompts: TokenBatch) -> Any:
-    """A Selection of the policy's own responses with their rewards."""
-    own = _weights(learner.lm, learner.assemble, params, frozen)
-    both = {"policy": own, "reward": frozen["reward"]}
-    config = learner.config
-    return policy_gradient.collect(
-        learner.policy,
-        learner.reward.reward,
-        both,
-        rng,
-        prompts,
-        samples=config.samples,
-        max_new_tokens=config.max_new_tokens,
-        eos_ids=learner.lm.config.eos_ids,
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _weights(lm: models.LanguageModel, assemble: Any, params: Params, frozen: Params) -> Params:
-    return objectives.cast(lm, assemble(params, frozen))
-
-
-def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, float]], None] | None = None) -> Any:
-    """(state, batch, frozen) -> (state, metrics): one roll-out and the updates on it, for `training.fit`. after: told
-    the seconds of roll-out and update, which waits for both: benchmarks."""
-    config = learner.config
-    read_model, read_reference = policy_gradient.of_model(learner.lm), policy_gradient.of_model(learner.reference)
-    reference = lambda frozen, rows: read_reference(frozen["reference"], rows)[0]  # noqa: E731
-
-    @jax.jit
-    def prepare(params: Params, frozen: Params, prompts: TokenBatch, drawn: Any, beta: jax.Array) -> Any:
-        whole = learner.assemble(params, frozen)
-        return policy_gradient.prepare(learner.method, read_model, reference, whole, frozen, prompts, drawn, beta)
-
-    def iteration(state: State, batch: Any, frozen: Params) -> tuple[State, dict[str, Any]]:
-        begin = time.perf_counter()
-        part = jax.tree.map(lambda x: x[0], batch)
-        prompts = TokenBatch(part["prompt_tokens"], part["prompt_mask"], part["index"])
-        rng, order = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), int(state.step)))
-        drawn = draw(learner, state.train.params, frozen, rng, prompts)
-        # The one wait of an iteration: whether every reward is a number, and how long the longest response is.
-        paid, mask = np.asarray(drawn.reward), np.asarray(drawn.samples.mask)
-        rolled = time.perf_counter()
-        if not np.isfinite(paid).all():
-            return _drop(state, paid, np.asarray(part["index"]))
-        longest = int(mask.sum(axis=-1).max())
-        drawn = policy_gradient.trim(drawn, min(data.bucket(longest), mask.shape[-1]))
-        rows, metrics = prepare(state.train.params, frozen, prompts, drawn, state.beta)
-        train, sums = state.train, []
-        for i in range(config.passes):
-            parts = policy_gradient.split(
-                rows, jax.random.fold_in(order, i), minibatches=config.minibatches, accumulate=config.accumulate
-            )
-            for rows_of_step in parts:
-                train, found = update(train, rows_of_step, frozen)
-                sums.append(found)
-        means = {name: sum(found[name] for found in sums) / len(sums) for name in sums[0]}
-        beta = state.beta
-        if config.target_kl:
-            beta = advantages.adapt_beta(beta, metrics["kl"], target=config.target_kl).astype(jnp.float32)
-        dropped = state.dropped * jnp.asarray([1, 0], jnp.int32)
-        if after is not None:
-            jax.block_until_ready(train)
-            after({"rollout": rolled - begin, "update": time.perf_counter() - rolled, "tokens": float(mask.sum())})
-        told = means | metrics | {"beta": state.beta, "dropped": dropped[0], "tokens": mask.sum()}
-        return State(state.step + 1, train, beta, dropped), told
-
-    return iteration
-
-
-def _drop(state: State, paid: np.ndarray, index: np.ndarray) -> tuple[State, dict[str, Any]]:
-    """The state without an update. FloatingPointError at the third such batch in a row, with the prompts named."""
-    dropped = state.dropped + 1
-    bad = sorted({int(i) for i in index[~np.isfinite(paid).all(axis=1)]})
-    print(f"rl: dropped iteration {int(state.step) + 1}: rewards that are not finite for prompts {bad}", flush=True)
-    if int(dropped[1]) >= BAD_IN_A_ROW:
-        raise FloatingPointError(
-            f"reward: expected finite numbers, found others in {BAD_IN_A_ROW} batches in a row, the last for "
-            f"prompts {bad}"
-        )
-    return State(state.step + 1, state.train, state.beta, dropped), {"dropped": dropped[0], "tokens": 0}
 
 
 def learner_of(
@@ -354,7 +246,7 @@ def measure(learner: Learner, params: Params, frozen: Params, rows: Sequence[Ask
         return {}
     config = learner.config
     beside = policies.with_reference(learner.policy, policies.language_model(learner.reference))
-    whole = _weights(learner.lm, learner.assemble, params, frozen)
+    whole = weights(learner.lm, learner.assemble, params, frozen)
     both = {"policy": whole, "reference": frozen["reference"]}
     judge, raw = jax.jit(learner.reward.reward), jax.jit(learner.reward.raw)
     parts = []

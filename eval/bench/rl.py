@@ -20,7 +20,7 @@ from jaxalign import cli, models, training
 from jaxalign.training import policy_gradient
 from jaxalign.types import Array
 from train import common as training_common
-from train import rl, rl_reward
+from train import rl, rl_iteration, rl_reward
 
 BETA, CLIP = 0.05, 1.0
 
@@ -109,14 +109,14 @@ def _ours(lm: models.LanguageModel, params: Any, config: Config) -> list[dict[st
     learner, trained, frozen = rl.learner_of(options, begin, rl_reward.Composed(even_share, None, even_share, None))
     loss = policy_gradient.loss(learner.method, policy_gradient.of_model(lm))
     update = training.train_step(loss, optimizer, schedule=schedule)
-    state = rl.State(
+    state = rl_iteration.State(
         jnp.zeros((), jnp.int32),
         training.create(trained, optimizer),
         jnp.asarray(BETA, jnp.float32),
         jnp.zeros(2, jnp.int32),
     )
     seconds: list[dict[str, float]] = []
-    iteration = rl.make_iteration(learner, update, after=seconds.append)
+    iteration = rl_iteration.make_iteration(learner, update, after=seconds.append)
     asked = common.prompts(count, config.prompt, vocab=lm.vocab_size)
     batch = {"prompt_tokens": asked.tokens, "prompt_mask": asked.mask, "index": jnp.arange(count, dtype=jnp.int32)}
     batch = jax.tree.map(lambda x: x[None], batch)
