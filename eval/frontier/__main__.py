@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.frontier import bound, language, noise, samples, trained, tree, world
+from eval.frontier import bound, language, noise, nudging, samples, trained, tree, world
 
 STUDIES = {
     "tree": tree,
@@ -20,6 +20,7 @@ STUDIES = {
     "world": world,
     "language": language,
     "trained": trained,
+    "nudging": nudging,
 }
 
 
