@@ -110,7 +110,9 @@ def _solve(
         accept = jnp.where(state.flat, near < state.near, objective >= state.objective)
         # A change this small is rounding: from there on the distance decides.
         flat = state.flat | (jnp.abs(objective - state.objective) < 32 * eps)
-        eta = jnp.where(accept, jnp.minimum(1.1 * state.eta, 1), state.eta / 2)
+        # Where errors fall by less than a step of this size makes the slowest of them fall, it overshoots the others.
+        good = accept & (~state.flat | (near < (1 - state.eta / 2) * state.near))
+        eta = jnp.where(good, jnp.minimum(1.1 * state.eta, 1), state.eta / 2)
         moved = state._replace(log_policy=policy, target=target, objective=objective, near=near)
         kept: _State = jax.tree.map(lambda new, old: jnp.where(accept, new, old), moved, state)
         return kept._replace(eta=eta, flat=flat, taken=state.taken + 1)
