@@ -70,7 +70,7 @@ def optimum(procedure: str, n: int, kls: Any) -> tuple[np.ndarray, infalign.Curv
         return np.log(np.asarray(rates.kl)), rates, np.asarray(found.residual)
 
     wanted = np.log(np.asarray(kls))
-    sweep = np.linspace(np.log(3e-4), np.log(4.0), max(len(wanted), 24))
+    sweep = np.linspace(np.log(1e-5), np.log(4.0), max(len(wanted), 32))
     log_kl, _, residual = at(sweep)
     good = residual < 1e-8
     log_beta = np.interp(wanted, log_kl[good][::-1], sweep[good][::-1])
