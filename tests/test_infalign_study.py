@@ -60,6 +60,8 @@ def test_the_study_writes_its_tables_and_figure(tmp_path):
     (row,) = [r for r in rows if r.get("win rate") == "best of N" and r["KL"] == "0.5"]
     assert row["optimum"] == pytest.approx(0.8156, abs=2e-4)
     assert row["its beta"] == pytest.approx(0.2340, abs=1e-4)
+    (row,) = [r for r in rows if r.get("best |a| under") == "best of N" and r["KL"] == "0.5"]
+    assert row["|a|"] == pytest.approx(4.6, abs=0.2)
     assert (tmp_path / "infalign.png").stat().st_size > 10_000
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -121,6 +122,38 @@ def tables(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
+@functools.partial(jax.jit, static_argnames=("procedure", "n"))
+def _by_exponent(a: Array, kls: Array, *, procedure: str, n: int) -> Array:
+    """Win rates [a, KL] under a procedure of exponentials of strengths |a| [a] at given KL."""
+
+    def of(a: Array) -> Array:
+        def transform(c: Array) -> Array:
+            if procedure == "worst_of_n":
+                return jnp.expm1(-a * c) / jnp.expm1(-a)
+            return jnp.exp(a * (c - 1)) * jnp.expm1(-a * c) / jnp.expm1(-a)
+
+        return getattr(infalign.tilted_curve(transform, infalign.match_kl(transform, kls), n=n), procedure)
+
+    return jax.vmap(of)(a)
+
+
+def best_exponents(config: Config) -> list[dict[str, Any]]:
+    """Rows of the exponential that comes closest to the optimum, sought over |a| from 1 to 160."""
+    strengths = jnp.geomspace(1.0, 160.0, 128)
+    rows: list[dict[str, Any]] = []
+    for procedure, n in itertools.product(PROCEDURES, [n for n in config.n if n <= 8]):
+        kls = [kl for kl in config.kls if procedure == "best_of_n" or kl <= 0.5]
+        if kls:
+            rates = np.asarray(_by_exponent(strengths, jnp.asarray(kls), procedure=procedure, n=n))
+            best = optimum(procedure, n, kls)[1]
+            for k, kl in enumerate(kls):
+                at = int(np.nanargmax(rates[:, k]))
+                row = {"best |a| under": procedure.replace("_n", "_N").replace("_", " "), "N": n, "KL": f"{kl:g}"}
+                row |= {"|a|": round(float(strengths[at]), 1), "win rate": float(rates[at, k])}
+                rows.append(row | {"optimum": float(getattr(best, procedure)[k])})
+    return rows
+
+
 class Prompts(NamedTuple):
     """Random prompts, [prompts, outcomes]. log_base; reward ~ N(0,1) without ties, rank: its order."""
 
@@ -201,7 +234,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     common.check(config)
     with jax.enable_x64(True):
         prompts = random_prompts(config)
-        rows = tables(config) + finite_tables(config, prompts) + equal_mean_kl(config, prompts)
+        rows = tables(config) + best_exponents(config) + finite_tables(config, prompts) + equal_mean_kl(config, prompts)
         out = common.report("infalign", config, rows, digits=4)
         draw(config, out)
     return rows
