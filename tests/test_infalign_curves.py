@@ -248,7 +248,7 @@ def test_infalign_T11_bases_and_rewards_without_ties_agree_up_to_their_largest_a
     for count in (100, 1000):
         rng = np.random.default_rng(count)
         base = jnp.asarray(rng.dirichlet(np.full(count, 2.0), 3))
-        rank = infalign.levels(rng.standard_cauchy((3, count)))
+        rank = infalign.ranks(rng.standard_cauchy((3, count)))
         c, limit = infalign.mid_rank(base, rank), float(base.max())
         for text, beta in betas.items():
             transform = infalign.parse(text)

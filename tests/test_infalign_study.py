@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from eval.frontier import __main__ as program
-from eval.frontier import infalign as study
+from eval.frontier import calibration
 
-CONFIG = study.Config()
+CONFIG = calibration.Options()
 
 # Section 2.3; its own noise is given as about .006.
 FINITE = {
@@ -24,12 +24,12 @@ FINITE = {
 @pytest.fixture(scope="module")
 def prompts():
     with jax.enable_x64(True):
-        return study.random_prompts(CONFIG)
+        return calibration.random_prompts(CONFIG)
 
 
 def test_infalign_T9_win_rates_from_tables_of_few_samples(prompts):
     with jax.enable_x64(True):
-        rows = study.finite_tables(CONFIG, prompts)
+        rows = calibration.finite_tables(CONFIG, prompts)
     assert [row["samples K"] for row in rows] == ["4", "8", "16", "32", "100", "1000", "exact"]
     for goal, expected in FINITE.items():
         found = np.array([row[goal] for row in rows])
@@ -41,7 +41,7 @@ def test_infalign_T9_win_rates_from_tables_of_few_samples(prompts):
 
 def test_infalign_T12_with_one_beta_calibrated_rewards_win_at_equal_mean_kl(prompts):
     with jax.enable_x64(True):
-        rows = study.equal_mean_kl(CONFIG, prompts)
+        rows = calibration.equal_mean_kl(CONFIG, prompts)
     found = {row["reward at one beta"]: row for row in rows}
     assert all(row["mean KL"] == pytest.approx(0.5, abs=1e-9) for row in rows)
     rate = {name: row["win rate alone"] for name, row in found.items()}

@@ -11,14 +11,14 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.frontier import common
-from jaxalign import cli, gibbs, infalign
+from eval.frontier import calibration, common
+from jaxalign import cli, infalign
 from jaxalign.types import Array
 
 STYLES: dict[str, tuple[str, str]] = {
@@ -38,21 +38,13 @@ PROCEDURES = {"best_of_n": ("exp:5", "exp:10", "exp:20"), "worst_of_n": ("exp:-5
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Options):
+class Config(calibration.Options):
     """Options of eval.frontier infalign."""
 
     n: tuple[int, ...] = (2, 4, 8, 32)
     """The N of best-of-N and worst-of-N; the figure shows 4, or the first where 4 is not among them."""
     kls: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 2.0)
     """KL to the base at which the tables compare [nats]."""
-    prompts: int = 200
-    """Random prompts of the finite tables and of equal mean KL."""
-    outcomes: int = 64
-    """Outcomes of each."""
-    tables: tuple[int, ...] = (4, 8, 16, 32, 100, 1000)
-    """Base samples K per prompt that calibration rests on."""
-    mean_kl: float = 0.5
-    """Mean KL over prompts of both [nats]."""
 
 
 def transform_of(name: str, n: int, procedure: str) -> infalign.Transform:
@@ -61,33 +53,32 @@ def transform_of(name: str, n: int, procedure: str) -> infalign.Transform:
 
 
 def optimum(procedure: str, n: int, kls: Any) -> tuple[np.ndarray, infalign.Curve]:
-    """(beta, curve), [KL] each, of the optimal transform at given KL: by secants in log beta from a coarse sweep. NaN
-    where the fixed point was not reached."""
+    """(beta, curve), [KL] each, of the optimal transform at given KL: a sweep of beta, then secants in log beta against
+    log KL. NaN where the KL needs a beta below the sweep."""
     runs = infalign.best_of(n) if procedure == "best_of_n" else infalign.worst_of(n)
-
-    def at(log_beta: np.ndarray) -> tuple[np.ndarray, infalign.Curve, np.ndarray]:
-        found = infalign.optimal_transform(runs, jnp.exp(log_beta), steps=1000)
-        rates = infalign.curve(found.log_policy, n=n)
-        return np.log(np.asarray(rates.kl)), rates, np.asarray(found.residual)
-
     wanted = np.log(np.asarray(kls))
     sweep = np.linspace(np.log(1e-5), np.log(4.0), max(len(wanted), 32))
-    log_kl, _, residual = at(sweep)
-    good = residual < 1e-8
-    log_beta = np.interp(wanted, log_kl[good][::-1], sweep[good][::-1])
-    # To the sweep's length, so that all calls are one program.
-    pad = lambda x: np.resize(x, len(sweep))  # noqa: E731
-    slope = np.interp(wanted, log_kl[good][::-1], np.gradient(sweep[good], log_kl[good])[::-1])
-    log_kl = at(pad(log_beta))[0][: len(wanted)]
+
+    def at(log_beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """(log KL, residual, curve); repeated to the sweep's length, so that all calls are one program."""
+        found = infalign.optimal_transform(runs, jnp.exp(np.resize(log_beta, len(sweep))), steps=1000)
+        rates = [np.asarray(x)[: len(log_beta)] for x in infalign.curve(found.log_policy, n=n)]
+        return np.log(rates[0]), np.asarray(found.residual)[: len(log_beta)], rates
+
+    log_kl = at(sweep)[0]
+    log_beta = np.interp(wanted, log_kl[::-1], sweep[::-1])
+    slope = np.interp(wanted, log_kl[::-1], np.gradient(sweep, log_kl)[::-1])
+    log_kl, residual, rates = at(log_beta)
     for _ in range(4):
-        moved = log_beta + np.clip(slope * (wanted - log_kl), -0.5, 0.5)
-        new_kl, rates, residual = at(pad(moved))
-        new_kl, change = new_kl[: len(wanted)], new_kl[: len(wanted)] - log_kl
-        slope = np.where(np.abs(change) > 1e-9, (moved - log_beta) / np.where(change == 0, 1, change), slope)
-        log_beta, log_kl = moved, new_kl
-    met = (np.abs(log_kl - wanted) < 1e-5) & (residual[: len(wanted)] < 1e-8)
-    curve = infalign.Curve(*(np.where(met, np.asarray(x)[: len(wanted)], np.nan) for x in rates))  # type: ignore[arg-type]
-    return np.where(met, np.exp(log_beta), np.nan), curve
+        step = np.clip(slope * (wanted - log_kl), -0.5, 0.5)
+        before = log_kl
+        log_beta = log_beta + step
+        log_kl, residual, rates = at(log_beta)
+        moved = log_kl - before
+        slope = np.where(np.abs(moved) > 1e-9, step / np.where(moved == 0, 1, moved), slope)
+    met = (np.abs(log_kl - wanted) < 1e-5) & (residual < 1e-8)
+    kl, *won = (jnp.asarray(np.where(met, x, np.nan)) for x in rates)
+    return np.where(met, np.exp(log_beta), np.nan), infalign.Curve(kl, *won)
 
 
 def curves(procedure: str, n: int, kls: Any, names: Sequence[str]) -> dict[str, tuple[Any, infalign.Curve]]:
@@ -154,87 +145,17 @@ def best_exponents(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-class Prompts(NamedTuple):
-    """Random prompts, [prompts, outcomes]. log_base; reward ~ N(0,1) without ties, rank: its order."""
-
-    log_base: Array
-    reward: Array
-    rank: Array
-
-
-def random_prompts(config: Config) -> Prompts:
-    rng = np.random.default_rng(config.seed)
-    log_base = np.log(rng.dirichlet(np.ones(config.outcomes), config.prompts))
-    reward = rng.normal(size=log_base.shape)
-    return Prompts(jnp.asarray(log_base), jnp.asarray(reward), infalign.levels(reward))
-
-
-@functools.partial(jax.jit, static_argnames="kl")
-def at_mean_kl(log_base: Array, reward: Array, *, kl: float) -> Array:
-    """log of the tilted policies [prompts, outcomes] of the one beta at which their mean KL to the base is `kl`."""
-
-    def policy(log_beta: Array) -> Array:
-        return gibbs.log_policy(log_base, reward, beta=jnp.exp(log_beta))
-
-    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket
-        middle = (low + high) / 2
-        above = gibbs.kl(policy(middle), log_base).mean() > kl
-        return jnp.where(above, middle, low), jnp.where(above, high, middle)
-
-    low, high = jax.lax.fori_loop(0, 60, halve, (jnp.log(1e-6) + 0 * reward.sum(), jnp.log(1e4) + 0 * reward.sum()))
-    return policy((low + high) / 2)
-
-
-GOALS = {
-    "identity, alone": ("identity", infalign.none()),
-    "exp:10, best of 4": ("exp:10", infalign.best_of(4)),
-    "exp:-10, worst of 4": ("exp:-10", infalign.worst_of(4)),
-}
-
-
-def finite_tables(config: Config, prompts: Prompts) -> list[dict[str, Any]]:
-    """Rows of win rates where the calibrated reward rests on K base samples a prompt."""
-    base = jnp.exp(prompts.log_base)
-    rng = np.random.default_rng([config.seed, 1])
-    rows = []
-    for size in (*config.tables, None):
-        row: dict[str, Any] = {"samples K": "exact" if size is None else str(size)}
-        c = infalign.mid_rank(base, prompts.rank)
-        if size is not None:
-            law = np.asarray(base) / np.asarray(base).sum(-1, keepdims=True)
-            drawn = np.stack([rng.choice(config.outcomes, size, p=p) for p in law])
-            c = infalign.calibrate(prompts.reward, jnp.take_along_axis(prompts.reward, jnp.asarray(drawn), axis=-1))
-        for goal, (text, procedure) in GOALS.items():
-            policy = jnp.exp(at_mean_kl(prompts.log_base, infalign.parse(text)(c), kl=config.mean_kl))
-            row |= common.estimate(goal, infalign.procedure_win_rate(policy, base, prompts.rank, procedure))
-        rows.append(row)
-    return rows
-
-
-def equal_mean_kl(config: Config, prompts: Prompts) -> list[dict[str, Any]]:
-    """Rows of win rates with one beta for all prompts, whose rewards have scales e^N(0,1)."""
-    rng = np.random.default_rng([config.seed, 2])
-    base = jnp.exp(prompts.log_base)
-    raw = prompts.reward * np.exp(rng.normal(size=(config.prompts, 1)))
-    mean = (base * raw).sum(-1, keepdims=True)
-    deviation = jnp.sqrt((base * (raw - mean) ** 2).sum(-1, keepdims=True))
-    rewards = {"raw": raw, "z-score": (raw - mean) / deviation, "calibrated": infalign.mid_rank(base, prompts.rank)}
-    rows = []
-    for name, reward in rewards.items():
-        policy = at_mean_kl(prompts.log_base, reward, kl=config.mean_kl)
-        kl = gibbs.kl(policy, prompts.log_base)
-        found = common.estimate("win rate alone", infalign.win_rate(jnp.exp(policy), base, prompts.rank))
-        rows.append({"reward at one beta": name} | found | {"mean KL": float(kl.mean()), "largest KL": float(kl.max())})
-    return rows
-
-
 def run(config: Config) -> list[dict[str, Any]]:
     """All rows; writes infalign.json and infalign.png."""
     common.check(config)
     with jax.enable_x64(True):
-        prompts = random_prompts(config)
-        rows = tables(config) + best_exponents(config) + finite_tables(config, prompts) + equal_mean_kl(config, prompts)
+        prompts = calibration.random_prompts(config)
+        rows = (
+            tables(config)
+            + best_exponents(config)
+            + calibration.finite_tables(config, prompts)
+            + calibration.equal_mean_kl(config, prompts)
+        )
         out = common.report("infalign", config, rows, digits=4)
         draw(config, out)
     return rows

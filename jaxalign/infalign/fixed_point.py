@@ -167,7 +167,7 @@ def optimal_reward(
     steps: int = 4000,
 ) -> FixedPoint:
     """The same over M outcomes with ties, [...,M]: log_base [M] in nats, rank [M] of each outcome by reward
-    (`levels.levels`), judge: the ranks by which the procedure picks, where it is not by the reward itself. vmap-able
+    (`levels.ranks`), judge: the ranks by which the procedure picks, where it is not by the reward itself. vmap-able
     over prompts."""
     log_base = at_least_float32(log_base)
     judges = () if judge is None else (judge,)
