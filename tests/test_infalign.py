@@ -95,7 +95,7 @@ def test_infalign_T9_factors_of_the_exponential_and_bias_of_the_smoothed_logarit
 
 def test_infalign_T9_tends_to_the_calibrated_reward_as_the_table_grows():
     prob, reward = random(1, 8)
-    exact_c = infalign.mid_rank(prob, infalign.levels(reward))
+    exact_c = infalign.mid_rank(prob, infalign.ranks(reward))
     table = np.random.default_rng(0).choice(reward, 200_000, p=prob)
     # Five deviations of a mean of 200,000 draws in [0, 1].
     np.testing.assert_allclose(infalign.calibrate(reward, table), exact_c, atol=5 * 0.5 / np.sqrt(200_000))
@@ -116,7 +116,7 @@ def test_a_width_is_preference_as_reward_at_one_and_differentiable():
 
 def test_infalign_T3_properties_of_the_calibrated_reward():
     prob, reward = random(3, 50, 6)
-    rank = infalign.levels(reward)
+    rank = infalign.ranks(reward)
     c = np.asarray(infalign.mid_rank(prob, rank))
     np.testing.assert_allclose(c, (wins(reward, reward) * prob[:, None]).sum(-1), atol=1e-14)
     for row in range(50):
@@ -130,7 +130,7 @@ def test_infalign_T3_properties_of_the_calibrated_reward():
     rng = np.random.default_rng(4)
     scale, shift = np.exp(rng.normal(size=(50, 1))), rng.normal(size=(50, 1))
     for mapped in (np.exp(reward), (reward - 1) ** 3, scale * reward + shift):
-        np.testing.assert_array_equal(infalign.mid_rank(prob, infalign.levels(mapped)), c)
+        np.testing.assert_array_equal(infalign.mid_rank(prob, infalign.ranks(mapped)), c)
         np.testing.assert_array_equal(infalign.calibrate(mapped, mapped), infalign.calibrate(reward, reward))
     # Q4: with ever smaller atoms it is uniform.
     fine = infalign.mid_rank(np.full(1000, 1e-3), np.arange(1000))
@@ -195,8 +195,8 @@ def test_transforms_by_hand():
         ("value: expected values", lambda: infalign.tabulated([0.0, 1.0], [1.0, 0.0])),
         ("c: expected sorted", lambda: infalign.tabulated([1.0, 0.0], [0.0, 1.0])),
         ("c, value: expected one shape", lambda: infalign.tabulated([0.0, 1.0], [0.0])),
-        ("score: expected numbers", lambda: infalign.levels([1.0, np.nan])),
-        ("score: expected shape", lambda: infalign.levels([])),
+        ("score: expected numbers", lambda: infalign.ranks([1.0, np.nan])),
+        ("score: expected shape", lambda: infalign.ranks([])),
         *((r"identity, log, exp:A \(A not 0\), bon:N, won:N", lambda t=t: infalign.parse(t)) for t in
           ("", "exp", "exp:0", "exp:x", "bon:0", "won:1.5", "identity:2", "square")),
     ],
@@ -222,7 +222,7 @@ def test_infalign_T10_the_tilt_on_a_tree_is_soft_value_decoding():
     log_ref, reward = exact.tables(t, 0)
     reward = jnp.round(reward)  # ties
     law = tree.response_log_prob(t, log_ref)
-    c = infalign.mid_rank(jnp.exp(law), infalign.levels(reward))
+    c = infalign.mid_rank(jnp.exp(law), infalign.ranks(reward))
     decode = policies.tilt(tree.policy(t), tree.critic(t, "level"))
     for text, beta in (("identity", 0.3), ("exp:10", 0.1), ("exp:-10", 0.1), ("won:4", 0.05)):
         aligned = infalign.parse(text)(c)
@@ -250,7 +250,7 @@ def test_win_rates_under_selection_are_means_over_all_pairs_of_subsets():
 def test_win_rates_under_selection_are_unbiased():
     """Over every pair of draws of 3 from 3 outcomes, two of one reward: the exact win rates."""
     q, p, reward = np.array([0.2, 0.5, 0.3]), np.array([0.6, 0.1, 0.3]), np.array([0.0, 1.0, 1.0])
-    rank = infalign.levels(reward)
+    rank = infalign.ranks(reward)
     draws = np.array(list(itertools.product(range(3), repeat=3)))
     left, right = (np.repeat(draws, 27, axis=0), np.tile(draws, (27, 1)))
     weight = q[left].prod(-1) * p[right].prod(-1)

@@ -48,7 +48,7 @@ def brute(prob: np.ndarray, reward: np.ndarray, n: int, sign: float) -> np.ndarr
 def test_infalign_T1_laws_and_win_rates_are_those_of_all_tuples():
     for (count, n), sign in itertools.product(((3, 4), (6, 2), (6, 4)), (1.0, -1.0)):
         q, p, reward = random(10 * count + n, count)
-        rank = infalign.levels(reward)
+        rank = infalign.ranks(reward)
         procedure = infalign.best_of(n) if sign > 0 else infalign.worst_of(n)
         laws = [brute(np.asarray(x), reward, n, sign) for x in (q, p)]
         rule = infalign.keep_best(sign * reward)
@@ -70,19 +70,32 @@ def test_infalign_T1_a_procedure_that_picks_by_another_judge():
         laws = [brute(np.asarray(x), judge, 3, sign) for x in (q, p)]
         won = (reward[:, None] > reward) + 0.5 * (reward[:, None] == reward)
         procedure = infalign.best_of(3) if sign > 0 else infalign.worst_of(3)
-        rank, picked_by = infalign.levels(reward), infalign.levels(judge)
+        rank, picked_by = infalign.ranks(reward), infalign.ranks(judge)
         found = infalign.procedure_win_rate(q, p, rank, procedure, judge=picked_by)
         np.testing.assert_allclose(found, laws[0] @ won @ laws[1], atol=1e-12)
 
 
-def test_levels_keep_their_order_and_batch():
+def test_ranks_keep_their_order_and_batch():
     score = np.array([[3.0, -1.0, 3.0, 0.5], [2.0, 2.0, 2.0, 2.0]])
-    np.testing.assert_array_equal(jax.jit(infalign.levels)(score), [[2, 0, 2, 1], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(jax.jit(infalign.ranks)(score), [[2, 0, 2, 1], [0, 0, 0, 0]])
     q, p, reward = random(0, 7, 6)
-    rank = infalign.levels(reward)
+    rank = infalign.ranks(reward)
     together = infalign.procedure_win_rate(q, p, rank, infalign.best_of(3))
     each = [infalign.procedure_win_rate(q[b], p[b], rank[b], infalign.best_of(3)) for b in range(7)]
     np.testing.assert_allclose(together, each, atol=1e-14)
+
+
+def test_scores_that_are_nan_show_under_jit_and_bad_ranks_are_named():
+    score = jnp.array([[0.0, jnp.nan, 1.0], [0.0, 1.0, 2.0]])
+    base = np.full(3, 1 / 3)
+    found = jax.jit(lambda s: infalign.procedure_win_rate(base, base, infalign.ranks(s), infalign.best_of(2)))(score)
+    np.testing.assert_array_equal(np.isnan(found), [True, False])
+    for rank, match in (
+        (score[1], "rank: expected whole numbers"),
+        (np.array([0, 1, 3]), "rank: expected ranks from 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            infalign.mid_rank(base, rank)
 
 
 def test_small_masses_keep_their_digits():
@@ -97,7 +110,7 @@ def test_small_masses_keep_their_digits():
 @pytest.mark.parametrize("name", PROCEDURES)
 def test_infalign_T2_gradients_are_those_of_finite_differences(name):
     q, p, reward = random(3, 6)
-    rank, procedure = infalign.levels(reward), PROCEDURES[name]
+    rank, procedure = infalign.ranks(reward), PROCEDURES[name]
     direction = np.eye(6) - 1 / 6  # within the simplex: up to a constant
     rates = lambda prob: infalign.procedure_win_rate(prob, p, rank, procedure)  # noqa: E731
     h = 1e-3
@@ -113,7 +126,7 @@ def test_infalign_T2_gradients_are_those_of_finite_differences(name):
 def test_infalign_T8_best_of_n_is_concave_and_worst_of_n_convex():
     left, p, reward = random(4, 4000, 6)
     right, share = random(5, 4000, 6)[0], np.random.default_rng(6).uniform(size=4000)
-    rank = infalign.levels(reward)
+    rank = infalign.ranks(reward)
     mixed = share[:, None] * left + (1 - share)[:, None] * right
     for n, (make, sign) in itertools.product((2, 4), ((infalign.best_of, 1), (infalign.worst_of, -1))):
         rate = functools.partial(infalign.procedure_win_rate, base=p, rank=rank, procedure=make(n))
@@ -132,7 +145,7 @@ SETTINGS = {
     "worst of 4": (infalign.worst_of(4), 0.05),
 }
 BASE, REWARD = random(7, 6)[1:]
-LOG_BASE, RANK = np.log(BASE), np.asarray(infalign.levels(REWARD))
+LOG_BASE, RANK = np.log(BASE), np.asarray(infalign.ranks(REWARD))
 
 
 @functools.cache
@@ -214,7 +227,7 @@ def test_infalign_T5_the_fixed_point_of_any_rule():
     np.testing.assert_allclose(found.log_policy, solved("best of 2").log_policy, atol=1e-8)
 
     judge = np.array([0.0, 2.0, 1.0, 1.0, 3.0, 2.0])
-    by_judge = infalign.optimal_reward(LOG_BASE, RANK, infalign.best_of(2), beta, judge=infalign.levels(judge))
+    by_judge = infalign.optimal_reward(LOG_BASE, RANK, infalign.best_of(2), beta, judge=infalign.ranks(judge))
     rate = lambda prob: infalign.rule_win_rate(prob, BASE, RANK, infalign.keep_best(judge), 2)  # noqa: E731
     found = infalign.solve(rate, LOG_BASE, beta)
     assert by_judge.residual < 1e-8
@@ -244,7 +257,7 @@ def test_outcomes_outside_the_base_stay_outside():
 def test_a_rule_is_estimated_without_enumeration():
     """20,000 pairs: within 4.5 deviations of the exact value (1 in 10^5 fails), and an interval of the right width."""
     q, p, reward = random(11, 6)
-    rank, rule = infalign.levels(reward), infalign.keep_best(-reward)
+    rank, rule = infalign.ranks(reward), infalign.keep_best(-reward)
     found = infalign.sampled_win_rate(jax.random.key(0), jnp.log(q), jnp.log(p), rank, rule, 3, pairs=20_000)
     expected = infalign.procedure_win_rate(q, p, rank, infalign.worst_of(3))
     assert abs(found.mean - expected) < 4.5 * found.half_width / 1.96

@@ -110,7 +110,9 @@ def _solve(
         accept = jnp.where(state.flat, near < state.near, objective >= state.objective)
         # A change this small is rounding: from there on the distance decides.
         flat = state.flat | (jnp.abs(objective - state.objective) < 32 * eps)
-        eta = jnp.where(accept, jnp.minimum(1.1 * state.eta, 1), state.eta / 2)
+        # Where errors fall by less than a step of this size makes the slowest of them fall, it overshoots the others.
+        good = accept & (~state.flat | (near < (1 - state.eta / 2) * state.near))
+        eta = jnp.where(good, jnp.minimum(1.1 * state.eta, 1), state.eta / 2)
         moved = state._replace(log_policy=policy, target=target, objective=objective, near=near)
         kept: _State = jax.tree.map(lambda new, old: jnp.where(accept, new, old), moved, state)
         return kept._replace(eta=eta, flat=flat, taken=state.taken + 1)
@@ -165,7 +167,7 @@ def optimal_reward(
     steps: int = 4000,
 ) -> FixedPoint:
     """The same over M outcomes with ties, [...,M]: log_base [M] in nats, rank [M] of each outcome by reward
-    (`levels.levels`), judge: the ranks by which the procedure picks, where it is not by the reward itself. vmap-able
+    (`levels.ranks`), judge: the ranks by which the procedure picks, where it is not by the reward itself. vmap-able
     over prompts."""
     log_base = at_least_float32(log_base)
     judges = () if judge is None else (judge,)

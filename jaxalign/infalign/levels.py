@@ -1,7 +1,7 @@
 """Win rates of procedures over a finite set of outcomes, ties included: exact, by enumeration, or by Monte Carlo.
 
 The M outcomes of a prompt are on the last axis: laws are probabilities [...,M], `rank` [...,M] the level of each by
-reward (`levels`); what stands before is prompts, and broadcasts. Procedures that see ranks alone are exact in O(M); any
+reward (`ranks`); what stands before is prompts, and broadcasts. Procedures that see ranks alone are exact in O(M); any
 rule that keeps one of N draws is enumerated over the M^N tuples where they are few, and sampled where not. All is
 differentiable in the probabilities: the gradient of W^P is the reward of InfAlign's fixed point (`fixed_point.solve`).
 Source: arXiv 2412.19792.
@@ -28,9 +28,9 @@ Rule = Callable[[Array], Array]
 _MOST_TUPLES = 1 << 20
 
 
-def levels(score: ArrayLike) -> Array:
-    """rank [...,M]: the dense rank of each score [...,M] from 0, equal for equal scores. ValueError (concrete values):
-    NaN; also for no outcomes."""
+def ranks(score: ArrayLike) -> Array:
+    """rank [...,M]: the dense rank of each score [...,M] from 0, equal for equal scores. ValueError: no
+    outcomes; on concrete values NaN. Under jit a NaN makes its prompt's ranks −1 and what is computed from them NaN."""
     score = jnp.asarray(score)
     if score.ndim == 0 or score.shape[-1] == 0:
         raise ValueError(f"score: expected shape [...,M], M at least 1, found {score.shape}")
@@ -39,15 +39,21 @@ def levels(score: ArrayLike) -> Array:
     order = jnp.argsort(score, axis=-1)
     ordered = jnp.take_along_axis(score, order, axis=-1)
     new = jnp.concatenate([jnp.zeros_like(ordered[..., :1], bool), ordered[..., 1:] != ordered[..., :-1]], axis=-1)
-    return jnp.take_along_axis(jnp.cumsum(new, axis=-1), jnp.argsort(order, axis=-1), axis=-1)
+    found = jnp.take_along_axis(jnp.cumsum(new, axis=-1), jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.where(jnp.isnan(score).any(axis=-1, keepdims=True), -1, found)
 
 
 def _pooled(prob: ArrayLike, rank: ArrayLike) -> tuple[Array, Array]:
     """(mass [...,M] of each level, those past the last one empty; rank [...,M] of the same shape)."""
     prob, rank = jnp.broadcast_arrays(at_least_float32(prob), jnp.asarray(rank))
     count = prob.shape[-1]
+    if not jnp.issubdtype(rank.dtype, jnp.integer):
+        raise ValueError(f"rank: expected whole numbers (`ranks` makes them of scores), found {rank.dtype}")
+    if is_concrete(rank) and not bool(np.all((np.asarray(rank) >= 0) & (np.asarray(rank) < count))):
+        raise ValueError(f"rank: expected ranks from 0 to {count - 1}, found {np.asarray(rank)}")
     each = jax.vmap(lambda p, k: jax.ops.segment_sum(p, k, num_segments=count))
-    return each(prob.reshape(-1, count), rank.reshape(-1, count)).reshape(prob.shape), rank
+    mass = each(prob.reshape(-1, count), rank.reshape(-1, count)).reshape(prob.shape)
+    return jnp.where((rank < 0).any(axis=-1, keepdims=True), jnp.nan, mass), rank
 
 
 def _upto(mass: Array) -> Array:
