@@ -6,7 +6,7 @@ from jaxalign.decoding.nudging import Nudged, nudge
 from jaxalign.decoding.quest import Chain, quest
 from jaxalign.decoding.rejection import Rejection, first_above, rejection
 from jaxalign.decoding.sampling import log_prob, sample
-from jaxalign.decoding.selection import best_of_n, join, samples_with_rewards
+from jaxalign.decoding.selection import best_of_n, join
 from jaxalign.decoding.smc import Particles, smc
 
 __all__ = [
@@ -25,6 +25,5 @@ __all__ = [
     "quest",
     "rejection",
     "sample",
-    "samples_with_rewards",
     "smc",
 ]

@@ -97,9 +97,8 @@ def collect(
 ) -> Selection:
     """n responses of each prompt from the policy as it is, with their rewards [B,n] and the log-probabilities that they
     were drawn with. params {"policy", "reward"}; rng: consumed. A reward may come out NaN: look before learning."""
-    return decoding.samples_with_rewards(
-        policy, reward, params, rng, prompts, n=samples, max_new_tokens=max_new_tokens, eos_ids=eos_ids
-    )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+    return decoding.best_of_n(policy, reward, params, rng, prompts, n=samples, allow_nan=True, **options)
 
 
 def prepare(
