@@ -74,7 +74,8 @@ def solve(
 
 class _State(NamedTuple):
     log_policy: Array
-    target: Array  # log(base·exp(R/beta)/Z) at log_policy
+    reward: Array  # R at log_policy
+    target: Array  # log(base·exp(R/beta)/Z)
     objective: Array
     near: Array  # distance of the two
     eta: Array
@@ -90,10 +91,11 @@ def _solve(
     inside = is_supported(log_base)
     value_and_reward = jax.value_and_grad(win_rate)
 
-    def look(log_policy: Array) -> tuple[Array, Array]:
-        """(objective, log of the tilted base) at a policy."""
+    def look(log_policy: Array) -> tuple[Array, Array, Array]:
+        """(objective, R, log of the tilted base) at a policy."""
         won, reward = value_and_reward(jnp.exp(log_policy), *arguments)
-        return won - beta * gibbs.kl(log_policy, log_base), gibbs.log_policy(log_base, reward, beta=beta)
+        objective = won - beta * gibbs.kl(log_policy, log_base)
+        return objective, reward, gibbs.log_policy(log_base, reward, beta=beta)
 
     def gap(log_policy: Array, target: Array) -> Array:
         return jnp.where(inside, log_policy - target, 0)
@@ -105,7 +107,7 @@ def _solve(
     def step(state: _State) -> _State:
         mixed = state.log_policy - state.eta * gap(state.log_policy, state.target)
         policy = jnp.where(inside, mixed - jax.nn.logsumexp(mixed), NEGATIVE)
-        objective, target = look(policy)
+        objective, reward, target = look(policy)
         near = distance(policy, target)
         accept = jnp.where(state.flat, near < state.near, objective >= state.objective)
         # A change this small is rounding: from there on the distance decides.
@@ -113,7 +115,7 @@ def _solve(
         # Where errors fall by less than a step of this size makes the slowest of them fall, it overshoots the others.
         good = accept & (~state.flat | (near < (1 - state.eta / 2) * state.near))
         eta = jnp.where(good, jnp.minimum(1.1 * state.eta, 1), state.eta / 2)
-        moved = state._replace(log_policy=policy, target=target, objective=objective, near=near)
+        moved = state._replace(log_policy=policy, reward=reward, target=target, objective=objective, near=near)
         kept: _State = jax.tree.map(lambda new, old: jnp.where(accept, new, old), moved, state)
         return kept._replace(eta=eta, flat=flat, taken=state.taken + 1)
 
@@ -121,12 +123,11 @@ def _solve(
         far = jnp.abs(gap(state.log_policy, state.target)).max() > limit
         return far & (state.taken < steps) & (state.eta > eps)
 
-    objective, target = look(first)
+    objective, reward, target = look(first)
     near, eta = distance(first, target), jnp.ones_like(beta)
-    start = _State(first, target, objective, near, eta, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
+    start = _State(first, reward, target, objective, near, eta, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
     found = jax.lax.while_loop(going, step, start)
-    reward = value_and_reward(jnp.exp(found.log_policy), *arguments)[1]
-    reward = reward - jnp.where(inside, reward, -jnp.inf).max()
+    reward = found.reward - jnp.where(inside, found.reward, -jnp.inf).max()
     residual = jnp.abs(gap(found.log_policy, found.target)).max()
     return FixedPoint(reward, found.log_policy, found.objective, residual, found.taken)
 
