@@ -208,7 +208,8 @@ def test_args_A7_batched_equals_single_and_padded_equals_unpadded(extra):
     policy, params, _, _ = models_case()
     together = decoding.sample(policy, params, RNG, padded(PROMPTS, extra=extra), max_new_tokens=4, eos_ids=EOS)
     for b, prompt in enumerate(PROMPTS):
-        alone = padded([prompt])._replace(index=jnp.array([b]))
+        # One width for all but the first, which is as it is.
+        alone = padded([prompt], extra=0 if b == 0 else 6 - len(prompt))._replace(index=jnp.array([b]))
         single = decoding.sample(policy, params, RNG, alone, max_new_tokens=4, eos_ids=EOS)
         np.testing.assert_array_equal(single.tokens[0], together.tokens[b])
         np.testing.assert_allclose(single.log_prob[0], together.log_prob[b], rtol=1e-9, atol=1e-12)

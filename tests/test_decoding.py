@@ -13,7 +13,7 @@ from jaxalign import critics, data, decoding, loop, models, policies, rewards, t
 from jaxalign.decoding import sampling
 from jaxalign.types import TokenBatch
 from tests import exact
-from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_config, tiny_lm
+from tests.conftest import EOS, PROMPTS, alone, needs_jit, padded, tiny_config, tiny_lm
 
 RNG = jax.random.key(0)
 
@@ -237,7 +237,7 @@ def test_greedy_takes_the_most_probable_token_and_ignores_the_key():
     ]
     np.testing.assert_array_equal(runs[0].tokens, runs[1].tokens)
     for b, prompt in enumerate(PROMPTS):
-        assert int(lm.apply(params, jnp.array([prompt])).logits[0, -1].argmax()) == int(runs[0].tokens[b, 0])
+        assert int(alone(lm, params, prompt).logits[-1].argmax()) == int(runs[0].tokens[b, 0])
 
 
 def test_rows_after_eos_are_frozen_and_the_loop_stops():

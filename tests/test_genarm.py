@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import log_softmax, logsumexp
 
 from jaxalign import critics, decoding, losses, models, policies, rewards, tree
 from jaxalign.data import preferences
 from jaxalign.training import objectives
 from tests import cases, exact
-from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_lm
+from tests.conftest import EOS, PROMPTS, alone, needs_jit, padded, tiny_lm
 
 RAGGED = tree.Tree(4, 4, eos_id=0)
 RNG = jax.random.key(0)
@@ -301,8 +302,10 @@ def test_genarm_A12_batch_invariance():
     prompts = padded(PROMPTS)
     together = decoding.sample(policy, params, RNG, prompts, max_new_tokens=5, eos_ids=EOS)
     for b, prompt in enumerate(PROMPTS):
-        alone = padded([prompt])._replace(index=jnp.array([b]))
-        single = decoding.sample(policy, params, RNG, alone, max_new_tokens=5, eos_ids=EOS)
+        # One width for all, which is neither the batch's nor the prompt's, and two prompts as they are.
+        extra = 0 if b < 2 else 6 - len(prompt)
+        single = padded([prompt], extra=extra)._replace(index=jnp.array([b]))
+        single = decoding.sample(policy, params, RNG, single, max_new_tokens=5, eos_ids=EOS)
         np.testing.assert_array_equal(single.tokens[0], together.tokens[b])
         np.testing.assert_allclose(single.log_prob[0], together.log_prob[b], rtol=1e-9, atol=1e-9)
 
@@ -314,9 +317,9 @@ def test_genarm_A12_prompts_for_each_model():
     for b, prompt in enumerate(PROMPTS):
         y = drawn.tokens[b].tolist()
         for t in range(3):
-            base = lm.apply(params["policy"], jnp.array([prompt + y[:t]])).logits[0, -1]
-            arm = arm_lm.apply(params["critic"], jnp.array([[6, *prompt, 6, *y[:t]]])).logits[0, -1]
-            expected = jax.nn.log_softmax(jax.nn.log_softmax(base) + jax.nn.log_softmax(arm) / 0.8)
+            base = alone(lm, params["policy"], prompt + y[:t]).logits[-1]
+            arm = alone(arm_lm, params["critic"], [6, *prompt, 6, *y[:t]]).logits[-1]
+            expected = log_softmax(log_softmax(base) + log_softmax(arm) / 0.8)
             np.testing.assert_allclose(drawn.log_prob[b, t], expected[y[t]], rtol=1e-9, atol=1e-9)
 
 
@@ -328,9 +331,9 @@ def test_genarm_A12_appended_vocabulary_rows_are_cut():
     policy = policies.tilt(policies.language_model(lm), critics.autoregressive(cut_lm))
     params = {"policy": base, "critic": cut, "beta": jnp.asarray(1.0)}
     drawn = decoding.sample(policy, params, RNG, padded(PROMPTS), max_new_tokens=3, eos_ids=())
-    logits = wide_lm.apply(wide, padded([PROMPTS[0]]).tokens).logits[0, -1, : lm.vocab_size]
-    base_logits = lm.apply(base, padded([PROMPTS[0]]).tokens).logits[0, -1]
-    expected = jax.nn.log_softmax(jax.nn.log_softmax(base_logits) + jax.nn.log_softmax(logits))
+    logits = alone(wide_lm, wide, PROMPTS[0]).logits[-1, : lm.vocab_size]
+    base_logits = alone(lm, base, PROMPTS[0]).logits[-1]
+    expected = log_softmax(log_softmax(base_logits) + log_softmax(logits))
     np.testing.assert_allclose(drawn.log_prob[0, 0], expected[drawn.tokens[0, 0]], rtol=1e-4, atol=1e-4)
 
 
@@ -341,7 +344,7 @@ def test_genarm_A13_the_sequence_reward_excludes_the_prompt_and_includes_eos():
     for side in ("left", "right"):
         batch = padded([prompt + response, [*prompt, 0]], side=side)
         found = reward(params, batch.tokens, batch.mask, jnp.array([3, 3]), jnp.array([0, 1]))
-        logits = jax.nn.log_softmax(lm.apply(params, jnp.array([prompt + response])).logits[0])
+        logits = log_softmax(alone(lm, params, prompt + response).logits, axis=-1)
         expected = sum(logits[2 + t, y] for t, y in enumerate(response))
         np.testing.assert_allclose(found[0], expected, rtol=1e-10)
         np.testing.assert_allclose(found[1], logits[2, 0], rtol=1e-10)  # a response of length 1
@@ -382,7 +385,7 @@ def test_genarm_A13_padding_and_the_length_of_the_other_response_change_nothing_
         return float(found.loss), float(found.metrics["margin"])
 
     def reward(prompt, response):
-        logits = jax.nn.log_softmax(lm.apply(params, jnp.array([prompt + response])).logits[0])
+        logits = log_softmax(alone(lm, params, prompt + response).logits, axis=-1)
         return float(sum(logits[len(prompt) - 1 + t, y] for t, y in enumerate(response)))
 
     margin = np.array([reward(x, chosen) - reward(x, rejected) for x, chosen, rejected in text])
@@ -427,13 +430,13 @@ def test_genarm_weak_to_strong_a_small_reward_guides_a_larger_base():
     params = {"policy": base, "critic": arm, "beta": jnp.asarray(0.5)}
     prompt = PROMPTS[0]
     drawn = decoding.sample(policy, params, RNG, padded([prompt]), max_new_tokens=3, eos_ids=())
-    text = jnp.array([prompt + drawn.tokens[0].tolist()])
+    text = prompt + drawn.tokens[0].tolist()
     log_base, log_arm = (
-        jax.nn.log_softmax(m.apply(p, text).logits[0, len(prompt) - 1 : -1]) for m, p in ((lm, base), (arm_lm, arm))
+        log_softmax(alone(m, p, text).logits[len(prompt) - 1 : -1], axis=-1) for m, p in ((lm, base), (arm_lm, arm))
     )
     logit = log_base + log_arm / 0.5
-    norm = jax.nn.logsumexp(logit, axis=-1)
-    rows = jnp.arange(3)
+    norm = logsumexp(logit, axis=-1)
+    rows = np.arange(3)
     np.testing.assert_allclose(drawn.log_prob[0], (logit - norm[:, None])[rows, drawn.tokens[0]], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(drawn.log_prob_ref[0], log_base[rows, drawn.tokens[0]], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(drawn.log_norm[0], norm, rtol=1e-9, atol=1e-9)

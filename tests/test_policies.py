@@ -10,7 +10,7 @@ import pytest
 from jaxalign import critics, decoding, policies, rewards, tree
 from jaxalign.types import is_supported
 from tests import exact
-from tests.conftest import EOS, PROMPTS, padded, tiny_lm
+from tests.conftest import EOS, PROMPTS, alone, padded, tiny_lm
 
 RNG = jax.random.key(0)
 PROBABILITY = jnp.array([0.05, 0.4, 0.3, 0.05, 0.2])
@@ -146,7 +146,7 @@ def test_model_rewards_read_the_last_real_token(side):
     length = jnp.ones(5, jnp.int32)
     found = rewards.from_model(lm)(params, batch.tokens, batch.mask, length, jnp.arange(5))
     for b, prompt in enumerate(PROMPTS):
-        expected = lm.apply(params, jnp.array([prompt])).head[0, -1, 0]
+        expected = alone(lm, params, prompt).head[-1, 0]
         np.testing.assert_allclose(found[b], expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="scalar head"):
         rewards.from_model(tiny_lm(0)[0])
