@@ -28,7 +28,7 @@ def problem(seed: int):
 
 
 def args_policy(t=TREE, top_k=None):
-    return policies.tilt(tree.policy(t), tree.critic(t, "level"), top_k=top_k)
+    return exact.tilt(t, tree.critic(t, "level"), top_k)
 
 
 def greedy(base, q, lam, *, top_k=None, t=TREE) -> int:

@@ -78,7 +78,7 @@ def test_the_exact_soft_value_gives_log_z_first_and_zero_after():
         t = tree.Tree(4, 4, eos_id=0)
         base, reward = exact.tables(t, 2)
         soft = tree.q_values(t, tree.soft_value(t, base, reward, beta=0.7), reward)
-        policy = policies.tilt(tree.policy(t), tree.critic(t, "level"))
+        policy = exact.tilt(t, tree.critic(t, "level"))
         scored = exact.completions(t, policy, {"policy": base, "critic": soft, "beta": 0.7})
         log_z = jax.nn.logsumexp(tree.response_log_prob(t, base) + reward / 0.7)
         np.testing.assert_allclose(scored.log_norm[:, 0], log_z, atol=1e-12)
@@ -91,7 +91,7 @@ def test_sums_of_log_norm_are_importance_weights_of_any_critic(kind):
     with jax.enable_x64(True):
         t = tree.Tree(3, 3, eos_id=0)
         base, q = exact.tables(t, 3)[0], exact.tables(t, 4)[0]
-        policy = policies.tilt(tree.policy(t), tree.critic(t, kind))
+        policy = exact.tilt(t, tree.critic(t, kind))
         scored = exact.completions(t, policy, {"policy": base, "critic": q, "beta": 0.8})
         tokens, mask = exact.responses(t)
         each = jnp.where(mask, q[jnp.asarray(t.nodes), tokens], 0)

@@ -157,7 +157,7 @@ def test_chunks_carry_any_statistics_of_any_arrays():
 def test_a_context_of_one_layer_and_one_token():
     lm = models.LanguageModel(tiny_config(num_layers=1, num_kv_heads=1, max_length=2))
     params = lm.init(jax.random.key(0))
-    hidden, cache = lm.prefill(params, jnp.array([[3]]), jnp.array([[True]]), 2)
-    found, _ = lm.step(params, cache, jnp.array([4]))
-    expected = lm.hidden(params, jnp.array([[3, 4]]))
+    hidden, cache = jax.jit(lm.prefill, static_argnums=3)(params, jnp.array([[3]]), jnp.array([[True]]), 2)
+    found, _ = jax.jit(lm.step)(params, cache, jnp.array([4]))
+    expected = forward(lm, params, jnp.array([[3, 4]])).hidden
     np.testing.assert_allclose(jnp.stack([hidden, found], axis=1), expected, rtol=1e-5, atol=1e-5)

@@ -116,7 +116,7 @@ def test_score_function_and_soft_value_give_one_gradient_on_a_tree():
     t = tree.Tree(3, 3, eos_id=0)
     base, utility = exact.tables(t, 5)
     reward = jax.random.normal(jax.random.key(9), utility.shape)
-    policy = policies.tilt(tree.policy(t), tree.critic(t, "level"))
+    policy = exact.tilt(t, tree.critic(t, "level"))
     law = jnp.exp(tree.optimal_log_prob(t, base, reward, beta=0.8))
 
     def critic_table(r):
