@@ -32,10 +32,12 @@ def random(seed: int, *shape: int) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(logit - np.logaddexp.reduce(logit, axis=-1, keepdims=True)), jnp.asarray(utility)
 
 
+@jax.jit
 def delivered(reward, utility, log_base, *, beta=1.0):
     return gibbs.utility(gibbs.log_policy(log_base, reward, beta=beta), utility)
 
 
+@jax.jit
 def answer(utility, log_base, gain):
     """log pi* of the threshold reward, beta 1."""
     m = shaping.optimal_threshold(utility, log_base, gain=gain)
@@ -96,13 +98,13 @@ def test_stackelberg_T1_the_worked_example():
 @pytest.mark.parametrize("n", range(1, 11))
 def test_stackelberg_T2_no_assignment_and_no_interior_reward_beats_the_threshold(n):
     log_base, u = random(n, 8, n)
-    corners = jnp.array(list(itertools.product([0.0, 1.0], repeat=n)))
+    corners = np.array(list(itertools.product([0.0, 1.0], repeat=n)))
     inside = np.random.default_rng(100 + n).uniform(size=(200, n))
     for gain in (0.3, 2.0, 8.0):
         best = shaping.optimal_threshold(u, log_base, gain=gain)
         reward = shaping.threshold_reward(u, best, bound=gain)
         np.testing.assert_allclose(delivered(reward, u, log_base), best, atol=1e-12)
-        others = [delivered(gain * r[:, None], u, log_base).max(axis=0) for r in (corners, inside)]
+        others = [np.asarray(delivered(gain * r[:, None], u, log_base)).max(axis=0) for r in (corners, inside)]
         assert (others[0] <= best + 1e-12).all()
         assert (others[1] <= best + 1e-12).all()
         np.testing.assert_allclose(others[0], best, atol=1e-12)
