@@ -92,7 +92,7 @@ def test_genarm_A12_appended_vocabulary_rows_are_cut():
 
 def test_genarm_A13_the_sequence_reward_excludes_the_prompt_and_includes_eos():
     lm, params = tiny_lm(4, dtype="float64")
-    reward = rewards.log_likelihood(lm)
+    reward = jax.jit(rewards.log_likelihood(lm))
     prompt, response = [4, 5, 6], [7, 8, 0]
     for side in ("left", "right"):
         batch = padded([prompt + response, [*prompt, 0]], side=side)
