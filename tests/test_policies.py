@@ -144,7 +144,7 @@ def test_model_rewards_read_the_last_real_token(side):
     lm, params = tiny_lm(1, "reward")
     batch = padded(PROMPTS, side=side, extra=2)
     length = jnp.ones(5, jnp.int32)
-    found = rewards.from_model(lm)(params, batch.tokens, batch.mask, length, jnp.arange(5))
+    found = jax.jit(rewards.from_model(lm))(params, batch.tokens, batch.mask, length, jnp.arange(5))
     for b, prompt in enumerate(PROMPTS):
         expected = alone(lm, params, prompt).head[-1, 0]
         np.testing.assert_allclose(found[b], expected, rtol=1e-4, atol=1e-6)
