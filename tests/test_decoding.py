@@ -128,11 +128,12 @@ def test_best_of_n_rewards_are_those_of_the_texts_and_rows_are_independent():
         both = {"policy": params, "reward": reward_params}
         arguments = {"n": 3, "max_new_tokens": 4, "eos_ids": EOS}
         chosen = decoding.best_of_n(policy, reward, both, RNG, padded(PROMPTS), **arguments)
+        score = jax.jit(reward)
         for b, prompt in enumerate(PROMPTS):
             for j in range(3):
-                y = chosen.samples.tokens[b, j][chosen.samples.mask[b, j]].tolist()
+                y = np.asarray(chosen.samples.tokens)[b, j][np.asarray(chosen.samples.mask)[b, j]].tolist()
                 text = padded([prompt + y], extra=9 - len(prompt + y))
-                found = reward(reward_params, text.tokens, text.mask, jnp.array([len(prompt)]), jnp.array([b]))
+                found = score(reward_params, text.tokens, text.mask, jnp.array([len(prompt)]), jnp.array([b]))
                 np.testing.assert_allclose(chosen.reward[b, j], found[0], rtol=1e-9)
         alone = padded([PROMPTS[3]])._replace(index=jnp.array([3]))
         single = decoding.best_of_n(policy, reward, both, RNG, alone, **arguments)
@@ -170,6 +171,9 @@ def test_gradients_of_log_prob_under_two_nested_tilts_equal_finite_differences()
             scored = decoding.log_prob(policy, params, RNG, padded(PROMPTS), tokens, mask)
             return (weight * scored.log_prob.sum(1) + 0.3 * scored.kl.sum(1) - 0.2 * scored.log_norm.sum(1)).sum()
 
+        def along(params, direction, step):
+            return jax.tree.map(lambda p, d: np.asarray(p) + step * d, params, direction)
+
         gradient = jax.jit(jax.grad(objective))(params)
         parts = {
             "base": lambda p: p["policy"]["policy"],
@@ -182,18 +186,14 @@ def test_gradients_of_log_prob_under_two_nested_tilts_equal_finite_differences()
             chosen = {id(leaf) for leaf in jax.tree.leaves(part(params))}
             for seed in range(4):
                 leaves, structure = jax.tree.flatten(params)
-                keys = jax.random.split(jax.random.key(seed), len(leaves))
-                direction = structure.unflatten(
-                    [
-                        jax.random.normal(k, x.shape, x.dtype) * (id(x) in chosen)
-                        for k, x in zip(keys, leaves, strict=True)
-                    ]
-                )
+                draw = np.random.default_rng(seed)
+                direction = structure.unflatten([draw.normal(size=x.shape) * (id(x) in chosen) for x in leaves])
                 eps = 1e-5
-                ends = [objective(jax.tree.map(lambda p, d, e=e: p + e * d, params, direction)) for e in (eps, -eps)]
+                ends = [objective(along(params, direction, e)) for e in (eps, -eps)]
                 expected = (ends[0] - ends[1]) / (2 * eps)
                 found = sum(
-                    (g * d).sum() for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+                    (np.asarray(g) * d).sum()
+                    for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
                 )
                 np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-8, err_msg=name)
 
@@ -217,13 +217,15 @@ def test_a_response_outside_the_support_is_marked_and_gives_finite_gradients():
     policy = policies.top_k(policies.language_model(lm), 2)
     prompts = padded(PROMPTS)
     drawn = decoding.sample(policy, base, RNG, prompts, max_new_tokens=3, eos_ids=())
-    worst = policies.language_model(lm).init(base, RNG, prompts, 3)[1].log_prob.argmin(axis=-1)
+    start = jax.jit(policies.language_model(lm).init, static_argnums=3)
+    worst = start(base, RNG, prompts, 3)[1].log_prob.argmin(axis=-1)
     tokens = drawn.tokens.at[1, 0].set(worst[1].astype(jnp.int32))
     scored = decoding.log_prob(policy, base, RNG, prompts, tokens, drawn.mask)
     np.testing.assert_array_equal(scored.in_support, [True, False, True, True, True])
     assert scored.log_prob[1, 0] < -1e18
     np.testing.assert_array_equal(scored.log_prob[1, 1:], 0)
-    gradient = jax.grad(lambda p: decoding.log_prob(policy, p, RNG, prompts, tokens, drawn.mask).log_prob.sum())(base)
+    total = lambda p: decoding.log_prob(policy, p, RNG, prompts, tokens, drawn.mask).log_prob.sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(total))(base)
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
 
 
@@ -265,7 +267,7 @@ def test_a_rollout_can_be_continued():
     policy = policies.temperature(policies.language_model(lm))
     arguments = {"policy": params, "temperature": jnp.asarray(0.0)}
     prompts = padded(PROMPTS)
-    state, output = policy.init(arguments, RNG, prompts, 5)
+    state, output = jax.jit(policy.init, static_argnums=3)(arguments, RNG, prompts, 5)
     whole = loop.rollout(policy, arguments, RNG, state, output, steps=5, eos_ids=EOS)[2]
     state, output, first = loop.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=EOS)
     _, _, second = loop.rollout(policy, arguments, RNG, state, output, steps=3, eos_ids=EOS, finished=first.finished)
