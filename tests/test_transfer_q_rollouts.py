@@ -95,7 +95,7 @@ def test_transfer_q_without_lookahead_is_args():
 @functools.cache
 def sampling() -> tuple[Policy, dict]:
     """A base model tilted by transfer from another model, three roll-outs for each of 4 candidates."""
-    (lm, base), (other_lm, other) = tiny_lm(0, num_layers=1), tiny_lm(4, num_layers=1)
+    (lm, base), (other_lm, other) = tiny_lm(0), tiny_lm(4)
     critic = critics.transfer_q(policies.language_model(other_lm), weighted_tokens, eos_ids=EOS, rollouts=3)
     weights = jax.random.normal(jax.random.key(5), (VOCAB,))
     params = {"policy": base, "critic": {"baseline": other, "reward": weights}, "beta": jnp.asarray(0.5)}
