@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import mdp, models, shaping
+from jaxalign import infalign, mdp, models, shaping
 from jaxalign.checks import check_has_logits, check_prompt_fits, entry, is_concrete
 from jaxalign.types import Array, CheckedReward, Params, Reward, TokenBatch, at_least_float32
 
@@ -162,6 +162,27 @@ def map_reward(reward: Reward, f: Callable[[Params, Array, Array], Array]) -> Re
         _check(reward, entry(params, "reward"), prompts, max_new_tokens)
 
     return CheckedReward(mapped, check, _vocab_size([reward]))
+
+
+def calibrated(
+    reward: Reward, *, transform: infalign.Transform | None = None, width: float | None = None, smooth: bool = False
+) -> Reward:
+    """Phi(C(x,y)): the reward's place among base samples of its prompt, in [0,1], transformed (InfAlign, arXiv
+    2412.19792, eqs. 4 and 12). None: C itself.
+
+    params {"reward", "map": {"table": [prompts,K] ascending rewards of the base's samples, read at the prompt's
+    index}}. width, smooth: of `infalign.calibrate`; a transform that is −inf at 0 (log) needs smooth. ValueError for a
+    transform that falls somewhere.
+    """
+    if transform is not None:
+        infalign.check_increasing(transform)
+
+    def place(params: Params, value: Array, index: Array) -> Array:
+        table = at_least_float32(entry(params, "table"))[index]
+        c = infalign.calibrate(value[:, None], table, width=width, smooth=smooth, is_sorted=True)[:, 0]
+        return c if transform is None else transform(c)
+
+    return map_reward(reward, place)
 
 
 def shaped(reward: Reward, *, sharpness: float | None = None) -> Reward:
