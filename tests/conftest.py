@@ -5,18 +5,18 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import importlib.metadata
 import os
 import pathlib
 import shutil
 import tempfile
 
-# Before jax starts: the tests compile much and compute little. Every supported jax knows these flags.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    # Another generator of fused loops compiles twice as fast, into one piece each, which halves the memory maps.
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-)
+# Before jax starts: the tests compile much and compute little. A flag that XLA does not know ends the process.
+flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+flags += " --xla_cpu_parallel_codegen_split_count=1"  # one piece each, which halves the memory maps
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    flags += " --xla_cpu_use_fusion_emitters=false"  # the older generator of fused loops compiles twice as fast
+os.environ.setdefault("XLA_FLAGS", flags)
 
 import jax
 import numpy as np
