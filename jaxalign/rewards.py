@@ -1,6 +1,7 @@
 """Rewards of whole responses: (params, tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> reward [N].
 
-Each combinator takes Rewards and gives a Reward. All come out in at least float32.
+Each combinator takes Rewards and gives a Reward, which keeps a prefix (`PrefixReward`) where all its parts do. All come
+out in at least float32.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import mdp, models, shaping
+from jaxalign import mdp, models, prefixes, shaping
 from jaxalign.checks import check_has_logits, check_prompt_fits, entry, is_concrete
-from jaxalign.types import Array, CheckedReward, Params, Reward, TokenBatch, at_least_float32
+from jaxalign.types import Array, CheckedReward, Params, PrefixGain, Reward, TokenBatch, at_least_float32
 
 
 def from_model(lm: Any) -> Reward:
-    """r(x,y): a reward model's scalar at the last real token, under either padding. params: the model's."""
+    """r(x,y): a reward model's scalar at the last real token, under either padding. params: the model's. It keeps a
+    prefix in the model's cache."""
     if lm.config.head is None or lm.head_width != 1:
         raise ValueError("from_model: expected a model with a scalar head")
 
@@ -31,20 +33,22 @@ def from_model(lm: Any) -> Reward:
         last = mdp.last_index(mask)
         return lm.head(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])[:, 0]
 
-    return CheckedReward(reward, _model_check(lm), lm.vocab_size)
+    return CheckedReward(reward, _model_check(lm), lm.vocab_size, prefixes.of_model(lm))
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckedGain:
     """A first-order score of tokens, as `decoding.nudge` takes it. score: (params, tokens [N,L], mask [N,L],
     prompt_length [N], position [N], candidates [N,K]) -> [N,K]; reward: the Reward behind it; with_reward: as score,
-    but (reward [N], score [N,K]) in one pass; check, vocab_size as in a CheckedReward."""
+    but (reward [N], score [N,K]) in one pass; check, vocab_size as in a CheckedReward; prefix: its form at the first
+    token of a segment, which reads the prefix once."""
 
     score: Callable[..., Array]
     reward: Reward
     with_reward: Callable[..., tuple[Array, Array]]
     check: Callable[..., None] | None = None
     vocab_size: int | None = None
+    prefix: PrefixGain | None = None
 
     def __call__(self, *arguments: Any) -> Array:
         return self.score(*arguments)
@@ -79,7 +83,7 @@ def embedding_gain(lm: Any) -> CheckedGain:
     def gain(*arguments: Any) -> Array:
         return with_reward(*arguments)[1]
 
-    return CheckedGain(gain, reward, with_reward, _model_check(lm), lm.vocab_size)
+    return CheckedGain(gain, reward, with_reward, _model_check(lm), lm.vocab_size, prefixes.gain_of_model(lm))
 
 
 def log_likelihood(lm: Any) -> Reward:
@@ -135,9 +139,12 @@ def weighted_sum(rewards: Sequence[Reward]) -> Reward:
         return weights
 
     def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
-        weights = weights_of(params)
+        weights_of(params)  # its errors before those of the parts
         each = [r(p, tokens, mask, prompt_length, index) for r, p in zip(rewards, params["rewards"], strict=True)]
-        return jnp.tensordot(weights, jnp.stack([at_least_float32(r) for r in each]), axes=1)
+        return add(params, jnp.stack([at_least_float32(r) for r in each]), index)
+
+    def add(params: Params, each: Array, index: Array) -> Array:
+        return jnp.tensordot(weights_of(params), each, axes=1)
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
         weights = weights_of(params)
@@ -146,7 +153,8 @@ def weighted_sum(rewards: Sequence[Reward]) -> Reward:
         for r, p in zip(rewards, params["rewards"], strict=True):
             _check(r, p, prompts, max_new_tokens)
 
-    return CheckedReward(reward, check, vocab_size)
+    kept = prefixes.combined(rewards, lambda params: params["rewards"], add)
+    return CheckedReward(reward, check, vocab_size, kept)
 
 
 def map_reward(reward: Reward, f: Callable[[Params, Array, Array], Array]) -> Reward:
@@ -161,7 +169,10 @@ def map_reward(reward: Reward, f: Callable[[Params, Array, Array], Array]) -> Re
         entry(params, "map")
         _check(reward, entry(params, "reward"), prompts, max_new_tokens)
 
-    return CheckedReward(mapped, check, _vocab_size([reward]))
+    kept = prefixes.combined(
+        [reward], lambda params: [params["reward"]], lambda params, value, index: f(params["map"], value[0], index)
+    )
+    return CheckedReward(mapped, check, _vocab_size([reward]), kept)
 
 
 def shaped(reward: Reward, *, sharpness: float | None = None) -> Reward:

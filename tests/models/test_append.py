@@ -1,4 +1,4 @@
-"""Segments of several tokens over a cache: one pass over the shared prefix equals the full forward pass of each text."""
+"""Segments of several tokens over a cache: one pass over the shared prefix equals a full forward pass of each text."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ def twice(lm, params, prefixes, tokens, mask, packed):
     return hidden, gradient, lm.segments(params, cache, tokens, mask, packed=packed)[0], cache.length
 
 
+def prefill(lm, params, prefixes, capacity):
+    return jax.jit(lm.prefill, static_argnums=3)(params, prefixes.tokens, prefixes.mask, capacity)
+
+
 def weigh(hidden):
     """A number for each of [...,L,D] that differs in its derivatives."""
     return (hidden * jnp.sin(jnp.arange(hidden.shape[-1]) + 1.0)).sum(axis=(-2, -1))
@@ -71,39 +75,39 @@ def assert_close(found, wanted, scale=1.0):
 
 @pytest.mark.parametrize("name", families.CHECKPOINTS)
 def test_segments_over_a_cache_equal_the_full_forward_pass(name):
-    """Every family, sliding windows among them; rows and segments of different lengths, an empty one too; packed or
-    not; after an append; with gradients in the embedding of the first token."""
+    """Every family, sliding windows among them; rows and segments of different lengths, an empty one too; every other
+    family packed; after an append; with gradients in the embedding of the first token."""
     lm, params = models.load(make_golden.GOLDEN / name)
     prefixes = padded(PREFIXES)
-    for packed in (None, int(COUNTS.sum())):
-        first, gradient, second, length = twice(lm, params, prefixes, TOKENS, MASK, packed)
-        for b, prefix in enumerate(PREFIXES):
-            chosen = int(CHOICE[b])
-            appended = [] if chosen < 0 else TOKENS[b, chosen, : COUNTS[b, chosen]].tolist()
-            assert int(length[b]) == len(prefix) + len(appended)
-            for m in range(M):
-                count = int(COUNTS[b, m])
-                segment = TOKENS[b, m, :count].tolist()
-                hidden, slope = expected(lm, params, prefix, segment)
-                scale = float(jnp.abs(hidden).max(initial=1.0))
-                assert_close(first[b, m, :count], hidden, scale)
-                assert_close(second[b, m, :count], expected(lm, params, prefix + appended, segment)[0], scale)
-                if count:
-                    assert_close(gradient[b, m], slope, float(jnp.abs(slope).max()))
-                    assert float(jnp.abs(slope).max()) > 1e-3
+    packed = int(COUNTS.sum()) if list(families.CHECKPOINTS).index(name) % 2 else None
+    first, gradient, second, length = twice(lm, params, prefixes, TOKENS, MASK, packed)
+    for b, prefix in enumerate(PREFIXES):
+        chosen = int(CHOICE[b])
+        appended = [] if chosen < 0 else TOKENS[b, chosen, : COUNTS[b, chosen]].tolist()
+        assert int(length[b]) == len(prefix) + len(appended)
+        for m in range(M):
+            count = int(COUNTS[b, m])
+            segment = TOKENS[b, m, :count].tolist()
+            hidden, slope = expected(lm, params, prefix, segment)
+            scale = float(jnp.abs(hidden).max(initial=1.0))
+            assert_close(first[b, m, :count], hidden, scale)
+            assert_close(second[b, m, :count], expected(lm, params, prefix + appended, segment)[0], scale)
+            if count:
+                assert_close(gradient[b, m], slope, float(jnp.abs(slope).max()))
+                assert float(jnp.abs(slope).max()) > 1e-3
 
 
 def test_segments_of_one_token_are_candidates_and_appends_are_steps():
     lm, params = tiny_lm(0, windows=(3, None), family="qwen2", qkv_bias=True)
     prefixes = padded([[4, 5, 6], [7], [8, 9]])
-    _, cache = lm.prefill(params, prefixes.tokens, prefixes.mask, 6)
+    _, cache = prefill(lm, params, prefixes, 6)
     tokens = jnp.array([[1, 4, 0], [2, 2, 9], [10, 1, 5]])
     one = jnp.ones((3, 3, 1), bool)
-    hidden, entries = lm.segments(params, cache, tokens[..., None], one)
-    wanted, _ = lm.candidates(params, cache, tokens)
+    hidden, entries = jax.jit(lm.segments)(params, cache, tokens[..., None], one)
+    wanted, _ = jax.jit(lm.candidates)(params, cache, tokens)
     assert_close(hidden[:, :, 0], wanted)
     found = lm.append(cache, entries, one, jnp.array([2, -1, 0]))
-    _, stepped = lm.step(params, cache, jnp.array([0, -1, 10]))
+    _, stepped = jax.jit(lm.step)(params, cache, jnp.array([0, -1, 10]))
     jax.tree.map(assert_close, found, stepped)
 
 
@@ -111,22 +115,23 @@ def test_nan_of_one_row_stays_in_it_and_a_full_cache_is_nan():
     """Packed rows are neighbours: what one of them holds must not reach the others, forward or back."""
     lm, params = tiny_lm(0, num_layers=1)
     prefixes = padded([[4, 5, 6], [7], [8, 9]])
-    _, cache = lm.prefill(params, prefixes.tokens, prefixes.mask, 4)
+    _, cache = prefill(lm, params, prefixes, 4)
     tokens, mask = jnp.ones((3, 1, 2), jnp.int32), jnp.array([[[True, False]], [[True, True]], [[True, False]]])
     given = lm.embed(params, tokens).at[1].set(jnp.nan)
 
-    def total(e):
+    def total(e, cache):
         hidden, entries = lm.segments(params, cache, tokens, mask, embeddings=e, packed=4)
         return jnp.where(mask[..., None], hidden, 0)[jnp.array([0, 2])].sum(), (hidden, entries)
 
-    gradient, (hidden, entries) = jax.grad(total, has_aux=True)(given)
+    forward_and_back = jax.jit(jax.grad(total, has_aux=True))
+    gradient, (hidden, entries) = forward_and_back(given, cache)
     assert np.isnan(hidden[1]).all()
     assert np.isfinite(hidden[jnp.array([0, 2]), :, 0]).all()
     assert np.isfinite(gradient[jnp.array([0, 2]), :, 0]).all()
     full = cache._replace(length=jnp.array([4, 3, 4]))
     full = lm.append(full, entries, mask, jnp.zeros(3, jnp.int32))
     np.testing.assert_array_equal(full.length, [5, 5, 5])
-    assert np.isnan(lm.segments(params, full, tokens, mask)[0]).all()
+    assert np.isnan(forward_and_back(given, full)[1][0]).all()
 
 
 @needs_jit
