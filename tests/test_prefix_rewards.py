@@ -149,20 +149,17 @@ def test_passes_are_as_narrow_as_the_segments():
     assert len(prefixes._sizes(16, 32)) == 3
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_ggro_with_a_kept_prefix_is_ggro_on_whole_texts(apart):
-    """The same tokens, segments and calls; rewards to 1e-5; with one model and with a reward beside the gain."""
-    (lm, params), (judge, judge_params), (other, other_params) = tiny_lm(0, num_layers=1), model(1), model(2)
-    policy, gain, reward = policies.language_model(lm), rewards.embedding_gain(judge), rewards.from_model(other)
-    given = {"policy": params, "reward": other_params if apart else judge_params, "gain": judge_params}
+def test_ggro_with_a_kept_prefix_is_ggro_on_whole_texts():
+    """The same tokens, segments and calls, and rewards to 1e-5, from prompts padded on the other side."""
+    (lm, params), (judge, judge_params) = tiny_lm(0, num_layers=1), model(1)
+    policy, gain = policies.language_model(lm), rewards.embedding_gain(judge)
 
-    def run(gain, reward, side):
+    def run(gain, side):
         options = {"candidates": 4, "threshold": 1.3, "max_new_tokens": T, "top_k": 5, "eos_ids": EOS}
-        prompts = padded(PROMPTS, side=side)
-        return decoding.nudge(policy, reward if apart else None, gain, given, RNG, prompts, **options)
+        given = {"policy": params, "reward": judge_params}
+        return decoding.nudge(policy, None, gain, given, RNG, padded(PROMPTS, side=side), **options)
 
-    whole_gain, whole = dataclasses.replace(gain, prefix=None), dataclasses.replace(reward, prefix=None)
-    wanted, found = run(whole_gain, whole, "left"), run(gain, reward, "right" if apart else "left")
+    wanted, found = run(dataclasses.replace(gain, prefix=None), "left"), run(gain, "right")
     assert int(wanted.nudged.sum()) > 1
     assert int(wanted.segments.max()) > 2
     for name in ("tokens", "mask", "finished"):

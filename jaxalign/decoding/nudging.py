@@ -66,8 +66,8 @@ def nudge(
       reward: r, read on partial text. None: the one behind `gain`, in one pass with it.
       gain: `rewards.embedding_gain(lm)`, or any function of that form.
       params: {"policy", "reward", "gain"}; without "gain", gain reads the reward's.
-      rng: consumed, by proposals at a temperature and by policies that draw. A prompt's response depends on rng and its
-        index alone.
+      rng: consumed, by proposals at a temperature and by policies that draw in their steps. Without the latter, a
+        prompt's response depends on rng and its index alone.
       candidates: S >= 1, forms per segment; 1 is greedy decoding.
       threshold: scalar or [B] [nats]; inf: one segment.
       top_k: k, tokens that may be forced; 1 is greedy decoding. More than the vocabulary: all of it.

@@ -31,7 +31,7 @@ class Nudged(NamedTuple):
     reward with its greedy form and with the form that was kept (0 beyond the last).
 
     Costs of each row, [B]: tokens: policy steps, of all candidates; scored: reward passes; gradients: gain passes. A
-    batch takes as many rounds as its row with the most forms, and each as many steps as its longest form."""
+    batch judges its forms in rounds, each of at least half of the rows that are not done; the others write on."""
 
     completions: Completions
     reward: Array
@@ -55,14 +55,16 @@ class Plan(NamedTuple):
 
 class _State(NamedTuple):
     """Where each row stands, all [B,...]. text: what is accepted, before the segment that is searched, and judge the
-    judge's state there; best: its best form so far, with the judge's proposal, score its reward, floor that of the
-    greedy form, form the best's number; made: forms so far; pick: the next form's first token, an index of the top_k;
-    tried [B,k]: those that were; bad: a NaN was seen; out: fields of `Nudged`. round []: forms that every row has
-    made."""
+    judge's state there; found: the form that is being written, token its next one to feed (−1: it was judged); best:
+    its best form so far, with the judge's proposal, score its reward, floor that of the greedy form, form the best's
+    number; made: forms so far; pick: the next form's first token, an index of the top_k; tried [B,k]: those that were;
+    bad: a NaN was seen; out: fields of `Nudged`. round []: number of the attempt."""
 
     round: Array
     text: segments.Text
     judge: State
+    found: segments.Text
+    token: Array
     best: segments.Text
     proposal: State
     score: Array
@@ -85,14 +87,7 @@ def search(
     rows, columns, zero = jnp.arange(batch), jnp.arange(steps), jnp.zeros(batch, jnp.int32)
     most = -(-steps // plan.shortest)  # segments
     judge = judge_of(reward, gain)
-    extend = functools.partial(
-        segments.extend,
-        policy,
-        params["policy"],
-        threshold=params["threshold"],
-        shortest=plan.shortest,
-        eos_ids=plan.eos_ids,
-    )
+    rules = segments.Rules(params["threshold"], plan.shortest, plan.eos_ids)
 
     def read(text: segments.Text, found: segments.Text) -> tuple[Array, Array]:
         """The last segment of `found`, which begins where `text` ends: (tokens [B,T], mask [B,T])."""
@@ -115,24 +110,36 @@ def search(
         return jnp.argmax(value, axis=1).astype(jnp.int32)
 
     def attempt(carry: _State) -> _State:
-        """One more form in every row that is not done, of the segment that the row is at; rows whose search is over
-        accept their best."""
+        """Writes until half of the rows have a form, and judges those; rows whose search is over accept their best."""
         text, out, going = carry.text, carry.out, ~carry.text.done
         top, choices = jax.lax.top_k(text.output.log_prob, carry.tried.shape[1])
         allowed, picked = is_supported(top), jnp.arange(top.shape[1]) == carry.pick[:, None]
-        found = extend(jax.random.fold_in(moves, carry.round), text, token_value(choices, carry.pick), going)
-        made = carry.made + 1
-        more = going & (made < params["candidates"])
-        value, scores, proposal = judge.score(params, carry.judge, *read(text, found), choices, more.any())
+        fresh = carry.token < 0
+        begun, token = rules.write(text, text.length, token_value(choices, carry.pick), going & fresh)
+        found, token = segments.proceed(
+            policy,
+            params["policy"],
+            jax.random.fold_in(moves, carry.round),
+            where_rows(fresh, begun, carry.found),
+            text.length,
+            jnp.where(fresh, token, carry.token),
+            rules,
+            unfinished=going.sum() // 2,
+        )
+        ready = going & (token < 0)
+        made = carry.made + ready
+        more = ready & (made < params["candidates"])
+        segment, real = read(text, found)
+        value, scores, proposal = judge.score(params, carry.judge, segment, real & ready[:, None], choices, more.any())
         lost = jnp.isnan(value) | jnp.isnan(jnp.where(allowed, scores, 0)).any(axis=1)
         first = carry.made == 0
-        better = going & (first | (value > carry.score))
+        better = ready & (first | (value > carry.score))
         best, proposal = where_rows(better, (found, proposal), (carry.best, carry.proposal))
-        score, floor = jnp.where(better, value, carry.score), jnp.where(first, value, carry.floor)
+        score, floor = jnp.where(better, value, carry.score), jnp.where(ready & first, value, carry.floor)
         form = jnp.where(better, carry.made, carry.form)
-        tried = carry.tried | picked
-        pick = propose(scores, allowed, carry.pick, made, out["segments"])
-        over = going & (~more | jnp.take_along_axis(tried, pick[:, None], axis=1)[:, 0])
+        tried = carry.tried | (picked & ready[:, None])
+        pick = jnp.where(ready, propose(scores, allowed, carry.pick, made, out["segments"]), carry.pick)
+        over = ready & (~more | jnp.take_along_axis(tried, pick[:, None], axis=1)[:, 0])
         at = jnp.where(over, out["segments"], most)
         inside = over[:, None] & (columns >= text.length[:, None]) & (columns < best.length[:, None])
         out = {
@@ -142,14 +149,16 @@ def search(
             "segments": out["segments"] + over,
             "floor": out["floor"].at[rows, at].set(floor, mode="drop"),
             "kept": out["kept"].at[rows, at].set(score, mode="drop"),
-            "tokens": out["tokens"] + jnp.where(going, segments.fed(text, found), 0),
-            "scored": out["scored"] + going,
+            "tokens": out["tokens"] + jnp.where(ready, segments.fed(text, found), 0),
+            "scored": out["scored"] + ready,
             "gradients": out["gradients"] + more,
         }
         return _State(
             carry.round + 1,
             where_rows(over, best, text),
             judge.commit(params, carry.judge, proposal, jnp.where(over, 0, -1)),
+            found,
+            token,
             best,
             proposal,
             score,
@@ -158,7 +167,7 @@ def search(
             jnp.where(over, 0, made),
             jnp.where(over, 0, pick),  # first the greedy form: the most probable token
             tried & ~over[:, None],
-            carry.bad | (going & lost),
+            carry.bad | (ready & lost),
             out,
         )
 
@@ -174,8 +183,24 @@ def search(
     out |= {"reward": paid, "nudged": jnp.zeros((batch, steps), bool)}
     out |= {"segment": jnp.full((batch, steps), -1, jnp.int32)}
     tried = jnp.zeros((batch, k), bool)
-    begin = _State(jnp.zeros((), jnp.int32), text, judged, text, proposal, paid, paid, zero, zero, zero, tried, no, out)
-    # Rows are never in step: each is at its own segment and form, and none waits for another's search.
+    begin = _State(
+        jnp.zeros((), jnp.int32),
+        text,
+        judged,
+        text,
+        zero - 1,
+        text,
+        proposal,
+        paid,
+        paid,
+        zero,
+        zero,
+        zero,
+        tried,
+        no,
+        out,
+    )
+    # Rows are never in step: each is at its own token of its own form, and none waits for another's search.
     found = jax.lax.while_loop(lambda carry: ~carry.text.done.all(), attempt, begin)
     text = found.text
     mask, ref = columns < text.length[:, None], text.log_prob_ref
