@@ -99,14 +99,17 @@ def _read_and_slope(lm: Any, params: Params, state: State, tokens: Array, mask: 
     return found, at_least_float32(gradient), proposal
 
 
-def _sizes(rows: int, width: int) -> list[tuple[int, int]]:
+def _sizes(rows: int, width: int, *, ragged: bool) -> list[tuple[int, int]]:
     """(columns, packed tokens) of the passes that are compiled for `rows` segments of at most `width` tokens, the
-    smallest first: from 8 tokens a row on, each two or four times the one before. A row may be four times as long as
-    the mean; the last pass holds everything."""
-    ratio = 2 if width <= 64 else 4
-    sizes, packed = [], max(16, 8 * rows)
+    smallest first; the last holds everything. ragged: few of the rows may have a segment, or short ones: from 2 tokens
+    a row on, each pass two or four times the one before, and a row up to eight times as long as the mean. Otherwise one
+    smaller pass, for what ended early."""
+    ratio, packed = (2 if width <= 64 else 4), max(16, 2 * rows)
+    if not ragged:
+        ratio, packed = 4, max(16, rows * width // 4)
+    sizes = []
     while 2 * packed <= rows * width:
-        sizes.append((min(width, packed, max(16, 4 * packed // rows)), packed))
+        sizes.append((min(width, packed, max(16, 8 * packed // rows)), packed))
         packed *= ratio
     return [*sizes, (width, rows * width)]
 
@@ -114,7 +117,7 @@ def _sizes(rows: int, width: int) -> list[tuple[int, int]]:
 def _sized(read: Callable[..., Any], lm: Any, params: Params, state: State, tokens: Array, mask: Array) -> Any:
     """read(lm, params, state, tokens, mask, packed) in the first of the `_sizes` that holds the real tokens."""
     rows, width = mask.shape[0] * mask.shape[1], mask.shape[2]
-    sizes, last = _sizes(rows, width), mdp.last_index(mask)
+    sizes, last = _sizes(rows, width, ragged=mask.shape[1] == 1), mdp.last_index(mask)
 
     def at(columns: int, packed: int) -> Callable[[], Any]:
         def run() -> Any:

@@ -135,18 +135,19 @@ def test_the_gain_of_a_segment_is_the_gain_in_the_whole_text(seed):
         assert float(jnp.abs(wanted[1]).max()) > 0.01
 
 
-def test_passes_are_as_narrow_as_the_segments():
+@pytest.mark.parametrize("ragged", [True, False])
+def test_passes_are_as_narrow_as_the_segments(ragged):
     """Sizes rise, hold what their rows need, and end with everything; few of them are compiled."""
     for rows, width in ((1, 1), (1, 9), (1, 32), (5, 14), (16, 32), (16, 256), (80, 21), (3, 1024)):
-        sizes = prefixes._sizes(rows, width)
+        sizes = prefixes._sizes(rows, width, ragged=ragged)
         assert sizes[-1] == (width, rows * width)
-        assert len(sizes) <= 6
-        assert sizes == sorted(sizes)
+        assert len(sizes) <= (6 if ragged else 2)
+        assert sizes == sorted(sizes, key=lambda size: size[1])
         for columns, packed in sizes:
             assert columns <= width
             assert packed <= rows * columns
-    assert len(prefixes._sizes(1, 32)) == 2
-    assert len(prefixes._sizes(16, 32)) == 3
+    assert [packed for _, packed in prefixes._sizes(16, 32, ragged=True)] == [32, 64, 128, 256, 512]
+    assert [packed for _, packed in prefixes._sizes(80, 21, ragged=False)] == [420, 1680]
 
 
 def test_ggro_with_a_kept_prefix_is_ggro_on_whole_texts():

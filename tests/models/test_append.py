@@ -111,8 +111,10 @@ def test_segments_of_one_token_are_candidates_and_appends_are_steps():
     jax.tree.map(assert_close, found, stepped)
 
 
-def test_nan_of_one_row_stays_in_it_and_a_full_cache_is_nan():
-    """Packed rows are neighbours: what one of them holds must not reach the others, forward or back."""
+@pytest.mark.parametrize("packed", [None, 4])
+def test_nan_stays_in_its_row_and_a_full_cache_is_nan(packed):
+    """Packed rows are neighbours: what one of them holds must not reach the others, forward or back. What is given
+    where there is no token reaches nothing."""
     lm, params = tiny_lm(0, num_layers=1)
     prefixes = padded([[4, 5, 6], [7], [8, 9]])
     _, cache = prefill(lm, params, prefixes, 4)
@@ -120,7 +122,7 @@ def test_nan_of_one_row_stays_in_it_and_a_full_cache_is_nan():
     given = lm.embed(params, tokens).at[1].set(jnp.nan)
 
     def total(e, cache):
-        hidden, entries = lm.segments(params, cache, tokens, mask, embeddings=e, packed=4)
+        hidden, entries = lm.segments(params, cache, tokens, mask, embeddings=e, packed=packed)
         return jnp.where(mask[..., None], hidden, 0)[jnp.array([0, 2])].sum(), (hidden, entries)
 
     forward_and_back = jax.jit(jax.grad(total, has_aux=True))
@@ -128,6 +130,9 @@ def test_nan_of_one_row_stays_in_it_and_a_full_cache_is_nan():
     assert np.isnan(hidden[1]).all()
     assert np.isfinite(hidden[jnp.array([0, 2]), :, 0]).all()
     assert np.isfinite(gradient[jnp.array([0, 2]), :, 0]).all()
+    wanted = hidden[jnp.array([0, 2]), :, 0]
+    hidden = forward_and_back(jnp.where(mask[..., None], given, jnp.nan), cache)[1][0]
+    np.testing.assert_array_equal(hidden[jnp.array([0, 2]), :, 0], wanted)
     full = cache._replace(length=jnp.array([4, 3, 4]))
     full = lm.append(full, entries, mask, jnp.zeros(3, jnp.int32))
     np.testing.assert_array_equal(full.length, [5, 5, 5])
