@@ -16,7 +16,7 @@ LABELS = {
     "follower": "Stackelberg",
     "blockwise": "blockwise CD",
     "transfer": "Transfer Q*",
-    "policy": "DPO",
+    "policy": "policy",
     "edit": "RE-Control",
     "ggro": "GGRO",
     "smc": "SMC",
@@ -35,6 +35,7 @@ STYLES = {
     "GenARM": ("#009E73", "^"),
     "Stackelberg": ("#0072B2", "P"),
     "DPO": ("#56B4E9", "*"),
+    "RL": ("#E7298A", "s"),
     "RE-Control": ("#999999", "X"),
     "GGRO": ("#B2DF8A", ">"),
     "SMC": ("#444444", "d"),
@@ -47,6 +48,8 @@ def family(method: str) -> str:
     """The family of a method's name, whatever its folder, beta or n."""
     if method.startswith("value:") and "cd_q" in method:
         return "CD-Q"
+    if found := re.match(r"policy:(?:.*/)?(rl|dpo)(?:_[^/]*)?(?:/model)?/?$", method):
+        return found.group(1).upper()
     return next((label for prefix, label in LABELS.items() if method.startswith(prefix)), method)
 
 

@@ -170,6 +170,69 @@ def last_and_pairs(value: Array, reward: Array, mask: Array, *, pair_weight: flo
     return (final.sum(axis=-1) + pair_weight * difference.sum(axis=-1) / count).mean()
 
 
+def policy_gradient(
+    log_prob: Array, old_log_prob: Array, advantage: Array, mask: Array, *, clip: float, whole: bool = False
+) -> Array:
+    """−mean_b Σ_t m·min(ρ_t·A_t, clip(ρ_t, 1 ± clip)·A_t), ρ_t = pi(y_t)/pi_old(y_t) (PPO, arXiv 1707.06347, eq. 7).
+
+    whole: one ratio for the response, ρ = exp(Σ_t log pi − log pi_old), and A the same for all its tokens; the sum over
+    t is then counted once (the clipped form of RLOO). Where pi = pi_old the gradient is −mean_b Σ_t A_t·∇log pi(y_t):
+    a SUM over tokens, so that the mean over y ~ pi is the gradient of E[r], whatever the lengths.
+
+    log_prob, old_log_prob, mask [b,T]; advantage [b,T], or [b] with `whole`; clip > 0, inf for no clipping.
+    """
+    chex.assert_equal_shape([log_prob, old_log_prob, mask])
+    difference = _masked(log_prob, mask) - _masked(old_log_prob, mask)
+    if whole:
+        ratio, advantage = jnp.exp(difference.sum(axis=-1)), at_least_float32(advantage)
+        return -_clipped(ratio, advantage, clip).mean()
+    ratio, advantage = jnp.exp(difference), _masked(advantage, mask)
+    return -jnp.where(mask, _clipped(ratio, advantage, clip), 0).sum(axis=-1).mean()
+
+
+def clipped_ratios(log_prob: Array, old_log_prob: Array, mask: Array, *, clip: float, whole: bool = False) -> Array:
+    """The share of tokens (`whole`: of responses) whose ratio lies outside 1 ± clip, [b]; arguments as
+    `policy_gradient`."""
+    difference = _masked(log_prob, mask) - _masked(old_log_prob, mask)
+    if whole:
+        return (jnp.abs(jnp.expm1(difference.sum(axis=-1))) > clip).astype(difference.dtype)
+    outside = (jnp.abs(jnp.expm1(difference)) > clip) & mask
+    return outside.sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)
+
+
+def clipped_value(value: Array, old_value: Array, returns: Array, mask: Array, *, clip: float) -> Array:
+    """mean_b ½ Σ_t m·max((V_t − R_t)², (V_old + clip(V_t − V_old, ± clip) − R_t)²), PPO's value loss; all [b,T].
+    clip inf: no clipping."""
+    chex.assert_equal_shape([value, old_value, returns, mask])
+    value, old_value, returns = (_masked(x, mask) for x in (value, old_value, returns))
+    error = (value - returns) ** 2
+    if clip < float("inf"):
+        near = old_value + jnp.clip(value - old_value, -clip, clip)
+        error = jnp.maximum(error, (near - returns) ** 2)
+    return 0.5 * error.sum(axis=-1).mean()
+
+
+def kl_penalty(log_prob: Array, log_prob_ref: Array, mask: Array, *, estimator: str) -> Array:
+    """A term for the loss that stands for KL(pi‖pi_ref), from y ~ pi; mean over rows of, with l_t = log pi/pi_ref(y_t):
+
+        "k2": ½ (Σ_t l_t)². Its gradient is (Σ l)·∇log pi(y): in the mean that of KL(pi‖pi_ref), exactly.
+        "k3": Σ_t exp(−l_t) − 1 + l_t (GRPO, arXiv 2402.03300, eq. 4). In value it has the mean of the KL, but its
+              gradient is the one of Σ_t KL(pi_ref‖pi)(s_t) at the states of pi: another optimum than Gibbs'.
+
+    log_prob, log_prob_ref, mask [b,T]. ValueError for another estimator.
+    """
+    ratio = _masked(log_prob, mask) - _masked(log_prob_ref, mask)
+    if estimator == "k2":
+        return 0.5 * (ratio.sum(axis=-1) ** 2).mean()
+    if estimator == "k3":
+        return jnp.where(mask, jnp.expm1(-ratio) + ratio, 0).sum(axis=-1).mean()
+    raise ValueError(f"estimator: expected 'k2' or 'k3', found {estimator!r}")
+
+
+def _clipped(ratio: Array, advantage: Array, clip: float) -> Array:
+    return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
+
+
 def _masked(x: Array, mask: Array) -> Array:
     return jnp.where(mask, at_least_float32(x), 0)
 

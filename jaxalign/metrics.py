@@ -75,6 +75,47 @@ def best_of_n_curve(reward: np.ndarray, value: np.ndarray | None = None) -> np.n
     return out.reshape(r.shape)
 
 
+class SelectionWinRates(NamedTuple):
+    """best_of_n, worst_of_n [...,N]: entry n−1 estimates the win rate when n draws a side are reduced to the best (the
+    worst) by reward; entry 0 is the plain win rate in both."""
+
+    best_of_n: np.ndarray
+    worst_of_n: np.ndarray
+
+
+def selection_win_rates(reward: np.ndarray, base_reward: np.ndarray) -> SelectionWinRates:
+    """Win rates of a policy over its base under best-of-n and worst-of-n on both sides, without bias, for all n at once
+    from one set of samples a side: reward [...,K] of the policy's, base_reward [...,L] of the base's, n = 1..min(K,L).
+
+    W = Σ_ij v_i·v'_j·(1[y_i > z_j] + ½·1[y_i = z_j]) in ascending order, v_i = C(i−1, n−1)/C(K, n) for the best and
+    C(K−i, n−1)/C(K, n) for the worst: the mean over all pairs of subsets. How equal rewards are ordered changes
+    nothing. The estimates of different n rest on the same samples. ValueError for no samples, leading axes that differ,
+    or NaN.
+    """
+    y, z = np.sort(np.asarray(reward, np.float64)), np.sort(np.asarray(base_reward, np.float64))
+    if y.ndim == 0 or y.shape[:-1] != z.shape[:-1] or 0 in (y.shape[-1], z.shape[-1]):
+        raise ValueError(f"reward, base_reward: expected [...,K] and [...,L], found {y.shape} and {z.shape}")
+    if np.isnan(y).any() or np.isnan(z).any():
+        raise ValueError("reward, base_reward: expected numbers, found NaN")
+    won = (y[..., :, None] > z[..., None, :]) + 0.5 * (y[..., :, None] == z[..., None, :])
+    left, right = _subset_weights(y.shape[-1]), _subset_weights(z.shape[-1])
+    most = min(len(left), len(right))
+
+    def both(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return ((left[:most] @ won) * right[:most]).sum(axis=-1)
+
+    return SelectionWinRates(both(left, right), both(left[:, ::-1], right[:, ::-1]))
+
+
+def _subset_weights(count: int) -> np.ndarray:
+    """[count,count]: row n−1 holds C(i−1, n−1)/C(count, n), the share of subsets of n whose best is sample i."""
+    rank, weight, out = np.arange(count), np.full(count, 1 / count), np.empty((count, count))
+    for n in range(1, count + 1):
+        out[n - 1] = weight
+        weight = weight * np.maximum(rank - n + 1, 0) / n * (n + 1) / max(count - n, 1)
+    return out
+
+
 def diversity(tokens: Sequence[object]) -> float:
     """Π_{n=2..4} |unique n-grams| / (|n-grams| + 1): the diversity of ARGS (arXiv 2402.01694, its code), of one
     response as words or token ids.

@@ -28,6 +28,10 @@ SIZES = {
     "ggro": (*DRAWS, "--candidates", "2", "--k", "3"),
     "score": (*SMALL, "--batch", "2", "--length", "7", "--vocab", "50", "--chunk", "4"),
     "train": (*SMALL, "--batch", "2", "--length", "7", "--no-torch"),
+    "rl": (
+        *("--layers", "1", "--width", "64", "--vocab", "50", "--iterations", "1", "--no-torch"),
+        *("--batch", "4", "--samples", "2", "--prompt", "3", "--new", "2"),
+    ),
     "shaping": (*SMALL, "--prompts", "20", "--samples", "5", "--batch", "2", "--length", "7"),
 }
 COLUMNS = {
@@ -70,9 +74,20 @@ COLUMNS = {
         "max difference",
     ],
     "train": ["stage", "rows x length", "jaxalign tokens/s", "jaxalign MB", "GFLOP"],
+    "rl": [
+        "layers",
+        "width",
+        "vocabulary",
+        "parameters",
+        "samples/s",
+        "roll-out tokens/s",
+        "update tokens/s",
+        "share of roll-out",
+    ],
     "shaping": ["what", "seconds", "times", "of"],
 }
 FIRST = {
+    "rl": [1],
     "score": ["forward", "gradient"],
     "train": ["sft", "reward_model", "arm"],
     "shaping": [

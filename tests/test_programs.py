@@ -15,6 +15,7 @@ from tests.programs import (
     best_of_n_over_two_critics,
     beta_per_prompt,
     blockwise_on_dpo,
+    calibrated_tilt,
     gradient_into_a_reward_model,
     numpy_reward,
     own_policy,
@@ -49,6 +50,22 @@ def test_best_of_n_over_two_critics(judge, prompts):
     found = best_of_n_over_two_critics.main(model(0), judge, model(2, "value"), prompts, EOS)
     assert found.samples.tokens.shape == (5, 3, 3)
     np.testing.assert_allclose(rewards_of(judge, found.best, prompts), found.reward.max(axis=1), rtol=1e-4, atol=1e-4)
+
+
+def test_calibrated_tilt(judge, prompts):
+    """Neither an increasing map of the reward nor another one for each prompt changes what is drawn."""
+    table = jnp.sort(jax.random.normal(jax.random.key(3), (5, 9)), axis=1)
+    drawn = calibrated_tilt.main(model(0), judge, table, prompts, EOS)
+    lm, params = judge
+    scaled = params | {"head": jax.tree.map(lambda x: 2 * x, params["head"])}
+    again = calibrated_tilt.main(model(0), (lm, scaled), 2 * table, prompts, EOS)
+    np.testing.assert_array_equal(drawn.tokens, again.tokens)
+    np.testing.assert_allclose(drawn.log_prob, again.log_prob, rtol=1e-5, atol=1e-6)
+    other = calibrated_tilt.main(
+        model(0), judge, table + 50, prompts, EOS
+    )  # every score is below: nothing is told apart
+    base = np.asarray(other.log_prob_ref)
+    assert not np.allclose(drawn.log_prob - drawn.log_norm, base - other.log_norm)
 
 
 def test_blockwise_on_dpo(judge, prompts):

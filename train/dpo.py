@@ -4,7 +4,8 @@ python -m train.dpo --data pairs.jsonl --model DIR --out runs/dpo
 
 The reward is implicit, beta·log(pi/pi_ref)(y|x), and the reference is the model that the run starts from (DPO, arXiv
 2305.18290; IPO, arXiv 2310.12036). The data is that of train.reward_model. The result is an aligned model, decoded by
-itself, or the baseline whose roll-outs steer another model (Transfer Q*). summary.json holds the accuracy and the
+itself, or the baseline whose roll-outs steer another model (Transfer Q*). With --lora-rank an adapter is trained and
+written to adapter/; the weights under it are the reference, at no cost. summary.json holds the accuracy and the
 margin of the implicit reward on held-out pairs.
 """
 
@@ -19,11 +20,11 @@ import jax.numpy as jnp
 
 from jaxalign import cli
 from jaxalign.training import objectives
-from train import common, pairs
+from train import common, lora, pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.Options):
+class Config(lora.Options):
     """Options of train.dpo."""
 
     data: str
@@ -41,6 +42,7 @@ class Config(common.Options):
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
     common.check(config)
+    lora.spec_of(config)
     if not 0 < config.beta < math.inf:
         raise ValueError(f"beta: expected a finite value > 0, found {config.beta}")
     if not 0 <= config.label_smoothing < 0.5 or (config.label_smoothing and config.loss != "dpo"):
@@ -60,9 +62,11 @@ def run(config: Config) -> dict[str, Any]:
     begin = common.start(config, lambda _: None)
     data, collate = pairs.load(config, begin.tokenizer)
     loss = objectives.dpo(begin.lm, beta=config.beta, objective=config.loss, label_smoothing=config.label_smoothing)
-    # A copy, in the type that it is used in: the step gives the state's own arrays away.
-    reference = jax.tree.map(lambda x: jnp.array(x, begin.lm.dtype), begin.params)
-    params = common.run(config, begin, data, loss, collate, stage="dpo", out=out, frozen=reference)
+    reference = begin.params
+    if not config.lora_rank:
+        # A copy, in the type that it is used in: the step gives the state's own arrays away.
+        reference = jax.tree.map(lambda x: jnp.array(x, begin.lm.dtype), begin.params)
+    params = lora.run(config, begin, data, loss, collate, stage="dpo", out=out, frozen=reference)
 
     def score(both: Any, batch: Any) -> Any:
         params, reference = both

@@ -3,10 +3,10 @@
 python -m train.quickstart --out runs/quickstart
 
 Makes the world's texts and preferences, trains tokenizer, base model, reward model, value models, autoregressive reward
-model, DPO model and heads for Stackelberg-shaped rewards, decodes held-out prompts by every method of the library at
-several strengths, and writes results.json, frontier.png (true utility against KL) and responses.html. A run that was
-stopped goes on at its stage. Each stage prints what it is: the same files serve as examples for the training scripts,
-eval.decode and eval.compare.
+model, a DPO model, an RL model on calibrated rewards and heads for Stackelberg-shaped rewards, decodes held-out prompts
+by every method of the library at several strengths, and writes results.json, frontier.png (true utility against KL) and
+responses.html. A run that was stopped goes on at its stage. Each stage prints what it is: the same files serve as
+examples for the training scripts, eval.decode and eval.compare.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from eval import compare, pictures, results
 from jaxalign import cli
-from train import arm, dpo, report, reward_model, sft, value, world
+from train import arm, calibrate, dpo, report, reward_model, rl, sft, value, world
 
 GOLD = "jaxalign.data.opinions:golds"
 
@@ -53,6 +53,8 @@ class Size(NamedTuple):
     pairs: int
     rollouts: int  # per prompt
     epochs: dict[str, float]  # sft, reward_model, value, cd_q, edit, arm, dpo
+    table: int  # base samples per prompt that rewards are calibrated by
+    rl_steps: int
     prompts: int
     strengths: dict[str, str]  # of each method, as eval.compare's --method takes them after @
     particles: int
@@ -68,6 +70,8 @@ SIZES = {
         pairs=6_000,
         rollouts=8,
         epochs={"sft": 2, "reward_model": 2, "value": 3, "cd_q": 1, "edit": 2, "arm": 2, "dpo": 0.7},
+        table=32,
+        rl_steps=40,
         prompts=128,
         strengths={
             "best_of_n": "2,4,8,16",
@@ -94,6 +98,8 @@ SIZES = {
         pairs=600,
         rollouts=2,
         epochs={"sft": 1, "reward_model": 1, "value": 1, "cd_q": 1, "edit": 1, "arm": 1, "dpo": 1},
+        table=4,
+        rl_steps=2,
         prompts=16,
         strengths={
             "best_of_n": "4",
@@ -118,7 +124,7 @@ def run(config: Config) -> dict[str, Any]:
     out = cli.open_run(config.out, config)
     clock = Clock(out / "timings.json")
     data = out / "data"
-    names = ("sft", "reward_model", "value", "cd_q", "edit", "arm", "dpo")
+    names = ("sft", "reward_model", "value", "cd_q", "edit", "arm", "dpo", "rl")
     folders = {name: str(out / name / "model") for name in names}
     shared: dict[str, Any] = {
         "seed": config.seed,
@@ -214,6 +220,35 @@ def run(config: Config) -> dict[str, Any]:
             ),
         )
     )
+    sampled: dict[str, Any] = {name: values[name] for name in ("prompts", "reward", "max_new_tokens", "seed")}
+    stages.append(
+        (
+            "calibration table",
+            lambda: calibrate.run(
+                calibrate.Config(
+                    **sampled, base=folders["sft"], samples=size.table, dtype=config.dtype, out=str(out / "table")
+                )
+            ),
+        )
+    )
+    stages.append(
+        (
+            "aligned model (RL on calibrated rewards)",
+            lambda: rl.run(
+                rl.Config(
+                    **(shared | sampled),
+                    model=folders["sft"],
+                    calibration=str(out / "table"),
+                    transform="identity",
+                    beta=0.15,
+                    samples=4,
+                    steps=size.rl_steps,
+                    learning_rate=1e-3,
+                    out=str(out / "rl"),
+                )
+            ),
+        )
+    )
     heads = {bound: out / f"exceedance_{bound:g}" for bound in size.bounds}
     for bound, folder in heads.items():
         options = values | made | {"head": "q", "epochs": size.epochs["value"]}
@@ -239,6 +274,7 @@ def run(config: Config) -> dict[str, Any]:
     }
     groups["Stackelberg"] = tuple(f"follower:{folder / 'model'}" for folder in heads.values())
     groups["DPO"] = (f"policy:{folders['dpo']}",)
+    groups["RL"] = (f"policy:{folders['rl']}",)
     for name, methods in groups.items():
         stages.append((f"decode: {name}", _comparison(config, out, folders, methods)))
     for i, (name, stage) in enumerate(stages, start=1):

@@ -23,7 +23,7 @@ def scored(config: rollouts.Options, path: str, tokenizer: Any, *, eos_id: int) 
     if bare is not None:
         raise ValueError(f'{bare}: expected a "prompt" beside the response, found none')
     lm, _ = models.load(config.base, dtype=config.dtype)
-    reward, params = rollouts.judge(config, lm, tokenizer)
+    reward, params = rollouts.judge(config.reward, lm, tokenizer, dtype=config.dtype)
     number: dict[tuple[int, ...], int] = {}
     index = [number.setdefault(tuple(row.prompt), len(number)) for row in found.rows]
 

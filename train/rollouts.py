@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -21,11 +21,11 @@ from train import common
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(common.Options):
-    """Options of scripts that make roll-outs."""
+class Source:
+    """What roll-outs are made from, and how."""
 
     base: str
-    """Folder of the base language model that makes the roll-outs; --model defaults to it."""
+    """Folder of the base language model that makes the roll-outs."""
     prompts: str
     """File of prompts: .txt, .jsonl or .jsonl.gz."""
     reward: str
@@ -40,8 +40,19 @@ class Options(common.Options):
     decode_batch: int = 64
     """Roll-outs decoded together."""
     rollouts: str = ""
-    """Run folder of another train.value or train.shaping with the same base, prompts, reward, samples, limit and seed:
-    its roll-outs are read, none are made."""
+    """Run folder of another train.value, train.shaping or train.calibrate with the same base, prompts, reward, samples,
+    limit and seed: its roll-outs are read, none are made."""
+    max_length: int = 256
+    """Longest row [tokens], prompt and response; a longer roll-out is an error."""
+    seed: int = 0
+    """Seed of all draws."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and of the weights as they are used; rewards stay float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Source, common.Options):
+    """Options of scripts that train on roll-outs; --model defaults to --base."""
 
 
 class Rollout(NamedTuple):
@@ -56,31 +67,39 @@ class Rollout(NamedTuple):
 def check(config: Options) -> None:
     """ValueErrors that name the option."""
     common.check(config)
+    check_source(config)
+
+
+def check_source(config: Source) -> None:
+    """ValueErrors that name the option."""
     for name in ("samples", "max_new_tokens", "shard", "decode_batch"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: expected at least 1, found {getattr(config, name)}")
 
 
-def inputs(config: Options) -> list[str]:
+def inputs(config: Source) -> list[str]:
     """The files and folders that a run reads."""
-    folders = [config.base, config.prompts, config.reward, config.model, config.architecture, config.tokenizer]
+    folders = [config.base, config.prompts, config.reward]
+    if isinstance(config, common.Options):
+        folders += [config.model, config.architecture, config.tokenizer]
     # The shards alone: the folder around them is written anew each time its own command is repeated.
     return [*folders, str(pathlib.Path(config.rollouts) / "rollouts") if config.rollouts else ""]
 
 
-def judge(config: Options, lm: models.LanguageModel, tokenizer: Any) -> tuple[Reward, Params]:
-    """The Reward of --reward and its parameters. ValueErrors: no such program, another vocabulary, no scalar head."""
-    if rewards.is_program(config.reward):
-        read = rewards.program(config.reward)
+def judge(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) -> tuple[Reward, Params]:
+    """The Reward of --reward, a folder or MODULE:FUNCTION, and its parameters. ValueErrors: no such program, another
+    vocabulary, no scalar head."""
+    if rewards.is_program(spec):
+        read = rewards.program(spec)
         return rewards.from_text(lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True), read), None
-    models.check_tokens(tokenizer.get_vocab(), models.tokenizer(config.reward).get_vocab(), name="reward")
-    reward_lm, params = models.load(config.reward, dtype=config.dtype)
+    models.check_tokens(tokenizer.get_vocab(), models.tokenizer(spec).get_vocab(), name="reward")
+    reward_lm, params = models.load(spec, dtype=dtype)
     if reward_lm.vocab_size != lm.vocab_size:
         raise ValueError(f"reward: expected {lm.vocab_size} tokens as the base has, found {reward_lm.vocab_size}")
     return rewards.from_model(reward_lm), params
 
 
-def roll_out(config: Options, out: pathlib.Path, tokenizer: Any, *, stage: str) -> list[Rollout]:
+def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -> list[Rollout]:
     """All roll-outs, in order of prompt and sample; shards that are there are read. ValueError: they were made from
     other prompts, or one is longer than --max-length with its prompt."""
     prompts = data.tokenize_prompts(config.prompts, tokenizer)
@@ -94,7 +113,7 @@ def roll_out(config: Options, out: pathlib.Path, tokenizer: Any, *, stage: str) 
     if not all(path.exists() for path in paths):
         lm, params = models.load(config.base, dtype=config.dtype)
         policy = policies.language_model(lm)
-        reward, reward_params = judge(config, lm, tokenizer)
+        reward, reward_params = judge(config.reward, lm, tokenizer, dtype=config.dtype)
         arguments = {"policy": params, "reward": reward_params}
         with cli.progress(f"{stage}: roll-outs", len(prompts), unit="prompt") as bar:
             for k, path in enumerate(paths):
@@ -111,7 +130,7 @@ def roll_out(config: Options, out: pathlib.Path, tokenizer: Any, *, stage: str) 
     return found
 
 
-def _check_same(config: Options, paths: list[pathlib.Path]) -> None:
+def _check_same(config: Source, paths: list[pathlib.Path]) -> None:
     """ValueError where the roll-outs of --rollouts are not those that this run would make, or are not complete."""
     other = pathlib.Path(config.rollouts) / "config.json"
     made = json.loads(other.read_text()) if other.exists() else {}
@@ -137,7 +156,7 @@ def _read(path: pathlib.Path, prompts: list[data.Prompt], digest: str, name: str
 
 
 def write_shard(
-    config: Options,
+    config: Source,
     policy: Any,
     reward: Reward,
     arguments: Params,

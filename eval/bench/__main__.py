@@ -1,8 +1,8 @@
 """python -m eval.bench NAME [options]; NAME is one of those below, NAME --help lists its options
 
 Each benchmark runs the usual alternative beside ours in one process, on one set of random weights, alternating, and
-prints medians and ratios. decode, args, transfer and train need `pip install -e '.[bench]'` (torch, transformers' torch
-models).
+prints medians and ratios. decode, args, transfer, train and rl need `pip install -e '.[bench]'` (torch, transformers'
+torch models, TRL).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.bench import args, blockwise, decode, genarm, ggro, recontrol, score, shaping, train, transfer
+from eval.bench import args, blockwise, decode, genarm, ggro, recontrol, rl, score, shaping, train, transfer
 
 BENCHMARKS = {
     "decode": decode,
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "ggro": ggro,
     "score": score,
     "train": train,
+    "rl": rl,
     "shaping": shaping,
 }
 

@@ -46,7 +46,7 @@ def check(options: Options, batch: tuple[int, ...]) -> Mesh | None:
         # Every integer here counts something that the benchmark needs one of.
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ValueError(f"{field.name}: expected at least 1, found {value}")
-        if field.name == "width" and value % 64:
+        if field.name == "width" and any(w % 64 for w in (value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"width: expected a multiple of 64, the width of a head, found {value}")
     mesh = cli.make_mesh(options.mesh)
     if mesh is not None and any(size % mesh.size for size in batch):

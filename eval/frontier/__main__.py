@@ -1,8 +1,9 @@
-"""python -m eval.frontier {tree,noise,samples,bound,world,language} [options]; NAME --help lists the options of one
+"""python -m eval.frontier {tree,noise,samples,bound,infalign,world,language} [options]; NAME --help lists its options
 
-Each study computes one claim about shaped rewards, prints its table and writes NAME.json and NAME.png to --out.
-docs/stackelberg.md tells what they show. tree, noise, samples and bound are exact or nearly so and need no model; world
-and language read the folder of a finished train.quickstart.
+Each study computes one claim about shaped or transformed rewards, prints its table and writes NAME.json and NAME.png to
+--out.
+docs/stackelberg.md and docs/infalign.md tell what they show. tree, noise, samples, bound and infalign are exact or
+nearly so and need no model; world and language read the folder of a finished train.quickstart. --NAME is NAME.
 """
 
 from __future__ import annotations
@@ -10,9 +11,19 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.frontier import bound, language, noise, samples, tree, world
+from eval.frontier import bound, infalign, language, noise, nudging, samples, trained, tree, world
 
-STUDIES = {"tree": tree, "noise": noise, "samples": samples, "bound": bound, "world": world, "language": language}
+STUDIES = {
+    "tree": tree,
+    "noise": noise,
+    "samples": samples,
+    "bound": bound,
+    "infalign": infalign,
+    "world": world,
+    "language": language,
+    "trained": trained,
+    "nudging": nudging,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, module in STUDIES.items():
         # The docstring is "python -m eval.frontier NAME: what it shows".
         names.add_parser(name, help=(module.__doc__ or "").splitlines()[0].partition(": ")[2])
+    if arguments and arguments[0].removeprefix("--") in STUDIES:
+        arguments[0] = arguments[0].removeprefix("--")
     name = parser.parse_args(arguments[:1]).name
     STUDIES[name].main(arguments[1:])
 

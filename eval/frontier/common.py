@@ -53,6 +53,8 @@ def check(options: Options) -> None:
         if field.name == "seed" or isinstance(value, str | bool):
             continue
         values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, str) for v in values):
+            continue
         if not values or not all(0 < v < math.inf for v in values):
             raise ValueError(f"{field.name}: expected finite values > 0, found {value}")
 
@@ -78,18 +80,18 @@ def estimate(name: str, values: Any) -> dict[str, float | None]:
     return {name: found.mean, f"{name}_95": None if math.isnan(found.half_width) else found.half_width}
 
 
-def report(name: str, options: Options, rows: Sequence[dict[str, Any]]) -> pathlib.Path:
-    """Prints the rows, writes NAME.json; gives the folder."""
+def report(name: str, options: Options, rows: Sequence[dict[str, Any]], *, digits: int = 3) -> pathlib.Path:
+    """Prints the rows with that many decimals, writes NAME.json; gives the folder."""
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     given = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "config", "run")}
     about = {"device": device(), "jax": jax.__version__, "options": given}
     cli.write_json(out / f"{name}.json", about | {"rows": list(rows)})
-    table(rows)
+    table(rows, digits=digits)
     return out
 
 
-def table(rows: Sequence[dict[str, Any]]) -> None:
+def table(rows: Sequence[dict[str, Any]], *, digits: int = 3) -> None:
     """One line per row, a mean followed by its half-width; a heading wherever the columns change."""
     last: list[str] | None = None
     for row in rows:
@@ -97,15 +99,15 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
         if names != last:
             print(("\n" if last else "") + "  ".join(f"{name:>18}" for name in names))
             last = names
-        print("  ".join(f"{_cell(row, name):>18}" for name in names))
+        print("  ".join(f"{_cell(row, name, digits):>18}" for name in names))
 
 
-def _cell(row: dict[str, Any], name: str) -> str:
+def _cell(row: dict[str, Any], name: str, digits: int) -> str:
     value = row[name]
     if not isinstance(value, float):
         return "-" if value is None else str(value)
     half = row.get(f"{name}_95")
-    return f"{value:.3f}" + (f" ± {half:.3f}" if half is not None else "")
+    return f"{value:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
 
 
 def pyplot() -> Any:

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import loop
-from jaxalign.checks import check_positive, entry, is_concrete, same_prompts
-from jaxalign.decoding.sampling import check_request, with_temperature
+from jaxalign.checks import entry, is_concrete
 from jaxalign.decoding.segments import entropy
-from jaxalign.decoding.selection import check_reward, check_scores, score_completions
+from jaxalign.decoding.selection import check_scores, open_request, score_completions
 from jaxalign.types import (
     Array,
     ArrayLike,
@@ -24,10 +23,7 @@ from jaxalign.types import (
     Reward,
     State,
     StepOutput,
-    per_row,
     prompt_index,
-    prompts_for,
-    strong,
     where_rows,
 )
 
@@ -94,27 +90,18 @@ def cards(
         raise ValueError(
             f"min_segment, max_segment: expected 1 <= min_segment <= max_segment, found {min_segment} and {max_segment}"
         )
-    prompts = same_prompts(prompts)
-    inner, judged = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
-    own, reward_params = entry(params, "policy"), entry(params, "reward")
-    check_positive("beta", entry(params, "beta"))
+    goals = params if "start" in params else params | {"start": entry(params, "threshold")}
     for name in ("threshold", "start"):
-        value = params["threshold"] if name == "start" and name not in params else entry(params, name)
+        value = entry(goals, name)
         if is_concrete(value) and not np.all(np.isfinite(np.asarray(value))):
             raise ValueError(f"{name}: expected finite numbers, found {np.asarray(value)}")
     level = entry(params, "entropy")
     if is_concrete(level) and not np.all(np.asarray(level) >= 0):
         raise ValueError(f"entropy: expected a value >= 0, found {np.asarray(level)}")
-    inner, eos_ids = check_request(policy, own, inner, max_new_tokens, eos_ids)
-    check_reward(reward, reward_params, judged, max_new_tokens, policy.vocab_size)
-    tempered, policy_params, inner = with_temperature(policy, own, inner, temperature)
-    batch = prompt_index(judged).shape[0]
-    goals = {name: per_row(params[name], batch, name=name) for name in ("beta", "threshold", "entropy")}
-    goals["start"] = per_row(params["start"], batch, name="start") if "start" in params else goals["threshold"]
-    arrays = {"policy": policy_params, "reward": reward_params, **goals}
-    both = {"policy": inner, "reward": judged}
+    names = ("beta", "threshold", "entropy", "start")
+    asked = open_request(policy, reward, goals, prompts, max_new_tokens, eos_ids, temperature, per_prompt=names)
     sizes = (tries, min_segment, longest)
-    found, nan = _cards(tempered, reward, strong(arrays), rng, both, max_new_tokens, eos_ids, sizes)
+    found, nan = _cards(asked.policy, reward, asked.params, rng, asked.prompts, max_new_tokens, asked.eos_ids, sizes)
     check_scores(jnp.where(nan, jnp.nan, found.reward)[:, None])
     return found
 

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import loop
-from jaxalign.checks import check_positive, entry, same_prompts
-from jaxalign.decoding.sampling import check_request, with_temperature
-from jaxalign.decoding.selection import check_reward, check_scores, score_completions
+from jaxalign.decoding.selection import check_scores, open_request, score_completions
 from jaxalign.types import (
     Array,
     ArrayLike,
@@ -22,10 +20,7 @@ from jaxalign.types import (
     Reward,
     State,
     StepOutput,
-    per_row,
     prompt_index,
-    prompts_for,
-    strong,
     where_rows,
 )
 
@@ -79,17 +74,10 @@ def quest(
     """
     if moves < 0:
         raise ValueError(f"moves: expected at least 0, found {moves}")
-    prompts = same_prompts(prompts)
-    inner, judged = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
-    own, reward_params = entry(params, "policy"), entry(params, "reward")
-    check_positive("beta", entry(params, "beta"))
-    inner, eos_ids = check_request(policy, own, inner, max_new_tokens, eos_ids)
-    check_reward(reward, reward_params, judged, max_new_tokens, policy.vocab_size)
-    tempered, policy_params, inner = with_temperature(policy, own, inner, temperature)
-    beta = per_row(params["beta"], prompt_index(judged).shape[0], name="beta")
-    arrays = {"policy": policy_params, "reward": reward_params, "beta": beta}
-    both = {"policy": inner, "reward": judged}
-    chain = _quest(tempered, reward, strong(arrays), rng, both, moves, max_new_tokens, eos_ids, keep_states)
+    asked = open_request(policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, per_prompt=("beta",))
+    chain = _quest(
+        asked.policy, reward, asked.params, rng, asked.prompts, moves, max_new_tokens, asked.eos_ids, keep_states
+    )
     check_scores(chain.reward)
     return chain
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import loop
-from jaxalign.checks import check_positive, entry, is_concrete, same_prompts
-from jaxalign.decoding.sampling import check_request, streams, with_temperature
-from jaxalign.decoding.selection import check_reward, check_scores, score_completions
+from jaxalign.checks import entry, is_concrete
+from jaxalign.decoding.sampling import streams
+from jaxalign.decoding.selection import check_scores, open_request, score_completions
 from jaxalign.types import (
     Array,
     ArrayLike,
@@ -22,11 +22,8 @@ from jaxalign.types import (
     Policy,
     Prompts,
     Reward,
-    per_row,
     prompt_index,
-    prompts_for,
     repeat_rows,
-    strong,
     where_rows,
 )
 
@@ -69,26 +66,28 @@ def rejection(
     """
     if tries < 1 or chunk < 1:
         raise ValueError(f"tries: expected at least 1 try and a chunk of at least 1, found {tries} and {chunk}")
-    prompts = same_prompts(prompts)
-    inner, judged = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
-    own, reward_params = entry(params, "policy"), entry(params, "reward")
-    check_positive("beta", entry(params, "beta"))
-    inner, eos_ids = check_request(policy, own, inner, max_new_tokens, eos_ids)
-    check_reward(reward, reward_params, judged, max_new_tokens, policy.vocab_size)
-    tempered, policy_params, inner = with_temperature(policy, own, inner, temperature)
-    batch = prompt_index(judged).shape[0]
-    arrays = {"policy": policy_params, "reward": reward_params}
-    arrays |= {name: per_row(entry(params, name), batch, name=name) for name in ("beta", "bound")}
-    both = {"policy": inner, "reward": judged}
-    chunk = min(chunk, tries)
-    found, highest = _rejection(
-        tempered, reward, strong(arrays), rng, both, tries, max_new_tokens, eos_ids, chunk, _exponential, False
+    asked = open_request(
+        policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, per_prompt=("beta", "bound")
     )
+    found, highest = _rejection(
+        asked.policy,
+        reward,
+        asked.params,
+        rng,
+        asked.prompts,
+        tries,
+        max_new_tokens,
+        asked.eos_ids,
+        min(chunk, tries),
+        _exponential,
+        False,
+    )
+    bound = asked.params["bound"]
     check_scores(found.reward[:, None])
-    if is_concrete(highest, arrays["bound"]):
+    if is_concrete(highest, bound):
         # A reward that is its bound up to rounding is not above it.
-        slack = 1e-5 * np.maximum(1, np.abs(np.asarray(arrays["bound"])))
-        bad = np.flatnonzero(np.asarray(highest) > np.asarray(arrays["bound"]) + slack).tolist()
+        slack = 1e-5 * np.maximum(1, np.abs(np.asarray(bound)))
+        bad = np.flatnonzero(np.asarray(highest) > np.asarray(bound) + slack).tolist()
         if bad:
             most = np.asarray(highest)[bad]
             raise ValueError(f"bound: expected at least every reward, found up to {most} for prompts {bad}")
@@ -130,21 +129,24 @@ def first_above(
     """
     if tries < 1 or chunk < 1:
         raise ValueError(f"tries: expected at least 1 try and a chunk of at least 1, found {tries} and {chunk}")
-    prompts = same_prompts(prompts)
-    inner, judged = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
-    own, reward_params = entry(params, "policy"), entry(params, "reward")
     threshold = entry(params, "threshold")
     if is_concrete(threshold) and np.isnan(np.asarray(threshold)).any():
         raise ValueError(f"threshold: expected numbers, found {np.asarray(threshold)}")
-    inner, eos_ids = check_request(policy, own, inner, max_new_tokens, eos_ids)
-    check_reward(reward, reward_params, judged, max_new_tokens, policy.vocab_size)
-    tempered, policy_params, inner = with_temperature(policy, own, inner, temperature)
-    least = per_row(threshold, prompt_index(judged).shape[0], name="threshold")
-    arrays = {"policy": policy_params, "reward": reward_params, "threshold": least}
-    both = {"policy": inner, "reward": judged}
-    chunk = min(chunk, tries)
+    asked = open_request(
+        policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, per_prompt=("threshold",)
+    )
     found, _ = _rejection(
-        tempered, reward, strong(arrays), rng, both, tries, max_new_tokens, eos_ids, chunk, _above, True
+        asked.policy,
+        reward,
+        asked.params,
+        rng,
+        asked.prompts,
+        tries,
+        max_new_tokens,
+        asked.eos_ids,
+        min(chunk, tries),
+        _above,
+        True,
     )
     check_scores(found.reward[:, None])
     return found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import loop, mdp
-from jaxalign.checks import entry, is_concrete, same_prompts
+from jaxalign.checks import check_positive, entry, is_concrete, same_prompts
 from jaxalign.decoding.sampling import check_request, streams, with_temperature
 from jaxalign.types import (
     Array,
@@ -22,6 +23,7 @@ from jaxalign.types import (
     Selection,
     TokenBatch,
     at_least_float32,
+    per_row,
     prompt_index,
     prompts_for,
     repeat_rows,
@@ -41,6 +43,7 @@ def best_of_n(
     eos_ids: tuple[int, ...],
     temperature: ArrayLike = 1.0,
     chunk: int | None = None,
+    allow_nan: bool = False,
 ) -> Selection:
     """n independent responses per prompt, and the one of highest reward (the first among equals).
 
@@ -49,7 +52,7 @@ def best_of_n(
     and sample 0 is what `sample` draws. KL(best‖policy) <= log n − (n−1)/n.
 
     chunk: samples per prompt that are decoded and scored at a time, a divisor of n; all when None. It bounds memory
-    (B·chunk caches) and changes no sample.
+    (B·chunk caches) and changes no sample. allow_nan: a reward that is NaN is no error; look at every one.
 
     ValueError: n < 1, a chunk that does not divide n, a reward over another vocabulary or prompts that do not fit its
     model, a reward that is NaN, and those of `sample`.
@@ -59,17 +62,50 @@ def best_of_n(
     chunk = n if chunk is None else chunk
     if chunk < 1 or n % chunk:
         raise ValueError(f"chunk: expected a divisor of n = {n}, found {chunk}")
+    asked = open_request(policy, reward, params, prompts, max_new_tokens, eos_ids, temperature)
+    selection = _best_of_n(
+        asked.policy, reward, asked.params, rng, asked.prompts, n, max_new_tokens, asked.eos_ids, chunk
+    )
+    if not allow_nan:
+        check_scores(selection.reward)
+    return selection
+
+
+class Request(NamedTuple):
+    """What a decoder that draws from a policy and judges by a reward works on, checked. policy: under its temperature;
+    params {"policy", "reward", …}, prompts {"policy", "reward"}."""
+
+    policy: Policy
+    params: dict[str, Any]
+    prompts: dict[str, Any]
+    eos_ids: tuple[int, ...]
+
+
+def open_request(
+    policy: Policy,
+    reward: Reward,
+    params: Params,
+    prompts: Prompts,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    temperature: ArrayLike = 1.0,
+    *,
+    per_prompt: tuple[str, ...] = (),
+) -> Request:
+    """The host checks before tracing. per_prompt: entries of params, scalars or [B], that become [B]; a "beta" must be
+    > 0. ValueErrors."""
     prompts = same_prompts(prompts)
     inner, judged = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
     own, reward_params = entry(params, "policy"), entry(params, "reward")
+    if "beta" in per_prompt:
+        check_positive("beta", entry(params, "beta"))
     inner, eos_ids = check_request(policy, own, inner, max_new_tokens, eos_ids)
     check_reward(reward, reward_params, judged, max_new_tokens, policy.vocab_size)
     tempered, policy_params, inner = with_temperature(policy, own, inner, temperature)
+    batch = prompt_index(judged).shape[0]
     arrays = {"policy": policy_params, "reward": reward_params}
-    both = {"policy": inner, "reward": judged}
-    selection = _best_of_n(tempered, reward, strong(arrays), rng, both, n, max_new_tokens, eos_ids, chunk)
-    check_scores(selection.reward)
-    return selection
+    arrays |= {name: per_row(entry(params, name), batch, name=name) for name in per_prompt}
+    return Request(tempered, strong(arrays), {"policy": inner, "reward": judged}, eos_ids)
 
 
 def check_reward(

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import loop
-from jaxalign.checks import check_positive, entry, is_concrete, same_prompts
-from jaxalign.decoding.sampling import check_request, streams
-from jaxalign.decoding.selection import check_reward, check_scores, score_completions
+from jaxalign.checks import is_concrete
+from jaxalign.decoding.sampling import streams
+from jaxalign.decoding.selection import check_scores, open_request, score_completions
 from jaxalign.types import (
     Array,
     ArrayLike,
@@ -24,9 +24,7 @@ from jaxalign.types import (
     State,
     StepOutput,
     is_supported,
-    per_row,
     prompt_index,
-    prompts_for,
     repeat_rows,
     strong,
     take_rows,
@@ -96,20 +94,9 @@ def smc(
         raise ValueError(f"resample_below: expected a scalar, found shape {np.shape(resample_below)}")
     if is_concrete(resample_below) and not 0 <= float(np.asarray(resample_below)) <= 1:
         raise ValueError(f"resample_below: expected a value in [0, 1], found {resample_below}")
-    prompts = same_prompts(prompts)
-    inner, judged = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
-    own, reward_params = entry(params, "policy"), entry(params, "reward")
-    check_positive("beta", entry(params, "beta"))
-    inner, eos_ids = check_request(policy, own, inner, max_new_tokens, eos_ids)
-    check_reward(reward, reward_params, judged, max_new_tokens, policy.vocab_size)
-    arrays = {
-        "policy": own,
-        "reward": reward_params,
-        "beta": per_row(params["beta"], prompt_index(judged).shape[0], name="beta"),
-        "resample_below": jnp.asarray(resample_below, jnp.result_type(float)),
-    }
-    both = {"policy": inner, "reward": judged}
-    found = _smc(policy, reward, strong(arrays), rng, both, particles, max_new_tokens, eos_ids)
+    asked = open_request(policy, reward, params, prompts, max_new_tokens, eos_ids, per_prompt=("beta",))
+    arrays = asked.params | {"resample_below": jnp.asarray(resample_below, jnp.result_type(float))}
+    found = _smc(policy, reward, strong(arrays), rng, asked.prompts, particles, max_new_tokens, asked.eos_ids)
     check_scores(found.reward)
     return found
 

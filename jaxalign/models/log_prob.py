@@ -9,7 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.types import Array, Params
+from jaxalign import mdp
+from jaxalign.types import Array, Params, TokenBatch
 
 
 def chunked(f: Callable[..., Any], *arrays: Array, chunk: int) -> Any:
@@ -35,6 +36,16 @@ def chunked(f: Callable[..., Any], *arrays: Array, chunk: int) -> Any:
     part = jax.checkpoint(lambda arrays: f(*arrays), prevent_cse=False)
     parts = jax.lax.map(part, tuple(split(x) for x in arrays))
     return jax.tree.map(join, parts)
+
+
+def response_hidden(lm: Any, params: Params, prompts: TokenBatch, tokens: Array, mask: Array) -> Array:
+    """Hidden states [B,T,D] that each token of right-padded responses tokens, mask [B,T] is drawn from, in one parallel
+    pass over prompts and responses."""
+    joined, joined_mask, prompt_length = mdp.concatenate(prompts, tokens, mask)
+    hidden = lm.hidden(params, joined, mask=joined_mask)
+    # Token t of a response is predicted at position prompt_length + t - 1 of the compacted row.
+    position = prompt_length[:, None] - 1 + jnp.arange(tokens.shape[1])
+    return jnp.take_along_axis(hidden, jnp.minimum(position, joined.shape[1] - 1)[:, :, None], axis=1)
 
 
 def token_log_prob(lm: Any, params: Params, hidden: Array, targets: Array, *, chunk: int = 64) -> Array:

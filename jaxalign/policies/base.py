@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign import mdp, models
+from jaxalign import models
 from jaxalign.checks import (
     check_has_logits,
     check_part,
@@ -52,12 +52,7 @@ def language_model(lm: Any) -> Policy:
         return cache, output(params, hidden)
 
     def log_prob(params: Params, prompts: TokenBatch, tokens: Array, mask: Array) -> Completions:
-        joined, joined_mask, prompt_length = mdp.concatenate(prompts, tokens, mask)
-        hidden = lm.hidden(params, joined, mask=joined_mask)
-        # Token t of a response is predicted at position prompt_length + t - 1 of the compacted row.
-        position = prompt_length[:, None] - 1 + jnp.arange(tokens.shape[1])
-        position = jnp.minimum(position, joined.shape[1] - 1)
-        hidden = jnp.take_along_axis(hidden, position[:, :, None], axis=1)
+        hidden = models.response_hidden(lm, params, prompts, tokens, mask)
         value = jnp.where(mask, models.token_log_prob(lm, params, hidden, tokens), 0)
         zero = jnp.zeros_like(value)
         rows = jnp.zeros(tokens.shape[:1], bool)

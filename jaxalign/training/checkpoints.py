@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
-from jaxalign.training.step import TrainState
+S = TypeVar("S")
 
 
 def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
@@ -29,17 +29,15 @@ def latest_step(manager: ocp.CheckpointManager) -> int | None:
     return manager.latest_step()
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, position: dict[str, Any]) -> None:
-    """Saves the state at its step with the data position (JSON values), once."""
+def save(manager: ocp.CheckpointManager, state: Any, position: dict[str, Any]) -> None:
+    """Saves the state at its step (state.step) with the data position (JSON values), once."""
     step = int(state.step)
     if manager.latest_step() == step:
         return
     manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position)))
 
 
-def restore(
-    manager: ocp.CheckpointManager, template: TrainState, position: dict[str, Any]
-) -> tuple[TrainState, int] | None:
+def restore(manager: ocp.CheckpointManager, template: S, position: dict[str, Any]) -> tuple[S, int] | None:
     """(state, its step) of the newest checkpoint, None without one. Arrays take the template's shapes and places.
 
     ValueError when the checkpoint was made on other data than `position` names: its batches would not go on.

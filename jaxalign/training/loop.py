@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,8 +16,10 @@ import numpy as np
 from jaxalign import cli
 from jaxalign.training import checkpoints
 from jaxalign.training.metrics import MetricWriter
-from jaxalign.training.step import Batch, TrainState
+from jaxalign.training.step import Batch
 from jaxalign.types import Params
+
+S = TypeVar("S")
 
 
 class Stopped(SystemExit):
@@ -25,8 +27,8 @@ class Stopped(SystemExit):
 
 
 def fit(
-    step: Callable[[TrainState, Batch, Params], tuple[TrainState, dict[str, jax.Array]]],
-    state: TrainState,
+    step: Callable[[S, Batch, Params], tuple[S, dict[str, Any]]],
+    state: S,
     batches: Callable[[int], Iterator[Batch]],
     *,
     steps: int,
@@ -38,12 +40,13 @@ def fit(
     save_every: int = 200,
     log_every: int = 10,
     keep: int = 2,
-) -> TrainState:
+) -> S:
     """Runs `step` until `steps` optimizer steps are taken; goes on from the newest checkpoint in out/checkpoints.
 
     Args:
       step: as `train_step` makes it; the state is donated.
-      state: at step 0; its arrays' places are those of the restored ones.
+      state: at step 0; a `TrainState`, or any tree whose field `step` counts what `steps` does. Its arrays' places are
+        those of the restored ones.
       batches: batches(i) iterates over the batches from optimizer step i on, a function of i alone: so an interrupted
         run that goes on is the uninterrupted one, bit for bit.
       position: what names the data (JSON values: seed, rows, batch size); kept in the checkpoint and compared.
@@ -52,7 +55,8 @@ def fit(
       save_every, log_every: optimizer steps between checkpoints, and between lines of metrics.jsonl.
 
     Metrics are read one step late, so that the device never waits for the host. A batch's tokens are its real ones
-    ("mask" leaves). On SIGTERM the state is saved and `Stopped` (exit code 0) is raised.
+    ("mask" leaves), or those of the metric "tokens". On SIGTERM the state is saved and `Stopped` (exit code 0) is
+    raised.
 
     Raises:
       FloatingPointError: a metric that is not finite, with the step's number; the last checkpoint is from before it.
@@ -72,6 +76,7 @@ def fit(
             def read(taken: int, values: dict[str, jax.Array]) -> None:
                 nonlocal tokens, begin
                 host = {name: float(value) for name, value in values.items()}
+                tokens += int(host.pop("tokens", 0))
                 bad = {name: value for name, value in host.items() if not math.isfinite(value)}
                 if bad:
                     raise FloatingPointError(f"{stage}: {bad} at step {taken}; the last checkpoint is from before it")
@@ -80,8 +85,9 @@ def fit(
                     host["tokens_per_second"] = tokens / (now - begin)
                     tokens, begin = 0, now
                     writer.write(taken, host)
-                    shown = f"loss {host['loss']:.4f}, {host['tokens_per_second']:.0f} tokens/s"
-                    bar.set_postfix_str(shown, refresh=False)
+                    shown = [f"{name} {host[name]:.4f}" for name in ("loss", "reward", "kl") if name in host]
+                    shown.append(f"{host['tokens_per_second']:.0f} tokens/s")
+                    bar.set_postfix_str(", ".join(shown), refresh=False)
                 bar.update(1)
 
             while done < steps:

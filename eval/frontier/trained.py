@@ -1,0 +1,227 @@
+"""python -m eval.frontier trained: policies that train.rl aligns with calibrated, transformed rewards, and the curves
+
+Reads a base, a reward and prompts (by default those of a finished train.quickstart), makes a calibration table, trains
+a policy for each transform and KL (at the beta of the closed form; without calibration beta is adapted to hold the KL),
+draws many responses of each to held-out prompts, and sets win rate, best-of-n and worst-of-n win rates at the KL that
+was reached beside those of the closed form there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval.frontier import common
+from jaxalign import cli, data, decoding, infalign, metrics, models, policies, rewards
+from jaxalign.types import Params
+from train import calibrate, rl
+
+PER_BATCH = 2048  # rows decoded together
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Options):
+    """Options of eval.frontier trained."""
+
+    run: str = "runs/quickstart"
+    """Folder with data/prompts.jsonl, data/held_out.jsonl, sft/model and reward_model/model, as train.quickstart leaves
+    it; trained policies are kept in its trained/."""
+    transforms: tuple[str, ...] = ("identity", "exp:10", "exp:-10")
+    """Transforms of the calibrated reward."""
+    kls: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """KL of each policy to the base [nats]."""
+    ablation: tuple[str, ...] = ("raw", "raw exp:10")
+    """Rewards without calibration, trained at the middle KL: raw, or raw and a transform (of its sigmoid)."""
+    table: int = 100
+    """Base samples per prompt in the calibration table."""
+    n: int = 4
+    """Of best-of-n and worst-of-n."""
+    responses: int = 32
+    """Responses per held-out prompt, of the base and of each policy."""
+    steps: int = 80
+    """Iterations of train.rl."""
+    prompts_per_step: int = 64
+    """Prompts of an iteration, four responses each."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of train.rl."""
+    gold: str = "jaxalign.data.opinions:golds"
+    """Program of the true utility, reported beside the reward; empty: none."""
+    limit: int = 40
+    """Longest response [tokens]."""
+    name: str = "trained"
+    """Name of the files in --out."""
+
+
+class Drawn(NamedTuple):
+    """Of each held-out prompt, [prompts, responses]: reward, gold, kl (summed over steps, exact at each)."""
+
+    reward: np.ndarray
+    gold: np.ndarray
+    kl: np.ndarray
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """All rows; writes NAME.json and NAME.png."""
+    common.check(config)
+    for text in config.transforms:
+        infalign.parse(text)
+    root = pathlib.Path(config.run)
+    folders = {name: str(root / name / "model") for name in ("sft", "reward_model")}
+    shared: dict[str, Any] = {
+        "prompts": str(root / "data" / "prompts.jsonl"),
+        "reward": folders["reward_model"],
+        "max_new_tokens": config.limit,
+        "max_length": 128,
+        "seed": config.seed,
+    }
+    work = root / "trained"
+    table = work / f"table_{config.table}"
+    calibrate.run(calibrate.Config(**shared, base=folders["sft"], samples=config.table, out=str(table)))
+    plan: list[tuple[str, str, float, float]] = []  # label, transform, calibrated KL, target KL
+    plan += [(text, text, kl, 0.0) for text in config.transforms for kl in config.kls]
+    middle = sorted(config.kls)[len(config.kls) // 2]
+    plan += [(text, text.removeprefix("raw").strip(), middle, middle) for text in config.ablation]
+    base = _draw(config, folders, folders["sft"])
+    rows: list[dict[str, Any]] = []
+    for label, transform, kl, target in plan:
+        name = f"{label.replace(' ', '_').replace(':', '_')}_{kl:g}_{config.steps}_{config.prompts_per_step}"
+        if target:
+            given: dict[str, Any] = {"target_kl": target, "beta": 1.0, "transform": transform}
+        else:
+            beta = float(infalign.match_kl(infalign.parse(transform), kl))
+            given = {"beta": beta, "transform": transform, "calibration": str(table)}
+        rl.run(
+            rl.Config(
+                **shared,
+                **given,
+                model=folders["sft"],
+                out=str(work / name),
+                samples=4,
+                batch_size=config.prompts_per_step,
+                steps=config.steps,
+                learning_rate=config.learning_rate,
+                validation=0.0,
+            )
+        )
+        row: dict[str, Any] = {"reward": label, "wanted_kl": kl} | compared(
+            _draw(config, folders, str(work / name / "model")), base, config
+        )
+        if not target:
+            row |= _predicted(transform, row["kl"], config.n)
+        rows.append(row)
+    out = common.report(config.name, config, rows)
+    _picture(config, rows, out)
+    return rows
+
+
+def compared(found: Drawn, base: Drawn, config: Config) -> dict[str, Any]:
+    """Means over prompts with intervals: KL, gold, and the win rates over the base with and without the procedure."""
+    rates = metrics.selection_win_rates(found.reward, base.reward)
+    row: dict[str, Any] = {}
+    for name, values in (
+        ("kl", found.kl.mean(axis=1)),
+        ("win_rate", rates.best_of_n[:, 0]),
+        ("best_of_n", rates.best_of_n[:, config.n - 1]),
+        ("worst_of_n", rates.worst_of_n[:, config.n - 1]),
+        ("gold", found.gold.mean(axis=1)),
+        ("gold_win_rate", metrics.selection_win_rates(found.gold, base.gold).best_of_n[:, 0]),
+    ):
+        row |= common.estimate(name, values)
+    return row
+
+
+def _predicted(transform: str, kl: float, n: int) -> dict[str, float]:
+    """The closed form's win rates at the KL that was reached."""
+    phi = infalign.parse(transform)
+    with jax.enable_x64(True):
+        curve = infalign.tilted_curve(phi, infalign.match_kl(phi, kl), n=n)
+    names = ("win_rate", "best_of_n", "worst_of_n")
+    return {f"predicted_{name}": float(getattr(curve, name)) for name in names}
+
+
+def _draw(config: Config, folders: dict[str, str], model: str) -> Drawn:
+    """Responses of a model to the held-out prompts, beside the base."""
+    lm, params = models.load(model)
+    base_lm, base = models.load(folders["sft"])
+    judge_lm, judge = models.load(folders["reward_model"])
+    tokenizer = models.tokenizer(folders["sft"])
+    asked = data.tokenize_prompts(str(pathlib.Path(config.run) / "data" / "held_out.jsonl"), tokenizer)
+    policy = policies.with_reference(policies.language_model(lm), policies.language_model(base_lm))
+    reward = rewards.from_model(judge_lm)
+    gold = rewards.program(config.gold) if config.gold else None
+    size = max(PER_BATCH // config.responses, 1)
+    parts: list[Drawn] = []
+    for begin in range(0, len(asked), size):
+        part = asked[begin : begin + size]
+        index = list(range(begin, begin + len(part)))
+        prompts = data.prompt_batch([p.tokens for p in part], index=index, batch_size=size)
+        both: Params = {"policy": {"policy": params, "reference": base}, "reward": judge}
+        # Another stream for the base than for the policies: equal draws would be ties.
+        rng = jax.random.fold_in(jax.random.key(config.seed), int(model == folders["sft"]))
+        options: dict[str, Any] = {"max_new_tokens": config.limit, "eos_ids": base_lm.config.eos_ids}
+        found = decoding.best_of_n(policy, reward, both, rng, prompts, n=config.responses, **options)
+        assert found.samples.kl is not None
+        kept = found.reward, found.samples.tokens, found.samples.mask, found.samples.kl.sum(-1)
+        paid, tokens, mask, kl = (np.asarray(x)[: len(part)] for x in kept)
+        true = np.zeros(paid.shape)
+        if gold is not None:
+            texts = [tokenizer.decode(t[m].tolist(), skip_special_tokens=True) for t, m in _pairs(tokens, mask)]
+            each = [p.text for p in part for _ in range(config.responses)]
+            true = np.asarray(gold(each, texts), np.float64).reshape(paid.shape)
+        parts.append(Drawn(paid.astype(np.float64), true, kl))
+    return Drawn(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+def _pairs(tokens: np.ndarray, mask: np.ndarray) -> Any:
+    return zip(tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]), strict=True)
+
+
+def _picture(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> None:
+    figure, panels = common.pyplot().subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    style = {text: colours[i % 6] for i, text in enumerate((*config.transforms, *config.ablation))}
+    titles = {
+        "win_rate": "win rate",
+        "best_of_n": f"win rate, best of {config.n} on both sides",
+        "worst_of_n": f"win rate, worst of {config.n} on both sides",
+    }
+    top = 1.25 * max(row["kl"] for row in rows)
+    grid = np.linspace(0.02, top, 40)
+    with jax.enable_x64(True):
+        curves = {text: _curve_of(text, grid, config.n) for text in config.transforms}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for text, curve in curves.items():
+            axes.plot(grid, getattr(curve, name), color=style[text], lw=1.2)
+        for text, colour in style.items():
+            mine = [row for row in rows if row["reward"] == text]
+            axes.errorbar(
+                [row["kl"] for row in mine],
+                [row[name] for row in mine],
+                [row[f"{name}_95"] for row in mine],
+                [row["kl_95"] for row in mine],
+                color=colour,
+                ls="",
+                marker="o" if text in config.transforms else "s",
+                ms=4.5,
+                capsize=2,
+                label=text,
+            )
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("KL to the base [nats]")
+        axes.grid(alpha=0.25)
+    panels[0].legend(frameon=False, fontsize=8.5, title="reward (lines: closed form)", title_fontsize=8.5)
+    common.save(figure, out / f"{config.name}.png")
+
+
+def _curve_of(text: str, kl: np.ndarray, n: int) -> Any:
+    phi = infalign.parse(text)
+    return jax.device_get(infalign.tilted_curve(phi, infalign.match_kl(phi, jnp.asarray(kl)), n=n))
+
+
+def main(args: list[str] | None = None) -> None:
+    run(cli.parse(Config, description=__doc__ or "", args=args))

@@ -1,0 +1,77 @@
+"""From rewards of whole responses to weights of tokens: what a policy gradient multiplies each token's score by.
+
+Token arrays are [b,T], right-padded responses with mask [b,T], EOS included; log-ratios log pi − log pi_ref in nats.
+Advantages are data: nothing here is to be differentiated through.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxalign import mdp
+from jaxalign.types import Array, ArrayLike, at_least_float32
+
+
+def token_rewards(reward: Array, log_ratio: Array, mask: Array, *, beta: ArrayLike) -> Array:
+    """The KL-regularised reward of each token, [b,T]: −beta·log(pi/pi_ref)(y_t), and r(x,y) on the last one.
+
+    Its sum is r − beta·log(pi/pi_ref)(y), whose mean under pi is E[r] − beta·KL(pi‖pi_ref). reward [b].
+    """
+    chex.assert_equal_shape([log_ratio, mask])
+    paid = -jnp.where(mask, beta * at_least_float32(log_ratio), 0)
+    last = jnp.arange(mask.shape[1]) == mdp.last_index(mask)[:, None]
+    return paid + jnp.where(last, at_least_float32(reward)[:, None], 0)
+
+
+def gae(reward: Array, value: Array, mask: Array, *, discount: float = 1.0, decay: float = 0.95) -> tuple[Array, Array]:
+    """Generalised advantage estimates and the returns that a value is fitted to, both [b,T] (arXiv 1506.02438, eq. 16):
+
+        δ_t = r_t + discount·V(s_{t+1}) − V(s_t),   A_t = Σ_k (discount·decay)^k·δ_{t+k},   return_t = A_t + V(s_t)
+
+    reward [b,T] of each token; value [b,T]: V(s_t), BEFORE token t is drawn; the value after the last token is 0.
+    decay 1: the return minus the value, without bias for any value; 0: one-step differences.
+    """
+    chex.assert_equal_shape([reward, value, mask])
+    value = jnp.where(mask, at_least_float32(value), 0)
+    following = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
+    delta = jnp.where(mask, reward + discount * following - value, 0)
+
+    def back(later: Array, now: Array) -> tuple[Array, Array]:
+        found = now + discount * decay * later
+        return found, found
+
+    _, advantage = jax.lax.scan(back, jnp.zeros_like(delta[:, 0]), delta.T, reverse=True)
+    advantage = jnp.where(mask, advantage.T, 0)
+    return advantage, jnp.where(mask, advantage + value, 0)
+
+
+def leave_one_out(reward: Array) -> Array:
+    """A_i = r_i − mean of the others' r, over the last axis, n >= 2 independent samples of a prompt: the baseline does
+    not see the sample, so the gradient has no bias (RLOO, arXiv 2402.14740, eq. 7). ValueError for n < 2."""
+    n = reward.shape[-1]
+    if n < 2:
+        raise ValueError(f"reward: expected at least 2 samples of each prompt, found {n}")
+    reward = at_least_float32(reward)
+    return (reward - reward.mean(axis=-1, keepdims=True)) * (n / (n - 1))
+
+
+def group_relative(reward: Array, *, epsilon: float = 1e-4) -> Array:
+    """A_i = (r_i − mean)/(std + epsilon) over the last axis (GRPO, arXiv 2402.03300, section 4.1.2).
+
+    The division by the standard deviation (of n − 1) gives every prompt the same weight whatever the scale of its
+    rewards: the sum over prompts is then no longer the mean reward, and no beta fits all of them.
+    ValueError for n < 2.
+    """
+    n = reward.shape[-1]
+    if n < 2:
+        raise ValueError(f"reward: expected at least 2 samples of each prompt, found {n}")
+    reward = at_least_float32(reward)
+    return (reward - reward.mean(axis=-1, keepdims=True)) / (reward.std(axis=-1, ddof=1, keepdims=True) + epsilon)
+
+
+def adapt_beta(beta: ArrayLike, kl: ArrayLike, *, target: float, gain: float = 0.1) -> Array:
+    """beta·(1 + gain·clip(kl/target − 1, ±0.2)): larger where the measured KL is above its target, smaller below
+    (arXiv 1909.08593, section 2.2)."""
+    return jnp.asarray(beta) * (1 + gain * jnp.clip(jnp.asarray(kl) / target - 1, -0.2, 0.2))

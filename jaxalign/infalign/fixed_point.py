@@ -1,0 +1,180 @@
+"""The optimal transformation for a procedure: InfAlign's coupled equations, solved (arXiv 2412.19792).
+
+Any optimum of max_pi W^P(pi > base) − beta·KL(pi‖base) satisfies
+
+    (a) pi(y) = base(y)·exp(R(y)/beta)/Z        (b) R(y) = dW^P/dpi(y) at pi, up to a constant in y
+
+so some reward R makes RLHF return it. Where pi -> W^P is concave (no procedure, best-of-N) the solution is the unique
+optimum; for worst-of-N, where it is convex, the equations are only necessary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import gibbs
+from jaxalign.checks import check_positive
+from jaxalign.infalign import curves
+from jaxalign.infalign.levels import procedure_win_rate
+from jaxalign.infalign.procedures import Procedure, best_of, worst_of
+from jaxalign.types import NEGATIVE, Array, ArrayLike, at_least_float32, is_supported
+
+WinRate = Callable[..., Array]
+"""(probabilities [M] of a policy, *arguments) -> W^P [] against its base; differentiable in the first."""
+
+
+class FixedPoint(NamedTuple):
+    """reward [...,M]: R, with its largest value 0; log_policy [...,M]: pi; objective [...]: W^P − beta·KL; residual
+    [...]: the largest |log pi − log(base·exp(R/beta)/Z)| in nats; steps [...]: taken."""
+
+    reward: Array
+    log_policy: Array
+    objective: Array
+    residual: Array
+    steps: Array
+
+
+def solve(
+    win_rate: WinRate,
+    log_base: ArrayLike,
+    beta: ArrayLike,
+    *arguments: ArrayLike,
+    start: ArrayLike | None = None,
+    steps: int = 4000,
+    tolerance: float | None = None,
+) -> FixedPoint:
+    """The fixed point of (a) and (b) over M outcomes, of any procedure, [...] for beta of shape [...].
+
+    win_rate(probabilities [M], *arguments) -> W^P [], whose gradient is R: of ranks `levels.procedure_win_rate`, of any
+    rule `levels.rule_win_rate`; a function built once is one trace. log_base [M], normalised inside. tolerance: of the
+    residual; None: 1e-10 in float64, 1e-4 in float32.
+
+    Starts at the base, or at log probabilities `start` [M] on its support. First KL-proximal ascent,
+    log pi <- (1 − η)·log pi + η·(log base + R/beta) − log Z, η halved until the objective does not fall: safe from
+    anywhere. Where the objective is flat to rounding the same step goes on by the residual, η halved whenever it grows:
+    undamped it would diverge for best-of-N and small beta. The residual says whether it converged. ValueError:
+    beta <= 0.
+    """
+    check_positive("beta", beta)
+    log_base, beta = at_least_float32(log_base), at_least_float32(beta)
+    dtype = jnp.result_type(log_base, beta)
+    log_base = jnp.where(is_supported(log_base), jax.nn.log_softmax(log_base.astype(dtype)), NEGATIVE)
+    limit = (1e-10 if dtype == jnp.float64 else 1e-4) if tolerance is None else tolerance
+    first = log_base if start is None else jnp.where(is_supported(log_base), jax.nn.log_softmax(start), NEGATIVE)
+    one = lambda beta: _solve(win_rate, limit, steps, log_base, first, beta, *arguments)  # noqa: E731
+    for _ in range(beta.ndim):
+        one = jax.vmap(one)
+    return one(beta.astype(dtype))
+
+
+class _State(NamedTuple):
+    log_policy: Array
+    reward: Array  # R at log_policy
+    target: Array  # log(base·exp(R/beta)/Z)
+    objective: Array
+    near: Array  # distance of the two
+    eta: Array
+    flat: Array  # whether the objective can no longer tell
+    taken: Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _solve(
+    win_rate: WinRate, limit: float, steps: int, log_base: Array, first: Array, beta: Array, *arguments: ArrayLike
+) -> FixedPoint:
+    eps = float(jnp.finfo(log_base.dtype).eps)
+    inside = is_supported(log_base)
+    value_and_reward = jax.value_and_grad(win_rate)
+
+    def look(log_policy: Array) -> tuple[Array, Array, Array]:
+        """(objective, R, log of the tilted base) at a policy."""
+        won, reward = value_and_reward(jnp.exp(log_policy), *arguments)
+        objective = won - beta * gibbs.kl(log_policy, log_base)
+        return objective, reward, gibbs.log_policy(log_base, reward, beta=beta)
+
+    def gap(log_policy: Array, target: Array) -> Array:
+        return jnp.where(inside, log_policy - target, 0)
+
+    def distance(log_policy: Array, target: Array) -> Array:
+        # The mean square under the policy: at the fixed point a damped step contracts in it.
+        return jnp.sqrt((jnp.exp(log_policy) * gap(log_policy, target) ** 2).sum())
+
+    def step(state: _State) -> _State:
+        mixed = state.log_policy - state.eta * gap(state.log_policy, state.target)
+        policy = jnp.where(inside, mixed - jax.nn.logsumexp(mixed), NEGATIVE)
+        objective, reward, target = look(policy)
+        near = distance(policy, target)
+        accept = jnp.where(state.flat, near < state.near, objective >= state.objective)
+        # A change this small is rounding: from there on the distance decides.
+        flat = state.flat | (jnp.abs(objective - state.objective) < 32 * eps)
+        # Where errors fall by less than a step of this size makes the slowest of them fall, it overshoots the others.
+        good = accept & (~state.flat | (near < (1 - state.eta / 2) * state.near))
+        eta = jnp.where(good, jnp.minimum(1.1 * state.eta, 1), state.eta / 2)
+        moved = state._replace(log_policy=policy, reward=reward, target=target, objective=objective, near=near)
+        kept: _State = jax.tree.map(lambda new, old: jnp.where(accept, new, old), moved, state)
+        return kept._replace(eta=eta, flat=flat, taken=state.taken + 1)
+
+    def going(state: _State) -> Array:
+        far = jnp.abs(gap(state.log_policy, state.target)).max() > limit
+        return far & (state.taken < steps) & (state.eta > eps)
+
+    objective, reward, target = look(first)
+    near, eta = distance(first, target), jnp.ones_like(beta)
+    start = _State(first, reward, target, objective, near, eta, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
+    found = jax.lax.while_loop(going, step, start)
+    reward = found.reward - jnp.where(inside, found.reward, -jnp.inf).max()
+    residual = jnp.abs(gap(found.log_policy, found.target)).max()
+    return FixedPoint(reward, found.log_policy, found.objective, residual, found.taken)
+
+
+def optimal_transform(procedure: Procedure, beta: ArrayLike, *, steps: int = 4000) -> FixedPoint:
+    """The optimal transform of a calibrated reward without ties, on the points c [M] of `curves.grid()`:
+    Phi*(v) = −∫_v^1 g(c)·g(F(c)) dc, F the quantile law of the policy it tilts to; the same for every base, reward and
+    prompt. `FixedPoint` [...,M], beta > 0 [...]; `transforms.tabulated(grid().c, reward)` makes it a transform.
+    """
+    beta = at_least_float32(beta)
+    return solve(_on_grid(procedure), curves.grid(beta.dtype).log_base, beta, steps=steps)
+
+
+@functools.cache
+def _on_grid(procedure: Procedure) -> WinRate:
+    return lambda prob: curves.curve_win_rate(prob, procedure)
+
+
+def bon_fp(n: int, beta: ArrayLike) -> FixedPoint:
+    """The optimal transform for best-of-N: Phi*(v) = −N²·∫_v^1 (c·F)^(N−1) dc; v − 1 at N = 1; towards
+    N²/(2N−1)·c^(2N−1) as beta -> inf."""
+    return optimal_transform(best_of(n), beta)
+
+
+def won_fp(n: int, beta: ArrayLike) -> FixedPoint:
+    """The optimal transform for worst-of-N: Phi*(v) = −N²·∫_v^1 ((1 − c)·(1 − F))^(N−1) dc; v − 1 at N = 1; towards
+    −N²/(2N−1)·(1 − c)^(2N−1) as beta -> inf."""
+    return optimal_transform(worst_of(n), beta)
+
+
+def optimal_reward(
+    log_base: ArrayLike,
+    rank: ArrayLike,
+    procedure: Procedure,
+    beta: ArrayLike,
+    *,
+    judge: ArrayLike | None = None,
+    steps: int = 4000,
+) -> FixedPoint:
+    """The same over M outcomes with ties, [...,M]: log_base [M] in nats, rank [M] of each outcome by reward
+    (`levels.ranks`), judge: the ranks by which the procedure picks, where it is not by the reward itself. vmap-able
+    over prompts."""
+    log_base = at_least_float32(log_base)
+    judges = () if judge is None else (judge,)
+    return solve(_on_levels(procedure), log_base, beta, jax.nn.softmax(log_base), rank, *judges, steps=steps)
+
+
+@functools.cache
+def _on_levels(procedure: Procedure) -> WinRate:
+    return lambda prob, base, rank, judge=None: procedure_win_rate(prob, base, rank, procedure, judge=judge)

@@ -1,0 +1,190 @@
+"""Win rates of procedures over a finite set of outcomes, ties included: exact, by enumeration, or by Monte Carlo.
+
+The M outcomes of a prompt are on the last axis: laws are probabilities [...,M], `rank` [...,M] the level of each by
+reward (`ranks`); what stands before is prompts, and broadcasts. Procedures that see ranks alone are exact in O(M); any
+rule that keeps one of N draws is enumerated over the M^N tuples where they are few, and sampled where not. All is
+differentiable in the probabilities: the gradient of W^P is the reward of InfAlign's fixed point (`fixed_point.solve`).
+Source: arXiv 2412.19792.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.checks import is_concrete
+from jaxalign.infalign.procedures import Procedure
+from jaxalign.types import Array, ArrayLike, at_least_float32
+
+Rule = Callable[[Array], Array]
+"""drawn outcomes [...,N] -> the probability [...,N] with which each draw is the one that is kept; adds to 1."""
+
+_MOST_TUPLES = 1 << 20
+
+
+def ranks(score: ArrayLike) -> Array:
+    """rank [...,M]: the dense rank of each score [...,M] from 0, equal for equal scores. ValueError: no
+    outcomes; on concrete values NaN. Under jit a NaN makes its prompt's ranks −1 and what is computed from them NaN."""
+    score = jnp.asarray(score)
+    if score.ndim == 0 or score.shape[-1] == 0:
+        raise ValueError(f"score: expected shape [...,M], M at least 1, found {score.shape}")
+    if is_concrete(score) and bool(np.isnan(np.asarray(score)).any()):
+        raise ValueError("score: expected numbers, found NaN")
+    order = jnp.argsort(score, axis=-1)
+    ordered = jnp.take_along_axis(score, order, axis=-1)
+    new = jnp.concatenate([jnp.zeros_like(ordered[..., :1], bool), ordered[..., 1:] != ordered[..., :-1]], axis=-1)
+    found = jnp.take_along_axis(jnp.cumsum(new, axis=-1), jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.where(jnp.isnan(score).any(axis=-1, keepdims=True), -1, found)
+
+
+def _pooled(prob: ArrayLike, rank: ArrayLike) -> tuple[Array, Array]:
+    """(mass [...,M] of each level, those past the last one empty; rank [...,M] of the same shape)."""
+    prob, rank = jnp.broadcast_arrays(at_least_float32(prob), jnp.asarray(rank))
+    count = prob.shape[-1]
+    if not jnp.issubdtype(rank.dtype, jnp.integer):
+        raise ValueError(f"rank: expected whole numbers (`ranks` makes them of scores), found {rank.dtype}")
+    if is_concrete(rank) and not bool(np.all((np.asarray(rank) >= 0) & (np.asarray(rank) < count))):
+        raise ValueError(f"rank: expected ranks from 0 to {count - 1}, found {np.asarray(rank)}")
+    each = jax.vmap(lambda p, k: jax.ops.segment_sum(p, k, num_segments=count))
+    mass = each(prob.reshape(-1, count), rank.reshape(-1, count)).reshape(prob.shape)
+    return jnp.where((rank < 0).any(axis=-1, keepdims=True), jnp.nan, mass), rank
+
+
+def _upto(mass: Array) -> Array:
+    """F_k [...,M]; the top level ends at 1, whatever rounding says of the sum."""
+    return jnp.minimum(jnp.cumsum(mass, axis=-1), 1).at[..., -1].set(1)
+
+
+def _before(upto: Array) -> Array:
+    """F_{k−1} [...,M]."""
+    return jnp.concatenate([jnp.zeros_like(upto[..., :1]), upto[..., :-1]], axis=-1)
+
+
+def _of_each(level: Array, rank: Array) -> Array:
+    """The value [...,M] of each outcome's level."""
+    return jnp.take_along_axis(level, rank, axis=-1)
+
+
+def mid_rank(prob: ArrayLike, rank: ArrayLike) -> Array:
+    """C(y) = Pr_z(r(z) < r(y)) + ½·Pr(r(z) = r(y)) for z ~ prob, [...,M]: the exact calibrated reward."""
+    mass, rank = _pooled(prob, rank)
+    return _of_each(jnp.cumsum(mass, axis=-1) - mass / 2, rank)
+
+
+def selected(prob: ArrayLike, rank: ArrayLike, procedure: Procedure) -> Array:
+    """The law [...,M] of what a procedure that ranks by `rank` emits: level k gets G(F_k) − G(F_{k−1}), shared by its
+    outcomes in proportion to prob. For best-of-N F_k^N − F_{k−1}^N, for worst-of-N S_k^N − S_{k+1}^N. `rank` may be
+    that of another judge than the one that win rates are counted with."""
+    prob = at_least_float32(prob)
+    mass, rank = _pooled(prob, rank)
+    upto = _upto(mass)
+    below = _before(upto)
+    # Emitted per mass. Of a small mass the quotient has no digits, but the density at its middle is close.
+    small = mass < jnp.cbrt(jnp.finfo(prob.dtype).eps)
+    quotient = (procedure.cumulative(upto) - procedure.cumulative(below)) / jnp.where(small, 1, mass)
+    return prob * _of_each(jnp.where(small, procedure.density((upto + below) / 2), quotient), rank)
+
+
+def win_rate(emitted: ArrayLike, against: ArrayLike, rank: ArrayLike) -> Array:
+    """E[1[r(y) > r(z)] + ½·1[r(y) = r(z)]], y ~ emitted and z ~ against, [...] from laws [...,M]."""
+    return (at_least_float32(emitted) * mid_rank(against, rank)).sum(axis=-1)
+
+
+def procedure_win_rate(
+    prob: ArrayLike, base: ArrayLike, rank: ArrayLike, procedure: Procedure, *, judge: ArrayLike | None = None
+) -> Array:
+    """W^P(pi > base) = Σ_y P(pi)(y)·C_{r,P(base)}(y), [...] from laws [...,M]. judge: the ranks [...,M] by which the
+    procedure picks, where it is not those that win rates are counted with."""
+    if judge is not None:
+        return win_rate(selected(prob, judge, procedure), selected(base, judge, procedure), rank)
+    middle = _emitted_mid(base, rank, procedure)
+    upto = _upto(_pooled(prob, rank)[0])[..., :-1]
+    # Σ_k (G(F_k) − G(F_{k−1}))·mid_k, summed by parts.
+    return middle[..., -1] - (procedure.cumulative(upto) * jnp.diff(middle, axis=-1)).sum(axis=-1)
+
+
+def _emitted_mid(base: ArrayLike, rank: ArrayLike, procedure: Procedure) -> Array:
+    """Mid-ranks [...,M] of the levels under P(base): the mean of G at both ends of a level."""
+    upto = procedure.cumulative(_upto(_pooled(base, rank)[0]))
+    return (upto + _before(upto)) / 2
+
+
+def win_rate_gradient(prob: ArrayLike, base: ArrayLike, rank: ArrayLike, procedure: Procedure) -> Array:
+    """dW^P/dpi(y) up to a constant, [...,M]: −Σ_{k >= level(y)} g(F_k)·(mid_{k+1} − mid_k), mid the mid-ranks of
+    P(base). It increases with the level: the transformed reward of the fixed point."""
+    mass, rank = _pooled(prob, rank)
+    step = jnp.diff(_emitted_mid(base, rank, procedure), axis=-1)
+    term = procedure.density(_upto(mass)[..., :-1]) * step
+    below = -jnp.flip(jnp.cumsum(jnp.flip(term, -1), axis=-1), -1)
+    return _of_each(jnp.concatenate([below, jnp.zeros_like(mass[..., :1])], axis=-1), rank)
+
+
+def keep_best(score: ArrayLike) -> Rule:
+    """The rule of best-of-N by score [M], ties kept with equal probability; with −score that of worst-of-N."""
+    score = jnp.asarray(score)
+
+    def rule(drawn: Array) -> Array:
+        found = score[drawn]
+        top = (found == found.max(axis=-1, keepdims=True)).astype(jnp.result_type(float))
+        return top / top.sum(axis=-1, keepdims=True)
+
+    return rule
+
+
+def enumerated(prob: ArrayLike, rule: Rule, n: int) -> Array:
+    """The law [M] of what a rule keeps of N independent draws, by enumeration of the M^N tuples: P(y) = Σ_tuples
+    Π_i prob(y_i)·Σ_i keep_i·1[y_i = y]. ValueError above 2^20 tuples: see `sampled_win_rate`."""
+    prob = at_least_float32(prob)
+    drawn = _tuples(prob.shape[-1], n)
+    weight = prob[drawn].prod(axis=-1, keepdims=True) * rule(jnp.asarray(drawn)).astype(prob.dtype)
+    return jax.ops.segment_sum(weight.reshape(-1), jnp.asarray(drawn.reshape(-1)), num_segments=prob.shape[-1])
+
+
+def rule_win_rate(prob: ArrayLike, base: ArrayLike, rank: ArrayLike, rule: Rule, n: int) -> Array:
+    """W^P(pi > base), [], of any rule that keeps one of N draws, on both sides, from laws [M]. Errors as
+    `enumerated`."""
+    return win_rate(enumerated(prob, rule, n), enumerated(base, rule, n), rank)
+
+
+@functools.cache
+def _tuples(count: int, n: int) -> np.ndarray:
+    """[M^N, N] outcomes."""
+    if n < 1:
+        raise ValueError(f"n: expected at least 1, found {n}")
+    if count**n > _MOST_TUPLES:
+        raise ValueError(f"n: expected at most 2^20 tuples, found {count}^{n}")
+    return np.array(list(itertools.product(range(count), repeat=n)), np.int32)
+
+
+class Sampled(NamedTuple):
+    """mean, and the half-width of its 95 % interval."""
+
+    mean: Array
+    half_width: Array
+
+
+def sampled_win_rate(
+    rng: Array, log_prob: ArrayLike, log_base: ArrayLike, rank: ArrayLike, rule: Rule, n: int, *, pairs: int
+) -> Sampled:
+    """W^P(pi > base) of any rule from `pairs` independent pairs of N draws a side, unbiased, with its interval (normal
+    approximation). log_prob, log_base [M], normalised or not; rng: consumed. ValueError for pairs < 2 or n < 1."""
+    if pairs < 2 or n < 1:
+        raise ValueError(f"pairs, n: expected at least 2 and 1, found {pairs} and {n}")
+    ranks = jnp.asarray(rank)
+
+    def kept(rng: Array, log_law: Any) -> Array:
+        draw, choose = jax.random.split(rng)
+        drawn = jax.random.categorical(draw, at_least_float32(log_law), shape=(pairs, n))
+        which = jax.random.categorical(choose, jnp.log(rule(drawn)))
+        return ranks[jnp.take_along_axis(drawn, which[:, None], axis=-1)[:, 0]]
+
+    left, right = jax.random.split(rng)
+    mine, other = kept(left, log_prob), kept(right, log_base)
+    won = jnp.where(mine > other, 1.0, jnp.where(mine == other, 0.5, 0.0))
+    return Sampled(won.mean(), 1.96 * won.std(ddof=1) / np.sqrt(pairs))

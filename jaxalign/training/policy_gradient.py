@@ -1,0 +1,198 @@
+"""KL-regularised policy gradients: roll-outs of the policy as it stands, what they are worth, and the loss.
+
+One iteration is `collect` (draws and scores), `prepare` (advantages) and one or more steps of `loss` on rows of what
+came out; the policy's parameters serve both sides and never leave the device. Rows are {"prompt_tokens", "prompt_mask"
+[b,P], "tokens", "mask" [b,T], "old", "ref" [b,T] (log-probabilities when drawn, and of the reference), "beta" [b],
+"advantage" [b,T] or [b], and for PPO "value", "returns" [b,T]}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import advantages, decoding, losses, models
+from jaxalign.training.objectives import cast
+from jaxalign.training.step import Loss, Measured
+from jaxalign.types import Array, Params, Policy, Reward, Selection, TokenBatch, at_least_float32, repeat_rows
+
+Read = Callable[[Params, Any], tuple[Array, Array | None]]
+"""(params, rows) -> (log pi(y_t) [b,T], V(s_t) [b,T] before each token, or None)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is estimated, and how. Static under jit.
+
+    algorithm: "rloo", rewards against the mean of the prompt's other samples; "grpo", the group's rewards standardised;
+      "ppo", generalised advantages with a value head.
+    kl: "reward", beta·log(pi/pi_ref) is taken off the reward: right in the mean; "k2" and "k3": a term of the loss
+      (`losses.kl_penalty`); k3 is the one of GRPO's paper and leads to another optimum.
+    clip: of the ratios; of a token, for "rloo" of the whole response.
+    decay, value_weight, value_clip: of PPO's advantages and value loss.
+    """
+
+    algorithm: Literal["rloo", "grpo", "ppo"] = "rloo"
+    kl: Literal["reward", "k2", "k3"] = "reward"
+    clip: float = 0.2
+    decay: float = 0.95
+    value_weight: float = 0.1
+    value_clip: float = math.inf
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("algorithm", ("rloo", "grpo", "ppo")), ("kl", ("reward", "k2", "k3"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {allowed}, found {getattr(self, name)!r}")
+        for name, value in (("clip", self.clip), ("value_clip", self.value_clip)):
+            if not value > 0:
+                raise ValueError(f"{name}: expected a value > 0, found {value}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay: expected a value in [0, 1], found {self.decay}")
+        if not 0 <= self.value_weight < math.inf:
+            raise ValueError(f"value_weight: expected a finite value >= 0, found {self.value_weight}")
+
+
+def of_model(lm: Any) -> Read:
+    """Log-probabilities, and the values of the model's scalar head where it has one, in one pass."""
+
+    def read(params: Params, rows: Any) -> tuple[Array, Array | None]:
+        params = cast(lm, params)
+        hidden = models.response_hidden(lm, params, prompts_of(rows), rows["tokens"], rows["mask"])
+        log_prob = models.token_log_prob(lm, params, hidden, rows["tokens"])
+        return log_prob, None if lm.config.head is None else lm.head(params, hidden)[..., 0]
+
+    return read
+
+
+def of_policy(policy: Policy) -> Read:
+    """Log-probabilities of any Policy, by `decoding.log_prob`: a tilt, or a table, can be trained as a model can."""
+
+    def read(params: Params, rows: Any) -> tuple[Array, None]:
+        found = decoding.log_prob(policy, params, jax.random.key(0), prompts_of(rows), rows["tokens"], rows["mask"])
+        return found.log_prob, None
+
+    return read
+
+
+def prompts_of(rows: Any) -> TokenBatch:
+    return TokenBatch(rows["prompt_tokens"], rows["prompt_mask"])
+
+
+def collect(
+    policy: Policy,
+    reward: Reward,
+    params: Params,
+    rng: Array,
+    prompts: TokenBatch,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+) -> Selection:
+    """n responses of each prompt from the policy as it is, with their rewards [B,n] and the log-probabilities that they
+    were drawn with. params {"policy", "reward"}; rng: consumed. A reward may come out NaN: look before learning."""
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+    return decoding.best_of_n(policy, reward, params, rng, prompts, n=samples, allow_nan=True, **options)
+
+
+def prepare(
+    method: Method,
+    read: Read,
+    reference: Callable[[Params, Any], Array],
+    params: Params,
+    frozen: Params,
+    prompts: TokenBatch,
+    drawn: Selection,
+    beta: Array,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(rows of B·n responses, metrics) of what `collect` drew. Pure; jit it with the first three static.
+
+    reference(frozen, rows) -> log pi_ref(y_t) [b,T]; params: the policy's, which PPO reads its values from; beta [].
+    Metrics: reward, kl (mean of log pi/pi_ref(y), and its 95 % half-width), length [tokens], entropy (−log pi(y)).
+    """
+    samples, paid = drawn.samples, at_least_float32(drawn.reward)
+    count, n = paid.shape
+    flat = lambda x: x.reshape(count * n, *x.shape[2:])  # noqa: E731
+    beside = repeat_rows(prompts, n)
+    mask = flat(samples.mask)
+    rows = {"prompt_tokens": beside.tokens, "prompt_mask": beside.mask, "tokens": flat(samples.tokens), "mask": mask}
+    rows["old"] = jnp.where(mask, flat(samples.log_prob), 0)
+    rows["ref"] = jnp.where(mask, reference(frozen, rows), 0)
+    rows["beta"] = jnp.full(count * n, beta, jnp.float32)
+    ratio = rows["old"] - rows["ref"]
+    penalty = beta if method.kl == "reward" else jnp.zeros_like(beta)
+    if method.algorithm == "ppo":
+        _, value = read(params, rows)
+        if value is None:
+            raise ValueError("ppo: expected a model with a value head, found none")
+        rows["value"] = jnp.where(mask, value, 0)
+        each = advantages.token_rewards(flat(paid), ratio, mask, beta=penalty)
+        rows["advantage"], rows["returns"] = advantages.gae(each, rows["value"], mask, decay=method.decay)
+    else:
+        total = paid - penalty * ratio.sum(axis=-1).reshape(count, n)
+        found = (advantages.leave_one_out if method.algorithm == "rloo" else advantages.group_relative)(total)
+        rows["advantage"] = flat(found)
+        if method.algorithm == "grpo":
+            rows["advantage"] = jnp.broadcast_to(rows["advantage"][:, None], mask.shape)
+    kl = ratio.sum(axis=-1)
+    metrics = {
+        "reward": paid.mean(),
+        "kl": kl.mean(),
+        "kl_95": 1.96 * kl.std() / jnp.sqrt(kl.size),
+        "length": mask.sum(axis=-1).mean(),
+        "entropy": -rows["old"].sum(axis=-1).mean(),
+    }
+    return jax.lax.stop_gradient((rows, metrics))
+
+
+def loss(method: Method, read: Read) -> Loss:
+    """The clipped policy-gradient loss on rows of `prepare`, with the KL term and PPO's value loss as the method says.
+    Metrics: clipped (share of ratios outside the clip), drift (mean log pi_old/pi), value_error (PPO)."""
+    whole = method.algorithm == "rloo"
+
+    def measured(params: Params, rows: Any, frozen: Params) -> Measured:
+        log_prob, value = read(params, rows)
+        mask, old = rows["mask"], rows["old"]
+        total = losses.policy_gradient(log_prob, old, rows["advantage"], mask, clip=method.clip, whole=whole)
+        if method.kl != "reward":
+            total += rows["beta"].mean() * losses.kl_penalty(log_prob, rows["ref"], mask, estimator=method.kl)
+        clipped = losses.clipped_ratios(log_prob, old, mask, clip=method.clip, whole=whole).mean()
+        metrics = {"clipped": clipped, "drift": jnp.where(mask, old - log_prob, 0).sum(axis=-1).mean()}
+        if method.algorithm == "ppo":
+            assert value is not None
+            error = losses.clipped_value(value, rows["value"], rows["returns"], mask, clip=method.value_clip)
+            total += method.value_weight * error
+            metrics["value_error"] = error
+        return Measured(total, jnp.asarray(mask.shape[0]), metrics)
+
+    return measured
+
+
+def trim(drawn: Selection, length: int) -> Selection:
+    """The first `length` tokens of every sample: columns that no response reaches cost a pass."""
+    cut = lambda x: x[:, :, :length] if x is not None and x.ndim == 3 else x  # noqa: E731
+    return drawn._replace(samples=jax.tree.map(cut, drawn.samples))
+
+
+def split(rows: Any, rng: Array, *, minibatches: int, accumulate: int) -> list[Any]:
+    """The rows in random order as `minibatches` batches for `train_step`, leaves [A,b,...]. rng: consumed. ValueError
+    where they do not divide."""
+    count = rows["mask"].shape[0]
+    if count % (minibatches * accumulate):
+        raise ValueError(f"minibatches: expected minibatches x accumulate to divide {count} responses")
+    if minibatches == 1 and accumulate == 1:
+        return [jax.tree.map(lambda x: x[None], rows)]
+    return list(_split(rows, rng, minibatches, accumulate))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _split(rows: Any, rng: Array, minibatches: int, accumulate: int) -> list[Any]:
+    order = jax.random.permutation(rng, rows["mask"].shape[0])
+    parts = jax.tree.map(lambda x: x[order].reshape((minibatches, accumulate, -1, *x.shape[1:])), rows)
+    return [jax.tree.map(lambda x: x[i], parts) for i in range(minibatches)]  # noqa: B023

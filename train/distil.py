@@ -1,0 +1,149 @@
+"""Distil best-of-n into a language model, from the samples of a calibration table:
+
+python -m train.distil --model DIR --calibration runs/table --n 8 --out runs/distil
+
+The samples of each prompt are dealt into groups of n; in each the best and the worst by reward are kept. bonbon (arXiv
+2406.00832): likelihood of the best, and IPO between best and worst with the margin that the best-of-n policy has on
+average, (n-1)·H(n-1) nats; sft: the likelihood alone. The third way, vBoN, is train.rl --transform log --beta 1/(n-1):
+with exact ranks its optimum IS the best-of-n policy. --model is the base that the table was made with, whose roll-outs
+serve again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import cli
+from jaxalign.data import preferences, tables
+from jaxalign.training import Measured, objectives
+from jaxalign.training.step import Loss
+from jaxalign.types import Params
+from train import calibrate, common, lora, pairs, rollouts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(lora.Options):
+    """Options of train.distil."""
+
+    calibration: str
+    """Folder of train.calibrate, whose samples are used."""
+    n: int = 4
+    """Samples of a group; at most the table's samples per prompt."""
+    loss: Literal["bonbon", "sft"] = "bonbon"
+    """bonbon: likelihood of the best and IPO against the worst; sft: likelihood of the best alone."""
+    sft_weight: float = 0.005
+    """With bonbon: weight of the likelihood, the rest is IPO's, in (0, 1)."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW; small models take more."""
+
+
+def margin(n: int) -> float:
+    """E[log pi_n/pi_ref(best) − log pi_n/pi_ref(worst)] of n samples, pi_n the best-of-n policy, (n−1)·H_{n−1} nats
+    without ties: E of (n−1)·(log max − log min) of n uniforms."""
+    return (n - 1) * sum(1 / k for k in range(1, n))
+
+
+def bonbon(lm: Any, *, n: int, sft_weight: float) -> Loss:
+    """weight·(−log pi(best)) + (1 − weight)·IPO(best, worst) with the target `margin(n)`; batch {"chosen", "rejected"},
+    the reference is frozen. Metrics: of the log-ratios, accuracy and margin."""
+    ipo = objectives.dpo(lm, beta=1 / (2 * margin(n)), objective="ipo")
+
+    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+        found = ipo(params, batch, frozen)
+        likelihood = objectives.log_likelihoods(lm, objectives.cast(lm, params), batch["chosen"]).mean()
+        total = (1 - sft_weight) * found.loss - sft_weight * likelihood
+        return found._replace(loss=total, metrics=dict(found.metrics) | {"likelihood": likelihood})
+
+    return loss
+
+
+def likelihood(lm: Any) -> Loss:
+    """−log pi(best), the mean over rows; batch as `bonbon`."""
+    sft = objectives.language_model(lm)
+    return lambda params, batch, frozen: sft(params, batch["chosen"], frozen)
+
+
+def best_and_worst(found: list[rollouts.Rollout], n: int) -> Iterator[preferences.PairTokens]:
+    """A pair for each group of n samples of a prompt, in the order that they were drawn; groups of one reward have no
+    best and are left out."""
+    for rows in rollouts.by_prompt(found).values():
+        for begin in range(0, len(rows) - n + 1, n):
+            group = sorted(rows[begin : begin + n], key=lambda row: row.reward)
+            if group[0].reward < group[-1].reward:
+                where = f"prompt {group[0].row}, samples {begin} to {begin + n - 1}"
+                yield preferences.PairTokens(group[0].prompt, group[-1].response, group[0].response, where)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, writes the run folder, gives its summary."""
+    common.check(config)
+    lora.spec_of(config)
+    if config.n < 2:
+        raise ValueError(f"n: expected at least 2, found {config.n}")
+    if not 0 < config.sft_weight < 1:
+        raise ValueError(f"sft_weight: expected a share in (0, 1), found {config.sft_weight}")
+    source = _source(config)
+    out = cli.open_run(config.out, config, inputs=[config.model, config.architecture, f"{config.calibration}/rollouts"])
+    following = (
+        f"python -m eval.compare --model {config.model} --reward REWARD --prompts FILE --method base "
+        f"--method policy:{out / 'model'} --out DIR"
+    )
+    done = common.finished(out)
+    if done is not None:
+        common.report(out, done, following)
+        return done
+    begin = common.start(config, lambda _: None)
+    found = rollouts.roll_out(source, pathlib.Path(config.calibration), begin.tokenizer, stage="distil")
+    rows = list(best_and_worst(found, config.n))
+    if not rows:
+        raise ValueError(f"calibration: expected samples of different rewards in {config.calibration}, found none")
+    data = common.split(preferences.Loaded(rows, 0, []), config)
+
+    def collate(rows: list[preferences.PairTokens]) -> dict[str, Any]:
+        longest = [len(row.prompt) + max(len(row.chosen), len(row.rejected)) for row in rows]
+        return preferences.pad_pairs(rows, length=common.row_length(config, longest))
+
+    loss = likelihood(begin.lm) if config.loss == "sft" else bonbon(begin.lm, n=config.n, sft_weight=config.sft_weight)
+    reference = begin.params
+    if not config.lora_rank:
+        reference = jax.tree.map(lambda x: jnp.array(x, begin.lm.dtype), begin.params)
+    params = lora.run(config, begin, data, loss, collate, stage="distil", out=out, frozen=reference)
+
+    def score(both: Any, batch: Any) -> Any:
+        own, reference = both
+        sides = (batch["chosen"], batch["rejected"])
+        return jnp.stack([objectives.implicit_rewards(begin.lm, own, reference, side, beta=1.0) for side in sides], -1)
+
+    summary = pairs.accuracy(score, (params, reference), data, collate, config.batch_size)
+    summary |= {"wanted_margin": margin(config.n), "pairs": len(rows)}
+    return common.finish(out, begin, params, data, summary, following)
+
+
+def _source(config: Config) -> calibrate.Config:
+    """The options that the table's samples were drawn with. ValueErrors: no table, another base, too few samples."""
+    path = pathlib.Path(config.calibration)
+    if not (path / tables.ABOUT).is_file():
+        raise ValueError(f"calibration: expected a folder of train.calibrate, found no {tables.ABOUT} in {path}")
+    made = json.loads((path / "config.json").read_text())
+    source = calibrate.Config(**made)
+    about = json.loads((path / tables.ABOUT).read_text())
+    if about["base"] != tables.folder_digest(config.model):
+        raise ValueError(f"model: expected the base that {path} was made with, {source.base}, found {config.model}")
+    if config.n > source.samples:
+        raise ValueError(f"n: expected at most the table's {source.samples} samples per prompt, found {config.n}")
+    return source
+
+
+def main(args: list[str] | None = None) -> None:
+    run(cli.parse(Config, description=__doc__ or "", args=args))
+
+
+if __name__ == "__main__":
+    main()
