@@ -47,7 +47,7 @@ def of_model(lm: Any) -> PrefixReward:
     narrow a pass as holds it (`_sizes`)."""
 
     def score(params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]:
-        return _sized(_read, lm, params, state, tokens, mask)
+        return _sized(_read, False, lm, params, state, tokens, mask)
 
     return PrefixReward(lambda *arguments: _init(lm, *arguments), score, lambda *arguments: _commit(lm, *arguments))
 
@@ -57,7 +57,8 @@ def gain_of_model(lm: Any) -> PrefixGain:
     pass, too, goes through the segment alone."""
 
     def score(params: Params, state: State, tokens: Array, mask: Array, candidates: Array) -> Any:
-        found, gradient, proposal = _sized(_read_and_slope, lm, params, state, tokens[:, None], mask[:, None])
+        segment = (tokens[:, None], mask[:, None])
+        found, gradient, proposal = _sized(_read_and_slope, True, lm, params, state, *segment)
         table = at_least_float32(lm.embed(params, candidates))
         return found[:, 0], jnp.einsum("nkd,nd->nk", table, gradient), proposal
 
@@ -103,7 +104,7 @@ def _sizes(rows: int, width: int, *, ragged: bool) -> list[tuple[int, int]]:
     """(columns, packed tokens) of the passes that are compiled for `rows` segments of at most `width` tokens, the
     smallest first; the last holds everything. ragged: few of the rows may have a segment, or short ones: from 2 tokens
     a row on, each pass two or four times the one before, and a row up to eight times as long as the mean. Otherwise one
-    smaller pass, for what ended early."""
+    smaller pass, for what ended early: each pass is compiled, in every program that scores."""
     ratio, packed = (2 if width <= 64 else 4), max(16, 2 * rows)
     if not ragged:
         ratio, packed = 4, max(16, rows * width // 4)
@@ -114,10 +115,12 @@ def _sizes(rows: int, width: int, *, ragged: bool) -> list[tuple[int, int]]:
     return [*sizes, (width, rows * width)]
 
 
-def _sized(read: Callable[..., Any], lm: Any, params: Params, state: State, tokens: Array, mask: Array) -> Any:
+def _sized(
+    read: Callable[..., Any], ragged: bool, lm: Any, params: Params, state: State, tokens: Array, mask: Array
+) -> Any:
     """read(lm, params, state, tokens, mask, packed) in the first of the `_sizes` that holds the real tokens."""
     rows, width = mask.shape[0] * mask.shape[1], mask.shape[2]
-    sizes, last = _sizes(rows, width, ragged=mask.shape[1] == 1), mdp.last_index(mask)
+    sizes, last = _sizes(rows, width, ragged=ragged), mdp.last_index(mask)
 
     def at(columns: int, packed: int) -> Callable[[], Any]:
         def run() -> Any:
