@@ -6,8 +6,6 @@ the base that are −inf (or types.NEGATIVE) are outside its support, whatever t
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,7 +142,8 @@ def _prepare(log_base: Array, reward: Array) -> tuple[Array, Array, Array]:
     return log_base, scaled, spread[..., 0]
 
 
-@functools.partial(jax.custom_jvp)
+@jax.custom_jvp
+@jax.jit  # op by op, each call would compile the loop anew
 def _match_kl(log_base: Array, reward: Array, kl: Array) -> Array:
     log_base, scaled, spread = _prepare(log_base, reward)
     t, has_root = _root(log_base, scaled, kl)
@@ -152,6 +151,7 @@ def _match_kl(log_base: Array, reward: Array, kl: Array) -> Array:
 
 
 @_match_kl.defjvp
+@jax.jit
 def _match_kl_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     """0 = dKL = ∂_t KL·dt + ∂_base KL·dlog_base + ∂_r KL·dr − dkl, with ∂_t KL = t·Var_pi(r)."""
     log_base, reward, kl = primals

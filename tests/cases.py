@@ -114,6 +114,12 @@ def critic_cases(dtype: str = "float32") -> dict[str, CriticCase]:
     }
 
 
+def tabular_transfer() -> CriticCase:
+    """Transfer Q* on a table: the critic alone is held to its laws with a model's states, a tilt by it with these."""
+    critic = critics.transfer_q(tree.policy(TREE), weighted_tokens, eos_ids=EOS, rollouts=2)
+    return CriticCase(critic, {"baseline": table(9), "reward": table(8)[0]})
+
+
 def policy_cases(dtype: str = "float32") -> dict[str, Case]:
     """Every Policy builder, and a tilt by every critic over the whole vocabulary and over candidates."""
     lm = base_lm(dtype)
@@ -140,7 +146,7 @@ def policy_cases(dtype: str = "float32") -> dict[str, Case]:
         policies.edit_expected(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, critics.value(q_lm), steps=3),
         {"policy": lm.params, "critic": q_params, "step_size": BETA / 20},
     )
-    for name, case in critic_cases(dtype).items():
+    for name, case in (critic_cases(dtype) | {"transfer_q": tabular_transfer()}).items():
         for k in (None, 4):
             tilted = policies.tilt(lm.policy, case.critic, top_k=k)
             cases[f"tilt_{name}_{k or 'all'}"] = Case(

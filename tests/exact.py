@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,12 +42,17 @@ def log_law(t: tree.Tree, policy: Policy, params: Params) -> np.ndarray:
     return np.where(np.asarray(is_supported(scored.log_prob).all(axis=1)), total, -np.inf)
 
 
+@functools.lru_cache(maxsize=64)
+def tilt(t: tree.Tree, critic: Critic, top_k: int | None = None) -> Policy:
+    """One tilt for each critic: a new closure would be a new trace (law 6)."""
+    return policies.tilt(tree.policy(t), critic, top_k=top_k)
+
+
 def tilted_law(
     t: tree.Tree, log_base: jax.Array, critic: Critic, critic_params: Params, *, beta, top_k: int | None = None
 ) -> np.ndarray:
     """log pi'(y) [M] of the base table tilted by a critic."""
-    policy = policies.tilt(tree.policy(t), critic, top_k=top_k)
-    return log_law(t, policy, {"policy": log_base, "critic": critic_params, "beta": jnp.asarray(beta)})
+    return log_law(t, tilt(t, critic, top_k), {"policy": log_base, "critic": critic_params, "beta": jnp.asarray(beta)})
 
 
 def gibbs_law(log_base: np.ndarray, reward: np.ndarray, beta: float) -> np.ndarray:

@@ -28,7 +28,7 @@ def problem(seed: int):
 
 
 def args_policy(t=TREE, top_k=None):
-    return policies.tilt(tree.policy(t), tree.critic(t, "level"), top_k=top_k)
+    return exact.tilt(t, tree.critic(t, "level"), top_k)
 
 
 def greedy(base, q, lam, *, top_k=None, t=TREE) -> int:
@@ -208,7 +208,8 @@ def test_args_A7_batched_equals_single_and_padded_equals_unpadded(extra):
     policy, params, _, _ = models_case()
     together = decoding.sample(policy, params, RNG, padded(PROMPTS, extra=extra), max_new_tokens=4, eos_ids=EOS)
     for b, prompt in enumerate(PROMPTS):
-        alone = padded([prompt])._replace(index=jnp.array([b]))
+        # One width for all but the first, which is as it is.
+        alone = padded([prompt], extra=0 if b == 0 else 6 - len(prompt))._replace(index=jnp.array([b]))
         single = decoding.sample(policy, params, RNG, alone, max_new_tokens=4, eos_ids=EOS)
         np.testing.assert_array_equal(single.tokens[0], together.tokens[b])
         np.testing.assert_allclose(single.log_prob[0], together.log_prob[b], rtol=1e-9, atol=1e-12)
@@ -221,15 +222,17 @@ def test_a_scalar_head_over_the_whole_vocabulary_goes_in_blocks(monkeypatch):
     lm, params = tiny_lm(1, "reward")
     critic = critics.args(lm)
     prompts = padded(PROMPTS)
-    output = policies.language_model(tiny_lm(0)[0]).init(tiny_lm(0)[1], RNG, prompts, 3)[1]
-    state = critic.init(params, RNG, prompts, 3)
+    below = policies.language_model(tiny_lm(0)[0])
+    output = jax.jit(below.init, static_argnums=3)(tiny_lm(0)[1], RNG, prompts, 3)[1]
+    state = jax.jit(critic.init, static_argnums=3)(params, RNG, prompts, 3)
+    score, advance = jax.jit(critic.score), jax.jit(critic.advance)
     everything = jnp.broadcast_to(jnp.arange(11), (5, 11))
-    expected, kept = critic.score(params, RNG, state, output, everything)
+    expected, kept = score(params, RNG, state, output, everything)
     monkeypatch.setattr("jaxalign.critics.models._BLOCK", 4)
-    found, proposal = critic.score(params, RNG, state, output, None)
+    found, proposal = score(params, RNG, state, output, None)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     choice = jnp.array([3, -1, 0, 10, 7])
-    ours, theirs = critic.advance(params, proposal, choice), critic.advance(params, kept, choice)
+    ours, theirs = advance(params, proposal, choice), advance(params, kept, choice)
     np.testing.assert_array_equal(ours["cache"].length, theirs["cache"].length)
     np.testing.assert_allclose(ours["cache"].layers[1].k, theirs["cache"].layers[1].k, rtol=1e-4, atol=1e-5)
     monkeypatch.undo()

@@ -14,8 +14,6 @@ from jaxalign.types import Critic, TokenBatch
 from tests import cases, exact
 from tests.conftest import EOS, PROMPTS, VOCAB, needs_jit, padded, tiny_lm
 
-pytestmark = pytest.mark.slow
-
 RNG = jax.random.key(0)
 TREE = tree.Tree(2, 4, eos_id=0)
 ARGUMENTS = {"max_new_tokens": 4, "eos_ids": EOS}

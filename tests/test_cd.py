@@ -176,8 +176,9 @@ def test_cd_T8_one_trajectory_is_not_enough():
         return losses.cd_q(table[nodes, tokens[row]], expected, reward[row], mask[row])
 
     table = jnp.zeros((TREE.num_states, TREE.vocab_size))
+    step = jax.jit(lambda table: table - jax.grad(loss)(table))
     for _ in range(200):
-        table = table - jax.grad(loss)(table)
+        table = step(table)
     first = tokens[longest, 0]
     assert abs(float(table[0, first] - q_ref(TREE, log_ref, reward)[0, first])) > 0.05
 

@@ -9,8 +9,6 @@ import pytest
 from eval.frontier import __main__ as program
 from eval.frontier import base, bound, language, noise, samples, tree, world
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):

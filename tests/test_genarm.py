@@ -9,11 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, decoding, losses, models, policies, rewards, tree
-from jaxalign.data import preferences
-from jaxalign.training import objectives
-from tests import cases, exact
-from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_lm
+from jaxalign import critics, decoding, losses, policies, tree
+from tests import exact
 
 RAGGED = tree.Tree(4, 4, eos_id=0)
 RNG = jax.random.key(0)
@@ -72,7 +69,7 @@ def test_genarm_A3_product_of_normalisers_corrects_the_token_rule():
     base, reward = exact.tables(RAGGED, 1)
     alpha, beta_r = 1.3, 0.5
     arm = arm_of(RAGGED, reward, beta_r)
-    policy = policies.tilt(tree.policy(RAGGED), increment(RAGGED))
+    policy = exact.tilt(RAGGED, increment(RAGGED))
     found = exact.completions(RAGGED, policy, {"policy": base, "critic": arm, "beta": 1 / alpha})
     log_base = tree.response_log_prob(RAGGED, base)
     target = exact.gibbs_law(log_base, reward, beta_r / alpha)
@@ -173,7 +170,7 @@ def test_genarm_A7_no_weight_is_the_base_and_one_step_is_exact():
 def test_genarm_A7_weight_and_training_coefficient_enter_at_sequence_level_as_their_ratio():
     """The corrected (importance-weighted) law depends on beta_r/alpha alone; the token rule's does not."""
     base, reward = exact.tables(RAGGED, 9)
-    policy = policies.tilt(tree.policy(RAGGED), increment(RAGGED))
+    policy = exact.tilt(RAGGED, increment(RAGGED))
     corrected, token_rule = [], []
     for alpha, beta_r in ((1.0, 0.5), (2.0, 1.0)):
         params = {"policy": base, "critic": arm_of(RAGGED, reward, beta_r), "beta": 1 / alpha}
@@ -265,94 +262,12 @@ def test_genarm_A11_sequence_tilt_raises_each_reward_by_its_variance():
         assert variance > 0
 
 
-# On models ------------------------------------------------------------------------------------------------------------
-
-
-def guided(dtype="float64"):
-    (lm, base), (arm_lm, arm) = tiny_lm(0, dtype=dtype), tiny_lm(4, dtype=dtype)
-    policy = policies.tilt(policies.language_model(lm), critics.autoregressive(arm_lm))
-    return policy, {"policy": base, "critic": arm, "beta": jnp.asarray(0.8)}, (lm, arm_lm)
-
-
-def test_genarm_A12_cached_equals_uncached_token_by_token():
-    """The same key draws the same tokens whether each step re-reads the whole text or goes on from the caches."""
-    policy, params, (lm, arm_lm) = guided()
-    prompts = padded(PROMPTS)
-    drawn = decoding.sample(policy, params, RNG, prompts, max_new_tokens=5, eos_ids=())
-
-    @jax.jit
-    def uncached(tokens, mask):
-        base = jax.nn.log_softmax(lm.apply(params["policy"], tokens, mask=mask).logits)
-        arm = jax.nn.log_softmax(arm_lm.apply(params["critic"], tokens, mask=mask).logits)
-        return jax.nn.log_softmax(base + arm / 0.8)
-
-    for b, prompt in enumerate(PROMPTS):
-        text = list(prompt)
-        for t in range(5):
-            batch = padded([text], side="right", extra=10 - len(text))
-            expected = uncached(batch.tokens, batch.mask)[0, len(text) - 1]
-            token = int(drawn.tokens[b, t])
-            np.testing.assert_allclose(drawn.log_prob[b, t], expected[token], rtol=1e-9, atol=1e-9)
-            text.append(token)
-
-
-def test_genarm_A12_batch_invariance():
-    policy, params, _ = guided()
-    prompts = padded(PROMPTS)
-    together = decoding.sample(policy, params, RNG, prompts, max_new_tokens=5, eos_ids=EOS)
-    for b, prompt in enumerate(PROMPTS):
-        alone = padded([prompt])._replace(index=jnp.array([b]))
-        single = decoding.sample(policy, params, RNG, alone, max_new_tokens=5, eos_ids=EOS)
-        np.testing.assert_array_equal(single.tokens[0], together.tokens[b])
-        np.testing.assert_allclose(single.log_prob[0], together.log_prob[b], rtol=1e-9, atol=1e-9)
-
-
-def test_genarm_A12_prompts_for_each_model():
-    policy, params, (lm, arm_lm) = guided()
-    prompts, template = padded(PROMPTS), padded([[6, *row, 6] for row in PROMPTS])
-    drawn = decoding.sample(policy, params, RNG, {"policy": prompts, "critic": template}, max_new_tokens=3, eos_ids=())
-    for b, prompt in enumerate(PROMPTS):
-        y = drawn.tokens[b].tolist()
-        for t in range(3):
-            base = lm.apply(params["policy"], jnp.array([prompt + y[:t]])).logits[0, -1]
-            arm = arm_lm.apply(params["critic"], jnp.array([[6, *prompt, 6, *y[:t]]])).logits[0, -1]
-            expected = jax.nn.log_softmax(jax.nn.log_softmax(base) + jax.nn.log_softmax(arm) / 0.8)
-            np.testing.assert_allclose(drawn.log_prob[b, t], expected[y[t]], rtol=1e-9, atol=1e-9)
-
-
-def test_genarm_A12_appended_vocabulary_rows_are_cut():
-    (lm, base), (wide_lm, wide) = tiny_lm(0), tiny_lm(4, vocab_size=12)
-    with pytest.raises(ValueError, match="vocabulary"):
-        policies.tilt(policies.language_model(lm), critics.autoregressive(wide_lm))
-    cut_lm, cut = models.cut_vocabulary(wide_lm, wide, lm.vocab_size)
-    policy = policies.tilt(policies.language_model(lm), critics.autoregressive(cut_lm))
-    params = {"policy": base, "critic": cut, "beta": jnp.asarray(1.0)}
-    drawn = decoding.sample(policy, params, RNG, padded(PROMPTS), max_new_tokens=3, eos_ids=())
-    logits = wide_lm.apply(wide, padded([PROMPTS[0]]).tokens).logits[0, -1, : lm.vocab_size]
-    base_logits = lm.apply(base, padded([PROMPTS[0]]).tokens).logits[0, -1]
-    expected = jax.nn.log_softmax(jax.nn.log_softmax(base_logits) + jax.nn.log_softmax(logits))
-    np.testing.assert_allclose(drawn.log_prob[0, 0], expected[drawn.tokens[0, 0]], rtol=1e-4, atol=1e-4)
-
-
-def test_genarm_A13_the_sequence_reward_excludes_the_prompt_and_includes_eos():
-    lm, params = tiny_lm(4, dtype="float64")
-    reward = rewards.log_likelihood(lm)
-    prompt, response = [4, 5, 6], [7, 8, 0]
-    for side in ("left", "right"):
-        batch = padded([prompt + response, [*prompt, 0]], side=side)
-        found = reward(params, batch.tokens, batch.mask, jnp.array([3, 3]), jnp.array([0, 1]))
-        logits = jax.nn.log_softmax(lm.apply(params, jnp.array([prompt + response])).logits[0])
-        expected = sum(logits[2 + t, y] for t, y in enumerate(response))
-        np.testing.assert_allclose(found[0], expected, rtol=1e-10)
-        np.testing.assert_allclose(found[1], logits[2, 0], rtol=1e-10)  # a response of length 1
-
-
 def test_genarm_A14_importance_weights_estimate_the_optimum():
     """Self-normalised weights Π Z_t over exact draws of the token rule reach E_{pi*}[r*]; without them the estimate is
     off. 20,000 draws; the bound is 5 standard errors of the weighted mean (error rate below 1e-6)."""
     base, reward = exact.tables(RAGGED, 1)
     alpha, beta_r, n = 1.0, 0.5, 20_000
-    policy = policies.tilt(tree.policy(RAGGED), increment(RAGGED))
+    policy = exact.tilt(RAGGED, increment(RAGGED))
     params = {"policy": base, "critic": arm_of(RAGGED, reward, beta_r), "beta": 1 / alpha}
     prompts = exact.one_prompt(n)._replace(index=jnp.arange(n, dtype=jnp.int32))
     drawn = decoding.sample(policy, params, jax.random.key(3), prompts, max_new_tokens=4, eos_ids=(0,))
@@ -368,235 +283,3 @@ def test_genarm_A14_importance_weights_estimate_the_optimum():
     assert 0.02 < ess / n < 1
     assert abs(estimate - truth) < 5 * error + 1e-3
     assert abs(r.mean() - truth) > 5 * r.std() / np.sqrt(n)
-
-
-def test_genarm_A13_padding_and_the_length_of_the_other_response_change_nothing_in_the_loss():
-    """Pairs of unequal length, padded together, give the mean of the losses of each pair alone, unpadded."""
-    lm, params = tiny_lm(4, dtype="float64", num_layers=1)
-    text = [([4, 5, 6], [7, 8, 1, 2, 0], [9, 0]), ([1], [2, 0], [3, 9, 10, 8, 7, 0]), ([5, 2, 9, 9], [0], [4, 1, 0])]
-    pairs = [preferences.PairTokens(*row, where="") for row in text]
-    loss = jax.jit(objectives.autoregressive_reward(lm, beta_r=0.7))
-
-    def padded_to(length):
-        found = loss(params, preferences.pad_pairs(pairs, length=length), None)
-        return float(found.loss), float(found.metrics["margin"])
-
-    def reward(prompt, response):
-        logits = jax.nn.log_softmax(lm.apply(params, jnp.array([prompt + response])).logits[0])
-        return float(sum(logits[len(prompt) - 1 + t, y] for t, y in enumerate(response)))
-
-    margin = np.array([reward(x, chosen) - reward(x, rejected) for x, chosen, rejected in text])
-    expected = np.mean(np.log1p(np.exp(-0.7 * margin))), margin.mean()
-    np.testing.assert_allclose(padded_to(8), expected, rtol=1e-7)
-    np.testing.assert_allclose(padded_to(13), expected, rtol=1e-7)
-
-
-@needs_jit
-def test_genarm_A11_weights_of_several_rewards_change_per_prompt_without_a_new_trace():
-    """Each prompt's law is the one of its own weights, and only the first of several sets of weights is traced."""
-    (lm, base), (arm_lm, arm) = tiny_lm(0, dtype="float64", num_layers=1), tiny_lm(4, dtype="float64", num_layers=1)
-    other = jax.tree.map(lambda x: x * 0.8, arm)
-    traces = 0
-    tilted = policies.tilt(policies.language_model(lm), critics.weighted_sum([critics.autoregressive(arm_lm)] * 2))
-
-    def init(*arguments):
-        nonlocal traces
-        traces += 1
-        return tilted.init(*arguments)
-
-    policy = tilted._replace(init=init)
-    prompts = padded(PROMPTS)
-    read = [jax.jit(lambda p, x, m=m: m.apply(p, x.tokens, mask=x.mask).logits[:, -1]) for m in (lm, arm_lm)]
-    each = [jax.nn.log_softmax(read[i](p, prompts)) for i, p in ((0, base), (1, arm), (1, other))]
-    for seed in range(3):
-        weights = jax.random.normal(jax.random.key(seed), (len(PROMPTS), 2))
-        params = {"policy": base, "critic": {"critics": (arm, other), "weights": weights}, "beta": jnp.asarray(1.0)}
-        drawn = decoding.sample(policy, params, RNG, prompts, max_new_tokens=2, eos_ids=())
-        expected = jax.nn.log_softmax(each[0] + weights[:, :1] * each[1] + weights[:, 1:] * each[2])
-        first = jnp.take_along_axis(expected, drawn.tokens[:, :1], axis=1)[:, 0]
-        np.testing.assert_allclose(drawn.log_prob[:, 0], first, rtol=1e-9, atol=1e-9)
-    assert traces == 1
-
-
-def test_genarm_weak_to_strong_a_small_reward_guides_a_larger_base():
-    """Sizes, heads and layers differ, the vocabulary is one: at every token the sum of both models' log-probabilities,
-    and the correction Σ log Z of the pair."""
-    lm, base = tiny_lm(0, dtype="float64", hidden_size=32, num_heads=8, num_kv_heads=8, intermediate_size=40)
-    arm_lm, arm = tiny_lm(4, dtype="float64", num_layers=1, hidden_size=8, num_heads=2, num_kv_heads=1)
-    policy = policies.tilt(policies.language_model(lm), critics.autoregressive(arm_lm))
-    params = {"policy": base, "critic": arm, "beta": jnp.asarray(0.5)}
-    prompt = PROMPTS[0]
-    drawn = decoding.sample(policy, params, RNG, padded([prompt]), max_new_tokens=3, eos_ids=())
-    text = jnp.array([prompt + drawn.tokens[0].tolist()])
-    log_base, log_arm = (
-        jax.nn.log_softmax(m.apply(p, text).logits[0, len(prompt) - 1 : -1]) for m, p in ((lm, base), (arm_lm, arm))
-    )
-    logit = log_base + log_arm / 0.5
-    norm = jax.nn.logsumexp(logit, axis=-1)
-    rows = jnp.arange(3)
-    np.testing.assert_allclose(drawn.log_prob[0], (logit - norm[:, None])[rows, drawn.tokens[0]], rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(drawn.log_prob_ref[0], log_base[rows, drawn.tokens[0]], rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(drawn.log_norm[0], norm, rtol=1e-9, atol=1e-9)
-
-
-# Adapters of the base -------------------------------------------------------------------------------------------------
-
-WEIGHTS = np.array([[0.6, 0.9], [0.0, 1.0], [2.0, -0.5], [0.1, 0.1], [1.0, 0.0]])
-RESPONSES = jnp.array([[1, 2, 5], [3, 3, 9], [10, 4, 6], [2, 8, 1], [7, 1, 2]])
-LENGTHS = jnp.arange(3) < jnp.array([3, 1, 2, 3, 3])[:, None]
-
-
-@pytest.fixture(scope="module")
-def separate():
-    """(fused policy, its params, the tilt that it replaces, its params)."""
-    with jax.enable_x64(True):
-        lm, base = cases.tiny_lm(0, dtype="float64")
-        fused = cases.stacked_adapters("float64")
-        parts = [cases.adapter(lm, 1), cases.adapter(lm, 2, rank=1)]
-        merge = jax.jit(models.lora.merge, static_argnums=2)
-        merged = tuple(merge(base, part, spec) for spec, part in parts)
-        tilt = policies.tilt(policies.language_model(lm), critics.weighted_sum([critics.autoregressive(lm)] * 2))
-        params = {
-            "policy": base,
-            "critic": {"critics": merged, "weights": jnp.asarray(WEIGHTS)},
-            "beta": jnp.asarray(1.0),
-        }
-        return fused.policy, fused.params | {"weights": jnp.asarray(WEIGHTS)}, tilt, params
-
-
-def assert_same(left, right) -> None:
-    for name in ("log_prob", "log_prob_ref", "log_norm", "kl"):
-        np.testing.assert_allclose(getattr(left, name), getattr(right, name), rtol=1e-9, atol=1e-9, err_msg=name)
-
-
-def test_genarm_A15_stacked_adapters_are_the_separate_models(separate):
-    """Draws, log_prob, log_prob_ref, log_norm and KL, with weights per prompt; stepped and in parallel."""
-    fused, params, tilt, tilt_params = separate
-    prompts = padded(PROMPTS)
-    drawn = [
-        decoding.sample(policy, values, RNG, prompts, max_new_tokens=3, eos_ids=EOS)
-        for policy, values in ((fused, params), (tilt, tilt_params))
-    ]
-    np.testing.assert_array_equal(drawn[0].tokens, drawn[1].tokens)
-    assert_same(*drawn)
-    expected = decoding.log_prob(tilt, tilt_params, RNG, prompts, RESPONSES, LENGTHS)
-    for policy in (fused, fused._replace(log_prob=None)):
-        assert_same(decoding.log_prob(policy, params, RNG, prompts, RESPONSES, LENGTHS), expected)
-    assert float(jnp.abs(expected.log_prob - expected.log_prob_ref).max()) > 0.1
-
-
-def test_genarm_A15_weights_are_one_set_for_all_or_one_for_each_prompt(separate):
-    fused, params, _, _ = separate
-    prompts = padded(PROMPTS)
-
-    def scored(weights):
-        values = params | {"weights": weights}
-        return decoding.log_prob(fused, values, RNG, prompts, RESPONSES, LENGTHS).log_prob
-
-    together = scored(WEIGHTS)
-    for b in range(len(PROMPTS)):
-        np.testing.assert_allclose(scored(WEIGHTS[b])[b], together[b], rtol=1e-9, atol=1e-9)
-
-
-@needs_jit
-def test_genarm_A15_weights_change_without_a_new_trace(separate):
-    fused, params, _, _ = separate
-    traces = 0
-
-    def init(*arguments):
-        nonlocal traces
-        traces += 1
-        return fused.init(*arguments)
-
-    policy = fused._replace(init=init)
-    drawn = [
-        decoding.sample(policy, params | {"weights": w}, RNG, padded(PROMPTS), max_new_tokens=2, eos_ids=EOS)
-        for w in (jnp.asarray(WEIGHTS), jnp.zeros((len(PROMPTS), 2)), -jnp.asarray(WEIGHTS))
-    ]
-    assert traces == 1
-    np.testing.assert_allclose(drawn[1].log_prob, drawn[1].log_prob_ref, rtol=1e-12, atol=1e-12)  # no weight: the base
-    np.testing.assert_allclose(drawn[1].kl, 0, atol=1e-12)
-    assert float(drawn[2].kl.sum()) > 0.1
-
-
-def test_genarm_A15_gradients_reach_weights_adapters_and_base(separate):
-    """The stacked form has the gradient of the separate models in the weights, and one in every leaf."""
-    fused, params, tilt, tilt_params = separate
-    prompts = padded(PROMPTS)
-
-    def total(policy, values):
-        return decoding.log_prob(policy, values, RNG, prompts, RESPONSES, LENGTHS).log_prob.sum()
-
-    found = jax.grad(lambda values: total(fused, values))(params)
-
-    def by_weights(weights):
-        return total(tilt, tilt_params | {"critic": tilt_params["critic"] | {"weights": weights}})
-
-    np.testing.assert_allclose(
-        found["weights"], jax.grad(by_weights)(tilt_params["critic"]["weights"]), rtol=1e-7, atol=1e-9
-    )
-    for leaf in jax.tree.leaves(found):
-        assert bool(jnp.isfinite(leaf).all())
-    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(found["adapters"]))
-
-
-def test_genarm_A15_each_adapter_reads_its_own_template(separate):
-    fused, params, tilt, tilt_params = separate
-    prompts = padded(PROMPTS)
-    one, other = padded([[6, *row] for row in PROMPTS], side="right"), padded([[9, 9, *row, 2] for row in PROMPTS])
-    scored = decoding.log_prob(fused, params, RNG, {"policy": prompts, "adapters": [one, other]}, RESPONSES, LENGTHS)
-    mirrored = {"policy": prompts, "critic": {"critics": [one, other]}}
-    assert_same(scored, decoding.log_prob(tilt, tilt_params, RNG, mirrored, RESPONSES, LENGTHS))
-
-
-def test_genarm_A15_a_step_reads_each_weight_once(separate):
-    """Products with a weight matrix in the step's program: one each where the separate models need three."""
-    fused, params, tilt, tilt_params = separate
-    kernels = {leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params["policy"]) if leaf.ndim == 2}
-    token = jnp.zeros(len(PROMPTS), jnp.int32)
-
-    def products(policy, values) -> int:
-        state, _ = jax.eval_shape(lambda v: policy.init(v, RNG, padded(PROMPTS), 3), values)
-        program = jax.make_jaxpr(policy.step)(values, RNG, state, token)
-        return count_products(program.jaxpr, kernels)
-
-    assert products(fused, params) == 5  # qkv, out, gate_up, down of one layer, and lm_head
-    assert products(tilt, tilt_params) == 15
-
-
-def count_products(program, shapes) -> int:
-    total = 0
-    for equation in program.eqns:
-        if equation.primitive.name == "dot_general":
-            total += equation.invars[1].aval.shape in shapes
-        for inner in (getattr(value, "jaxpr", value) for value in equation.params.values()):
-            total += count_products(inner, shapes) if hasattr(inner, "eqns") else 0
-    return total
-
-
-def test_genarm_A15_what_does_not_fit_is_named(separate):
-    fused, params, _, _ = separate
-    lm = cases.tiny_lm(0, dtype="float64")[0]
-    with pytest.raises(ValueError, match="m: expected at least 1 adapter, found 0"):
-        policies.adapters(lm, 0)
-    with pytest.raises(ValueError, match="expected a language model"):
-        policies.adapters(tiny_lm(0, "reward")[0], 1)
-
-    def run(changes, policy=fused, prompts=None):
-        given = padded(PROMPTS) if prompts is None else prompts
-        return decoding.sample(policy, params | changes, RNG, given, max_new_tokens=1, eos_ids=EOS)
-
-    for changes, match in (
-        ({"weights": jnp.ones(3)}, r"weights: expected shape \(2,\) or \(5, 2\), .* found \(3,\)"),
-        ({"weights": jnp.array([1.0, jnp.nan])}, "weights: expected finite numbers"),
-        (
-            {"adapters": jax.tree.map(lambda x: x[:1], params["adapters"])},
-            r"layer_0/attention/out/a: expected shape \(2, ",
-        ),
-    ):
-        with pytest.raises(ValueError, match=match):
-            run(changes)
-    with pytest.raises(ValueError, match="'adapters'"):
-        run({}, prompts={"policy": padded(PROMPTS)})
-    with pytest.raises(ValueError, match=r"prompts\['adapters'\]\[1\]: expected token ids"):
-        run({}, prompts={"policy": padded(PROMPTS), "adapters": [padded(PROMPTS), padded([[99]] * 5)]})

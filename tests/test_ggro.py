@@ -1,4 +1,4 @@
-"""GGRO: the exact properties of its specification (section 6), on Markov tables and on tiny models."""
+"""GGRO: the exact properties of its specification (section 6), on Markov tables."""
 
 from __future__ import annotations
 
@@ -11,172 +11,27 @@ import pytest
 
 from jaxalign import decoding, mdp, policies, rewards
 from jaxalign.decoding.segments import entropy
-from jaxalign.types import Policy, StepOutput, TokenBatch
-from tests.conftest import EOS, VOCAB, needs_jit, padded, tiny_lm
-
-V, T, WIDTH = 6, 14, 5
-RNG = jax.random.key(0)
-INF = float("inf")
-GREEDY = jnp.asarray(0.0)
-
-
-def _markov() -> Policy:
-    """Logits [V,V,V] given the last two tokens, the prompt's included."""
-
-    def output(table, state):
-        log_prob = jax.nn.log_softmax(table[state["two"][:, 0], state["two"][:, 1]])
-        return StepOutput(log_prob, log_prob, jnp.zeros(log_prob.shape[:1], log_prob.dtype))
-
-    def init(params, rng, prompts, max_new_tokens):
-        tokens, mask = mdp.compact(prompts.tokens, prompts.mask)
-        last = mdp.last_index(mask)
-        two = jnp.take_along_axis(tokens, jnp.stack([last - 1, last], axis=1), axis=1)
-        return {"two": two}, output(params, {"two": two})
-
-    def step(params, rng, state, token):
-        moved = jnp.stack([state["two"][:, 1], token], axis=1)
-        state = {"two": jnp.where((token < 0)[:, None], state["two"], moved)}
-        return state, output(params, state)
-
-    return Policy(init, step, None, None, V)
-
-
-def _one_hot_reward(params, one_hot, response):
-    """v·tanh(Σ_i W e_i/√T) + Σ_i e_i·G·e_{i+1}/T + c·length over the response's one-hot rows [N,L,V]."""
-    e = jnp.where(response[..., None], one_hot @ params["embedding"], 0)
-    smooth = jnp.tanh(jnp.einsum("nld,de->ne", e, params["W"]) / math.sqrt(T)) @ params["v"]
-    pairs = jnp.einsum("nld,de,nle->n", e[:, :-1], params["G"], e[:, 1:]) / T
-    return smooth + pairs + params["c"] * jnp.where(response[..., None], one_hot, 0).sum(axis=(1, 2))
-
-
-def _reward(params, tokens, mask, prompt_length, index):
-    return _one_hot_reward(params, jax.nn.one_hot(tokens, V), mdp.response_part(mask, prompt_length))
-
-
-def _gain(params, tokens, mask, prompt_length, position, candidates):
-    """The one-hot gradient at the position: the definition, with its [N,L,V]."""
-    response = mdp.response_part(mask, prompt_length)
-    one_hot = jax.nn.one_hot(tokens, V)
-    gradient = jax.grad(lambda x: _one_hot_reward(params, x, response).sum())(one_hot)
-    return jnp.take_along_axis(gradient[jnp.arange(len(tokens)), position], candidates, axis=1)
-
-
-MARKOV = _markov()
-
-
-def toy(seed: int = 0):
-    """Params of the toy; a third of the contexts is uncertain."""
-    keys = iter(jax.random.split(jax.random.key(seed), 7))
-    scale = jnp.where(jax.random.uniform(next(keys), (V, V, 1)) < 0.5, 0.6, 3.5)
-    reward = {
-        "embedding": jax.random.normal(next(keys), (V, WIDTH)),
-        "W": jax.random.normal(next(keys), (WIDTH, WIDTH)),
-        "G": jax.random.normal(next(keys), (WIDTH, WIDTH)),
-        "v": jax.random.normal(next(keys), (WIDTH,)),
-        "c": jnp.asarray(0.0),
-    }
-    return {"policy": scale * jax.random.normal(next(keys), (V, V, V)), "reward": reward}
-
-
-PROMPTS = padded([[a, b] if a != b else [3, a, b] for a in range(1, 4) for b in range(1, 5)])
-B = PROMPTS.tokens.shape[0]
-
-
-def nudge(params, *, prompts=PROMPTS, candidates=4, threshold=1.0, eos_ids=EOS, **options):
-    options = {"top_k": 5, "max_new_tokens": T} | options
-    return decoding.nudge(
-        MARKOV,
-        _reward,
-        _gain,
-        params,
-        RNG,
-        prompts,
-        candidates=candidates,
-        threshold=threshold,
-        eos_ids=eos_ids,
-        **options,
-    )
-
-
-def greedy(params, prompts=PROMPTS):
-    return decoding.sample(MARKOV, params["policy"], RNG, prompts, max_new_tokens=T, eos_ids=EOS, temperature=GREEDY)
-
-
-def assert_completions_equal(left, right):
-    for name in ("tokens", "mask", "finished", "truncated"):
-        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
-    for name in ("log_prob", "log_prob_ref", "log_norm", "kl"):
-        np.testing.assert_allclose(getattr(left, name), getattr(right, name), rtol=1e-5, atol=1e-5, err_msg=name)
-
-
-def prompt_tokens(b: int) -> list[int]:
-    return np.asarray(PROMPTS.tokens[b])[np.asarray(PROMPTS.mask[b])].tolist()
-
-
-class Plain:
-    """The algorithm for one prompt in plain Python, as its specification writes it: candidates are generated whole, the
-    uncertain token is dropped, and a repeat is found by comparing candidates."""
-
-    def __init__(self, params, prompt, *, candidates, threshold, rule="difference", k=5, eos=EOS):
-        table = np.asarray(params["policy"], np.float64)
-        self.log_prob = table - np.log(np.exp(table).sum(-1, keepdims=True))
-        self.params, self.prompt, self.eos, self.k, self.rule = params["reward"], prompt, eos, k, rule
-        self.candidates, self.threshold = candidates, threshold
-        self.scored, self.nudges, self.segments = 0, 0, []
-
-    def padded(self, tokens):
-        row = np.zeros((1, len(self.prompt) + T), np.int32)
-        row[0, : len(tokens)] = tokens
-        return jnp.asarray(row), jnp.arange(row.shape[1])[None] < len(tokens), jnp.array([len(self.prompt)])
-
-    def reward(self, tokens):
-        return float(_JIT_REWARD(self.params, *self.padded(tokens)))
-
-    def gain(self, tokens, position, choices):
-        found = _JIT_GAIN(self.params, *self.padded(tokens), jnp.array([position]), jnp.asarray([choices]))
-        return np.asarray(found[0])
-
-    def next(self, tokens):
-        return self.log_prob[tokens[-2], tokens[-1]]
-
-    def segment(self, prefix, forced):
-        tokens = list(prefix)
-        while True:
-            row = self.next(tokens)
-            uncertain = -(np.exp(row) * row).sum() >= self.threshold
-            token = forced if forced is not None and len(tokens) == len(prefix) else int(row.argmax())
-            tokens.append(token)
-            if token in self.eos or len(tokens) == len(self.prompt) + T:
-                return tokens, True
-            if len(tokens) - len(prefix) >= 4 and uncertain:
-                return tokens[:-1], False
-
-    def run(self):
-        prefix, done = list(self.prompt), False
-        while not done:
-            choices = np.argsort(-self.next(prefix), kind="stable")[: self.k]
-            forced, seen, best = None, [], (-INF, None, None, None)
-            for i in range(self.candidates):
-                found, ended = self.segment(prefix, forced)
-                if found in seen:
-                    break
-                seen.append(found)
-                value = self.reward(found)
-                self.scored += 1
-                if value > best[0]:
-                    best = value, found, ended, i
-                g = self.gain(found, len(prefix), choices)
-                current = choices.tolist().index(found[len(prefix)])
-                score = g - g[current] if self.rule == "difference" else np.where(np.arange(len(g)) == current, 0, g)
-                forced = int(choices[score.argmax()])
-            self.nudges += best[3] > 0
-            self.segments.append((list(prefix), seen, best))
-            prefix, done = best[1], best[2]
-        return prefix[len(self.prompt) :]
-
-
-_JIT_REWARD = jax.jit(lambda params, *row: _reward(params, *row, None)[0])
-_JIT_GAIN = jax.jit(_gain)
+from jaxalign.types import TokenBatch
+from tests.conftest import VOCAB, padded, tiny_lm
+from tests.nudged import (
+    INF,
+    MARKOV,
+    PROMPTS,
+    RNG,
+    WIDTH,
+    B,
+    Plain,
+    T,
+    V,
+    _gain,
+    _one_hot_reward,
+    _reward,
+    assert_completions_equal,
+    greedy,
+    nudge,
+    prompt_tokens,
+    toy,
+)
 
 
 @pytest.mark.parametrize(("rule", "threshold"), [("difference", 1.0), ("code", 1.3), ("difference", 0.0)])
@@ -442,113 +297,3 @@ def test_ggro_G15_proposals_at_a_temperature_are_the_softmax_of_the_gain():
             share = (np.asarray(found.completions.tokens[:, :1]) == order).mean(axis=0)
             error = np.sqrt(expected * (1 - expected) / count)
             assert (np.abs(share - expected) <= 4.5 * error).all(), (rule, temperature)
-
-
-# On models -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pair():
-    (lm, params), (reward_lm, reward_params) = tiny_lm(0, num_layers=1), tiny_lm(1, "reward", num_layers=1)
-    policy, reward, gain = policies.language_model(lm), rewards.from_model(reward_lm), rewards.embedding_gain(reward_lm)
-
-    def run(prompts, reward=reward, **options):
-        given = {"policy": params, "reward": reward_params}
-        options = {"candidates": 4, "threshold": 1.2, "max_new_tokens": 9, "top_k": 6} | options
-        return decoding.nudge(policy, reward, gain, given, RNG, prompts, eos_ids=EOS, **options)
-
-    return run
-
-
-def test_ggro_one_prompt_alone_is_that_prompt_in_a_batch(pair, prompts):
-    together = pair(prompts, temperature=jnp.asarray(0.3))
-    assert int(together.nudged.sum()) > 0
-    for b in (1, 3):
-        one = TokenBatch(prompts.tokens[b : b + 1], prompts.mask[b : b + 1], jnp.array([b]))
-        alone = pair(one, temperature=jnp.asarray(0.3))
-        for name in ("tokens", "mask"):
-            np.testing.assert_array_equal(
-                getattr(alone.completions, name)[0], getattr(together.completions, name)[b], err_msg=name
-            )
-        for name in ("segment", "nudged", "segments", "tokens", "scored", "gradients"):
-            np.testing.assert_array_equal(getattr(alone, name)[0], getattr(together, name)[b], err_msg=name)
-        np.testing.assert_allclose(alone.reward[0], together.reward[b], rtol=1e-4, atol=1e-5)
-
-
-def test_ggro_reward_and_gain_in_one_pass_are_the_same(pair, prompts):
-    apart, joint = pair(prompts), pair(prompts, reward=None)
-    assert_completions_equal(apart.completions, joint.completions)
-    np.testing.assert_allclose(apart.kept, joint.kept, rtol=1e-5, atol=1e-6)
-    assert float((apart.reward - apart.floor[:, 0]).max()) > 0
-
-
-@needs_jit
-def test_ggro_values_do_not_retrace(prompts):
-    traces = []
-
-    def counting(params, rng, prompts, max_new_tokens):
-        traces.append(1)
-        return MARKOV.init(params, rng, prompts, max_new_tokens)
-
-    policy = MARKOV._replace(init=counting)
-    for candidates, threshold, temperature in ((1, 0.5, 0.0), (4, 1.0, 0.3), (9, INF, 0.0)):
-        decoding.nudge(
-            policy,
-            _reward,
-            _gain,
-            toy(0),
-            RNG,
-            PROMPTS,
-            candidates=candidates,
-            threshold=threshold,
-            temperature=temperature,
-            max_new_tokens=T,
-            eos_ids=EOS,
-        )
-    assert traces == [1]
-
-
-def test_ggro_a_threshold_per_prompt_is_that_prompts_own():
-    params = toy(3)
-    levels = jnp.where(jnp.arange(B) % 2 == 0, 0.0, INF)
-    mixed, low, high = (nudge(params, threshold=t) for t in (levels, 0.0, INF))
-    for b in range(B):
-        expected = low if b % 2 == 0 else high
-        np.testing.assert_array_equal(mixed.completions.tokens[b], expected.completions.tokens[b])
-        assert int(mixed.segments[b]) == int(expected.segments[b])
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"candidates": 0}, "candidates: expected at least 1"),
-        ({"top_k": 0}, "top_k: expected at least 1"),
-        ({"shortest": 0}, "shortest: expected at least 1"),
-        ({"rule": "best"}, "rule: expected 'difference' or 'code'"),
-        ({"temperature": -1.0}, "temperature: expected a value >= 0"),
-        ({"threshold": math.nan}, "threshold: expected numbers, found NaN"),
-        ({"threshold": jnp.zeros(3)}, "threshold: expected a scalar or shape"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"eos_ids": (V,)}, "eos_ids"),
-    ],
-)
-def test_ggro_bad_arguments_are_named(options, match):
-    with pytest.raises(ValueError, match=match):
-        nudge(toy(0), **options)
-
-
-def test_ggro_another_vocabulary_nan_and_a_missing_reward_are_refused(pair, prompts):
-    lm, params = tiny_lm(1, "reward", num_layers=1)
-    gain = rewards.embedding_gain(lm)
-    options = {"candidates": 2, "threshold": 1.0, "max_new_tokens": T, "eos_ids": EOS}
-    given = toy(0) | {"gain": params}
-    with pytest.raises(ValueError, match="vocabulary of 6 tokens, found 11"):
-        decoding.nudge(MARKOV, _reward, gain, given, RNG, PROMPTS, **options)
-    with pytest.raises(ValueError, match="reward: expected a Reward beside a gain"):
-        decoding.nudge(MARKOV, None, _gain, toy(0), RNG, PROMPTS, **options)
-    with pytest.raises(ValueError, match="scalar head"):
-        rewards.embedding_gain(tiny_lm(0, num_layers=1)[0])
-    bad = toy(0)
-    bad["reward"]["v"] = jnp.full(WIDTH, jnp.nan)
-    with pytest.raises(ValueError, match="found NaN for prompts"):
-        nudge(bad)

@@ -52,7 +52,6 @@ def test_infalign_T12_with_one_beta_calibrated_rewards_win_at_equal_mean_kl(prom
     assert rate["calibrated"] > rate["z-score"] > rate["raw"]
 
 
-@pytest.mark.slow
 def test_the_study_writes_its_tables_and_figure(tmp_path):
     small = ["--n", "2", "--kls", "0.5", "1.0", "--tables", "8", "--prompts", "10", "--outcomes", "16"]
     program.main(["--infalign", *small, "--out", str(tmp_path)])

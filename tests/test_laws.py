@@ -1,15 +1,13 @@
-"""The six laws of `jaxalign.types`, held against every Policy, Critic and decoder."""
+"""The six laws of `jaxalign.types`, held against every Policy and decoder; the critics' are in test_laws_critics.py."""
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import decoding, policies, rewards, tree
+from jaxalign import decoding, policies, rewards
 from jaxalign.types import (
     NEGATIVE,
     Policy,
@@ -21,7 +19,7 @@ from jaxalign.types import (
 )
 from tests import cases
 from tests.cases import tiny_lm
-from tests.conftest import EOS, PROMPTS, VOCAB, needs_jit, padded
+from tests.conftest import EOS, PROMPTS, needs_jit, padded
 
 B, T = len(PROMPTS), 3
 RNG = jax.random.key(0)
@@ -35,21 +33,28 @@ def all_policies() -> dict[str, cases.Case]:
     return built
 
 
-@pytest.fixture(scope="module")
-def all_critics() -> dict[str, cases.CriticCase]:
-    built = cases.critic_cases()
-    assert list(built) == cases.CRITICS
-    return built
-
-
-@pytest.fixture(params=cases.CHECKED)
+@pytest.fixture(scope="module", params=cases.CHECKED)
 def case(request, all_policies) -> cases.Case:
     return all_policies[request.param]
 
 
-@pytest.fixture(params=cases.CRITICS)
-def critic_case(request, all_critics) -> cases.CriticCase:
-    return all_critics[request.param]
+@pytest.fixture(scope="module")
+def prompts() -> TokenBatch:
+    return padded(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def started(case, prompts):
+    """`start` of the case."""
+    return start(case, prompts)
+
+
+@pytest.fixture(scope="module")
+def drawn(case, prompts):
+    """(the case's policy, which counts its traces; the count of one `sample`; the sample)."""
+    policy, traces = counted(case)
+    completions = decoding.sample(policy, case.params, RNG, prompts, max_new_tokens=T, eos_ids=EOS)
+    return policy, traces, list(traces), completions
 
 
 def start(case: cases.Case, prompts: TokenBatch):
@@ -58,6 +63,16 @@ def start(case: cases.Case, prompts: TokenBatch):
     step = jax.jit(case.policy.step)
     state, output = init(case.params, RNG, prompts, T)
     return state, output, lambda state, token: step(case.params, RNG, state, token)
+
+
+def counted(case: cases.Case) -> tuple[Policy, list[int]]:
+    traces = [0]
+
+    def init(*arguments):
+        traces[0] += 1
+        return case.policy.init(*arguments)
+
+    return case.policy._replace(init=init), traces
 
 
 def supported_tokens(output) -> jax.Array:
@@ -80,66 +95,30 @@ def check_batch_first(state) -> None:
         assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key), f"{jax.tree_util.keystr(path)}: a key in a state"
 
 
-def test_law_1_every_policy_leaf_has_the_batch_first(case, prompts):
-    state, output, step = start(case, prompts)
+def test_law_1_every_policy_leaf_has_the_batch_first(started):
+    state, output, step = started
     check_batch_first((state, output))
     check_batch_first(step(state, supported_tokens(output)))
 
 
-def test_law_1_rows_can_be_taken_and_repeated(case, prompts):
-    state, output, step = start(case, prompts)
+def test_law_1_rows_can_be_taken_and_repeated(started):
+    state, output, step = started
     token = supported_tokens(output)
     _, expected = step(state, token)
     index = jnp.array([4, 0, 0, 3, 1])
     _, found = step(take_rows(state, index), token[index])
     assert_outputs_equal(found, take_rows(expected, index))
-    _, found = step(repeat_rows(state, 2), jnp.repeat(token, 2))
-    assert_outputs_equal(found, repeat_rows(expected, 2))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def walk(critic, params, base_params, prompts, candidates, choice, token):
-    """init, score, advance by `choice`, score again; the policy below is the tiny language model."""
-    policy = cases.base_lm().policy
-    below, output = policy.init(base_params, RNG, prompts, T)
-    state = critic.init(params, RNG, prompts, T)
-    q, proposal = critic.score(params, RNG, state, output, candidates)
-    moved = critic.advance(params, proposal, choice)
-    _, after = policy.step(base_params, RNG, below, token)
-    return state, q, proposal, moved, critic.score(params, RNG, moved, after, candidates)[0]
-
-
-def critic_walk(critic_case, prompts, candidates, choice=None):
-    """The walk to candidate 1, or to `choice`."""
-    choice = jnp.ones(B, jnp.int32) if choice is None else choice
-    token = choice if candidates is None else jnp.take_along_axis(candidates, choice[:, None], axis=1)[:, 0]
-    base = cases.base_lm().params
-    return walk(critic_case.critic, critic_case.params, base, prompts, candidates, choice, token)
-
-
-CANDIDATES = jnp.array([[5, 1, 9], [0, 2, 3], [10, 8, 7], [4, 1, 6], [3, 9, 2]], jnp.int32)
-
-
-def test_law_1_every_critic_leaf_has_the_batch_first(critic_case, prompts):
-    for candidates in (None, CANDIDATES):
-        state, q, proposal, moved, again = critic_walk(critic_case, prompts, candidates)
-        check_batch_first((state, q, proposal, moved, again))
-
-
-def test_critics_score_candidates_as_they_score_the_vocabulary(critic_case, prompts):
-    _, q_all, _, _, _ = critic_walk(critic_case, prompts, None)
-    _, q, _, _, again = critic_walk(critic_case, prompts, CANDIDATES)
-    np.testing.assert_allclose(q, jnp.take_along_axis(q_all, CANDIDATES, axis=1), rtol=2e-5, atol=2e-5)
-    # Moving to candidate 1 of a list is moving to that token of the vocabulary.
-    expected = critic_walk(critic_case, prompts, None, CANDIDATES[:, 1])[-1]
-    np.testing.assert_allclose(again, jnp.take_along_axis(expected, CANDIDATES, axis=1), rtol=2e-5, atol=2e-5)
+    # As many rows as before, which step is compiled for; more of them are in best-of-n below.
+    some = jnp.arange(B)
+    _, found = step(take_rows(repeat_rows(state, 2), some), jnp.repeat(token, 2)[:B])
+    assert_outputs_equal(found, take_rows(repeat_rows(expected, 2), some))
 
 
 # Law 2 ---------------------------------------------------------------------------------------------------------------
 
 
-def test_law_2_a_row_with_token_minus_one_stands_still(case, prompts):
-    state, output, step = start(case, prompts)
+def test_law_2_a_row_with_token_minus_one_stands_still(started):
+    state, output, step = started
     token = supported_tokens(output)
     once, first = step(state, token)
     _, second = step(once, supported_tokens(first))
@@ -151,21 +130,6 @@ def test_law_2_a_row_with_token_minus_one_stands_still(case, prompts):
     mixed = where_rows(still, output_resumed, first)
     _, found = step(resumed, supported_tokens(mixed))
     assert_outputs_equal(found, second)
-
-
-def test_law_2_a_critic_with_choice_minus_one_stands_still(critic_case, prompts):
-    policy = cases.base_lm().policy
-
-    @jax.jit
-    def stand(params, base_params):
-        _, output = policy.init(base_params, RNG, prompts, T)
-        state = critic_case.critic.init(params, RNG, prompts, T)
-        q, proposal = critic_case.critic.score(params, RNG, state, output, CANDIDATES)
-        stood = critic_case.critic.advance(params, proposal, jnp.full(B, -1))
-        return q, critic_case.critic.score(params, RNG, stood, output, CANDIDATES)[0]
-
-    q, again = stand(critic_case.params, cases.base_lm().params)
-    np.testing.assert_allclose(again, q, rtol=1e-6, atol=1e-6)
 
 
 def test_law_2_tilt_sends_minus_one_down_for_a_token_outside_its_candidates(all_policies, prompts):
@@ -195,21 +159,6 @@ def test_law_3_a_value_per_prompt_is_that_prompts_own(all_policies, prompts, nam
         assert_outputs_equal(take_rows(output_b, jnp.array([b])), take_rows(output, jnp.array([b])))
         _, found = step_b(state_b, token)
         assert_outputs_equal(take_rows(found, jnp.array([b])), take_rows(together, jnp.array([b])))
-
-
-def test_law_3_weights_per_prompt(all_critics, prompts):
-    case = all_critics["weighted_increments"]
-    lm = cases.base_lm()
-    tilted = policies.tilt(lm.policy, case.critic)
-    rows = jnp.array([[0.5, 0.8], [0.0, 1.0], [2.0, -0.5], [0.1, 0.1], [1.0, 0.0]])
-
-    def log_prob(weights):
-        params = {"policy": lm.params, "critic": case.params | {"weights": weights}, "beta": 1.0}
-        return decoding.log_prob(tilted, params, RNG, prompts, RESPONSES, jnp.ones((B, T), bool)).log_prob
-
-    together = log_prob(rows)
-    for b in range(B):
-        np.testing.assert_allclose(together[b], log_prob(rows[b])[b], rtol=1e-5, atol=1e-5)
 
 
 @needs_jit
@@ -253,8 +202,8 @@ def mirrored(params, prompts):
     return out or prompts
 
 
-def test_law_4_one_batch_or_one_for_each_model(case, prompts):
-    state, output, step = start(case, prompts)
+def test_law_4_one_batch_or_one_for_each_model(case, prompts, started):
+    state, output, step = started
     token = supported_tokens(output)
     state_m, output_m, _ = start(case, mirrored(case.params, prompts))
     assert_outputs_equal(output_m, output)
@@ -266,14 +215,14 @@ def test_law_4_each_model_reads_its_own_template(prompts):
     policy = policies.tilt(policies.language_model(base[0]), cases.critics.autoregressive(arm[0]))
     params = {"policy": base[1], "critic": arm[1], "beta": jnp.asarray(1.0)}
     other = padded([[9, *row, 2] for row in PROMPTS], side="right")
-    output = policy.init(params, RNG, {"policy": prompts, "critic": other}, T)[1]
-    own = policies.language_model(base[0]).init(base[1], RNG, prompts, T)[1].log_prob
-    reward = policies.language_model(arm[0]).init(arm[1], RNG, other, T)[1].log_prob
+    output = start(cases.Case(policy, params), {"policy": prompts, "critic": other})[1]
+    own = start(cases.Case(policies.language_model(base[0]), base[1]), prompts)[1].log_prob
+    reward = start(cases.Case(policies.language_model(arm[0]), arm[1]), other)[1].log_prob
     np.testing.assert_allclose(output.log_prob, jax.nn.log_softmax(own + reward), rtol=1e-5, atol=1e-5)
 
 
-def test_law_4_a_missing_entry_is_named(prompts):
-    case = cases.policy_cases()["tilt_args_4"]
+def test_law_4_a_missing_entry_is_named(all_policies, prompts):
+    case = all_policies["tilt_args_4"]
     with pytest.raises(ValueError, match="'critic'"):
         case.policy.init(case.params, RNG, {"policy": prompts}, T)
 
@@ -290,39 +239,12 @@ def increments(completions) -> np.ndarray:
     return np.asarray((completions.log_prob - completions.log_prob_ref + completions.log_norm).sum(axis=1))
 
 
-def test_law_5_probabilities_are_normalised_and_finite(case, prompts):
-    state, output, step = start(case, prompts)
+def test_law_5_probabilities_are_normalised_and_finite(started):
+    state, output, step = started
     for _ in range(2):
         np.testing.assert_allclose(jax.nn.logsumexp(output.log_prob, axis=-1), 0, atol=2e-5)
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(output))
         state, output = step(state, supported_tokens(output))
-
-
-@pytest.mark.parametrize("k", ["all", 4])
-@pytest.mark.parametrize("name", cases.CRITICS)
-def test_law_5_the_increments_of_a_tilt_are_its_scores(all_policies, all_critics, prompts, name, k):
-    """Level: Σ = q(last token)/beta. Increment: Σ = Σ_t q_t/beta. Rows outside the candidates are left out."""
-    case = all_policies[f"tilt_{name}_{k}"]
-    completions = scored(case, prompts)
-    inside = np.asarray(completions.in_support)
-    assert inside.all() or k == 4
-    critic, params, _ = all_critics[name]
-    policy = cases.base_lm().policy
-
-    @jax.jit
-    def scores(params, base_params):
-        below, output = policy.init(base_params, RNG, prompts, T)
-        state, total = critic.init(params, RNG, prompts, T), 0.0
-        for t in range(T):
-            q, proposal = critic.score(params, RNG, state, output, None)
-            q_t = q[jnp.arange(B), RESPONSES[:, t]]
-            total = q_t if critic.kind == "level" else total + q_t
-            state = critic.advance(params, proposal, RESPONSES[:, t])
-            below, output = policy.step(base_params, RNG, below, RESPONSES[:, t])
-        return total
-
-    total = scores(params, cases.base_lm().params)
-    np.testing.assert_allclose(increments(completions)[inside], (total / cases.BETA)[inside], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["language_model", "tabular", "top_k", "top_p"])
@@ -357,9 +279,9 @@ def test_law_5_temperature_tempers_the_increments_too(all_policies, prompts):
 
 def test_law_5_greedy_is_the_truncation_to_one_token(all_policies, prompts):
     lm = all_policies["language_model"]
-    greedy = policies.temperature(lm.policy)
-    output = greedy.init({"policy": lm.params, "temperature": 0.0}, RNG, prompts, T)[1]
-    one = policies.top_k(lm.policy, 1).init(lm.params, RNG, prompts, T)[1]
+    greedy = cases.Case(policies.temperature(lm.policy), {"policy": lm.params, "temperature": 0.0})
+    _, output, _ = start(greedy, prompts)
+    _, one, _ = start(cases.Case(policies.top_k(lm.policy, 1), lm.params), prompts)
     np.testing.assert_array_equal(is_supported(output.log_prob), is_supported(one.log_prob))
     np.testing.assert_allclose(output.log_norm, one.log_norm, rtol=1e-6)
     assert float(output.log_prob.min()) == np.float32(NEGATIVE)
@@ -368,22 +290,15 @@ def test_law_5_greedy_is_the_truncation_to_one_token(all_policies, prompts):
 # Law 6 ---------------------------------------------------------------------------------------------------------------
 
 
-def counted(case: cases.Case) -> tuple[Policy, list[int]]:
-    traces = [0]
-
-    def init(*arguments):
-        traces[0] += 1
-        return case.policy.init(*arguments)
-
-    return case.policy._replace(init=init), traces
-
-
 @needs_jit
-def test_law_6_a_policy_is_traced_once_for_each_shape(case, prompts):
-    policy, traces = counted(case)
-    for seed in range(2):
-        decoding.sample(policy, case.params, jax.random.key(seed), prompts, max_new_tokens=T, eos_ids=EOS)
-    assert traces == [1]
+def test_law_6_a_policy_is_traced_once_for_each_shape(case, prompts, drawn):
+    policy, traces, first, _ = drawn
+    assert first == [1]
+    # The programs of the first sample may be gone by now (conftest.py): that of seed 1 is there for seed 2.
+    decoding.sample(policy, case.params, jax.random.key(1), prompts, max_new_tokens=T, eos_ids=EOS)
+    before = list(traces)
+    decoding.sample(policy, case.params, jax.random.key(2), prompts, max_new_tokens=T, eos_ids=EOS)
+    assert traces == before
 
 
 @needs_jit
@@ -409,9 +324,9 @@ def test_law_6_best_of_n_is_traced_once(all_policies, prompts):
 # Every policy goes into every decoder ---------------------------------------------------------------------------------
 
 
-def test_every_policy_samples_what_it_says(case, prompts):
+def test_every_policy_samples_what_it_says(case, prompts, drawn):
     """`sample` reports the log-probabilities that `log_prob` gives to the same tokens, and a proper KL."""
-    drawn = decoding.sample(case.policy, case.params, RNG, prompts, max_new_tokens=T, eos_ids=EOS)
+    _, _, _, drawn = drawn
     given = decoding.log_prob(case.policy, case.params, RNG, prompts, drawn.tokens, drawn.mask, eos_ids=EOS)
     for name in ("log_prob", "log_prob_ref", "log_norm", "kl"):
         expected = getattr(given, name)
@@ -423,40 +338,15 @@ def test_every_policy_samples_what_it_says(case, prompts):
     np.testing.assert_array_equal(drawn.truncated, ~drawn.finished)
 
 
-def test_every_policy_goes_into_best_of_n(case, prompts):
+def test_every_policy_goes_into_best_of_n(case, prompts, drawn):
     """Sample 0 of each prompt is what `sample` draws, under repeated rows; the best is the one of highest reward."""
-    lm, reward_params = tiny_lm(1, "reward")
+    _, _, _, drawn = drawn
+    params = {"policy": case.params, "reward": cases.table(8)[0]}
     chosen = decoding.best_of_n(
-        case.policy,
-        rewards.from_model(lm),
-        {"policy": case.params, "reward": reward_params},
-        RNG,
-        prompts,
-        n=3,
-        max_new_tokens=T,
-        eos_ids=EOS,
+        case.policy, cases.weighted_tokens, params, RNG, prompts, n=3, max_new_tokens=T, eos_ids=EOS
     )
     assert chosen.samples.tokens.shape == (B, 3, T)
-    drawn = decoding.sample(case.policy, case.params, RNG, prompts, max_new_tokens=T, eos_ids=EOS)
     np.testing.assert_array_equal(chosen.samples.tokens[:, 0], drawn.tokens)
     np.testing.assert_allclose(chosen.samples.log_prob[:, 0], drawn.log_prob, rtol=2e-4, atol=2e-5)
     pick = np.asarray(chosen.reward).argmax(axis=1)
     np.testing.assert_array_equal(chosen.best.tokens, np.asarray(chosen.samples.tokens)[np.arange(B), pick])
-
-
-def test_every_critic_tilts_a_tabular_policy(all_critics, prompts):
-    for name, (critic, critic_params, needs_hidden) in all_critics.items():
-        if needs_hidden:
-            continue
-        policy = policies.tilt(tree.policy(cases.TREE), critic)
-        params = {"policy": cases.table(0), "critic": critic_params, "beta": jnp.asarray(1.0)}
-        drawn = decoding.sample(policy, params, RNG, prompts, max_new_tokens=3, eos_ids=EOS)
-        assert drawn.tokens.shape == (B, 3), name
-        assert VOCAB > int(drawn.tokens.max()) >= 0
-
-
-def test_hidden_value_needs_hidden_states(all_critics, prompts):
-    critic, params, _ = all_critics["hidden_value"]
-    policy = policies.tilt(tree.policy(cases.TREE), critic)
-    with pytest.raises(ValueError, match="hidden"):
-        policy.init({"policy": cases.table(0), "critic": params, "beta": 1.0}, RNG, prompts, T)

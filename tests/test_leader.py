@@ -11,8 +11,6 @@ from scipy.optimize import linprog
 
 from jaxalign import gibbs, shaping
 
-pytestmark = pytest.mark.slow
-
 BETA, BOUND = 0.7, 2.0
 
 

@@ -10,7 +10,7 @@ import pytest
 from jaxalign import critics, decoding, policies, rewards, tree
 from jaxalign.types import is_supported
 from tests import exact
-from tests.conftest import EOS, PROMPTS, padded, tiny_lm
+from tests.conftest import EOS, PROMPTS, alone, padded, tiny_lm
 
 RNG = jax.random.key(0)
 PROBABILITY = jnp.array([0.05, 0.4, 0.3, 0.05, 0.2])
@@ -78,7 +78,7 @@ def test_the_exact_soft_value_gives_log_z_first_and_zero_after():
         t = tree.Tree(4, 4, eos_id=0)
         base, reward = exact.tables(t, 2)
         soft = tree.q_values(t, tree.soft_value(t, base, reward, beta=0.7), reward)
-        policy = policies.tilt(tree.policy(t), tree.critic(t, "level"))
+        policy = exact.tilt(t, tree.critic(t, "level"))
         scored = exact.completions(t, policy, {"policy": base, "critic": soft, "beta": 0.7})
         log_z = jax.nn.logsumexp(tree.response_log_prob(t, base) + reward / 0.7)
         np.testing.assert_allclose(scored.log_norm[:, 0], log_z, atol=1e-12)
@@ -91,7 +91,7 @@ def test_sums_of_log_norm_are_importance_weights_of_any_critic(kind):
     with jax.enable_x64(True):
         t = tree.Tree(3, 3, eos_id=0)
         base, q = exact.tables(t, 3)[0], exact.tables(t, 4)[0]
-        policy = policies.tilt(tree.policy(t), tree.critic(t, kind))
+        policy = exact.tilt(t, tree.critic(t, kind))
         scored = exact.completions(t, policy, {"policy": base, "critic": q, "beta": 0.8})
         tokens, mask = exact.responses(t)
         each = jnp.where(mask, q[jnp.asarray(t.nodes), tokens], 0)
@@ -144,9 +144,9 @@ def test_model_rewards_read_the_last_real_token(side):
     lm, params = tiny_lm(1, "reward")
     batch = padded(PROMPTS, side=side, extra=2)
     length = jnp.ones(5, jnp.int32)
-    found = rewards.from_model(lm)(params, batch.tokens, batch.mask, length, jnp.arange(5))
+    found = jax.jit(rewards.from_model(lm))(params, batch.tokens, batch.mask, length, jnp.arange(5))
     for b, prompt in enumerate(PROMPTS):
-        expected = lm.apply(params, jnp.array([prompt])).head[0, -1, 0]
+        expected = alone(lm, params, prompt).head[-1, 0]
         np.testing.assert_allclose(found[b], expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="scalar head"):
         rewards.from_model(tiny_lm(0)[0])

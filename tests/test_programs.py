@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxalign import decoding, policies, rewards
-from tests.conftest import EOS, PROMPTS, VOCAB, padded, tiny_lm
+from tests.conftest import EOS, PROMPTS, VOCAB, alone, tiny_lm
 from tests.programs import (
     best_of_n_over_two_critics,
     beta_per_prompt,
@@ -118,8 +118,7 @@ def test_own_policy(prompts):
     for b, prompt in enumerate(PROMPTS):
         text = list(prompt)
         for t in range(int(drawn.mask[b].sum())):
-            padded_text = padded([text], side="right", extra=8 - len(text))
-            logits = lm.apply(params, padded_text.tokens, mask=padded_text.mask).logits[0, len(text) - 1]
+            logits = alone(lm, params, text).logits[-1]
             expected = jax.nn.log_softmax(jax.nn.log_softmax(table[text[-1]]) + jax.nn.log_softmax(logits) / 2)
             text.append(int(drawn.tokens[b, t]))
             np.testing.assert_allclose(drawn.log_prob[b, t], expected[text[-1]], rtol=1e-4, atol=1e-4)

@@ -20,8 +20,6 @@ from tests import exact
 from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_lm
 from tests.sampling import assert_mean, chi_square, index_of
 
-pytestmark = pytest.mark.slow
-
 RNG = jax.random.key(0)
 TREE = tree.Tree(3, 3, eos_id=0)
 BASE = tree.policy(TREE)

@@ -15,8 +15,6 @@ from tests import exact
 from tests.cases import tiny_lm, weighted_tokens
 from tests.conftest import EOS, PROMPTS, VOCAB, needs_jit, padded
 
-pytestmark = pytest.mark.slow
-
 RNG = jax.random.key(0)
 TREE = tree.Tree(3, 3, eos_id=0)
 T = 4

@@ -76,8 +76,8 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
     every = base.respond(world, policies.language_model(world.base[0]), world.base[1], n=config.samples, seed=99)
     goal = {name: np.quantile(getattr(every, name), 0.9, axis=1) for name in ("proxy", "gold")}
 
-    def row(method: str, forms: int | None, found: Found) -> dict[str, Any]:
-        out: dict[str, Any] = {"method": method, "forms": forms}
+    def row(method: str, forms: int | None, found: Found, n: int | None = None) -> dict[str, Any]:
+        out: dict[str, Any] = {"method": method, "forms": forms, "n": n}
         for name in ("gold", "proxy"):
             out |= common.estimate(name, getattr(found, name))
             out |= common.estimate(f"coverage_{name}", (getattr(found, name) > goal[name]).astype(float))
@@ -118,7 +118,7 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
         rows.append(row("GGRO", forms, judged(found.completions, passes)))
         n = max(round(float(passes.mean()) / each), 1)
         best = decoding.best_of_n(policy, reward, both, rng, prompts, n=n, **options).best
-        rows.append(row("best-of-n", forms, judged(best, np.full(len(length), n * each))) | {"n": n})
+        rows.append(row("best-of-n", forms, judged(best, np.full(len(length), n * each)), n))
         limited = both | {"threshold": goal["proxy"]}
         # As many tries on average as the others have: rows that accept early leave theirs to those that do not. With a
         # higher limit the same draws go on, so that the tries for every limit are known from the highest.
@@ -127,7 +127,7 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
         tries = max(t for t in range(1, most + 1) if np.minimum(needed, t).mean() * each <= passes.mean() or t == 1)
         first = first_above(limited, tries)
         cost = np.asarray(first.tries) * each
-        rows.append(row("rejection", forms, judged(first.completions, cost)) | {"n": tries})
+        rows.append(row("rejection", forms, judged(first.completions, cost), tries))
     every_token = decoding.nudge(
         policy,
         reward,

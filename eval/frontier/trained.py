@@ -105,6 +105,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                 batch_size=config.prompts_per_step,
                 steps=config.steps,
                 learning_rate=config.learning_rate,
+                save_every=20,
                 validation=0.0,
             )
         )

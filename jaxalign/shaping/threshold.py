@@ -87,6 +87,7 @@ def _weights(log_base: Array) -> tuple[Array, Array]:
 
 
 @jax.custom_jvp
+@jax.jit  # op by op, each call would compile the loop anew
 def _threshold(utility: Array, log_base: Array, gain: Array) -> Array:
     log_weight, present = _weights(log_base)
     top = jnp.where(present, utility, -jnp.inf).max(axis=-1, keepdims=True)
@@ -128,6 +129,7 @@ def _threshold(utility: Array, log_base: Array, gain: Array) -> Array:
 
 
 @_threshold.defjvp
+@jax.jit
 def _threshold_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     utility, log_base, gain = primals
     du, dw, dgain = tangents

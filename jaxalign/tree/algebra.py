@@ -1,11 +1,12 @@
 """Tables as Policies, Critics and Rewards: every decoder runs on a tree, beside its exact law.
 
 A table is shared by all prompts, or holds one more axis in front that the prompt's index looks up. Only the response
-counts: prompts are any tokens.
+counts: prompts are any tokens. Equal trees have the same Policy, Critic and Reward, and share traces.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -52,6 +53,7 @@ def _move(tree: Tree, state: State, token: Array) -> State:
     return {**state, "node": jnp.where(token < 0, state["node"], jnp.minimum(child, tree.num_states)).astype(jnp.int32)}
 
 
+@functools.lru_cache(maxsize=64)
 def policy(tree: Tree) -> Policy:
     """Policy whose params are a table of log-probabilities (or logits) [S,V], or [N,S,V] by the prompt's index."""
 
@@ -70,6 +72,7 @@ def policy(tree: Tree) -> Policy:
     return Policy(init, step, None, _check_tables(tree), tree.vocab_size)
 
 
+@functools.lru_cache(maxsize=64)
 def critic(tree: Tree, kind: Literal["level", "increment"]) -> Critic:
     """Critic whose params are a table q(s,z) [S,V], or [N,S,V] by the prompt's index."""
 
@@ -92,6 +95,7 @@ def critic(tree: Tree, kind: Literal["level", "increment"]) -> Critic:
     return Critic(init, score, advance, kind, _check_tables(tree), tree.vocab_size)
 
 
+@functools.lru_cache(maxsize=64)
 def reward(tree: Tree) -> Reward:
     """Reward whose params are a table [M] over responses, or [N,M] by the prompt's index.
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxalign import models
-from tests.conftest import PROMPTS, VOCAB, needs_jit, padded, tiny_config, tiny_lm
+from tests.conftest import PROMPTS, VOCAB, alone, forward, needs_jit, padded, tiny_config, tiny_lm
 
 KINDS = {
     "plain": {},
@@ -18,17 +16,6 @@ KINDS = {
     "qk_norm": {"family": "qwen3", "qk_norm": True, "tie_embeddings": True},
 }
 STEPS = jnp.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 1, 2], [3, 3, 3, 3], [0, 1, 0, 1]])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def apply(lm, params, tokens, mask):
-    return lm.apply(params, tokens, mask=mask)
-
-
-def alone(lm, params, row: list[int]):
-    """One row on its own, right-padded to a fixed width so that all rows share a trace: its real positions."""
-    batch = padded([row], side="right", extra=12 - len(row))
-    return jax.tree.map(lambda x: x[0, : len(row)], apply(lm, params, batch.tokens, batch.mask))
 
 
 def full_rows() -> list[list[int]]:
@@ -89,9 +76,9 @@ def test_padding_changes_nothing(kind):
         rows = full_rows()
         for side in ("left", "right"):
             batch = padded(rows, side=side, extra=3)
-            out = jax.tree.map(np.asarray, apply(lm, params, batch.tokens, batch.mask))
+            out = jax.tree.map(np.asarray, forward(lm, params, batch.tokens, batch.mask))
             for b, row in enumerate(rows):
-                single = lm.apply(params, jnp.array([row])) if b == 0 else alone(lm, params, row)
+                single = forward(lm, params, jnp.array([row])) if b == 0 else alone(lm, params, row)
                 logits, head = (x[0] if b == 0 else x for x in (single.logits, single.head))
                 real = np.asarray(batch.mask[b])
                 np.testing.assert_allclose(out.logits[b][real], logits, rtol=1e-9, atol=1e-10)
@@ -109,9 +96,10 @@ def test_gradients_are_finite_with_padding_and_an_empty_row():
 def test_runs_from_embeddings():
     lm, params = tiny_lm(0)
     tokens = jnp.array([[1, 2, 3, 4]])
-    given = lm.apply(params, tokens, embeddings=lm.embed(params, tokens))
-    np.testing.assert_array_equal(given.logits, lm.apply(params, tokens).logits)
-    gradient = jax.grad(lambda e: lm.apply(params, tokens, embeddings=e).logits[0, -1, 0])(lm.embed(params, tokens))
+    table = lm.embed(params, tokens)
+    given = jax.jit(lambda e: lm.apply(params, tokens, embeddings=e).logits)
+    np.testing.assert_array_equal(given(table), forward(lm, params, tokens).logits)
+    gradient = jax.jit(jax.grad(lambda e: given(e)[0, -1, 0]))(table)
     assert gradient.shape == (1, 4, 16)
     assert float(jnp.abs(gradient[0, 0]).max()) > 0
 
@@ -119,10 +107,10 @@ def test_runs_from_embeddings():
 def test_bfloat16_keeps_logits_and_heads_in_float32():
     lm, params = tiny_lm(0, "value", dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
-    out = lm.apply(params, jnp.array([[1, 2, 3]]))
+    out = forward(lm, params, jnp.array([[1, 2, 3]]))
     assert (out.logits.dtype, out.head.dtype, out.hidden.dtype) == ("float32", "float32", "bfloat16")
     wide, exact = tiny_lm(0, "value")
-    expected = wide.apply(jax.tree.map(lambda x: x.astype("float32"), params), jnp.array([[1, 2, 3]])).logits
+    expected = forward(wide, jax.tree.map(lambda x: x.astype("float32"), params), jnp.array([[1, 2, 3]])).logits
     assert float(jnp.abs(out.logits - expected).max()) < 0.05 * float(jnp.abs(expected).max())
     del exact
 

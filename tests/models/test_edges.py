@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from jaxalign import models
-from tests.conftest import PROMPTS, VOCAB, padded, tiny_config, tiny_lm
+from tests.conftest import PROMPTS, VOCAB, forward, padded, tiny_config, tiny_lm
 
 
 def test_a_choice_of_minus_one_writes_nowhere():
     """Also in a full cache, where the next slot would lie past the end."""
     lm, params = tiny_lm(0)
     prompts = padded(PROMPTS)
-    _, cache = lm.prefill(params, prompts.tokens, prompts.mask, 4)
+    _, cache = jax.jit(lm.prefill, static_argnums=3)(params, prompts.tokens, prompts.mask, 4)
     assert int(cache.length.max()) == 4
-    _, entries = lm.candidates(params, cache, jnp.ones((5, 3), jnp.int32))
+    _, entries = jax.jit(lm.candidates)(params, cache, jnp.ones((5, 3), jnp.int32))
     same = jax.jit(lm.commit)(cache, entries, jnp.full(5, -1))
     jax.tree.map(np.testing.assert_array_equal, same, cache)
     moved = jax.jit(lm.commit)(cache, entries, jnp.array([2, -1, 0, -1, -1]))
@@ -34,13 +34,14 @@ def test_pads_outside_the_vocabulary_change_nothing(side):
     """A pad id is often one past the last row of the embedding; -1 and large ids are seen too."""
     lm, params = tiny_lm(0, "value")
     batch = padded(PROMPTS, side=side)
-    expected = lm.apply(params, batch.tokens, mask=batch.mask)
+    expected = jax.tree.map(np.asarray, forward(lm, params, batch.tokens, batch.mask))
+    real = np.asarray(batch.mask)
     loss = jax.jit(jax.grad(lambda p, t: jnp.where(batch.mask, lm.apply(p, t, mask=batch.mask).head[..., 0], 0).sum()))
     gradient = loss(params, batch.tokens)
     for pad in (VOCAB, 10**6, -1):
         tokens = jnp.where(batch.mask, batch.tokens, pad)
-        found = lm.apply(params, tokens, mask=batch.mask)
-        np.testing.assert_allclose(found.logits[batch.mask], expected.logits[batch.mask], rtol=1e-5, atol=1e-5)
+        found = jax.tree.map(np.asarray, forward(lm, params, tokens, batch.mask))
+        np.testing.assert_allclose(found.logits[real], expected.logits[real], rtol=1e-5, atol=1e-5)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), loss(params, tokens), gradient
         )
@@ -50,9 +51,9 @@ def test_an_empty_row_is_finite_and_changes_no_other():
     lm, params = tiny_lm(0)
     batch = padded(PROMPTS)
     empty = batch.mask.at[1].set(False)
-    found = lm.apply(params, batch.tokens, mask=empty).logits
+    found = forward(lm, params, batch.tokens, empty).logits
     assert bool(jnp.isfinite(found).all())
-    np.testing.assert_array_equal(found[0], lm.apply(params, batch.tokens, mask=batch.mask).logits[0])
+    np.testing.assert_array_equal(found[0], forward(lm, params, batch.tokens, batch.mask).logits[0])
 
 
 def test_a_mask_of_another_shape_is_refused():
@@ -92,9 +93,9 @@ def test_a_head_joins_the_body_of_another_model(spec, width):
     lm = models.with_head(body, spec)
     assert models.with_head(lm, None) == body
     joined = {"transformer": params["transformer"], "head": lm.init_head(jax.random.key(1))}
-    out = lm.apply(joined, jnp.array([[1, 2, 3]]))
+    out = forward(lm, joined, jnp.array([[1, 2, 3]]))
     assert out.head.shape == (1, 3, width) == (1, 3, lm.head_width)
-    np.testing.assert_array_equal(out.hidden, body.hidden(params, jnp.array([[1, 2, 3]])))
+    np.testing.assert_array_equal(out.hidden, forward(body, params, jnp.array([[1, 2, 3]])).hidden)
 
 
 def test_bfloat16_decodes_as_it_scores():
@@ -141,7 +142,7 @@ def test_chunks_carry_any_statistics_of_any_arrays():
     lm, params = tiny_lm(0)
     other = tiny_lm(1)[1]
     tokens = jnp.arange(14).reshape(2, 7) % VOCAB
-    left, right = lm.hidden(params, tokens), lm.hidden(other, tokens)
+    left, right = (forward(lm, p, tokens).hidden for p in (params, other))
 
     def statistics(left, right):
         p, q = jax.nn.log_softmax(lm.logits(params, left)), jax.nn.log_softmax(lm.logits(other, right))
@@ -156,7 +157,7 @@ def test_chunks_carry_any_statistics_of_any_arrays():
 def test_a_context_of_one_layer_and_one_token():
     lm = models.LanguageModel(tiny_config(num_layers=1, num_kv_heads=1, max_length=2))
     params = lm.init(jax.random.key(0))
-    hidden, cache = lm.prefill(params, jnp.array([[3]]), jnp.array([[True]]), 2)
-    found, _ = lm.step(params, cache, jnp.array([4]))
-    expected = lm.hidden(params, jnp.array([[3, 4]]))
+    hidden, cache = jax.jit(lm.prefill, static_argnums=3)(params, jnp.array([[3]]), jnp.array([[True]]), 2)
+    found, _ = jax.jit(lm.step)(params, cache, jnp.array([4]))
+    expected = forward(lm, params, jnp.array([[3, 4]])).hidden
     np.testing.assert_allclose(jnp.stack([hidden, found], axis=1), expected, rtol=1e-5, atol=1e-5)

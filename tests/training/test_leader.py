@@ -82,8 +82,8 @@ def test_with_all_responses_of_a_tree_the_gradient_is_the_exact_one():
         law = tree.response_log_prob(t, tree.optimal_policy(t, base, reward, beta=0.6))
         return tree.expected(law, utility)
 
-    found = jax.grad(lambda p: -objectives.stackelberg(lm, beta=0.6)(p, batch, None).loss)(params)
-    expected = jax.grad(through_the_tree)(params)
+    found = jax.jit(jax.grad(lambda p: -objectives.stackelberg(lm, beta=0.6)(p, batch, None).loss))(params)
+    expected = jax.jit(jax.grad(through_the_tree))(params)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
 
@@ -116,7 +116,7 @@ def test_score_function_and_soft_value_give_one_gradient_on_a_tree():
     t = tree.Tree(3, 3, eos_id=0)
     base, utility = exact.tables(t, 5)
     reward = jax.random.normal(jax.random.key(9), utility.shape)
-    policy = policies.tilt(tree.policy(t), tree.critic(t, "level"))
+    policy = exact.tilt(t, tree.critic(t, "level"))
     law = jnp.exp(tree.optimal_log_prob(t, base, reward, beta=0.8))
 
     def critic_table(r):
@@ -155,7 +155,7 @@ def test_the_score_function_moves_a_language_models_critic_towards_utility():
         )
         return shaping.score_function(scored.log_prob.sum(axis=1), utility[drawn.tokens[:, 0]])
 
-    right, found = jax.grad(exact_utility)(q_params), jax.grad(estimate)(q_params)
+    right, found = (jax.jit(jax.grad(f))(q_params) for f in (exact_utility, estimate))
     a, b = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in (right, found))
     # 4,096 draws leave a relative error of a few percent in each of ten logits' gradients.
     assert jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b)) > 0.98

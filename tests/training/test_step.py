@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy.special import log_softmax, softmax
 
 from jaxalign import models, training
 from jaxalign.training import objectives
-from tests.conftest import VOCAB, tiny_config, tiny_lm
+from tests.conftest import VOCAB, alone, tiny_config, tiny_lm
 
 
 def rows(count: int, length: int = 7, seed: int = 0) -> dict[str, np.ndarray]:
@@ -130,7 +131,7 @@ def test_objectives_equal_their_equations():
     """Each against the losses on the model's own outputs, one row at a time, without padding."""
     for name in ("sft", "reward_model", "arm", "dpo", "ipo", "fudge", "fudge_q", "cd_q"):
         loss, params, frozen, batch = objective(name)
-        found = float(loss(params, batch, frozen).loss)
+        found = float(jax.jit(loss)(params, batch, frozen).loss)
         np.testing.assert_allclose(found, by_hand(name, params, frozen, batch), rtol=2e-5, err_msg=name)
 
 
@@ -138,17 +139,17 @@ def by_hand(name, params, frozen, batch) -> float:
     heads = {"reward_model": "reward", "fudge": "value", "fudge_q": "q", "cd_q": "q"}
     lm = tiny_lm(0, heads.get(name))[0]
 
-    def alone(part, b):
+    def row(part, b):
         size = int(part["mask"][b].sum())
-        return jnp.asarray(part["tokens"][b : b + 1, :size]), size
+        return part["tokens"][b, :size].tolist(), size
 
     def log_likelihood(part, b, weights=params):
-        tokens, size = alone(part, b)
-        table = jax.nn.log_softmax(lm.apply(weights, tokens).logits)
-        return sum(float(table[0, t - 1, tokens[0, t]]) for t in range(2, size))
+        tokens, size = row(part, b)
+        table = log_softmax(alone(lm, weights, tokens).logits, axis=-1)
+        return sum(float(table[t - 1, tokens[t]]) for t in range(2, size))
 
     def score(part, b):
-        return float(lm.apply(params, alone(part, b)[0]).head[0, -1, 0])
+        return float(alone(lm, params, row(part, b)[0]).head[-1, 0])
 
     if name == "sft":
         return -sum(log_likelihood(batch, b) for b in range(8)) / batch["loss_mask"].sum()
@@ -167,13 +168,13 @@ def by_hand(name, params, frozen, batch) -> float:
         return float((0.9 * np.log1p(np.exp(-0.3 * margin)) + 0.1 * np.log1p(np.exp(0.3 * margin))).mean())
     total = 0.0
     for b in range(8):
-        tokens, size = alone(batch, b)
-        head = np.asarray(lm.apply(params, tokens).head[0])
+        tokens, size = row(batch, b)
+        head = alone(lm, params, tokens).head
         for t in range(2, size):  # y_t at position t
-            value = head[t, 0] if name == "fudge" else head[t - 1, tokens[0, t]]
+            value = head[t, 0] if name == "fudge" else head[t - 1, tokens[t]]
             target = batch["reward"][b]
             if name == "cd_q" and t < size - 1:
-                base = np.asarray(jax.nn.softmax(tiny_lm(5)[0].apply(frozen, tokens).logits[0, t]))
+                base = softmax(alone(tiny_lm(5)[0], frozen, tokens).logits[t])
                 target = float(base @ head[t])
             total += 0.5 * (value - target) ** 2
     return float(total) / 8
