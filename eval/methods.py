@@ -291,8 +291,10 @@ def nudge(setting: Setting, counts: Sequence[int], *, entropy: float, top_k: int
 
 
 def _nudge_forwards(prompt: int, length: int, told: dict[str, float]) -> float:
-    # A gradient costs about two passes beyond the reward's own, which it shares.
-    return told["nudge_tokens"] + (told["nudge_scored"] + 2 * told["nudge_gradients"]) * (prompt + length / 2)
+    del length
+    # The reward reads the prompt once and then each form alone; the way back to one embedding costs about as much.
+    share = told["nudge_gradients"] / max(told["nudge_scored"], 1)
+    return prompt + told["nudge_tokens"] * (2 + share)
 
 
 def _of_base(
@@ -336,12 +338,13 @@ def transfer(setting: Setting, baseline: Model, *, rollouts: int, lookahead: int
 
 
 def transfer_cost(*, top_k: int, rollouts: int, lookahead: int | None) -> Cost:
-    """Each candidate steps the baseline, is rolled out for half the response on average (or the look-ahead), and every
-    text is read by the reward from the prompt on."""
+    """Each candidate steps the baseline, is rolled out for half the response on average (or the look-ahead), and the
+    reward reads it with each roll-out, after a prefix that it keeps."""
 
     def cost(prompt: int, length: int) -> float:
+        del prompt
         ahead = length / 2 if lookahead is None else min(lookahead, length / 2)
         texts = rollouts if ahead else 1
-        return top_k * ((1 if ahead else 0) + texts * (ahead + prompt + length / 2 + ahead))
+        return top_k * ((1 if ahead else 0) + texts * (ahead + 1 + ahead))
 
     return cost

@@ -1,14 +1,12 @@
 """Rewards of whole responses: (params, tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> reward [N].
 
-Each combinator takes Rewards and gives a Reward. All come out in at least float32.
+Each combinator takes Rewards and gives a Reward, which keeps a prefix (`PrefixReward`) where all its parts do. All come
+out in at least float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pathlib
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,13 +14,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import infalign, mdp, models, shaping
+from jaxalign import infalign, mdp, models, prefixes, shaping
 from jaxalign.checks import check_has_logits, check_prompt_fits, entry, is_concrete
-from jaxalign.types import Array, CheckedReward, Params, Reward, TokenBatch, at_least_float32
+from jaxalign.programs import from_numpy, from_text, is_program, program
+from jaxalign.types import Array, CheckedReward, Params, PrefixGain, Reward, TokenBatch, at_least_float32
+
+__all__ = [
+    "CheckedGain",
+    "calibrated",
+    "embedding_gain",
+    "from_model",
+    "from_numpy",
+    "from_text",
+    "is_program",
+    "log_likelihood",
+    "map_reward",
+    "program",
+    "shaped",
+    "weighted_sum",
+]
 
 
 def from_model(lm: Any) -> Reward:
-    """r(x,y): a reward model's scalar at the last real token, under either padding. params: the model's."""
+    """r(x,y): a reward model's scalar at the last real token, under either padding. params: the model's. It keeps a
+    prefix in the model's cache."""
     if lm.config.head is None or lm.head_width != 1:
         raise ValueError("from_model: expected a model with a scalar head")
 
@@ -31,20 +46,22 @@ def from_model(lm: Any) -> Reward:
         last = mdp.last_index(mask)
         return lm.head(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])[:, 0]
 
-    return CheckedReward(reward, _model_check(lm), lm.vocab_size)
+    return CheckedReward(reward, _model_check(lm), lm.vocab_size, prefixes.of_model(lm))
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckedGain:
     """A first-order score of tokens, as `decoding.nudge` takes it. score: (params, tokens [N,L], mask [N,L],
     prompt_length [N], position [N], candidates [N,K]) -> [N,K]; reward: the Reward behind it; with_reward: as score,
-    but (reward [N], score [N,K]) in one pass; check, vocab_size as in a CheckedReward."""
+    but (reward [N], score [N,K]) in one pass; check, vocab_size as in a CheckedReward; prefix: its form at the first
+    token of a segment, which reads the prefix once."""
 
     score: Callable[..., Array]
     reward: Reward
     with_reward: Callable[..., tuple[Array, Array]]
     check: Callable[..., None] | None = None
     vocab_size: int | None = None
+    prefix: PrefixGain | None = None
 
     def __call__(self, *arguments: Any) -> Array:
         return self.score(*arguments)
@@ -79,7 +96,7 @@ def embedding_gain(lm: Any) -> CheckedGain:
     def gain(*arguments: Any) -> Array:
         return with_reward(*arguments)[1]
 
-    return CheckedGain(gain, reward, with_reward, _model_check(lm), lm.vocab_size)
+    return CheckedGain(gain, reward, with_reward, _model_check(lm), lm.vocab_size, prefixes.gain_of_model(lm))
 
 
 def log_likelihood(lm: Any) -> Reward:
@@ -135,9 +152,12 @@ def weighted_sum(rewards: Sequence[Reward]) -> Reward:
         return weights
 
     def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
-        weights = weights_of(params)
+        weights_of(params)  # its errors before those of the parts
         each = [r(p, tokens, mask, prompt_length, index) for r, p in zip(rewards, params["rewards"], strict=True)]
-        return jnp.tensordot(weights, jnp.stack([at_least_float32(r) for r in each]), axes=1)
+        return add(params, jnp.stack([at_least_float32(r) for r in each]), index)
+
+    def add(params: Params, each: Array, index: Array) -> Array:
+        return jnp.tensordot(weights_of(params), each, axes=1)
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
         weights = weights_of(params)
@@ -146,7 +166,8 @@ def weighted_sum(rewards: Sequence[Reward]) -> Reward:
         for r, p in zip(rewards, params["rewards"], strict=True):
             _check(r, p, prompts, max_new_tokens)
 
-    return CheckedReward(reward, check, vocab_size)
+    kept = prefixes.combined(rewards, lambda params: params["rewards"], add)
+    return CheckedReward(reward, check, vocab_size, kept)
 
 
 def map_reward(reward: Reward, f: Callable[[Params, Array, Array], Array]) -> Reward:
@@ -161,7 +182,10 @@ def map_reward(reward: Reward, f: Callable[[Params, Array, Array], Array]) -> Re
         entry(params, "map")
         _check(reward, entry(params, "reward"), prompts, max_new_tokens)
 
-    return CheckedReward(mapped, check, _vocab_size([reward]))
+    kept = prefixes.combined(
+        [reward], lambda params: [params["reward"]], lambda params, value, index: f(params["map"], value[0], index)
+    )
+    return CheckedReward(mapped, check, _vocab_size([reward]), kept)
 
 
 def calibrated(
@@ -200,60 +224,3 @@ def shaped(reward: Reward, *, sharpness: float | None = None) -> Reward:
         return shaping.soft_threshold_reward(value[:, None], per_row, bound=bound, sharpness=sharpness)[:, 0]
 
     return map_reward(reward, shape)
-
-
-def from_numpy(f: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Reward:
-    """A program on host arrays: f(tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> [N] numbers. params: None.
-
-    Works under jit through a callback; it has no gradient, and a result of another shape is a ValueError. float32, or
-    float64 where jax has it enabled.
-    """
-
-    def dtype() -> np.dtype:
-        return jnp.dtype(jnp.result_type(float))
-
-    def call(tokens: Array, mask: Array, prompt_length: Array, index: Array) -> np.ndarray:
-        found = np.asarray(f(*(np.asarray(a) for a in (tokens, mask, prompt_length, index))), dtype())
-        if found.shape != np.shape(prompt_length):
-            raise ValueError(f"from_numpy: expected one number per row, {np.shape(prompt_length)}, found {found.shape}")
-        return found
-
-    def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
-        shape = jax.ShapeDtypeStruct(prompt_length.shape, dtype())
-        return jax.pure_callback(call, shape, tokens, mask, prompt_length, index, vmap_method="sequential")
-
-    return reward
-
-
-def program(spec: str, *, name: str = "reward") -> Callable[..., Any]:
-    """The function of "MODULE:FUNCTION": of a reward, f(prompts, responses) -> one number each. ValueError that names
-    the field where there is none."""
-    module, _, function = spec.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r} ({error})") from error
-    if not callable(found):
-        raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r}, a {type(found).__name__}")
-    return found
-
-
-def is_program(spec: str) -> bool:
-    """Whether an option names a program, "MODULE:FUNCTION", and not a folder."""
-    return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec)) and not pathlib.Path(spec).exists()
-
-
-def from_text(decode: Callable[[Sequence[int]], str], f: Callable[[list[str], list[str]], Sequence[float]]) -> Reward:
-    """A program on text: f(prompts, responses) -> one number each. params: None.
-
-    `decode` turns token ids into text (a tokenizer's decode). This is the explicit path for a reward model with another
-    tokenizer: decode here, re-encode inside f.
-    """
-
-    def score(tokens: np.ndarray, mask: np.ndarray, prompt_length: np.ndarray, index: np.ndarray) -> np.ndarray:
-        rows = [row[real].tolist() for row, real in zip(tokens, mask.astype(bool), strict=True)]
-        prompts = [decode(row[:n]) for row, n in zip(rows, prompt_length.tolist(), strict=True)]
-        responses = [decode(row[n:]) for row, n in zip(rows, prompt_length.tolist(), strict=True)]
-        return np.asarray(f(prompts, responses))
-
-    return from_numpy(score)

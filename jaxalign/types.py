@@ -95,14 +95,40 @@ Reward = Callable[..., Array]
 tokens, so the response is `mdp.response_part(mask, prompt_length)` under either padding."""
 
 
+class PrefixReward(NamedTuple):
+    """A Reward of texts that share a beginning, which is read once.
+
+    init(params, prompts, max_new_tokens) -> state, the prompt alone
+    score(params, state, tokens [N,M,S], mask [N,M,S]) -> (reward [N,M], proposal): M segments after the prefix of each
+        row, real where mask is True from their first column on; an empty one has the prefix's reward
+    commit(params, state, proposal, choice [N]) -> state: segment `choice` of each row joins its prefix, −1: none
+
+    Laws 1 and 2 hold for states and proposals, whose rows may be mixed. The same numbers as the Reward's own."""
+
+    init: Callable[..., State]
+    score: Callable[..., tuple[Array, State]]
+    commit: Callable[..., State]
+
+
+class PrefixGain(NamedTuple):
+    """A gain (`decoding.nudge`) at the first token of a segment. reward: the PrefixReward behind it, which makes and
+    moves the state; score(params, state, tokens [N,S], mask [N,S], candidates [N,K]) -> (reward [N], gain [N,K],
+    proposal), as the reward's with M = 1."""
+
+    reward: PrefixReward
+    score: Callable[..., tuple[Array, Array, State]]
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckedReward:
     """A Reward that brings its host checks. score: the Reward; check(params, prompts, max_new_tokens) raises
-    ValueErrors; vocab_size: V, compared with the policy's (None: any)."""
+    ValueErrors; vocab_size: V, compared with the policy's (None: any); prefix: its form for texts that share a
+    beginning (None: `prefixes.whole_text`)."""
 
     score: Reward
     check: Callable[..., None] | None = None
     vocab_size: int | None = None
+    prefix: PrefixReward | None = None
 
     def __call__(self, params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
         return self.score(params, tokens, mask, prompt_length, index)

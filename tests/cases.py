@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import critics, models, policies, tree
+from jaxalign import critics, models, policies, rewards, tree
 from jaxalign.types import Critic, Params, Policy
 from tests.conftest import EOS, VOCAB
 from tests.conftest import tiny_lm as two_layers
@@ -101,15 +101,15 @@ def critic_cases(dtype: str = "float32") -> dict[str, CriticCase]:
         "map_scores": CriticCase(bound, {"critic": reward_params, "map": {"scale": jnp.linspace(0.5, 1.5, 5)}}),
         "tabular_level": CriticCase(tree.critic(TREE, "level"), table(5) * 0.7),
         "tabular_increment": CriticCase(tree.critic(TREE, "increment"), table(6)),
-        "transfer_q": CriticCase(
+        "transfer_q": CriticCase(  # of a reward that keeps a prefix, and of one that reads the whole text
             critics.transfer_q(
                 policies.language_model(arm_lm),
-                weighted_tokens,
+                rewards.from_model(reward_lm),
                 eos_ids=EOS,
                 rollouts=2,
                 baseline_reward=weighted_tokens,
             ),
-            {"baseline": arm_params, "reward": table(8)[0], "baseline_reward": table(8)[1], "beta": BETA},
+            {"baseline": arm_params, "reward": reward_params, "baseline_reward": table(8)[1], "beta": BETA},
         ),
     }
 

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign import loop, mdp
+from jaxalign import prefixes
 from jaxalign.checks import check_part, check_positive, entry
+from jaxalign.critics.rollouts import draw, step_key
 from jaxalign.types import (
     Array,
     Critic,
@@ -20,14 +21,14 @@ from jaxalign.types import (
     StepOutput,
     TokenBatch,
     at_least_float32,
-    is_supported,
     per_row,
     prompt_index,
     prompts_for,
-    repeat_rows,
+    where_rows,
 )
 
 _BLOCK = 256  # candidates at a time where the whole vocabulary is scored
+_SCORES = ("candidates", "q", "effective", "still")  # of the last candidates; `still` [B]: the row did not move since
 
 
 def transfer_q(
@@ -53,7 +54,8 @@ def transfer_q(
     Args:
       baseline: any Policy, a tilt or a DPO model too. Its prompt is encoded once; its state goes along with the text
         and is repeated for candidates and roll-outs.
-      reward: of the whole text [prompt, prefix, z, roll-out].
+      reward: of the whole text [prompt, prefix, z, roll-out]. One that keeps a prefix (`rewards.from_model`) reads
+        prompt and prefix once, and then [z, roll-out] alone; others read the whole text.
       eos_ids: a candidate among them ends the text, which is scored as it is.
       rollouts: n per candidate. Roll-out i of a candidate depends on the rng of `init`, the prompt's index, the
         position, the candidate's token and i alone: a tilt by this critic is one fixed policy for each rng.
@@ -72,6 +74,7 @@ def transfer_q(
     """
     eos_ids = tuple(int(i) for i in eos_ids)
     rewards = {"reward": reward} if baseline_reward is None else {"reward": reward, "baseline_reward": baseline_reward}
+    kept = {name: prefixes.of(judge) for name, judge in rewards.items()}
     indirect = baseline_reward is not None
     vocab_size = _check_arguments(baseline, rewards, eos_ids, rollouts, lookahead, chunk)
 
@@ -79,10 +82,11 @@ def transfer_q(
         below, draws = jax.random.split(rng)
         texts = {name: prompts_for(prompts, name) for name in rewards}
         index = prompt_index(texts["reward"])
+        texts = {name: text._replace(index=index) for name, text in texts.items()}
         batch = index.shape[0]
         stream = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(draws, i), (2,), jnp.uint32))(index)
         state: dict[str, Any] = {
-            "prompts": {name: TokenBatch(text.tokens, text.mask.astype(bool), index) for name, text in texts.items()},
+            "rewards": {name: kept[name].init(params[name], text, max_new_tokens) for name, text in texts.items()},
             "response": jnp.zeros((batch, max_new_tokens), jnp.int32),
             "length": jnp.zeros(batch, jnp.int32),
             "stream": stream,
@@ -96,8 +100,9 @@ def transfer_q(
 
     def score(params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None) -> Any:
         del rng  # the streams were fixed at init
-        proposal = {name: leaf for name, leaf in state.items() if name not in ("candidates", "effective")}
         batch, vocab = output.log_prob.shape
+        before, known = _standing(state, candidates, batch)
+        proposal = {name: leaf for name, leaf in state.items() if name not in _SCORES}
         tokens, width = candidates, chunk
         if tokens is None:
             tokens = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32), (batch, vocab))
@@ -108,7 +113,7 @@ def transfer_q(
         width = count if width is None else min(width, count)
 
         def block(tokens: Array) -> tuple[Array, Array]:
-            paid = _roll_out(params, proposal, tokens)
+            paid = _roll_out(params, proposal, tokens, known)
             if indirect:
                 return _weighted(paid["reward"], paid["baseline_reward"], state["beta"])
             mean = paid["reward"].mean(axis=-1)
@@ -121,69 +126,51 @@ def transfer_q(
             padded = jnp.pad(tokens, ((0, 0), (0, -count % width)), mode="edge").reshape(batch, -1, width)
             parts = jax.lax.map(block, jnp.moveaxis(padded, 1, 0))
             q, effective = (jnp.moveaxis(part, 0, 1).reshape(batch, -1)[:, :count] for part in parts)
-        return q, proposal | {"effective": effective}
+        scores = {"q": q, "effective": effective}
+        if before is not None:
+            scores = where_rows(known, before, scores)
+        return scores["q"], proposal | scores
 
     def advance(params: Params, proposal: State, choice: Array) -> State:
         token = choice
-        if "candidates" in proposal:
+        if "candidates" in proposal and "still" not in proposal:
             picked = jnp.take_along_axis(proposal["candidates"], jnp.maximum(choice, 0)[:, None], axis=-1)[:, 0]
             token = jnp.where(choice < 0, -1, picked)
-        state = {name: leaf for name, leaf in proposal.items() if name not in ("candidates", "effective")}
+        moves = choice >= 0
+        state = proposal | ({"still": proposal.get("still", True) & ~moves} if "q" in proposal else {})
         if lookahead != 0:
-            inner, output = baseline.step(params["baseline"], _key(state), state["baseline"]["state"], token)
-            log_prob = jnp.where(choice[:, None] < 0, state["baseline"]["log_prob"], output.log_prob)
+            inner, output = baseline.step(params["baseline"], step_key(state), state["baseline"]["state"], token)
+            log_prob = jnp.where(moves[:, None], output.log_prob, state["baseline"]["log_prob"])
             state["baseline"] = {"state": inner, "log_prob": log_prob}
-        response = _write(state["response"], state["length"], token[:, None], (choice >= 0)[:, None])
-        return state | {"response": response, "length": state["length"] + (choice >= 0)}
+        joined = {}
+        for name, judge in kept.items():
+            text, real = jnp.maximum(token, 0)[:, None, None], moves[:, None, None]
+            scored = judge.score(params[name], state["rewards"][name], text, real)[1]
+            joined[name] = judge.commit(params[name], state["rewards"][name], scored, jnp.where(moves, 0, -1))
+        place = jnp.where(moves, state["length"], state["response"].shape[1])
+        response = state["response"].at[jnp.arange(token.shape[0]), place].set(token, mode="drop")
+        return state | {"rewards": joined, "response": response, "length": state["length"] + moves}
 
-    def _roll_out(params: Params, state: State, tokens: Array) -> dict[str, Array]:
-        """The rewards [B,K,n] of the texts that go on from candidates [B,K], in at least float32."""
+    def _roll_out(params: Params, state: State, tokens: Array, known: Array) -> dict[str, Array]:
+        """The rewards [B,K,n] of the texts that go on from candidates [B,K], in at least float32; those of rows that
+        are `known` [B] are not rolled out, and are undefined."""
         batch, count = tokens.shape
         limit = state["response"].shape[1]
         steps = limit - 1 if lookahead is None else min(lookahead, limit - 1)
         n = rollouts if steps else 1
-        rows = {name: state[name] for name in ("prompts", "response", "length")}
-        rows = repeat_rows(rows, count)
-        token, at = tokens.reshape(-1), rows["length"]
-        rows["response"] = _write(rows["response"], at, token[:, None], jnp.ones((batch * count, 1), bool))
-        rows["length"], lost = at + 1, at >= limit
+        lost = jnp.broadcast_to((state["length"] >= limit)[:, None, None], (batch, count, n))
+        text, real = tokens[:, :, None, None], jnp.broadcast_to(~known[:, None, None, None], (batch, count, 1, 1))
         if steps:
-            ended = loop.is_eos(token, eos_ids) | (at + 1 >= limit)
-            # Drawn tokens carry no gradient, and the loop that draws them has none.
-            model, below = jax.lax.stop_gradient((params["baseline"], state["baseline"]))
-            before, key = repeat_rows(below["state"], count), _key(state)
-
-            def step(model: Params, number: Array, inner: State, token: Array) -> tuple[State, StepOutput]:
-                return baseline.step(model, jax.random.fold_in(key, jax.random.bits(number)), inner, token)
-
-            after, output = baseline.step(model, key, before, jnp.where(ended, -1, token))
-            likely = is_supported(jnp.take_along_axis(below["log_prob"], tokens, axis=1)).reshape(-1)
-            lost |= _stood_still(~(ended | likely), before, after)
-            after, output, rows, ended, lost = repeat_rows((after, output, rows, ended, lost), n)
-            _, _, drawn = loop.rollout(
-                baseline._replace(step=step),
-                model,
-                jax.random.key(0),  # the rows' streams tell the draws apart
-                after,
-                output,
-                steps=steps,
-                eos_ids=eos_ids,
-                finished=ended,
-                rows=_streams(state, tokens, n),
-                limits=limit - rows["length"],
-                last_step=False,
-            )
-            places = rows["length"][:, None] + jnp.arange(steps)
-            rows["response"] = _write(rows["response"], places, drawn.tokens, drawn.mask)
-            rows["length"] = rows["length"] + drawn.mask.sum(axis=1)
-            lost |= jnp.isnan(drawn.log_prob).any(axis=1)
-        real = jnp.arange(limit) < rows["length"][:, None]
+            drawn = draw(baseline, params["baseline"], state, tokens, known, n=n, steps=steps, eos_ids=eos_ids)
+            each = (batch, count, n, 1)
+            text = jnp.concatenate([jnp.broadcast_to(text, each), drawn.tokens], axis=-1)
+            real = jnp.concatenate([jnp.broadcast_to(real, each), drawn.mask], axis=-1)
+            lost |= drawn.lost
+        text, real = (x.reshape(batch, count * n, -1) for x in (text, real))
         paid = {}
-        for name, judge in rewards.items():
-            prompts = rows["prompts"][name]
-            text = mdp.concatenate(prompts, rows["response"], real)
-            found = at_least_float32(judge(params[name], *text, prompts.index))
-            paid[name] = jnp.where(lost, jnp.nan, found).reshape(batch, count, n)
+        for name, judge in kept.items():
+            found = at_least_float32(judge.score(params[name], state["rewards"][name], text, real)[0])
+            paid[name] = jnp.where(lost, jnp.nan, found.reshape(batch, count, n))
         return paid
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
@@ -209,48 +196,25 @@ def effective_rollouts(proposal: State) -> Array:
     return proposal["effective"]
 
 
+def _standing(state: State, candidates: Array | None, batch: int) -> tuple[dict[str, Array] | None, Array]:
+    """(the scores of the last candidates, None where there are none; rows [B] for which they still hold: they did not
+    move, and are asked about the same candidates)."""
+    if "still" not in state or (candidates is None) != ("candidates" not in state):
+        return None, jnp.zeros(batch, bool)
+    before, known = {name: state[name] for name in ("q", "effective")}, state["still"]
+    if candidates is None:
+        return before, known
+    if candidates.shape != state["candidates"].shape:
+        return None, jnp.zeros(batch, bool)
+    return before, known & (candidates == state["candidates"]).all(axis=1)
+
+
 def _weighted(reward: Array, baseline_reward: Array, beta: Array) -> tuple[Array, Array]:
     """(Σ w·r, 1/Σ w²) [B,K] of rewards [B,K,n], w = softmax((r − r_BL)/beta) over the roll-outs, beta [B]."""
     weight = jax.nn.softmax((reward - baseline_reward) / beta[:, None, None], axis=-1)
     # A response that the reward forbids (−inf) has weight 0.
     q = jnp.where(weight == 0, 0, weight * jnp.where(weight == 0, 0, reward)).sum(axis=-1)
     return q, 1 / (weight**2).sum(axis=-1)
-
-
-def _write(response: Array, place: Array, tokens: Array, real: Array) -> Array:
-    """response [N,T] with tokens [N,m] at place [N] or [N,m] where real [N,m]; what lies beyond T is dropped."""
-    place = jnp.where(real, place.reshape(place.shape[0], -1), response.shape[1])
-    return response.at[jnp.arange(response.shape[0])[:, None], place].set(tokens, mode="drop")
-
-
-def _key(state: State) -> Array:
-    """A key for the baseline's own steps, another at each position."""
-    words = jnp.append(state["stream"][0], state["length"][0].astype(jnp.uint32))
-    key = jax.random.key(1)
-    for i in range(3):
-        key = jax.random.fold_in(key, words[i])
-    return key
-
-
-def _streams(state: State, tokens: Array, n: int) -> Array:
-    """What names each roll-out's draws [B·K·n,5]: its prompt's stream, the position, the candidate and its number."""
-    parts = (state["stream"][:, 0], state["stream"][:, 1], state["length"])
-    named = [part[:, None, None] for part in parts] + [tokens[:, :, None], jnp.arange(n)[None, None, :]]
-    words = jnp.broadcast_arrays(*(part.astype(jnp.uint32) for part in named))
-    return jnp.stack(words, axis=-1).reshape(-1, len(words))
-
-
-def _stood_still(asked: Array, before: State, after: State) -> Array:
-    """Where `asked` [N], whether no leaf of the row's state has changed; the states are read if any row asks."""
-
-    def compare() -> Array:
-        still = [
-            (old == new).reshape(old.shape[0], -1).all(axis=1)
-            for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-        ]
-        return asked & jnp.stack(still).all(axis=0) if still else asked
-
-    return jax.lax.cond(asked.any(), compare, lambda: jnp.zeros_like(asked))
 
 
 def _check_arguments(

@@ -34,39 +34,22 @@ def empty(state: State, output: StepOutput, steps: int) -> Text:
     return Text(state, output, tokens, numbers, numbers, length, no, no)
 
 
-def extend(
-    policy: Policy,
-    params: Params,
-    rng: Array,
-    text: Text,
-    first: Array,
-    going: Array,
-    *,
-    threshold: Array,
-    shortest: int,
-    eos_ids: tuple[int, ...],
-) -> Text:
-    """The text with its next segment, in the rows of `going` [B].
+class Rules(NamedTuple):
+    """Where a segment ends: before the first token, after `shortest`, whose distribution has an entropy of at least
+    threshold [B] nats, unless that token is an EOS or the last that there is room for: those end the text."""
 
-    The segment begins with the token first [B] (the most probable one where that is −1) and goes on with the most
-    probable tokens. It ends before the first token, after `shortest`, whose distribution has an entropy of at least
-    threshold [B] nats, unless that token is an EOS or the last that there is room for: those end the text. rng: used by
-    policies that draw.
-    """
-    begin, free = text.length, jnp.full_like(first, -1)
+    threshold: Array
+    shortest: int
+    eos_ids: tuple[int, ...]
 
-    def body(carry: Any) -> Any:
-        j, text, token = carry
-        state, output = policy.step(params, jax.random.fold_in(rng, j), text.state, token)
-        text = text._replace(state=state, output=where_rows(token >= 0, output, text.output))
-        return j + 1, *write(text, free, token >= 0)
-
-    def write(text: Text, forced: Array, going: Array) -> tuple[Text, Array]:
-        """One more token; (text, the token to feed [B], −1 where nothing follows in the segment)."""
+    def write(self, text: Text, begin: Array, forced: Array, going: Array) -> tuple[Text, Array]:
+        """One more token in the rows of `going` [B] whose segment, begun at begin [B], goes on: the token forced [B],
+        the most probable one where that is −1. (text, the token to feed [B], −1 where nothing follows in the
+        segment)."""
         output, steps = text.output, text.tokens.shape[1]
         token = jnp.where(forced >= 0, forced, jnp.argmax(output.log_prob, axis=-1).astype(jnp.int32))
-        eos, last = is_eos(token, eos_ids), text.length + 1 >= steps
-        uncertain = (text.length - begin >= shortest) & (entropy(output.log_prob) >= threshold)
+        eos, last = is_eos(token, self.eos_ids), text.length + 1 >= steps
+        uncertain = (text.length - begin >= self.shortest) & (entropy(output.log_prob) >= self.threshold)
         writes = going & (~uncertain | eos | last)
         rows, slot = jnp.arange(token.shape[0]), jnp.where(writes, text.length, steps)
 
@@ -83,8 +66,32 @@ def extend(
         )
         return text, jnp.where(writes & ~eos & ~last, token, -1)
 
-    start = (jnp.zeros((), jnp.int32), *write(text, first, going))
-    return jax.lax.while_loop(lambda carry: (carry[2] >= 0).any(), body, start)[1]
+
+def proceed(
+    policy: Policy,
+    params: Params,
+    rng: Array,
+    text: Text,
+    begin: Array,
+    token: Array,
+    rules: Rules,
+    *,
+    unfinished: Array,
+) -> tuple[Text, Array]:
+    """The text with more of the most probable tokens, in the rows that have a token [B] to feed (−1: none), until at
+    most `unfinished` [] rows have one left; (text, those tokens). begin [B]: where the rows' segments began. rng: used
+    by policies that draw in their steps."""
+    free = jnp.full_like(token, -1)
+
+    def body(carry: Any) -> Any:
+        j, text, token = carry
+        state, output = policy.step(params, jax.random.fold_in(rng, j), text.state, token)
+        text = text._replace(state=state, output=where_rows(token >= 0, output, text.output))
+        return j + 1, *rules.write(text, begin, free, token >= 0)
+
+    carry = (jnp.zeros((), jnp.int32), text, token)
+    _, text, token = jax.lax.while_loop(lambda carry: (carry[2] >= 0).sum() > unfinished, body, carry)
+    return text, token
 
 
 def fed(before: Text, after: Text) -> Array:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import mdp
+from jaxalign.models.attention import KeyValue, places, write_segment, write_slot
 from jaxalign.models.config import Config, Head
 from jaxalign.models.heads import HeadModule
-from jaxalign.models.transformer import KeyValue, Transformer, write_slot
+from jaxalign.models.transformer import Transformer
 from jaxalign.types import Array, Params
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -163,6 +164,40 @@ class LanguageModel:
         slot = _next_slot(cache, choice >= 0)
         layers = jax.tree.map(lambda old, new: write_slot(old, new[rows, :, pick], slot), cache.layers, entries)
         return Cache(layers, cache.length + (choice >= 0))
+
+    def segments(
+        self,
+        params: Params,
+        cache: Cache,
+        tokens: Array,
+        mask: Array,
+        *,
+        embeddings: Array | None = None,
+        packed: int | None = None,
+    ) -> tuple[Array, tuple[KeyValue, ...]]:
+        """M alternative continuations [B,M,S] in one pass over the shared prefix: (hidden [B,M,S,D], entries to
+        `append`). The prefix is read from the cache, which is neither copied nor written.
+
+        mask [B,M,S]: real tokens; hidden is undefined elsewhere. embeddings [B,M,S,D] in place of the tokens' own.
+        packed: a number of tokens, at least that of the real ones, on which projections and MLPs run; all B·M·S when
+        None. NaN where more tokens were appended than the cache has slots.
+        """
+        mask = mask.astype(bool)
+        x = self.embed(params, jnp.where(mask, tokens, 0)) if embeddings is None else embeddings
+        at = places(mask, cache.length, packed)
+        x = at.gather(x.astype(self.dtype))
+        hidden, entries = self._call(params, Transformer.segments, x, at, cache.length, list(cache.layers))
+        lost = cache.length > cache.layers[0].k.shape[2]
+        return jnp.where(lost[:, None, None, None], jnp.nan, at.spread(hidden)), tuple(entries)
+
+    def append(self, cache: Cache, entries: tuple[KeyValue, ...], mask: Array, choice: Array) -> Cache:
+        """Writes the real tokens of segment choice [B] of each row into its next slots; mask [B,M,S] as in `segments`.
+        Choice -1 writes nowhere and keeps the length."""
+        rows, pick = jnp.arange(choice.shape[0]), jnp.maximum(choice, 0)
+        real = mask[rows, pick] & (choice >= 0)[:, None]
+        slot = jnp.where(real, cache.length[:, None] + jnp.cumsum(real, axis=1) - 1, cache.layers[0].k.shape[2])
+        layers = jax.tree.map(lambda old, new: write_segment(old, new[rows, pick], slot), cache.layers, entries)
+        return Cache(layers, cache.length + real.sum(axis=1, dtype=cache.length.dtype))
 
     def step(self, params: Params, cache: Cache, token: Array) -> tuple[Array, Cache]:
         """Appends token [B]: (hidden [B,D], cache). Token -1: the row stands still, its hidden is undefined. NaN where

@@ -1,53 +1,21 @@
 """The one decoder-only transformer, in Flax Linen: layers unrolled, projections fused, cache in and out.
 
-Three passes through the same layers: `__call__` over whole rows (training, prefill, scoring), `append` of one token to
-a cache (decoding), and `extend` over K alternative next tokens at one position against a cache (candidate scoring).
+Four passes through the same layers: `__call__` over whole rows (training, prefill, scoring), `append` of one token to
+a cache (decoding), `extend` over K alternative next tokens at one position against a cache (candidate scoring), and
+`segments` over M alternative continuations of several tokens against a cache (scores of texts with a common prefix).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.config import Config, Rope
+from jaxalign.models.attention import KeyValue, Places, attend, rotate, wide_einsum, write_slot
+from jaxalign.models.config import Config
 from jaxalign.types import NEGATIVE, Array, at_least_float32
-
-
-class KeyValue(NamedTuple):
-    """k, v [B,Hkv,S,hd]: the cache of one layer, or (S = K) the entries of K candidates."""
-
-    k: Array
-    v: Array
-
-
-def inverse_frequencies(rope: Rope, head_dim: int) -> Array:
-    """theta^(−2i/hd), scaled: linear divides by the factor; llama3 divides the long wavelengths by it, keeps the short
-    ones and blends between (transformers' `rope_type` of these names)."""
-    frequency = 1.0 / rope.theta ** (jnp.arange(0, head_dim, 2) / head_dim)
-    if rope.kind == "linear":
-        return frequency / rope.factor
-    if rope.kind == "llama3":
-        wavelength = 2 * jnp.pi / frequency
-        ratio = rope.original_max_length / wavelength
-        smooth = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        return frequency * (jnp.clip(smooth, 0, 1) * (1 - 1 / rope.factor) + 1 / rope.factor)
-    return frequency
-
-
-def rotate(x: Array, position: Array, rope: Rope) -> Array:
-    """Rotary embedding of x [B,L,H,hd] at position [B,L]; halves rotated together; angles in at least float32."""
-    angle = position[..., None, None] * inverse_frequencies(rope, x.shape[-1])
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    left, right = jnp.split(x.astype(jnp.promote_types(x.dtype, angle.dtype)), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
-
-
-def wide_einsum(spec: str, left: Array, right: Array) -> Array:
-    """An einsum with sums and result in at least float32; for bfloat16 also 2-4x faster on a CPU than a rounded one."""
-    return jnp.einsum(spec, left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
 
 
 class RMSNorm(nn.Module):
@@ -175,6 +143,15 @@ class Attention(nn.Module):
         mixed = jnp.einsum("bgqs,bgsd->bgqd", weight.astype(cache.v.dtype), cache.v)
         return self.out(mixed.reshape(batch, 1, -1)), cache
 
+    def segments(self, x: Array, places: Places, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
+        """Continuations of the cache's first `length` [B] slots, x [1,P,D] their packed tokens: each token attends to
+        the cache of its row and to its own segment up to itself. Entries [B,M,Hkv,S,hd]; zeros where there is none."""
+        q, k, v = (places.spread(part) for part in self.project(x, places.gather(places.position)))
+        # What stands at no token is another row's: not even its NaN may come through.
+        k, v = (jnp.where(places.mask[..., None, None], part, 0) for part in (k, v))
+        mixed = attend(q, k, v, cache, length, places, self.window)
+        return self.out(places.gather(mixed)), KeyValue(k.swapaxes(2, 3), v.swapaxes(2, 3))
+
     def _seen(self, cache: KeyValue, length: Array) -> Array:
         """Slots [B,S] that a token at position `length` may attend to, its own included."""
         slot = jnp.arange(cache.k.shape[2])
@@ -182,16 +159,6 @@ class Attention(nn.Module):
         if self.window is not None:
             seen &= slot > length[:, None] - self.window
         return seen
-
-
-def write_slot(cache: Array, new: Array, slot: Array) -> Array:
-    """cache [B,H,S,hd] with new [B,H,hd] at slot [B] of each row; a slot past the end is dropped.
-
-    One update per row AND head: a single update (batch 1, all heads at once) becomes a dynamic-update-slice, which XLA
-    fuses twice and pays for with four copies of the cache a step (3x the time at batch 1 with 2048 slots).
-    """
-    row, head = jnp.arange(cache.shape[0])[:, None], jnp.arange(cache.shape[1])
-    return cache.at[row, head, slot[:, None]].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
 
 
 class Layer(nn.Module):
@@ -219,6 +186,10 @@ class Layer(nn.Module):
 
     def extend(self, x: Array, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
         mixed, entries = self.attention.extend(self.attention_norm(x), length, cache)
+        return self.mlp(x + mixed), entries
+
+    def segments(self, x: Array, places: Places, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
+        mixed, entries = self.attention.segments(self.attention_norm(x), places, length, cache)
         return self.mlp(x + mixed), entries
 
     def append(self, x: Array, length: Array, slot: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
@@ -263,6 +234,14 @@ class Transformer(nn.Module):
         entries = []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, entry = layer.extend(x, length, cache)
+            entries.append(entry)
+        return self.norm(x), entries
+
+    def segments(self, x: Array, places: Places, length: Array, caches: list[KeyValue]) -> tuple[Array, list[KeyValue]]:
+        """x [1,P,D] packed embeddings of continuations of length [B] slots -> (hidden [1,P,D], entries per layer)."""
+        entries = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, entry = layer.segments(x, places, length, cache)
             entries.append(entry)
         return self.norm(x), entries
 
