@@ -151,6 +151,12 @@ def open_run(folder: str | os.PathLike[str], config: Any, *, inputs: Sequence[st
     return out
 
 
+def changed_inputs(folder: pathlib.Path, *, inputs: Sequence[str]) -> list[str]:
+    """Of the files that `inputs` name, those that have changed since the run of a folder began with them."""
+    before, now = json.loads((folder / "inputs.json").read_text()), _stamps(inputs)
+    return sorted(name for name in now if name in before and before[name] != now[name])
+
+
 def _stamps(inputs: Sequence[str]) -> dict[str, list[int]]:
     """File -> [size in bytes, time of change in ns], for files and the files directly in folders."""
     files = [path for name in inputs if name for path in _files(pathlib.Path(name))]

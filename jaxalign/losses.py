@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxalign.types import Array, ArrayLike, at_least_float32
 
-MAX_EXPONENT = 20.0  # of the linex loss
+MAX_EXPONENT = 20.0  # of the linex loss, and of probability ratios
 
 
 def language_model(log_prob: Array, mask: Array, *, count: ArrayLike | None = None) -> Array:
@@ -184,9 +184,9 @@ def policy_gradient(
     chex.assert_equal_shape([log_prob, old_log_prob, mask])
     difference = _masked(log_prob, mask) - _masked(old_log_prob, mask)
     if whole:
-        ratio, advantage = jnp.exp(difference.sum(axis=-1)), at_least_float32(advantage)
+        ratio, advantage = _ratio(difference.sum(axis=-1)), at_least_float32(advantage)
         return -_clipped(ratio, advantage, clip).mean()
-    ratio, advantage = jnp.exp(difference), _masked(advantage, mask)
+    ratio, advantage = _ratio(difference), _masked(advantage, mask)
     return -jnp.where(mask, _clipped(ratio, advantage, clip), 0).sum(axis=-1).mean()
 
 
@@ -227,6 +227,11 @@ def kl_penalty(log_prob: Array, log_prob_ref: Array, mask: Array, *, estimator: 
     if estimator == "k3":
         return jnp.where(mask, jnp.expm1(-ratio) + ratio, 0).sum(axis=-1).mean()
     raise ValueError(f"estimator: expected 'k2' or 'k3', found {estimator!r}")
+
+
+def _ratio(difference: Array) -> Array:
+    # Far outside any clip; an overflow times an advantage of 0 would be NaN.
+    return jnp.exp(jnp.clip(difference, -MAX_EXPONENT, MAX_EXPONENT))
 
 
 def _clipped(ratio: Array, advantage: Array, clip: float) -> Array:

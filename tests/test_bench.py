@@ -29,7 +29,7 @@ SIZES = {
     "score": (*SMALL, "--batch", "2", "--length", "7", "--vocab", "50", "--chunk", "4"),
     "train": (*SMALL, "--batch", "2", "--length", "7", "--no-torch"),
     "rl": (
-        *("--layers", "1", "--width", "64", "--vocab", "50", "--iterations", "1", "--no-torch"),
+        *("--layers", "1", "--width", "64", "--vocab", "50", "--repeats", "1", "--no-torch"),
         *("--batch", "4", "--samples", "2", "--prompt", "3", "--new", "2"),
     ),
     "shaping": (*SMALL, "--prompts", "20", "--samples", "5", "--batch", "2", "--length", "7"),

@@ -55,11 +55,21 @@ def test_policies_are_compared_by_all_subsets_and_predicted_at_their_own_kl():
     wins = (base[:, :, None] + 1 > base[:, None, :]).mean()
     np.testing.assert_allclose([found["win_rate"], found["kl"], found["gold_win_rate"]], [wins, 0.5, 0.5])
     assert found["best_of_n"] > found["win_rate"]
-    predicted = trained._predicted("exp:10", 0.5, 4)
-    expected = {"predicted_win_rate": 0.7117, "predicted_best_of_n": 0.8715}
-    assert {name: pytest.approx(value, abs=2e-4) for name, value in expected.items()} == {
-        name: predicted[name] for name in expected
-    }
+    row = {"kl": 0.5, "win_rate": 0.7, "best_of_n": 0.85, "worst_of_n": 0.5}
+    predicted = trained._predicted("exp:10", row, 4)
+    for name, value in {
+        "predicted_win_rate": 0.7117,
+        "predicted_best_of_n": 0.8715,
+        "short_of_win_rate": 0.0117,
+    }.items():
+        assert predicted[name] == pytest.approx(value, abs=2e-4)
     curve = trained._curve_of("identity", np.array([0.5, 1.0]), 4)
     np.testing.assert_allclose(curve.win_rate, [0.7737, 0.8646], atol=2e-4)
     assert float(infalign.match_kl(infalign.identity, jnp.asarray(0.5))) > 0
+
+
+def test_rewards_without_calibration_are_trained_at_the_beta_of_their_mean_kl():
+    """Gaussian rewards: the KL of the tilt is about (sigma/beta)²/2 for a small one."""
+    reward = np.random.default_rng(1).standard_normal((100, 2000))
+    assert trained.beta_for(reward, 0.02) == pytest.approx(5.0, rel=0.02)
+    assert trained.beta_for(3 * reward, 0.02) == pytest.approx(15.0, rel=0.02)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import pathlib
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import infalign, models, rewards, shaping
+from jaxalign import advantages, data, decoding, models, policies, shaping
 from jaxalign.data import opinions, tables
 from jaxalign.training import metrics
 from train import calibrate, distil, rl, rl_reward, rollouts, sft, world
@@ -23,6 +25,13 @@ calls = {"count": 0}
 def lengths(prompts: list[str], responses: list[str]) -> list[float]:
     """Letters of the response: a reward in which nearly every sample differs."""
     return [len(text) / 10 for text in responses]
+
+
+def some(prompts: list[str], responses: list[str]) -> list[float]:
+    """NaN for the prompts with an odd number of letters."""
+    return [
+        float("nan") if len(prompt) % 2 else float(len(text)) for prompt, text in zip(prompts, responses, strict=True)
+    ]
 
 
 def broken(prompts: list[str], responses: list[str]) -> list[float]:
@@ -114,7 +123,7 @@ def test_a_table_made_with_anything_else_is_refused(files, tmp_path, change, nam
 
 RUNS = {
     "rloo": (),
-    "grpo": ("--algorithm", "grpo", "--kl", "k3", "--dtype", "bfloat16"),
+    "grpo": ("--algorithm", "grpo", "--kl", "k3", "--dtype", "bfloat16", "--lora-rank", "2"),
     "ppo": ("--algorithm", "ppo", "--minibatches", "2", "--passes", "2"),
     "lora": ("--lora-rank", "2", "--accumulate", "2", "--target-kl", "0.5"),
     "ppo with lora": ("--algorithm", "ppo", "--lora-rank", "2"),
@@ -123,7 +132,9 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_writes_a_language_model_and_says_reward_and_kl_before_and_after(name, files, tmp_path, capsys):
-    command = [*options(files, *RUNS[name], "--calibration", str(files / "table"), "--transform", "exp:3")]
+    # The table was made in float32, and is not that of bfloat16 rewards.
+    table = () if name == "grpo" else ("--calibration", str(files / "table"))
+    command = [*options(files, *RUNS[name], *table, "--transform", "exp:3")]
     rl.main([*command, "--out", str(tmp_path / "run")])
     assert "next: python -m eval.compare" in capsys.readouterr().out.splitlines()[-1]
     lm, params = models.load(tmp_path / "run/model")
@@ -133,6 +144,9 @@ def test_a_run_writes_a_language_model_and_says_reward_and_kl_before_and_after(n
     moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True)]
     assert max(moved) > 0
     assert np.isfinite(moved).all()
+    if name == "grpo":
+        # The adapter goes into the float32 weights: what it does not reach is not rounded to bfloat16.
+        assert min(moved) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     for field in ("score", "score_before", "reward", "reward_before", "kl", "kl_95", "beta"):
         assert np.isfinite(summary[field])
@@ -142,7 +156,13 @@ def test_a_run_writes_a_language_model_and_says_reward_and_kl_before_and_after(n
     # At the first iteration the policy is the reference, and what it draws is on its own terms.
     assert abs(rows[0]["kl"]) < (0.1 if "bfloat16" in RUNS[name] else 1e-4)
     if name == "lora":
-        assert rows[1]["beta"] != rows[0]["beta"] or rows[0]["kl"] != 0
+        # The adapter is kept by itself, and beta follows the KL to its target.
+        spec, adapter = models.load_adapter(tmp_path / "run/adapter", lm)
+        merged = models.lora.merge(before, adapter, spec)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), params, merged)
+        expected = advantages.adapt_beta(rows[0]["beta"], rows[0]["kl"], target=0.5)
+        assert rows[1]["beta"] == pytest.approx(float(expected), rel=1e-6)
+        assert rows[1]["beta"] < rows[0]["beta"]
 
 
 def test_a_run_that_goes_on_is_the_uninterrupted_one(files, tmp_path, monkeypatch):
@@ -196,6 +216,7 @@ def test_three_such_batches_in_a_row_stop_the_run_and_name_the_prompts(files, tm
         (("--transform", "exp:0"), "transform: expected one of"),
         (("--bound", "2"), "bound: expected with --calibration"),
         (("--max-length", "8"), "max_length: expected at least"),
+        (("--transform", "log"), "transform: expected log with --calibration"),
     ],
 )
 def test_bad_options_are_named(files, tmp_path, change, message):
@@ -212,26 +233,70 @@ def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(fi
         max_new_tokens=LIMIT,
         calibration=str(files / "table"),
         transform="exp:3",
-        bound=2.0,
         beta=0.5,
     )
     lm, params = models.load(files / "base/model")
     tokenizer = models.tokenizer(str(files / "base/model"))
     asked = [tokenizer(p)["input_ids"] for p in opinions.prompts()[:PROMPTS]]
-    found = rl_reward.build(command, rl.common.Start(lm, params, tokenizer), asked)
-    with np.load(files / "table/table.npz") as table:
-        base = table["reward"]
-    paid = base[:, -1] + 0.5  # above all of the base's
-    score = rewards.from_numpy(lambda tokens, mask, length, index: paid[index])
-    index = jnp.arange(PROMPTS, dtype=jnp.int32)
-    text = (jnp.zeros((PROMPTS, 3), jnp.int32), jnp.ones((PROMPTS, 3), bool), jnp.ones(PROMPTS, jnp.int32), index)
-    transform = infalign.parse("exp:3")
-    place = rewards.calibrated(score, transform=transform)
-    np.testing.assert_allclose(place({"reward": None, "map": {"table": base}}, *text), 1, rtol=1e-6)
-    own = np.asarray(transform(infalign.calibrate(base, base)))
-    threshold = shaping.optimal_threshold(own, gain=4.0)
-    np.testing.assert_allclose(found.params["map"]["threshold"], threshold, rtol=1e-5)
-    assert found.params["map"]["bound"] == 2.0
+    begin = rl.common.Start(lm, params, tokenizer)
+    prompts = data.prompt_batch(asked, length=12)
+    drawn = decoding.sample(
+        policies.language_model(lm), params, jax.random.key(5), prompts, max_new_tokens=LIMIT, eos_ids=lm.config.eos_ids
+    )
+    text = decoding.join(prompts, drawn)
+    # The rows of the prompts, and the same rows as they are numbered where a prompt comes again.
+    for index in (jnp.arange(PROMPTS, dtype=jnp.int32), jnp.arange(PROMPTS, dtype=jnp.int32) + 2 * PROMPTS):
+        plain, shaped = (
+            rl_reward.build(dataclasses.replace(command, bound=bound), begin, asked) for bound in (0.0, 2.0)
+        )
+        score = np.asarray(plain.raw(plain.raw_params, *text, index))
+        with np.load(files / "table/table.npz") as table:
+            base = table["reward"]
+        c = ((base < score[:, None]) + 0.5 * (base == score[:, None])).mean(axis=1)
+        phi = lambda c: np.expm1(3 * c) / np.expm1(3)  # noqa: E731
+        np.testing.assert_allclose(plain.reward(plain.params, *text, index), phi(c), rtol=1e-5)
+        own = phi(((base[:, None] < base[:, :, None]) + 0.5 * (base[:, None] == base[:, :, None])).mean(axis=2))
+        threshold = np.asarray(shaping.optimal_threshold(own, gain=4.0))
+        paid = shaped.reward(shaped.params, *text, index)
+        np.testing.assert_allclose(paid, 2.0 * (phi(c) > threshold), rtol=1e-6)
+    assert 0 < float(paid.sum()) < 2 * PROMPTS
+
+
+def test_a_prompt_that_comes_again_in_a_batch_draws_something_else():
+    rows = [rl.Ask([5, 6], 3), rl.Ask([7], 1), rl.Ask([5, 6], 3), rl.Ask([5, 6], 3)]
+    found = rl.collate(rows, length=4, count=10)
+    np.testing.assert_array_equal(found["index"], [3, 1, 13, 23])
+    np.testing.assert_array_equal(found["row"], [3, 1, 3, 3])
+
+
+def test_held_out_prompts_without_a_reward_are_left_out_and_counted(files, tmp_path, capsys):
+    command = options(files, "--steps", "1", "--validation", "0.5", "--batch-size", "8", reward=f"{__name__}:some")
+    rl.main([*command, "--out", str(tmp_path / "run")])
+    found = json.loads((tmp_path / "run/summary.json").read_text())
+    assert 0 < found["without_reward"] < found["validation_rows"]
+    assert np.isfinite(found["reward"])
+    assert "left out: rewards that are not finite for held-out prompts" in capsys.readouterr().out
+
+
+def test_training_raises_the_reward(files, tmp_path):
+    """Longer words pay more: 30 iterations at a small beta."""
+    command = options(files, "--steps", "30", "--batch-size", "4", "--samples", "8", "--beta", "0.01")
+    rl.main([*command, "--learning-rate", "2e-2", "--out", str(tmp_path / "run")])
+    rows = metrics.read(tmp_path / "run/metrics.jsonl")
+    first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:3], rows[-3:]))
+    assert last > first + 0.5
+
+
+def test_roll_outs_of_files_that_have_changed_since_are_refused(files, tmp_path):
+    calibrate.main([*table_options(files), "--rollouts", str(files / "table"), "--out", str(tmp_path / "same")])
+    prompts = files / "prompts.jsonl"
+    kept = prompts.stat()
+    os.utime(prompts, ns=(kept.st_atime_ns, kept.st_mtime_ns + 10**9))
+    try:
+        with pytest.raises(ValueError, match="rollouts: expected those of the files as they are now"):
+            calibrate.main([*table_options(files), "--rollouts", str(files / "table"), "--out", str(tmp_path / "new")])
+    finally:
+        os.utime(prompts, ns=(kept.st_atime_ns, kept.st_mtime_ns))
 
 
 @pytest.mark.parametrize("loss", ["bonbon", "sft"])

@@ -49,9 +49,14 @@ def run(config: Config) -> dict[str, Any]:
         found = rollouts.roll_out(config, out, tokenizer, stage="calibrate")
         rewards = np.asarray([row.reward for row in found], np.float32).reshape(-1, config.samples)
         asked = [prompt.tokens for prompt in data.tokenize_prompts(config.prompts, tokenizer)]
-        about = tables.made_with(config.base, config.reward, tokenizer, asked, max_new_tokens=config.max_new_tokens) | {
-            "seed": config.seed
-        }
+        about = tables.made_with(
+            config.base,
+            config.reward,
+            tokenizer,
+            asked,
+            max_new_tokens=config.max_new_tokens,
+            dtype=config.dtype,
+        ) | {"seed": config.seed}
         tables.write(out, tables.Table(rewards, about))
         spread = np.sort(rewards, axis=1)
         ties = (np.diff(spread, axis=1) == 0).mean()

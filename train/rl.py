@@ -109,12 +109,18 @@ def method_of(config: Config) -> policy_gradient.Method:
     )
 
 
-def collate(rows: Sequence[Ask], *, length: int) -> dict[str, np.ndarray]:
-    """{"prompt_tokens", "prompt_mask" [b,P], "index" [b]}, left-padded to P = length."""
-    made = data.prompt_batch([row.prompt for row in rows], index=[row.row for row in rows], length=length)
+def collate(rows: Sequence[Ask], *, length: int, count: int) -> dict[str, np.ndarray]:
+    """{"prompt_tokens", "prompt_mask" [b,P], "index", "row" [b]}, left-padded to P = length. index: the row; where a
+    prompt comes again in the batch, its row plus a multiple of `count`, of all prompts: equal indices draw alike."""
+    seen: dict[int, int] = {}
+    index = []
+    for row in rows:
+        index.append(row.row + count * seen.get(row.row, 0))
+        seen[row.row] = seen.get(row.row, 0) + 1
+    made = data.prompt_batch([row.prompt for row in rows], index=index, length=length)
     assert made.index is not None
     found = {"prompt_tokens": made.tokens, "prompt_mask": made.mask, "index": made.index}
-    return {name: np.asarray(x) for name, x in found.items()}
+    return {name: np.asarray(x) for name, x in found.items()} | {"row": np.asarray([row.row for row in rows], np.int32)}
 
 
 def learner_of(
@@ -174,26 +180,26 @@ def run(config: Config) -> dict[str, Any]:
     rows = [Ask(tokens, i) for i, tokens in enumerate(asked)]
     held = common.split(preferences.Loaded(rows, 0, []), config)
     learner, trained, frozen = learner_of(config, begin, rl_reward.build(config, begin, asked))
-    before = measure(learner, trained, frozen, held.validation, length=data.bucket(longest))
-    state = _train(config, learner, trained, frozen, held.train, out, length=data.bucket(longest))
-    after = measure(learner, state.train.params, frozen, held.validation, length=data.bucket(longest))
+    pad = functools.partial(collate, length=data.bucket(longest), count=len(asked))
+    before = measure(learner, trained, frozen, held.validation, pad)
+    state = _train(config, learner, trained, frozen, held.train, out, pad)
+    after = measure(learner, state.train.params, frozen, held.validation, pad)
     summary: dict[str, Any] = {f"{name}_before": value for name, value in before.items() if "kl" not in name} | after
     summary |= {"beta": float(state.beta), "dropped_iterations": int(state.dropped[0])}
-    final = jax.device_get(_final(learner, state.train.params, frozen))
-    lm = models.with_head(begin.lm, None)
+    lm, spec = models.with_head(begin.lm, None), lora.spec_of(config)
+    if spec is None:
+        final = jax.device_get({"transformer": state.train.params["transformer"]})
+    else:
+        # Into the float32 weights: the reference may be held in bfloat16.
+        adapter, masters = jax.device_get(state.train.params["adapter"]), {"transformer": begin.params["transformer"]}
+        plain = models.LanguageModel(lm.config)
+        models.save_adapter(out / "adapter", plain, spec, adapter, base=config.model, overwrite=True)
+        final = jax.device_get(models.lora.merge(masters, adapter, spec))
     return common.finish(out, begin._replace(lm=lm), final, held, summary, following)
 
 
-def _final(learner: Learner, params: Params, frozen: Params) -> Params:
-    """The model's parameters without a head, adapters merged."""
-    spec = lora.spec_of(learner.config)
-    if spec is None:
-        return {"transformer": params["transformer"]}
-    return models.lora.merge(frozen["reference"], params["adapter"], spec)
-
-
 def _train(
-    config: Config, learner: Learner, trained: Params, frozen: Params, rows: Any, out: pathlib.Path, *, length: int
+    config: Config, learner: Learner, trained: Params, frozen: Params, rows: Any, out: pathlib.Path, pad: Any
 ) -> State:
     steps = config.steps or max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
     optimizer, schedule = training.adamw(
@@ -221,9 +227,7 @@ def _train(
         state, frozen = jax.device_put((state, frozen), NamedSharding(mesh, PartitionSpec()))
         by_row = NamedSharding(mesh, PartitionSpec(None, "data"))
         place = lambda batch: jax.device_put(batch, by_row)  # noqa: E731
-    source = batches.batches(
-        rows, functools.partial(collate, length=length), batch_size=config.batch_size, seed=config.seed
-    )
+    source = batches.batches(rows, pad, batch_size=config.batch_size, seed=config.seed)
     return training.fit(
         make_iteration(learner, update),
         state,
@@ -239,9 +243,10 @@ def _train(
     )
 
 
-def measure(learner: Learner, params: Params, frozen: Params, rows: Sequence[Ask], *, length: int) -> dict[str, Any]:
+def measure(learner: Learner, params: Params, frozen: Params, rows: Sequence[Ask], pad: Any) -> dict[str, Any]:
     """Of one response for each held-out prompt, means with 95 % half-widths: "score", the reward before any map;
-    "reward", the one that is maximised; "kl", the sum of the exact per-step KL to the reference. {} without prompts."""
+    "reward", the one that is maximised; "kl", the sum of the exact per-step KL to the reference. {} without prompts.
+    Prompts whose reward is not finite are left out, counted in "without_reward" and named; ValueError where all are."""
     if not rows:
         return {}
     config = learner.config
@@ -251,7 +256,7 @@ def measure(learner: Learner, params: Params, frozen: Params, rows: Sequence[Ask
     judge, raw = jax.jit(learner.reward.reward), jax.jit(learner.reward.raw)
     parts = []
     for part in common.iterate(rows, config.batch_size):
-        filled = collate(part + [part[-1]] * (config.batch_size - len(part)), length=length)
+        filled = pad(part + [part[-1]] * (config.batch_size - len(part)))
         prompts = TokenBatch(*(jnp.asarray(filled[name]) for name in ("prompt_tokens", "prompt_mask", "index")))
         rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
         options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "eos_ids": learner.lm.config.eos_ids}
@@ -264,9 +269,16 @@ def measure(learner: Learner, params: Params, frozen: Params, rows: Sequence[Ask
             "kl": drawn.kl.sum(axis=-1),
         }
         parts.append(common.first_rows(found, len(part)))
-    out: dict[str, Any] = {}
-    for name in parts[0]:
-        mean, half = common.interval(np.concatenate([part[name] for part in parts]))
+    every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    good = np.isfinite(every["reward"]) & np.isfinite(every["score"])
+    if not good.all():
+        bad = [row.row for row, fine in zip(rows, good, strict=True) if not fine]
+        if not good.any():
+            raise ValueError(f"reward: expected finite numbers, found none for the held-out prompts {bad}")
+        print(f"rl: left out: rewards that are not finite for held-out prompts {bad}", flush=True)
+    out: dict[str, Any] = {"without_reward": int((~good).sum())}
+    for name, values in every.items():
+        mean, half = common.interval(values[good])
         out |= {name: mean, f"{name}_95": half}
     return out
 

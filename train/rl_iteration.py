@@ -71,6 +71,9 @@ def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, 
     read_model, read_reference = policy_gradient.of_model(learner.lm), policy_gradient.of_model(learner.reference)
     reference = lambda frozen, rows: read_reference(frozen["reference"], rows)[0]  # noqa: E731
 
+    # Not the key of new weights or adapters.
+    streams = jax.random.fold_in(jax.random.key(config.seed), 3)
+
     @functools.partial(jax.jit, static_argnums=6)
     def prepare(
         params: Params, frozen: Params, prompts: TokenBatch, drawn: Any, beta: jax.Array, rng: jax.Array, length: int
@@ -88,13 +91,13 @@ def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, 
         begin = time.perf_counter()
         part = jax.tree.map(lambda x: x[0], batch)
         prompts = TokenBatch(part["prompt_tokens"], part["prompt_mask"], part["index"])
-        rng, order = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), int(state.step)))
+        rng, order = jax.random.split(jax.random.fold_in(streams, int(state.step)))
         drawn = draw(learner, state.train.params, frozen, rng, prompts)
         # The one wait of an iteration: whether every reward is a number, and how long the longest response is.
         paid, mask = np.asarray(drawn.reward), np.asarray(drawn.samples.mask)
         rolled = time.perf_counter()
         if not np.isfinite(paid).all():
-            return _drop(state, paid, np.asarray(part["index"]))
+            return _drop(state, paid, np.asarray(part["row"]))
         length = min(data.bucket(int(mask.sum(axis=-1).max())), mask.shape[-1])
         parts, metrics = prepare(state.train.params, frozen, prompts, drawn, state.beta, order, length)
         train, sums = state.train, []

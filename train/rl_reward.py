@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxalign import infalign, rewards, shaping
 from jaxalign.data import tables
-from jaxalign.types import Params, Reward
+from jaxalign.types import Array, CheckedReward, Params, Reward
 from train import common, rollouts
 
 
@@ -52,6 +52,10 @@ def check(config: Any) -> None:
             raise ValueError(f"{name}: expected a finite value >= 0, found {getattr(config, name)}")
     if config.transform:
         infalign.check_increasing(infalign.parse(config.transform))
+    if config.transform == "log" and not config.calibration:
+        raise ValueError("transform: expected log with --calibration, whose quantiles it can be taken of")
+    if config.width and config.bound and not config.transform:
+        raise ValueError("width: expected with --transform: the threshold alone is on the reward itself")
     for name in ("width", "bound"):
         if getattr(config, name) and not config.calibration:
             raise ValueError(f"{name}: expected with --calibration, whose samples it needs")
@@ -66,7 +70,22 @@ def inputs(config: Any) -> list[str]:
 
 def build(config: Any, begin: common.Start, asked: Sequence[Sequence[int]]) -> Composed:
     """The composition; asked: token ids of all prompts, which a calibration table must be of. ValueErrors: a table made
-    with anything else than this run's model, reward, tokenizer, limit and prompts."""
+    with anything else than this run's model, reward, tokenizer, limit and prompts.
+
+    A prompt that comes again in a batch of `rl.collate` has its row and a multiple of the prompts' count as index,
+    which tells its draws apart: the rewards here read the row."""
+    found = _compose(config, begin, asked)
+    return found._replace(reward=_by_row(found.reward, len(asked)), raw=_by_row(found.raw, len(asked)))
+
+
+def _by_row(reward: Reward, count: int) -> Reward:
+    def read(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
+        return reward(params, tokens, mask, prompt_length, index % count)
+
+    return CheckedReward(read, getattr(reward, "check", None), getattr(reward, "vocab_size", None))
+
+
+def _compose(config: Any, begin: common.Start, asked: Sequence[Sequence[int]]) -> Composed:
     raw, raw_params = rollouts.judge(config.reward, begin.lm, begin.tokenizer, dtype=config.dtype)
     transform = infalign.parse(config.transform) if config.transform else None
     if not config.calibration:
@@ -75,7 +94,9 @@ def build(config: Any, begin: common.Start, asked: Sequence[Sequence[int]]) -> C
         squashed = rewards.map_reward(raw, lambda _, r, index: transform(1 / (1 + jnp.exp(-r))))
         return Composed(squashed, {"reward": raw_params, "map": {}}, raw, raw_params)
     base = config.model or config.architecture
-    expected = tables.made_with(base, config.reward, begin.tokenizer, asked, max_new_tokens=config.max_new_tokens)
+    expected = tables.made_with(
+        base, config.reward, begin.tokenizer, asked, max_new_tokens=config.max_new_tokens, dtype=config.dtype
+    )
     table = tables.read(config.calibration, expected).reward
     params: Params = {"reward": raw_params, "map": {"table": jnp.asarray(table)}}
     if transform is None and config.bound:

@@ -134,11 +134,15 @@ def _check_same(config: Source, paths: list[pathlib.Path]) -> None:
     """ValueError where the roll-outs of --rollouts are not those that this run would make, or are not complete."""
     other = pathlib.Path(config.rollouts) / "config.json"
     made = json.loads(other.read_text()) if other.exists() else {}
-    for name in ("base", "reward", "samples", "max_new_tokens", "shard", "seed"):
+    for name in ("base", "reward", "samples", "max_new_tokens", "shard", "seed", "dtype"):
         if made.get(name) != getattr(config, name):
             raise ValueError(
                 f"rollouts: expected those of {name} {getattr(config, name)}, found {made.get(name)} in {other}"
             )
+    # By their time of change: other weights under the same name made other roll-outs.
+    changed = cli.changed_inputs(pathlib.Path(config.rollouts), inputs=[config.base, config.prompts, config.reward])
+    if changed:
+        raise ValueError(f"rollouts: expected those of the files as they are now, found {changed} changed since")
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         raise ValueError(f"rollouts: expected all {len(paths)} shards in {paths[0].parent}, found none of {missing}")

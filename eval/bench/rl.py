@@ -37,7 +37,7 @@ class Config(common.Options):
     """Prompt length [tokens]."""
     new: int = 64
     """New tokens per response; no row stops early."""
-    iterations: int = 6
+    repeats: int = 6
     """Timed iterations of each side; the median is printed."""
     layers: tuple[int, ...] = (8, 2)
     """Layers of the model of each row."""
@@ -59,6 +59,14 @@ def run(config: Config) -> list[dict[str, Any]]:
     mesh = common.check(config, (config.batch,))
     if mesh is not None:
         raise ValueError(f"mesh: expected none, found {config.mesh!r}")
+    if config.samples < 2 or config.batch % config.samples:
+        raise ValueError(f"samples: expected a divisor >= 2 of the batch of {config.batch}, found {config.samples}")
+    if config.torch and config.dtype != "float32":
+        raise ValueError("dtype: expected float32 beside torch, which updates float32 weights here")
+    if not len(config.layers) == len(config.width) == len(config.vocab):
+        raise ValueError(
+            f"layers, width, vocab: expected one of each per row, found {config.layers}, {config.width}, {config.vocab}"
+        )
     sizes = list(zip(config.layers, config.width, config.vocab, strict=True))
     rows = []
     for layers, width, vocab in sizes:
@@ -66,7 +74,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         torch_side = _trl(lm, params, config) if config.torch else None
         found = _ours(lm, params, config)
         row: dict[str, Any] = {"layers": layers, "width": width, "vocabulary": vocab, "parameters": _size(params)}
-        seconds = statistics.median(one["rollout"] + one["update"] for one in found)
+        seconds = statistics.median(one["whole"] for one in found)
         rollout, update = (statistics.median(one[name] for one in found) for name in ("rollout", "update"))
         tokens = config.batch * config.new
         row |= {"samples/s": config.batch / seconds, "roll-out tokens/s": tokens / rollout}
@@ -119,9 +127,13 @@ def _ours(lm: models.LanguageModel, params: Any, config: Config) -> list[dict[st
     iteration = rl_iteration.make_iteration(learner, update, after=seconds.append)
     asked = common.prompts(count, config.prompt, vocab=lm.vocab_size)
     batch = {"prompt_tokens": asked.tokens, "prompt_mask": asked.mask, "index": jnp.arange(count, dtype=jnp.int32)}
+    batch["row"] = batch["index"]
     batch = jax.tree.map(lambda x: x[None], batch)
-    for _ in range(2 + config.iterations):
+    # From end to end, as the other side is timed.
+    for _ in range(2 + config.repeats):
+        begin_at = time.perf_counter()
         state, _ = iteration(state, batch, frozen)
+        seconds[-1]["whole"] = time.perf_counter() - begin_at
     return seconds[2:]
 
 
@@ -138,7 +150,7 @@ def _trl(lm: models.LanguageModel, params: Any, config: Config) -> float:
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w0", pad_token="w0")
     asked = np.asarray(common.prompts(config.batch // config.samples, config.prompt, vocab=lm.vocab_size).tokens)
-    steps = 2 + config.iterations
+    steps = 2 + config.repeats
     texts = [" ".join(f"w{i}" for i in row) for row in asked.tolist()] * steps
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:

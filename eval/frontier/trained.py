@@ -1,7 +1,7 @@
 """python -m eval.frontier trained: policies that train.rl aligns with calibrated, transformed rewards, and the curves
 
 Reads a base, a reward and prompts (by default those of a finished train.quickstart), makes a calibration table, trains
-a policy for each transform and KL (at the beta of the closed form; without calibration beta is adapted to hold the KL),
+a policy for each transform and KL (at the beta of the closed form; without calibration at the one of base samples),
 draws many responses of each to held-out prompts, and sets win rate, best-of-n and worst-of-n win rates at the KL that
 was reached beside those of the closed form there.
 """
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.frontier import common
-from jaxalign import cli, data, decoding, infalign, metrics, models, policies, rewards
-from jaxalign.types import Params
+from jaxalign import cli, data, decoding, gibbs, infalign, metrics, models, policies, rewards
+from jaxalign.types import Params, Policy, Reward
 from train import calibrate, rl
 
 PER_BATCH = 2048  # rows decoded together
@@ -68,6 +68,8 @@ class Drawn(NamedTuple):
 def run(config: Config) -> list[dict[str, Any]]:
     """All rows; writes NAME.json and NAME.png."""
     common.check(config)
+    if config.n > config.responses:
+        raise ValueError(f"responses: expected at least n = {config.n}, found {config.responses}")
     for text in config.transforms:
         infalign.parse(text)
     root = pathlib.Path(config.run)
@@ -82,23 +84,30 @@ def run(config: Config) -> list[dict[str, Any]]:
     work = root / "trained"
     table = work / f"table_{config.table}"
     calibrate.run(calibrate.Config(**shared, base=folders["sft"], samples=config.table, out=str(table)))
-    plan: list[tuple[str, str, float, float]] = []  # label, transform, calibrated KL, target KL
-    plan += [(text, text, kl, 0.0) for text in config.transforms for kl in config.kls]
+    with np.load(table / "table.npz") as found:
+        own = found["reward"]
     middle = sorted(config.kls)[len(config.kls) // 2]
-    plan += [(text, text.removeprefix("raw").strip(), middle, middle) for text in config.ablation]
-    base = _draw(config, folders, folders["sft"])
+    plan = [(text, text, kl) for text in config.transforms for kl in config.kls]
+    plan += [(text, text.removeprefix("raw").strip(), middle) for text in config.ablation]
+    setting = _setting(config, folders)
+    base = _draw(config, setting, setting.base)
     rows: list[dict[str, Any]] = []
-    for label, transform, kl, target in plan:
+    for label, transform, kl in plan:
         name = f"{label.replace(' ', '_').replace(':', '_')}_{kl:g}_{config.steps}_{config.prompts_per_step}"
-        if target:
-            given: dict[str, Any] = {"target_kl": target, "beta": 1.0, "transform": transform}
-        else:
+        calibrated = label in config.transforms
+        if calibrated:
+            given: dict[str, Any] = {"calibration": str(table)}
             beta = float(infalign.match_kl(infalign.parse(transform), kl))
-            given = {"beta": beta, "transform": transform, "calibration": str(table)}
+        else:
+            given = {}
+            paid = infalign.parse(transform)(1 / (1 + np.exp(-own))) if transform else own
+            beta = beta_for(np.asarray(paid, np.float64), kl)
         rl.run(
             rl.Config(
                 **shared,
                 **given,
+                beta=beta,
+                transform=transform,
                 model=folders["sft"],
                 out=str(work / name),
                 samples=4,
@@ -109,15 +118,24 @@ def run(config: Config) -> list[dict[str, Any]]:
                 validation=0.0,
             )
         )
-        row: dict[str, Any] = {"reward": label, "wanted_kl": kl} | compared(
-            _draw(config, folders, str(work / name / "model")), base, config
-        )
-        if not target:
-            row |= _predicted(transform, row["kl"], config.n)
-        rows.append(row)
+        drawn = _draw(config, setting, models.load(str(work / name / "model"))[1])
+        row: dict[str, Any] = {"reward": label, "wanted_kl": kl, "beta": beta} | compared(drawn, base, config)
+        rows.append(row | (_predicted(transform, row, config.n) if calibrated else {}))
     out = common.report(config.name, config, rows)
     _picture(config, rows, out)
     return rows
+
+
+def beta_for(reward: np.ndarray, kl: float) -> float:
+    """The one beta at which the mean over prompts of KL(Gibbs‖base) is kl, from rewards [prompts,K] of base samples."""
+    even = np.full(reward.shape, -np.log(reward.shape[-1]))
+    low, high = np.log(1e-6), np.log(1e6)
+    with jax.enable_x64(True):
+        for _ in range(60):
+            middle = (low + high) / 2
+            found = gibbs.kl(gibbs.log_policy(even, reward, beta=float(np.exp(middle))), even).mean()
+            low, high = (middle, high) if found > kl else (low, middle)
+    return float(np.exp(low))
 
 
 def compared(found: Drawn, base: Drawn, config: Config) -> dict[str, Any]:
@@ -136,24 +154,44 @@ def compared(found: Drawn, base: Drawn, config: Config) -> dict[str, Any]:
     return row
 
 
-def _predicted(transform: str, kl: float, n: int) -> dict[str, float]:
-    """The closed form's win rates at the KL that was reached."""
-    phi = infalign.parse(transform)
+def _predicted(transform: str, row: dict[str, Any], n: int) -> dict[str, float | None]:
+    """The closed form's win rates at the KL that was reached, and how far each measured one lies below (short_of_…);
+    None beyond the KL that the closed form reaches."""
+    phi, names = infalign.parse(transform), ("win_rate", "best_of_n", "worst_of_n")
     with jax.enable_x64(True):
-        curve = infalign.tilted_curve(phi, infalign.match_kl(phi, kl), n=n)
-    names = ("win_rate", "best_of_n", "worst_of_n")
-    return {f"predicted_{name}": float(getattr(curve, name)) for name in names}
+        try:
+            curve = infalign.tilted_curve(phi, infalign.match_kl(phi, max(row["kl"], 1e-3)), n=n)
+        except ValueError:
+            return dict.fromkeys((f"predicted_{name}" for name in names), None)
+    found = {name: float(getattr(curve, name)) for name in names}
+    short = {f"short_of_{name}": value - row[name] for name, value in found.items()}
+    return {f"predicted_{name}": value for name, value in found.items()} | short
 
 
-def _draw(config: Config, folders: dict[str, str], model: str) -> Drawn:
-    """Responses of a model to the held-out prompts, beside the base."""
-    lm, params = models.load(model)
-    base_lm, base = models.load(folders["sft"])
+class Setting(NamedTuple):
+    """What every measurement shares. policy: of the base's architecture, the base beside it."""
+
+    policy: Policy
+    reward: Reward
+    base: Params
+    judge: Params
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    asked: list[data.Prompt]
+
+
+def _setting(config: Config, folders: dict[str, str]) -> Setting:
+    lm, base = models.load(folders["sft"])
     judge_lm, judge = models.load(folders["reward_model"])
-    tokenizer = models.tokenizer(folders["sft"])
+    tokenizer, plain = models.tokenizer(folders["sft"]), policies.language_model(lm)
     asked = data.tokenize_prompts(str(pathlib.Path(config.run) / "data" / "held_out.jsonl"), tokenizer)
-    policy = policies.with_reference(policies.language_model(lm), policies.language_model(base_lm))
-    reward = rewards.from_model(judge_lm)
+    beside, reward = policies.with_reference(plain, plain), rewards.from_model(judge_lm)
+    return Setting(beside, reward, base, judge, tokenizer, lm.config.eos_ids, asked)
+
+
+def _draw(config: Config, setting: Setting, params: Params) -> Drawn:
+    """Responses of a model to the held-out prompts, beside the base."""
+    asked, tokenizer = setting.asked, setting.tokenizer
     gold = rewards.program(config.gold) if config.gold else None
     size = max(PER_BATCH // config.responses, 1)
     parts: list[Drawn] = []
@@ -161,11 +199,11 @@ def _draw(config: Config, folders: dict[str, str], model: str) -> Drawn:
         part = asked[begin : begin + size]
         index = list(range(begin, begin + len(part)))
         prompts = data.prompt_batch([p.tokens for p in part], index=index, batch_size=size)
-        both: Params = {"policy": {"policy": params, "reference": base}, "reward": judge}
+        both: Params = {"policy": {"policy": params, "reference": setting.base}, "reward": setting.judge}
         # Another stream for the base than for the policies: equal draws would be ties.
-        rng = jax.random.fold_in(jax.random.key(config.seed), int(model == folders["sft"]))
-        options: dict[str, Any] = {"max_new_tokens": config.limit, "eos_ids": base_lm.config.eos_ids}
-        found = decoding.best_of_n(policy, reward, both, rng, prompts, n=config.responses, **options)
+        rng = jax.random.fold_in(jax.random.key(config.seed), int(params is setting.base))
+        options: dict[str, Any] = {"max_new_tokens": config.limit, "eos_ids": setting.eos_ids}
+        found = decoding.best_of_n(setting.policy, setting.reward, both, rng, prompts, n=config.responses, **options)
         assert found.samples.kl is not None
         kept = found.reward, found.samples.tokens, found.samples.mask, found.samples.kl.sum(-1)
         paid, tokens, mask, kl = (np.asarray(x)[: len(part)] for x in kept)

@@ -23,6 +23,7 @@ MEANING = {
     "tokenizer": "the tokenizer",
     "template": "the chat template",
     "temperature": "the temperature",
+    "dtype": "the type that models and rewards computed in",
     "max_new_tokens": "the longest response",
     "prompts": "the set of prompts",
 }
@@ -42,6 +43,7 @@ def made_with(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    dtype: str,
     temperature: float = 1.0,
 ) -> dict[str, Any]:
     """What a table depends on. base: folder of the model; reward: folder, or MODULE:FUNCTION, by its name; prompts:
@@ -52,6 +54,7 @@ def made_with(
         "tokenizer": _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode()),
         "template": _digest(str(getattr(tokenizer, "chat_template", None)).encode()),
         "temperature": float(temperature),
+        "dtype": dtype,
         "max_new_tokens": int(max_new_tokens),
         "prompts": _digest(json.dumps([list(map(int, p)) for p in prompts]).encode()),
     }

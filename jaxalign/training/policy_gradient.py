@@ -30,8 +30,8 @@ Read = Callable[[Params, Any], tuple[Array, Array | None]]
 class Method:
     """What is estimated, and how. Static under jit.
 
-    algorithm: "rloo", rewards against the mean of the prompt's other samples; "grpo", the group's rewards standardised;
-      "ppo", generalised advantages with a value head.
+    algorithm: "rloo", rewards against the mean of the prompt's other samples; "grpo", the group's rewards standardised,
+      so that beta weighs the KL against rewards of unit spread; "ppo", generalised advantages with a value head.
     kl: "reward", beta·log(pi/pi_ref) is taken off the reward: right in the mean; "k2" and "k3": a term of the loss
       (`losses.kl_penalty`); k3 is the one of GRPO's paper and leads to another optimum.
     clip: of the ratios; of a token, for "rloo" of the whole response.
@@ -114,7 +114,8 @@ def prepare(
     """(rows of B·n responses, metrics) of what `collect` drew. Pure; jit it with the first three static.
 
     reference(frozen, rows) -> log pi_ref(y_t) [b,T]; params: the policy's, which PPO reads its values from; beta [].
-    Metrics: reward, kl (mean of log pi/pi_ref(y), and its 95 % half-width), length [tokens], entropy (−log pi(y)).
+    Metrics: reward, kl (mean of log pi/pi_ref(y), and its 95 % half-width over responses), length [tokens], entropy
+    (−log pi(y)).
     """
     samples, paid = drawn.samples, at_least_float32(drawn.reward)
     count, n = paid.shape
@@ -135,11 +136,13 @@ def prepare(
         each = advantages.token_rewards(flat(paid), ratio, mask, beta=penalty)
         rows["advantage"], rows["returns"] = advantages.gae(each, rows["value"], mask, decay=method.decay)
     else:
-        total = paid - penalty * ratio.sum(axis=-1).reshape(count, n)
-        found = (advantages.leave_one_out if method.algorithm == "rloo" else advantages.group_relative)(total)
-        rows["advantage"] = flat(found)
-        if method.algorithm == "grpo":
-            rows["advantage"] = jnp.broadcast_to(rows["advantage"][:, None], mask.shape)
+        cost = penalty * ratio.sum(axis=-1).reshape(count, n)
+        if method.algorithm == "rloo":
+            rows["advantage"] = flat(advantages.leave_one_out(paid - cost))
+        else:
+            # The KL stays outside the division: in a group of equal rewards it alone would have unit spread.
+            found = advantages.group_relative(paid) - advantages.leave_one_out(cost)
+            rows["advantage"] = jnp.broadcast_to(flat(found)[:, None], mask.shape)
     kl = ratio.sum(axis=-1)
     metrics = {
         "reward": paid.mean(),
