@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from jaxalign import advantages, data, decoding, models, policies, shaping
-from jaxalign.data import opinions, tables
-from jaxalign.training import metrics
+from jaxalign.data import opinions, preferences, tables
+from jaxalign.training import metrics, objectives
+from tests.conftest import tiny_lm
 from train import calibrate, distil, rl, rl_reward, rollouts, sft, world
 
 GOLD = f"{__name__}:lengths"
@@ -319,6 +320,21 @@ def test_best_of_n_is_distilled_from_the_tables_samples(loss, files, tmp_path):
     assert summary["wanted_margin"] == 1.0
     assert 0 < summary["pairs"] <= PROMPTS * K / 2
     assert models.load(tmp_path / "run/model")[0].config.head is None
+
+
+def test_bonbon_is_the_likelihood_of_the_best_and_ipo_at_its_margin():
+    """By hand from the log-likelihoods of a tiny model and of its reference, best and worst told apart."""
+    (lm, params), (_, reference) = tiny_lm(0), tiny_lm(1)
+    rows = [rollouts.Rollout([4, 5], [6, 7, 0], 1.0, 0), rollouts.Rollout([4, 5], [8, 0], 0.0, 0)]
+    (pair,) = distil.best_and_worst(rows, 2)
+    batch = preferences.pad_pairs([pair], length=8)
+    found = distil.bonbon(lm, n=2, sft_weight=0.25)(params, batch, reference)
+    best, worst, best_ref, worst_ref = (
+        float(objectives.log_likelihoods(lm, p, batch[side])[0]) for p in (params, reference) for side in batch
+    )
+    ipo = ((best - best_ref) - (worst - worst_ref) - distil.margin(2)) ** 2
+    assert float(found.loss) == pytest.approx(0.75 * ipo - 0.25 * best, rel=1e-5)
+    assert pair.chosen == [6, 7, 0]
 
 
 def test_the_margin_of_distillation_is_that_of_the_best_of_n_policy():

@@ -1,9 +1,10 @@
-"""python -m eval.frontier {tree,noise,samples,bound,infalign,world,language} [options]; NAME --help lists its options
+"""python -m eval.frontier NAME [options]; NAME is one of those below, NAME --help lists its options
 
 Each study computes one claim about shaped or transformed rewards, prints its table and writes NAME.json and NAME.png to
 --out.
 docs/stackelberg.md and docs/infalign.md tell what they show. tree, noise, samples, bound and infalign are exact or
-nearly so and need no model; world and language read the folder of a finished train.quickstart. --NAME is NAME.
+nearly so and need no model; world, language, trained and nudging read the folder of a finished train.quickstart. --NAME
+is NAME.
 """
 
 from __future__ import annotations
