@@ -52,7 +52,7 @@ class Size(NamedTuple):
     texts: int
     pairs: int
     rollouts: int  # per prompt
-    epochs: dict[str, float]  # sft, reward_model, value, cd_q, edit, arm, dpo
+    epochs: dict[str, float]  # sft, reward_model, value, cd_q, edit, arm, dpo, heads of shaped rewards
     table: int  # base samples per prompt that rewards are calibrated by
     rl_steps: int
     prompts: int
@@ -69,27 +69,36 @@ SIZES = {
         texts=12_000,
         pairs=6_000,
         rollouts=8,
-        epochs={"sft": 2, "reward_model": 2, "value": 3, "cd_q": 1, "edit": 2, "arm": 2, "dpo": 0.7},
-        table=32,
-        rl_steps=40,
-        prompts=128,
+        epochs={
+            "sft": 1.5,
+            "reward_model": 1.5,
+            "value": 3,
+            "cd_q": 1,
+            "edit": 2,
+            "arm": 1.5,
+            "dpo": 0.7,
+            "heads": 1.5,
+        },
+        table=16,
+        rl_steps=20,
+        prompts=96,
         strengths={
             "best_of_n": "2,4,8,16",
             "args": "4,2,1,0.5,0.25",
             "value": "2,1,0.5,0.25,0.12",
             "cd_q": "2,1,0.5,0.25",
-            "blockwise": "2,4,8",
+            "blockwise": "4",
             "autoregressive": "4,2,1,0.5,0.25,0.06",
             "transfer": "1",
             "edit": "1,4,16",
-            "ggro": "2,4",
+            "ggro": "4",
             "smc": "2,1,0.5",
             "quest": "1",
             "cards": "1",
         },
         particles=16,
         moves=16,
-        bounds=(3.0, 6.0),
+        bounds=(6.0,),
     ),
     "tiny": Size(
         layers=1,
@@ -97,7 +106,7 @@ SIZES = {
         texts=1_500,
         pairs=600,
         rollouts=2,
-        epochs={"sft": 1, "reward_model": 1, "value": 1, "cd_q": 1, "edit": 1, "arm": 1, "dpo": 1},
+        epochs={"sft": 1, "reward_model": 1, "value": 1, "cd_q": 1, "edit": 1, "arm": 1, "dpo": 1, "heads": 1},
         table=4,
         rl_steps=2,
         prompts=16,
@@ -251,7 +260,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     heads = {bound: out / f"exceedance_{bound:g}" for bound in size.bounds}
     for bound, folder in heads.items():
-        options = values | made | {"head": "q", "epochs": size.epochs["value"]}
+        options = values | made | {"head": "q", "epochs": size.epochs["heads"]}
         stages.append((f"exceedance head, bound {bound:g}", _exceedance(options, folder, bound)))
     wanted = {  # method -> (its stage, KIND:DIR as eval.compare takes it)
         "best_of_n": ("base and best-of-n", "best_of_n"),
