@@ -32,8 +32,8 @@ class Config:
     out: str
     """Run folder: results.json, frontier.png, responses.html, and a folder per stage."""
     preset: Literal["default", "tiny"] = "default"
-    """default: the run of the README, at most 8 minutes on two CPU cores; tiny: the same training and the
-    tilts alone in a minute and a half, too small to learn the world well."""
+    """default: the run of the README, about 10 minutes on two CPU cores; tiny: the same training and
+    few methods in three minutes, too small to learn the world well."""
     seed: int = 0
     """Seed of the world, of all weights and of all draws."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -112,11 +112,8 @@ SIZES = {
         prompts=16,
         strengths={
             "best_of_n": "4",
-            "args": "1",
             "value": "0.5",
-            "cd_q": "0.5",
             "autoregressive": "1",
-            "edit": "0.1",
         },
         particles=4,
         moves=4,
