@@ -11,7 +11,6 @@ samples, nothing above the best of K is told apart.
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,7 @@ def run(config: Config) -> dict[str, Any]:
             "mean_spread_within_prompts": float(rewards.std(axis=1).mean()),
             "tied_neighbours": float(ties),
         }
-        cli.write_json(out / "summary.json", json.loads(json.dumps(done)))
+        cli.write_json(out / "summary.json", done)
     common.report(out, done, following, product=tables.REWARDS)
     return done
 

@@ -17,14 +17,12 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from jaxalign import cli
 from jaxalign.data import preferences, tables
-from jaxalign.training import Measured, objectives
+from jaxalign.training import objectives
 from jaxalign.training.step import Loss
-from jaxalign.types import Params
 from train import calibrate, common, lora, pairs, rollouts
 
 
@@ -53,15 +51,7 @@ def margin(n: int) -> float:
 def bonbon(lm: Any, *, n: int, sft_weight: float) -> Loss:
     """weight·(−log pi(best)) + (1 − weight)·IPO(best, worst) with the target `margin(n)`; batch {"chosen", "rejected"},
     the reference is frozen. Metrics: of the log-ratios, accuracy and margin."""
-    ipo = objectives.dpo(lm, beta=1 / (2 * margin(n)), objective="ipo")
-
-    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
-        found = ipo(params, batch, frozen)
-        likelihood = objectives.log_likelihoods(lm, objectives.cast(lm, params), batch["chosen"]).mean()
-        total = (1 - sft_weight) * found.loss - sft_weight * likelihood
-        return found._replace(loss=total, metrics=dict(found.metrics) | {"likelihood": likelihood})
-
-    return loss
+    return objectives.dpo(lm, beta=1 / (2 * margin(n)), objective="ipo", likelihood_weight=sft_weight)
 
 
 def likelihood(lm: Any) -> Loss:
@@ -106,14 +96,9 @@ def run(config: Config) -> dict[str, Any]:
         raise ValueError(f"calibration: expected samples of different rewards in {config.calibration}, found none")
     data = common.split(preferences.Loaded(rows, 0, []), config)
 
-    def collate(rows: list[preferences.PairTokens]) -> dict[str, Any]:
-        longest = [len(row.prompt) + max(len(row.chosen), len(row.rejected)) for row in rows]
-        return preferences.pad_pairs(rows, length=common.row_length(config, longest))
-
+    collate = pairs.padding(config)
     loss = likelihood(begin.lm) if config.loss == "sft" else bonbon(begin.lm, n=config.n, sft_weight=config.sft_weight)
-    reference = begin.params
-    if not config.lora_rank:
-        reference = jax.tree.map(lambda x: jnp.array(x, begin.lm.dtype), begin.params)
+    reference = lora.reference(config, begin)
     params = lora.run(config, begin, data, loss, collate, stage="distil", out=out, frozen=reference)
 
     def score(both: Any, batch: Any) -> Any:

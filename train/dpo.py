@@ -15,7 +15,6 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from jaxalign import cli
@@ -62,10 +61,7 @@ def run(config: Config) -> dict[str, Any]:
     begin = common.start(config, lambda _: None)
     data, collate = pairs.load(config, begin.tokenizer)
     loss = objectives.dpo(begin.lm, beta=config.beta, objective=config.loss, label_smoothing=config.label_smoothing)
-    reference = begin.params
-    if not config.lora_rank:
-        # A copy, in the type that it is used in: the step gives the state's own arrays away.
-        reference = jax.tree.map(lambda x: jnp.array(x, begin.lm.dtype), begin.params)
+    reference = lora.reference(config, begin)
     params = lora.run(config, begin, data, loss, collate, stage="dpo", out=out, frozen=reference)
 
     def score(both: Any, batch: Any) -> Any:

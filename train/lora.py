@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxalign import models
 from jaxalign.training import objectives
@@ -74,8 +75,23 @@ def run(
     adapted = with_adapter(loss, spec)
     begin_adapter = begin._replace(params=adapter)
     found = common.run(config, begin_adapter, data, adapted, collate, stage=stage, out=out, frozen=weights)
-    models.save_adapter(out / "adapter", masters, spec, found, base=config.model, overwrite=True)
-    return jax.device_get(models.lora.merge(begin.params, found, spec))
+    return merged(config, masters, begin.params, found, out)
+
+
+def merged(config: Options, lm: models.LanguageModel, params: Params, adapter: Params, out: pathlib.Path) -> Params:
+    """Writes a trained adapter to adapter/ and gives the float32 weights `params` with it merged in, on the host."""
+    spec = spec_of(config)
+    assert spec is not None
+    models.save_adapter(out / "adapter", lm, spec, adapter, base=config.model, overwrite=True)
+    return jax.device_get(models.lora.merge(params, adapter, spec))
+
+
+def reference(config: Options, begin: common.Start) -> Params:
+    """The model that a run starts from, to be compared with: the weights under an adapter themselves, else a copy in
+    the type that it is used in, since a training step gives the state's own arrays away."""
+    if config.lora_rank:
+        return begin.params
+    return jax.tree.map(lambda x: jnp.array(x, begin.lm.dtype), begin.params)
 
 
 def with_adapter(loss: Loss, spec: models.Lora) -> Loss:

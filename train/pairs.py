@@ -22,11 +22,17 @@ def load(config: Any, tokenizer: Any) -> tuple[common.Data, Callable[[list[Any]]
         skip_bad=config.skip_bad,
     )
 
+    return common.split(loaded, config), padding(config)
+
+
+def padding(config: Any) -> Callable[[list[preferences.PairTokens]], dict[str, Any]]:
+    """The function that pads a list of pairs to the bucket of the longest."""
+
     def collate(rows: list[preferences.PairTokens]) -> dict[str, Any]:
         longest = [len(row.prompt) + max(len(row.chosen), len(row.rejected)) for row in rows]
         return preferences.pad_pairs(rows, length=common.row_length(config, longest))
 
-    return common.split(loaded, config), collate
+    return collate
 
 
 def accuracy(

@@ -186,15 +186,13 @@ def run(config: Config) -> dict[str, Any]:
     after = measure(learner, state.train.params, frozen, held.validation, pad)
     summary: dict[str, Any] = {f"{name}_before": value for name, value in before.items() if "kl" not in name} | after
     summary |= {"beta": float(state.beta), "dropped_iterations": int(state.dropped[0])}
-    lm, spec = models.with_head(begin.lm, None), lora.spec_of(config)
-    if spec is None:
+    lm = models.with_head(begin.lm, None)
+    if lora.spec_of(config) is None:
         final = jax.device_get({"transformer": state.train.params["transformer"]})
     else:
         # Into the float32 weights: the reference may be held in bfloat16.
-        adapter, masters = jax.device_get(state.train.params["adapter"]), {"transformer": begin.params["transformer"]}
-        plain = models.LanguageModel(lm.config)
-        models.save_adapter(out / "adapter", plain, spec, adapter, base=config.model, overwrite=True)
-        final = jax.device_get(models.lora.merge(masters, adapter, spec))
+        masters, adapter = {"transformer": begin.params["transformer"]}, jax.device_get(state.train.params["adapter"])
+        final = lora.merged(config, models.LanguageModel(lm.config), masters, adapter, out)
     return common.finish(out, begin._replace(lm=lm), final, held, summary, following)
 
 

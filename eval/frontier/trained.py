@@ -18,6 +18,7 @@ import numpy as np
 
 from eval.frontier import common
 from jaxalign import cli, data, decoding, gibbs, infalign, metrics, models, policies, rewards
+from jaxalign.data import tables
 from jaxalign.types import Params, Policy, Reward
 from train import calibrate, rl
 
@@ -84,7 +85,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     work = root / "trained"
     table = work / f"table_{config.table}"
     calibrate.run(calibrate.Config(**shared, base=folders["sft"], samples=config.table, out=str(table)))
-    with np.load(table / "table.npz") as found:
+    with np.load(table / tables.REWARDS) as found:
         own = found["reward"]
     middle = sorted(config.kls)[len(config.kls) // 2]
     plan = [(text, text, kl) for text in config.transforms for kl in config.kls]

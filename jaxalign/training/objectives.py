@@ -56,9 +56,13 @@ def autoregressive_reward(lm: Any, *, beta_r: float) -> Loss:
     return loss
 
 
-def dpo(lm: Any, *, beta: float, objective: str = "dpo", label_smoothing: float = 0.0) -> Loss:
+def dpo(
+    lm: Any, *, beta: float, objective: str = "dpo", label_smoothing: float = 0.0, likelihood_weight: float = 0.0
+) -> Loss:
     """`losses.dpo` or `losses.ipo` against the reference whose parameters are `frozen`, a model of the same config;
     batch as `bradley_terry`. Metrics of the implicit reward beta·log(pi/pi_ref)(y): accuracy (ties half), margin.
+
+    likelihood_weight: w in [0, 1), the loss is (1 − w) of that and −w·mean log pi(chosen) (BoNBoN, arXiv 2406.00832).
 
     The reference reads each batch beside the model, so that at the first step both are equal to the last bit.
     ValueError for an unknown objective, and for label smoothing outside [0, 1/2) or with "ipo", which has none.
@@ -79,6 +83,8 @@ def dpo(lm: Any, *, beta: float, objective: str = "dpo", label_smoothing: float 
             total = losses.ipo(chosen, rejected, chosen_ref, rejected_ref, beta=beta)
         else:
             total = losses.dpo(chosen, rejected, chosen_ref, rejected_ref, beta=beta, label_smoothing=label_smoothing)
+        if likelihood_weight:
+            total = (1 - likelihood_weight) * total - likelihood_weight * chosen.mean()
         return _pairs(total, beta * (chosen - chosen_ref), beta * (rejected - rejected_ref))
 
     return loss
