@@ -16,7 +16,7 @@ from jaxalign import advantages, data, decoding, models, policies, shaping
 from jaxalign.data import opinions, preferences, tables
 from jaxalign.training import metrics, objectives
 from tests.conftest import tiny_lm
-from train import calibrate, distil, rl, rl_reward, rollouts, sft, world
+from train import calibrate, distil, dpo, rl, rl_reward, rollouts, sft, world
 
 GOLD = f"{__name__}:lengths"
 PROMPTS, LIMIT, K = 8, 6, 4
@@ -358,3 +358,19 @@ def test_distillation_keeps_the_best_and_the_worst_of_each_group_and_refuses_ano
         distil.main(["--model", str(tmp_path / "other"), *given])
     with pytest.raises(ValueError, match="n: expected at most the table's 4"):
         distil.main(["--model", str(files / "base/model"), "--n", "5", *given])
+
+
+def test_dpo_of_an_adapter_starts_at_its_reference(files, tmp_path):
+    """The weights under the adapter are the reference: the first loss is log 2, and model/ is base and adapter."""
+    given = ["--data", str(files / "world/pairs.jsonl"), "--model", str(files / "base/model"), "--validation", "0.3"]
+    short = ["--steps", "2", "--batch-size", "4", "--max-length", "64", "--log-every", "1", "--learning-rate", "1e-2"]
+    dpo.main([*given, *short, "--lora-rank", "2", "--out", str(tmp_path / "run")])
+    rows = metrics.read(tmp_path / "run/metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert rows[0]["margin"] == 0
+    lm, base = models.load(files / "base/model")
+    spec, adapter = models.load_adapter(tmp_path / "run/adapter", lm)
+    assert any(np.any(b) for _, b in models.lora.pairs(adapter).values())
+    merged = models.lora.merge(base, adapter, spec)
+    found = models.load(tmp_path / "run/model")[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, merged)
