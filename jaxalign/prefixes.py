@@ -80,10 +80,9 @@ def _commit(lm: Any, params: Params, state: State, proposal: State, choice: Arra
 
 def _read(lm: Any, params: Params, state: State, tokens: Array, mask: Array, packed: int, **options: Any) -> Any:
     """(reward [N,M], proposal) of segments [N,M,S] in a pass of `packed` tokens."""
-    hidden, entries = lm.segments(params, state["cache"], tokens, mask, packed=packed, **options)
     last = mdp.last_index(mask)
-    picked = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[..., None, None], axis=2)[:, :, 0]
-    found = jnp.where(last >= 0, lm.head(params, picked)[..., 0], state["reward"][:, None])
+    hidden, entries = lm.segments(params, state["cache"], tokens, mask, packed=packed, at=last, **options)
+    found = jnp.where(last >= 0, lm.head(params, hidden)[..., 0], state["reward"][:, None])
     return found, {"entries": entries, "mask": mask, "reward": found}
 
 

@@ -42,9 +42,8 @@ def from_model(lm: Any) -> Reward:
         raise ValueError("from_model: expected a model with a scalar head")
 
     def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
-        hidden = lm.hidden(params, tokens, mask=mask)
-        last = mdp.last_index(mask)
-        return lm.head(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])[:, 0]
+        hidden = lm.hidden(params, tokens, mask=mask, at=mdp.last_index(mask)[:, None])
+        return lm.head(params, hidden)[:, 0, 0]
 
     return CheckedReward(reward, _model_check(lm), lm.vocab_size, prefixes.of_model(lm))
 
@@ -81,12 +80,12 @@ def embedding_gain(lm: Any) -> CheckedGain:
         params: Params, tokens: Array, mask: Array, prompt_length: Array, position: Array, candidates: Array
     ) -> tuple[Array, Array]:
         del prompt_length
-        rows, last = jnp.arange(tokens.shape[0]), mdp.last_index(mask)
+        rows, last = jnp.arange(tokens.shape[0]), mdp.last_index(mask)[:, None]
         embeddings = lm.embed(params, jnp.where(mask, tokens, 0))
 
         def total(e: Array) -> tuple[Array, Array]:
-            hidden = lm.hidden(params, tokens, mask=mask, embeddings=embeddings.at[rows, position].set(e))
-            found = lm.head(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])[:, 0]
+            hidden = lm.hidden(params, tokens, mask=mask, embeddings=embeddings.at[rows, position].set(e), at=last)
+            found = lm.head(params, hidden)[:, 0, 0]
             return found.sum(), found
 
         gradient, found = jax.grad(total, has_aux=True)(embeddings[rows, position])

@@ -1,15 +1,18 @@
-"""What the studies of trained policies and of nudging compute, on cases whose answers are known."""
+"""What the studies of trained policies and of nudging compute: cases whose answers are known, and one small run."""
 
 from __future__ import annotations
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.frontier import nudging, trained
+from eval.frontier import common, nudging, trained
 from jaxalign import decoding, infalign, tree
 from tests import exact
+from train import reward_model, sft, world
 
 
 def test_every_token_is_tried_once_by_exhaustive_nudging():
@@ -63,7 +66,7 @@ def test_policies_are_compared_by_all_subsets_and_predicted_at_their_own_kl():
         "short_of_win_rate": 0.0117,
     }.items():
         assert predicted[name] == pytest.approx(value, abs=2e-4)
-    curve = trained._curve_of("identity", np.array([0.5, 1.0]), 4)
+    curve = trained.closed_form("identity", np.array([0.5, 1.0]), 4)[1]
     np.testing.assert_allclose(curve.win_rate, [0.7737, 0.8646], atol=2e-4)
     assert float(infalign.match_kl(infalign.identity, jnp.asarray(0.5))) > 0
 
@@ -73,3 +76,56 @@ def test_rewards_without_calibration_are_trained_at_the_beta_of_their_mean_kl():
     reward = np.random.default_rng(1).standard_normal((100, 2000))
     assert trained.beta_for(reward, 0.02) == pytest.approx(5.0, rel=0.02)
     assert trained.beta_for(3 * reward, 0.02) == pytest.approx(15.0, rel=0.02)
+
+
+def test_closed_forms_are_at_the_wanted_kl_and_the_fixed_point_is_ahead_of_every_other():
+    kl = np.array([0.25, 0.5])
+    with jax.enable_x64(True):
+        found = {text: trained.closed_form(text, kl, 4)[1] for text in ("identity", "exp:10", "bon_fp:4")}
+    for curve in found.values():
+        np.testing.assert_allclose(curve.kl, kl, rtol=1e-4)
+    np.testing.assert_allclose(found["bon_fp:4"].best_of_n, [0.797, 0.873], atol=6e-4)
+    for text in ("identity", "exp:10"):
+        assert (found["bon_fp:4"].best_of_n >= found[text].best_of_n).all()
+    row = {"kl": 50.0, "win_rate": 1.0, "best_of_n": 1.0, "worst_of_n": 1.0}  # out of reach
+    assert trained._predicted("bon_fp:4", row, 4)["predicted_win_rate"] is None
+
+
+def test_calibrated_rewards_among_the_shapings_read_ranks_alone():
+    utility = np.random.default_rng(2).standard_normal((3, 16))
+    shapes = common.shapes(2.0, 1.0, sharpness=1.0)
+    for name in (*common.CALIBRATED, "calibrated, threshold"):
+        found = np.asarray(shapes[name](utility, utility))
+        assert found.min() >= 0
+        assert found.max() <= 2
+        np.testing.assert_allclose(shapes[name](np.exp(3 * utility), np.exp(3 * utility)), found, err_msg=name)
+    assert not np.allclose(shapes["PAR"](3 * utility, 3 * utility), shapes["PAR"](utility, utility))
+
+
+def test_the_study_of_trained_policies_runs_to_its_table_and_picture(tmp_path):
+    """Too small to learn: what is asked is that every kind of policy is trained, drawn from and reported."""
+    run = tmp_path / "run"
+    sizes = ("--texts", "64", "--pairs", "32", "--held-out", "4", "--layers", "1", "--width", "16")
+    world.main(["--out", str(run / "data"), *sizes])
+    data = run / "data"
+    rows = (data / "prompts.jsonl").read_text().splitlines()
+    (data / "prompts.jsonl").write_text("\n".join(rows[:8]) + "\n")
+    new = ("--architecture", str(data / "config.json"), "--tokenizer", str(data / "tokenizer"))
+    short = ("--steps", "2", "--batch-size", "8", "--max-length", "64")
+    sft.main(["--data", str(data / "texts.jsonl"), *new, *short, "--out", str(run / "sft")])
+    start = ("--model", str(run / "sft/model"), "--data", str(data / "pairs.jsonl"))
+    reward_model.main([*start, *short, "--out", str(run / "reward_model")])
+    out = tmp_path / "out"
+    options = {"kls": "0.5", "ablation": "raw", "table": "8", "n": "2", "responses": "4", "steps": "1", "limit": "6"}
+    command = [text for name, value in options.items() for text in (f"--{name}", value)]
+    command += ["--transforms", "identity", "won_fp:2", "--prompts-per-step", "2", "--run", str(run), "--out", str(out)]
+    trained.main(command)
+    found = json.loads((out / "trained.json").read_text())["rows"]
+    assert [row["reward"] for row in found] == ["identity", "won_fp:2", "vbon", "raw", "dpo", "ipo", "bonbon"]
+    for row in found:
+        assert row["kl"] >= 0
+        assert 0 <= row["win_rate"] <= 1
+        assert ("predicted_win_rate" in row) == (row["reward"] != "raw")
+    assert (out / "trained.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="baselines: expected some of dpo, ipo, bonbon, vbon, found 'ppo'"):
+        trained.main([*command, "--baselines", "ppo"])

@@ -270,6 +270,19 @@ def test_infalign_T11_bases_and_rewards_without_ties_agree_up_to_their_largest_a
                 np.testing.assert_allclose(value, expected, atol=limit, err_msg=f"{text} {name}")
 
 
+@pytest.mark.parametrize(("name", "solved"), [("bon_fp:4", infalign.bon_fp), ("won_fp:4", infalign.won_fp)])
+def test_a_fixed_point_by_its_name_is_the_optimum_for_its_beta(name, solved):
+    transform = infalign.parse(name, beta=0.2)
+    assert infalign.parse(f" {name} ", beta=0.2) is transform
+    infalign.check_increasing(transform)
+    found = infalign.curve(solved(4, 0.2).log_policy)
+    np.testing.assert_allclose(infalign.tilted_curve(transform, 0.2), found, atol=1e-9)
+    with jax.enable_x64(False):  # as a training run calls it
+        np.testing.assert_allclose(infalign.tilted_curve(transform, jnp.float32(0.2)), found, atol=2e-5)
+    with pytest.raises(ValueError, match=r"found 'bon_fp:4' .it is solved for a beta"):
+        infalign.parse("bon_fp:4")
+
+
 def test_a_fixed_point_as_a_transform_tilts_to_its_policy():
     found = infalign.bon_fp(4, 0.2)
     transform = infalign.tabulated(infalign.grid().c, found.reward)

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from tests.conftest import tiny_lm
 from train import calibrate, distil, dpo, rl, rl_reward, rollouts, sft, world
 
 GOLD = f"{__name__}:lengths"
+ROOT = pathlib.Path(__file__).parent.parent
 PROMPTS, LIMIT, K = 8, 6, 4
 calls = {"count": 0}
 
@@ -218,11 +221,39 @@ def test_three_such_batches_in_a_row_stop_the_run_and_name_the_prompts(files, tm
         (("--bound", "2"), "bound: expected with --calibration"),
         (("--max-length", "8"), "max_length: expected at least"),
         (("--transform", "log"), "transform: expected log with --calibration"),
+        (("--transform", "bon_fp:2"), "transform: expected bon_fp:2 with --calibration"),
+        (("--transform", "won_fp:2", "--calibration", "x", "--target-kl", "1"), "won_fp:2, solved for one beta"),
     ],
 )
 def test_bad_options_are_named(files, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         rl.main([*options(files, *change), "--out", str(tmp_path / "run")])
+
+
+MESH = """
+from train import rl
+rl.main({})
+"""
+
+
+def test_four_devices_train_as_one(files, tmp_path):
+    command = [*options(files, "--calibration", str(files / "table")), "--batch-size", "4", "--steps", "3"]
+    rl.main([*command, "--out", str(tmp_path / "one")])
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    found = subprocess.run(
+        [sys.executable, "-c", MESH.format([*command, "--mesh", "data=4", "--out", str(tmp_path / "four")])],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    one, four = (metrics.read(tmp_path / f"{run}/metrics.jsonl") for run in ("one", "four"))
+    assert len(one) == len(four) == 3
+    for a, b in zip(one, four, strict=True):
+        for name in ("loss", "reward", "kl", "grad_norm"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(files, tmp_path):

@@ -32,7 +32,7 @@ class Config:
     out: str
     """Run folder: results.json, frontier.png, responses.html, and a folder per stage."""
     preset: Literal["default", "tiny"] = "default"
-    """default: the run of the README, about 10 minutes on two CPU cores; tiny: the same training and
+    """default: the run of the README, under 8 minutes on two CPU cores; tiny: the same training and
     few methods in three minutes, too small to learn the world well."""
     seed: int = 0
     """Seed of the world, of all weights and of all draws."""
@@ -323,7 +323,7 @@ def _comparison(
             particles=size.particles,
             moves=size.moves,
             max_new_tokens=LIMIT,
-            batch_size=64 if config.preset == "default" else 8,
+            batch_size=size.prompts,
             seed=config.seed,
             dtype=config.dtype,
             mesh=config.mesh,

@@ -28,7 +28,8 @@ class Options:
     calibration: str = ""
     """Folder of train.calibrate: rewards become their quantile among the base's own for the prompt, in [0, 1]."""
     transform: str = ""
-    """Map of the quantile: identity, log, exp:A, bon:N, won:N; without --calibration, of the sigmoid of the reward."""
+    """Map of the quantile: identity, log, exp:A, bon:N, won:N, or the optimum for best-of-N and worst-of-N at --beta,
+    bon_fp:N and won_fp:N. Without --calibration the map is of the sigmoid of the reward."""
     width: float = 0.0
     """Width of a smoothed calibration [units of reward]; 0: ranks."""
     bound: float = 0.0
@@ -51,9 +52,12 @@ def check(config: Any) -> None:
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name}: expected a finite value >= 0, found {getattr(config, name)}")
     if config.transform:
-        infalign.check_increasing(infalign.parse(config.transform))
-    if config.transform == "log" and not config.calibration:
-        raise ValueError("transform: expected log with --calibration, whose quantiles it can be taken of")
+        solved = infalign.needs_beta(config.transform)
+        if (solved or config.transform == "log") and not config.calibration:
+            raise ValueError(f"transform: expected {config.transform} with --calibration, which gives it quantiles")
+        if solved and config.target_kl:
+            raise ValueError(f"transform: expected {config.transform}, solved for one beta, without --target-kl")
+        infalign.check_increasing(infalign.parse(config.transform, beta=config.beta))
     if config.width and config.bound and not config.transform:
         raise ValueError("width: expected with --transform: the threshold alone is on the reward itself")
     for name in ("width", "bound"):
@@ -87,7 +91,7 @@ def _by_row(reward: Reward, count: int) -> Reward:
 
 def _compose(config: Any, begin: common.Start, asked: Sequence[Sequence[int]]) -> Composed:
     raw, raw_params = rollouts.judge(config.reward, begin.lm, begin.tokenizer, dtype=config.dtype)
-    transform = infalign.parse(config.transform) if config.transform else None
+    transform = infalign.parse(config.transform, beta=config.beta) if config.transform else None
     if not config.calibration:
         if transform is None:
             return Composed(raw, raw_params, raw, raw_params)

@@ -27,8 +27,8 @@ class Config(common.Options):
     """Length of a sequence, at least 2 [tokens]."""
     vocab: int = 32000
     """Vocabulary of the model [tokens]."""
-    chunk: int = 64
-    """Positions whose logits are alive together in ours."""
+    chunk: int | None = None
+    """Positions whose logits are alive together in ours; by default as many as make 2^26 logits."""
     repeats: int = 3
     """Timed runs of each side, alternating; the median is printed."""
     layers: int = 2

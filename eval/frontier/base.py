@@ -12,7 +12,7 @@ import numpy as np
 from jaxalign import data, decoding, models, policies, rewards
 from jaxalign.data import opinions
 from jaxalign.types import Params, Policy, Reward
-from train import value
+from train import calibrate, rl, value
 from train.quickstart import LIMIT
 
 PER_BATCH = 2048  # rows decoded together
@@ -162,6 +162,26 @@ def train_head(
     made |= {"rollouts": str(world.folder / "value"), "out": str(out)}
     value.run(value.Config(**(made | changed)))
     return models.load(str(out / "model"))
+
+
+def align(
+    world: World, name: str, *, prompts: pathlib.Path, bound: float, samples: int, steps: int, seed: int
+) -> Params:
+    """The base trained by train.rl on the threshold reward of the learned one at beta 1, thresholds from that many base
+    samples per prompt; kept in the run's folder."""
+    out = world.folder / "frontier" / name
+    shared: dict[str, Any] = {
+        "prompts": str(prompts),
+        "reward": str(world.folder / "reward_model" / "model"),
+        "max_new_tokens": LIMIT,
+        "seed": seed,
+    }
+    base, table = str(world.folder / "sft" / "model"), out.with_name(f"{name}_table")
+    calibrate.run(calibrate.Config(**shared, base=base, samples=samples, out=str(table)))
+    options: dict[str, Any] = {"steps": steps, "batch_size": 64, "samples": 4, "learning_rate": 1e-3, "max_length": 128}
+    options |= {"bound": bound, "beta": 1.0, "calibration": str(table), "validation": 0.0, "save_every": 20}
+    rl.run(rl.Config(**shared, **options, model=base, out=str(out)))
+    return models.load(str(out / "model"))[1]
 
 
 def political_prompts(world: World) -> pathlib.Path:

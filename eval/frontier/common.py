@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from eval.bench.common import device
-from jaxalign import cli, metrics, shaping
+from jaxalign import cli, infalign, metrics, shaping
 from jaxalign.types import Array
 
 Shape = Callable[[Any, Any], Array]
@@ -28,10 +28,16 @@ STYLES: dict[str, tuple[str, str]] = {
     "mean sigmoid": ("#56B4E9", "<"),
     "log sigmoid": ("#F0E442", ">"),
     "PAR": ("#E69F00", "^"),
+    "calibrated": ("#882255", "p"),
+    "calibrated, exp:10": ("#332288", "*"),
+    "calibrated, threshold": ("#88CCEE", "8"),
     "soft threshold": ("#009E73", "h"),
     "threshold": ("#0072B2", "o"),
 }
 """Shaping -> (colour, marker)."""
+
+CALIBRATED = ("calibrated", "calibrated, exp:10")
+"""Rewards of InfAlign: quantiles among the base samples, and their exponential."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +59,17 @@ def check(options: Options) -> None:
         if field.name == "seed" or isinstance(value, str | bool):
             continue
         values = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, str) for v in values):
+        default = field.default if isinstance(field.default, tuple) else ()
+        if any(isinstance(v, str) for v in (*values, *default)):
             continue
         if not values or not all(0 < v < math.inf for v in values):
             raise ValueError(f"{field.name}: expected finite values > 0, found {value}")
 
 
 def shapes(bound: float, beta: float, *, sharpness: float) -> dict[str, Shape]:
-    """Every shaping at one bound and one KL weight of the follower."""
+    """Every shaping at one bound and one KL weight of the follower. Calibrated rewards (InfAlign) run from 0 to the
+    bound; "calibrated, threshold" is the leader's answer when quantiles are its utility."""
+    ranks, exponential = infalign.calibrate, infalign.parse("exp:10")
     return {
         "raw": shaping.raw,
         "Minmax": lambda u, reference: shaping.minmax(u, reference, bound=bound),
@@ -69,6 +78,11 @@ def shapes(bound: float, beta: float, *, sharpness: float) -> dict[str, Shape]:
         "mean sigmoid": lambda u, ref: shaping.mean_sigmoid(u, ref, bound=bound, sharpness=sharpness),
         "log sigmoid": shaping.log_sigmoid,
         "PAR": shaping.preference_as_reward,
+        "calibrated": lambda u, reference: bound * ranks(u, reference),
+        "calibrated, exp:10": lambda u, reference: bound * exponential(ranks(u, reference)),
+        "calibrated, threshold": lambda u, reference: shaping.stackelberg(
+            ranks(u, reference), ranks(reference, reference), bound=bound, beta=beta
+        ),
         "soft threshold": lambda u, ref: shaping.stackelberg(u, ref, bound=bound, beta=beta, sharpness=sharpness),
         "threshold": lambda u, reference: shaping.stackelberg(u, reference, bound=bound, beta=beta),
     }

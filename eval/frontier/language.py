@@ -3,7 +3,8 @@
 Reads the folder of a finished train.quickstart. On the world's held-out political prompts, 90 % of the base's responses
 are loaded to one side. At one beta and bound: the base, the raw reward and the shaped one (the leader's utility is the
 learned reward; the world's program, gold, stands beside it). Predicted by the closed form from base samples, and
-measured by whole responses (exact rejection) and by tokens (value head; exceedance head). Then a sweep of the bound.
+measured by whole responses (exact rejection), by tokens (value head; exceedance head) and, with --policy-gradients, by
+a policy that train.rl aligns with the shaped reward. Then a sweep of the bound.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class Config(common.Options):
     """Optimizer steps of each head."""
     responses: int = 4
     """Responses per prompt of each measurement."""
+    policy_gradients: bool = False
+    """Train a policy on the shaped reward as well, which takes minutes more."""
+    rl_steps: int = 100
+    """Iterations of that training, of 64 prompts with four responses."""
 
 
 def summary(reward: str, how: str, got: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -147,6 +152,14 @@ def run(config: Config) -> list[dict[str, Any]]:
         sweep.append({"sweep": "by tokens", "bound": bound} | summary("threshold", f"{bound:g}", got))
         if bound == config.bound:
             rows.append(summary("threshold", "by tokens", got))
+    if config.policy_gradients:
+        name = f"aligned_{config.bound:g}_{config.head_samples}_{config.rl_steps}"
+        options: dict[str, Any] = {"samples": config.head_samples, "steps": config.rl_steps, "seed": config.seed}
+        own = base.align(world, name, prompts=prompts, bound=config.bound, **options)
+        both = {"policy": own, "reference": world.base[1]}
+        beside = policies.with_reference(model, model)
+        drawn = base.respond(world, beside, both, n=config.responses, seed=config.seed + 2, rows=chosen)
+        rows.append(summary("threshold", "by training", measured(drawn)))
     order = {"base": 0, "raw": 1, "threshold": 2}
     rows.sort(key=lambda row: order[row["reward"]])
     out = common.report("language", config, rows + sweep)
@@ -158,8 +171,14 @@ def _draw(config: Config, rows: list[dict[str, Any]], sweep: list[dict[str, Any]
     figure, panels = common.pyplot().subplots(
         1, 3, figsize=(13, 4.2), layout="constrained", gridspec_kw={"width_ratios": [1, 1.25, 1]}
     )
-    hatch = {"samples": "", "predicted": "", "by responses": "//", "by tokens": ".."}
-    shown = {"predicted": "closed\nform", "by responses": "by re-\nsponses", "by tokens": "by\ntokens", "samples": ""}
+    hatch = {"samples": "", "predicted": "", "by responses": "//", "by tokens": "..", "by training": "xx"}
+    shown = {
+        "predicted": "closed\nform",
+        "by responses": "by re-\nsponses",
+        "by tokens": "by\ntokens",
+        "by training": "by trai-\nning",
+        "samples": "",
+    }
     labels = [f"{r['reward'].replace('threshold', 'shaped')}\n{shown[r['how']]}" for r in rows]
     for axes, names in ((panels[0], ("loaded",)), (panels[1], ("utility", "gold"))):
         width = 0.8 / len(names)

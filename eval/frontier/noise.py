@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.frontier import common
-from jaxalign import cli, gibbs, shaping
+from jaxalign import cli, gibbs, infalign, shaping
 
 ERRORS = {
     "Gaussian": lambda rng, shape: rng.normal(size=shape),
@@ -39,7 +39,7 @@ class Config(common.Options):
     sharpness: float = 1.5
     """Of the soft threshold [per unit of proxy]."""
     samples: int = 64
-    """Base samples that PAR compares a response with."""
+    """Base samples that PAR and calibration compare a response with."""
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -54,13 +54,14 @@ def run(config: Config) -> list[dict[str, Any]]:
             gold = jnp.asarray(rng.normal(size=shape))
             proxy = gold + config.scale * jnp.asarray(draw(rng, shape))
             par = shaping.preference_as_reward(proxy, proxy[:, : config.samples])
+            ranks = infalign.calibrate(proxy, proxy[:, : config.samples])
             for gain in config.gains:
                 m = shaping.optimal_threshold(proxy, log_base, gain=gain)
                 policy = gibbs.log_policy(log_base, shaping.threshold_reward(proxy, m, bound=gain), beta=1.0)
                 budget = gibbs.kl(policy, log_base)
                 soft = shaping.soft_threshold_reward(proxy, m, bound=1.0, sharpness=config.sharpness)
                 policies = {"threshold": policy}
-                for name, reward in (("raw", proxy), ("soft threshold", soft), ("PAR", par)):
+                for name, reward in (("raw", proxy), ("soft threshold", soft), ("PAR", par), ("calibrated", ranks)):
                     beta = gibbs.match_kl(log_base, reward, kl=budget)
                     policies[name] = gibbs.log_policy(log_base, reward, beta=beta)
                 base = gold.mean(-1)
@@ -75,7 +76,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     out = common.report("noise", config, rows)
     figure, panels = common.pyplot().subplots(1, 3, figsize=(13, 4), layout="constrained", sharey=True)
     for axes, error in zip(panels, ERRORS, strict=True):
-        for name in ("raw", "PAR", "soft threshold", "threshold"):
+        for name in ("raw", "PAR", "calibrated", "soft threshold", "threshold"):
             common.curve(
                 axes, [r for r in rows if r["error"] == error and r["shaping"] == name], "kl", "gold_gain", name
             )

@@ -1,22 +1,24 @@
 """python -m eval.frontier trained: policies that train.rl aligns with calibrated, transformed rewards, and the curves
 
 Reads a base, a reward and prompts (by default those of a finished train.quickstart), makes a calibration table, trains
-a policy for each transform and KL (at the beta of the closed form; without calibration at the one of base samples),
-draws many responses of each to held-out prompts, and sets win rate, best-of-n and worst-of-n win rates at the KL that
-was reached beside those of the closed form there.
+a policy for each transform and KL (at the beta of the closed form; without calibration at the one of base samples) and
+baselines from pairs and samples, draws many responses of each to held-out prompts, and sets win rate, best-of-n and
+worst-of-n win rates at the KL that was reached beside those of the closed form there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.frontier import common
+from eval.frontier import baselines, common
+from eval.frontier import infalign as closed
 from jaxalign import cli, data, decoding, gibbs, infalign, metrics, models, policies, rewards
 from jaxalign.data import tables
 from jaxalign.types import Params, Policy, Reward
@@ -30,14 +32,17 @@ class Config(common.Options):
     """Options of eval.frontier trained."""
 
     run: str = "runs/quickstart"
-    """Folder with data/prompts.jsonl, data/held_out.jsonl, sft/model and reward_model/model, as train.quickstart leaves
-    it; trained policies are kept in its trained/."""
+    """Folder with data/prompts.jsonl, data/held_out.jsonl, data/pairs.jsonl, sft/model and reward_model/model, as
+    train.quickstart leaves it; trained policies are kept in its trained/."""
     transforms: tuple[str, ...] = ("identity", "exp:10", "exp:-10")
-    """Transforms of the calibrated reward."""
+    """Transforms of the calibrated reward; bon_fp:N and won_fp:N are the optimum for best-of-N and worst-of-N."""
     kls: tuple[float, ...] = (0.25, 0.5, 1.0)
     """KL of each policy to the base [nats]."""
     ablation: tuple[str, ...] = ("raw", "raw exp:10")
     """Rewards without calibration, trained at the middle KL: raw, or raw and a transform (of its sigmoid)."""
+    baselines: tuple[str, ...] = ("dpo", "ipo", "bonbon", "vbon")
+    """Of dpo, ipo (from the pairs), bonbon (from the table's samples, best of --n) and vbon (RL with the logarithm at
+    the beta of best of --n), at one strength each."""
     table: int = 100
     """Base samples per prompt in the calibration table."""
     n: int = 4
@@ -72,7 +77,10 @@ def run(config: Config) -> list[dict[str, Any]]:
     if config.n > config.responses:
         raise ValueError(f"responses: expected at least n = {config.n}, found {config.responses}")
     for text in config.transforms:
-        infalign.parse(text)
+        infalign.parse(text, beta=1.0)
+    for name in config.baselines:
+        if name not in baselines.CURVES:
+            raise ValueError(f"baselines: expected some of {', '.join(baselines.CURVES)}, found {name!r}")
     root = pathlib.Path(config.run)
     folders = {name: str(root / name / "model") for name in ("sft", "reward_model")}
     shared: dict[str, Any] = {
@@ -87,44 +95,86 @@ def run(config: Config) -> list[dict[str, Any]]:
     calibrate.run(calibrate.Config(**shared, base=folders["sft"], samples=config.table, out=str(table)))
     with np.load(table / tables.REWARDS) as found:
         own = found["reward"]
-    middle = sorted(config.kls)[len(config.kls) // 2]
-    plan = [(text, text, kl) for text in config.transforms for kl in config.kls]
-    plan += [(text, text.removeprefix("raw").strip(), middle) for text in config.ablation]
+    given: dict[str, Any] = shared | {
+        "model": folders["sft"],
+        "samples": 4,
+        "batch_size": config.prompts_per_step,
+        "steps": config.steps,
+        "learning_rate": config.learning_rate,
+        "save_every": 20,
+        "validation": 0.0,
+    }
+    plan = list(_plan(config, own))
     setting = _setting(config, folders)
     base = _draw(config, setting, setting.base)
     rows: list[dict[str, Any]] = []
-    for label, transform, kl in plan:
+    for label, kl, beta, calibrated, transform in plan:
         name = f"{label.replace(' ', '_').replace(':', '_')}_{kl:g}_{config.steps}_{config.prompts_per_step}"
-        calibrated = label in config.transforms
-        if calibrated:
-            given: dict[str, Any] = {"calibration": str(table)}
-            beta = float(infalign.match_kl(infalign.parse(transform), kl))
-        else:
-            given = {}
-            paid = infalign.parse(transform)(1 / (1 + np.exp(-own))) if transform else own
-            beta = beta_for(np.asarray(paid, np.float64), kl)
-        rl.run(
-            rl.Config(
-                **shared,
-                **given,
-                beta=beta,
-                transform=transform,
-                model=folders["sft"],
-                out=str(work / name),
-                samples=4,
-                batch_size=config.prompts_per_step,
-                steps=config.steps,
-                learning_rate=config.learning_rate,
-                save_every=20,
-                validation=0.0,
-            )
-        )
+        about: dict[str, Any] = {"reward": label, "wanted_kl": kl, "beta": beta}
+        options: dict[str, Any] = {"calibration": str(table)} if calibrated else {}
+        rl.run(rl.Config(**given, **options, beta=beta, transform=transform, out=str(work / name)))
         drawn = _draw(config, setting, models.load(str(work / name / "model"))[1])
-        row: dict[str, Any] = {"reward": label, "wanted_kl": kl, "beta": beta} | compared(drawn, base, config)
+        row = about | compared(drawn, base, config)
         rows.append(row | (_predicted(transform, row, config.n) if calibrated else {}))
+    for name in config.baselines:
+        if name == "vbon":
+            continue
+        folder = baselines.train(
+            name,
+            base=folders["sft"],
+            pairs=root / "data" / "pairs.jsonl",
+            table=table,
+            n=config.n,
+            seed=config.seed,
+            out=str(work / f"{name}_{config.n}"),
+        )
+        row = {"reward": name, "wanted_kl": None, "beta": None}
+        row |= compared(_draw(config, setting, models.load(folder)[1]), base, config)
+        rows.append(row | _predicted(baselines.CURVES[name], row, config.n))
     out = common.report(config.name, config, rows)
     _picture(config, rows, out)
     return rows
+
+
+class Run(NamedTuple):
+    """A policy for train.rl. reward: its name in the table; beta: KL weight; calibrated: whether by the table."""
+
+    reward: str
+    kl: float
+    beta: float
+    calibrated: bool
+    transform: str
+
+
+def _plan(config: Config, own: np.ndarray) -> Iterator[Run]:
+    """own: rewards [prompts,K] of base samples, which set beta where the closed form does not."""
+    with jax.enable_x64(True):
+        for text in config.transforms:
+            for kl, beta in zip(config.kls, closed_form(text, np.asarray(config.kls), config.n)[0], strict=True):
+                yield Run(text, kl, float(beta), True, text)
+    if "vbon" in config.baselines:
+        yield Run("vbon", float(np.log(config.n) - 1 + 1 / config.n), 1 / (config.n - 1), True, "log")
+    middle = sorted(config.kls)[len(config.kls) // 2]
+    for label in config.ablation:
+        transform = label.removeprefix("raw").strip()
+        paid = np.asarray(infalign.parse(transform)(1 / (1 + np.exp(-own))) if transform else own, np.float64)
+        yield Run(label, middle, beta_for(paid, middle), False, transform)
+
+
+def closed_form(text: str, kl: np.ndarray, n: int) -> tuple[np.ndarray, infalign.Curve]:
+    """(beta, curve), [KL] each, of a transform of the calibrated reward at given KL. NaN, or ValueError, beyond the KL
+    that it reaches."""
+    if infalign.needs_beta(text):
+        kind, _, its_n = text.partition(":")
+        best = kind == "bon_fp"
+        beta, _ = closed.optimum("best_of_n" if best else "worst_of_n", int(its_n), kl)
+        runs = (infalign.best_of if best else infalign.worst_of)(int(its_n))
+        found = infalign.optimal_transform(runs, np.nan_to_num(beta, nan=1.0))
+        rates = jax.device_get(infalign.curve(found.log_policy, n=n))
+        return beta, infalign.Curve(*(jnp.where(jnp.isnan(beta), jnp.nan, x) for x in rates))
+    phi = infalign.parse(text)
+    beta = np.asarray(infalign.match_kl(phi, jnp.asarray(kl)))
+    return beta, jax.device_get(infalign.tilted_curve(phi, beta, n=n))
 
 
 def beta_for(reward: np.ndarray, kl: float) -> float:
@@ -158,13 +208,15 @@ def compared(found: Drawn, base: Drawn, config: Config) -> dict[str, Any]:
 def _predicted(transform: str, row: dict[str, Any], n: int) -> dict[str, float | None]:
     """The closed form's win rates at the KL that was reached, and how far each measured one lies below (short_of_…);
     None beyond the KL that the closed form reaches."""
-    phi, names = infalign.parse(transform), ("win_rate", "best_of_n", "worst_of_n")
+    names = ("win_rate", "best_of_n", "worst_of_n")
     with jax.enable_x64(True):
         try:
-            curve = infalign.tilted_curve(phi, infalign.match_kl(phi, max(row["kl"], 1e-3)), n=n)
+            curve = closed_form(transform, np.array([max(row["kl"], 1e-3)]), n)[1]
+            found = {name: float(getattr(curve, name)[0]) for name in names}
         except ValueError:
-            return dict.fromkeys((f"predicted_{name}" for name in names), None)
-    found = {name: float(getattr(curve, name)) for name in names}
+            found = dict.fromkeys(names, float("nan"))
+    if not np.isfinite(list(found.values())).all():
+        return dict.fromkeys((f"predicted_{name}" for name in names), None)
     short = {f"short_of_{name}": value - row[name] for name, value in found.items()}
     return {f"predicted_{name}": value for name, value in found.items()} | short
 
@@ -223,8 +275,10 @@ def _pairs(tokens: np.ndarray, mask: np.ndarray) -> Any:
 
 def _picture(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     figure, panels = common.pyplot().subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-    style = {text: colours[i % 6] for i, text in enumerate((*config.transforms, *config.ablation))}
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288", "#999999", "k")
+    names = tuple(dict.fromkeys(row["reward"] for row in rows))
+    style = {text: colours[i % 10] for i, text in enumerate(names)}
+    marks = dict.fromkeys(config.transforms, "o") | dict.fromkeys(config.ablation, "s")
     titles = {
         "win_rate": "win rate",
         "best_of_n": f"win rate, best of {config.n} on both sides",
@@ -233,7 +287,7 @@ def _picture(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> N
     top = 1.25 * max(row["kl"] for row in rows)
     grid = np.linspace(0.02, top, 40)
     with jax.enable_x64(True):
-        curves = {text: _curve_of(text, grid, config.n) for text in config.transforms}
+        curves = {text: closed_form(text, grid, config.n)[1] for text in config.transforms}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for text, curve in curves.items():
             axes.plot(grid, getattr(curve, name), color=style[text], lw=1.2)
@@ -246,7 +300,7 @@ def _picture(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> N
                 [row["kl_95"] for row in mine],
                 color=colour,
                 ls="",
-                marker="o" if text in config.transforms else "s",
+                marker=marks.get(text, "^"),
                 ms=4.5,
                 capsize=2,
                 label=text,
@@ -256,11 +310,6 @@ def _picture(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> N
         axes.grid(alpha=0.25)
     panels[0].legend(frameon=False, fontsize=8.5, title="reward (lines: closed form)", title_fontsize=8.5)
     common.save(figure, out / f"{config.name}.png")
-
-
-def _curve_of(text: str, kl: np.ndarray, n: int) -> Any:
-    phi = infalign.parse(text)
-    return jax.device_get(infalign.tilted_curve(phi, infalign.match_kl(phi, jnp.asarray(kl)), n=n))
 
 
 def main(args: list[str] | None = None) -> None:

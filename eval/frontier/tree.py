@@ -96,7 +96,7 @@ def equal_kl(config: Config, log_base: Array, utility: Array, reference: Array) 
     for budget in config.budgets:
         raw, _ = answers(log_base, utility, utility, gibbs.match_kl(log_base, utility, kl=budget))
         found = {"threshold": got[_last(kl <= budget), jnp.arange(len(mean))]}
-        for name in ("raw", "mean sigmoid", "log sigmoid", "PAR", "soft threshold", "Cap"):
+        for name in ("raw", "mean sigmoid", "log sigmoid", "PAR", *common.CALIBRATED, "soft threshold", "Cap"):
             shaped = every[name](utility, reference)
             found[name], _ = answers(log_base, shaped, utility, gibbs.match_kl(log_base, shaped, kl=budget))
         for name, values in found.items():

@@ -79,7 +79,7 @@ def by_samples(config: Config, found: base.Responses) -> list[dict[str, Any]]:
     for budget in config.budgets:
         best = jnp.where((kl <= budget).any(0), 199 - (kl <= budget)[::-1].argmax(0), 0)
         policies_ = {"threshold": path[best, jnp.arange(utility.shape[0])]}
-        for name in ("raw", "Cap", "mean sigmoid", "log sigmoid", "PAR", "soft threshold"):
+        for name in ("raw", "Cap", "mean sigmoid", "log sigmoid", "PAR", *common.CALIBRATED, "soft threshold"):
             shaped = every[name](utility, utility)
             policies_[name] = gibbs.log_policy(uniform, shaped, beta=gibbs.match_kl(uniform, shaped, kl=budget))
         raw = measure(policies_["raw"], found)["gold"]

@@ -19,6 +19,7 @@ from jaxalign.infalign.curves import (
     tilted_curve,
 )
 from jaxalign.infalign.fixed_point import FixedPoint, bon_fp, optimal_reward, optimal_transform, solve, won_fp
+from jaxalign.infalign.forms import fixed_transform, needs_beta, parse
 from jaxalign.infalign.levels import (
     Sampled,
     enumerated,
@@ -40,7 +41,6 @@ from jaxalign.infalign.transforms import (
     exponential,
     identity,
     log,
-    parse,
     tabulated,
     worst_of_n_power,
 )
@@ -64,12 +64,14 @@ __all__ = [
     "distribution",
     "enumerated",
     "exponential",
+    "fixed_transform",
     "grid",
     "identity",
     "keep_best",
     "log",
     "match_kl",
     "mid_rank",
+    "needs_beta",
     "none",
     "optimal_reward",
     "optimal_transform",

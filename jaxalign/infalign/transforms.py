@@ -21,8 +21,6 @@ from jaxalign.types import Array, ArrayLike, at_least_float32
 Transform = Callable[[Array], Array]
 """Phi: calibrated rewards [...] -> rewards [...]."""
 
-FORMS = "identity, log, exp:A (A not 0), bon:N, won:N (N at least 1)"
-
 
 def identity(c: ArrayLike) -> Array:
     """Phi(c) = c: optimal for the standard win rate."""
@@ -101,26 +99,6 @@ def _check_steps(name: str, values: np.ndarray) -> None:
     slack = 4 * np.finfo(values.dtype).eps * np.abs(values[np.isfinite(values)]).max(initial=0)
     if not (np.diff(values) >= -slack).all():
         raise ValueError(f"{name}: expected values that do not decrease in c, found NaN or some that do")
-
-
-def parse(text: str) -> Transform:
-    """The transform of a command line: identity, log, exp:A, bon:N (`best_of_n_power`), won:N (`worst_of_n_power`).
-    The same text gives the same function. ValueError that lists the forms."""
-    name, colon, number = text.strip().partition(":")
-    try:
-        if name == "identity" and not colon:
-            return identity
-        if name == "log" and not colon:
-            return log
-        if name == "exp" and colon:
-            return exponential(float(number))
-        if name == "bon" and colon:
-            return best_of_n_power(int(number))
-        if name == "won" and colon:
-            return worst_of_n_power(int(number))
-    except ValueError as error:
-        raise ValueError(f"transform: expected one of {FORMS}; found {text!r} ({error})") from None
-    raise ValueError(f"transform: expected one of {FORMS}; found {text!r}")
 
 
 def _check_n(n: int) -> None:

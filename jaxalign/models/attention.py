@@ -78,6 +78,11 @@ class Places(NamedTuple):
         flat = x.reshape(-1, *x.shape[3:])
         return (flat if self.take is None else jnp.take(flat, self.take, axis=0))[None]
 
+    def pick(self, x: Array, at: Array) -> Array:
+        """[1,P,...] -> [1,B·M,...], what stands at place at [B,M] of each segment; undefined where no token does."""
+        place = jnp.arange(at.size) * self.mask.shape[2] + at.reshape(-1)
+        return jnp.take(x[0], place if self.put is None else self.put[place], axis=0)[None]
+
     def spread(self, x: Array) -> Array:
         """[1,P,...] -> [B,M,S,...]; undefined where there is no token."""
         flat = x[0] if self.put is None else jnp.take(x[0], self.put, axis=0)
@@ -95,23 +100,36 @@ def places(mask: Array, length: Array, packed: int | None) -> Places:
     return Places(mask, position, take, jnp.clip(jnp.cumsum(flat) - 1, 0, packed - 1))
 
 
-def attend(q: Array, k: Array, v: Array, cache: KeyValue, length: Array, places: Places, window: int | None) -> Array:
-    """What segments read: q [B,M,S,H,hd], k, v [B,M,S,Hkv,hd] -> [B,M,S,H·hd].
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: KeyValue,
+    length: Array,
+    places: Places,
+    window: int | None,
+    at: Array | None = None,
+) -> Array:
+    """What segments read: q [B,M,S,H,hd], k, v [B,M,S,Hkv,hd] -> [B,M,S,H·hd]; of the queries those at [B,M] alone,
+    S = 1, where they are given.
 
     A token attends to the first length [B] slots of its row's cache, which all M segments share, and to the tokens of
     its own segment up to itself; both no further back than `window`."""
     batch, count, width, _, head_dim = q.shape
+    position, order = places.position, jnp.arange(width)
+    if at is not None:
+        position, order = jnp.take_along_axis(position, at[..., None], axis=2), at[..., None]
     heads, slots = cache.k.shape[1:3]
     q = q.reshape(batch, count, width, heads, -1, head_dim).transpose(0, 3, 1, 2, 4, 5)  # [B,Hkv,M,S,G,hd]
     flat, inside = q.reshape(batch, heads, -1, head_dim), (*q.shape[:-1], slots)
     before = wide_einsum("bhqd,bhcd->bhqc", flat, cache.k).reshape(inside)
     own = wide_einsum("bhmsgd,bmthd->bhmsgt", q, k)
-    slot, order, position = jnp.arange(slots), jnp.arange(width), places.position
+    slot = jnp.arange(slots)
     seen = jnp.broadcast_to((slot < length[:, None])[:, None, None], (batch, count, width, slots))
-    allowed = places.mask[:, :, None] & (order[:, None] >= order)
+    allowed = places.mask[:, :, None] & (order[..., None] >= jnp.arange(k.shape[2]))
     if window is not None:
         seen &= slot > position[..., None] - window
-        allowed &= position[..., None] - position[:, :, None] < window
+        allowed &= position[..., None] - places.position[:, :, None] < window
     score = jnp.concatenate([before, own], axis=-1) * head_dim**-0.5
     reads = jnp.concatenate([seen, allowed], axis=-1)[:, None, :, :, None]
     weight = jax.nn.softmax(jnp.where(reads, score, NEGATIVE), axis=-1).astype(v.dtype)

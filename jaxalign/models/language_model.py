@@ -97,13 +97,27 @@ class LanguageModel:
         return self._call(params, Transformer.embed, tokens)
 
     def hidden(
-        self, params: Params, tokens: Array, *, mask: Array | None = None, embeddings: Array | None = None
+        self,
+        params: Params,
+        tokens: Array,
+        *,
+        mask: Array | None = None,
+        embeddings: Array | None = None,
+        at: Array | None = None,
     ) -> Array:
-        """Hidden states [B,L,D] after the final norm; values at padding are undefined. Arguments as `apply`."""
-        return self._encode(params, tokens, mask, embeddings)[0]
+        """Hidden states [B,L,D] after the final norm; values at padding are undefined. Arguments as `apply`.
+
+        at [B,R]: columns, from 0; hidden [B,R,D] of these alone, which saves most of the last layer. A column of -1,
+        the last token of a row without one, gives undefined values."""
+        return self._encode(params, tokens, mask, embeddings, at)[0]
 
     def _encode(
-        self, params: Params, tokens: Array, mask: Array | None, embeddings: Array | None = None
+        self,
+        params: Params,
+        tokens: Array,
+        mask: Array | None,
+        embeddings: Array | None = None,
+        at: Array | None = None,
     ) -> tuple[Array, list[KeyValue]]:
         shape = tokens.shape if embeddings is None else embeddings.shape[:2]
         mask = jnp.ones(shape, bool) if mask is None else mask.astype(bool)
@@ -111,7 +125,8 @@ class LanguageModel:
             raise ValueError(f"mask: expected the shape [B,L] of the tokens, {shape}, found {mask.shape}")
         # A pad id may lie outside the vocabulary, where a look-up gives NaN: it must not reach the real tokens.
         x = self.embed(params, jnp.where(mask, tokens, 0)) if embeddings is None else embeddings
-        return self._call(params, Transformer.__call__, x.astype(self.dtype), mask)
+        at = None if at is None else jnp.maximum(at, 0)
+        return self._call(params, Transformer.__call__, x.astype(self.dtype), mask, at)
 
     def apply(
         self, params: Params, tokens: Array, *, mask: Array | None = None, embeddings: Array | None = None
@@ -143,12 +158,11 @@ class LanguageModel:
         if capacity < tokens.shape[1]:
             raise ValueError(f"capacity: expected at least the prompt's {tokens.shape[1]} slots, found {capacity}")
         tokens, mask = mdp.compact(tokens, mask)
-        hidden, entries = self._encode(params, tokens, mask)
+        last = mdp.last_index(mask)
+        hidden, entries = self._encode(params, tokens, mask, at=last[:, None])
         room = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
         layers = tuple(KeyValue(jnp.pad(e.k, room), jnp.pad(e.v, room)) for e in entries)
-        last = mdp.last_index(mask)
-        picked = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
-        return picked, Cache(layers, last + 1)
+        return hidden[:, 0], Cache(layers, last + 1)
 
     def candidates(self, params: Params, cache: Cache, tokens: Array) -> tuple[Array, tuple[KeyValue, ...]]:
         """K alternative next tokens [B,K] in one pass over the shared prefix: (hidden [B,K,D], entries to `commit`).
@@ -174,21 +188,26 @@ class LanguageModel:
         *,
         embeddings: Array | None = None,
         packed: int | None = None,
+        at: Array | None = None,
     ) -> tuple[Array, tuple[KeyValue, ...]]:
         """M alternative continuations [B,M,S] in one pass over the shared prefix: (hidden [B,M,S,D], entries to
         `append`). The prefix is read from the cache, which is neither copied nor written.
 
         mask [B,M,S]: real tokens; hidden is undefined elsewhere. embeddings [B,M,S,D] in place of the tokens' own.
         packed: a number of tokens, at least that of the real ones, on which projections and MLPs run; all B·M·S when
-        None. NaN where more tokens were appended than the cache has slots.
+        None. at [B,M]: a place in each segment, from 0 (-1, the last token of none, gives undefined values); hidden
+        [B,M,D] there alone, which saves most of the last layer. NaN where more tokens were appended than the cache has
+        slots.
         """
         mask = mask.astype(bool)
         x = self.embed(params, jnp.where(mask, tokens, 0)) if embeddings is None else embeddings
-        at = places(mask, cache.length, packed)
-        x = at.gather(x.astype(self.dtype))
-        hidden, entries = self._call(params, Transformer.segments, x, at, cache.length, list(cache.layers))
-        lost = cache.length > cache.layers[0].k.shape[2]
-        return jnp.where(lost[:, None, None, None], jnp.nan, at.spread(hidden)), tuple(entries)
+        where = places(mask, cache.length, packed)
+        x = where.gather(x.astype(self.dtype))
+        at = None if at is None else jnp.maximum(at, 0)
+        hidden, entries = self._call(params, Transformer.segments, x, where, cache.length, list(cache.layers), at)
+        hidden = where.spread(hidden) if at is None else hidden.reshape(*at.shape, -1)
+        lost = (cache.length > cache.layers[0].k.shape[2]).reshape(-1, *(1,) * (hidden.ndim - 1))
+        return jnp.where(lost, jnp.nan, hidden), tuple(entries)
 
     def append(self, cache: Cache, entries: tuple[KeyValue, ...], mask: Array, choice: Array) -> Cache:
         """Writes the real tokens of segment choice [B] of each row into its next slots; mask [B,M,S] as in `segments`.

@@ -1,4 +1,4 @@
-"""Statistics of the logits, position by position in chunks: [B,L,V] is never kept."""
+"""Statistics of the logits, position by position in chunks: a large [B,L,V] is never kept."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ import jax.numpy as jnp
 from jaxalign import mdp
 from jaxalign.types import Array, Params, TokenBatch
 
+ALIVE = 2**26
+"""Logits that are alive together: 256 MiB of float32."""
+
 
 def chunked(f: Callable[..., Any], *arrays: Array, chunk: int) -> Any:
     """f applied to chunks of positions (axis 1) of arrays [B,L,...], its results [B,chunk,...] joined to [B,L,...].
 
-    f must treat positions independently; the last chunk is padded with zeros, whose results are dropped. Each chunk is
-    rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
+    f must treat positions independently; the last chunk is padded with zeros, whose results are dropped. Each of
+    several chunks is rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
     """
     if chunk < 1:
         raise ValueError(f"chunk: expected at least 1 position, found {chunk}")
     batch, length = arrays[0].shape[:2]
-    chunk = min(chunk, length)
+    if length <= chunk:
+        return f(*arrays)
     padding = -length % chunk
 
     def split(x: Array) -> Array:
@@ -42,15 +46,20 @@ def response_hidden(lm: Any, params: Params, prompts: TokenBatch, tokens: Array,
     """Hidden states [B,T,D] that each token of right-padded responses tokens, mask [B,T] is drawn from, in one parallel
     pass over prompts and responses."""
     joined, joined_mask, prompt_length = mdp.concatenate(prompts, tokens, mask)
-    hidden = lm.hidden(params, joined, mask=joined_mask)
     # Token t of a response is predicted at position prompt_length + t - 1 of the compacted row.
     position = prompt_length[:, None] - 1 + jnp.arange(tokens.shape[1])
-    return jnp.take_along_axis(hidden, jnp.minimum(position, joined.shape[1] - 1)[:, :, None], axis=1)
+    return lm.hidden(params, joined, mask=joined_mask, at=jnp.minimum(position, joined.shape[1] - 1))
 
 
-def token_log_prob(lm: Any, params: Params, hidden: Array, targets: Array, *, chunk: int = 64) -> Array:
-    """log pi(target|hidden) [B,L]: the target's logit minus log-sum-exp, from hidden [B,L,D] and targets [B,L]."""
+def token_log_prob(lm: Any, params: Params, hidden: Array, targets: Array, *, chunk: int | None = None) -> Array:
+    """log pi(target|hidden) [B,L]: the target's logit minus log-sum-exp, from hidden [B,L,D] and targets [B,L].
+
+    chunk: positions whose logits are alive together, and are computed again in the backward pass, unless it is all of
+    them; None: as many as make 2^26 logits (256 MiB in float32).
+    """
     chex.assert_rank([hidden, targets], [3, 2])
+    if chunk is None:
+        chunk = max(ALIVE // (targets.shape[0] * lm.vocab_size), 1)
 
     def part(hidden: Array, targets: Array) -> Array:
         logits = lm.logits(params, hidden)

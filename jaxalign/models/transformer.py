@@ -41,6 +41,15 @@ class Projection(nn.Dense):
             return y
         return y + low_rank(x, self.get_variable("lora", "a"), self.get_variable("lora", "b"))
 
+    def columns(self, x: Array, start: int, stop: int) -> Array:
+        """The columns start to stop of what `__call__` gives, for the price of these."""
+        y = x @ self.get_variable("params", "kernel")[:, start:stop]
+        if self.use_bias:
+            y += self.get_variable("params", "bias")[start:stop]
+        if not self.has_variable("lora", "a"):
+            return y
+        return y + low_rank(x, self.get_variable("lora", "a"), self.get_variable("lora", "b")[..., start:stop])
+
 
 def low_rank(x: Array, a: Array, b: Array) -> Array:
     """(x·a)·b of rows x [N,L,D], in x's type. With m stacked adapters, a [m,D,r] and b [m,r,out], the rows are groups
@@ -65,6 +74,11 @@ def dense(features: int, bias: bool, dtype: Any, name: str) -> Projection:
     )
 
 
+def _pick(x: Array, at: Array) -> Array:
+    """x [B,L,...] at the columns at [B,R]: [B,R,...]."""
+    return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, optional biases, q/k norms and a sliding window."""
 
@@ -80,24 +94,35 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.norm_eps, self.dtype)
             self.k_norm = RMSNorm(c.norm_eps, self.dtype)
 
-    def project(self, x: Array, position: Array) -> tuple[Array, Array, Array]:
-        """q [B,L,H,hd], k, v [B,L,Hkv,hd], rotated."""
+    def project(self, x: Array, position: Array, at: Array | None = None) -> tuple[Array, Array, Array]:
+        """q [B,L,H,hd], k, v [B,L,Hkv,hd], rotated; of q the columns at [B,R] alone, where they are given."""
         c = self.config
-        fused = self.qkv(x)
-        heads = fused.reshape(*fused.shape[:-1], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        q, k, v = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=-2)
+        if at is None:
+            fused = self.qkv(x)
+            heads = fused.reshape(*fused.shape[:-1], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+            q, k, v = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=-2)
+            return *self.turn(q, k, position, position), v
+        width = c.num_heads * c.head_dim
+        q = self.qkv.columns(_pick(x, at), 0, width).reshape(*at.shape, c.num_heads, c.head_dim)
+        rest = self.qkv.columns(x, width, self.qkv.features).reshape(*x.shape[:-1], 2 * c.num_kv_heads, c.head_dim)
+        k, v = jnp.split(rest, 2, axis=-2)
+        return *self.turn(q, k, _pick(position, at), position), v
+
+    def turn(self, q: Array, k: Array, query_position: Array, position: Array) -> tuple[Array, Array]:
+        c = self.config
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, position, c.rope), rotate(k, position, c.rope), v
+        return rotate(q, query_position, c.rope), rotate(k, position, c.rope)
 
-    def __call__(self, x: Array, position: Array, allowed: Array) -> tuple[Array, KeyValue]:
-        """Rows of L tokens attend to each other where allowed [B,L,L] (query, key)."""
+    def __call__(self, x: Array, position: Array, allowed: Array, at: Array | None = None) -> tuple[Array, KeyValue]:
+        """Rows of L tokens attend to each other where allowed [B,L,L] (query, key): all of them, or those at [B,R]."""
         c = self.config
-        q, k, v = self.project(x, position)
+        q, k, v = self.project(x, position, at)
         if self.window is not None:
             distance = position[:, :, None] - position[:, None, :]
             allowed = allowed & (distance < self.window)
-        batch, length = x.shape[:2]
+        allowed = allowed if at is None else _pick(allowed, at)
+        batch, length = q.shape[:2]
         q = q.reshape(batch, length, c.num_kv_heads, -1, c.head_dim)
         score = wide_einsum("blgrd,bmgd->bgrlm", q, k) * c.head_dim**-0.5
         score = jnp.where(allowed[:, None, None], score, NEGATIVE)
@@ -143,14 +168,21 @@ class Attention(nn.Module):
         mixed = jnp.einsum("bgqs,bgsd->bgqd", weight.astype(cache.v.dtype), cache.v)
         return self.out(mixed.reshape(batch, 1, -1)), cache
 
-    def segments(self, x: Array, places: Places, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
-        """Continuations of the cache's first `length` [B] slots, x [1,P,D] their packed tokens: each token attends to
-        the cache of its row and to its own segment up to itself. Entries [B,M,Hkv,S,hd]; zeros where there is none."""
-        q, k, v = (places.spread(part) for part in self.project(x, places.gather(places.position)))
+    def segments(
+        self, x: Array, places: Places, length: Array, cache: KeyValue, at: Array | None
+    ) -> tuple[Array, KeyValue]:
+        """Continuations of the cache's first `length` [B] slots, x [1,P,D] their packed tokens: each token, or the one
+        at [B,M] of each, attends to the cache of its row and to its own segment up to itself. [1,P,D] or [1,B·M,D],
+        and entries [B,M,Hkv,S,hd], zeros where there is none."""
+        position = places.gather(places.position)
+        index = None if at is None else places.pick(jnp.arange(x.shape[1])[None], at)
+        q, k, v = self.project(x, position, index)
+        q = places.spread(q) if at is None else q.reshape(*at.shape, 1, *q.shape[2:])
         # What stands at no token is another row's: not even its NaN may come through.
-        k, v = (jnp.where(places.mask[..., None, None], part, 0) for part in (k, v))
-        mixed = attend(q, k, v, cache, length, places, self.window)
-        return self.out(places.gather(mixed)), KeyValue(k.swapaxes(2, 3), v.swapaxes(2, 3))
+        k, v = (jnp.where(places.mask[..., None, None], places.spread(part), 0) for part in (k, v))
+        mixed = attend(q, k, v, cache, length, places, self.window, at)
+        mixed = places.gather(mixed) if at is None else mixed.reshape(1, at.size, -1)
+        return self.out(mixed), KeyValue(k.swapaxes(2, 3), v.swapaxes(2, 3))
 
     def _seen(self, cache: KeyValue, length: Array) -> Array:
         """Slots [B,S] that a token at position `length` may attend to, its own included."""
@@ -180,17 +212,19 @@ class Layer(nn.Module):
         gate, up = jnp.split(self.gate_up(self.mlp_norm(x)), 2, axis=-1)
         return x + self.down(jax.nn.silu(gate) * up)
 
-    def __call__(self, x: Array, position: Array, allowed: Array) -> tuple[Array, KeyValue]:
-        mixed, entries = self.attention(self.attention_norm(x), position, allowed)
-        return self.mlp(x + mixed), entries
+    def __call__(self, x: Array, position: Array, allowed: Array, at: Array | None = None) -> tuple[Array, KeyValue]:
+        mixed, entries = self.attention(self.attention_norm(x), position, allowed, at)
+        return self.mlp((x if at is None else _pick(x, at)) + mixed), entries
 
     def extend(self, x: Array, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
         mixed, entries = self.attention.extend(self.attention_norm(x), length, cache)
         return self.mlp(x + mixed), entries
 
-    def segments(self, x: Array, places: Places, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
-        mixed, entries = self.attention.segments(self.attention_norm(x), places, length, cache)
-        return self.mlp(x + mixed), entries
+    def segments(
+        self, x: Array, places: Places, length: Array, cache: KeyValue, at: Array | None
+    ) -> tuple[Array, KeyValue]:
+        mixed, entries = self.attention.segments(self.attention_norm(x), places, length, cache, at)
+        return self.mlp((x if at is None else places.pick(x, at)) + mixed), entries
 
     def append(self, x: Array, length: Array, slot: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
         mixed, cache = self.attention.append(self.attention_norm(x), length, slot, cache)
@@ -218,14 +252,17 @@ class Transformer(nn.Module):
     def embed(self, tokens: Array) -> Array:
         return jnp.take(self.embedding, tokens, axis=0)
 
-    def __call__(self, x: Array, mask: Array) -> tuple[Array, list[KeyValue]]:
-        """x [B,L,D] embeddings, mask [B,L] -> (hidden [B,L,D], keys and values per layer [B,Hkv,L,hd])."""
+    def __call__(self, x: Array, mask: Array, at: Array | None = None) -> tuple[Array, list[KeyValue]]:
+        """x [B,L,D] embeddings, mask [B,L] -> (hidden [B,L,D], keys and values per layer [B,Hkv,L,hd]).
+
+        at [B,R]: columns; hidden [B,R,D] of these alone. The last layer then takes of all others no more than their
+        keys and values."""
         position = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         order = jnp.arange(x.shape[1])
         allowed = mask[:, None, :] & (order[:, None] >= order[None, :])
         entries = []
-        for layer in self.layers:
-            x, entry = layer(x, position, allowed)
+        for i, layer in enumerate(self.layers):
+            x, entry = layer(x, position, allowed, at if i == len(self.layers) - 1 else None)
             entries.append(entry)
         return self.norm(x), entries
 
@@ -237,11 +274,14 @@ class Transformer(nn.Module):
             entries.append(entry)
         return self.norm(x), entries
 
-    def segments(self, x: Array, places: Places, length: Array, caches: list[KeyValue]) -> tuple[Array, list[KeyValue]]:
-        """x [1,P,D] packed embeddings of continuations of length [B] slots -> (hidden [1,P,D], entries per layer)."""
+    def segments(
+        self, x: Array, places: Places, length: Array, caches: list[KeyValue], at: Array | None = None
+    ) -> tuple[Array, list[KeyValue]]:
+        """x [1,P,D] packed embeddings of continuations of length [B] slots -> (hidden [1,P,D], entries per layer); at
+        [B,M], a place in each: hidden [1,B·M,D] there alone."""
         entries = []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, entry = layer.segments(x, places, length, cache)
+        for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            x, entry = layer.segments(x, places, length, cache, at if i == len(self.layers) - 1 else None)
             entries.append(entry)
         return self.norm(x), entries
 

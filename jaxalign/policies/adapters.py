@@ -105,10 +105,9 @@ def adapters(lm: Any, m: int) -> Policy:
     def log_prob(params: Params, prompts: Prompts, tokens: Array, mask: Array) -> Completions:
         weights = weights_of(params, tokens.shape[0])
         text, text_mask, length = mdp.concatenate(rows_of(prompts), *repeat_rows((tokens, mask), 1 + m))
-        hidden = lm.hidden(joined(params), text, mask=text_mask)
         # Token t of a response is predicted at position length + t - 1 of the compacted row.
         position = jnp.minimum(length[:, None] - 1 + jnp.arange(tokens.shape[1]), text.shape[1] - 1)
-        hidden = jnp.take_along_axis(hidden, position[:, :, None], axis=1)
+        hidden = lm.hidden(joined(params), text, mask=text_mask, at=position)
 
         def part(hidden: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:
             output = combine(params, hidden, weights[:, None])

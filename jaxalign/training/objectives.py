@@ -224,9 +224,9 @@ def group_rewards(lm: Any, params: Params, batch: Any) -> Array:
 
 def rewards_of(lm: Any, params: Params, batch: Any) -> Array:
     """r(x,y) [b] at the last real token."""
-    hidden = lm.hidden(params, batch["tokens"], mask=batch["mask"])
-    last = mdp.last_index(batch["mask"])
-    return lm.head(params, jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0])[:, 0]
+    last = mdp.last_index(batch["mask"])[:, None]
+    hidden = lm.hidden(params, batch["tokens"], mask=batch["mask"], at=last)
+    return lm.head(params, hidden)[:, 0, 0]
 
 
 def log_likelihoods(lm: Any, params: Params, batch: Any) -> Array:

@@ -1,0 +1,62 @@
+"""Transformations by the names that command lines and configuration files give them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+
+from jaxalign.checks import check_positive
+from jaxalign.infalign import curves, transforms
+from jaxalign.infalign.fixed_point import optimal_transform
+from jaxalign.infalign.procedures import Procedure, best_of, worst_of
+from jaxalign.infalign.transforms import Transform
+
+FORMS = "identity, log, exp:A (A not 0), bon:N, won:N (N at least 1), and for a beta bon_fp:N, won_fp:N"
+RESIDUAL = 1e-6
+"""Of a fixed point that is taken for solved [nats]."""
+
+
+def parse(text: str, *, beta: float | None = None) -> Transform:
+    """The transform of a command line: identity, log, exp:A, bon:N (`best_of_n_power`), won:N (`worst_of_n_power`);
+    for KL weight beta also bon_fp:N and won_fp:N, the optimum for best-of-N and worst-of-N (`fixed_transform`).
+    The same text gives the same function. ValueError that lists the forms."""
+    name, colon, number = text.strip().partition(":")
+    try:
+        if name == "identity" and not colon:
+            return transforms.identity
+        if name == "log" and not colon:
+            return transforms.log
+        if name == "exp" and colon:
+            return transforms.exponential(float(number))
+        if name == "bon" and colon:
+            return transforms.best_of_n_power(int(number))
+        if name == "won" and colon:
+            return transforms.worst_of_n_power(int(number))
+        if needs_beta(text) and colon:
+            if beta is None:
+                raise ValueError("it is solved for a beta, and none was given")
+            return fixed_transform((best_of if name == "bon_fp" else worst_of)(int(number)), float(beta))
+    except ValueError as error:
+        raise ValueError(f"transform: expected one of {FORMS}; found {text!r} ({error})") from None
+    raise ValueError(f"transform: expected one of {FORMS}; found {text!r}")
+
+
+def needs_beta(text: str) -> bool:
+    """Whether the transform of that name is solved for one beta."""
+    return text.strip().partition(":")[0] in ("bon_fp", "won_fp")
+
+
+@functools.cache
+def fixed_transform(procedure: Procedure, beta: float) -> Transform:
+    """The optimal transform for a procedure at KL weight beta (`optimal_transform`) as a function of the quantile, in
+    units of the procedure's win rate: RLHF with it at the same beta maximises W^P − beta·KL. Solved in float64,
+    interpolated between the grid's points. RuntimeError where the residual stays above 1e-6 nats."""
+    check_positive("beta", beta)
+    with jax.enable_x64(True), jax.ensure_compile_time_eval():
+        found = optimal_transform(procedure, beta)
+        c, value, residual = np.asarray(curves.grid().c), np.asarray(found.reward), float(found.residual)
+    if not residual <= RESIDUAL:
+        raise RuntimeError(f"beta: no fixed point was reached at {beta:g}, the residual is {residual:.1e} nats")
+    return lambda x: transforms.tabulated(c, value)(x)
