@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.frontier import common, nudging, trained
-from jaxalign import decoding, infalign, tree
+from eval.frontier import common, nudging, predictions, trained
+from jaxalign import decoding, tree
 from tests import exact
 from train import reward_model, sft, world
 
@@ -50,45 +49,58 @@ def test_passes_count_the_prompt_once_and_gradients_twice_more():
     np.testing.assert_allclose(nudging.nudging_passes(found, np.array([3])), [10 * 3 + 3])
 
 
-def test_policies_are_compared_by_all_subsets_and_predicted_at_their_own_kl():
+def test_policies_are_compared_by_all_subsets():
     rng = np.random.default_rng(0)
     base = rng.standard_normal((50, 16))
     drawn = trained.Drawn(base + 1, base, np.full((50, 16), 0.5))
-    found = trained.compared(drawn, trained.Drawn(base, base, np.zeros((50, 16))), trained.Config(n=4))
+    each = trained.compared(drawn, trained.Drawn(base, base, np.zeros((50, 16))), trained.Config(n=4))
+    found = trained.summary({}, each)
     wins = (base[:, :, None] + 1 > base[:, None, :]).mean()
     np.testing.assert_allclose([found["win_rate"], found["kl"], found["gold_win_rate"]], [wins, 0.5, 0.5])
     assert found["best_of_n"] > found["win_rate"]
-    row = {"kl": 0.5, "win_rate": 0.7, "best_of_n": 0.85, "worst_of_n": 0.5}
-    predicted = trained._predicted("exp:10", row, 4)
-    for name, value in {
-        "predicted_win_rate": 0.7117,
-        "predicted_best_of_n": 0.8715,
-        "short_of_win_rate": 0.0117,
-    }.items():
-        assert predicted[name] == pytest.approx(value, abs=2e-4)
-    curve = trained.closed_form("identity", np.array([0.5, 1.0]), 4)[1]
+    with jax.enable_x64(True):
+        curve = predictions.closed_form("identity", np.array([0.5, 1.0]), 4)[1]
     np.testing.assert_allclose(curve.win_rate, [0.7737, 0.8646], atol=2e-4)
-    assert float(infalign.match_kl(infalign.identity, jnp.asarray(0.5))) > 0
+
+
+def test_policies_are_held_against_the_curve_at_their_own_kl_with_the_error_of_both():
+    rng = np.random.default_rng(0)
+    kl = 0.5 + 0.1 * rng.standard_normal(400)
+    kl += 0.5 - kl.mean()
+    # On the curve but for noise of its own: W = .7117 at KL .5 under exp:10 (specification), its slope from the curve.
+    with jax.enable_x64(True):
+        near = predictions.closed_form("exp:10", np.array([0.49, 0.51]), 4)[1].win_rate
+    slope = float(near[1] - near[0]) / 0.02
+    noise = 0.02 * rng.standard_normal(400)
+    win = 0.7 + slope * (kl - 0.5) + noise
+    found = predictions.at_its_kl("exp:10", {"kl": kl, "win_rate": win, "best_of_n": win, "worst_of_n": win}, 4)
+    assert found["predicted_win_rate"] == pytest.approx(0.7117, abs=2e-4)
+    assert found["predicted_best_of_n"] == pytest.approx(0.8715, abs=3e-4)
+    assert found["short_of_win_rate"] == pytest.approx(0.7117 - win.mean(), abs=2e-4)
+    # What the KL explains is no error of the distance.
+    assert found["short_of_win_rate_95"] == pytest.approx(1.96 * noise.std() / 20, rel=0.02)
+    far = dict.fromkeys(("kl", "win_rate", "best_of_n", "worst_of_n"), np.full(3, 50.0))
+    for name in ("exp:10", "bon_fp:4"):
+        assert predictions.at_its_kl(name, far, 4)["predicted_win_rate"] is None
 
 
 def test_rewards_without_calibration_are_trained_at_the_beta_of_their_mean_kl():
     """Gaussian rewards: the KL of the tilt is about (sigma/beta)²/2 for a small one."""
     reward = np.random.default_rng(1).standard_normal((100, 2000))
-    assert trained.beta_for(reward, 0.02) == pytest.approx(5.0, rel=0.02)
-    assert trained.beta_for(3 * reward, 0.02) == pytest.approx(15.0, rel=0.02)
+    assert predictions.beta_for(reward, 0.02) == pytest.approx(5.0, rel=0.02)
+    assert predictions.beta_for(3 * reward, 0.02) == pytest.approx(15.0, rel=0.02)
 
 
 def test_closed_forms_are_at_the_wanted_kl_and_the_fixed_point_is_ahead_of_every_other():
     kl = np.array([0.25, 0.5])
     with jax.enable_x64(True):
-        found = {text: trained.closed_form(text, kl, 4)[1] for text in ("identity", "exp:10", "bon_fp:4")}
+        found = {text: predictions.closed_form(text, kl, 4)[1] for text in ("identity", "exp:10", "bon_fp:4")}
     for curve in found.values():
         np.testing.assert_allclose(curve.kl, kl, rtol=1e-4)
+    # The specification's optimum under best of 4.
     np.testing.assert_allclose(found["bon_fp:4"].best_of_n, [0.797, 0.873], atol=6e-4)
     for text in ("identity", "exp:10"):
         assert (found["bon_fp:4"].best_of_n >= found[text].best_of_n).all()
-    row = {"kl": 50.0, "win_rate": 1.0, "best_of_n": 1.0, "worst_of_n": 1.0}  # out of reach
-    assert trained._predicted("bon_fp:4", row, 4)["predicted_win_rate"] is None
 
 
 def test_calibrated_rewards_among_the_shapings_read_ranks_alone():
@@ -116,7 +128,16 @@ def test_the_study_of_trained_policies_runs_to_its_table_and_picture(tmp_path):
     start = ("--model", str(run / "sft/model"), "--data", str(data / "pairs.jsonl"))
     reward_model.main([*start, *short, "--out", str(run / "reward_model")])
     out = tmp_path / "out"
-    options = {"kls": "0.5", "ablation": "raw", "table": "8", "n": "2", "responses": "4", "steps": "1", "limit": "6"}
+    options = {
+        "kls": "0.5",
+        "ablation": "raw",
+        "table": "8",
+        "n": "2",
+        "responses": "4",
+        "steps": "1",
+        "samples": "2",
+        "limit": "6",
+    }
     command = [text for name, value in options.items() for text in (f"--{name}", value)]
     command += ["--transforms", "identity", "won_fp:2", "--prompts-per-step", "2", "--run", str(run), "--out", str(out)]
     trained.main(command)
@@ -129,3 +150,7 @@ def test_the_study_of_trained_policies_runs_to_its_table_and_picture(tmp_path):
     assert (out / "trained.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="baselines: expected some of dpo, ipo, bonbon, vbon, found 'ppo'"):
         trained.main([*command, "--baselines", "ppo"])
+    with pytest.raises(ValueError, match="n: expected at least 2, found 1"):
+        trained.main([*command, "--n", "1"])
+    with pytest.raises(ValueError, match="kls: expected KLs that won_fp:2 reaches"):
+        trained.main([*command, "--kls", "12"])

@@ -28,7 +28,7 @@ class Config(common.Options):
     vocab: int = 32000
     """Vocabulary of the model [tokens]."""
     chunk: int | None = None
-    """Positions whose logits are alive together in ours; by default as many as make 2^26 logits."""
+    """Positions whose logits are alive together in ours; by default those of 2,048 tokens, 64 at most."""
     repeats: int = 3
     """Timed runs of each side, alternating; the median is printed."""
     layers: int = 2

@@ -8,8 +8,9 @@ from typing import Any
 from train import distil, dpo
 
 CURVES = {"dpo": "identity", "ipo": "identity", "bonbon": "log", "vbon": "log"}
-"""Baseline -> the transform whose closed form it is held against: dpo and ipo align with a reward as it is, bonbon and
-vbon distil best-of-n, whose law is the logarithm's tilt."""
+"""Baseline -> the transform whose closed form it is held against. bonbon and vbon distil best-of-n, whose law is the
+logarithm's tilt. dpo and ipo have another aim, the utility behind the pairs; the identity's curve is the most that any
+policy wins alone at their KL."""
 
 
 def train(name: str, *, base: str, pairs: pathlib.Path, table: pathlib.Path, n: int, seed: int, out: str) -> str:

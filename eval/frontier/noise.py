@@ -2,7 +2,7 @@
 
 n responses of equal base weight, gold ~ N(0,1), proxy = gold + an error: Gaussian, Student's t with 2 degrees of
 freedom, Cauchy. The leader and the follower see the proxy alone. For each gain, the threshold reward, and the other
-shapings scaled to the threshold's KL; what counts is gold.
+shapings scaled to the threshold's KL, or to the largest that they reach; what counts is gold.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def run(config: Config) -> list[dict[str, Any]]:
                 budget = gibbs.kl(policy, log_base)
                 soft = shaping.soft_threshold_reward(proxy, m, bound=1.0, sharpness=config.sharpness)
                 policies = {"threshold": policy}
-                for name, reward in (("raw", proxy), ("soft threshold", soft), ("PAR", par), ("calibrated", ranks)):
+                rank = shaping.optimal_threshold(ranks, log_base, gain=gain)
+                above = shaping.threshold_reward(ranks, rank, bound=1.0)
+                scaled = {"raw": proxy, "soft threshold": soft, "PAR": par, "calibrated": ranks}
+                for name, reward in (scaled | {"calibrated, threshold": above}).items():
                     beta = gibbs.match_kl(log_base, reward, kl=budget)
                     policies[name] = gibbs.log_policy(log_base, reward, beta=beta)
                 base = gold.mean(-1)
@@ -69,14 +72,14 @@ def run(config: Config) -> list[dict[str, Any]]:
                 for name, found in policies.items():
                     gain_in_gold = gibbs.utility(found, gold) - base
                     row = {"error": error, "gain": gain, "shaping": name}
-                    row |= common.estimate("kl", budget) | common.estimate("gold_gain", gain_in_gold)
+                    row |= common.estimate("kl", gibbs.kl(found, log_base)) | common.estimate("gold_gain", gain_in_gold)
                     row |= common.estimate("over_raw", gain_in_gold - raw)
                     row |= common.estimate("proxy_gain", gibbs.utility(found, proxy) - proxy.mean(-1))
                     rows.append(row)
     out = common.report("noise", config, rows)
     figure, panels = common.pyplot().subplots(1, 3, figsize=(13, 4), layout="constrained", sharey=True)
     for axes, error in zip(panels, ERRORS, strict=True):
-        for name in ("raw", "PAR", "calibrated", "soft threshold", "threshold"):
+        for name in ("raw", "PAR", "calibrated", "calibrated, threshold", "soft threshold", "threshold"):
             common.curve(
                 axes, [r for r in rows if r["error"] == error and r["shaping"] == name], "kl", "gold_gain", name
             )

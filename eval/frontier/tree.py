@@ -200,7 +200,7 @@ def _draw(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> None
         where = {"textcoords": "offset points", "ha": "left" if side > 0 else "right", "fontsize": 8}
         axes.annotate(text, (r["kl"], r["utility"]), (8 * side, up), **where)
     axes.set(xlabel="KL to the base [nats]", ylabel="utility")
-    axes.set_xlim(-0.05, 1.0)
+    axes.set_xlim(-0.05, 1.1)
     axes.set_title(f"decoders at beta 1, bound {config.bounds[-1]:g} (open: by a value head)", fontsize=10)
     for axes in grid.ravel():
         axes.grid(alpha=0.25)

@@ -21,7 +21,7 @@ RESIDUAL = 1e-6
 def parse(text: str, *, beta: float | None = None) -> Transform:
     """The transform of a command line: identity, log, exp:A, bon:N (`best_of_n_power`), won:N (`worst_of_n_power`);
     for KL weight beta also bon_fp:N and won_fp:N, the optimum for best-of-N and worst-of-N (`fixed_transform`).
-    The same text gives the same function. ValueError that lists the forms."""
+    The same text and beta give the same function. ValueError that lists the forms."""
     name, colon, number = text.strip().partition(":")
     try:
         if name == "identity" and not colon:
@@ -59,4 +59,5 @@ def fixed_transform(procedure: Procedure, beta: float) -> Transform:
         c, value, residual = np.asarray(curves.grid().c), np.asarray(found.reward), float(found.residual)
     if not residual <= RESIDUAL:
         raise RuntimeError(f"beta: no fixed point was reached at {beta:g}, the residual is {residual:.1e} nats")
+    # Arrays of the type that is the default where it is called, not of float64 here.
     return lambda x: transforms.tabulated(c, value)(x)

@@ -79,14 +79,25 @@ class Places(NamedTuple):
         return (flat if self.take is None else jnp.take(flat, self.take, axis=0))[None]
 
     def pick(self, x: Array, at: Array) -> Array:
-        """[1,P,...] -> [1,B·M,...], what stands at place at [B,M] of each segment; undefined where no token does."""
+        """[1,P,...] -> [1,B·M,...], what stands at place at [B,M] of each segment; 0 where no token does."""
+        flat = jnp.take(x[0], self.packed(at)[0], axis=0)
+        return blank(flat, jnp.take_along_axis(self.mask, at[..., None], axis=2).reshape(-1))[None]
+
+    def packed(self, at: Array) -> Array:
+        """The packed numbers [1,B·M] of places at [B,M]; another token's where none stands."""
         place = jnp.arange(at.size) * self.mask.shape[2] + at.reshape(-1)
-        return jnp.take(x[0], place if self.put is None else self.put[place], axis=0)[None]
+        return (place if self.put is None else self.put[place])[None]
 
     def spread(self, x: Array) -> Array:
-        """[1,P,...] -> [B,M,S,...]; undefined where there is no token."""
+        """[1,P,...] -> [B,M,S,...]; 0 where there is no token."""
         flat = x[0] if self.put is None else jnp.take(x[0], self.put, axis=0)
-        return flat.reshape(*self.mask.shape, *x.shape[2:])
+        return blank(flat.reshape(*self.mask.shape, *x.shape[2:]), self.mask)
+
+
+def blank(x: Array, there: Array) -> Array:
+    """x [...,*] where there [...], else 0. What a packed pass gives for no token is another row's: not even its NaN may
+    come through, nor that of one's own gradient go there."""
+    return jnp.where(there.reshape(*there.shape, *(1,) * (x.ndim - there.ndim)), x, 0)
 
 
 def places(mask: Array, length: Array, packed: int | None) -> Places:
@@ -110,8 +121,8 @@ def attend(
     window: int | None,
     at: Array | None = None,
 ) -> Array:
-    """What segments read: q [B,M,S,H,hd], k, v [B,M,S,Hkv,hd] -> [B,M,S,H·hd]; of the queries those at [B,M] alone,
-    S = 1, where they are given.
+    """What segments read: q [B,M,S,H,hd], k, v [B,M,S,Hkv,hd] -> [B,M,S,H·hd]. With at [B,M], one query of each segment
+    alone: q [B,M,1,H,hd] -> [B,M,1,H·hd].
 
     A token attends to the first length [B] slots of its row's cache, which all M segments share, and to the tokens of
     its own segment up to itself; both no further back than `window`."""

@@ -107,8 +107,8 @@ class LanguageModel:
     ) -> Array:
         """Hidden states [B,L,D] after the final norm; values at padding are undefined. Arguments as `apply`.
 
-        at [B,R]: columns, from 0; hidden [B,R,D] of these alone, which saves most of the last layer. A column of -1,
-        the last token of a row without one, gives undefined values."""
+        at [B,R]: columns in [0, L); hidden [B,R,D] of these alone, which saves most of the last layer. A column of -1,
+        the last token of a row without one, gives undefined values, one past the end NaN."""
         return self._encode(params, tokens, mask, embeddings, at)[0]
 
     def _encode(
@@ -126,7 +126,11 @@ class LanguageModel:
         # A pad id may lie outside the vocabulary, where a look-up gives NaN: it must not reach the real tokens.
         x = self.embed(params, jnp.where(mask, tokens, 0)) if embeddings is None else embeddings
         at = None if at is None else jnp.maximum(at, 0)
-        return self._call(params, Transformer.__call__, x.astype(self.dtype), mask, at)
+        few = None if at is None or 2 * at.shape[1] > shape[1] else at  # else more is copied than saved
+        hidden, entries = self._call(params, Transformer.__call__, x.astype(self.dtype), mask, few)
+        if at is not None and few is None:
+            hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+        return hidden, entries
 
     def apply(
         self, params: Params, tokens: Array, *, mask: Array | None = None, embeddings: Array | None = None
@@ -204,8 +208,12 @@ class LanguageModel:
         where = places(mask, cache.length, packed)
         x = where.gather(x.astype(self.dtype))
         at = None if at is None else jnp.maximum(at, 0)
-        hidden, entries = self._call(params, Transformer.segments, x, where, cache.length, list(cache.layers), at)
-        hidden = where.spread(hidden) if at is None else hidden.reshape(*at.shape, -1)
+        few = None if at is None or 2 * at.size > x.shape[1] else at  # else more is copied than saved
+        hidden, entries = self._call(params, Transformer.segments, x, where, cache.length, list(cache.layers), few)
+        if at is None:
+            hidden = where.spread(hidden)
+        else:
+            hidden = (where.pick(hidden, at) if few is None else hidden).reshape(*at.shape, -1)
         lost = (cache.length > cache.layers[0].k.shape[2]).reshape(-1, *(1,) * (hidden.ndim - 1))
         return jnp.where(lost, jnp.nan, hidden), tuple(entries)
 

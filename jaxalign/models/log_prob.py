@@ -1,4 +1,4 @@
-"""Statistics of the logits, position by position in chunks: a large [B,L,V] is never kept."""
+"""Statistics of the logits, position by position in chunks: [B,L,V] is never kept."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ import jax.numpy as jnp
 from jaxalign import mdp
 from jaxalign.types import Array, Params, TokenBatch
 
-ALIVE = 2**26
-"""Logits that are alive together: 256 MiB of float32."""
+TOKENS = 2048
+"""Tokens whose logits are alive together, at a vocabulary of 32,000 a quarter of a GB."""
 
 
-def chunked(f: Callable[..., Any], *arrays: Array, chunk: int) -> Any:
+def chunked(f: Callable[..., Any], *arrays: Array, chunk: int | None = None) -> Any:
     """f applied to chunks of positions (axis 1) of arrays [B,L,...], its results [B,chunk,...] joined to [B,L,...].
+    chunk: at most so many positions; None: 64, or fewer, so that a batch has no more than 2048 tokens in a chunk.
 
-    f must treat positions independently; the last chunk is padded with zeros, whose results are dropped. Each of
-    several chunks is rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
+    f must treat positions independently; the last chunk is padded with zeros, whose results are dropped. Each chunk is
+    rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
     """
+    batch, length = arrays[0].shape[:2]
+    if chunk is None:
+        chunk = min(max(TOKENS // max(batch, 1), 1), 64)
     if chunk < 1:
         raise ValueError(f"chunk: expected at least 1 position, found {chunk}")
-    batch, length = arrays[0].shape[:2]
-    if length <= chunk:
-        return f(*arrays)
+    # As many chunks as it takes, of one size: the padding is less than a position for each.
+    chunk = -(-length // -(-length // chunk)) if length else 1
     padding = -length % chunk
 
     def split(x: Array) -> Array:
@@ -52,14 +55,9 @@ def response_hidden(lm: Any, params: Params, prompts: TokenBatch, tokens: Array,
 
 
 def token_log_prob(lm: Any, params: Params, hidden: Array, targets: Array, *, chunk: int | None = None) -> Array:
-    """log pi(target|hidden) [B,L]: the target's logit minus log-sum-exp, from hidden [B,L,D] and targets [B,L].
-
-    chunk: positions whose logits are alive together, and are computed again in the backward pass, unless it is all of
-    them; None: as many as make 2^26 logits (256 MiB in float32).
-    """
+    """log pi(target|hidden) [B,L]: the target's logit minus log-sum-exp, from hidden [B,L,D] and targets [B,L]; chunk
+    as in `chunked`."""
     chex.assert_rank([hidden, targets], [3, 2])
-    if chunk is None:
-        chunk = max(ALIVE // (targets.shape[0] * lm.vocab_size), 1)
 
     def part(hidden: Array, targets: Array) -> Array:
         logits = lm.logits(params, hidden)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxalign.models.attention import KeyValue, Places, attend, rotate, wide_einsum, write_slot
+from jaxalign.models.attention import KeyValue, Places, attend, blank, rotate, wide_einsum, write_slot
 from jaxalign.models.config import Config
 from jaxalign.types import NEGATIVE, Array, at_least_float32
 
@@ -43,9 +43,11 @@ class Projection(nn.Dense):
 
     def columns(self, x: Array, start: int, stop: int) -> Array:
         """The columns start to stop of what `__call__` gives, for the price of these."""
-        y = x @ self.get_variable("params", "kernel")[:, start:stop]
-        if self.use_bias:
-            y += self.get_variable("params", "bias")[start:stop]
+        bias = self.get_variable("params", "bias") if self.use_bias else None
+        x, kernel, bias = self.promote_dtype(x, self.get_variable("params", "kernel"), bias, dtype=self.dtype)
+        y = x @ kernel[:, start:stop]
+        if bias is not None:
+            y += bias[start:stop]
         if not self.has_variable("lora", "a"):
             return y
         return y + low_rank(x, self.get_variable("lora", "a"), self.get_variable("lora", "b")[..., start:stop])
@@ -109,6 +111,7 @@ class Attention(nn.Module):
         return *self.turn(q, k, _pick(position, at), position), v
 
     def turn(self, q: Array, k: Array, query_position: Array, position: Array) -> tuple[Array, Array]:
+        """q, k after their norms and the rotation, each at its positions."""
         c = self.config
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -175,11 +178,13 @@ class Attention(nn.Module):
         at [B,M] of each, attends to the cache of its row and to its own segment up to itself. [1,P,D] or [1,B·M,D],
         and entries [B,M,Hkv,S,hd], zeros where there is none."""
         position = places.gather(places.position)
-        index = None if at is None else places.pick(jnp.arange(x.shape[1])[None], at)
-        q, k, v = self.project(x, position, index)
-        q = places.spread(q) if at is None else q.reshape(*at.shape, 1, *q.shape[2:])
-        # What stands at no token is another row's: not even its NaN may come through.
-        k, v = (jnp.where(places.mask[..., None, None], places.spread(part), 0) for part in (k, v))
+        q, k, v = self.project(x, position, None if at is None else places.packed(at))
+        if at is None:
+            q = places.spread(q)
+        else:
+            there = jnp.take_along_axis(places.mask, at[..., None], axis=2)
+            q = blank(q.reshape(*there.shape, *q.shape[2:]), there)
+        k, v = places.spread(k), places.spread(v)
         mixed = attend(q, k, v, cache, length, places, self.window, at)
         mixed = places.gather(mixed) if at is None else mixed.reshape(1, at.size, -1)
         return self.out(mixed), KeyValue(k.swapaxes(2, 3), v.swapaxes(2, 3))

@@ -114,7 +114,7 @@ def adapters(lm: Any, m: int) -> Policy:
             own, ref = (jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0] for x in output[:2])
             return own, ref, output.log_norm, gibbs.kl(output.log_prob, output.log_prob_ref)
 
-        found = models.chunked(part, jnp.moveaxis(grouped(hidden), 1, 2), tokens, chunk=64)
+        found = models.chunked(part, jnp.moveaxis(grouped(hidden), 1, 2), tokens)
         own, ref, norm, kl = (jnp.where(mask, x, 0) for x in found)
         rows = jnp.zeros(tokens.shape[:1], bool)
         return Completions(tokens, mask, own, ref, norm, kl, rows, ~rows, ~rows)

@@ -182,7 +182,7 @@ def values_of(lm: Any, params: Params, hidden: Array, tokens: Array) -> Array:
     def read(hidden: Array, following: Array) -> Array:
         return jnp.take_along_axis(lm.head(params, hidden), following[..., None], axis=-1)[..., 0]
 
-    return jnp.pad(models.chunked(read, hidden[:, :-1], tokens[:, 1:], chunk=64), ((0, 0), (1, 0)))
+    return jnp.pad(models.chunked(read, hidden[:, :-1], tokens[:, 1:]), ((0, 0), (1, 0)))
 
 
 def _expected_next(lm: Any, params: Params, base: Any, frozen: Params, hidden: Array, below: Array) -> Array:
@@ -192,7 +192,7 @@ def _expected_next(lm: Any, params: Params, base: Any, frozen: Params, hidden: A
     def read(hidden: Array, below: Array) -> Array:
         return losses.expected_next(lm.head(params, hidden), jax.nn.log_softmax(base.logits(frozen, below)))
 
-    return jax.lax.stop_gradient(models.chunked(read, jax.lax.stop_gradient(hidden), below, chunk=64))
+    return jax.lax.stop_gradient(models.chunked(read, jax.lax.stop_gradient(hidden), below))
 
 
 def stackelberg(lm: Any, *, beta: float) -> Loss:
