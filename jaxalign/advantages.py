@@ -25,6 +25,17 @@ def token_rewards(reward: Array, log_ratio: Array, mask: Array, *, beta: ArrayLi
     return paid + jnp.where(last, at_least_float32(reward)[:, None], 0)
 
 
+def following(kl: Array, mask: Array) -> Array:
+    """k_{t+1} [b,T] from the KL k_t = KL(pi(·|s_t)‖pi_ref(·|s_t)) [b,T] of the states that tokens are drawn from: what
+    the draw of y_t leads to at once; 0 after the last token."""
+    return jnp.pad(jnp.where(mask, at_least_float32(kl), 0)[:, 1:], ((0, 0), (0, 1)))
+
+
+def to_come(cost: Array) -> Array:
+    """Σ_{t' >= t} cost_t' [b,T]."""
+    return jnp.cumsum(cost[:, ::-1], axis=1)[:, ::-1]
+
+
 def gae(reward: Array, value: Array, mask: Array, *, discount: float = 1.0, decay: float = 0.95) -> tuple[Array, Array]:
     """Generalised advantage estimates and the returns that a value is fitted to, both [b,T] (arXiv 1506.02438, eq. 16):
 

@@ -29,7 +29,7 @@ from jaxalign.data import batches, preferences
 from jaxalign.training import objectives, policy_gradient
 from jaxalign.types import Params, TokenBatch
 from train import common, lora, rl_reward
-from train.rl_iteration import Learner, State, make_iteration, weights
+from train.rl_iteration import Learner, State, make_iteration, read_both, weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,10 @@ class Config(rl_reward.Options, lora.Options):
     algorithm: Literal["rloo", "grpo", "ppo"] = "rloo"
     """rloo: rewards against the mean of the prompt's other samples; grpo: standardised within the group; ppo:
     generalised advantages with a value head, which is trained along."""
-    kl: Literal["reward", "k2", "k3"] = "reward"
+    kl: Literal["reward", "k2", "k3", "exact"] = "reward"
     """Where the KL enters. reward: beta·log(pi/pi_ref) is taken off the reward; k2, k3: a term of the loss. k3 is the
-    one of GRPO's paper; its optimum is not the Gibbs policy."""
+    one of GRPO's paper; its optimum is not the Gibbs policy. exact: summed over the vocabulary at each token, with less
+    noise, for a pass of the reference with each update."""
     beta: float = 0.1
     """KL weight [units of the transformed reward per nat]; with --target-kl where it starts."""
     target_kl: float = 0.0
@@ -213,7 +214,7 @@ def _train(
         jnp.asarray(config.beta, jnp.float32),
         jnp.zeros(2, jnp.int32),
     )
-    loss = policy_gradient.loss(learner.method, policy_gradient.of_model(learner.lm))
+    loss = policy_gradient.loss(learner.method, policy_gradient.of_model(learner.lm), read_both(learner))
 
     def assembled(params: Params, rows: Any, frozen: Params) -> Any:
         return loss(learner.assemble(params, frozen), rows, frozen)

@@ -64,12 +64,21 @@ def weights(lm: models.LanguageModel, assemble: Any, params: Params, frozen: Par
     return objectives.cast(lm, assemble(params, frozen))
 
 
+def read_both(learner: Learner) -> policy_gradient.ReadBoth | None:
+    """What the exact KL is read by; None for the estimates of it."""
+    if learner.method.kl != "exact":
+        return None
+    read = policy_gradient.of_models(learner.lm, learner.reference)
+    return lambda params, frozen, rows: read(params, frozen["reference"], rows)
+
+
 def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, float]], None] | None = None) -> Any:
     """(state, batch, frozen) -> (state, metrics): one roll-out and the updates on it, for `training.fit`. after: told
     the seconds of roll-out and update, which waits for both: benchmarks."""
     config = learner.config
     read_model, read_reference = policy_gradient.of_model(learner.lm), policy_gradient.of_model(learner.reference)
     reference = lambda frozen, rows: read_reference(frozen["reference"], rows)[0]  # noqa: E731
+    both = read_both(learner)
 
     # Not the key of new weights or adapters.
     streams = jax.random.fold_in(jax.random.key(config.seed), 3)
@@ -81,7 +90,7 @@ def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, 
         """(parts of every pass, metrics), of the first `length` tokens of each response."""
         whole, drawn = learner.assemble(params, frozen), policy_gradient.trim(drawn, length)
         rows, metrics = policy_gradient.prepare(
-            learner.method, read_model, reference, whole, frozen, prompts, drawn, beta
+            learner.method, read_model, reference, whole, frozen, prompts, drawn, beta, both=both
         )
         counts = {"minibatches": config.minibatches, "accumulate": config.accumulate}
         order = [jax.random.fold_in(rng, i) for i in range(config.passes)]

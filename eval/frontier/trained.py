@@ -31,11 +31,11 @@ class Config(common.Options):
     run: str = "runs/quickstart"
     """Folder with data/prompts.jsonl, data/held_out.jsonl, data/pairs.jsonl, sft/model and reward_model/model, as
     train.quickstart leaves it; trained policies are kept in its trained/."""
-    transforms: tuple[str, ...] = ("identity", "exp:10", "exp:-10")
+    transforms: tuple[str, ...] = ("identity", "exp:5", "exp:-5")
     """Transforms of the calibrated reward; bon_fp:N and won_fp:N are the optimum for best-of-N and worst-of-N."""
     kls: tuple[float, ...] = (0.25, 0.5, 1.0)
     """KL of each policy to the base [nats]."""
-    ablation: tuple[str, ...] = ("raw", "raw exp:10")
+    ablation: tuple[str, ...] = ("raw", "raw exp:5")
     """Rewards without calibration, trained at the middle KL: raw, or raw and a transform (of its sigmoid)."""
     baselines: tuple[str, ...] = ("dpo", "ipo", "bonbon", "vbon")
     """Of dpo, ipo (from the pairs), bonbon (from the table's samples, best of --n) and vbon (RL with the logarithm at

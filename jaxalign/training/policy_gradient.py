@@ -17,13 +17,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxalign import advantages, decoding, losses, models
+from jaxalign import advantages, decoding, gibbs, losses, models
 from jaxalign.training.objectives import cast
 from jaxalign.training.step import Loss, Measured
 from jaxalign.types import Array, Params, Policy, Reward, Selection, TokenBatch, at_least_float32, repeat_rows
 
 Read = Callable[[Params, Any], tuple[Array, Array | None]]
 """(params, rows) -> (log pi(y_t) [b,T], V(s_t) [b,T] before each token, or None)."""
+
+ReadBoth = Callable[[Params, Params, Any], tuple[Array, Array | None, Array, Array]]
+"""(params, frozen, rows) -> (log pi(y_t), V(s_t) or None, log pi_ref(y_t), KL(pi(·|s_t)‖pi_ref(·|s_t)) over the
+vocabulary in nats), [b,T] each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,20 +37,22 @@ class Method:
     algorithm: "rloo", rewards against the mean of the prompt's other samples; "grpo", the group's rewards standardised,
       so that beta weighs the KL against rewards of unit spread; "ppo", generalised advantages with a value head.
     kl: "reward", beta·log(pi/pi_ref) is taken off the reward: right in the mean; "k2" and "k3": a term of the loss
-      (`losses.kl_penalty`); k3 is the one of GRPO's paper and leads to another optimum.
+      (`losses.kl_penalty`); k3 is the one of GRPO's paper and leads to another optimum. "exact": the sum over the
+      vocabulary at each state, in the loss as it stands and, for the states that a token leads to, off its advantage:
+      right in the mean, and without the noise of which token was drawn (arXiv 2504.10637). Ratios are of tokens.
     clip: of the ratios; of a token, for "rloo" of the whole response.
     decay, value_weight, value_clip: of PPO's advantages and value loss.
     """
 
     algorithm: Literal["rloo", "grpo", "ppo"] = "rloo"
-    kl: Literal["reward", "k2", "k3"] = "reward"
+    kl: Literal["reward", "k2", "k3", "exact"] = "reward"
     clip: float = 0.2
     decay: float = 0.95
     value_weight: float = 0.1
     value_clip: float = math.inf
 
     def __post_init__(self) -> None:
-        for name, allowed in (("algorithm", ("rloo", "grpo", "ppo")), ("kl", ("reward", "k2", "k3"))):
+        for name, allowed in (("algorithm", ("rloo", "grpo", "ppo")), ("kl", ("reward", "k2", "k3", "exact"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, found {getattr(self, name)!r}")
         for name, value in (("clip", self.clip), ("value_clip", self.value_clip)):
@@ -66,6 +72,27 @@ def of_model(lm: Any) -> Read:
         hidden = models.response_hidden(lm, params, prompts_of(rows), rows["tokens"], rows["mask"])
         log_prob = models.token_log_prob(lm, params, hidden, rows["tokens"])
         return log_prob, None if lm.config.head is None else lm.head(params, hidden)[..., 0]
+
+    return read
+
+
+def of_models(lm: Any, reference: Any) -> ReadBoth:
+    """Of a model and its reference, whose parameters are `frozen`; logits of both in chunks."""
+
+    def read(params: Params, frozen: Params, rows: Any) -> tuple[Array, Array | None, Array, Array]:
+        params, frozen = cast(lm, params), cast(reference, frozen)
+        asked, tokens = prompts_of(rows), rows["tokens"]
+        own = models.response_hidden(lm, params, asked, tokens, rows["mask"])
+        base = jax.lax.stop_gradient(models.response_hidden(reference, frozen, asked, tokens, rows["mask"]))
+
+        def part(own: Array, base: Array, tokens: Array) -> tuple[Array, Array, Array]:
+            log_p = jax.nn.log_softmax(lm.logits(params, own))
+            log_q = jax.lax.stop_gradient(jax.nn.log_softmax(reference.logits(frozen, base)))
+            picked, below = (jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0] for x in (log_p, log_q))
+            return picked, below, gibbs.kl(log_p, log_q)
+
+        log_prob, ref, kl = models.chunked(part, own, base, tokens)
+        return log_prob, None if lm.config.head is None else lm.head(params, own)[..., 0], ref, kl
 
     return read
 
@@ -110,13 +137,17 @@ def prepare(
     prompts: TokenBatch,
     drawn: Selection,
     beta: Array,
+    *,
+    both: ReadBoth | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """(rows of B·n responses, metrics) of what `collect` drew. Pure; jit it with the first three static.
 
-    reference(frozen, rows) -> log pi_ref(y_t) [b,T]; params: the policy's, which PPO reads its values from; beta [].
-    Metrics: reward, kl (mean of log pi/pi_ref(y), and its 95 % half-width over responses), length [tokens], entropy
-    (−log pi(y)).
+    reference(frozen, rows) -> log pi_ref(y_t) [b,T]; params: the policy's, which PPO reads its values from; beta [];
+    both: for the exact KL, in place of the other two. Metrics: reward, kl (mean of log pi/pi_ref(y), or of the exact KL
+    of its states, and its 95 % half-width over responses), length [tokens], entropy (−log pi(y)). ValueError: the exact
+    KL without `both`, PPO without values.
     """
+    _check_both(method, both)
     samples, paid = drawn.samples, at_least_float32(drawn.reward)
     count, n = paid.shape
     flat = lambda x: x.reshape(count * n, *x.shape[2:])  # noqa: E731
@@ -124,17 +155,30 @@ def prepare(
     mask = flat(samples.mask)
     rows = {"prompt_tokens": beside.tokens, "prompt_mask": beside.mask, "tokens": flat(samples.tokens), "mask": mask}
     rows["old"] = jnp.where(mask, flat(samples.log_prob), 0)
-    rows["ref"] = jnp.where(mask, reference(frozen, rows), 0)
+    kl, value = None, None
+    if both is not None:
+        _, value, ref, kl = both(params, frozen, rows)
+    else:
+        ref = reference(frozen, rows)
+        if method.algorithm == "ppo":
+            _, value = read(params, rows)
+    rows["ref"] = jnp.where(mask, ref, 0)
     rows["beta"] = jnp.full(count * n, beta, jnp.float32)
     ratio = rows["old"] - rows["ref"]
     penalty = beta if method.kl == "reward" else jnp.zeros_like(beta)
+    ahead = jnp.zeros_like(ratio) if kl is None else beta * advantages.following(kl, mask)
     if method.algorithm == "ppo":
-        _, value = read(params, rows)
         if value is None:
             raise ValueError("ppo: expected a model with a value head, found none")
         rows["value"] = jnp.where(mask, value, 0)
-        each = advantages.token_rewards(flat(paid), ratio, mask, beta=penalty)
+        each = advantages.token_rewards(flat(paid), ratio, mask, beta=penalty) - ahead
         rows["advantage"], rows["returns"] = advantages.gae(each, rows["value"], mask, decay=method.decay)
+    elif kl is not None:
+        # Against the mean of the prompt's other samples at the same token, which tells nothing of this one.
+        later = advantages.to_come(ahead).reshape(count, n, -1)
+        later = jnp.moveaxis(advantages.leave_one_out(jnp.moveaxis(later, 1, 2)), 2, 1)
+        plain = advantages.leave_one_out if method.algorithm == "rloo" else advantages.group_relative
+        rows["advantage"] = flat(plain(paid))[:, None] - flat(later)
     else:
         cost = penalty * ratio.sum(axis=-1).reshape(count, n)
         if method.algorithm == "rloo":
@@ -143,7 +187,7 @@ def prepare(
             # The KL stays outside the division: in a group of equal rewards it alone would have unit spread.
             found = advantages.group_relative(paid) - advantages.leave_one_out(cost)
             rows["advantage"] = jnp.broadcast_to(flat(found)[:, None], mask.shape)
-    kl = ratio.sum(axis=-1)
+    kl = ratio.sum(axis=-1) if kl is None else jnp.where(mask, kl, 0).sum(axis=-1)
     metrics = {
         "reward": paid.mean(),
         "kl": kl.mean(),
@@ -154,16 +198,28 @@ def prepare(
     return jax.lax.stop_gradient((rows, metrics))
 
 
-def loss(method: Method, read: Read) -> Loss:
+def _check_both(method: Method, both: ReadBoth | None) -> None:
+    if (method.kl == "exact") != (both is not None):
+        raise ValueError(f"both: expected for the exact KL and for no other, found {both} for {method.kl}")
+
+
+def loss(method: Method, read: Read, both: ReadBoth | None = None) -> Loss:
     """The clipped policy-gradient loss on rows of `prepare`, with the KL term and PPO's value loss as the method says.
-    Metrics: clipped (share of ratios outside the clip), drift (mean log pi_old/pi), value_error (PPO)."""
-    whole = method.algorithm == "rloo"
+    both: as there. Metrics: clipped (share of ratios outside the clip), drift (mean log pi_old/pi), value_error
+    (PPO)."""
+    _check_both(method, both)
+    whole = method.algorithm == "rloo" and both is None
 
     def measured(params: Params, rows: Any, frozen: Params) -> Measured:
-        log_prob, value = read(params, rows)
         mask, old = rows["mask"], rows["old"]
+        if both is None:
+            log_prob, value = read(params, rows)
+        else:
+            log_prob, value, _, kl = both(params, frozen, rows)
         total = losses.policy_gradient(log_prob, old, rows["advantage"], mask, clip=method.clip, whole=whole)
-        if method.kl != "reward":
+        if both is not None:
+            total += rows["beta"].mean() * jnp.where(mask, kl, 0).sum(axis=-1).mean()
+        elif method.kl != "reward":
             total += rows["beta"].mean() * losses.kl_penalty(log_prob, rows["ref"], mask, estimator=method.kl)
         clipped = losses.clipped_ratios(log_prob, old, mask, clip=method.clip, whole=whole).mean()
         metrics = {"clipped": clipped, "drift": jnp.where(mask, old - log_prob, 0).sum(axis=-1).mean()}

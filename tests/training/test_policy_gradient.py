@@ -14,7 +14,7 @@ import pytest
 
 from jaxalign import advantages, gibbs, infalign, losses, training, tree
 from jaxalign.training import policy_gradient
-from jaxalign.types import TokenBatch
+from jaxalign.types import Completions, Selection, TokenBatch
 from tests import exact
 
 BETA = 0.5
@@ -172,6 +172,12 @@ def test_infalign_T13_the_exact_gradient_reaches_the_oracles_objective():
 
 def read_table(params: Any, rows: Any) -> Any:
     """Log-probabilities and values of tables {"policy" [S,V], "value" [S]}."""
+    log_prob, value, _, _ = read_tables(params, params["policy"], rows)
+    return log_prob, value
+
+
+def read_tables(params: Any, reference: Any, rows: Any) -> Any:
+    """As above, and of the reference's table [S,V] with the KL of each state."""
     tokens, mask = rows["tokens"], rows["mask"]
 
     def walk(node: jax.Array, token: jax.Array) -> Any:
@@ -179,8 +185,55 @@ def read_table(params: Any, rows: Any) -> Any:
 
     _, nodes = jax.lax.scan(walk, jnp.zeros(len(tokens), jnp.int32), tokens.T)
     nodes = jnp.where(mask, nodes.T, 0)
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(params["policy"])[nodes], tokens[..., None], axis=-1)[..., 0]
-    return log_prob, params["value"][nodes]
+    both = (jax.nn.log_softmax(params["policy"])[nodes], jax.nn.log_softmax(reference)[nodes])
+    own, ref = (jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0] for x in both)
+    return own, params["value"][nodes], ref, gibbs.kl(*both)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
+def test_the_mean_gradient_of_the_exact_kl_is_that_of_the_regularised_reward_with_less_noise(algorithm):
+    """`prepare` and `loss` on all pairs of responses, weighted by the policy's law: of the exact KL and of the one that
+    is taken off the reward. PPO's value is arbitrary, at decay 1."""
+    reference, reward, policy = problem()
+    params = {"policy": policy, "value": jax.random.normal(jax.random.key(5), (TREE.num_states,))}
+    tokens, mask = (jnp.asarray(x) for x in TREE.responses)
+    log_p = log_probs(policy)
+    law = jnp.exp(log_p.sum(axis=1))
+    i, j = (x.reshape(-1) for x in jnp.meshgrid(jnp.arange(M), jnp.arange(M), indexing="ij"))
+    pair = jnp.stack([i, j], axis=1)
+    zero = jnp.zeros_like(log_p)
+    drawn = Completions(tokens, mask, log_p, zero, zero, zero, mask[:, 0], mask[:, 0])
+    samples = jax.tree.map(lambda x: x[pair], drawn)
+    asked = TokenBatch(jnp.zeros((M * M, 1), jnp.int32), jnp.ones((M * M, 1), bool))
+    chosen = Selection(drawn, samples, reward[pair])
+
+    def moments(kl: str) -> tuple[jax.Array, jax.Array]:
+        """(mean, variance of a group summed over its entries) of the gradient."""
+        method = policy_gradient.Method(algorithm, kl, decay=1.0, value_weight=0.0)
+        both = read_tables if kl == "exact" else None
+        look_up = lambda frozen, rows: read_tables(params, frozen, rows)[2]  # noqa: E731
+        rows, _ = policy_gradient.prepare(
+            method, read_table, look_up, params, reference, asked, chosen, jnp.asarray(BETA), both=both
+        )
+        groups = jax.tree.map(lambda x: x.reshape(M * M, 2, *x.shape[1:]), rows)
+        loss = policy_gradient.loss(method, read_table, both)
+        each = jax.vmap(jax.grad(lambda p, r: loss(p, r, reference).loss), in_axes=(None, 0))(params, groups)["policy"]
+        weight = (law[i] * law[j])[:, None, None]
+        mean = (weight * each).sum(axis=0)
+        return -mean, (weight * (each - mean) ** 2).sum()
+
+    expected = jax.grad(objective)(policy, reference, reward)
+    found = {kl: jax.jit(moments, static_argnums=0)(kl) for kl in ("exact", "reward")}
+    for mean, _ in found.values():
+        np.testing.assert_allclose(mean, expected, atol=1e-12)
+    assert found["exact"][1] < found["reward"][1]
+
+
+def test_the_exact_kl_and_its_reader_come_together():
+    with pytest.raises(ValueError, match="both: expected for the exact KL"):
+        policy_gradient.loss(policy_gradient.Method("rloo", "exact"), read_table)
+    with pytest.raises(ValueError, match="both: expected for the exact KL"):
+        policy_gradient.loss(policy_gradient.Method("rloo", "k2"), read_table, read_tables)
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
