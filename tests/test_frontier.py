@@ -60,12 +60,19 @@ def test_at_equal_kl_nothing_beats_the_raw_reward_and_at_equal_beta_the_threshol
 
 
 def test_noise_light_tails_favour_the_raw_reward_and_heavy_ones_the_threshold(tmp_path):
-    rows = noise.run(noise.Config(out=str(tmp_path), gains=(1.0, 3.0), seeds=10))
+    rows = noise.run(noise.Config(out=str(tmp_path), gains=(1.0, 3.0, 6.0), seeds=10))
     for gain in (1.0, 3.0):
         over = {row["error"]: row for row in of(rows, gain=gain, shaping="threshold")}
         assert over["Gaussian"]["over_raw"] + over["Gaussian"]["over_raw_95"] < 0
         assert over["Student t(2)"]["over_raw"] - over["Student t(2)"]["over_raw_95"] > 0
     assert all(row["over_raw"] == 0 for row in of(rows, shaping="raw"))
+    # At a high gain the threshold follows the outliers; on the calibrated reward it does not.
+    heavy = {row["shaping"]: row for row in of(rows, gain=6.0, error="Student t(2)")}
+    ranked, plain = heavy["calibrated, threshold"], heavy["threshold"]
+    assert ranked["gold_gain"] - ranked["gold_gain_95"] > plain["gold_gain"] + plain["gold_gain_95"]
+    for row in rows:
+        (budget,) = of(rows, error=row["error"], gain=row["gain"], shaping="threshold")
+        assert row["kl"] <= budget["kl"] + 1e-3
 
 
 def test_samples_numbers_of_the_specification(tmp_path):
