@@ -145,9 +145,10 @@ def open_run(folder: str | os.PathLike[str], config: Any, *, inputs: Sequence[st
                 "name another --out, or remove that folder"
             )
     out.mkdir(parents=True, exist_ok=True)
-    write_json(known, stamps)
-    write_json(stored, values)
-    write_json(out / "versions.json", versions())
+    for path, found in ((known, stamps), (stored, values), (out / "versions.json", versions())):
+        # Another run may read this folder and keep the times of its files: what is the same is not written again.
+        if not path.exists() or json.loads(path.read_text()) != found:
+            write_json(path, found)
     return out
 
 

@@ -140,6 +140,18 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_that_is_opened_again_is_an_unchanged_input_of_others(tmp_path):
+    table, reader = tmp_path / "table", tmp_path / "reader"
+    cli.open_run(table, Config("m"))
+    cli.open_run(reader, Config("m"), inputs=[str(table)])
+    for path in table.iterdir():
+        os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**9))  # as if it had been a while ago
+    (reader / "inputs.json").unlink()
+    cli.open_run(reader, Config("m"), inputs=[str(table)])
+    cli.open_run(table, Config("m"))
+    cli.open_run(reader, Config("m"), inputs=[str(table)])
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
     cli.write_json(path, {"a": 1})

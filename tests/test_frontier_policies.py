@@ -148,6 +148,16 @@ def test_the_study_of_trained_policies_runs_to_its_table_and_picture(tmp_path):
         assert 0 <= row["win_rate"] <= 1
         assert ("predicted_win_rate" in row) == (row["reward"] != "raw")
     assert (out / "trained.png").stat().st_size > 10_000
+    # Again, with fewer baselines: what is trained is kept.
+    times = {path: path.stat().st_mtime_ns for path in run.glob("trained/*/model/*")}
+    trained.main([*command, "--baselines", "dpo"])
+    assert [row["reward"] for row in json.loads((out / "trained.json").read_text())["rows"]] == [
+        "identity",
+        "won_fp:2",
+        "raw",
+        "dpo",
+    ]
+    assert times == {path: path.stat().st_mtime_ns for path in run.glob("trained/*/model/*")}
     with pytest.raises(ValueError, match="baselines: expected some of dpo, ipo, bonbon, vbon, found 'ppo'"):
         trained.main([*command, "--baselines", "ppo"])
     with pytest.raises(ValueError, match="n: expected at least 2, found 1"):
