@@ -291,6 +291,7 @@ def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(fi
         np.testing.assert_allclose(plain.reward(plain.params, *text, index), phi(c), rtol=1e-5)
         own = phi(((base[:, None] < base[:, :, None]) + 0.5 * (base[:, None] == base[:, :, None])).mean(axis=2))
         threshold = np.asarray(shaping.optimal_threshold(own, gain=4.0))
+        np.testing.assert_allclose(shaped.params["map"]["threshold"], threshold, rtol=1e-5)
         paid = shaped.reward(shaped.params, *text, index)
         np.testing.assert_allclose(paid, 2.0 * (phi(c) > threshold), rtol=1e-6)
     assert 0 < float(paid.sum()) < 2 * PROMPTS
