@@ -32,7 +32,7 @@ class Config:
     out: str
     """Run folder: results.json, frontier.png, responses.html, and a folder per stage."""
     preset: Literal["default", "tiny"] = "default"
-    """default: the run of the README, under 8 minutes on two CPU cores; tiny: the same training and
+    """default: the run of the README, 8 minutes on two CPU cores; tiny: the same training and
     few methods in a minute and a half, too small to learn the world well."""
     seed: int = 0
     """Seed of the world, of all weights and of all draws."""
@@ -92,7 +92,7 @@ SIZES = {
             "transfer": "1",
             "edit": "1,4,16",
             "ggro": "4",
-            "smc": "2,1,0.5",
+            "smc": "1,0.5",
             "quest": "1",
             "cards": "1",
         },
