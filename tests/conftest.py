@@ -9,6 +9,8 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 
 # Before jax starts: the tests compile much and compute little. One piece for each program halves the memory maps; the
@@ -49,6 +51,22 @@ def _free_programs():
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 11_000:
         jax.clear_caches()
+
+
+def on_devices(program: str, count: int = 4) -> str:
+    """What a program prints on that many simulated devices. A process of its own: their number is fixed when jax
+    starts."""
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
 
 
 VOCAB = 11

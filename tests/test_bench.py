@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 from eval.bench import __main__ as bench
 from eval.bench import score, train, transfer
 from jaxalign import losses, models
+from tests.conftest import on_devices
 
 SMALL = ("--layers", "1", "--width", "64", "--repeats", "1")
 DRAWS = (*SMALL, "--batch", "2", "--prompt", "3", "--new", "2")
@@ -205,20 +202,11 @@ bench.main(["score", *{sizes!r}["score"], "--mesh", "data=2"])
 
 
 def test_a_mesh_shares_each_batch_and_must_divide_it():
-    root = pathlib.Path(__file__).parent.parent
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    found = subprocess.run(
-        [sys.executable, "-c", TWO_DEVICES.format(sizes=SIZES)],
-        cwd=root,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr
+    printed = on_devices(TWO_DEVICES.format(sizes=SIZES), 2)
     for name in SIZES:
         sizes = "(20, 3)" if name == "shaping" else "(3,)"  # its prompts are shared, too
-        assert f"{name} mesh: expected a divisor of every batch size {sizes}, found 'data=2'" in found.stdout
-    assert "score on " in found.stdout  # which compares the numbers of both sides
+        assert f"{name} mesh: expected a divisor of every batch size {sizes}, found 'data=2'" in printed
+    assert "score on " in printed  # which compares the numbers of both sides
 
 
 @pytest.mark.parametrize("error", [1e-3, math.nan])

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ import pytest
 from jaxalign import advantages, data, decoding, models, policies, shaping
 from jaxalign.data import opinions, preferences, tables
 from jaxalign.training import metrics, objectives
-from tests.conftest import tiny_lm
+from tests.conftest import on_devices, tiny_lm
 from train import calibrate, distil, dpo, rl, rl_reward, rollouts, sft, world
 
 GOLD = f"{__name__}:lengths"
@@ -241,16 +239,7 @@ rl.main({})
 def test_four_devices_train_as_one(files, tmp_path):
     command = [*options(files, "--calibration", str(files / "table")), "--batch-size", "4", "--steps", "3"]
     rl.main([*command, "--out", str(tmp_path / "one")])
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    found = subprocess.run(
-        [sys.executable, "-c", MESH.format([*command, "--mesh", "data=4", "--out", str(tmp_path / "four")])],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
+    on_devices(MESH.format([*command, "--mesh", "data=4", "--out", str(tmp_path / "four")]))
     one, four = (metrics.read(tmp_path / f"{run}/metrics.jsonl") for run in ("one", "four"))
     assert len(one) == len(four) == 3
     for a, b in zip(one, four, strict=True):

@@ -6,8 +6,6 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 
 import chex
 import jax
@@ -18,7 +16,7 @@ from eval import decode
 from jaxalign import models, training
 from jaxalign.data import opinions, preferences
 from jaxalign.training import metrics
-from tests.conftest import tiny_lm
+from tests.conftest import on_devices, tiny_lm
 from train import arm, dpo, lora, quickstart, reward_model, rollouts, sft, value, world
 
 SCRIPTS = {"sft": sft, "reward_model": reward_model, "arm": arm, "dpo": dpo, "value": value}
@@ -295,16 +293,7 @@ def test_four_devices_give_the_losses_of_one(files, tmp_path):
         command = [*options(name, files), "--steps", "3"]
         SCRIPTS[name].main([*command, "--out", str(tmp_path / f"one_{name}")])
         commands[name] = [*command, "--mesh", "data=4", "--out", str(tmp_path / f"four_{name}")]
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    found = subprocess.run(
-        [sys.executable, "-c", DEVICES.format(**commands)],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
+    on_devices(DEVICES.format(**commands))
     for name in commands:
         one, four = (metrics.read(tmp_path / f"{run}_{name}/metrics.jsonl") for run in ("one", "four"))
         assert len(one) == 3

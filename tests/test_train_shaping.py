@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,7 +13,8 @@ from safetensors.numpy import load_file
 
 from jaxalign import models
 from jaxalign.training import metrics
-from tests.test_train_scripts import ROOT, files, options
+from tests.conftest import on_devices
+from tests.test_train_scripts import files, options
 from train import rollouts, shaping, value
 
 __all__ = ["files"]  # a fixture
@@ -127,16 +125,8 @@ def test_four_devices_and_accumulation_give_the_losses_of_one(files, tmp_path):
     ]
     shaping.main([*one, "--out", str(tmp_path / "one")])
     shaping.main([*one, "--accumulate", "2", "--out", str(tmp_path / "two")])
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    found = subprocess.run(
-        [sys.executable, "-m", "train.shaping", *one, "--mesh", "data=4", "--out", str(tmp_path / "four")],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
+    four = [*one, "--mesh", "data=4", "--out", str(tmp_path / "four")]
+    on_devices(f"from train import shaping; shaping.main({four!r})")
     runs = [metrics.read(tmp_path / name / "metrics.jsonl") for name in ("one", "two", "four")]
     assert len(runs[0]) == 3
     for other in runs[1:]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -15,7 +12,7 @@ import pytest
 
 from jaxalign import models
 from jaxalign.models import axes
-from tests.conftest import needs_jit, tiny_config, tiny_lm
+from tests.conftest import needs_jit, on_devices, tiny_config, tiny_lm
 
 CAPACITY = 512
 
@@ -149,18 +146,10 @@ MESH = """
 
 
 def test_parameters_and_caches_are_placed_by_the_table_on_four_devices(tmp_path):
-    """In a process of its own: the number of simulated devices is fixed when jax starts."""
     lm, params = tiny_lm(0, "value")
     models.save(tmp_path / "model", lm, params)
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     program = textwrap.dedent(MESH).format(folder=str(tmp_path / "model"))
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    on_devices(program)
 
 
 def test_a_mesh_with_explicit_axes_is_refused():

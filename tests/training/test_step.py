@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -16,7 +13,7 @@ from scipy.special import log_softmax, softmax
 
 from jaxalign import models, training
 from jaxalign.training import objectives
-from tests.conftest import VOCAB, alone, tiny_config, tiny_lm
+from tests.conftest import VOCAB, alone, on_devices, tiny_config, tiny_lm
 
 
 def rows(count: int, length: int = 7, seed: int = 0) -> dict[str, np.ndarray]:
@@ -292,11 +289,4 @@ FOUR = """
 
 def test_four_devices_give_the_losses_of_one():
     program = textwrap.dedent(FOUR).replace("batch_leaf(batch)", "jax.tree.leaves(batch)[0]")
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_devices(program)
