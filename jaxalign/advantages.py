@@ -26,13 +26,13 @@ def token_rewards(reward: Array, log_ratio: Array, mask: Array, *, beta: ArrayLi
 
 
 def following(kl: Array, mask: Array) -> Array:
-    """k_{t+1} [b,T] from the KL k_t = KL(pi(·|s_t)‖pi_ref(·|s_t)) [b,T] of the states that tokens are drawn from: what
-    the draw of y_t leads to at once; 0 after the last token."""
+    """k_{t+1} [b,T] from the KL k_t = KL(pi(·|s_t)‖pi_ref(·|s_t)) [b,T, nats] of the states that tokens of mask [b,T]
+    are drawn from: what the draw of y_t leads to at once; 0 after the last token (arXiv 2504.10637)."""
     return jnp.pad(jnp.where(mask, at_least_float32(kl), 0)[:, 1:], ((0, 0), (0, 1)))
 
 
 def to_come(cost: Array) -> Array:
-    """Σ_{t' >= t} cost_t' [b,T]."""
+    """Σ_{t' >= t} cost_t' [b,T], in the units of cost [b,T]: the undiscounted cost-to-go."""
     return jnp.cumsum(cost[:, ::-1], axis=1)[:, ::-1]
 
 

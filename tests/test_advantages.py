@@ -53,3 +53,10 @@ def test_beta_follows_the_kl_to_its_target():
     np.testing.assert_allclose(advantages.adapt_beta(1.0, 10.0, target=2.0), 1.02)
     np.testing.assert_allclose(advantages.adapt_beta(1.0, 0.0, target=2.0), 0.98)
     np.testing.assert_allclose(advantages.adapt_beta(1.0, 2.2, target=2.0), 1.01, rtol=1e-6)
+
+
+def test_what_a_token_leads_to_is_the_kl_of_the_states_after_it():
+    kl, mask = jnp.array([[1.0, 2.0, 4.0], [3.0, 5.0, 7.0]]), jnp.array([[True] * 3, [True, True, False]])
+    ahead = advantages.following(kl, mask)
+    np.testing.assert_array_equal(ahead, [[2, 4, 0], [5, 0, 0]])
+    np.testing.assert_array_equal(advantages.to_come(ahead), [[6, 4, 0], [5, 0, 0]])
