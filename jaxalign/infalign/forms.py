@@ -52,8 +52,8 @@ def needs_beta(text: str) -> bool:
 def fixed_transform(procedure: Procedure, beta: float) -> Transform:
     """The optimal transform for a procedure at KL weight beta (`optimal_transform`) as a function of the quantile, in
     units of the procedure's win rate: RLHF with it at the same beta maximises W^P − beta·KL. Solved in float64,
-    interpolated between the grid's points. Source: InfAlign, arXiv 2412.19792. ValueError: beta <= 0. RuntimeError where
-    the residual stays above 1e-6 nats."""
+    interpolated between the grid's points. Source: InfAlign, arXiv 2412.19792. ValueError: beta <= 0. RuntimeError: the
+    residual stays above 1e-6 nats."""
     check_positive("beta", beta)
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
         found = optimal_transform(procedure, beta)

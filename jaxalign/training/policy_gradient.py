@@ -77,8 +77,8 @@ def of_model(lm: Any) -> Read:
 
 
 def of_models(lm: Any, reference: Any) -> ReadBoth:
-    """`ReadBoth` of a model and its reference, whose parameters are `frozen`: Σ_z pi(z|s)·log(pi/pi_ref)(z|s), logits of
-    both in chunks."""
+    """`ReadBoth` of a model and its reference, whose parameters are `frozen`: its KL is Σ_z pi·log(pi/pi_ref),
+    logits of both in chunks."""
 
     def read(params: Params, frozen: Params, rows: Any) -> tuple[Array, Array | None, Array, Array]:
         params, frozen = cast(lm, params), cast(reference, frozen)
