@@ -44,7 +44,7 @@ from eval.engine import Method, Texts
 from eval.loading import Model
 from eval.methods import Setting
 from eval.specs import Spec, parse
-from jaxalign import cli, data, decoding, models, policies, rewards
+from jaxalign import cli, data, decoding, models, policies
 
 READ_BY = {
     "top_k": ("args", "value", "follower", "transfer", "ggro", "smc"),
@@ -130,7 +130,7 @@ def check(config: Config) -> list[Spec]:
         raise ValueError(f"entropy: expected a finite value >= 0, found {config.entropy}")
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype: expected float32 or bfloat16, found {config.dtype!r}")
-    if not config.reward or rewards.is_program(config.reward):
+    if "reward" not in loading.roles("reward", config.reward):
         raise ValueError(f"reward: expected the folder of a reward model, found {config.reward!r}")
     specs = [parse(text) for text in dict.fromkeys(("base", *config.method))]
     slugs = [spec.slug for spec in specs]
@@ -251,9 +251,7 @@ def run(config: Config, *, quiet: bool = False) -> list[dict[str, Any]]:
     """Decodes what is missing, writes results.json and frontier.png, prints the table; gives its rows."""
 
     specs = check(config)
-    folders = {"model": config.model, "reward": config.reward}
-    if config.gold and not rewards.is_program(config.gold):
-        folders["gold"] = config.gold
+    folders = {"model": config.model, "reward": config.reward} | loading.roles("gold", config.gold)
     folders |= {spec.text: spec.folder for spec in specs if spec.folder}
     tokenizer, loaded = loading.load(folders, dtype=config.dtype, mesh=config.mesh, batch_size=config.batch_size)
     lm, params = loaded["model"]
@@ -303,7 +301,7 @@ def _decode(
     read = [field.name for field in dataclasses.fields(Options) if spec.kind in READ_BY.get(field.name, (spec.kind,))]
     shared: dict[str, Any] = {name: getattr(config, name) for name in read}
     inputs = [config.model, config.reward, config.prompts, spec.folder]
-    inputs += [config.gold] if config.gold and not rewards.is_program(config.gold) else []
+    inputs += loading.roles("gold", config.gold).values()
     folder = cli.open_run(
         str(pathlib.Path(config.out) / spec.slug), _Run(**shared, method=spec.text), inputs=[x for x in inputs if x]
     )

@@ -63,10 +63,10 @@ class Config:
     include_base: bool = True
     """Also decode the base itself."""
     reward: str = ""
-    """Folder of a reward model that scores every response (the proxy)."""
+    """Folder of a reward model that scores every response (the proxy), or a program or sum as in --gold."""
     gold: str = ""
     """Folder of a second reward model that no method saw, or MODULE:FUNCTION, a program f(prompts, responses) ->
-    numbers on lists of texts."""
+    numbers on lists of texts; or a weighted sum of such, "DIR - 0.1 * MODULE:FUNCTION"."""
     embedding: str = ""
     """MODULE:FUNCTION, a program f(texts) -> one vector each (SimCSE in ARGS' tables): reports coherence, the cosine of
     prompt and response."""
@@ -110,7 +110,7 @@ def check(config: Config) -> None:
         if spec.partition(":")[0] not in KINDS or not spec.partition(":")[2]:
             raise ValueError(f"critic: expected KIND:DIR with KIND among {KINDS}, found {spec!r}")
     if any(spec.startswith("transfer:") for spec in config.critic):
-        if not config.reward or rewards.is_program(config.reward):
+        if "reward" not in loading.roles("reward", config.reward):
             raise ValueError(f"reward: expected a folder, which a transfer critic scores by, found {config.reward!r}")
     elif config.rollouts != 1 or config.lookahead is not None:
         field, given = ("rollouts", config.rollouts) if config.lookahead is None else ("lookahead", config.lookahead)
@@ -144,8 +144,7 @@ def check(config: Config) -> None:
 def folders(config: Config) -> dict[str, str]:
     """Role -> folder of every model of a run."""
     named = {"model": config.model} | {f"critic {spec}": spec.partition(":")[2] for spec in config.critic}
-    judges = {name: getattr(config, name) for name in ("reward", "gold")}
-    return named | {name: spec for name, spec in judges.items() if spec and not rewards.is_program(spec)}
+    return named | loading.roles("reward", config.reward) | loading.roles("gold", config.gold)
 
 
 def plan(config: Config, setting: Setting, loaded: dict[str, loading.Model]) -> list[Method]:
@@ -234,8 +233,7 @@ def run(config: Config, *, quiet: bool = False) -> pathlib.Path:
     for method in chosen:
         method.check(everything)
     embed = rewards.program(config.embedding, name="embedding") if config.embedding else None
-    inputs = [config.model, config.reward, config.gold, *(spec.partition(":")[2] for spec in config.critic)]
-    out = cli.open_run(config.out, config, inputs=[path for path in inputs if path])
+    out = cli.open_run(config.out, config, inputs=list(given.values()))
     final = out / "responses.jsonl"
     speed = engine.decode(
         chosen,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from eval.engine import Judge
 from jaxalign import cli, models, rewards
@@ -51,20 +52,40 @@ def check_scalar(name: str, lm: models.LanguageModel, folder: str) -> None:
         raise ValueError(f"{name}: expected a model with a scalar head, found {lm.config.head} in {folder}")
 
 
+def roles(name: str, spec: str) -> dict[str, str]:
+    """Role -> folder of the models of a judge: {name: folder} of one, "name folder" for each of a sum, {} of programs
+    and of "". ValueError that names it (`rewards.parse`)."""
+    terms = rewards.parse(spec, name=name) if spec else ()
+    if len(terms) == 1 and terms[0][0] == 1:
+        return {} if rewards.is_program(terms[0][1]) else {name: terms[0][1]}
+    return {f"{name} {part}": part for _, part in terms if not rewards.is_program(part)}
+
+
 def judges(
     given: dict[str, str], loaded: dict[str, Model], tokenizer: Any, prompts: TokenBatch, max_new_tokens: int
 ) -> dict[str, Judge]:
-    """A Judge for each of {"reward": folder or MODULE:FUNCTION, "gold": …} that is named. ValueErrors name it."""
+    """A Judge for each of {"reward": as `rewards.parse` reads it, "gold": …} that is named, over the models of its
+    `roles`. ValueErrors name it."""
+
+    def term(name: str, spec: str) -> Judge:
+        if name not in loaded:
+            read = functools.partial(_text, tokenizer)
+            return Judge(rewards.from_text(read, rewards.program(spec, name=name)), None)
+        lm, params = loaded[name]
+        check_scalar(name, lm, spec)
+        check_prompt_fits(lm, prompts, max_new_tokens, name=name)
+        return Judge(jax.jit(rewards.from_model(lm)), params)
+
     out: dict[str, Judge] = {}
     for name, spec in given.items():
-        if name in loaded:
-            lm, params = loaded[name]
-            check_scalar(name, lm, spec)
-            check_prompt_fits(lm, prompts, max_new_tokens, name=name)
-            out[name] = Judge(jax.jit(rewards.from_model(lm)), params)
-        elif spec:
-            read = functools.partial(_text, tokenizer)
-            out[name] = Judge(rewards.from_text(read, rewards.program(spec, name=name)), None)
+        terms = rewards.parse(spec, name=name) if spec else ()
+        if len(terms) == 1 and terms[0][0] == 1:
+            out[name] = term(name, spec)
+        elif terms:
+            each = [term(f"{name} {part}", part) for _, part in terms]
+            weights = jnp.asarray([weight for weight, _ in terms], jnp.float32)
+            summed = rewards.weighted_sum([judge.reward for judge in each])
+            out[name] = Judge(summed, {"rewards": [judge.params for judge in each], "weights": weights})
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -54,6 +55,26 @@ def program(spec: str, *, name: str = "reward") -> Callable[..., Any]:
 def is_program(spec: str) -> bool:
     """Whether an option names a program, "MODULE:FUNCTION", and not a folder."""
     return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec)) and not pathlib.Path(spec).exists()
+
+
+def parse(spec: str, *, name: str = "reward") -> tuple[tuple[float, str], ...]:
+    """(weight, folder or MODULE:FUNCTION) of each term of an option: "DIR", or a weighted sum with spaces about its
+    signs, "0.5 * DIR + DIR2 - 0.1 * MODULE:FUNCTION". ValueError that names the field: a term is empty, or a weight is
+    not a finite number other than 0."""
+    if spec and pathlib.Path(spec).exists():
+        return ((1.0, spec),)
+    first, *rest = re.split(r"\s([+-])\s", spec)
+    out = []
+    for sign, term in zip(["+", *rest[::2]], [first, *rest[1::2]], strict=True):
+        weight, _, found = term.rpartition(" * ")
+        try:
+            value = float(weight or 1.0) * (1 if sign == "+" else -1)
+        except ValueError as error:
+            raise ValueError(f"{name}: expected WEIGHT * REWARD, found {term.strip()!r} in {spec!r}") from error
+        if not found.strip() or not math.isfinite(value) or value == 0:
+            raise ValueError(f"{name}: expected a weight other than 0 and a reward, found {term.strip()!r} in {spec!r}")
+        out.append((value, found.strip()))
+    return tuple(out)
 
 
 def from_text(decode: Callable[[Sequence[int]], str], f: Callable[[list[str], list[str]], Sequence[float]]) -> Reward:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxalign import infalign, mdp, models, prefixes, shaping
 from jaxalign.checks import check_has_logits, check_prompt_fits, entry, is_concrete
-from jaxalign.programs import from_numpy, from_text, is_program, program
+from jaxalign.programs import from_numpy, from_text, is_program, parse, program
 from jaxalign.types import Array, CheckedReward, Params, PrefixGain, Reward, TokenBatch, at_least_float32
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "is_program",
     "log_likelihood",
     "map_reward",
+    "parse",
     "program",
     "shaped",
     "weighted_sum",

@@ -11,6 +11,7 @@ samples, nothing above the best of K is told apart.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,8 @@ def run(config: Config) -> dict[str, Any]:
     if config.samples < 2:
         raise ValueError(f"samples: expected at least 2 responses to rank among, found {config.samples}")
     out = cli.open_run(config.out, config, inputs=rollouts.inputs(config))
-    following = f"python -m train.rl --model {config.base} --prompts {config.prompts} --reward {config.reward} "
+    following = f"python -m train.rl --model {config.base} --prompts {config.prompts} --reward "
+    following += f"{shlex.quote(config.reward)} "
     following += f"--calibration {out} --max-new-tokens {config.max_new_tokens} --transform exp:10 --out DIR"
     done = common.finished(out)
     if done is None:

@@ -22,7 +22,7 @@ class Options:
 
     reward: str
     """Folder of a reward model over the model's vocabulary, or MODULE:FUNCTION, a program f(prompts, responses) ->
-    numbers on lists of texts."""
+    numbers on lists of texts; or a weighted sum of such, "DIR - 0.1 * MODULE:FUNCTION"."""
     max_new_tokens: int = 128
     """Limit of a response [tokens], its EOS included; one without EOS is scored as it stands."""
     calibration: str = ""
@@ -69,7 +69,7 @@ def check(config: Any) -> None:
 
 def inputs(config: Any) -> list[str]:
     """The files and folders that the reward reads."""
-    return [config.reward, config.calibration]
+    return [*rollouts.reward_inputs(config.reward), config.calibration]
 
 
 def build(config: Any, begin: common.Start, asked: Sequence[Sequence[int]]) -> Composed:

@@ -30,7 +30,7 @@ class Source:
     """File of prompts: .txt, .jsonl or .jsonl.gz."""
     reward: str
     """Folder of a reward model over the base's vocabulary, or MODULE:FUNCTION, a program f(prompts, responses) ->
-    numbers on lists of texts."""
+    numbers on lists of texts; or a weighted sum of such, "DIR - 0.1 * MODULE:FUNCTION"."""
     samples: int = 4
     """Roll-outs per prompt."""
     max_new_tokens: int = 128
@@ -79,16 +79,30 @@ def check_source(config: Source) -> None:
 
 def inputs(config: Source) -> list[str]:
     """The files and folders that a run reads."""
-    folders = [config.base, config.prompts, config.reward]
+    folders = [config.base, config.prompts, *reward_inputs(config.reward)]
     if isinstance(config, common.Options):
         folders += [config.model, config.architecture, config.tokenizer]
     # The shards alone: the folder around them is written anew each time its own command is repeated.
     return [*folders, str(pathlib.Path(config.rollouts) / "rollouts") if config.rollouts else ""]
 
 
+def reward_inputs(spec: str) -> list[str]:
+    """The terms of --reward: those that are folders are inputs of a run."""
+    return [name for _, name in rewards.parse(spec)]
+
+
 def judge(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) -> tuple[Reward, Params]:
-    """The Reward of --reward, a folder or MODULE:FUNCTION, and its parameters. ValueErrors: no such program, another
-    vocabulary, no scalar head."""
+    """The Reward of --reward (`rewards.parse`) and its parameters. ValueErrors: no such program, another vocabulary, no
+    scalar head."""
+    terms = rewards.parse(spec)
+    if len(terms) == 1 and terms[0][0] == 1:
+        return _term(terms[0][1], lm, tokenizer, dtype=dtype)
+    each = [_term(name, lm, tokenizer, dtype=dtype) for _, name in terms]
+    weights = np.asarray([weight for weight, _ in terms], np.float32)
+    return rewards.weighted_sum([reward for reward, _ in each]), {"rewards": [p for _, p in each], "weights": weights}
+
+
+def _term(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) -> tuple[Reward, Params]:
     if rewards.is_program(spec):
         read = rewards.program(spec)
         return rewards.from_text(lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True), read), None
@@ -140,7 +154,9 @@ def _check_same(config: Source, paths: list[pathlib.Path]) -> None:
                 f"rollouts: expected those of {name} {getattr(config, name)}, found {made.get(name)} in {other}"
             )
     # By their time of change: other weights under the same name made other roll-outs.
-    changed = cli.changed_inputs(pathlib.Path(config.rollouts), inputs=[config.base, config.prompts, config.reward])
+    changed = cli.changed_inputs(
+        pathlib.Path(config.rollouts), inputs=[config.base, config.prompts, *reward_inputs(config.reward)]
+    )
     if changed:
         raise ValueError(f"rollouts: expected those of the files as they are now, found {changed} changed since")
     missing = [path.name for path in paths if not path.exists()]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign import cli
+from jaxalign import cli, programs
 
 REWARDS, ABOUT = "table.npz", "table.json"
 MEANING = {
@@ -46,11 +46,12 @@ def made_with(
     dtype: str,
     temperature: float = 1.0,
 ) -> dict[str, Any]:
-    """What a table depends on. base: folder of the model; reward: folder, or MODULE:FUNCTION, by its name; prompts:
-    token ids. Weights count, names of folders do not."""
+    """What a table depends on. base: folder of the model; reward: as `rewards.parse` reads it, MODULE:FUNCTION by its
+    name; prompts: token ids. Weights count, names of folders do not."""
+    terms = [(weight, folder_digest(name)) for weight, name in programs.parse(reward)]
     return {
         "base": folder_digest(base),
-        "reward": folder_digest(reward) if pathlib.Path(reward).is_dir() else reward,
+        "reward": " + ".join(name if weight == 1 else f"{weight:g} * {name}" for weight, name in terms),
         "tokenizer": _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode()),
         "template": _digest(str(getattr(tokenizer, "chat_template", None)).encode()),
         "temperature": float(temperature),

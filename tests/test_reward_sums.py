@@ -1,0 +1,104 @@
+"""Weighted sums of rewards, as options name them: --reward "DIR - 0.1 * MODULE:FUNCTION"."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval import decode, loading
+from jaxalign import rewards
+from jaxalign.data import tables
+from tests.conftest import VOCAB, tiny_lm
+from tests.test_eval_decode import arguments, folders, read, tokenizer
+from train import calibrate, rl, rollouts
+
+__all__ = ["folders"]  # a fixture
+
+LETTERS = f"{__name__}:letters"
+
+
+def letters(prompts: list[str], responses: list[str]) -> list[float]:
+    return [len(text) / 10 for text in responses]
+
+
+def test_a_sum_is_read_term_by_term(tmp_path):
+    assert rewards.parse("a/b") == ((1.0, "a/b"),)
+    assert rewards.parse("0.5 * a + b - 2e-1 * m.n:f") == ((0.5, "a"), (1.0, "b"), (-0.2, "m.n:f"))
+    # Signs within names, as hub names and versions have them, are no signs of a sum.
+    assert rewards.parse("org/model-v1+x - org/m-2") == ((1.0, "org/model-v1+x"), (-1.0, "org/m-2"))
+    (tmp_path / "a + b").mkdir()
+    assert rewards.parse(str(tmp_path / "a + b")) == ((1.0, str(tmp_path / "a + b")),)
+
+
+@pytest.mark.parametrize("spec", ["", "a + ", "x * a", "0 * a", "nan * a", "inf * a", "2 * ", "- 0.1 * a"])
+def test_what_is_no_sum_is_refused(spec):
+    with pytest.raises(ValueError, match="gold: expected"):
+        rewards.parse(spec, name="gold")
+
+
+def test_a_trainers_reward_is_the_weighted_sum_of_its_terms(folders):
+    lm, _ = tiny_lm(0, num_layers=1)
+    spec = f"{folders['reward']} + 0.5 * {folders['gold']} - 3 * {LETTERS}"
+    reward, params = rollouts.judge(spec, lm, tokenizer(), dtype="float32")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, VOCAB, (4, 7)), jnp.int32)
+    text = tokens, jnp.ones((4, 7), bool), jnp.full(4, 3), jnp.arange(4)
+    each = [rollouts.judge(name, lm, tokenizer(), dtype="float32") for _, name in rewards.parse(spec)]
+    one, two, three = (np.asarray(r(p, *text)) for r, p in each)
+    np.testing.assert_allclose(reward(params, *text), one + 0.5 * two - 3 * three, rtol=1e-5)
+    assert np.abs(one).min() > 0
+    assert np.ptp(three) > 0
+
+
+def test_a_table_is_of_one_sum(folders):
+    made = lambda reward: tables.made_with(  # noqa: E731
+        folders["base"], reward, tokenizer(), [[1, 2]], max_new_tokens=4, dtype="float32"
+    )["reward"]
+    one, two = folders["reward"], folders["gold"]
+    assert made(one) == tables.folder_digest(one)
+    different = [one, two, f"{one} + {two}", f"{one} - {two}", f"0.5 * {one} + {two}", f"{one} + {LETTERS}", LETTERS]
+    assert len({made(spec) for spec in different}) == len(different)
+    assert made(f"{one} + 1.0 * {two}") == made(f"{one} + {two}")
+
+
+def test_rl_maximises_a_calibrated_sum_and_its_table_names_the_next_command(folders, tmp_path, capsys):
+    shared = {
+        "prompts": folders["prompts.txt"],
+        "reward": f"{folders['reward']} - 0.1 * {LETTERS}",
+        "max_new_tokens": 4,
+        "max_length": 32,
+    }
+    table = calibrate.Config(**shared, base=folders["base"], samples=4, out=str(tmp_path / "table"))
+    calibrate.run(table)
+    assert f"--reward '{shared['reward']}' --calibration" in capsys.readouterr().out.splitlines()[-1]
+    run = rl.Config(
+        **shared,
+        model=folders["base"],
+        calibration=table.out,
+        steps=2,
+        batch_size=2,
+        samples=2,
+        validation=0.4,
+        out=str(tmp_path / "run"),
+    )
+    assert np.isfinite(rl.run(run)["reward"])
+    # The folders of the sum are inputs of the run.
+    stamps = json.loads((tmp_path / "run/inputs.json").read_text())
+    assert any(name.startswith(folders["reward"]) for name in stamps)
+
+
+def test_decode_judges_by_a_sum(folders, tmp_path):
+    assert loading.roles("gold", folders["gold"]) == {"gold": folders["gold"]}
+    assert loading.roles("gold", LETTERS) == loading.roles("gold", "") == {}
+    spec = f"2 * {folders['reward']} - 0.5 * {LETTERS}"
+    assert loading.roles("gold", spec) == {f"gold {folders['reward']}": folders["reward"]}
+    decode.main(arguments(folders, tmp_path / "out", "--reward", folders["reward"], "--gold", spec))
+    for record in read(tmp_path / "out"):
+        (less,) = letters([], [record["response"]])
+        assert record["gold"] == pytest.approx(2 * record["reward"] - 0.5 * less, abs=1e-4)
+    decode.main(arguments(folders, tmp_path / "best", "--reward", spec, "--best-of-n", "3"))
+    critic = ("--critic", f"transfer:{folders['arm']}", "--reward", spec)
+    with pytest.raises(ValueError, match="reward: expected a folder, which a transfer critic scores by"):
+        decode.main(arguments(folders, tmp_path / "transfer", *critic))
