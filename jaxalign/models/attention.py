@@ -33,10 +33,16 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Array:
     return frequency
 
 
-def rotate(x: Array, position: Array, rope: Rope) -> Array:
-    """Rotary embedding of x [B,L,H,hd] at position [B,L]; halves rotated together; angles in at least float32."""
-    angle = position[..., None, None] * inverse_frequencies(rope, x.shape[-1])
+def rotate(x: Array, position: Array, rope: Rope, *, limit: int | None = None) -> Array:
+    """Rotary embedding of x [B,L,H,hd] at position [B,L]; halves rotated together; angles in at least float32.
+
+    limit: no position reaches it. Cosines are then looked up in a table; the compiler else takes them again for each
+    head, in each of its readers, which is a twentieth of a training step."""
+    at = position if limit is None else jnp.arange(limit)
+    angle = at[..., None, None] * inverse_frequencies(rope, x.shape[-1])
     cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if limit is not None:
+        cos, sin = cos[position], sin[position]
     left, right = jnp.split(x.astype(jnp.promote_types(x.dtype, angle.dtype)), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
