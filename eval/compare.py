@@ -248,8 +248,8 @@ def default_goal(config: Config, setting: Setting, prompts: Texts) -> float:
 
 
 def run(config: Config, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """Decodes what is missing, writes results.json and frontier.png, prints the table; gives its rows."""
-
+    """Decodes what is missing, writes results.json and frontier.png, prints the table; gives its rows. quiet: neither
+    picture nor table."""
     specs = check(config)
     folders = {"model": config.model, "reward": config.reward} | loading.roles("gold", config.gold)
     folders |= {spec.text: spec.folder for spec in specs if spec.folder}
@@ -286,9 +286,11 @@ def run(config: Config, *, quiet: bool = False) -> list[dict[str, Any]]:
         row["tokens_per_second"] = known[row["method"], row["beta"]]
     out = pathlib.Path(config.out)
     cli.write_json(out / "results.json", rows)
+    if quiet:
+        print(f"wrote {out / 'results.json'} ({len(records)} responses)")
+        return rows
     pictures.frontier(rows, out / "frontier.png")
-    if not quiet:
-        results.print_table(rows)
+    results.print_table(rows)
     print(f"wrote {out / 'results.json'} and {out / 'frontier.png'} ({len(records)} responses)")
     return rows
 

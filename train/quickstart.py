@@ -290,11 +290,11 @@ def run(config: Config) -> dict[str, Any]:
             stage()
     rows = _comparison(config, out, folders, tuple(m for methods in groups.values() for m in methods))()
     records = [r for path in sorted((out / "decode").glob("*/responses.jsonl")) for r in results.read(path)]
+    pictures.frontier(rows, out / "frontier.png")
     for row in rows:
         row["method"] = pictures.label(row["method"])
     found = {"preset": config.preset, "seed": config.seed, "rows": rows, "seconds": clock.seconds}
     cli.write_json(out / "results.json", found)
-    (out / "frontier.png").write_bytes((out / "decode" / "frontier.png").read_bytes())
     report.side_by_side(records, out / "responses.html")
     print()
     results.print_table(rows)

@@ -86,8 +86,11 @@ class Places(NamedTuple):
 
     def pick(self, x: Array, at: Array) -> Array:
         """[1,P,...] -> [1,B·M,...], what stands at place at [B,M] of each segment; 0 where no token does."""
-        flat = jnp.take(x[0], self.packed(at)[0], axis=0)
-        return blank(flat, jnp.take_along_axis(self.mask, at[..., None], axis=2).reshape(-1))[None]
+        return blank(jnp.take(x[0], self.packed(at)[0], axis=0), self.there(at).reshape(-1))[None]
+
+    def there(self, at: Array) -> Array:
+        """[B,M,1]: whether a token stands at place at [B,M]."""
+        return jnp.take_along_axis(self.mask, at[..., None], axis=2)
 
     def packed(self, at: Array) -> Array:
         """The packed numbers [1,B·M] of places at [B,M]; another token's where none stands."""

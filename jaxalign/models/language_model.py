@@ -13,7 +13,7 @@ from jaxalign import mdp
 from jaxalign.models.attention import KeyValue, places, write_segment, write_slot
 from jaxalign.models.config import Config, Head
 from jaxalign.models.heads import HeadModule
-from jaxalign.models.transformer import Transformer
+from jaxalign.models.transformer import Transformer, at_columns
 from jaxalign.types import Array, Params
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -129,7 +129,7 @@ class LanguageModel:
         few = None if at is None or 2 * at.shape[1] > shape[1] else at  # else more is copied than saved
         hidden, entries = self._call(params, Transformer.__call__, x.astype(self.dtype), mask, few)
         if at is not None and few is None:
-            hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+            hidden = at_columns(hidden, at)
         return hidden, entries
 
     def apply(

@@ -90,7 +90,7 @@ def blocks(length: int) -> list[tuple[int, int, int]]:
     return [(start, min(start + size, length), min(start + size, length)) for start in range(0, length, size)]
 
 
-def _pick(x: Array, at: Array) -> Array:
+def at_columns(x: Array, at: Array) -> Array:
     """x [B,L,...] at the columns at [B,R]: [B,R,...]."""
     return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1)
 
@@ -121,10 +121,10 @@ class Attention(nn.Module):
             q, k, v = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=-2)
             return *self.turn(q, k, position, position, limit), v
         width = c.num_heads * c.head_dim
-        q = self.qkv.columns(_pick(x, at), 0, width).reshape(*at.shape, c.num_heads, c.head_dim)
+        q = self.qkv.columns(at_columns(x, at), 0, width).reshape(*at.shape, c.num_heads, c.head_dim)
         rest = self.qkv.columns(x, width, self.qkv.features).reshape(*x.shape[:-1], 2 * c.num_kv_heads, c.head_dim)
         k, v = jnp.split(rest, 2, axis=-2)
-        return *self.turn(q, k, _pick(position, at), position, limit), v
+        return *self.turn(q, k, at_columns(position, at), position, limit), v
 
     def turn(
         self, q: Array, k: Array, query_position: Array, position: Array, limit: int | None
@@ -142,7 +142,7 @@ class Attention(nn.Module):
         if self.window is not None:
             distance = position[:, :, None] - position[:, None, :]
             allowed = allowed & (distance < self.window)
-        allowed = allowed if at is None else _pick(allowed, at)
+        allowed = allowed if at is None else at_columns(allowed, at)
         batch, length = q.shape[:2]
         q = q.reshape(batch, length, c.num_kv_heads, -1, c.head_dim)
         parts = []
@@ -203,7 +203,7 @@ class Attention(nn.Module):
         if at is None:
             q = places.spread(q)
         else:
-            there = jnp.take_along_axis(places.mask, at[..., None], axis=2)
+            there = places.there(at)
             q = blank(q.reshape(*there.shape, *q.shape[2:]), there)
         k, v = places.spread(k), places.spread(v)
         mixed = attend(q, k, v, cache, length, places, self.window, at)
@@ -240,7 +240,7 @@ class Layer(nn.Module):
 
     def __call__(self, x: Array, position: Array, allowed: Array, at: Array | None = None) -> tuple[Array, KeyValue]:
         mixed, entries = self.attention(self.attention_norm(x), position, allowed, at)
-        return self.mlp((x if at is None else _pick(x, at)) + mixed), entries
+        return self.mlp((x if at is None else at_columns(x, at)) + mixed), entries
 
     def extend(self, x: Array, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
         mixed, entries = self.attention.extend(self.attention_norm(x), length, cache)
