@@ -18,12 +18,15 @@ TOKENS = 2048
 
 def chunked(f: Callable[..., Any], *arrays: Array, chunk: int | None = None) -> Any:
     """f applied to chunks of positions (axis 1) of arrays [B,L,...], its results [B,chunk,...] joined to [B,L,...].
-    chunk: at most so many positions; None: 64, or fewer, so that a batch has no more than 2048 tokens in a chunk.
+    chunk: at most so many positions; None: all where that is no more than 2048 tokens, else 64, or fewer, so that a
+    batch has no more than 2048 tokens in a chunk.
 
-    f must treat positions independently; the last chunk is padded with zeros, whose results are dropped. Each chunk is
-    rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
+    f must treat positions independently; the last chunk is padded with zeros, whose results are dropped. Where there
+    are several, each is rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
     """
     batch, length = arrays[0].shape[:2]
+    if chunk is None and batch * length <= TOKENS:
+        return f(*arrays)
     if chunk is None:
         chunk = min(max(TOKENS // max(batch, 1), 1), 64)
     if chunk < 1:
