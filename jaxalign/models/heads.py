@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models.config import Head
+from jaxalign.models.transformer import by_rows
 from jaxalign.types import Array, at_least_float32
 
 ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "tanh": jnp.tanh}
@@ -25,8 +26,11 @@ class HeadModule(nn.Module):
     width: int
     dtype: Any
 
-    @nn.compact
     def __call__(self, hidden: Array) -> Array:
+        return by_rows(self.layers, hidden)
+
+    @nn.compact
+    def layers(self, hidden: Array) -> Array:
         def layer(features: int, bias: bool, name: str) -> nn.Dense:
             init = nn.initializers.normal(0.02)
             return nn.Dense(features, bias, dtype=self.dtype, param_dtype=self.dtype, name=name, kernel_init=init)
