@@ -70,9 +70,10 @@ class Options:
     prompts: str
     """File of prompts: .txt, one per line; .jsonl or .jsonl.gz with "prompt" or "messages"."""
     reward: str
-    """Folder of the reward model that methods maximise (the proxy)."""
+    """The reward that methods maximise (the proxy): folder of a reward model, or, for methods that need no gradient of
+    it, MODULE:FUNCTION or a weighted sum, "DIR - 0.1 * MODULE:FUNCTION"."""
     gold: str = ""
-    """Folder of a second reward model that no method sees, or MODULE:FUNCTION."""
+    """A second reward that no method sees, as --reward."""
     top_k: int = 10
     """Candidates per token of args, transfer and scalar value heads, and tokens that ggro may force."""
     block: int = 8
@@ -130,9 +131,14 @@ def check(config: Config) -> list[Spec]:
         raise ValueError(f"entropy: expected a finite value >= 0, found {config.entropy}")
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype: expected float32 or bfloat16, found {config.dtype!r}")
-    if "reward" not in loading.roles("reward", config.reward):
-        raise ValueError(f"reward: expected the folder of a reward model, found {config.reward!r}")
+    if not config.reward:
+        raise ValueError("reward: expected a reward, found none")
     specs = [parse(text) for text in dict.fromkeys(("base", *config.method))]
+    judged = loading.roles("reward", config.reward)
+    if "reward" not in judged and any(spec.kind == "ggro" for spec in specs):
+        raise ValueError(
+            f"reward: expected the folder of a reward model, whose gradient ggro reads, found {config.reward!r}"
+        )
     slugs = [spec.slug for spec in specs]
     if len(set(slugs)) < len(slugs):
         raise ValueError(f"method: expected folders of different names for each kind, found {config.method}")
@@ -251,7 +257,7 @@ def run(config: Config, *, quiet: bool = False) -> list[dict[str, Any]]:
     """Decodes what is missing, writes results.json and frontier.png, prints the table; gives its rows. quiet: neither
     picture nor table."""
     specs = check(config)
-    folders = {"model": config.model, "reward": config.reward} | loading.roles("gold", config.gold)
+    folders = {"model": config.model} | loading.roles("reward", config.reward) | loading.roles("gold", config.gold)
     folders |= {spec.text: spec.folder for spec in specs if spec.folder}
     tokenizer, loaded = loading.load(folders, dtype=config.dtype, mesh=config.mesh, batch_size=config.batch_size)
     lm, params = loaded["model"]
@@ -263,7 +269,8 @@ def run(config: Config, *, quiet: bool = False) -> list[dict[str, Any]]:
         {"reward": config.reward, "gold": config.gold}, loaded, tokenizer, everything, config.max_new_tokens
     )
     base = policies.language_model(lm)
-    setting = Setting(lm, base, params, config.max_new_tokens, 1.0, judges["reward"], loaded["reward"][0])
+    reward_lm = loaded["reward"][0] if "reward" in loaded else None
+    setting = Setting(lm, base, params, config.max_new_tokens, 1.0, judges["reward"], reward_lm)
     goal = 0.0
     if any(spec.kind == "cards" for spec in specs):
         goal = default_goal(config, setting, texts) if config.goal is None else config.goal
@@ -302,8 +309,8 @@ def _decode(
     # An option that this kind does not read may change without harm to its responses.
     read = [field.name for field in dataclasses.fields(Options) if spec.kind in READ_BY.get(field.name, (spec.kind,))]
     shared: dict[str, Any] = {name: getattr(config, name) for name in read}
-    inputs = [config.model, config.reward, config.prompts, spec.folder]
-    inputs += loading.roles("gold", config.gold).values()
+    inputs = [config.model, config.prompts, spec.folder]
+    inputs += [*loading.roles("reward", config.reward).values(), *loading.roles("gold", config.gold).values()]
     folder = cli.open_run(
         str(pathlib.Path(config.out) / spec.slug), _Run(**shared, method=spec.text), inputs=[x for x in inputs if x]
     )

@@ -80,12 +80,13 @@ def judges(
     for name, spec in given.items():
         terms = rewards.parse(spec, name=name) if spec else ()
         if len(terms) == 1 and terms[0][0] == 1:
-            out[name] = term(name, spec)
+            out[name] = term(name, terms[0][1])
         elif terms:
             each = [term(f"{name} {part}", part) for _, part in terms]
             weights = jnp.asarray([weight for weight, _ in terms], jnp.float32)
+            # Compiled as a whole: on a mesh a program's numbers do not lie as a model's do.
             summed = rewards.weighted_sum([judge.reward for judge in each])
-            out[name] = Judge(summed, {"rewards": [judge.params for judge in each], "weights": weights})
+            out[name] = Judge(jax.jit(summed), {"rewards": [judge.params for judge in each], "weights": weights})
     return out
 
 

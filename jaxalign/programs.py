@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -59,21 +58,24 @@ def is_program(spec: str) -> bool:
 
 def parse(spec: str, *, name: str = "reward") -> tuple[tuple[float, str], ...]:
     """(weight, folder or MODULE:FUNCTION) of each term of an option: "DIR", or a weighted sum with spaces about its
-    signs, "0.5 * DIR + DIR2 - 0.1 * MODULE:FUNCTION". ValueError that names the field: a term is empty, or a weight is
-    not a finite number other than 0."""
+    signs, "0.5 * DIR + DIR2 - 0.1 * MODULE:FUNCTION". ValueError that names the field: a term is empty or holds a sign
+    that is not one of the sum's, or a weight is not a finite number other than 0."""
     if spec and pathlib.Path(spec).exists():
         return ((1.0, spec),)
     first, *rest = re.split(r"\s([+-])\s", spec)
     out = []
     for sign, term in zip(["+", *rest[::2]], [first, *rest[1::2]], strict=True):
-        weight, _, found = term.rpartition(" * ")
+        weight, times, found = term.rpartition(" * ")
+        found = found.strip()
         try:
-            value = float(weight or 1.0) * (1 if sign == "+" else -1)
+            value = float(weight) if times else 1.0
         except ValueError as error:
             raise ValueError(f"{name}: expected WEIGHT * REWARD, found {term.strip()!r} in {spec!r}") from error
-        if not found.strip() or not math.isfinite(value) or value == 0:
+        if not found or not 1e-30 < abs(value) < 1e30:  # beyond, a float32 would be 0 or infinite
             raise ValueError(f"{name}: expected a weight other than 0 and a reward, found {term.strip()!r} in {spec!r}")
-        out.append((value, found.strip()))
+        if re.search(r"\*|^[+-]\s|\s[+-]", found) and not pathlib.Path(found).exists():
+            raise ValueError(f"{name}: expected spaces about each sign and a reward after it, found {spec!r}")
+        out.append((value if sign == "+" else -value, found))
     return tuple(out)
 
 

@@ -195,7 +195,7 @@ def test_draws_are_apart_from_the_bases(finished):
         (("--block", "0"), "block: "),
         (("--entropy", "-1"), "entropy: "),
         (("--lookahead", "-1"), "lookahead: "),
-        (("--reward", "jaxalign.data.opinions:golds"), "reward: expected the folder"),
+        (("--reward", ""), "reward: expected a reward, found none"),
         (("--dtype", "int8"), "dtype: "),
     ],
 )

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval import decode, loading
+from eval import compare, decode, loading
 from jaxalign import rewards
 from jaxalign.data import tables
-from tests.conftest import VOCAB, tiny_lm
+from tests.conftest import VOCAB, on_devices, tiny_lm
 from tests.test_eval_decode import arguments, folders, read, tokenizer
 from train import calibrate, rl, rollouts
 
 __all__ = ["folders"]  # a fixture
 
 LETTERS = f"{__name__}:letters"
+MALFORMED = ("0.5*a + b", "a + - b", "+ a", "a -- b", "a +b", " * a", "b +  * a", "1e-50 * a", "1e39 * a")
 
 
 def letters(prompts: list[str], responses: list[str]) -> list[float]:
@@ -26,6 +27,7 @@ def letters(prompts: list[str], responses: list[str]) -> list[float]:
 
 def test_a_sum_is_read_term_by_term(tmp_path):
     assert rewards.parse("a/b") == ((1.0, "a/b"),)
+    assert rewards.parse(" 1 * a ") == ((1.0, "a"),)
     assert rewards.parse("0.5 * a + b - 2e-1 * m.n:f") == ((0.5, "a"), (1.0, "b"), (-0.2, "m.n:f"))
     # Signs within names, as hub names and versions have them, are no signs of a sum.
     assert rewards.parse("org/model-v1+x - org/m-2") == ((1.0, "org/model-v1+x"), (-1.0, "org/m-2"))
@@ -33,7 +35,7 @@ def test_a_sum_is_read_term_by_term(tmp_path):
     assert rewards.parse(str(tmp_path / "a + b")) == ((1.0, str(tmp_path / "a + b")),)
 
 
-@pytest.mark.parametrize("spec", ["", "a + ", "x * a", "0 * a", "nan * a", "inf * a", "2 * ", "- 0.1 * a"])
+@pytest.mark.parametrize("spec", ["", "a + ", "x * a", "0 * a", "nan * a", "inf * a", "2 * ", "- 0.1 * a", *MALFORMED])
 def test_what_is_no_sum_is_refused(spec):
     with pytest.raises(ValueError, match="gold: expected"):
         rewards.parse(spec, name="gold")
@@ -59,14 +61,15 @@ def test_a_table_is_of_one_sum(folders):
     one, two = folders["reward"], folders["gold"]
     assert made(one) == tables.folder_digest(one)
     different = [one, two, f"{one} + {two}", f"{one} - {two}", f"0.5 * {one} + {two}", f"{one} + {LETTERS}", LETTERS]
+    different += [f"0.1234567 * {one} + {two}", f"0.12345671 * {one} + {two}"]
     assert len({made(spec) for spec in different}) == len(different)
-    assert made(f"{one} + 1.0 * {two}") == made(f"{one} + {two}")
+    assert made(f"{one} + 1.0 * {two}") == made(f"{two} + {one}")
 
 
 def test_rl_maximises_a_calibrated_sum_and_its_table_names_the_next_command(folders, tmp_path, capsys):
     shared = {
         "prompts": folders["prompts.txt"],
-        "reward": f"{folders['reward']} - 0.1 * {LETTERS}",
+        "reward": f"{folders['reward']} + {folders['gold']} - 0.1 * {LETTERS}",
         "max_new_tokens": 4,
         "max_length": 32,
     }
@@ -86,7 +89,7 @@ def test_rl_maximises_a_calibrated_sum_and_its_table_names_the_next_command(fold
     assert np.isfinite(rl.run(run)["reward"])
     # The folders of the sum are inputs of the run.
     stamps = json.loads((tmp_path / "run/inputs.json").read_text())
-    assert any(name.startswith(folders["reward"]) for name in stamps)
+    assert all(any(name.startswith(folders[role] + "/") for name in stamps) for role in ("reward", "gold"))
 
 
 def test_decode_judges_by_a_sum(folders, tmp_path):
@@ -98,7 +101,40 @@ def test_decode_judges_by_a_sum(folders, tmp_path):
     for record in read(tmp_path / "out"):
         (less,) = letters([], [record["response"]])
         assert record["gold"] == pytest.approx(2 * record["reward"] - 0.5 * less, abs=1e-4)
-    decode.main(arguments(folders, tmp_path / "best", "--reward", spec, "--best-of-n", "3"))
+    decode.main(arguments(folders, tmp_path / "one", "--reward", f"1 * {LETTERS}", "--best-of-n", "3"))
+    for record in read(tmp_path / "one"):
+        assert record["reward"] == pytest.approx(letters([], [record["response"]])[0], abs=1e-6)
+    best, base = ([r["reward"] for r in read(tmp_path / "one") if r["method"] == m] for m in ("best_of_3", "base"))
+    assert np.mean(best) > np.mean(base)
     critic = ("--critic", f"transfer:{folders['arm']}", "--reward", spec)
     with pytest.raises(ValueError, match="reward: expected a folder, which a transfer critic scores by"):
         decode.main(arguments(folders, tmp_path / "transfer", *critic))
+
+
+MESH = """
+from eval import decode
+decode.main({})
+"""
+
+
+def test_a_sum_of_models_and_programs_judges_on_a_mesh(folders, tmp_path):
+    spec = f"{folders['reward']} - 0.1 * {LETTERS}"
+    command = arguments(folders, tmp_path / "one", "--reward", folders["reward"], "--gold", spec)
+    decode.main(command)
+    command[command.index(str(tmp_path / "one"))] = str(tmp_path / "two")
+    on_devices(MESH.format([*command, "--mesh", "data=2"]), count=2)
+    one, two = ([record["gold"] for record in read(tmp_path / name)] for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_compare_maximises_a_sum_where_no_gradient_is_needed(folders, tmp_path):
+    spec = f"0.5 * {folders['reward']} - 0.1 * {LETTERS}"
+    command = ["--model", folders["base"], "--prompts", folders["prompts.txt"], "--reward", spec]
+    command += ["--max-new-tokens", "4", "--out", str(tmp_path / "run"), "--gold", folders["reward"]]
+    compare.main([*command, "--method", "best_of_n@3"])
+    for row in json.loads((tmp_path / "run/results.json").read_text()):
+        assert row["reward"] < 0.5 * row["gold"]
+    stamps = json.loads(next((tmp_path / "run").glob("best*/inputs.json")).read_text())
+    assert any(name.startswith(folders["reward"] + "/") for name in stamps)
+    with pytest.raises(ValueError, match="reward: expected the folder of a reward model, whose gradient ggro reads"):
+        compare.main([*command, "--method", "ggro@4"])

@@ -48,10 +48,10 @@ def made_with(
 ) -> dict[str, Any]:
     """What a table depends on. base: folder of the model; reward: as `rewards.parse` reads it, MODULE:FUNCTION by its
     name; prompts: token ids. Weights count, names of folders do not."""
-    terms = [(weight, folder_digest(name)) for weight, name in programs.parse(reward)]
+    terms = sorted((folder_digest(name), weight) for weight, name in programs.parse(reward))
     return {
         "base": folder_digest(base),
-        "reward": " + ".join(name if weight == 1 else f"{weight:g} * {name}" for weight, name in terms),
+        "reward": " + ".join(name if weight == 1 else f"{weight!r} * {name}" for name, weight in terms),
         "tokenizer": _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode()),
         "template": _digest(str(getattr(tokenizer, "chat_template", None)).encode()),
         "temperature": float(temperature),

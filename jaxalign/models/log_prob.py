@@ -14,18 +14,20 @@ from jaxalign.types import Array, Params, TokenBatch
 
 TOKENS = 2048
 """Tokens whose logits are alive together, at a vocabulary of 32,000 a quarter of a GB."""
+KEPT = 2**24
+"""Numbers, 64 MiB of them in float32, that are rather kept for the backward pass than computed again."""
 
 
-def chunked(f: Callable[..., Any], *arrays: Array, chunk: int | None = None) -> Any:
+def chunked(f: Callable[..., Any], *arrays: Array, chunk: int | None = None, width: int | None = None) -> Any:
     """f applied to chunks of positions (axis 1) of arrays [B,L,...], its results [B,chunk,...] joined to [B,L,...].
-    chunk: at most so many positions; None: all where that is no more than 2048 tokens, else 64, or fewer, so that a
-    batch has no more than 2048 tokens in a chunk.
+    chunk: at most so many positions; None: 64, or fewer, so that a batch has no more than 2048 tokens in a chunk, or
+    all of them where f makes `width` numbers of each token and that is no more than 2^24 in all.
 
     f must treat positions independently; the last chunk is padded with zeros, whose results are dropped. Where there
     are several, each is rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
     """
     batch, length = arrays[0].shape[:2]
-    if chunk is None and batch * length <= TOKENS:
+    if chunk is None and width is not None and length and batch * length * width <= KEPT:
         return f(*arrays)
     if chunk is None:
         chunk = min(max(TOKENS // max(batch, 1), 1), 64)
@@ -67,4 +69,4 @@ def token_log_prob(lm: Any, params: Params, hidden: Array, targets: Array, *, ch
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return picked - jax.nn.logsumexp(logits, axis=-1)
 
-    return chunked(part, hidden, targets, chunk=chunk)
+    return chunked(part, hidden, targets, chunk=chunk, width=lm.vocab_size)

@@ -7,6 +7,7 @@ a cache (decoding), `extend` over K alternative next tokens at one position agai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,8 @@ class Projection(nn.Dense):
 def by_rows(f: Callable[[Array], Array], x: Array) -> Array:
     """f of x [...,D] as one matrix [N,D]. A product's gradient by its weights is then one of two matrices; with more
     axes XLA transposes the larger operand first and multiplies at half the speed on a CPU (140 for 190 GFLOP/s)."""
-    return f(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+    y = f(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # no −1: an axis may be empty
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def low_rank(x: Array, a: Array, b: Array) -> Array:
@@ -84,9 +86,9 @@ def dense(features: int, bias: bool, dtype: Any, name: str) -> Projection:
 
 
 def blocks(length: int) -> list[tuple[int, int, int]]:
-    """(start, stop, keys) of up to four groups of queries: none reads a key behind its last, so that of the square of
-    scores three eighths are not computed. Short rows stay one."""
-    size = length if length < 128 else max(64, 16 * -(-length // 64))
+    """(start, stop, keys) of up to four groups of queries: none reads a key behind its last. Of the square of
+    scores four equal groups leave out three eighths. Short rows stay one."""
+    size = length if length < 128 else 8 * -(-length // (8 * min(4, -(-length // 64))))
     return [(start, min(start + size, length), min(start + size, length)) for start in range(0, length, size)]
 
 

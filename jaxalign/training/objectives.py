@@ -182,7 +182,7 @@ def values_of(lm: Any, params: Params, hidden: Array, tokens: Array) -> Array:
     def read(hidden: Array, following: Array) -> Array:
         return jnp.take_along_axis(lm.head(params, hidden), following[..., None], axis=-1)[..., 0]
 
-    return jnp.pad(models.chunked(read, hidden[:, :-1], tokens[:, 1:]), ((0, 0), (1, 0)))
+    return jnp.pad(models.chunked(read, hidden[:, :-1], tokens[:, 1:], width=lm.vocab_size), ((0, 0), (1, 0)))
 
 
 def _expected_next(lm: Any, params: Params, base: Any, frozen: Params, hidden: Array, below: Array) -> Array:

@@ -92,7 +92,7 @@ def of_models(lm: Any, reference: Any) -> ReadBoth:
             picked, below = (jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0] for x in (log_p, log_q))
             return picked, below, gibbs.kl(log_p, log_q)
 
-        log_prob, ref, kl = models.chunked(part, own, base, tokens)
+        log_prob, ref, kl = models.chunked(part, own, base, tokens, width=4 * lm.vocab_size)
         return log_prob, None if lm.config.head is None else lm.head(params, own)[..., 0], ref, kl
 
     return read

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import rewards
 from jaxalign.models import attention, transformer
 from jaxalign.models.config import Rope
 from tests.conftest import needs_jit, tiny_lm
@@ -30,14 +31,15 @@ def rows(lm) -> tuple[jax.Array, jax.Array]:
     return jax.random.randint(jax.random.key(3), mask.shape, 0, lm.vocab_size), jnp.asarray(mask)
 
 
-@pytest.mark.parametrize("length", [1, 9, 127, 128, 129, 200, 255, 256, 1000])
+@pytest.mark.parametrize("length", [1, 9, 127, 128, 129, 193, 200, 255, 256, 257, 1000])
 def test_every_query_is_in_one_group_that_reads_all_keys_up_to_it(length):
     found = transformer.blocks(length)
     assert [i for start, stop, _ in found for i in range(start, stop)] == list(range(length))
     assert all(keys == stop for _, stop, keys in found)
     assert len(found) <= 4
     if length >= 128:
-        assert sum((stop - start) * keys for start, stop, keys in found) < 0.8 * length**2
+        assert min(stop - start for start, stop, _ in found) >= 16
+        assert sum((stop - start) * keys for start, stop, keys in found) < 0.76 * length**2
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -59,6 +61,30 @@ def test_groups_of_queries_read_what_one_group_does(name, monkeypatch):
     jax.clear_caches()
     for a, b in zip(jax.tree.leaves(grouped), jax.tree.leaves(both()), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.abs(b).max()))
+
+
+def test_groups_and_the_table_have_forward_derivatives():
+    """The derivative along a direction is the gradient's part along it; an HVP is forward over reverse."""
+    lm, params = tiny_lm(0, num_layers=1, max_length=256)
+    tokens, mask = rows(lm)
+    direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(7), x.shape) * 1e-2, params)
+
+    def total(params):
+        return jnp.where(mask[..., None], jnp.sin(lm.hidden(params, tokens, mask=mask)), 0).sum()
+
+    slope = jax.jit(lambda p: jax.jvp(total, (p,), (direction,))[1])(params)
+    parts = jax.tree.map(lambda g, d: (g * d).sum(), jax.jit(jax.grad(total))(params), direction)
+    assert float(slope) == pytest.approx(float(sum(jax.tree.leaves(parts))), rel=1e-3)
+    curved = jax.jit(lambda p: jax.jvp(jax.grad(total), (p,), (direction,))[1])(params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(curved))
+
+
+def test_an_empty_axis_stays_empty():
+    lm, params = tiny_lm(0)
+    assert lm.logits(params, jnp.zeros((2, 0, lm.config.hidden_size))).shape == (2, 0, lm.vocab_size)
+    reward = rewards.log_likelihood(lm)
+    one = jnp.ones((2, 1), jnp.int32)
+    np.testing.assert_array_equal(reward(params, one, one > 0, jnp.ones(2, jnp.int32), jnp.arange(2)), 0)
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3"])

@@ -143,24 +143,24 @@ def test_the_gradient_of_segments_at_their_last_tokens():
 
 @needs_jit
 def test_log_probabilities_of_a_large_batch_keep_the_logits_of_2048_tokens():
-    lm, params = tiny_lm(0, vocab_size=512)
+    lm, params = tiny_lm(0, vocab_size=8192)
     hidden = jax.random.normal(jax.random.key(1), (64, 65, 16))  # 65: chunks of 22, not two of 32 and one of a token
-    targets = jax.random.randint(jax.random.key(2), (64, 65), 0, 512)
+    targets = jax.random.randint(jax.random.key(2), (64, 65), 0, 8192)
 
     def loss(hidden, chunk=None):
         return models.token_log_prob(lm, params, hidden, targets, chunk=chunk).sum()
 
     memory = jax.jit(jax.grad(loss)).lower(hidden).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 64 * 65 * 512 * 4
+    assert memory.temp_size_in_bytes < 64 * 65 * 8192 * 4
     np.testing.assert_allclose(jax.grad(loss)(hidden), jax.grad(lambda h: loss(h, 65))(hidden), atol=1e-5)
     # A chunk just above half the length is two of one size.
     sizes = []
     record = lambda x: sizes.append(x.shape[1]) or x  # noqa: E731
     models.chunked(record, jnp.zeros((2, 10, 1)), chunk=7)
-    # Up to 2048 tokens are one chunk, which nothing is gained by computing again.
-    models.chunked(record, jnp.zeros((8, 256, 1)))
-    models.chunked(record, jnp.zeros((8, 257, 1)))
-    assert sizes == [5, 256, 52]
+    # Up to 2^24 numbers are kept: one chunk. Of another size, or not known, they are not.
+    for width in (8192, 8193, None):
+        models.chunked(record, jnp.zeros((8, 256, 1)), width=width)
+    assert sizes == [5, 256, 64, 64]
 
 
 def test_an_adapter_reaches_the_columns():
