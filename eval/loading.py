@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from eval.engine import Judge
 from jaxalign import cli, models, rewards
@@ -83,10 +82,9 @@ def judges(
             out[name] = term(name, terms[0][1])
         elif terms:
             each = [term(f"{name} {part}", part) for _, part in terms]
-            weights = jnp.asarray([weight for weight, _ in terms], jnp.float32)
+            reward, params = rewards.combine([weight for weight, _ in terms], each)
             # Compiled as a whole: on a mesh a program's numbers do not lie as a model's do.
-            summed = rewards.weighted_sum([judge.reward for judge in each])
-            out[name] = Judge(jax.jit(summed), {"rewards": [judge.params for judge in each], "weights": weights})
+            out[name] = Judge(jax.jit(reward), params)
     return out
 
 

@@ -22,6 +22,7 @@ from jaxalign.types import Array, CheckedReward, Params, PrefixGain, Reward, Tok
 __all__ = [
     "CheckedGain",
     "calibrated",
+    "combine",
     "embedding_gain",
     "from_model",
     "from_numpy",
@@ -168,6 +169,15 @@ def weighted_sum(rewards: Sequence[Reward]) -> Reward:
 
     kept = prefixes.combined(rewards, lambda params: params["rewards"], add)
     return CheckedReward(reward, check, vocab_size, kept)
+
+
+def combine(weights: Sequence[float], each: Sequence[tuple[Reward, Params]]) -> tuple[Reward, Params]:
+    """(reward, params) of Σ_i w_i·r_i, the weights [m] of `parse` beside the rewards and params that its terms name:
+    the one reward itself where there is one, of weight 1, else a `weighted_sum`. ValueErrors: of `weighted_sum`."""
+    if list(weights) == [1]:
+        return each[0]
+    params = {"rewards": [p for _, p in each], "weights": np.asarray(weights, np.float32)}
+    return weighted_sum([reward for reward, _ in each]), params
 
 
 def map_reward(reward: Reward, f: Callable[[Params, Array, Array], Array]) -> Reward:

@@ -95,12 +95,8 @@ def judge(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) ->
     """The Reward of --reward (`rewards.parse`) and its parameters. ValueErrors: no such program, another vocabulary, no
     scalar head."""
     terms = rewards.parse(spec)
-    if len(terms) == 1 and terms[0][0] == 1:
-        return _term(terms[0][1], lm, tokenizer, dtype=dtype)
     made = {name: _term(name, lm, tokenizer, dtype=dtype) for name in dict.fromkeys(name for _, name in terms)}
-    each = [made[name] for _, name in terms]
-    weights = np.asarray([weight for weight, _ in terms], np.float32)
-    return rewards.weighted_sum([reward for reward, _ in each]), {"rewards": [p for _, p in each], "weights": weights}
+    return rewards.combine([weight for weight, _ in terms], [made[name] for _, name in terms])
 
 
 def _term(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) -> tuple[Reward, Params]:
