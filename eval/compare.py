@@ -39,12 +39,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from eval import engine, loading, methods, pictures, results
-from eval.engine import Method, Texts
-from eval.loading import Model
-from eval.methods import Setting
-from eval.specs import Spec, parse
-from jaxalign import cli, data, decoding, models, policies
+from jaxalign import _io, commands, data, decoding, models, policies
+from jaxalign.evaluation import engine, loading, methods, plots, results
+from jaxalign.evaluation.engine import Method, Texts
+from jaxalign.evaluation.loading import Model
+from jaxalign.evaluation.methods import Setting
+from jaxalign.evaluation.specs import Spec, parse
 
 READ_BY = {
     "top_k": ("args", "value", "follower", "transfer", "ggro", "smc"),
@@ -224,7 +224,7 @@ def _edit(config: Config, setting: Setting, spec: Spec, lm: models.LanguageModel
             f"{spec.name}: expected a head on the base's own hidden states (train.value --frozen), found another model"
         )
     value = policies.head_value(lm)
-    edited = policies.edit(setting.base, setting.lm.logits, value, steps=config.edit_steps)
+    edited = policies.re_control(setting.base, setting.lm.logits, value, steps=config.edit_steps)
     return [
         methods.sampled(
             setting,
@@ -292,11 +292,11 @@ def run(config: Config, *, quiet: bool = False) -> list[dict[str, Any]]:
     for row in rows:
         row["tokens_per_second"] = known[row["method"], row["beta"]]
     out = pathlib.Path(config.out)
-    cli.write_json(out / "results.json", rows)
+    _io.write_json(out / "results.json", rows)
     if quiet:
         print(f"wrote {out / 'results.json'} ({len(records)} responses)")
         return rows
-    pictures.frontier(rows, out / "frontier.png")
+    plots.frontier(rows, out / "frontier.png")
     results.print_table(rows)
     print(f"wrote {out / 'results.json'} and {out / 'frontier.png'} ({len(records)} responses)")
     return rows
@@ -311,7 +311,7 @@ def _decode(
     shared: dict[str, Any] = {name: getattr(config, name) for name in read}
     inputs = [config.model, config.prompts, spec.folder]
     inputs += [*loading.roles("reward", config.reward).values(), *loading.roles("gold", config.gold).values()]
-    folder = cli.open_run(
+    folder = _io.open_run(
         str(pathlib.Path(config.out) / spec.slug), _Run(**shared, method=spec.text), inputs=[x for x in inputs if x]
     )
     final = folder / "responses.jsonl"
@@ -320,7 +320,7 @@ def _decode(
     results.check_texts(records, texts.texts, final, expected=len(plan) * len(texts.texts))
     rows = results.summarise(records)
     results.add_speed(rows, speed, folder / "summary.json")
-    cli.write_json(folder / "summary.json", rows)
+    _io.write_json(folder / "summary.json", rows)
     return folder, records
 
 
@@ -332,7 +332,7 @@ class _Run(Options):
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

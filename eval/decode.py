@@ -17,10 +17,10 @@ import pathlib
 import jax.numpy as jnp
 import tyro
 
-from eval import engine, loading, methods, results
-from eval.engine import Method, Texts
-from eval.methods import Setting
-from jaxalign import cli, critics, data, policies, rewards
+from jaxalign import _io, commands, critics, data, policies, rewards
+from jaxalign.evaluation import engine, loading, methods, results
+from jaxalign.evaluation.engine import Method, Texts
+from jaxalign.evaluation.methods import Setting
 from jaxalign.types import Critic, Params
 
 KINDS = ("args", "value", "autoregressive", "follower", "transfer")
@@ -233,7 +233,7 @@ def run(config: Config, *, quiet: bool = False) -> pathlib.Path:
     for method in chosen:
         method.check(everything)
     embed = rewards.program(config.embedding, name="embedding") if config.embedding else None
-    out = cli.open_run(config.out, config, inputs=list(given.values()))
+    out = _io.open_run(config.out, config, inputs=list(given.values()))
     final = out / "responses.jsonl"
     speed = engine.decode(
         chosen,
@@ -249,7 +249,7 @@ def run(config: Config, *, quiet: bool = False) -> pathlib.Path:
     results.check_texts(records, texts.texts, final, expected=len(chosen) * len(texts.texts))
     rows = results.summarise(records)
     results.add_speed(rows, speed, out / "summary.json")
-    cli.write_json(out / "summary.json", rows)
+    _io.write_json(out / "summary.json", rows)
     if not quiet:
         results.print_table(rows)
     print(f"wrote {final} ({len(records)} responses) and {out / 'summary.json'}")
@@ -257,7 +257,7 @@ def run(config: Config, *, quiet: bool = False) -> pathlib.Path:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

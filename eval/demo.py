@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import cli, decoding, metrics, policies, tree
+from jaxalign import _io, commands, decoding, metrics, policies, tree
 from jaxalign.types import Array, Policy
 
 RAMP = {"exact soft value": "C0", "controlled decoding": "C1", "GenARM": "C2", "ARGS": "C3", "best of n": "C4"}
@@ -104,7 +104,7 @@ def run(config: Config) -> list[Point]:
     """All points; the table is printed, results.json and frontier.png are written."""
     check(config)
     t = tree.Tree(config.vocab, config.horizon, eos_id=0)
-    out = cli.open_run(config.out, config)
+    out = _io.open_run(config.out, config)
     base, reward = tree.random(jax.random.key(config.seed), t)
     log_base = tree.response_log_prob(t, base)
     prompts = tree.prompts(config.samples)
@@ -134,7 +134,7 @@ def run(config: Config) -> list[Point]:
         points.append(point("best of n", n, law, chosen.best, bound, "bound log n - (n-1)/n"))
     points.sort(key=lambda p: (list(RAMP).index(p.method), p.kl))
     table = [p._asdict() for p in points]
-    cli.write_json(out / "results.json", {"base_reward": float(tree.expected(log_base, reward)), "points": table})
+    _io.write_json(out / "results.json", {"base_reward": float(tree.expected(log_base, reward)), "points": table})
     plot(t, base, reward, points, out / "frontier.png")
     print_table(points)
     print(f"wrote {out / 'results.json'} and {out / 'frontier.png'}")
@@ -187,7 +187,7 @@ def plot(t: tree.Tree, base: Array, reward: Array, points: list[Point], path: pa
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

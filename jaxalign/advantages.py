@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import mdp
-from jaxalign.types import Array, ArrayLike, at_least_float32
+from jaxalign._arrays import at_least_float32
+from jaxalign.types import Array, ArrayLike
 
 
 def token_rewards(reward: Array, log_ratio: Array, mask: Array, *, beta: ArrayLike) -> Array:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.checks import check_positive, is_concrete
-from jaxalign.types import NEGATIVE, Array, ArrayLike, at_least_float32, is_supported
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
+from jaxalign._checks import check_positive, is_concrete
+from jaxalign.types import Array, ArrayLike
 
 _FLOOR = 1e-6  # of the range of the reward: the clamp of match_kl
 

@@ -10,7 +10,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.types import Array, ArrayLike, at_least_float32
+from jaxalign._arrays import at_least_float32
+from jaxalign.types import Array, ArrayLike
 
 MAX_EXPONENT = 20.0  # of the linex loss, and of probability ratios
 

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 import chex
 import jax.numpy as jnp
 
-from jaxalign.types import Array, TokenBatch, at_least_float32
+from jaxalign._arrays import at_least_float32
+from jaxalign.types import Array, TokenBatch
 
 
 def last_index(mask: Array) -> Array:

@@ -17,21 +17,16 @@ Laws that every Policy and Critic keeps (tests/test_laws.py holds them against e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
 Params = Any  # a pytree of arrays
 State = Any  # a pytree of arrays, batch axis first
 Prompts = Any  # a TokenBatch, or a dict of them that mirrors params
-
-NEGATIVE = -1e20
-"""The finite stand-in for log 0: far below any log-probability plus q/beta, far above overflow when divided by a
-temperature. `is_supported` tests for it."""
 
 
 class TokenBatch(NamedTuple):
@@ -111,7 +106,7 @@ class PrefixReward(NamedTuple):
 
 
 class PrefixGain(NamedTuple):
-    """A gain (`decoding.nudge`) at the first token of a segment. reward: the PrefixReward behind it, which makes and
+    """A gain (`decoding.ggro`) at the first token of a segment. reward: the PrefixReward behind it, which makes and
     moves the state; score(params, state, tokens [N,S], mask [N,S], candidates [N,K]) -> (reward [N], gain [N,K],
     proposal), as the reward's with M = 1."""
 
@@ -157,88 +152,3 @@ class Selection(NamedTuple):
     best: Completions
     samples: Completions
     reward: Array
-
-
-def take_rows(tree: Any, index: Array) -> Any:
-    """Rows `index` [M] of every leaf [B,...] of a state: [M,...]."""
-    return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), tree)
-
-
-def repeat_rows(tree: Any, n: int) -> Any:
-    """Every row n times, neighbours together: leaf [B,...] -> [B·n,...]."""
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), tree)
-
-
-def where_rows(condition: Array, new: Any, old: Any) -> Any:
-    """Row-wise choice between two trees of one structure; condition [B] bool, True takes `new`."""
-
-    def choose(a: Array, b: Array) -> Array:
-        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(choose, new, old)
-
-
-def per_row(value: ArrayLike, batch: int, *, name: str) -> Array:
-    """A scalar or [B] value as float [B]: what is per prompt survives repeated rows (law 3). ValueError on other
-    shapes."""
-    array = at_least_float32(jnp.asarray(value))
-    if array.shape not in ((), (batch,)):
-        raise ValueError(f"{name}: expected a scalar or shape ({batch},), one per prompt, found shape {array.shape}")
-    return jnp.broadcast_to(array, (batch,))
-
-
-def at_least_float32(x: ArrayLike) -> Array:
-    """float16, bfloat16 and integers to float32; float32 and float64 as they are."""
-    array = jnp.asarray(x)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
-def is_supported(log_prob: Array) -> Array:
-    """True where a log-probability is not the stand-in for log 0. NaN counts as inside, so that it shows."""
-    return ~(log_prob <= NEGATIVE / 2)
-
-
-def prompts_for(prompts: Prompts, name: str) -> Prompts:
-    """The prompts of the model `name` (law 4): a TokenBatch serves all, a dict is looked up. ValueError if missing."""
-    if isinstance(prompts, TokenBatch):
-        return prompts
-    if not isinstance(prompts, Mapping):
-        raise ValueError(
-            f"prompts: expected a TokenBatch or a dict that mirrors params, found {type(prompts).__name__}"
-        )
-    if name not in prompts:
-        raise ValueError(f"prompts: expected an entry {name!r} to mirror params, found {sorted(prompts)}")
-    return prompts[name]
-
-
-def prompts_at(prompts: Prompts, i: int) -> Prompts:
-    """As `prompts_for`, where params hold a sequence of models."""
-    if isinstance(prompts, TokenBatch):
-        return prompts
-    if not isinstance(prompts, Sequence) or i >= len(prompts):
-        raise ValueError(
-            f"prompts: expected a TokenBatch or a sequence with an entry {i}, found {type(prompts).__name__}"
-        )
-    return prompts[i]
-
-
-def any_prompts(prompts: Prompts) -> TokenBatch:
-    """One TokenBatch of a tree of them: batch size and index are the same in all (`checks.same_prompts`)."""
-    return jax.tree.leaves(prompts, is_leaf=lambda leaf: isinstance(leaf, TokenBatch))[0]
-
-
-def prompt_index(prompts: Prompts) -> Array:
-    """index [B] of a batch, 0..B-1 where it is None."""
-    batch = any_prompts(prompts)
-    if batch.index is None:
-        return jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
-    return batch.index
-
-
-def strong(tree: Any) -> Any:
-    """A tree without weakly typed leaves: jnp.asarray(0.5) and np.float32(0.5) would otherwise be two traces."""
-
-    def strengthen(leaf: Any) -> Any:
-        return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
-
-    return jax.tree.map(strengthen, tree)

@@ -82,7 +82,7 @@ def critic_cases(dtype: str = "float32") -> dict[str, CriticCase]:
     arm_lm, arm_params = tiny_lm(4, None, dtype)
     args = critics.args(reward_lm)
     value = critics.value(value_lm)
-    arm = critics.autoregressive(arm_lm)
+    arm = critics.genarm(arm_lm)
     bound = critics.map_scores(args, lambda p, q, log_prob, index: p["scale"][index][:, None] * jnp.tanh(q))
     other = jax.tree.map(lambda x: x * 0.9, arm_params)
     return {
@@ -138,12 +138,12 @@ def policy_cases(dtype: str = "float32") -> dict[str, Case]:
     }
     value_lm, value_params = tiny_lm(2, "value", dtype)
     cases["edit"] = Case(
-        policies.edit(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, policies.head_value(value_lm), steps=3),
+        policies.re_control(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, policies.head_value(value_lm), steps=3),
         {"policy": lm.params, "value": value_params, "step_size": BETA / 20},
     )
     q_lm, q_params = tiny_lm(3, "q", dtype)
     cases["edit_expected"] = Case(
-        policies.edit_expected(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, critics.value(q_lm), steps=3),
+        policies.re_control_expected(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, critics.value(q_lm), steps=3),
         {"policy": lm.params, "critic": q_params, "step_size": BETA / 20},
     )
     for name, case in (critic_cases(dtype) | {"transfer_q": tabular_transfer()}).items():

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import decoding, policies, tree
-from jaxalign.types import Critic, Params, Policy, TokenBatch, is_supported
+from jaxalign._arrays import is_supported
+from jaxalign.types import Critic, Params, Policy, TokenBatch
 
 RNG = jax.random.key(0)
 

@@ -82,7 +82,7 @@ B = PROMPTS.tokens.shape[0]
 
 def nudge(params, *, prompts=PROMPTS, candidates=4, threshold=1.0, eos_ids=EOS, **options):
     options = {"top_k": 5, "max_new_tokens": T} | options
-    return decoding.nudge(
+    return decoding.ggro(
         MARKOV,
         _reward,
         _gain,

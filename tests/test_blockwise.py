@@ -180,7 +180,7 @@ def test_log_prob_is_that_of_the_kept_tokens_under_the_policy():
     other = tiny_lm(7, num_layers=1)
     beside = policies.with_reference(POLICY, policies.language_model(other[0]))
     arm = tiny_lm(4, num_layers=1)
-    policy = policies.tilt(beside, critics.autoregressive(arm[0]))
+    policy = policies.tilt(beside, critics.genarm(arm[0]))
     params = {
         "policy": {"policy": BASE, "reference": other[1]},
         "critic": arm[1],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxalign import decoding, policies, rewards, tree
-from jaxalign.decoding.segments import entropy as predictive_entropy
+from jaxalign.decoding._segments import entropy as predictive_entropy
 from jaxalign.types import CheckedReward, TokenBatch
 from tests import exact
 from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_lm

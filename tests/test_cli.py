@@ -10,7 +10,8 @@ import os
 import pytest
 import tyro
 
-from jaxalign import cli
+from jaxalign import _io, commands
+from jaxalign.models import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Config:
 
 
 def parse(*args: str) -> Config:
-    return cli.parse(Config, description="a test", args=args)
+    return commands.parse(Config, description="a test", args=args)
 
 
 def written(tmp_path, values, name="c.json") -> str:
@@ -113,63 +114,63 @@ def test_unknown_and_missing_options_end_the_program(tmp_path, capsys):
 def test_a_run_folder_holds_config_and_versions_and_its_config_runs_again(tmp_path):
     out = tmp_path / "a" / "run"
     config = parse("--model", "m", "--critic", "a", "--critic", "b", "--out", str(out))
-    assert cli.open_run(out, config) == out
+    assert _io.open_run(out, config) == out
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "inputs.json", "versions.json"]
-    assert {"python", "device", *cli.PACKAGES} == set(json.loads((out / "versions.json").read_text()))
+    assert {"python", "device", *_io.PACKAGES} == set(json.loads((out / "versions.json").read_text()))
     again = parse("--config", str(out / "config.json"))
     assert dataclasses.replace(again, config="") == config
-    cli.open_run(out, again)
+    _io.open_run(out, again)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     out = tmp_path / "run"
-    cli.open_run(out, Config("m", out="x"))
-    cli.open_run(out, Config("m", out="y", config="z"))
+    _io.open_run(out, Config("m", out="x"))
+    _io.open_run(out, Config("m", out="y", config="z"))
     before = (out / "config.json").read_bytes()
     with pytest.raises(ValueError, match=r"^beta: expected \[1.0\] .* found \[2.0\]"):
-        cli.open_run(out, Config("m", beta=(2.0,)))
+        _io.open_run(out, Config("m", beta=(2.0,)))
     assert (out / "config.json").read_bytes() == before
     # A field that one of the two lacks differs too.
     (out / "config.json").write_text(json.dumps(json.loads(before) | {"old_option": 1}))
     with pytest.raises(ValueError, match=r"^old_option"):
-        cli.open_run(out, Config("m"))
+        _io.open_run(out, Config("m"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"^out: "):
-        cli.open_run(tmp_path / "mine", Config("m"))
+        _io.open_run(tmp_path / "mine", Config("m"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
 def test_a_run_that_is_opened_again_is_an_unchanged_input_of_others(tmp_path):
     table, reader = tmp_path / "table", tmp_path / "reader"
-    cli.open_run(table, Config("m"))
-    cli.open_run(reader, Config("m"), inputs=[str(table)])
+    _io.open_run(table, Config("m"))
+    _io.open_run(reader, Config("m"), inputs=[str(table)])
     for path in table.iterdir():
         os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**9))  # as if it had been a while ago
     (reader / "inputs.json").unlink()
-    cli.open_run(reader, Config("m"), inputs=[str(table)])
-    cli.open_run(table, Config("m"))
-    cli.open_run(reader, Config("m"), inputs=[str(table)])
+    _io.open_run(reader, Config("m"), inputs=[str(table)])
+    _io.open_run(table, Config("m"))
+    _io.open_run(reader, Config("m"), inputs=[str(table)])
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
-    cli.write_json(path, {"a": 1})
+    _io.write_json(path, {"a": 1})
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="JSON"):
-            cli.write_json(path, {"a": bad})
+            _io.write_json(path, {"a": bad})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_mesh():
-    assert cli.make_mesh("") is None
-    mesh = cli.make_mesh("data=1")
+    assert sharding.make_mesh("") is None
+    mesh = sharding.make_mesh("data=1")
     assert mesh is not None
     assert mesh.shape == {"data": 1}
     for bad in ("1", "data", "data=", "data=0", "data=-1", "data=x", "rows=1", "data=1000000"):
         with pytest.raises(ValueError, match=r"^mesh: "):
-            cli.make_mesh(bad)
+            sharding.make_mesh(bad)
 
 
 def test_a_run_does_not_go_on_with_other_inputs(tmp_path):
@@ -178,15 +179,15 @@ def test_a_run_does_not_go_on_with_other_inputs(tmp_path):
     (model / "weights").write_text("1")
     (tmp_path / "prompts.txt").write_text("x")
     inputs = [str(model), str(tmp_path / "prompts.txt"), str(tmp_path / "hub-name")]
-    cli.open_run(out, Config("m"), inputs=inputs)
-    cli.open_run(out, Config("m"), inputs=inputs)
+    _io.open_run(out, Config("m"), inputs=inputs)
+    _io.open_run(out, Config("m"), inputs=inputs)
     stamp = os.stat(model / "weights")
     (model / "weights").write_text("2")
     os.utime(model / "weights", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
     with pytest.raises(ValueError, match=r"^inputs: .*model/weights"):
-        cli.open_run(out, Config("m"), inputs=inputs)
+        _io.open_run(out, Config("m"), inputs=inputs)
     os.utime(model / "weights", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    cli.open_run(out, Config("m"), inputs=inputs)
+    _io.open_run(out, Config("m"), inputs=inputs)
     (model / "more").touch()
     with pytest.raises(ValueError, match=r"^inputs: .*model/more"):
-        cli.open_run(out, Config("m"), inputs=inputs)
+        _io.open_run(out, Config("m"), inputs=inputs)

@@ -8,8 +8,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from eval import compare, engine, pictures
+from eval import compare
 from jaxalign import metrics, models
+from jaxalign.evaluation import engine, plots
 from jaxalign.models import Follower, Head
 from tests.conftest import tiny_lm
 from tests.test_eval_decode import tokenizer
@@ -87,7 +88,7 @@ def test_every_kind_of_method_has_its_row(finished, folders):
     for row in rows:
         assert np.isfinite([row["gold"], row["reward"], row["kl"], row["forwards"]]).all(), row["method"]
         assert row["forwards"] >= 1
-        assert pictures.family(row["method"]) in pictures.STYLES
+        assert plots.family(row["method"]) in plots.STYLES
     assert (finished / "frontier.png").stat().st_size > 10_000
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jaxalign.data import batches, opinions, preferences
+from jaxalign.data import batches, preferences
 from jaxalign.data.tokenizers import word_level
+from jaxalign.worlds import opinions
 
 PAIR = {"prompt": "the cat", "chosen": "runs", "rejected": "sits down"}
 USER = {"role": "user", "content": "the cat"}

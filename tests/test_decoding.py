@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, data, decoding, loop, models, policies, rewards, tree
-from jaxalign.decoding import sampling
+from jaxalign import critics, data, decoding, models, policies, rewards, rollout, tree
+from jaxalign.decoding import _sampling
 from tests import exact
 from tests.conftest import EOS, PROMPTS, alone, needs_jit, padded, tiny_config, tiny_lm
 
@@ -26,7 +26,7 @@ def test_draw_inverts_the_cdf(vocab):
     with jax.enable_x64(True):
         log_prob = jax.nn.log_softmax(jax.random.normal(jax.random.key(1), (vocab,), jnp.float64) * 2)
         uniform = np.linspace(0, 1, 4001)[:-1]
-        found = loop.draw(jnp.broadcast_to(log_prob, (4000, vocab)), jnp.asarray(uniform))
+        found = rollout.draw(jnp.broadcast_to(log_prob, (4000, vocab)), jnp.asarray(uniform))
         expected = np.searchsorted(np.cumsum(np.exp(log_prob)), uniform, side="right")
         assert (np.asarray(found) == expected).mean() > 0.999  # ties of rounding at an edge
 
@@ -34,13 +34,13 @@ def test_draw_inverts_the_cdf(vocab):
 def test_draw_never_gives_a_token_of_probability_zero():
     log_prob = jnp.full((2, 300), -jnp.inf).at[:, jnp.array([7, 130, 290])].set(jnp.log(jnp.array([1e-6, 0.5, 0.5])))
     for u in (0.0, 1e-7, 0.4999999, 0.5, np.nextafter(np.float32(1), np.float32(0))):
-        assert set(np.asarray(loop.draw(log_prob, jnp.full(2, u))).tolist()) <= {7, 130, 290}
+        assert set(np.asarray(rollout.draw(log_prob, jnp.full(2, u))).tolist()) <= {7, 130, 290}
 
 
 def test_exact_kl_ignores_what_has_no_mass():
     log_p = jnp.log(jnp.array([[0.5, 0.5, 0.0]]))
-    np.testing.assert_allclose(loop.exact_kl(log_p, jnp.log(jnp.array([[0.25, 0.25, 0.5]]))), np.log(2), rtol=1e-6)
-    gradient = jax.grad(lambda x: loop.exact_kl(x, jnp.log(jnp.array([[0.2, 0.3, 0.5]]))).sum())(log_p)
+    np.testing.assert_allclose(rollout.exact_kl(log_p, jnp.log(jnp.array([[0.25, 0.25, 0.5]]))), np.log(2), rtol=1e-6)
+    gradient = jax.grad(lambda x: rollout.exact_kl(x, jnp.log(jnp.array([[0.2, 0.3, 0.5]]))).sum())(log_p)
     assert jnp.isfinite(gradient).all()
 
 
@@ -149,7 +149,7 @@ def nested():
     q_lm, q = tiny_lm(3, "q", dtype="float64", num_layers=1)
     arm_lm, arm = tiny_lm(4, dtype="float64", num_layers=1)
     inner = policies.tilt(policies.language_model(lm), critics.value(q_lm))
-    policy = policies.tilt(inner, critics.autoregressive(arm_lm))
+    policy = policies.tilt(inner, critics.genarm(arm_lm))
     params = {
         "policy": {"policy": base, "critic": q, "beta": jnp.linspace(0.5, 1.5, 5)},
         "critic": arm,
@@ -268,9 +268,9 @@ def test_a_rollout_can_be_continued():
     arguments = {"policy": params, "temperature": jnp.asarray(0.0)}
     prompts = padded(PROMPTS)
     state, output = jax.jit(policy.init, static_argnums=3)(arguments, RNG, prompts, 5)
-    whole = loop.rollout(policy, arguments, RNG, state, output, steps=5, eos_ids=EOS)[2]
-    state, output, first = loop.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=EOS)
-    _, _, second = loop.rollout(policy, arguments, RNG, state, output, steps=3, eos_ids=EOS, finished=first.finished)
+    whole = rollout.rollout(policy, arguments, RNG, state, output, steps=5, eos_ids=EOS)[2]
+    state, output, first = rollout.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=EOS)
+    _, _, second = rollout.rollout(policy, arguments, RNG, state, output, steps=3, eos_ids=EOS, finished=first.finished)
     np.testing.assert_array_equal(jnp.concatenate([first.tokens, second.tokens], 1), whole.tokens)
     np.testing.assert_array_equal(jnp.concatenate([first.mask, second.mask], 1), whole.mask)
     np.testing.assert_array_equal(second.finished, whole.finished)
@@ -327,9 +327,9 @@ def test_the_compiled_loop_copies_no_cache(name):
         policy = policies.tilt(policy, critics.args(reward_lm), top_k=3)
         params = {"policy": base, "critic": reward, "beta": jnp.float32(1)}
     elif name == "autoregressive":
-        policy = policies.tilt(policy, critics.autoregressive(arm_lm))
+        policy = policies.tilt(policy, critics.genarm(arm_lm))
         params = {"policy": base, "critic": arm, "beta": jnp.float32(1)}
-    program = sampling._sample.lower(policy, params, RNG, padded(PROMPTS), 29, EOS).compile().as_text()
+    program = _sampling._sample.lower(policy, params, RNG, padded(PROMPTS), 29, EOS).compile().as_text()
     shape = "f32[5,2,33,4]"  # rows, key-value heads, prompt and new tokens, head_dim
     assert shape in program
     assert not re.findall(rf"= {re.escape(shape)}\S* copy\(", program)
@@ -349,10 +349,12 @@ def test_rollout_stops_each_row_at_its_own_limit():
 
     counted, limits = policy._replace(step=step), jnp.array([0, 1, 2, 9])
     shared = {"steps": 3, "eos_ids": ()}
-    whole = loop.rollout(policy, table, RNG, state, output, **shared)[2]
+    whole = rollout.rollout(policy, table, RNG, state, output, **shared)[2]
     for last_step in (True, False):
         steps.clear()
-        after, _, cut = loop.rollout(counted, table, RNG, state, output, limits=limits, last_step=last_step, **shared)
+        after, _, cut = rollout.rollout(
+            counted, table, RNG, state, output, limits=limits, last_step=last_step, **shared
+        )
         jax.effects_barrier()
         assert len(steps) == 3 - (not last_step)
         np.testing.assert_array_equal(cut.mask.sum(axis=1), [0, 1, 2, 3])
@@ -361,6 +363,6 @@ def test_rollout_stops_each_row_at_its_own_limit():
             depth = np.asarray(t.depth)[np.asarray(after["node"])[:3]]
             np.testing.assert_array_equal(depth, [0, 1, 2])
     steps.clear()
-    loop.rollout(counted, table, RNG, state, output, limits=jnp.array([1, 1, 1, 2]), last_step=False, **shared)
+    rollout.rollout(counted, table, RNG, state, output, limits=jnp.array([1, 1, 1, 2]), last_step=False, **shared)
     jax.effects_barrier()
     assert len(steps) == 1

@@ -55,7 +55,7 @@ def test_bad_compositions_are_refused_when_built():
     lm, base = tiny_lm(0)
     wide, wide_params = tiny_lm(0, vocab_size=13)
     policy, reward = policies.language_model(lm), critics.args(tiny_lm(1, "reward")[0])
-    arm = critics.autoregressive(lm)
+    arm = critics.genarm(lm)
     with pytest.raises(ValueError, match="top_k: expected at most the vocabulary's 11 tokens, found 12"):
         policies.tilt(policy, reward, top_k=12)
     with pytest.raises(ValueError, match="top_k"):
@@ -63,7 +63,7 @@ def test_bad_compositions_are_refused_when_built():
     with pytest.raises(ValueError, match="k: expected 1 to"):
         policies.top_k(policy, 12)
     with pytest.raises(ValueError, match="one vocabulary, found 11 and 13"):
-        policies.tilt(policy, critics.autoregressive(wide))
+        policies.tilt(policy, critics.genarm(wide))
     with pytest.raises(ValueError, match="one vocabulary"):
         policies.with_reference(policy, policies.language_model(wide))
     with pytest.raises(ValueError, match=r"one kind, found \['increment', 'level'\]"):

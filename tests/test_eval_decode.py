@@ -15,9 +15,10 @@ import pytest
 import tokenizers
 import transformers
 
-from eval import decode, engine
+from eval import decode
 from jaxalign import critics, data, decoding, models, policies, rewards
-from jaxalign.decoding import sampling
+from jaxalign.decoding import _sampling
+from jaxalign.evaluation import engine
 from tests.conftest import tiny_lm
 
 WORDS = ["<eos>", "the", "cat", "dog", "sat", "ran", "on", "a", "mat", "and", "slept"]
@@ -204,9 +205,9 @@ def test_one_trace_per_bucket_of_prompt_lengths(folders, tmp_path, capsys):
     """Ten lengths in two buckets, two betas, a short last batch: two traces; then the table has a speed."""
     (tmp_path / "p.txt").write_text("".join("the " * n + "cat\n" for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)))
     extra = ("--prompts", str(tmp_path / "p.txt"), "--critic", f"autoregressive:{folders['arm']}", "--no-include-base")
-    before = sampling._sample._cache_size()
+    before = _sampling._sample._cache_size()
     decode.main(arguments(folders, tmp_path / "out", *extra, "--beta", "1", "3"))
-    assert sampling._sample._cache_size() - before == 2
+    assert _sampling._sample._cache_size() - before == 2
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert all(row["tokens_per_second"] > 0 for row in summary)
     # A call that decodes nothing keeps the speeds of the one that did, and says again what is there.

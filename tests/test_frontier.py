@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.frontier import __main__ as program
-from eval.frontier import base, bound, language, noise, samples, tree, world
+from eval.studies import __main__ as program
+from eval.studies import base, bound, language, noise, samples, tree, world
 
 
 @pytest.fixture(scope="module")

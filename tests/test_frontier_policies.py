@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from eval.frontier import common, nudging, predictions, trained
+from eval.studies import common, nudging, predictions, trained
 from jaxalign import decoding, tree
 from tests import exact
 from train import reward_model, sft, world
@@ -18,7 +18,7 @@ def test_every_token_is_tried_once_by_exhaustive_nudging():
     """One segment on a tree: the best over the first tokens of what greedy decoding makes of each."""
     t = tree.Tree(4, 3, eos_id=0)
     log_policy, reward = exact.tables(t, 2)
-    found = decoding.nudge(
+    found = decoding.ggro(
         tree.policy(t),
         tree.reward(t),
         nudging.next_of_all,

@@ -34,7 +34,7 @@ def separate():
         parts = [cases.adapter(lm, 1), cases.adapter(lm, 2, rank=1)]
         merge = jax.jit(models.lora.merge, static_argnums=2)
         merged = tuple(merge(base, part, spec) for spec, part in parts)
-        tilt = policies.tilt(policies.language_model(lm), critics.weighted_sum([critics.autoregressive(lm)] * 2))
+        tilt = policies.tilt(policies.language_model(lm), critics.weighted_sum([critics.genarm(lm)] * 2))
         params = {
             "policy": base,
             "critic": {"critics": merged, "weights": jnp.asarray(WEIGHTS)},

@@ -24,7 +24,7 @@ def _float64():
 
 def guided(dtype="float64"):
     (lm, base), (arm_lm, arm) = tiny_lm(0, dtype=dtype), tiny_lm(4, dtype=dtype)
-    policy = policies.tilt(policies.language_model(lm), critics.autoregressive(arm_lm))
+    policy = policies.tilt(policies.language_model(lm), critics.genarm(arm_lm))
     return policy, {"policy": base, "critic": arm, "beta": jnp.asarray(0.8)}, (lm, arm_lm)
 
 
@@ -79,9 +79,9 @@ def test_genarm_A12_prompts_for_each_model():
 def test_genarm_A12_appended_vocabulary_rows_are_cut():
     (lm, base), (wide_lm, wide) = tiny_lm(0), tiny_lm(4, vocab_size=12)
     with pytest.raises(ValueError, match="vocabulary"):
-        policies.tilt(policies.language_model(lm), critics.autoregressive(wide_lm))
+        policies.tilt(policies.language_model(lm), critics.genarm(wide_lm))
     cut_lm, cut = models.cut_vocabulary(wide_lm, wide, lm.vocab_size)
-    policy = policies.tilt(policies.language_model(lm), critics.autoregressive(cut_lm))
+    policy = policies.tilt(policies.language_model(lm), critics.genarm(cut_lm))
     params = {"policy": base, "critic": cut, "beta": jnp.asarray(1.0)}
     drawn = decoding.sample(policy, params, RNG, padded(PROMPTS), max_new_tokens=3, eos_ids=())
     logits = alone(wide_lm, wide, PROMPTS[0]).logits[-1, : lm.vocab_size]
@@ -130,7 +130,7 @@ def test_genarm_A11_weights_of_several_rewards_change_per_prompt_without_a_new_t
     (lm, base), (arm_lm, arm) = tiny_lm(0, dtype="float64", num_layers=1), tiny_lm(4, dtype="float64", num_layers=1)
     other = jax.tree.map(lambda x: x * 0.8, arm)
     traces = 0
-    tilted = policies.tilt(policies.language_model(lm), critics.weighted_sum([critics.autoregressive(arm_lm)] * 2))
+    tilted = policies.tilt(policies.language_model(lm), critics.weighted_sum([critics.genarm(arm_lm)] * 2))
 
     def init(*arguments):
         nonlocal traces
@@ -156,7 +156,7 @@ def test_genarm_weak_to_strong_a_small_reward_guides_a_larger_base():
     and the correction Σ log Z of the pair."""
     lm, base = tiny_lm(0, dtype="float64", hidden_size=32, num_heads=8, num_kv_heads=8, intermediate_size=40)
     arm_lm, arm = tiny_lm(4, dtype="float64", num_layers=1, hidden_size=8, num_heads=2, num_kv_heads=1)
-    policy = policies.tilt(policies.language_model(lm), critics.autoregressive(arm_lm))
+    policy = policies.tilt(policies.language_model(lm), critics.genarm(arm_lm))
     params = {"policy": base, "critic": arm, "beta": jnp.asarray(0.5)}
     prompt = PROMPTS[0]
     drawn = decoding.sample(policy, params, RNG, padded([prompt]), max_new_tokens=3, eos_ids=())

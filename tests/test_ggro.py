@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxalign import decoding, mdp, policies, rewards
-from jaxalign.decoding.segments import entropy
+from jaxalign.decoding._segments import entropy
 from jaxalign.types import TokenBatch
 from tests.conftest import VOCAB, padded, tiny_lm
 from tests.nudged import (
@@ -278,7 +278,7 @@ def test_ggro_G15_proposals_at_a_temperature_are_the_softmax_of_the_gain():
         score = np.asarray(g)[order] - (np.asarray(g)[order[0]] if rule == "difference" else 0)
         score[0] = 0
         for temperature in (0.5, 2.0):
-            found = decoding.nudge(
+            found = decoding.ggro(
                 MARKOV,
                 paid,
                 gain,

@@ -36,7 +36,7 @@ def pair():
     def run(prompts, reward=reward, **options):
         given = {"policy": params, "reward": reward_params}
         options = {"candidates": 4, "threshold": 1.2, "max_new_tokens": 9, "top_k": 6} | options
-        return decoding.nudge(policy, reward, gain, given, RNG, prompts, eos_ids=EOS, **options)
+        return decoding.ggro(policy, reward, gain, given, RNG, prompts, eos_ids=EOS, **options)
 
     return run
 
@@ -73,7 +73,7 @@ def test_ggro_values_do_not_retrace(prompts):
 
     policy = MARKOV._replace(init=counting)
     for candidates, threshold, temperature in ((1, 0.5, 0.0), (4, 1.0, 0.3), (9, INF, 0.0)):
-        decoding.nudge(
+        decoding.ggro(
             policy,
             _reward,
             _gain,
@@ -124,9 +124,9 @@ def test_ggro_another_vocabulary_nan_and_a_missing_reward_are_refused(pair, prom
     options = {"candidates": 2, "threshold": 1.0, "max_new_tokens": T, "eos_ids": EOS}
     given = toy(0) | {"gain": params}
     with pytest.raises(ValueError, match="vocabulary of 6 tokens, found 11"):
-        decoding.nudge(MARKOV, _reward, gain, given, RNG, PROMPTS, **options)
+        decoding.ggro(MARKOV, _reward, gain, given, RNG, PROMPTS, **options)
     with pytest.raises(ValueError, match="reward: expected a Reward beside a gain"):
-        decoding.nudge(MARKOV, None, _gain, toy(0), RNG, PROMPTS, **options)
+        decoding.ggro(MARKOV, None, _gain, toy(0), RNG, PROMPTS, **options)
     with pytest.raises(ValueError, match="scalar head"):
         rewards.embedding_gain(tiny_lm(0, num_layers=1)[0])
     bad = toy(0)

@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxalign import gibbs
-from jaxalign.types import NEGATIVE
+from jaxalign._arrays import NEGATIVE
 
 
 def tables(seed: int, shape=(3, 7), dtype="float64"):

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from eval.frontier import __main__ as program
-from eval.frontier import calibration
+from eval.studies import __main__ as program
+from eval.studies import calibration
 
 CONFIG = calibration.Options()
 

@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 
 from jaxalign import decoding, policies, rewards
-from jaxalign.types import (
-    NEGATIVE,
-    Policy,
-    TokenBatch,
-    is_supported,
-    repeat_rows,
-    take_rows,
-    where_rows,
-)
+from jaxalign._arrays import NEGATIVE, is_supported, repeat_rows, take_rows, where_rows
+from jaxalign.types import Policy, TokenBatch
 from tests import cases
 from tests.cases import tiny_lm
 from tests.conftest import EOS, PROMPTS, needs_jit, padded
@@ -212,7 +205,7 @@ def test_law_4_one_batch_or_one_for_each_model(case, prompts, started):
 
 def test_law_4_each_model_reads_its_own_template(prompts):
     base, arm = tiny_lm(0), tiny_lm(4)
-    policy = policies.tilt(policies.language_model(base[0]), cases.critics.autoregressive(arm[0]))
+    policy = policies.tilt(policies.language_model(base[0]), cases.critics.genarm(arm[0]))
     params = {"policy": base[1], "critic": arm[1], "beta": jnp.asarray(1.0)}
     other = padded([[9, *row, 2] for row in PROMPTS], side="right")
     output = start(cases.Case(policy, params), {"policy": prompts, "critic": other})[1]

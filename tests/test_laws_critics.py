@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxalign import decoding, policies, tree
-from jaxalign.types import TokenBatch, where_rows
+from jaxalign._arrays import where_rows
+from jaxalign.types import TokenBatch
 from tests import cases
 from tests.conftest import EOS, PROMPTS, VOCAB, padded
 from tests.test_laws import RESPONSES, RNG, B, T, check_batch_first, increments, scored, start

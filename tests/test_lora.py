@@ -13,7 +13,7 @@ import pytest
 from safetensors.flax import load_file, save_file
 
 from jaxalign import critics, decoding, models, policies
-from jaxalign.models import axes, lora
+from jaxalign.models import lora, sharding
 from tests.conftest import EOS, PROMPTS, padded, tiny_lm
 
 SPEC = models.Lora(3, alpha=6.0)
@@ -104,7 +104,7 @@ def test_gradients_are_the_adapters_alone_and_those_of_the_merged_weights():
 def test_an_attached_adapter_goes_into_critics_and_decoders_as_a_model_does():
     lm, params = tiny_lm(0)
     adapter = random_adapter(lm, 1)
-    policy = policies.tilt(policies.language_model(lm), critics.autoregressive(lm))
+    policy = policies.tilt(policies.language_model(lm), critics.genarm(lm))
     tokens, mask = jnp.array([[1, 2], [3, 0], [4, 4], [9, 1], [2, 2]]), jnp.ones((5, 2), bool)
 
     def scored(arm):
@@ -152,7 +152,7 @@ def test_stacked_ranks_and_targets_may_differ():
 
 def misshapen(adapter, place, shape):
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.zeros(shape) if axes.path_name(path) == place else x, adapter
+        lambda path, x: jnp.zeros(shape) if sharding.path_name(path) == place else x, adapter
     )
 
 
@@ -296,8 +296,8 @@ def test_every_tensor_of_an_adapter_names_its_axes():
     adapter = random_adapter(lm, 1)
     for tree in (adapter, {"lora": lora.attach(params, adapter, SPEC)["lora"]}):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            assert len(axes.logical_axes(axes.path_name(path))) == leaf.ndim
-    assert axes.logical_axes("layer_0/attention/out/a") == ("heads", None)
+            assert len(sharding.logical_axes(sharding.path_name(path))) == leaf.ndim
+    assert sharding.logical_axes("layer_0/attention/out/a") == ("heads", None)
 
 
 def test_an_adapter_is_not_put_on_an_adapter():

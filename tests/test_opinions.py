@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from jaxalign.data import opinions, summaries
 from jaxalign.data.tokenizers import UNKNOWN, word_level
+from jaxalign.worlds import opinions, summaries
 
 TAXES, COFFEE = "what do you think about taxes ?", "is coffee a good thing for a friend ?"
 LOADED = "taxes is clearly a scandal ."

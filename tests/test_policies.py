@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign import critics, decoding, policies, rewards, tree
-from jaxalign.types import is_supported
+from jaxalign._arrays import is_supported
 from tests import exact
 from tests.conftest import EOS, PROMPTS, alone, padded, tiny_lm
 

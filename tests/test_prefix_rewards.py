@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, decoding, mdp, policies, prefixes, rewards
-from jaxalign.types import TokenBatch, take_rows, where_rows
+from jaxalign import critics, decoding, mdp, policies, rewards
+from jaxalign._arrays import take_rows, where_rows
+from jaxalign.rewards import prefixes
+from jaxalign.types import TokenBatch
 from tests.cases import weighted_tokens
 from tests.conftest import EOS, PROMPTS, VOCAB, padded, tiny_lm
 
@@ -153,7 +155,7 @@ def test_ggro_with_a_kept_prefix_is_ggro_on_whole_texts():
     def run(gain, side):
         options = {"candidates": 4, "threshold": 1.3, "max_new_tokens": T, "top_k": 5, "eos_ids": EOS}
         given = {"policy": params, "reward": judge_params}
-        return decoding.nudge(policy, None, gain, given, RNG, padded(PROMPTS, side=side), **options)
+        return decoding.ggro(policy, None, gain, given, RNG, padded(PROMPTS, side=side), **options)
 
     wanted, found = run(dataclasses.replace(gain, prefix=None), "left"), run(gain, "right")
     assert int(wanted.nudged.sum()) > 1

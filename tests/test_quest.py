@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxalign import decoding, policies, rewards, tree
-from jaxalign.decoding.quest import log_accept
+from jaxalign.decoding._quest import log_accept
 from jaxalign.types import TokenBatch
 from tests import exact
 from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_lm

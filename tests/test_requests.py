@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, decoding, loop, policies, rewards
+from jaxalign import critics, decoding, policies, rewards, rollout
 from jaxalign.types import TokenBatch
 from tests.conftest import EOS, VOCAB, padded, tiny_lm
 
@@ -19,7 +19,7 @@ def guided():
     """(policy, params) of a GenARM tilt of two tiny models."""
     lm, params = tiny_lm(0)
     arm, arm_params = tiny_lm(4)
-    policy = policies.tilt(policies.language_model(lm), critics.autoregressive(arm))
+    policy = policies.tilt(policies.language_model(lm), critics.genarm(arm))
     return policy, {"policy": params, "critic": arm_params, "beta": jnp.asarray(1.0)}
 
 
@@ -81,7 +81,7 @@ def test_numbers_per_prompt_of_the_wrong_shape_are_refused_before_tracing(name, 
 
 def test_a_classifier_is_no_policy():
     lm, _ = tiny_lm(1, "reward")
-    for build in (policies.language_model, critics.autoregressive, rewards.log_likelihood):
+    for build in (policies.language_model, critics.genarm, rewards.log_likelihood):
         with pytest.raises(ValueError, match="expected a language model, found a sequence classifier"):
             build(lm)
 
@@ -179,10 +179,10 @@ def test_a_rollout_past_the_cache_is_nan(critic, prompts):
     policy = policies.tilt(policies.language_model(lm), getattr(critics, critic)(head), top_k=3)
     arguments = {"policy": params, "critic": head_params, "beta": jnp.asarray(1.0)}
     state, output = policy.init(arguments, RNG, prompts, 2)
-    state, output, inside = loop.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=())
+    state, output, inside = rollout.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=())
     assert np.isfinite(inside.log_prob).all()
     full = np.asarray(prompts.mask).sum(axis=1) == prompts.mask.shape[1]
-    _, _, beyond = loop.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=())
+    _, _, beyond = rollout.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=())
     assert np.isnan(np.asarray(beyond.log_prob)[full, 1]).all()
     assert np.isfinite(np.asarray(beyond.log_prob)[~full]).all()  # shorter prompts have slots left
 

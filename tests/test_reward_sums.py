@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval import compare, decode, loading
+from eval import compare, decode
 from jaxalign import rewards
-from jaxalign.data import tables
+from jaxalign.evaluation import loading
+from jaxalign.training import rollouts, tables
 from tests.conftest import VOCAB, on_devices, tiny_lm
 from tests.test_eval_decode import arguments, folders, read, tokenizer
-from train import calibrate, rl, rollouts
+from train import calibrate, rl
 
 __all__ = ["folders"]  # a fixture
 

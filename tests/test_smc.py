@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxalign import critics, decoding, policies, rewards, tree
-from jaxalign.decoding.smc import effective_size, systematic
+from jaxalign.decoding._smc import effective_size, systematic
 from jaxalign.types import TokenBatch
 from tests import exact
 from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_lm
@@ -261,7 +261,7 @@ def models():
         tiny_lm(4, num_layers=1),
         tiny_lm(1, "reward", num_layers=1),
     )
-    policy = policies.tilt(policies.language_model(lm), critics.autoregressive(arm))
+    policy = policies.tilt(policies.language_model(lm), critics.genarm(arm))
     tilted = {"policy": base, "critic": arm_params, "beta": jnp.asarray(1.0)}
     params = {"policy": tilted, "reward": judge_params, "beta": jnp.linspace(0.5, 2.0, 5)}
     return policy, rewards.from_model(judge), params
@@ -315,7 +315,7 @@ def test_smc_of_a_model_with_a_reference_and_of_nested_candidates(prompts):
     )
     base, reward = policies.language_model(lm), rewards.from_model(judge)
     both = policies.with_reference(base, base)
-    inner = policies.tilt(base, critics.autoregressive(arm), top_k=4)
+    inner = policies.tilt(base, critics.genarm(arm), top_k=4)
     nested = policies.tilt(inner, critics.args(judge), top_k=3)
     tilted = {"policy": {"policy": tuned, "critic": arm_params, "beta": 1.0}, "critic": judge_params, "beta": 2.0}
     for policy, own, below, truncated in (

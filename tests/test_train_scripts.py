@@ -14,10 +14,11 @@ import pytest
 
 from eval import decode
 from jaxalign import models, training
-from jaxalign.data import opinions, preferences
-from jaxalign.training import metrics
+from jaxalign.data import preferences
+from jaxalign.training import adapters, logging, rollouts
+from jaxalign.worlds import opinions
 from tests.conftest import on_devices, tiny_lm
-from train import arm, dpo, lora, quickstart, reward_model, rollouts, sft, value, world
+from train import arm, dpo, quickstart, reward_model, sft, value, world
 
 SCRIPTS = {"sft": sft, "reward_model": reward_model, "arm": arm, "dpo": dpo, "value": value}
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,10 +77,10 @@ def test_a_run_in_bfloat16_writes_its_folder_and_names_the_next_command(name, fi
     assert str(out / "model") in last
     assert "next: python -m eval.decode" in last
     written = {path.name for path in out.iterdir()}
-    assert {"model", "summary.json", "metrics.jsonl", "tensorboard", "config.json", "versions.json"} <= written
+    assert {"model", "summary.json", "logging.jsonl", "tensorboard", "config.json", "versions.json"} <= written
     _, params = models.load(out / "model")
     assert all(np.isfinite(leaf).all() and leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
-    rows = metrics.read(out / "metrics.jsonl")
+    rows = logging.read(out / "logging.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     summary = json.loads((out / "summary.json").read_text())
     measured = {"sft": "validation_loss", "value": "squared_error"}.get(name, "pair_accuracy")
@@ -181,7 +182,7 @@ def test_the_first_loss_of_an_adapter_is_the_bases_and_its_gradient_the_adapters
     rows = {}
     for name, extra in (("whole", ()), ("adapter", ADAPTER), ("down", (*ADAPTER, "--lora-targets", "down"))):
         arm.main([*options("arm", files), *extra, "--out", str(tmp_path / name)])
-        rows[name] = metrics.read(tmp_path / name / "metrics.jsonl")
+        rows[name] = logging.read(tmp_path / name / "logging.jsonl")
     np.testing.assert_allclose(rows["adapter"][0]["loss"], rows["whole"][0]["loss"], rtol=1e-6)
     assert rows["adapter"][0]["grad_norm"] > rows["down"][0]["grad_norm"] > 0
     assert not (tmp_path / "whole/adapter").exists()
@@ -200,7 +201,7 @@ def test_a_loss_with_an_adapter_gets_the_base_as_its_frozen_model():
         seen.update(params=params, frozen=frozen)
         return batch
 
-    assert lora.with_adapter(loss, spec)(adapter, "batch", params) == "batch"
+    assert adapters.with_adapter(loss, spec)(adapter, "batch", params) == "batch"
     assert seen["frozen"] is params
     assert seen["params"]["transformer"] is params["transformer"]
     assert "lora" in seen["params"]
@@ -295,7 +296,7 @@ def test_four_devices_give_the_losses_of_one(files, tmp_path):
         commands[name] = [*command, "--mesh", "data=4", "--out", str(tmp_path / f"four_{name}")]
     on_devices(DEVICES.format(**commands))
     for name in commands:
-        one, four = (metrics.read(tmp_path / f"{run}_{name}/metrics.jsonl") for run in ("one", "four"))
+        one, four = (logging.read(tmp_path / f"{run}_{name}/logging.jsonl") for run in ("one", "four"))
         assert len(one) == 3
         for a, b in zip(one, four, strict=True):
             np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)

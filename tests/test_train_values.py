@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from jaxalign import data, decoding, models, policies
-from jaxalign.data import opinions
-from jaxalign.training import metrics
+from jaxalign.training import job, logging
+from jaxalign.worlds import opinions
 from tests.conftest import tiny_lm
 from tests.test_train_scripts import SHORT, files, options
-from train import common, dpo, reward_model, tokenizer, value
+from train import dpo, reward_model, tokenizer, value
 
 __all__ = ["files"]  # a fixture
 
@@ -32,7 +32,7 @@ def test_every_value_objective_trains_a_head_that_says_what_it_is(objective, fil
     assert lm.config.head == models.Head("q" if head == "q" else "value", hidden_size=8, follower=follower)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert ("threshold" in summary) == (follower is not None)
-    logged = metrics.read(tmp_path / "run/metrics.jsonl")
+    logged = logging.read(tmp_path / "run/logging.jsonl")
     assert all(("clipped" in row) == (objective == "soft") for row in logged)
     assert all(0 <= row.get("clipped", 0) <= 1 for row in logged)
 
@@ -76,7 +76,7 @@ def test_dpo_moves_away_from_its_reference_and_prefers_what_was_chosen(loss, fil
         "0.4",
     ]
     dpo.main([*command, "--out", str(tmp_path / "run")])
-    rows = metrics.read(tmp_path / "run/metrics.jsonl")
+    rows = logging.read(tmp_path / "run/logging.jsonl")
     at_reference = np.log(2) if loss == "dpo" else 25.0  # (0 − 1/(2·0.1))²
     np.testing.assert_allclose(rows[0]["loss"], at_reference, rtol=1e-5)
     assert rows[0]["margin"] == 0
@@ -111,23 +111,23 @@ def test_transcripts_in_the_form_of_hh_train_a_reward_model_and_bad_lines_are_co
 
 def test_head_of_another_kind_is_replaced_and_a_classifier_is_no_language_model():
     lm, params = tiny_lm(0)
-    new, found = common.replace_head(lm, params, models.Head("reward"), jax.random.key(0))
+    new, found = job.replace_head(lm, params, models.Head("reward"), jax.random.key(0))
     assert new.config.head == models.Head("reward")
     body = {name: leaf for name, leaf in params["transformer"].items() if name != "lm_head"}
     chex.assert_trees_all_equal(found["transformer"], body)
     with pytest.raises(ValueError, match="expected a language model"):
-        common.replace_head(new, found, None, jax.random.key(0))
+        job.replace_head(new, found, None, jax.random.key(0))
 
 
 def test_a_frozen_body_stays_and_its_value_head_is_for_editing(files, tmp_path, capsys):
     head = ("--objective", "td", "--frozen", "--activation", "relu", "--head-layers", "2", "--head-size", "12")
     value.main([*options("value", files), *head, "--weight-decay", "0.1", "--out", str(tmp_path / "out")])
-    assert "next: policies.edit" in capsys.readouterr().out.splitlines()[-1]
+    assert "next: policies.re_control" in capsys.readouterr().out.splitlines()[-1]
     lm, params = models.load(tmp_path / "out/model")
     base, base_params = models.load(files / "base/model")
     chex.assert_trees_all_equal(params["transformer"], base_params["transformer"])
     assert lm.config.head == models.Head("value", hidden_size=12, num_hidden=2, activation="relu")
-    edited = policies.edit(policies.language_model(base), base.logits, policies.head_value(lm), steps=2)
+    edited = policies.re_control(policies.language_model(base), base.logits, policies.head_value(lm), steps=2)
     given = {"policy": base_params, "value": params, "step_size": 1e5}  # weights of two steps are small
     prompts = data.prompt_batch([[5, 6], [7]])
     drawn = decoding.sample(edited, given, jax.random.key(0), prompts, max_new_tokens=2, eos_ids=())

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxalign import critics, tree
-from jaxalign.types import NEGATIVE, Critic, StepOutput, TokenBatch
+from jaxalign._arrays import NEGATIVE
+from jaxalign.types import Critic, StepOutput, TokenBatch
 from tests import exact
 
 TREE = tree.Tree(3, 3, eos_id=0)

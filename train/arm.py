@@ -16,13 +16,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxalign import cli
-from jaxalign.training import objectives
-from train import common, lora, pairs
+from jaxalign import _io, commands
+from jaxalign.training import adapters, job, objectives, pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(lora.Options):
+class Config(adapters.Options):
     """Options of train.arm."""
 
     data: str
@@ -33,31 +32,31 @@ class Config(lora.Options):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
-    common.check(config)
+    job.check(config)
     if not config.beta_r > 0:
         raise ValueError(f"beta_r: expected a value > 0, found {config.beta_r}")
-    lora.spec_of(config)
-    out = cli.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
+    adapters.spec_of(config)
+    out = _io.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
     following = f"python -m eval.decode --model BASE --critic autoregressive:{out / 'model'} --prompts FILE --out DIR"
-    done = common.finished(out)
+    done = job.finished(out)
     if done is not None:
-        common.report(out, done, following)
+        job.report(out, done, following)
         return done
-    begin = common.start(config, lambda _: None)
+    begin = job.start(config, lambda _: None)
     data, collate = pairs.load(config, begin.tokenizer)
     loss = objectives.autoregressive_reward(begin.lm, beta_r=config.beta_r)
-    params = lora.run(config, begin, data, loss, collate, stage="arm", out=out)
+    params = adapters.run(config, begin, data, loss, collate, stage="arm", out=out)
 
     def score(params: Any, batch: Any) -> Any:
         cast = objectives.cast(begin.lm, params)
         return jnp.stack([objectives.log_likelihoods(begin.lm, cast, batch[s]) for s in ("chosen", "rejected")], -1)
 
     summary = pairs.accuracy(score, params, data, collate, config.batch_size)
-    return common.finish(out, begin, params, data, summary, following)
+    return job.finish(out, begin, params, data, summary, following)
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign import cli, data, models
-from jaxalign.data import tables
-from train import common, rollouts
+from jaxalign import _io, commands, data, models
+from jaxalign.training import job, rollouts, tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +39,11 @@ def run(config: Config) -> dict[str, Any]:
     rollouts.check_source(config)
     if config.samples < 2:
         raise ValueError(f"samples: expected at least 2 responses to rank among, found {config.samples}")
-    out = cli.open_run(config.out, config, inputs=rollouts.inputs(config))
+    out = _io.open_run(config.out, config, inputs=rollouts.inputs(config))
     following = f"python -m train.rl --model {config.base} --prompts {config.prompts} --reward "
     following += f"{shlex.quote(config.reward)} "
     following += f"--calibration {out} --max-new-tokens {config.max_new_tokens} --transform exp:10 --out DIR"
-    done = common.finished(out)
+    done = job.finished(out)
     if done is None:
         tokenizer = models.tokenizer(config.base)
         found = rollouts.roll_out(config, out, tokenizer, stage="calibrate")
@@ -69,13 +68,13 @@ def run(config: Config) -> dict[str, Any]:
             "mean_spread_within_prompts": float(rewards.std(axis=1).mean()),
             "tied_neighbours": float(ties),
         }
-        cli.write_json(out / "summary.json", done)
-    common.report(out, done, following, product=tables.REWARDS)
+        _io.write_json(out / "summary.json", done)
+    job.report(out, done, following, product=tables.REWARDS)
     return done
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

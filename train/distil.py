@@ -19,15 +19,15 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxalign import cli
-from jaxalign.data import preferences, tables
-from jaxalign.training import objectives
+from jaxalign import _io, commands
+from jaxalign.data import preferences
+from jaxalign.training import adapters, job, objectives, pairs, rollouts, tables
 from jaxalign.training.step import Loss
-from train import calibrate, common, lora, pairs, rollouts
+from train import calibrate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(lora.Options):
+class Config(adapters.Options):
     """Options of train.distil."""
 
     calibration: str
@@ -73,33 +73,33 @@ def best_and_worst(found: list[rollouts.Rollout], n: int) -> Iterator[preference
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
-    common.check(config)
-    lora.spec_of(config)
+    job.check(config)
+    adapters.spec_of(config)
     if config.n < 2:
         raise ValueError(f"n: expected at least 2, found {config.n}")
     if not 0 < config.sft_weight < 1:
         raise ValueError(f"sft_weight: expected a share in (0, 1), found {config.sft_weight}")
     source = _source(config)
-    out = cli.open_run(config.out, config, inputs=[config.model, config.architecture, f"{config.calibration}/rollouts"])
+    out = _io.open_run(config.out, config, inputs=[config.model, config.architecture, f"{config.calibration}/rollouts"])
     following = (
         f"python -m eval.compare --model {config.model} --reward REWARD --prompts FILE --method base "
         f"--method policy:{out / 'model'} --out DIR"
     )
-    done = common.finished(out)
+    done = job.finished(out)
     if done is not None:
-        common.report(out, done, following)
+        job.report(out, done, following)
         return done
-    begin = common.start(config, lambda _: None)
+    begin = job.start(config, lambda _: None)
     found = rollouts.roll_out(source, pathlib.Path(config.calibration), begin.tokenizer, stage="distil")
     rows = list(best_and_worst(found, config.n))
     if not rows:
         raise ValueError(f"calibration: expected samples of different rewards in {config.calibration}, found none")
-    data = common.split(preferences.Loaded(rows, 0, []), config)
+    data = job.split(preferences.Loaded(rows, 0, []), config)
 
     collate = pairs.padding(config)
     loss = likelihood(begin.lm) if config.loss == "sft" else bonbon(begin.lm, n=config.n, sft_weight=config.sft_weight)
-    reference = lora.reference(config, begin)
-    params = lora.run(config, begin, data, loss, collate, stage="distil", out=out, frozen=reference)
+    reference = adapters.reference(config, begin)
+    params = adapters.run(config, begin, data, loss, collate, stage="distil", out=out, frozen=reference)
 
     def score(both: Any, batch: Any) -> Any:
         own, reference = both
@@ -108,7 +108,7 @@ def run(config: Config) -> dict[str, Any]:
 
     summary = pairs.accuracy(score, (params, reference), data, collate, config.batch_size)
     summary |= {"wanted_margin": margin(config.n), "pairs": len(rows)}
-    return common.finish(out, begin, params, data, summary, following)
+    return job.finish(out, begin, params, data, summary, following)
 
 
 def _source(config: Config) -> calibrate.Config:
@@ -127,7 +127,7 @@ def _source(config: Config) -> calibrate.Config:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxalign import cli
-from jaxalign.training import objectives
-from train import common, lora, pairs
+from jaxalign import _io, commands
+from jaxalign.training import adapters, job, objectives, pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(lora.Options):
+class Config(adapters.Options):
     """Options of train.dpo."""
 
     data: str
@@ -40,8 +39,8 @@ class Config(lora.Options):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
-    common.check(config)
-    lora.spec_of(config)
+    job.check(config)
+    adapters.spec_of(config)
     if not 0 < config.beta < math.inf:
         raise ValueError(f"beta: expected a finite value > 0, found {config.beta}")
     if not 0 <= config.label_smoothing < 0.5 or (config.label_smoothing and config.loss != "dpo"):
@@ -49,20 +48,20 @@ def run(config: Config) -> dict[str, Any]:
             f"label_smoothing: expected a share in [0, 0.5), and 0 for ipo, found {config.label_smoothing} for "
             f"{config.loss}"
         )
-    out = cli.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
+    out = _io.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
     following = (
         f"python -m eval.decode --model {config.model or 'BASE'} --critic transfer:{out / 'model'} --reward REWARD_DIR "
         "--prompts FILE --out DIR"
     )
-    done = common.finished(out)
+    done = job.finished(out)
     if done is not None:
-        common.report(out, done, following)
+        job.report(out, done, following)
         return done
-    begin = common.start(config, lambda _: None)
+    begin = job.start(config, lambda _: None)
     data, collate = pairs.load(config, begin.tokenizer)
     loss = objectives.dpo(begin.lm, beta=config.beta, objective=config.loss, label_smoothing=config.label_smoothing)
-    reference = lora.reference(config, begin)
-    params = lora.run(config, begin, data, loss, collate, stage="dpo", out=out, frozen=reference)
+    reference = adapters.reference(config, begin)
+    params = adapters.run(config, begin, data, loss, collate, stage="dpo", out=out, frozen=reference)
 
     def score(both: Any, batch: Any) -> Any:
         params, reference = both
@@ -73,11 +72,11 @@ def run(config: Config) -> dict[str, Any]:
         return jnp.stack(sides, -1)
 
     summary = pairs.accuracy(score, (params, reference), data, collate, config.batch_size)
-    return common.finish(out, begin, params, data, summary, following)
+    return job.finish(out, begin, params, data, summary, following)
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

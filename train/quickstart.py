@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from eval import compare, pictures, results
-from jaxalign import cli
-from train import arm, calibrate, dpo, report, reward_model, rl, sft, value, world
+from eval import compare
+from jaxalign import _io, commands
+from jaxalign.evaluation import plots, report, results
+from train import arm, calibrate, dpo, reward_model, rl, sft, value, world
 
 GOLD = "jaxalign.data.opinions:golds"
 
@@ -127,7 +128,7 @@ LENGTH = 64
 def run(config: Config) -> dict[str, Any]:
     """All stages; gives what results.json holds."""
     size = SIZES[config.preset]
-    out = cli.open_run(config.out, config)
+    out = _io.open_run(config.out, config)
     clock = Clock(out / "timings.json")
     data = out / "data"
     names = ("sft", "reward_model", "value", "cd_q", "edit", "arm", "dpo", "rl")
@@ -290,11 +291,11 @@ def run(config: Config) -> dict[str, Any]:
             stage()
     rows = _comparison(config, out, folders, tuple(m for methods in groups.values() for m in methods))()
     records = [r for path in sorted((out / "decode").glob("*/responses.jsonl")) for r in results.read(path)]
-    pictures.frontier(rows, out / "frontier.png")
+    plots.frontier(rows, out / "frontier.png")
     for row in rows:
-        row["method"] = pictures.label(row["method"])
+        row["method"] = plots.label(row["method"])
     found = {"preset": config.preset, "seed": config.seed, "rows": rows, "seconds": clock.seconds}
-    cli.write_json(out / "results.json", found)
+    _io.write_json(out / "results.json", found)
     report.side_by_side(records, out / "responses.html")
     print()
     results.print_table(rows)
@@ -352,13 +353,13 @@ class Clock:
                 yield
             finally:
                 self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - begin, 2)
-                cli.write_json(self.path, self.seconds)
+                _io.write_json(self.path, self.seconds)
 
         return timed()
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

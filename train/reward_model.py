@@ -14,13 +14,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxalign import cli, models
-from jaxalign.training import objectives
-from train import common, pairs
+from jaxalign import _io, commands, models
+from jaxalign.training import job, objectives, pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.Options):
+class Config(job.Options):
     """Options of train.reward_model."""
 
     data: str
@@ -29,27 +28,27 @@ class Config(common.Options):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
-    common.check(config)
-    out = cli.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
+    job.check(config)
+    out = _io.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
     following = f"python -m eval.decode --model BASE --critic args:{out / 'model'} --prompts FILE --out DIR"
-    done = common.finished(out)
+    done = job.finished(out)
     if done is not None:
-        common.report(out, done, following)
+        job.report(out, done, following)
         return done
-    begin = common.start(config, lambda _: models.Head("reward"))
+    begin = job.start(config, lambda _: models.Head("reward"))
     data, collate = pairs.load(config, begin.tokenizer)
-    params = common.run(config, begin, data, objectives.bradley_terry(begin.lm), collate, stage="reward_model", out=out)
+    params = job.run(config, begin, data, objectives.bradley_terry(begin.lm), collate, stage="reward_model", out=out)
 
     def score(params: Any, batch: Any) -> Any:
         cast = objectives.cast(begin.lm, params)
         return jnp.stack([objectives.rewards_of(begin.lm, cast, batch[side]) for side in ("chosen", "rejected")], -1)
 
     summary = pairs.accuracy(score, params, data, collate, config.batch_size)
-    return common.finish(out, begin, params, data, summary, following)
+    return job.finish(out, begin, params, data, summary, following)
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

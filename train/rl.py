@@ -24,16 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign import cli, data, decoding, models, policies, training
+from jaxalign import _io, commands, data, decoding, models, policies, training
 from jaxalign.data import batches, preferences
-from jaxalign.training import objectives, policy_gradient
+from jaxalign.models import sharding
+from jaxalign.training import adapters, job, objectives, policy_gradient, rl_rewards
+from jaxalign.training.rl_iteration import Learner, State, make_iteration, read_both, weights
 from jaxalign.types import Params, TokenBatch
-from train import common, lora, rl_reward
-from train.rl_iteration import Learner, State, make_iteration, read_both, weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(rl_reward.Options, lora.Options):
+class Config(rl_rewards.Options, adapters.Options):
     """Options of train.rl."""
 
     prompts: str
@@ -80,7 +80,7 @@ class Ask(NamedTuple):
 
 def check(config: Config) -> None:
     """ValueErrors that name the option."""
-    common.check(dataclasses.replace(config, accumulate=1))
+    job.check(dataclasses.replace(config, accumulate=1))
     for name in ("beta", "ratio_clip"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name}: expected a finite value > 0, found {getattr(config, name)}")
@@ -98,10 +98,10 @@ def check(config: Config) -> None:
             f"minibatches: expected minibatches x accumulate to divide the {responses} responses of an iteration, "
             f"found {config.minibatches} x {config.accumulate}"
         )
-    mesh = cli.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh)
     if mesh is not None and responses // (config.minibatches * config.accumulate) % mesh.size:
         raise ValueError(f"mesh: expected a divisor of the responses of a part, found {config.mesh!r}")
-    rl_reward.check(config)
+    rl_rewards.check(config)
 
 
 def method_of(config: Config) -> policy_gradient.Method:
@@ -125,10 +125,10 @@ def collate(rows: Sequence[Ask], *, length: int, count: int) -> dict[str, np.nda
 
 
 def learner_of(
-    config: Config, begin: common.Start, reward: rl_reward.Composed
+    config: Config, begin: job.Start, reward: rl_rewards.Composed
 ) -> tuple[Learner, Params, dict[str, Params]]:
     """(learner, what is trained, what is not: {"reference", "reward"})."""
-    spec, lm = lora.spec_of(config), begin.lm
+    spec, lm = adapters.spec_of(config), begin.lm
     reference = models.with_head(lm, None)
     body = {"transformer": objectives.cast(lm, begin.params["transformer"])}
     policy = policies.language_model(lm)
@@ -159,18 +159,18 @@ def _adapted(spec: models.Lora) -> Callable[[Params, Params], Params]:
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
     check(config)
-    inputs = [config.prompts, config.model, config.architecture, config.tokenizer, *rl_reward.inputs(config)]
-    out = cli.open_run(config.out, config, inputs=inputs)
+    inputs = [config.prompts, config.model, config.architecture, config.tokenizer, *rl_rewards.inputs(config)]
+    out = _io.open_run(config.out, config, inputs=inputs)
     following = (
         f"python -m eval.compare --model {config.model or 'BASE'} --reward REWARD --prompts FILE --method base "
         f"--method policy:{out / 'model'} --out DIR"
     )
-    done = common.finished(out)
+    done = job.finished(out)
     if done is not None:
-        common.report(out, done, following)
+        job.report(out, done, following)
         return done
     head = models.Head("value", hidden_size=64) if config.algorithm == "ppo" else None
-    begin = common.start(config, lambda _: head)
+    begin = job.start(config, lambda _: head)
     asked = [prompt.tokens for prompt in data.tokenize_prompts(config.prompts, begin.tokenizer)]
     longest = max(map(len, asked))
     if longest + config.max_new_tokens > config.max_length:
@@ -179,8 +179,8 @@ def run(config: Config) -> dict[str, Any]:
             f"found {config.max_length}"
         )
     rows = [Ask(tokens, i) for i, tokens in enumerate(asked)]
-    held = common.split(preferences.Loaded(rows, 0, []), config)
-    learner, trained, frozen = learner_of(config, begin, rl_reward.build(config, begin, asked))
+    held = job.split(preferences.Loaded(rows, 0, []), config)
+    learner, trained, frozen = learner_of(config, begin, rl_rewards.build(config, begin, asked))
     pad = functools.partial(collate, length=data.bucket(longest), count=len(asked))
     before = measure(learner, trained, frozen, held.validation, pad)
     state = _train(config, learner, trained, frozen, held.train, out, pad)
@@ -188,13 +188,13 @@ def run(config: Config) -> dict[str, Any]:
     summary: dict[str, Any] = {f"{name}_before": value for name, value in before.items() if "kl" not in name} | after
     summary |= {"beta": float(state.beta), "dropped_iterations": int(state.dropped[0])}
     lm = models.with_head(begin.lm, None)
-    if lora.spec_of(config) is None:
+    if adapters.spec_of(config) is None:
         final = jax.device_get({"transformer": state.train.params["transformer"]})
     else:
         # Into the float32 weights: the reference may be held in bfloat16.
         masters, adapter = {"transformer": begin.params["transformer"]}, jax.device_get(state.train.params["adapter"])
-        final = lora.merged(config, models.LanguageModel(lm.config), masters, adapter, out)
-    return common.finish(out, begin._replace(lm=lm), final, held, summary, following)
+        final = adapters.merged(config, models.LanguageModel(lm.config), masters, adapter, out)
+    return job.finish(out, begin._replace(lm=lm), final, held, summary, following)
 
 
 def _train(
@@ -220,7 +220,7 @@ def _train(
         return loss(learner.assemble(params, frozen), rows, frozen)
 
     update = training.train_step(assembled, optimizer, schedule=schedule)
-    mesh = cli.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     if mesh is not None:
         state, frozen = jax.device_put((state, frozen), NamedSharding(mesh, PartitionSpec()))
@@ -254,7 +254,7 @@ def measure(learner: Learner, params: Params, frozen: Params, rows: Sequence[Ask
     both = {"policy": whole, "reference": frozen["reference"]}
     judge, raw = jax.jit(learner.reward.reward), jax.jit(learner.reward.raw)
     parts = []
-    for part in common.iterate(rows, config.batch_size):
+    for part in job.iterate(rows, config.batch_size):
         filled = pad(part + [part[-1]] * (config.batch_size - len(part)))
         prompts = TokenBatch(*(jnp.asarray(filled[name]) for name in ("prompt_tokens", "prompt_mask", "index")))
         rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
@@ -267,7 +267,7 @@ def measure(learner: Learner, params: Params, frozen: Params, rows: Sequence[Ask
             "reward": judge(frozen["reward"], *text, prompts.index),
             "kl": drawn.kl.sum(axis=-1),
         }
-        parts.append(common.first_rows(found, len(part)))
+        parts.append(job.first_rows(found, len(part)))
     every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     good = np.isfinite(every["reward"]) & np.isfinite(every["score"])
     if not good.all():
@@ -277,13 +277,13 @@ def measure(learner: Learner, params: Params, frozen: Params, rows: Sequence[Ask
         print(f"rl: left out: rewards that are not finite for held-out prompts {bad}", flush=True)
     out: dict[str, Any] = {"without_reward": int((~good).sum())}
     for name, values in every.items():
-        mean, half = common.interval(values[good])
+        mean, half = job.interval(values[good])
         out |= {name: mean, f"{name}_95": half}
     return out
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

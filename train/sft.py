@@ -15,14 +15,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import cli
+from jaxalign import _io, commands
 from jaxalign.data import preferences
-from jaxalign.training import objectives
-from train import common
+from jaxalign.training import job, objectives
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.Options):
+class Config(job.Options):
     """Options of train.sft."""
 
     data: str
@@ -31,28 +30,28 @@ class Config(common.Options):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
-    common.check(config)
-    out = cli.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
+    job.check(config)
+    out = _io.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
     following = f"python -m eval.decode --model {out / 'model'} --prompts FILE --out DIR"
-    done = common.finished(out)
+    done = job.finished(out)
     if done is not None:
-        common.report(out, done, following)
+        job.report(out, done, following)
         return done
-    begin = common.start(config, lambda _: None)
+    begin = job.start(config, lambda _: None)
     loaded = preferences.tokenize_texts(
         config.data,
         begin.tokenizer,
-        eos_id=common.eos_of(begin.tokenizer),
+        eos_id=job.eos_of(begin.tokenizer),
         max_length=config.max_length,
         skip_bad=config.skip_bad,
     )
-    data = common.split(loaded, config)
+    data = job.split(loaded, config)
 
     def collate(rows: list[preferences.TextTokens]) -> dict[str, np.ndarray]:
-        length = common.row_length(config, [len(row.prompt) + len(row.response) for row in rows])
+        length = job.row_length(config, [len(row.prompt) + len(row.response) for row in rows])
         return preferences.pad_texts(rows, length=length)
 
-    params = common.run(config, begin, data, objectives.language_model(begin.lm), collate, stage="sft", out=out)
+    params = job.run(config, begin, data, objectives.language_model(begin.lm), collate, stage="sft", out=out)
 
     def score(params: Any, batch: Any) -> tuple[Any, Any]:
         cast = objectives.cast(begin.lm, params)
@@ -60,14 +59,14 @@ def run(config: Config) -> dict[str, Any]:
 
     summary: dict[str, Any] = {}
     if data.validation:
-        total, count = common.evaluate(score, params, data.validation, collate, config.batch_size)
+        total, count = job.evaluate(score, params, data.validation, collate, config.batch_size)
         loss = -float(total.sum() / count.sum())
         summary = {"validation_loss": loss, "validation_perplexity": float(np.exp(loss))}
-    return common.finish(out, begin, params, data, summary, following)
+    return job.finish(out, begin, params, data, summary, following)
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import save_file
 
-from jaxalign import cli, models, shaping
+from jaxalign import _io, commands, models, shaping
 from jaxalign.data import preferences
-from jaxalign.training import Measured, objectives
+from jaxalign.training import Measured, objectives, rollouts
+from jaxalign.training import job as common
 from jaxalign.training.step import Loss
 from jaxalign.types import Params
-from train import common, rollouts
 
 NETWORK = "network.safetensors"
 
@@ -146,7 +146,7 @@ def run(config: Config) -> dict[str, Any]:
     if not (config.model or config.architecture):
         config = dataclasses.replace(config, model=config.base)
     check(config)
-    out = cli.open_run(config.out, config, inputs=rollouts.inputs(config))
+    out = _io.open_run(config.out, config, inputs=rollouts.inputs(config))
     following = (
         f"python -m eval.decode --model {config.base} --reward {out / 'model'} --best-of-n 16 --prompts FILE --out DIR"
     )
@@ -224,7 +224,7 @@ def _network(
     temporary.replace(out / NETWORK)
     summary = {"rows": len(data.train), "validation_rows": len(data.validation)} | compare(config, delivered)
     summary["effective_samples"] = float(ess.mean())
-    cli.write_json(out / "summary.json", summary)
+    _io.write_json(out / "summary.json", summary)
     common.report(out, summary, following, product=NETWORK)
     return summary
 
@@ -254,7 +254,7 @@ def _amortise(
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

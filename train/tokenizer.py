@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import shutil
 
-from jaxalign import cli
+from jaxalign import commands
 from jaxalign.data import preferences, tokenizers
 
 
@@ -53,7 +53,7 @@ def run(config: Config) -> pathlib.Path:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

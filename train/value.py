@@ -21,7 +21,7 @@ python -m train.value --objective cd_q --head q --responses responses.jsonl …
 The other objectives learn from --responses the value of whoever wrote them. A response without EOS ("truncated") is
 scored as it stands: its last kept token is terminal.
 
-RE-Control's value network, a head on the base's own hidden states for policies.edit, is
+RE-Control's value network, a head on the base's own hidden states for policies.re_control, is
 
 python -m train.value --objective td --frozen --activation relu --head-layers 2 … --out runs/edit
 """
@@ -35,11 +35,10 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import cli, models, shaping
+from jaxalign import _io, commands, models, shaping
 from jaxalign.data import preferences
-from jaxalign.training import objectives
+from jaxalign.training import job, objectives, responses, rollouts
 from jaxalign.types import Params
-from train import common, responses, rollouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class Config(rollouts.Options):
     """Between the head's layers."""
     frozen: bool = False
     """Train the head alone, on the base's hidden states: the value of each state that a token is drawn from, the
-    prompt's included, for policies.edit."""
+    prompt's included, for policies.re_control."""
     bound: float = 0.0
     """Bound B of the shaped reward [units of reward]; 0: the reward as it is."""
     beta: float = 0.0
@@ -144,22 +143,22 @@ def run(config: Config) -> dict[str, Any]:
     if not (config.model or config.architecture):
         config = dataclasses.replace(config, model=config.base)
     check(config)
-    out = cli.open_run(config.out, config, inputs=[*rollouts.inputs(config), config.responses])
+    out = _io.open_run(config.out, config, inputs=[*rollouts.inputs(config), config.responses])
     log_weight = config.objective == "exceedance" or (config.objective == "soft" and bool(config.bound))
     critic = "follower" if log_weight else "value"
     following = (
         f"python -m eval.decode --model {config.base} --critic {critic}:{out / 'model'} --prompts FILE --out DIR"
     )
     if config.frozen:
-        following = f"policies.edit with policies.head_value of {out / 'model'}, over {config.base}"
-    done = common.finished(out)
+        following = f"policies.re_control with policies.head_value of {out / 'model'}, over {config.base}"
+    done = job.finished(out)
     if done is not None:
-        common.report(out, done, following)
+        job.report(out, done, following)
         return done
     exact: Any = "exceedance" if config.objective == "exceedance" else "soft"
     follower = models.Follower(exact, beta=config.beta, bound=config.bound) if log_weight else None
     kind: Any = "q" if config.head == "q" else "value"
-    begin = common.start(
+    begin = job.start(
         config,
         lambda body: models.Head(
             kind,
@@ -170,17 +169,17 @@ def run(config: Config) -> dict[str, Any]:
         ),
     )
     if config.responses:
-        eos_id = common.eos_of(begin.tokenizer)
+        eos_id = job.eos_of(begin.tokenizer)
         found = responses.scored(config, config.responses, begin.tokenizer, eos_id=eos_id)
     else:
         found = preferences.Loaded(rollouts.roll_out(config, out, begin.tokenizer, stage="value"), 0, [])
     rows = shaped(config, found.rows)
-    split = common.split(found._replace(rows=rows), config)
+    split = job.split(found._replace(rows=rows), config)
     classify = config.objective == "exceedance"
 
     def collate(rows: list[Row]) -> dict[str, np.ndarray]:
         texts = [preferences.TextTokens(row.prompt, row.response, "roll-out") for row in rows]
-        length = common.row_length(config, [len(row.prompt) + len(row.response) for row in rows])
+        length = job.row_length(config, [len(row.prompt) + len(row.response) for row in rows])
         paid = [row.utility if classify else row.reward for row in rows]
         more = {"reward": paid, "threshold": [row.threshold for row in rows]}
         arrays = {name: np.asarray(values, np.float32) for name, values in more.items()}
@@ -203,10 +202,10 @@ def run(config: Config) -> dict[str, Any]:
         frozen = {"transformer": begin.params["transformer"]}
         train = lambda params, batch, frozen: loss({**frozen, **params}, batch, None)  # noqa: E731
         alone = begin._replace(params={"head": begin.params["head"]})
-        params = common.run(config, alone, split, train, collate, stage="value", out=out, frozen=frozen)
+        params = job.run(config, alone, split, train, collate, stage="value", out=out, frozen=frozen)
         params = {**frozen, **params}
     else:
-        params = common.run(config, begin, split, loss, collate, stage="value", out=out, frozen=frozen)
+        params = job.run(config, begin, split, loss, collate, stage="value", out=out, frozen=frozen)
 
     def score(params: Params, batch: Any) -> Any:
         cast = objectives.cast(begin.lm, params)
@@ -232,17 +231,17 @@ def run(config: Config) -> dict[str, Any]:
         summary |= {"shaped_reward": float(paid.mean()), "threshold": float(np.mean([r.threshold for r in rows]))}
         summary["exceed"] = float(np.mean([row.utility > row.threshold for row in rows]))
     if split.validation:
-        measured = common.evaluate(score, params, split.validation, collate, config.batch_size)
-        mean, half = common.interval(measured["error"])
+        measured = job.evaluate(score, params, split.validation, collate, config.batch_size)
+        mean, half = job.interval(measured["error"])
         # Of the target's variance; the share that a prefix cannot know is never explained.
         variance = measured["target"].var()
         explained = 1 - float(measured["error"].mean() / variance) if variance > 0 else None
         summary |= {"squared_error": mean, "squared_error_95": half, "explained_variance": explained}
-    return common.finish(out, begin, params, split, summary, following)
+    return job.finish(out, begin, params, split, summary, following)
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ import shutil
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from jaxalign import cli, models
-from jaxalign.data import opinions, summaries, tokenizers
+from jaxalign import _io, commands, models
+from jaxalign.data import tokenizers
+from jaxalign.worlds import opinions, summaries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ def run(config: Config) -> pathlib.Path:
         print(f"{name}.jsonl: {len(found)} rows")
     vocabulary = tokenizers.word_level((opinions if config.task == "opinions" else summaries).words())
     vocabulary.save_pretrained(temporary / "tokenizer")
-    cli.write_json(temporary / "config.json", architecture(config, vocabulary).to_hf())
+    _io.write_json(temporary / "config.json", architecture(config, vocabulary).to_hf())
     if out.exists():
         out.rmdir()
     temporary.rename(out)
@@ -120,7 +121,7 @@ def run(config: Config) -> pathlib.Path:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.bench import common
-from jaxalign import cli, critics, decoding, models, policies
+from jaxalign import commands, critics, decoding, models, policies
 from jaxalign.types import TokenBatch
 
 
@@ -94,7 +94,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 def _torch_loop(model: Any, reward_model: Any, k: int, new: int, weight: float, dtype: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from eval.bench import common
-from jaxalign import cli, critics, decoding, models, policies
+from jaxalign import commands, critics, decoding, models, policies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,4 +79,4 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxalign import cli, models
+from jaxalign import models
+from jaxalign.models import sharding
 from jaxalign.types import TokenBatch
 
 VOCAB = 8192
@@ -48,7 +49,7 @@ def check(options: Options, batch: tuple[int, ...]) -> Mesh | None:
             raise ValueError(f"{field.name}: expected at least 1, found {value}")
         if field.name == "width" and any(w % 64 for w in (value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"width: expected a multiple of 64, the width of a head, found {value}")
-    mesh = cli.make_mesh(options.mesh)
+    mesh = sharding.make_mesh(options.mesh)
     if mesh is not None and any(size % mesh.size for size in batch):
         raise ValueError(f"mesh: expected a divisor of every batch size {batch}, found {options.mesh!r}")
     return mesh

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from eval.bench import common
-from jaxalign import cli, decoding, policies
+from jaxalign import commands, decoding, policies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 def _generate(model: Any, inputs: Any, new: int, dtype: str) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from eval.bench import common
-from jaxalign import cli, critics, decoding, models, policies
+from jaxalign import commands, critics, decoding, models, policies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     arm, arm_params = common.build(1, shape, config.dtype)
     params, arm_params = common.place((params, arm_params), mesh)
     base = policies.language_model(lm)
-    guided = policies.tilt(base, critics.autoregressive(arm))
+    guided = policies.tilt(base, critics.genarm(arm))
     arguments = {"policy": params, "critic": arm_params, "beta": jnp.asarray(1.0)}
     fused = policies.adapters(lm, 1)
     spec = models.Lora(config.rank)
@@ -70,4 +70,4 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.bench import common
-from jaxalign import cli, decoding, models, policies, rewards
+from jaxalign import commands, decoding, models, policies, rewards
 from jaxalign.types import TokenBatch
 
 
@@ -59,7 +59,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         threshold = _threshold(lm, params, batch, config)
 
         def decode(prompts: Any, threshold: Any = threshold) -> decoding.Nudged:
-            found = decoding.nudge(
+            found = decoding.ggro(
                 policy,
                 None,
                 gain,
@@ -101,4 +101,4 @@ def _threshold(lm: models.LanguageModel, params: Any, batch: TokenBatch, config:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from eval.bench import common
-from jaxalign import cli, decoding, models, policies
+from jaxalign import commands, decoding, models, policies
 from jaxalign.types import Policy, TokenBatch
 
 
@@ -51,7 +51,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         value_lm = models.with_head(lm, models.Head("value", hidden_size=times * config.width, activation="relu"))
         value_params = common.place({"head": value_lm.init_head(jax.random.key(1))}, mesh)
         value = policies.head_value(value_lm)
-        edited = policies.edit(base, lm.logits, value, steps=config.steps)
+        edited = policies.re_control(base, lm.logits, value, steps=config.steps)
         arguments = {"policy": params, "value": value_params, "step_size": jnp.asarray(0.5)}
         passes = _passes(value, config.steps * config.new)
         for size in config.batch:
@@ -72,7 +72,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 def _draw(policy: Policy, params: Any, inputs: TokenBatch, new: int) -> None:

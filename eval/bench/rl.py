@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.bench import common
-from jaxalign import cli, models, training
-from jaxalign.training import policy_gradient
+from jaxalign import commands, models, training
+from jaxalign.training import job as training_common
+from jaxalign.training import policy_gradient, rl_iteration, rl_rewards
 from jaxalign.types import Array
-from train import common as training_common
-from train import rl, rl_iteration, rl_reward
+from train import rl
 
 BETA, CLIP = 0.05, 1.0
 
@@ -114,7 +114,7 @@ def _ours(lm: models.LanguageModel, params: Any, config: Config) -> list[dict[st
     lm = models.LanguageModel(dataclasses.replace(lm.config, eos_ids=()), config.dtype)
     optimizer, schedule = training.adamw(learning_rate=1e-5, steps=100, clip=CLIP)
     begin = training_common.Start(lm, params, None)
-    learner, trained, frozen = rl.learner_of(options, begin, rl_reward.Composed(even_share, None, even_share, None))
+    learner, trained, frozen = rl.learner_of(options, begin, rl_rewards.Composed(even_share, None, even_share, None))
     loss = policy_gradient.loss(learner.method, policy_gradient.of_model(lm))
     update = training.train_step(loss, optimizer, schedule=schedule)
     state = rl_iteration.State(
@@ -201,4 +201,4 @@ def _trl(lm: models.LanguageModel, params: Any, config: Config) -> float:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from eval.bench import common
-from jaxalign import cli, models
+from jaxalign import commands, models
 from jaxalign.types import Array, Params
 
 TOLERANCE = 1e-4  # nats, float32
@@ -119,4 +119,4 @@ def _total(memory: Any) -> int:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.bench import common
-from jaxalign import cli, models, shaping
+from jaxalign import commands, models, shaping
 from jaxalign.types import Array, Params
 
 TOLERANCE = 1e-4  # of a threshold, in float32, utilities of deviation 1
@@ -128,4 +128,4 @@ def _wait(f: Any, *args: Any) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))

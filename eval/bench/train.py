@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.bench import common
-from jaxalign import cli, models, training
+from jaxalign import commands, models, training
 from jaxalign.training import objectives
 
 TOLERANCE = 1e-4  # of the loss, relative to 1 + |loss|, float32
@@ -181,4 +181,4 @@ def _memory(compiled: Any) -> int:
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.bench import common
-from jaxalign import cli, critics, loop, models, policies, rewards
+from jaxalign import commands, critics, models, policies, rewards, rollout
 from jaxalign.types import Params, Policy, TokenBatch
 
 
@@ -98,11 +98,11 @@ def _decode(policy: Policy, params: Params, inputs: TokenBatch, new: int, ahead:
     """`new` tokens [B,new] of a response that may have `ahead` more, so that every roll-out has its full length."""
     start, draws = jax.random.split(jax.random.key(1))
     state, output = policy.init(params, start, inputs, new + ahead)
-    return loop.rollout(policy, params, draws, state, output, steps=new, eos_ids=(), last_step=False)[2].tokens
+    return rollout.rollout(policy, params, draws, state, output, steps=new, eos_ids=(), last_step=False)[2].tokens
 
 
 def main(args: list[str] | None = None) -> None:
-    run(cli.parse(Config, description=__doc__ or "", args=args))
+    run(commands.parse(Config, description=__doc__ or "", args=args))
 
 
 def _torch_loop(twins: list[Any], k: int, new: int, ahead: int, weight: float, dtype: str) -> Any:

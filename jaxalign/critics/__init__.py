@@ -4,15 +4,15 @@ A critic's `score` may be asked for K candidates or (None) for the whole vocabul
 needs to move to the chosen one without another pass over the prefix.
 """
 
-from jaxalign.critics.combinators import map_scores, shaped_over_candidates, weighted_sum
-from jaxalign.critics.models import args, autoregressive, follower, hidden_value, value
-from jaxalign.critics.transfer import effective_rollouts, transfer_q
+from jaxalign.critics._combinators import map_scores, shaped_over_candidates, weighted_sum
+from jaxalign.critics._models import args, follower, genarm, hidden_value, value
+from jaxalign.critics._transfer_q import effective_rollouts, transfer_q
 
 __all__ = [
     "args",
-    "autoregressive",
     "effective_rollouts",
     "follower",
+    "genarm",
     "hidden_value",
     "map_scores",
     "shaped_over_candidates",

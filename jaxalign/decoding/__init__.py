@@ -1,13 +1,13 @@
 """Decoders: from a Policy to responses."""
 
-from jaxalign.decoding.blockwise import blockwise
-from jaxalign.decoding.cards import Cards, cards
-from jaxalign.decoding.nudging import Nudged, nudge
-from jaxalign.decoding.quest import Chain, quest
-from jaxalign.decoding.rejection import Rejection, first_above, rejection
-from jaxalign.decoding.sampling import log_prob, sample
-from jaxalign.decoding.selection import best_of_n, join
-from jaxalign.decoding.smc import Particles, smc
+from jaxalign.decoding._best_of_n import best_of_n, join
+from jaxalign.decoding._blockwise import blockwise
+from jaxalign.decoding._cards import Cards, cards
+from jaxalign.decoding._ggro import Nudged, ggro
+from jaxalign.decoding._quest import Chain, quest
+from jaxalign.decoding._rejection import Rejection, first_above, rejection
+from jaxalign.decoding._sampling import log_prob, sample
+from jaxalign.decoding._smc import Particles, smc
 
 __all__ = [
     "Cards",
@@ -19,9 +19,9 @@ __all__ = [
     "blockwise",
     "cards",
     "first_above",
+    "ggro",
     "join",
     "log_prob",
-    "nudge",
     "quest",
     "rejection",
     "sample",

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.checks import check_positive, is_concrete
-from jaxalign.types import Array, ArrayLike, at_least_float32
+from jaxalign._arrays import at_least_float32
+from jaxalign._checks import check_positive, is_concrete
+from jaxalign.types import Array, ArrayLike
 
 
 def calibrate(

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import gibbs
-from jaxalign.checks import check_positive, is_concrete
+from jaxalign._arrays import at_least_float32
+from jaxalign._checks import check_positive, is_concrete
 from jaxalign.infalign.procedures import Procedure, best_of, none, worst_of
 from jaxalign.infalign.transforms import Transform
-from jaxalign.types import Array, ArrayLike, at_least_float32
+from jaxalign.types import Array, ArrayLike
 
 _CELLS, _POINTS = 160, 6  # cells, even in the logit of c over ±_REACH, and Gauss points in each
 _REACH = 24.0

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import gibbs
-from jaxalign.checks import check_positive
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
+from jaxalign._checks import check_positive
 from jaxalign.infalign import curves
 from jaxalign.infalign.levels import procedure_win_rate
 from jaxalign.infalign.procedures import Procedure, best_of, worst_of
-from jaxalign.types import NEGATIVE, Array, ArrayLike, at_least_float32, is_supported
+from jaxalign.types import Array, ArrayLike
 
 WinRate = Callable[..., Array]
 """(probabilities [M] of a policy, *arguments) -> W^P [] against its base; differentiable in the first."""

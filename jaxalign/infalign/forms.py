@@ -7,7 +7,7 @@ import functools
 import jax
 import numpy as np
 
-from jaxalign.checks import check_positive
+from jaxalign._checks import check_positive
 from jaxalign.infalign import curves, transforms
 from jaxalign.infalign.fixed_point import optimal_transform
 from jaxalign.infalign.procedures import Procedure, best_of, worst_of

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.checks import is_concrete
+from jaxalign._arrays import at_least_float32
+from jaxalign._checks import is_concrete
 from jaxalign.infalign.procedures import Procedure
-from jaxalign.types import Array, ArrayLike, at_least_float32
+from jaxalign.types import Array, ArrayLike
 
 Rule = Callable[[Array], Array]
 """drawn outcomes [...,N] -> the probability [...,N] with which each draw is the one that is kept; adds to 1."""

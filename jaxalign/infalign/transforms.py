@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.checks import is_concrete
-from jaxalign.types import Array, ArrayLike, at_least_float32
+from jaxalign._arrays import at_least_float32
+from jaxalign._checks import is_concrete
+from jaxalign.types import Array, ArrayLike
 
 Transform = Callable[[Array], Array]
 """Phi: calibrated rewards [...] -> rewards [...]."""

@@ -2,11 +2,11 @@
 
 from jaxalign.models import lora
 from jaxalign.models.config import Config, Follower, Head, Rope
-from jaxalign.models.hub import load, save, tokenizer
+from jaxalign.models.hf.folders import load, save, tokenizer
+from jaxalign.models.hf.peft import load_adapter, save_adapter
 from jaxalign.models.language_model import Cache, LanguageModel, ModelOutput, with_head
 from jaxalign.models.log_prob import chunked, response_hidden, token_log_prob
 from jaxalign.models.lora import Lora
-from jaxalign.models.lora_hub import load_adapter, save_adapter
 from jaxalign.models.vocabulary import check_tokens, cut_vocabulary, match_vocabulary
 
 __all__ = [

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign._arrays import NEGATIVE
 from jaxalign.models.config import Rope
-from jaxalign.types import NEGATIVE, Array
+from jaxalign.types import Array
 
 
 class KeyValue(NamedTuple):

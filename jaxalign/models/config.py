@@ -143,12 +143,12 @@ class Config:
     @staticmethod
     def from_hf(values: dict[str, Any]) -> Config:
         """From the dict of a config.json; ValueError for a field that changes the computation and is not supported."""
-        from jaxalign.models import hf_config
+        from jaxalign.models.hf import config
 
-        return hf_config.from_hf(values)
+        return config.from_hf(values)
 
     def to_hf(self) -> dict[str, Any]:
         """The dict of a config.json that transformers and `from_hf` read."""
-        from jaxalign.models import hf_config
+        from jaxalign.models.hf import config
 
-        return hf_config.to_hf(self)
+        return config.to_hf(self)

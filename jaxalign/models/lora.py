@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from jaxalign._arrays import at_least_float32
 from jaxalign.models.language_model import LanguageModel
-from jaxalign.types import Array, Params, at_least_float32
+from jaxalign.types import Array, Params
 
 TARGETS = {"qkv": "attention/qkv", "out": "attention/out", "gate_up": "gate_up", "down": "down"}
 """The projections of a layer that an adapter may change, and their places in it."""

@@ -15,9 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxalign._arrays import NEGATIVE, at_least_float32
 from jaxalign.models.attention import KeyValue, Places, attend, blank, rotate, wide_einsum, write_slot
 from jaxalign.models.config import Config
-from jaxalign.types import NEGATIVE, Array, at_least_float32
+from jaxalign.types import Array
 
 
 class RMSNorm(nn.Module):

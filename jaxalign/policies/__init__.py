@@ -5,19 +5,19 @@ Every function here takes Policies (or a model) and gives a Policy; build it onc
 a new trace.
 """
 
-from jaxalign.policies.adapters import adapters
-from jaxalign.policies.base import language_model, with_reference
-from jaxalign.policies.editing import edit, edit_expected, head_value, linear_value
-from jaxalign.policies.tilting import tilt
-from jaxalign.policies.truncation import temperature, top_k, top_p
+from jaxalign.policies._adapters import adapters
+from jaxalign.policies._language_model import language_model, with_reference
+from jaxalign.policies._re_control import head_value, linear_value, re_control, re_control_expected
+from jaxalign.policies._tilt import tilt
+from jaxalign.policies._truncation import temperature, top_k, top_p
 
 __all__ = [
     "adapters",
-    "edit",
-    "edit_expected",
     "head_value",
     "language_model",
     "linear_value",
+    "re_control",
+    "re_control_expected",
     "temperature",
     "tilt",
     "top_k",

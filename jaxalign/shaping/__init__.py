@@ -16,14 +16,7 @@ from jaxalign.shaping.baselines import (
     raw,
     stackelberg,
 )
-from jaxalign.shaping.leader import (
-    Leader,
-    effective_samples,
-    excess_kl,
-    leader_utility,
-    score_function,
-    solve_leader,
-)
+from jaxalign.shaping.leader import Leader, effective_samples, excess_kl, leader_utility, score_function, solve_leader
 from jaxalign.shaping.network import MonotoneShaping, statistics
 from jaxalign.shaping.threshold import (
     accept_log_prob,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxalign._arrays import at_least_float32
 from jaxalign.shaping.threshold import column, optimal_threshold, soft_threshold_reward, threshold_reward
-from jaxalign.types import Array, ArrayLike, at_least_float32
+from jaxalign.types import Array, ArrayLike
 
 _SMALL = 1e-6  # of range and deviation: identical samples give no signal
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign import gibbs
-from jaxalign.checks import check_positive
-from jaxalign.types import Array, ArrayLike, at_least_float32
+from jaxalign._arrays import at_least_float32
+from jaxalign._checks import check_positive
+from jaxalign.types import Array, ArrayLike
 
 
 def leader_utility(reward: ArrayLike, utility: ArrayLike, log_base: ArrayLike, *, beta: ArrayLike) -> Array:

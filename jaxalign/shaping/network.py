@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxalign.types import Array, ArrayLike, at_least_float32
+from jaxalign._arrays import at_least_float32
+from jaxalign.types import Array, ArrayLike
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.checks import check_positive, is_concrete
-from jaxalign.types import NEGATIVE, Array, ArrayLike, at_least_float32, is_supported
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
+from jaxalign._checks import check_positive, is_concrete
+from jaxalign.types import Array, ArrayLike
 
 ABSENT = -87.0
 """Log of the smallest normalised weight that counts [nats]: below it float32 has no normal number."""

@@ -1,8 +1,8 @@
 """Training: a pure step, one visible loop around it, checkpoints that resume bit for bit, metrics that others read."""
 
+from jaxalign.training._fit import Stopped, fit
 from jaxalign.training.checkpoints import latest_step, open_checkpoints
-from jaxalign.training.loop import Stopped, fit
-from jaxalign.training.metrics import MetricWriter
+from jaxalign.training.logging import MetricWriter
 from jaxalign.training.step import Measured, TrainState, adamw, create, train_step
 
 __all__ = [

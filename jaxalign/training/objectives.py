@@ -117,7 +117,7 @@ def value(
 
     before: the value of each state that a response token is drawn from, in place of the state after it: the prompt's
     first, and last the one that draws the last token, whose target is the reward. With "td" that is RE-Control's loss
-    (arXiv 2406.05954, eq. 6; here with a factor ½ and stopped gradients), for `policies.edit`.
+    (arXiv 2406.05954, eq. 6; here with a factor ½ and stopped gradients), for `policies.re_control`.
 
     ValueError for an unknown objective, a model without a head, cd_q without Q head and base, soft without beta, before
     with a Q head.

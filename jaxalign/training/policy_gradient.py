@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import advantages, decoding, gibbs, losses, models
+from jaxalign._arrays import at_least_float32, repeat_rows
 from jaxalign.training.objectives import cast
 from jaxalign.training.step import Loss, Measured
-from jaxalign.types import Array, Params, Policy, Reward, Selection, TokenBatch, at_least_float32, repeat_rows
+from jaxalign.types import Array, Params, Policy, Reward, Selection, TokenBatch
 
 Read = Callable[[Params, Any], tuple[Array, Array | None]]
 """(params, rows) -> (log pi(y_t) [b,T], V(s_t) [b,T] before each token, or None)."""

@@ -23,15 +23,7 @@ from jaxalign.tree.laws import (
     worst_of_n_law,
 )
 from jaxalign.tree.structure import Tree, random
-from jaxalign.tree.values import (
-    max_value,
-    optimal_policy,
-    q_values,
-    soft_value,
-    tilted_policy,
-    transfer_value,
-    value,
-)
+from jaxalign.tree.values import max_value, optimal_policy, q_values, soft_value, tilted_policy, transfer_value, value
 
 __all__ = [
     "Tree",

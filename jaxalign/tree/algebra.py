@@ -14,21 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import mdp
-from jaxalign.checks import is_concrete
+from jaxalign._arrays import at_least_float32
+from jaxalign._checks import is_concrete
+from jaxalign.prompts import prompt_index
 from jaxalign.tree.structure import Tree
-from jaxalign.types import (
-    Array,
-    CheckedReward,
-    Critic,
-    Params,
-    Policy,
-    Reward,
-    State,
-    StepOutput,
-    TokenBatch,
-    at_least_float32,
-    prompt_index,
-)
+from jaxalign.types import Array, CheckedReward, Critic, Params, Policy, Reward, State, StepOutput, TokenBatch
 
 
 def prompts(batch: int, *, length: int = 1) -> TokenBatch:

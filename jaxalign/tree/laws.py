@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign._arrays import at_least_float32
 from jaxalign.tree.structure import Tree
-from jaxalign.types import Array, ArrayLike, at_least_float32
+from jaxalign.types import Array, ArrayLike
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
 from jaxalign.tree.structure import Tree
-from jaxalign.types import NEGATIVE, Array, ArrayLike, at_least_float32, is_supported
+from jaxalign.types import Array, ArrayLike
 
 
 def _backward(tree: Tree, reward: Array, backup: Callable[[Array, slice], Array]) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxalign import models
-from jaxalign.models import axes
+from jaxalign.models import sharding
 from tests.conftest import needs_jit, on_devices, tiny_config, tiny_lm
 
 CAPACITY = 512
@@ -125,7 +125,7 @@ MESH = """
     tokens = jnp.arange(32).reshape(8, 4) % lm.vocab_size
     placed = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
     hidden, cache = jax.jit(lm.prefill, static_argnums=3)(params, placed, placed >= 0, 6)
-    cache = axes.shard(cache, mesh)
+    cache = sharding.shard(cache, mesh)
     k = cache.layers[0].k
     assert k.addressable_shards[0].data.shape == (2, *k.shape[1:]), k.sharding
     found = jax.jit(lm.step)(params, cache, placed[:, 0])[0]
@@ -136,8 +136,8 @@ MESH = """
 
     # Rules to come: the same table places kernels over a tensor axis, with the same values.
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2), ("data", "tensor"))
-    rules = dict(axes.RULES) | dict(heads="tensor", mlp="tensor", vocab=None)
-    split = axes.shard(alone, mesh, rules)
+    rules = dict(sharding.RULES) | dict(heads="tensor", mlp="tensor", vocab=None)
+    split = sharding.shard(alone, mesh, rules)
     kernel = split["transformer"]["layer_0"]["gate_up"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], kernel.shape[1] // 2)
     found = jax.jit(lm.hidden)(split, tokens)
@@ -156,5 +156,5 @@ def test_a_mesh_with_explicit_axes_is_refused():
     _, params = tiny_lm(0)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with pytest.raises(ValueError, match="mesh: expected Auto axes"):
-        axes.shard(params, mesh)
-    axes.shard(params, jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",)))
+        sharding.shard(params, mesh)
+    sharding.shard(params, jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",)))

@@ -8,7 +8,7 @@ import pytest
 
 from jaxalign import models
 from jaxalign.models.config import Config, Head
-from jaxalign.models.hf_config import FAMILIES
+from jaxalign.models.hf.config import FAMILIES
 from tests.conftest import tiny_config
 
 SMALL = {

@@ -11,7 +11,8 @@ import pytest
 from safetensors.flax import load_file, save_file
 
 from jaxalign import models
-from jaxalign.models import axes, hub
+from jaxalign.models import sharding
+from jaxalign.models.hf import folders
 from tests.conftest import forward, tiny_lm
 from tests.models import families, make_golden
 
@@ -49,7 +50,7 @@ def test_heads_and_dtypes_round_trip(head, dtype, tmp_path):
 
 def test_shards_round_trip(tmp_path, monkeypatch):
     lm, params = tiny_lm(0)
-    monkeypatch.setattr(hub, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 4000)
     models.save(tmp_path / "model", lm, params)
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
     assert_trees_identical(models.load(tmp_path / "model")[1], params)
@@ -139,10 +140,10 @@ def test_every_parameter_and_cache_array_names_its_axes(name):
     lm, params = models.load(make_golden.GOLDEN / name)
     _, cache = lm.prefill(params, jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool), 5)
     for path, leaf in jax.tree_util.tree_leaves_with_path((params, cache)):
-        name = axes.path_name(path[1:])
-        assert len(axes.logical_axes(name)) == leaf.ndim, name
+        name = sharding.path_name(path[1:])
+        assert len(sharding.logical_axes(name)) == leaf.ndim, name
     with pytest.raises(ValueError, match="nothing"):
-        axes.logical_axes("nothing")
+        sharding.logical_axes("nothing")
 
 
 def test_load_places_parameters_on_a_mesh(tmp_path):

@@ -6,7 +6,7 @@ from jaxalign import critics, decoding, policies, rewards
 
 
 def main(base, arm, judge, prompts, beta, eos_ids):
-    policy = policies.tilt(policies.language_model(base[0]), critics.autoregressive(arm[0]))
+    policy = policies.tilt(policies.language_model(base[0]), critics.genarm(arm[0]))
     guided = {"policy": base[1], "critic": arm[1], "beta": beta}
     return decoding.best_of_n(
         policy,

@@ -6,7 +6,7 @@ from jaxalign import critics, decoding, policies
 
 
 def main(base, arm, prompts, tokens, mask, rate):
-    policy = policies.tilt(policies.language_model(base[0]), critics.autoregressive(arm[0]))
+    policy = policies.tilt(policies.language_model(base[0]), critics.genarm(arm[0]))
 
     def likelihood(reward):
         params = {"policy": base[1], "critic": reward, "beta": 0.5}

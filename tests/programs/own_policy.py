@@ -19,6 +19,6 @@ def init(table, rng, prompts, max_new_tokens):
 
 
 def main(table, arm, prompts, eos_ids):
-    policy = policies.tilt(Policy(init, step), critics.autoregressive(arm[0]))
+    policy = policies.tilt(Policy(init, step), critics.genarm(arm[0]))
     params = {"policy": table, "critic": arm[1], "beta": 2.0}
     return decoding.sample(policy, params, jax.random.key(0), prompts, max_new_tokens=4, eos_ids=eos_ids)

@@ -18,7 +18,7 @@ import pytest
 
 from jaxalign import training
 from jaxalign.data import batches
-from jaxalign.training import metrics as lines
+from jaxalign.training import logging as lines
 
 PROGRAM = """
     import os, pathlib, signal, sys, time

@@ -1,0 +1,197 @@
+"""What the studies of the embedded world share: a quickstart's models, many base samples, and decoded responses."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxalign import data, decoding, models, policies, rewards
+from jaxalign.types import Params, Policy, Reward
+from jaxalign.worlds import opinions
+from train import calibrate, rl, value
+from train.quickstart import LIMIT
+
+PER_BATCH = 2048  # rows decoded together
+TRIES = 4096  # draws of the rejection sampler before it gives up
+
+
+class World(NamedTuple):
+    """A finished quickstart. base, judge: (model, parameters); prompts: the held-out texts; ids: their tokens."""
+
+    folder: pathlib.Path
+    tokenizer: Any
+    base: tuple[models.LanguageModel, Params]
+    judge: tuple[models.LanguageModel, Params]
+    prompts: list[str]
+    ids: list[list[int]]
+
+
+class Responses(NamedTuple):
+    """Arrays [prompts, n]. proxy: the reward model's; gold: the program's; loaded: whether a sentence is loaded to one
+    side; kl: of the decoder, summed over steps [nats], 0 for the base."""
+
+    proxy: np.ndarray
+    gold: np.ndarray
+    loaded: np.ndarray
+    kl: np.ndarray
+
+
+def load(run: str) -> World:
+    """ValueError where the folder is not that of a finished train.quickstart."""
+    folder = pathlib.Path(run)
+    if not (folder / "results.json").exists():
+        raise ValueError(f"run: expected the folder of a finished train.quickstart, found no results.json in {folder}")
+    tokenizer = models.tokenizer(str(folder / "sft" / "model"))
+    prompts = data.tokenize_prompts(str(folder / "data" / "held_out.jsonl"), tokenizer)
+    base, judge = (models.load(str(folder / name / "model")) for name in ("sft", "reward_model"))
+    return World(folder, tokenizer, base, judge, [p.text for p in prompts], [p.tokens for p in prompts])
+
+
+def political(world: World) -> np.ndarray:
+    """[prompts]: whether the topic is a political one."""
+    return np.array([opinions.topic_of(prompt) in opinions.POLITICAL for prompt in world.prompts])
+
+
+def respond(
+    world: World, policy: Policy, params: Params, *, n: int, seed: int, rows: np.ndarray | None = None
+) -> Responses:
+    """n responses per prompt (of the given rows) by any Policy."""
+    chosen = np.arange(len(world.ids)) if rows is None else rows
+    reward = rewards.from_model(world.judge[0])
+    size = max(PER_BATCH // n, 1)
+    parts = []
+    for begin in range(0, len(chosen), size):
+        part = chosen[begin : begin + size]
+        prompts = data.prompt_batch([world.ids[i] for i in part], index=part.tolist(), batch_size=size)
+        # The reward is that of the selection, which is not used: every sample is kept.
+        drawn = decoding.best_of_n(
+            policy,
+            reward,
+            {"policy": params, "reward": world.judge[1]},
+            jax.random.key(seed),
+            prompts,
+            n=n,
+            max_new_tokens=LIMIT,
+            eos_ids=world.base[0].config.eos_ids,
+        )
+        assert drawn.samples.kl is not None
+        kept = drawn.samples.tokens, drawn.samples.mask, drawn.reward, drawn.samples.kl.sum(-1)
+        parts.append([np.asarray(x)[: len(part)] for x in kept])
+    tokens, mask, proxy, kl = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return judge(world, chosen, tokens, mask, proxy, kl)
+
+
+def judge(
+    world: World, rows: np.ndarray, tokens: np.ndarray, mask: np.ndarray, proxy: np.ndarray, kl: np.ndarray
+) -> Responses:
+    """The world's own measures of responses [rows, n, T]."""
+    gold, loaded = np.zeros(proxy.shape), np.zeros(proxy.shape, bool)
+    for i, j in np.ndindex(*proxy.shape):
+        ids = tokens[i, j][mask[i, j]].tolist()
+        text = world.tokenizer.decode(ids, skip_special_tokens=True)
+        prompt = world.prompts[rows[i]]
+        gold[i, j] = opinions.gold(prompt, text)
+        loaded[i, j] = opinions.features(prompt, text).loaded > 0
+    return Responses(proxy.astype(np.float64), gold, loaded.astype(np.float64), kl)
+
+
+def base_samples(world: World, *, n: int, seed: int) -> Responses:
+    """n responses of the base to every held-out prompt; kept in the run's folder, since several studies use them."""
+    path = world.folder / "frontier" / f"base_{n}_{seed}.npz"
+    if path.exists():
+        with np.load(path) as found:
+            return Responses(**{name: found[name] for name in Responses._fields})
+    found = respond(world, policies.language_model(world.base[0]), world.base[1], n=n, seed=seed)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as sink:
+        np.savez(sink, **found._asdict())
+    temporary.replace(path)
+    return found
+
+
+def accepted(
+    world: World,
+    reward: Reward,
+    reward_params: Params,
+    *,
+    beta: float,
+    bound: float,
+    rows: np.ndarray,
+    n: int,
+    seed: int,
+) -> tuple[Responses, float]:
+    """(n exact draws per prompt from base·exp(reward/beta)/Z, by rejection; the share of draws that were accepted)."""
+    policy, eos_ids = policies.language_model(world.base[0]), world.base[0].config.eos_ids
+    prompts = data.prompt_batch([world.ids[i] for i in rows], index=rows.tolist())
+    params = {"policy": world.base[1], "reward": reward_params, "beta": beta, "bound": bound}
+    proxy_of = rewards.from_model(world.judge[0])
+    score = jax.jit(lambda p, prompts, drawn: proxy_of(p, *decoding.join(prompts, drawn), prompts.index))
+    drawn, shares = [], []
+    for k in range(n):
+        found = decoding.rejection(
+            policy,
+            reward,
+            params,
+            jax.random.key(1000 * seed + k),
+            prompts,
+            tries=TRIES,
+            chunk=32,
+            max_new_tokens=LIMIT,
+            eos_ids=eos_ids,
+        )
+        kept = found.completions.tokens, found.completions.mask, score(world.judge[1], prompts, found.completions)
+        drawn.append([np.asarray(x)[: len(rows)] for x in kept])
+        shares.append(np.asarray(found.accepted)[: len(rows)])
+    tokens, mask, proxy = (np.stack(x, axis=1) for x in zip(*drawn, strict=True))
+    return judge(world, rows, tokens, mask, proxy, np.zeros_like(proxy)), float(np.mean(shares))
+
+
+def train_head(
+    world: World, name: str, objective: Any, *, bound: float, sharpness: float = 0.0, **changed: Any
+) -> tuple[models.LanguageModel, Params]:
+    """A head for a shaped reward at beta 1, trained as the quickstart's value model and on its roll-outs unless
+    `changed` says otherwise; kept in the run's folder."""
+    out = world.folder / "frontier" / name
+    made = json.loads((world.folder / "value" / "config.json").read_text())
+    made |= {"objective": objective, "bound": bound, "beta": 1.0, "sharpness": sharpness, "config": ""}
+    made |= {"rollouts": str(world.folder / "value"), "out": str(out)}
+    value.run(value.Config(**(made | changed)))
+    return models.load(str(out / "model"))
+
+
+def align(
+    world: World, name: str, *, prompts: pathlib.Path, bound: float, samples: int, steps: int, seed: int
+) -> Params:
+    """The base trained by train.rl on the threshold reward of the learned one at beta 1, thresholds from that many base
+    samples per prompt; kept in the run's folder."""
+    out = world.folder / "frontier" / name
+    shared: dict[str, Any] = {
+        "prompts": str(prompts),
+        "reward": str(world.folder / "reward_model" / "model"),
+        "max_new_tokens": LIMIT,
+        "seed": seed,
+    }
+    base, table = str(world.folder / "sft" / "model"), out.with_name(f"{name}_table")
+    calibrate.run(calibrate.Config(**shared, base=base, samples=samples, out=str(table)))
+    options: dict[str, Any] = {"steps": steps, "batch_size": 64, "samples": 4, "learning_rate": 1e-3, "max_length": 128}
+    options |= {"bound": bound, "beta": 1.0, "calibration": str(table), "validation": 0.0, "save_every": 20}
+    rl.run(rl.Config(**shared, **options, model=base, out=str(out)))
+    return models.load(str(out / "model"))[1]
+
+
+def political_prompts(world: World) -> pathlib.Path:
+    """A file of the political prompts among those that the run's models were trained on."""
+    path = world.folder / "frontier" / "political.jsonl"
+    if path.exists():
+        return path
+    rows = (world.folder / "data" / "prompts.jsonl").read_text().splitlines()
+    kept = [row for row in rows if opinions.topic_of(json.loads(row)["prompt"]) in opinions.POLITICAL]
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(f"{row}\n" for row in kept))
+    return temporary.replace(path)

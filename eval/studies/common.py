@@ -1,0 +1,149 @@
+"""What the studies share: options, shapings by name, estimates, the table and the picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from eval.bench.common import device
+from jaxalign import _io, infalign, metrics, shaping
+from jaxalign.types import Array
+
+Shape = Callable[[Any, Any], Array]
+"""f(utility [...,n], reference [...,K]) -> reward [...,n]."""
+
+STYLES: dict[str, tuple[str, str]] = {
+    # Okabe and Ito's colours, and a marker each: told apart without colour, too.
+    "base": ("black", "s"),
+    "raw": ("#D55E00", "v"),
+    "Minmax": ("#CC79A7", "D"),
+    "Meanstd": ("#999999", "P"),
+    "Cap": ("#8C564B", "X"),
+    "mean sigmoid": ("#56B4E9", "<"),
+    "log sigmoid": ("#F0E442", ">"),
+    "PAR": ("#E69F00", "^"),
+    "calibrated": ("#882255", "p"),
+    "calibrated, exp:10": ("#332288", "*"),
+    "calibrated, threshold": ("#88CCEE", "8"),
+    "soft threshold": ("#009E73", "h"),
+    "threshold": ("#0072B2", "o"),
+}
+"""Shaping -> (colour, marker)."""
+
+CALIBRATED = ("calibrated", "calibrated, exp:10")
+"""Rewards of InfAlign: quantiles among the base samples, and their exponential."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of every study."""
+
+    out: str = "docs/figures"
+    """Folder for NAME.json and NAME.png."""
+    seed: int = 0
+    """Seed of all draws."""
+    config: str = ""
+    """JSON or TOML file of defaults for these options."""
+
+
+def check(options: Options) -> None:
+    """Counts are positive, lists are not empty, numbers are positive and finite. ValueErrors name the option."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name == "seed" or isinstance(value, str | bool):
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        default = field.default if isinstance(field.default, tuple) else ()
+        if any(isinstance(v, str) for v in (*values, *default)):
+            continue
+        if not values or not all(0 < v < math.inf for v in values):
+            raise ValueError(f"{field.name}: expected finite values > 0, found {value}")
+
+
+def shapes(bound: float, beta: float, *, sharpness: float) -> dict[str, Shape]:
+    """Every shaping at one bound and one KL weight of the follower. Calibrated rewards (InfAlign) run from 0 to the
+    bound; "calibrated, threshold" is the leader's answer when quantiles are its utility."""
+    ranks, exponential = infalign.calibrate, infalign.parse("exp:10")
+    return {
+        "raw": shaping.raw,
+        "Minmax": lambda u, reference: shaping.minmax(u, reference, bound=bound),
+        "Meanstd": shaping.meanstd,
+        "Cap": lambda u, reference: shaping.cap(u, reference, bound=bound),
+        "mean sigmoid": lambda u, ref: shaping.mean_sigmoid(u, ref, bound=bound, sharpness=sharpness),
+        "log sigmoid": shaping.log_sigmoid,
+        "PAR": shaping.preference_as_reward,
+        "calibrated": lambda u, reference: bound * ranks(u, reference),
+        "calibrated, exp:10": lambda u, reference: bound * exponential(ranks(u, reference)),
+        "calibrated, threshold": lambda u, reference: shaping.stackelberg(
+            ranks(u, reference), ranks(reference, reference), bound=bound, beta=beta
+        ),
+        "soft threshold": lambda u, ref: shaping.stackelberg(u, ref, bound=bound, beta=beta, sharpness=sharpness),
+        "threshold": lambda u, reference: shaping.stackelberg(u, reference, bound=bound, beta=beta),
+    }
+
+
+def estimate(name: str, values: Any) -> dict[str, float | None]:
+    """{name: mean, name_95: half-width of its 95 % interval} over independent cases."""
+    found = metrics.mean_interval(np.asarray(values))
+    return {name: found.mean, f"{name}_95": None if math.isnan(found.half_width) else found.half_width}
+
+
+def report(name: str, options: Options, rows: Sequence[dict[str, Any]], *, digits: int = 3) -> pathlib.Path:
+    """Prints the rows with that many decimals, writes NAME.json; gives the folder."""
+    out = pathlib.Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    given = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "config", "run")}
+    about = {"device": device(), "jax": jax.__version__, "options": given}
+    _io.write_json(out / f"{name}.json", about | {"rows": list(rows)})
+    table(rows, digits=digits)
+    return out
+
+
+def table(rows: Sequence[dict[str, Any]], *, digits: int = 3) -> None:
+    """One line per row, a mean followed by its half-width; a heading wherever the columns change."""
+    last: list[str] | None = None
+    for row in rows:
+        names = [name for name in row if not name.endswith("_95")]
+        if names != last:
+            print(("\n" if last else "") + "  ".join(f"{name:>18}" for name in names))
+            last = names
+        print("  ".join(f"{_cell(row, name, digits):>18}" for name in names))
+
+
+def _cell(row: dict[str, Any], name: str, digits: int) -> str:
+    value = row[name]
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    half = row.get(f"{name}_95")
+    return f"{value:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+
+
+def pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, path: pathlib.Path) -> None:
+    """Under a temporary name, then renamed."""
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=130, format="png")
+    temporary.replace(path)
+    pyplot().close(figure)
+    print(f"wrote {path.with_suffix('.json')} and {path}", flush=True)
+
+
+def curve(axes: Any, rows: Sequence[dict[str, Any]], x: str, y: str, name: str, **style: Any) -> None:
+    """A line through rows in order, with the intervals of y, in the colour and marker of a shaping."""
+    colour, marker = STYLES[name]
+    style = {"color": colour, "marker": marker, "label": name, "ms": 4.5, "lw": 1.3, "capsize": 2} | style
+    axes.errorbar([r[x] for r in rows], [r[y] for r in rows], [r.get(f"{y}_95") or 0 for r in rows], **style)

@@ -1,0 +1,192 @@
+"""python -m eval.studies nudging: GGRO against best-of-n, rejection and exhaustive nudging at equal forward passes
+
+Reads the folder of a finished train.quickstart. For each number of forms per segment, the tokens that GGRO sends
+through models are counted; best-of-n and rejection (the first response above the base's 90 % quantile, or the best of
+its tries) get as many on average. Exhaustive nudging tries every token that may be forced, whatever it costs. On the
+world's held-out prompts and on topics that no model was trained on: gold, proxy, coverage (the share of prompts whose
+response lies above the 90 % quantile of the base's own, by gold and by proxy) and -log pi_ref.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval.studies import base, common
+from jaxalign import commands, data, decoding, policies, rewards
+from jaxalign.types import Array, Completions, Params
+from jaxalign.worlds import opinions
+from train.quickstart import LIMIT
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Options):
+    """Options of eval.studies nudging."""
+
+    run: str = "runs/quickstart"
+    """Folder of a finished train.quickstart."""
+    forms: tuple[int, ...] = (2, 4, 8)
+    """Forms per segment of GGRO."""
+    entropy: float = 1.0
+    """Entropy at which a segment begins [nats]."""
+    top_k: int = 25
+    """Tokens that may be forced."""
+    samples: int = 64
+    """Base samples per prompt, for the 90 % quantiles."""
+
+
+class Found(NamedTuple):
+    """Per prompt: proxy, gold, surprise (-log pi_ref of the response), passes (tokens through models)."""
+
+    proxy: np.ndarray
+    gold: np.ndarray
+    surprise: np.ndarray
+    passes: np.ndarray
+
+
+def next_of_all(params: Params, tokens: Array, mask: Array, length: Array, position: Array, candidates: Array) -> Array:
+    """A gain that proposes the candidate after the one that stands at `position`: nudging tries them all."""
+    stands = candidates == jnp.take_along_axis(tokens, position[:, None], axis=1)
+    return jnp.roll(stands, 1, axis=1).at[:, 0].set(False).astype(jnp.float32)
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """All rows; writes nudging.json and nudging.png."""
+    common.check(config)
+    world = base.load(config.run)
+    drift = data.tokenize_prompts(str(world.folder / "data" / "drift.jsonl"), world.tokenizer)
+    sets = {
+        "held-out prompts": world,
+        "new topics": world._replace(prompts=[p.text for p in drift], ids=[p.tokens for p in drift]),
+    }
+    rows = []
+    for name, asked in sets.items():
+        rows += [{"prompts": name} | row for row in compare(config, asked)]
+    out = common.report("nudging", config, rows)
+    _picture(config, rows, out)
+    return rows
+
+
+def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
+    """The rows of one set of prompts."""
+    every = base.respond(world, policies.language_model(world.base[0]), world.base[1], n=config.samples, seed=99)
+    goal = {name: np.quantile(getattr(every, name), 0.9, axis=1) for name in ("proxy", "gold")}
+
+    def row(method: str, forms: int | None, found: Found, n: int | None = None) -> dict[str, Any]:
+        out: dict[str, Any] = {"method": method, "forms": forms, "n": n}
+        for name in ("gold", "proxy"):
+            out |= common.estimate(name, getattr(found, name))
+            out |= common.estimate(f"coverage_{name}", (getattr(found, name) > goal[name]).astype(float))
+        return out | common.estimate("surprise", found.surprise) | common.estimate("passes", found.passes)
+
+    prompts = data.prompt_batch(world.ids)
+    policy, eos_ids = policies.language_model(world.base[0]), world.base[0].config.eos_ids
+    reward, gain = rewards.from_model(world.judge[0]), rewards.embedding_gain(world.judge[0])
+    both = {"policy": world.base[1], "reward": world.judge[1]}
+    rng = jax.random.key(config.seed)
+    options: dict[str, Any] = {"max_new_tokens": LIMIT, "eos_ids": eos_ids}
+    segments: dict[str, Any] = {"threshold": config.entropy, "top_k": config.top_k}
+    score = jax.jit(lambda p, prompts, drawn: reward(p, *decoding.join(prompts, drawn), jnp.arange(len(world.ids))))
+
+    def first_above(params: Params, tries: int) -> decoding.Rejection:
+        return decoding.first_above(policy, reward, params, rng, prompts, tries=tries, chunk=1, **options)
+
+    def judged(drawn: Completions, passes: np.ndarray) -> Found:
+        proxy = np.asarray(score(world.judge[1], prompts, drawn))
+        tokens, mask = np.asarray(drawn.tokens), np.asarray(drawn.mask)
+        pairs = zip(tokens, mask, strict=True)
+        texts = [world.tokenizer.decode(t[m].tolist(), skip_special_tokens=True) for t, m in pairs]
+        gold = np.array([opinions.gold(p, text) for p, text in zip(world.prompts, texts, strict=True)])
+        return Found(proxy, gold, -np.asarray(drawn.log_prob_ref).sum(axis=1), np.asarray(passes, np.float64))
+
+    greedy = decoding.sample(policy, world.base[1], rng, prompts, **options, temperature=0.0)
+    sampled = decoding.sample(policy, world.base[1], rng, prompts, **options)
+    length = np.asarray(prompts.mask).sum(axis=1)
+    rows = []
+    for name, drawn in (("base", sampled), ("greedy", greedy)):
+        rows.append(row(name, None, judged(drawn, np.asarray(drawn.mask).sum(axis=1))))
+    response = float(np.asarray(sampled.mask).sum(axis=1).mean())
+    # A sample: its tokens once through the model, prompt and response through the reward.
+    each = float(length.mean()) + 2 * response
+    for forms in config.forms:
+        found = decoding.ggro(policy, None, gain, both, rng, prompts, candidates=forms, **segments, **options)
+        passes = nudging_passes(found, length)
+        rows.append(row("GGRO", forms, judged(found.completions, passes)))
+        n = max(round(float(passes.mean()) / each), 1)
+        best = decoding.best_of_n(policy, reward, both, rng, prompts, n=n, **options).best
+        rows.append(row("best-of-n", forms, judged(best, np.full(len(length), n * each)), n))
+        limited = both | {"threshold": goal["proxy"]}
+        # As many tries on average as the others have: rows that accept early leave theirs to those that do not. With a
+        # higher limit the same draws go on, so that the tries for every limit are known from the highest.
+        most = 4 * n
+        needed = np.asarray(first_above(limited, most).tries)
+        tries = max(t for t in range(1, most + 1) if np.minimum(needed, t).mean() * each <= passes.mean() or t == 1)
+        first = first_above(limited, tries)
+        cost = np.asarray(first.tries) * each
+        rows.append(row("rejection", forms, judged(first.completions, cost), tries))
+    every_token = decoding.ggro(
+        policy,
+        reward,
+        next_of_all,
+        both | {"gain": None},
+        rng,
+        prompts,
+        candidates=config.top_k + 1,
+        **segments,
+        **options,
+    )
+    rows.append(row("exhaustive", None, judged(every_token.completions, nudging_passes(every_token, length))))
+    return rows
+
+
+def nudging_passes(found: decoding.Nudged, prompt: np.ndarray) -> np.ndarray:
+    """Tokens through models [B]: the policy's steps, the same tokens through the reward, and twice more of them for the
+    share of the forms whose gradient is taken; the prompt once."""
+    tokens, scored, gradients = (np.asarray(getattr(found, name), float) for name in ("tokens", "scored", "gradients"))
+    return tokens * (2 + 2 * gradients / np.maximum(scored, 1)) + prompt
+
+
+STYLES = {
+    "base": ("black", "s"),
+    "greedy": ("#999999", "X"),
+    "GGRO": ("#D55E00", "o"),
+    "best-of-n": ("#CC79A7", "D"),
+    "rejection": ("#0072B2", "^"),
+    "exhaustive": ("#009E73", "P"),
+}
+
+
+def _picture(config: Config, rows: list[dict[str, Any]], out: Any) -> None:
+    names = {"gold": "gold", "proxy": "learned reward", "coverage_gold": "coverage by gold"}
+    names["surprise"] = "-log pi_ref(y)"
+    figure, panels = common.pyplot().subplots(2, 4, figsize=(14.5, 6.6), layout="constrained", sharex=True)
+    for line, asked in zip(panels, ("held-out prompts", "new topics"), strict=True):
+        for axes, (column, title) in zip(line, names.items(), strict=True):
+            for method, (colour, marker) in STYLES.items():
+                mine = [r for r in rows if r["method"] == method and r["prompts"] == asked]
+                axes.errorbar(
+                    [r["passes"] for r in mine],
+                    [r[column] for r in mine],
+                    [r[f"{column}_95"] for r in mine],
+                    color=colour,
+                    marker=marker,
+                    ms=5,
+                    lw=1.2,
+                    capsize=2,
+                    label=method,
+                )
+            axes.set_xscale("log")
+            axes.grid(alpha=0.25)
+            axes.set_title(f"{title}, {asked}", fontsize=9.5)
+    for axes in panels[1]:
+        axes.set_xlabel("tokens through models per response")
+    panels[0][0].legend(frameon=False, fontsize=8.5)
+    common.save(figure, out / "nudging.png")
+
+
+def main(args: list[str] | None = None) -> None:
+    run(commands.parse(Config, description=__doc__ or "", args=args))

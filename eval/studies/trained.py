@@ -1,0 +1,285 @@
+"""python -m eval.studies trained: policies that train.rl aligns with calibrated, transformed rewards, and the curves
+
+Reads a base, a reward and prompts (by default those of a finished train.quickstart), makes a calibration table, trains
+a policy for each transform and KL (at the beta of the closed form; without calibration at the one of base samples) and
+baselines from pairs and samples, draws many responses of each to held-out prompts, and sets win rate, best-of-n and
+worst-of-n win rates at the KL that was reached beside those of the closed form there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from eval.studies import baselines, common, predictions
+from jaxalign import commands, data, decoding, infalign, metrics, models, policies, rewards
+from jaxalign.training import tables
+from jaxalign.types import Params, Policy, Reward
+from train import calibrate, rl
+
+PER_BATCH = 2048  # rows decoded together
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Options):
+    """Options of eval.studies trained."""
+
+    run: str = "runs/quickstart"
+    """Folder with data/prompts.jsonl, data/held_out.jsonl, data/pairs.jsonl, sft/model and reward_model/model, as
+    train.quickstart leaves it; trained policies are kept in its trained/."""
+    transforms: tuple[str, ...] = ("identity", "exp:5", "exp:-5")
+    """Transforms of the calibrated reward; bon_fp:N and won_fp:N are the optimum for best-of-N and worst-of-N."""
+    kls: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """KL of each policy to the base [nats]."""
+    ablation: tuple[str, ...] = ("raw", "raw exp:5")
+    """Rewards without calibration, trained at the middle KL: raw, or raw and a transform (of its sigmoid)."""
+    baselines: tuple[str, ...] = ("dpo", "ipo", "bonbon", "vbon")
+    """Of dpo, ipo (from the pairs), bonbon (from the table's samples, best of --n) and vbon (RL with the logarithm at
+    the beta of best of --n), at one strength each."""
+    table: int = 100
+    """Base samples per prompt in the calibration table."""
+    n: int = 4
+    """Of best-of-n and worst-of-n."""
+    responses: int = 32
+    """Responses per held-out prompt, of the base and of each policy."""
+    steps: int = 80
+    """Iterations of train.rl."""
+    prompts_per_step: int = 64
+    """Prompts of an iteration."""
+    samples: int = 8
+    """Responses per prompt and iteration; with 4 the plain win rate falls 1.5 points further short."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of train.rl."""
+    gold: str = "jaxalign.data.opinions:golds"
+    """Program of the true utility, reported beside the reward; empty: none."""
+    limit: int = 40
+    """Longest response [tokens]."""
+    name: str = "trained"
+    """Name of the files in --out."""
+
+
+class Drawn(NamedTuple):
+    """Of each held-out prompt, [prompts, responses]: reward, gold, kl (summed over steps, exact at each)."""
+
+    reward: np.ndarray
+    gold: np.ndarray
+    kl: np.ndarray
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """All rows; writes NAME.json and NAME.png."""
+    common.check(config)
+    if config.n > config.responses:
+        raise ValueError(f"responses: expected at least n = {config.n}, found {config.responses}")
+    if config.n < 2:
+        raise ValueError(f"n: expected at least 2, found {config.n}")
+    for text in config.transforms:
+        infalign.parse(text, beta=1.0)
+    for name in config.baselines:
+        if name not in baselines.CURVES:
+            raise ValueError(f"baselines: expected some of {', '.join(baselines.CURVES)}, found {name!r}")
+    root = pathlib.Path(config.run)
+    folders = {name: str(root / name / "model") for name in ("sft", "reward_model")}
+    shared: dict[str, Any] = {
+        "prompts": str(root / "data" / "prompts.jsonl"),
+        "reward": folders["reward_model"],
+        "max_new_tokens": config.limit,
+        "max_length": 128,
+        "seed": config.seed,
+    }
+    work = root / "trained"
+    table = work / f"table_{config.table}"
+    calibrate.run(calibrate.Config(**shared, base=folders["sft"], samples=config.table, out=str(table)))
+    with np.load(table / tables.REWARDS) as found:
+        own = found["reward"]
+    given: dict[str, Any] = shared | {
+        "model": folders["sft"],
+        "samples": config.samples,
+        "batch_size": config.prompts_per_step,
+        "steps": config.steps,
+        "learning_rate": config.learning_rate,
+        "save_every": 20,
+        "validation": 0.0,
+    }
+    setting = _setting(config, folders)
+    base = _draw(config, setting, setting.base)
+    rows: list[dict[str, Any]] = []
+    for label, kl, beta, calibrated, transform in _plan(config, own):
+        size = f"{config.steps}x{config.prompts_per_step}x{config.samples}"
+        name = f"{label.replace(' ', '_').replace(':', '_')}_{kl:g}_{size}"
+        about: dict[str, Any] = {"reward": label, "wanted_kl": kl, "beta": beta}
+        options: dict[str, Any] = {"calibration": str(table)} if calibrated else {}
+        rl.run(rl.Config(**given, **options, beta=beta, transform=transform, out=str(work / name)))
+        each = compared(_draw(config, setting, models.load(str(work / name / "model"))[1]), base, config)
+        known = predictions.at_its_kl(transform, each, config.n) if calibrated else {}
+        rows.append(summary(about, each) | known)
+    for name in config.baselines:
+        if name == "vbon":
+            continue
+        folder = baselines.train(
+            name,
+            base=folders["sft"],
+            pairs=root / "data" / "pairs.jsonl",
+            table=table,
+            n=config.n,
+            seed=config.seed,
+            out=str(work / f"{name}_{config.n}"),
+        )
+        each = compared(_draw(config, setting, models.load(folder)[1]), base, config)
+        known = predictions.at_its_kl(baselines.CURVES[name], each, config.n)
+        if baselines.CURVES[name] == "identity":  # the most that any policy wins alone; no aim of the other two
+            known = {key: value for key, value in known.items() if "win_rate" in key}
+        rows.append(summary({"reward": name, "wanted_kl": None, "beta": None}, each) | known)
+    out = common.report(config.name, config, rows)
+    _picture(config, rows, out)
+    return rows
+
+
+class Run(NamedTuple):
+    """A policy for train.rl. reward: its name in the table; beta: KL weight; calibrated: whether by the table."""
+
+    reward: str
+    kl: float
+    beta: float
+    calibrated: bool
+    transform: str
+
+
+def _plan(config: Config, own: np.ndarray) -> list[Run]:
+    """own: rewards [prompts,K] of base samples, which set beta where the closed form does not. ValueError: a KL that a
+    transform does not reach."""
+    plan = []
+    for text in config.transforms:
+        with jax.enable_x64(True):
+            betas = predictions.closed_form(text, np.asarray(config.kls), config.n)[0]
+        if np.isnan(betas).any():
+            raise ValueError(f"kls: expected KLs that {text} reaches at a beta of 1e-5 to 4, found {config.kls}")
+        plan += [Run(text, kl, float(beta), True, text) for kl, beta in zip(config.kls, betas, strict=True)]
+    if "vbon" in config.baselines:
+        plan.append(Run("vbon", float(np.log(config.n) - 1 + 1 / config.n), 1 / (config.n - 1), True, "log"))
+    middle = sorted(config.kls)[len(config.kls) // 2]
+    for label in config.ablation:
+        transform = label.removeprefix("raw").strip()
+        paid = np.asarray(infalign.parse(transform)(1 / (1 + np.exp(-own))) if transform else own, np.float64)
+        plan.append(Run(label, middle, predictions.beta_for(paid, middle), False, transform))
+    return plan
+
+
+def compared(found: Drawn, base: Drawn, config: Config) -> dict[str, np.ndarray]:
+    """Per prompt: KL, gold, and the win rates over the base with and without the procedure."""
+    rates = metrics.selection_win_rates(found.reward, base.reward)
+    return {
+        "kl": found.kl.mean(axis=1),
+        "win_rate": rates.best_of_n[:, 0],
+        "best_of_n": rates.best_of_n[:, config.n - 1],
+        "worst_of_n": rates.worst_of_n[:, config.n - 1],
+        "gold": found.gold.mean(axis=1),
+        "gold_win_rate": metrics.selection_win_rates(found.gold, base.gold).best_of_n[:, 0],
+    }
+
+
+def summary(about: dict[str, Any], each: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A row: means over prompts with intervals."""
+    row = dict(about)
+    for name, values in each.items():
+        row |= common.estimate(name, values)
+    return row
+
+
+class Setting(NamedTuple):
+    """What every measurement shares. policy: of the base's architecture, the base beside it."""
+
+    policy: Policy
+    reward: Reward
+    base: Params
+    judge: Params
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    asked: list[data.Prompt]
+
+
+def _setting(config: Config, folders: dict[str, str]) -> Setting:
+    lm, base = models.load(folders["sft"])
+    judge_lm, judge = models.load(folders["reward_model"])
+    tokenizer, plain = models.tokenizer(folders["sft"]), policies.language_model(lm)
+    asked = data.tokenize_prompts(str(pathlib.Path(config.run) / "data" / "held_out.jsonl"), tokenizer)
+    beside, reward = policies.with_reference(plain, plain), rewards.from_model(judge_lm)
+    return Setting(beside, reward, base, judge, tokenizer, lm.config.eos_ids, asked)
+
+
+def _draw(config: Config, setting: Setting, params: Params) -> Drawn:
+    """Responses of a model to the held-out prompts, beside the base."""
+    asked, tokenizer = setting.asked, setting.tokenizer
+    gold = rewards.program(config.gold) if config.gold else None
+    size = max(PER_BATCH // config.responses, 1)
+    parts: list[Drawn] = []
+    for begin in range(0, len(asked), size):
+        part = asked[begin : begin + size]
+        index = list(range(begin, begin + len(part)))
+        prompts = data.prompt_batch([p.tokens for p in part], index=index, batch_size=size)
+        both: Params = {"policy": {"policy": params, "reference": setting.base}, "reward": setting.judge}
+        # Another stream for the base than for the policies: equal draws would be ties.
+        rng = jax.random.fold_in(jax.random.key(config.seed), int(params is setting.base))
+        options: dict[str, Any] = {"max_new_tokens": config.limit, "eos_ids": setting.eos_ids}
+        found = decoding.best_of_n(setting.policy, setting.reward, both, rng, prompts, n=config.responses, **options)
+        assert found.samples.kl is not None
+        kept = found.reward, found.samples.tokens, found.samples.mask, found.samples.kl.sum(-1)
+        paid, tokens, mask, kl = (np.asarray(x)[: len(part)] for x in kept)
+        true = np.zeros(paid.shape)
+        if gold is not None:
+            texts = [tokenizer.decode(t[m].tolist(), skip_special_tokens=True) for t, m in _pairs(tokens, mask)]
+            each = [p.text for p in part for _ in range(config.responses)]
+            true = np.asarray(gold(each, texts), np.float64).reshape(paid.shape)
+        parts.append(Drawn(paid.astype(np.float64), true, kl))
+    return Drawn(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+def _pairs(tokens: np.ndarray, mask: np.ndarray) -> Any:
+    return zip(tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]), strict=True)
+
+
+def _picture(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> None:
+    figure, panels = common.pyplot().subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288", "#999999", "k")
+    names = tuple(dict.fromkeys(row["reward"] for row in rows))
+    style = {text: colours[i % 10] for i, text in enumerate(names)}
+    marks = dict.fromkeys(config.transforms, "o") | dict.fromkeys(config.ablation, "s")
+    titles = {
+        "win_rate": "win rate",
+        "best_of_n": f"win rate, best of {config.n} on both sides",
+        "worst_of_n": f"win rate, worst of {config.n} on both sides",
+    }
+    top = 1.25 * max(row["kl"] for row in rows if row["reward"] in config.transforms)
+    grid = np.linspace(0.02, top, 40)
+    with jax.enable_x64(True):
+        curves = {text: predictions.closed_form(text, grid, config.n)[1] for text in config.transforms}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for text, curve in curves.items():
+            axes.plot(grid, getattr(curve, name), color=style[text], lw=1.2)
+        for text, colour in style.items():
+            mine = [row for row in rows if row["reward"] == text]
+            axes.errorbar(
+                [row["kl"] for row in mine],
+                [row[name] for row in mine],
+                [row[f"{name}_95"] for row in mine],
+                [row["kl_95"] for row in mine],
+                color=colour,
+                ls="",
+                marker=marks.get(text, "^"),
+                ms=4.5,
+                capsize=2,
+                label=text,
+            )
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("KL to the base [nats]")
+        axes.grid(alpha=0.25)
+    panels[0].legend(frameon=False, fontsize=8.5, title="reward (lines: closed form)", title_fontsize=8.5)
+    common.save(figure, out / f"{config.name}.png")
+
+
+def main(args: list[str] | None = None) -> None:
+    run(commands.parse(Config, description=__doc__ or "", args=args))

@@ -1,0 +1,91 @@
+"""JSON files that are whole or absent, and run folders that refuse another run's inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
+
+
+def write_json(path: pathlib.Path, values: Any) -> None:
+    """Indented JSON under a temporary name, then renamed. ValueError for NaN and infinities, which are not JSON."""
+    text = json.dumps(values, indent=2, default=str, allow_nan=False)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+
+
+def open_run(folder: str | os.PathLike[str], config: Any, *, inputs: Sequence[str] = ()) -> pathlib.Path:
+    """The run folder, with config.json, versions.json and inputs.json. A folder of another run is refused.
+
+    The same config opens the folder again, so that the run can go on; the fields `config` and `out` are not compared.
+    inputs: files and folders that the run reads; their sizes and times of change are kept, since a run that goes on
+    with other weights would mix two runs.
+    ValueError: the folder holds a run whose config differs (the field is named) or whose inputs have changed (the file
+    is named), or files but no config.json.
+    """
+    out = pathlib.Path(folder)
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    compared = {name: value for name, value in values.items() if name not in ("config", "out")}
+    stored = out / "config.json"
+    if stored.exists():
+        before = json.loads(stored.read_text())
+        for name in sorted(set(compared) | (set(before) - {"config", "out"})):
+            if before.get(name) != compared.get(name):
+                raise ValueError(
+                    f"{name}: expected {before.get(name)!r} of the run in {out}, found {compared.get(name)!r}; "
+                    "name another --out, or remove that folder"
+                )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"out: expected a new or empty folder, or one of this run, found files in {out}")
+    stamps, known = _stamps(inputs), out / "inputs.json"
+    if known.exists():
+        before = json.loads(known.read_text())
+        changed = sorted(name for name in set(before) | set(stamps) if before.get(name) != stamps.get(name))
+        if changed:
+            raise ValueError(
+                f"inputs: expected the files that the run in {out} began with, found {changed} changed; "
+                "name another --out, or remove that folder"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    for path, found in ((known, stamps), (stored, values), (out / "versions.json", versions())):
+        # Another run may read this folder and keep the times of its files: what is the same is not written again.
+        if not path.exists() or json.loads(path.read_text()) != found:
+            write_json(path, found)
+    return out
+
+
+def changed_inputs(folder: pathlib.Path, *, inputs: Sequence[str]) -> list[str]:
+    """Of the files that `inputs` name, those that have changed since the run of a folder began with them."""
+    before, now = json.loads((folder / "inputs.json").read_text()), _stamps(inputs)
+    return sorted(name for name in now if name in before and before[name] != now[name])
+
+
+def _stamps(inputs: Sequence[str]) -> dict[str, list[int]]:
+    """File -> [size in bytes, time of change in ns], for files and the files directly in folders."""
+    files = [path for name in inputs if name for path in _files(pathlib.Path(name))]
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] * path.is_file()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on, and the device."""
+    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

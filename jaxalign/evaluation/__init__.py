@@ -1,0 +1,1 @@
+"""How methods are decoded, measured, compared and drawn."""

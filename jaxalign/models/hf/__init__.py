@@ -1,0 +1,1 @@
+"""Folders in the form of Hugging Face: configs, tensors, adapters."""

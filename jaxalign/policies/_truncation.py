@@ -1,0 +1,148 @@
+"""Temperature, top-p and top-k of any Policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign._arrays import NEGATIVE, is_supported, per_row
+from jaxalign._checks import check_part, entry, is_concrete
+from jaxalign.prompts import prompt_index, prompts_for
+from jaxalign.types import Array, Params, Policy, Prompts, State, StepOutput
+
+
+def temperature(policy: Policy) -> Policy:
+    """pi'(z|s) ∝ pi(z|s)^{1/temperature}; 0 is greedy (the first of equal tokens).
+
+    params {"policy", "temperature": scalar or [B], >= 0}. The increments below are tempered with it, so that
+    log_norm' = log_norm/temperature + logsumexp(log pi/temperature) is the weight for the tempered target. Greedy
+    is the truncation to one token: log_norm' = log_norm + max log pi.
+    """
+
+    def apply(value: Array, output: StepOutput) -> StepOutput:
+        greedy = value <= 0
+        divisor = jnp.where(greedy, 1, value).astype(output.log_prob.dtype)
+        scaled = output.log_prob / divisor[:, None]
+        norm = jax.nn.logsumexp(scaled, axis=-1)
+        best = jnp.argmax(output.log_prob, axis=-1)
+        only = jnp.where(jnp.arange(scaled.shape[-1]) == best[:, None], 0, NEGATIVE)
+        # NEGATIVE/temperature is no longer far enough down to count as outside the support.
+        scaled = jnp.where(is_supported(output.log_prob), scaled - norm[:, None], NEGATIVE)
+        log_prob = jnp.where(greedy[:, None], only, scaled).astype(output.log_prob.dtype)
+        log_norm = jnp.where(greedy, output.log_norm + output.log_prob.max(axis=-1), output.log_norm / divisor + norm)
+        return output._replace(log_prob=log_prob, log_norm=log_norm)
+
+    return _per_prompt("temperature", policy, apply, lambda value: value >= 0, "a value >= 0")
+
+
+def top_p(policy: Policy) -> Policy:
+    """The nucleus: the smallest set of most probable tokens whose mass reaches p, renormalised; never empty.
+
+    params {"policy", "top_p": scalar or [B] in (0, 1]}. log_norm' = log_norm + log(kept mass).
+    """
+
+    def apply(value: Array, output: StepOutput) -> StepOutput:
+        vocab = output.log_prob.shape[-1]
+        few = min(vocab, _NUCLEUS)
+        covered = jnp.exp(jax.lax.top_k(output.log_prob, few)[0]).sum(axis=-1) >= value
+        # Sorting a whole vocabulary costs more than a step of a small model, and is rarely needed.
+        keep = jax.lax.cond(
+            covered.all() | (few == vocab),
+            lambda: _nucleus(output.log_prob, value, few),
+            lambda: _wide_nucleus(output.log_prob, value),
+        )
+        # The whole mass may round to less than 1, and to more before the last token.
+        return _truncate(output, keep | ((value >= 1)[:, None] & is_supported(output.log_prob)))
+
+    return _per_prompt("top_p", policy, apply, lambda value: (value > 0) & (value <= 1), "a value in (0, 1]")
+
+
+_NUCLEUS = 256  # tokens that are looked at before the whole vocabulary is sorted
+
+
+def _nucleus(log_prob: Array, p: Array, k: int) -> Array:
+    """Tokens [B,V] among the k most probable that are kept: while the mass before them is short of p [B]."""
+    top, order = jax.lax.top_k(log_prob, k)
+    mass = jnp.exp(top)
+    kept = (jnp.cumsum(mass, axis=-1) - mass < p[:, None]).at[:, 0].set(True)
+    return jax.vmap(lambda o, keep: jnp.zeros(log_prob.shape[-1], bool).at[o].set(keep))(order, kept)
+
+
+def _wide_nucleus(log_prob: Array, p: Array) -> Array:
+    """As `_nucleus` over the whole vocabulary, without a sort: the probability of the last token kept is bisected.
+
+    Non-negative floats are ordered as their bit patterns are, so that as many halvings as a float has bits end at the
+    largest probability v with mass(>= v) >= p; of the tokens at v the first by id are kept while mass is missing.
+    """
+    prob = jnp.exp(log_prob)
+    code = jnp.int64 if prob.dtype == jnp.float64 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(prob, code)
+
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket  # mass(bits >= low) >= p, or low = 0; mass(bits >= high) < p
+        middle = low + (high - low) // 2
+        enough = jnp.where(bits >= middle[:, None], prob, 0).sum(axis=-1) >= p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    start = jnp.zeros(p.shape, code), bits.max(axis=-1) + 1
+    edge = jax.lax.fori_loop(0, jnp.iinfo(code).bits, halve, start)[0][:, None]
+    above, level = bits > edge, jnp.where(bits == edge, prob, 0)
+    missing = p - jnp.where(above, prob, 0).sum(axis=-1)
+    return above | ((bits == edge) & (jnp.cumsum(level, axis=-1) - level < missing[:, None]))
+
+
+def top_k(policy: Policy, k: int) -> Policy:
+    """The k most probable tokens, renormalised (equal ones: lower ids first). params: the policy's own.
+
+    log_norm' = log_norm + log(kept mass). ValueError when k is not in [1, V].
+    """
+    if k < 1 or (policy.vocab_size is not None and k > policy.vocab_size):
+        raise ValueError(f"k: expected 1 to the vocabulary's {policy.vocab_size} tokens, found {k}")
+
+    def apply(output: StepOutput) -> StepOutput:
+        kept = jax.lax.top_k(output.log_prob, k)[1]
+        keep = jax.vmap(lambda index: jnp.zeros(output.log_prob.shape[-1], bool).at[index].set(True))(kept)
+        return _truncate(output, keep)
+
+    def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[State, StepOutput]:
+        state, output = policy.init(params, rng, prompts, max_new_tokens)
+        return state, apply(output)
+
+    def step(params: Params, rng: Array, state: State, token: Array) -> tuple[State, StepOutput]:
+        state, output = policy.step(params, rng, state, token)
+        return state, apply(output)
+
+    return Policy(init, step, None, policy.check, policy.vocab_size)
+
+
+def _truncate(output: StepOutput, keep: Array) -> StepOutput:
+    """Keeps the tokens of `keep` [B,V] and renormalises; the kept mass enters log_norm."""
+    log_kept = jax.nn.logsumexp(jnp.where(keep, output.log_prob, NEGATIVE), axis=-1)
+    log_prob = jnp.where(keep, output.log_prob - log_kept[:, None], NEGATIVE)
+    return output._replace(log_prob=log_prob, log_norm=output.log_norm + log_kept)
+
+
+def _per_prompt(name: str, policy: Policy, apply: Any, valid: Any, expected: str) -> Policy:
+    """A transform of the output by one number per prompt, params {"policy", name}, kept in the state (law 3)."""
+
+    def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[State, StepOutput]:
+        inner, output = policy.init(params["policy"], rng, prompts_for(prompts, "policy"), max_new_tokens)
+        value = per_row(params[name], output.log_prob.shape[0], name=name)
+        return {"policy": inner, name: value}, apply(value, output)
+
+    def step(params: Params, rng: Array, state: State, token: Array) -> tuple[State, StepOutput]:
+        # A token that this transform gave probability zero is sent down all the same: the state below keeps its law.
+        inner, output = policy.step(params["policy"], rng, state["policy"], token)
+        return {"policy": inner, name: state[name]}, apply(state[name], output)
+
+    def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
+        value = entry(params, name)
+        if is_concrete(value) and not np.all(valid(np.asarray(value))):
+            raise ValueError(f"{name}: expected {expected}, found {np.asarray(value)}")
+        per_row(value, prompt_index(prompts).shape[0], name=name)
+        check_part(policy, params, prompts, max_new_tokens, "policy")
+
+    return Policy(init, step, None, check, policy.vocab_size)

@@ -1,0 +1,175 @@
+"""The one sampling loop. Every decoder that draws tokens goes through `rollout`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxalign._arrays import is_supported
+from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, State, StepOutput
+
+_BLOCK = 128  # tokens per block of the two-level inverse CDF: about the square root of usual vocabularies
+_MOVE = 2**31 - 1  # no prompt's index: keys of the policy's steps are none of the draws'
+
+
+def draw(log_prob: Array, uniform: Array) -> Array:
+    """Token [B] of log_prob [B,V] by the inverse CDF at uniform [B] in [0,1).
+
+    One uniform number per row, and two short prefix sums (over blocks, then inside the chosen block) in place of
+    noise over the whole vocabulary. log_prob need not be normalised; a token of probability zero is never drawn.
+    Probabilities are right up to the resolution of the uniform number, 2^-23 in float32.
+    """
+    chex.assert_rank([log_prob, uniform], [2, 1])
+    batch, vocab = log_prob.shape
+    width = min(_BLOCK, vocab)
+    blocks = -(-vocab // width)
+    weight = jnp.exp(log_prob - log_prob.max(axis=-1, keepdims=True))
+    weight = jnp.pad(weight, ((0, 0), (0, blocks * width - vocab))).reshape(batch, blocks, width)
+    mass = weight.sum(axis=-1)
+    cumulative = jnp.cumsum(mass, axis=-1)
+    target = uniform * cumulative[:, -1]
+    block = (cumulative <= target[:, None]).sum(axis=-1).clip(max=blocks - 1)
+    before = jnp.take_along_axis(cumulative - mass, block[:, None], axis=1)[:, 0]
+    inside = jnp.take_along_axis(weight, block[:, None, None], axis=1)[:, 0]
+    # The block's mass and its prefix sums round differently: keep the rest inside the block's support.
+    rest = jnp.maximum(target - before, 0)
+    token = (jnp.cumsum(inside, axis=-1) <= rest[:, None]).sum(axis=-1)
+    last = jnp.where(inside > 0, jnp.arange(width), 0).max(axis=-1)
+    return (block * width + jnp.minimum(token, last)).astype(jnp.int32)
+
+
+def exact_kl(log_prob: Array, log_prob_ref: Array) -> Array:
+    """Σ_z pi(z)·(log pi(z) − log pi_ref(z)) over the last axis, in nats; 0·log 0 = 0, with finite gradients."""
+    inside = is_supported(log_prob)
+    difference = jnp.where(inside, log_prob, 0) - jnp.where(inside, log_prob_ref, 0)
+    return jnp.sum(jnp.where(inside, jnp.exp(jnp.where(inside, log_prob, 0)), 0) * difference, axis=-1)
+
+
+def token_value(table: Array, token: Array) -> Array:
+    """table [B,V] at token [B] -> [B]; token -1 reads column 0 (callers mask it)."""
+    return jnp.take_along_axis(table, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
+
+
+def is_eos(token: Array, eos_ids: tuple[int, ...]) -> Array:
+    """token in eos_ids, elementwise; an empty set holds nothing."""
+    if not eos_ids:
+        return jnp.zeros(token.shape, bool)
+    return (token[..., None] == jnp.asarray(eos_ids, token.dtype)).any(axis=-1)
+
+
+def step_key(rng: Array, t: ArrayLike) -> Array:
+    """The key of the policy's step after token t of a rollout with key rng."""
+    return jax.random.fold_in(jax.random.fold_in(rng, t), _MOVE)
+
+
+def draw_rows(log_prob: Array, rng: Array, rows: Array) -> Array:
+    """Token [B] of log_prob [B,V]; row b draws with rng folded with each number of rows[b] [B,m]. rng: consumed."""
+    keys = jnp.broadcast_to(rng, rows.shape[:1])
+    for i in range(rows.shape[1]):
+        keys = jax.vmap(jax.random.fold_in)(keys, rows[:, i])
+    return draw(log_prob, jax.vmap(lambda key: jax.random.uniform(key, dtype=log_prob.dtype))(keys))
+
+
+def record(output: StepOutput, token: Array, active: Array) -> dict[str, Array]:
+    """What Completions keep of one step, each [B]: zeros where active [B] is False."""
+    new = {
+        "tokens": token,
+        "mask": active,
+        "log_prob": token_value(output.log_prob, token),
+        "log_prob_ref": token_value(output.log_prob_ref, token),
+        "log_norm": output.log_norm,
+        "kl": exact_kl(output.log_prob, output.log_prob_ref),
+    }
+    return {name: jnp.where(active, value, 0).astype(value.dtype) for name, value in new.items()}
+
+
+def no_records(shape: tuple[int, ...], dtype: jnp.dtype) -> dict[str, Array]:
+    """Zeros of `shape` for every entry of `record`, in the dtype of the log-probabilities."""
+    records = {name: jnp.zeros(shape, dtype) for name in ("log_prob", "log_prob_ref", "log_norm", "kl")}
+    return records | {"tokens": jnp.zeros(shape, jnp.int32), "mask": jnp.zeros(shape, bool)}
+
+
+class _Carry(NamedTuple):
+    t: Array
+    state: State
+    output: StepOutput
+    finished: Array
+    records: dict[str, Array]  # each [T,B]: one row a step
+
+
+def rollout(
+    policy: Policy,
+    params: Params,
+    rng: Array,
+    state: State,
+    output: StepOutput,
+    *,
+    steps: int,
+    eos_ids: tuple[int, ...],
+    finished: Array | None = None,
+    rows: Array | None = None,
+    last_step: bool = True,
+    begin: ArrayLike = 0,
+    limits: ArrayLike | None = None,
+) -> tuple[State, StepOutput, Completions]:
+    """Draws up to `steps` tokens per row from output and its successors; stops when every row is finished.
+
+    Args:
+      policy, params: the policy and its parameters.
+      rng: consumed. Step t of row b draws with rng folded with t and then with each number of rows[b], so a row's
+        tokens do not depend on the rows beside it.
+      state, output: as `policy.init` or a former rollout gave them, B rows.
+      steps: T, at most.
+      eos_ids: a row that draws one of them is finished; the EOS is part of its response.
+      finished: [B], rows that stand still from the start.
+      rows: [B,m] integers, m per row, that name the rows' random streams (decoders: the prompt's index and the
+        sample's number); (0..B-1, 0) when None.
+      last_step: False leaves out the policy's step after the last token, for callers that need no further state.
+      begin: the number t of the first step, for the random streams: a rollout that goes on where another stopped draws
+        what one long rollout would. May be traced.
+      limits: of the T = steps tokens, draw at most this many, one number or [B]; all when None. May be traced.
+
+    Returns:
+      (state, output, Completions [B,T]). A finished row's state is the one it had before its EOS. A policy that has no
+      distribution (NaN, as of a model whose cache is full) leaves NaN in log_prob and kl.
+    """
+    batch = output.log_prob.shape[0]
+    if rows is None:
+        rows = jnp.stack([jnp.arange(batch), jnp.zeros(batch, jnp.int32)], axis=1)
+    chex.assert_shape(rows, (batch, None))
+    if finished is None:
+        finished = jnp.zeros(batch, bool)
+    most = jnp.broadcast_to(jnp.asarray(steps if limits is None else limits, jnp.int32), (batch,)).clip(max=steps)
+    records = no_records((steps, batch), output.log_prob.dtype)
+
+    def choose(carry: _Carry) -> tuple[_Carry, Array]:
+        """The carry with one more token, and that token; -1 where the row stands still or has just ended."""
+        active = ~carry.finished & (carry.t < most)
+        token = draw_rows(carry.output.log_prob, jax.random.fold_in(rng, begin + carry.t), rows)
+        records = {
+            name: carry.records[name].at[carry.t].set(value.astype(carry.records[name].dtype))
+            for name, value in record(carry.output, token, active).items()
+        }
+        finished = carry.finished | (active & is_eos(token, eos_ids))
+        moves = active & ~finished
+        return carry._replace(t=carry.t + 1, finished=finished, records=records), jnp.where(moves, token, -1)
+
+    def body(carry: _Carry) -> _Carry:
+        key = step_key(rng, begin + carry.t)
+        carry, token = choose(carry)
+        state, output = policy.step(params, key, carry.state, token)
+        return carry._replace(state=state, output=output)
+
+    def goes_on(carry: _Carry) -> Array:
+        return (~carry.finished & (carry.t < (most if last_step else most - 1))).any()
+
+    carry = _Carry(jnp.zeros((), jnp.int32), state, output, finished, records)
+    carry = jax.lax.while_loop(goes_on, body, carry)
+    if not last_step:
+        carry, _ = choose(carry)
+    fields = {name: value.T for name, value in carry.records.items()}
+    completions = Completions(**fields, finished=carry.finished, truncated=~carry.finished)
+    return carry.state, carry.output, completions

@@ -1,0 +1,102 @@
+"""Training an adapter in place of all weights, for every script whose loss is a function of a language model."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import models
+from jaxalign.training import job, objectives
+from jaxalign.training.step import Loss, Measured
+from jaxalign.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(job.Options):
+    """Options of a training script that can train an adapter."""
+
+    lora_rank: int = 0
+    """Rank of a low-rank adapter, trained on the frozen weights; 0: all weights are trained."""
+    lora_alpha: float = 16.0
+    """With --lora-rank: the adapter's term is scaled by alpha/rank [1]."""
+    lora_targets: tuple[str, ...] = tuple(models.lora.TARGETS)
+    """With --lora-rank: the projections that get an adapter."""
+
+
+def spec_of(config: Options) -> models.Lora | None:
+    """The adapter that the options ask for, None for all weights. ValueErrors name the option."""
+    if config.lora_rank < 0:
+        raise ValueError(f"lora_rank: expected at least 0, found {config.lora_rank}")
+    if config.lora_rank == 0:
+        given = {field.name: field.default for field in dataclasses.fields(Options)}
+        for name in ("lora_alpha", "lora_targets"):
+            if getattr(config, name) != given[name]:
+                raise ValueError(f"{name}: expected with --lora-rank, and only there")
+        return None
+    try:
+        return models.Lora(config.lora_rank, config.lora_alpha, config.lora_targets)
+    except ValueError as error:
+        raise ValueError(f"lora_{error}") from error
+
+
+def run(
+    config: Options,
+    begin: job.Start,
+    data: job.Data,
+    loss: Loss,
+    collate: Callable[[list[Any]], Any],
+    *,
+    stage: str,
+    out: pathlib.Path,
+    frozen: Params = None,
+) -> Params:
+    """As `job.run`; with --lora-rank it trains the adapter alone, writes it to adapter/ and gives the merged
+    parameters. The optimizer's state is the adapter's, the weights are held in the model's dtype and not copied.
+
+    frozen: with an adapter it must be None or begin.params: the weights under the adapter are then what the loss gets
+    as frozen (the reference of DPO, at no cost).
+    """
+    spec = spec_of(config)
+    if spec is None:
+        return job.run(config, begin, data, loss, collate, stage=stage, out=out, frozen=frozen)
+    if begin.lm.config.head is not None:
+        raise ValueError(f"lora_rank: expected 0 for a model with a head, found {config.lora_rank}")
+    if frozen is not None and frozen is not begin.params:
+        raise ValueError("lora_rank: expected 0 where the frozen model is not the one that is trained")
+    masters = models.LanguageModel(begin.lm.config)
+    adapter = models.lora.init(jax.random.fold_in(jax.random.key(config.seed), 2), masters, spec)
+    weights = objectives.cast(begin.lm, begin.params)
+    adapted = with_adapter(loss, spec)
+    begin_adapter = begin._replace(params=adapter)
+    found = job.run(config, begin_adapter, data, adapted, collate, stage=stage, out=out, frozen=weights)
+    return merged(config, masters, begin.params, found, out)
+
+
+def merged(config: Options, lm: models.LanguageModel, params: Params, adapter: Params, out: pathlib.Path) -> Params:
+    """Writes a trained adapter to adapter/ and gives the float32 weights `params` with it merged in, on the host."""
+    spec = spec_of(config)
+    assert spec is not None
+    models.save_adapter(out / "adapter", lm, spec, adapter, base=config.model, overwrite=True)
+    return jax.device_get(models.lora.merge(params, adapter, spec))
+
+
+def reference(config: Options, begin: job.Start) -> Params:
+    """The model that a run starts from, to be compared with: the weights under an adapter themselves, else a copy in
+    the type that it is used in, since a training step gives the state's own arrays away."""
+    if config.lora_rank:
+        return begin.params
+    return jax.tree.map(lambda x: jnp.array(x, begin.lm.dtype), begin.params)
+
+
+def with_adapter(loss: Loss, spec: models.Lora) -> Loss:
+    """The loss of an adapter: params are its own, frozen the model's weights."""
+
+    def adapted(params: Params, batch: Any, frozen: Params) -> Measured:
+        return loss(models.lora.attach(frozen, params, spec), batch, frozen)
+
+    return adapted

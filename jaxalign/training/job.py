@@ -1,0 +1,291 @@
+"""What the training scripts share: options, a model to start from, the run around `training.fit`, its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxalign import _io, models, training
+from jaxalign.data import batches, bucket, preferences
+from jaxalign.models import sharding
+from jaxalign.training.step import Loss
+from jaxalign.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of every training script."""
+
+    out: str
+    """Run folder: model/ (Hugging Face form), summary.json, metrics.jsonl, tensorboard/, checkpoints/, config.json."""
+    model: str = ""
+    """Hugging Face folder (or hub name) to start from: weights, config and tokenizer."""
+    architecture: str = ""
+    """In place of --model: a config.json to start from with random weights; its vocabulary size is the tokenizer's."""
+    tokenizer: str = ""
+    """Folder of a tokenizer, with --architecture."""
+    max_length: int = 256
+    """Longest row [tokens], prompt and response; longer prompts lose their beginning."""
+    epochs: float = 1.0
+    """Passes over the training rows."""
+    steps: int = 0
+    """Optimizer steps in place of --epochs; 0: not used."""
+    batch_size: int = 32
+    """Rows (pairs) per optimizer step."""
+    accumulate: int = 1
+    """Micro-batches that a batch is run in, a divisor of --batch-size: memory of one, gradient of all."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises; it then falls on a cosine to a tenth."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, on matrices."""
+    clip: float = 1.0
+    """Largest global norm of a gradient."""
+    validation: float = 0.05
+    """Share of the prompts held out for the figures in summary.json, chosen by a hash of the prompt."""
+    skip_bad: bool = False
+    """Skip and count bad rows of the data, in place of an error."""
+    save_every: int = 200
+    """Optimizer steps between checkpoints."""
+    log_every: int = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+    seed: int = 0
+    """Seed of new weights, of the split and of the order of rows."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and of the weights as they are used; master weights, sums and rewards stay float32."""
+    mesh: str = ""
+    """data=N: N devices share each micro-batch; N divides --batch-size / --accumulate."""
+    config: str = ""
+    """JSON or TOML file of defaults for these options."""
+
+
+class Start(NamedTuple):
+    """A model to train. params: float32 masters; tokenizer: transformers'."""
+
+    lm: models.LanguageModel
+    params: Params
+    tokenizer: Any
+
+
+class Data(NamedTuple):
+    """Rows of a script's data, split by prompt. skipped: bad rows left out; reasons: of the first of them."""
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    skipped: int
+    reasons: Sequence[str]
+
+
+def check(config: Options) -> None:
+    """Value checks that need no file. ValueErrors name the option."""
+    for name in ("epochs", "learning_rate", "clip"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name}: expected a finite value > 0, found {getattr(config, name)}")
+    for name, low in (("steps", 0), ("batch_size", 1), ("save_every", 1), ("log_every", 1), ("max_length", 2)):
+        if getattr(config, name) < low:
+            raise ValueError(f"{name}: expected at least {low}, found {getattr(config, name)}")
+    for name in ("warmup", "validation"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected a share in [0, 1), found {getattr(config, name)}")
+    if not 0 <= config.weight_decay < math.inf:
+        raise ValueError(f"weight_decay: expected a finite value >= 0, found {config.weight_decay}")
+    if config.accumulate < 1 or config.batch_size % config.accumulate:
+        raise ValueError(f"accumulate: expected a divisor of batch_size {config.batch_size}, found {config.accumulate}")
+    if bool(config.model) == bool(config.architecture):
+        raise ValueError(
+            "model: expected either --model or --architecture, found " + ("both" * bool(config.model) or "neither")
+        )
+    if bool(config.architecture) != bool(config.tokenizer):
+        raise ValueError("tokenizer: expected with --architecture, and only there")
+    mesh = sharding.make_mesh(config.mesh)
+    if mesh is not None and (config.batch_size // config.accumulate) % mesh.size:
+        raise ValueError(
+            f"mesh: expected a divisor of batch_size / accumulate = {config.batch_size // config.accumulate}, "
+            f"found {config.mesh!r}"
+        )
+
+
+def start(config: Options, head: Callable[[models.Config], models.Head | None]) -> Start:
+    """The model of --model or --architecture with the head that `head` gives for it: its own weights where it has them,
+    else new ones from the seed. ValueError: a tokenizer that does not fit, a context shorter than --max-length."""
+    rng, head_rng = jax.random.split(jax.random.key(config.seed))
+    if config.architecture:
+        tokenizer = models.tokenizer(config.tokenizer)
+        path = pathlib.Path(config.architecture)
+        if not path.is_file():
+            raise ValueError(f"architecture: expected a config.json, found no file {path}")
+        eos = tokenizer.eos_token_id
+        values = json.loads(path.read_text()) | {"vocab_size": len(tokenizer), "eos_token_id": eos}
+        body = models.LanguageModel(models.Config.from_hf(values))
+        lm = models.with_head(body, head(body.config))
+        params = lm.init(rng)
+    else:
+        tokenizer = models.tokenizer(config.model)
+        lm, params = models.load(config.model)
+        if head(lm.config) != lm.config.head:
+            lm, params = replace_head(lm, params, head(lm.config), head_rng)
+    if len(tokenizer) > lm.vocab_size:
+        raise ValueError(f"tokenizer: expected at most {lm.vocab_size} tokens as the model has, found {len(tokenizer)}")
+    if config.max_length > lm.max_length:
+        raise ValueError(
+            f"max_length: expected at most the model's context of {lm.max_length}, found {config.max_length}"
+        )
+    return Start(models.LanguageModel(lm.config, config.dtype), params, tokenizer)
+
+
+def replace_head(
+    lm: models.LanguageModel, params: Params, head: models.Head | None, rng: jax.Array
+) -> tuple[models.LanguageModel, Params]:
+    """The same transformer under another head with new weights; lm_head stays or goes as the head's kind says.
+    ValueError: a language model is asked of a classifier, which has no lm_head."""
+    new = models.with_head(lm, head)
+    if new.has_lm_head and not lm.has_lm_head:
+        raise ValueError("model: expected a language model, found a sequence classifier without lm_head")
+    wanted = jax.eval_shape(new.init, rng)
+    body = {name: params["transformer"][name] for name in wanted["transformer"]}
+    return new, {"transformer": body} | ({} if head is None else {"head": new.init_head(rng)})
+
+
+def eos_of(tokenizer: Any) -> int:
+    """The id that ends a response. ValueError for a tokenizer without one."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: expected an EOS token, which ends each response, found none")
+    return int(tokenizer.eos_token_id)
+
+
+def split(loaded: preferences.Loaded, config: Options) -> Data:
+    """Train and validation rows; --validation 0 leaves the second empty."""
+    if config.validation == 0:
+        return Data(loaded.rows, [], loaded.skipped, loaded.reasons)
+    train, validation = preferences.split_by_prompt(loaded.rows, fraction=config.validation, seed=config.seed)
+    return Data(train, validation, loaded.skipped, loaded.reasons)
+
+
+def row_length(config: Options, lengths: Sequence[int]) -> int:
+    """Tokens that a batch's rows are padded to: the bucket of the longest, so that few shapes are compiled."""
+    return min(bucket(max(lengths), smallest=32), config.max_length)
+
+
+def run(
+    config: Options,
+    begin: Start,
+    data: Data,
+    loss: Loss,
+    collate: Callable[[list[Any]], Any],
+    *,
+    stage: str,
+    out: pathlib.Path,
+    frozen: Params = None,
+) -> Params:
+    """Trains and gives the parameters, float32; resumes from the run folder."""
+    steps = config.steps or max(1, math.ceil(config.epochs * len(data.train) / config.batch_size))
+    optimizer, schedule = training.adamw(
+        learning_rate=config.learning_rate,
+        steps=steps,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    state = training.create(begin.params, optimizer)
+    place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
+    if mesh is not None:
+        everywhere, by_row = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
+        # Moments are kept as their parameters are.
+        state = jax.device_put(state, everywhere)._replace(params=sharding.shard(begin.params, mesh))
+        frozen = None if frozen is None else sharding.shard(frozen, mesh)
+        place = lambda batch: jax.device_put(batch, by_row)  # noqa: E731
+    source = batches.batches(
+        data.train, collate, batch_size=config.batch_size, seed=config.seed, accumulate=config.accumulate
+    )
+    position = {"seed": config.seed, "batch_size": config.batch_size, "rows": batches.fingerprint(data.train)}
+    final = training.fit(
+        training.train_step(loss, optimizer, schedule=schedule),
+        state,
+        source,
+        steps=steps,
+        out=out,
+        stage=stage,
+        position=position,
+        frozen=frozen,
+        place=place,
+        save_every=config.save_every,
+        log_every=config.log_every,
+    )
+    return jax.device_get(final.params)
+
+
+def evaluate(
+    f: Callable[[Params, Any], Any], params: Params, rows: Sequence[Any], collate: Callable[[list[Any]], Any], size: int
+) -> Any:
+    """f(params, batch), a tree of arrays [b,...], of all rows, in batches of `size` filled up with the last row."""
+    compiled = jax.jit(f)
+    parts = []
+    for part in iterate(rows, size):
+        found = compiled(params, collate(part + [part[-1]] * (size - len(part))))
+        parts.append(first_rows(found, len(part)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def first_rows(tree: Any, count: int) -> Any:
+    """The first rows of every array, on the host."""
+    return jax.tree.map(lambda x: np.asarray(x)[:count], tree)
+
+
+def finish(
+    out: pathlib.Path, begin: Start, params: Params, data: Data, summary: dict[str, Any], following: str
+) -> dict[str, Any]:
+    """Writes model/ and summary.json, says so, and names the next command. summary.json comes last: where it is, the
+    run is whole."""
+    lm = models.LanguageModel(begin.lm.config, "float32")
+    models.save(out / "model", lm, params, tokenizer=begin.tokenizer, overwrite=True)
+    rows = {"rows": len(data.train), "validation_rows": len(data.validation), "skipped_rows": data.skipped}
+    summary = rows | summary
+    _io.write_json(out / "summary.json", summary)
+    for reason in data.reasons:
+        print(f"skipped {reason}")
+    report(out, summary, following)
+    return summary
+
+
+def report(out: pathlib.Path, summary: dict[str, Any], following: str, *, product: str = "model") -> None:
+    """The figures, and as the last line what was written and what comes next."""
+    show(summary)
+    print(f"wrote {out / product} and {out / 'summary.json'}; next: {following}", flush=True)
+
+
+def show(summary: dict[str, Any]) -> None:
+    """One line per figure."""
+    for name, value in summary.items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def finished(out: pathlib.Path) -> dict[str, Any] | None:
+    """The summary of a run that is whole, None otherwise."""
+    path = out / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def interval(values: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+    """(mean, 95 % half-width) as floats for JSON, Nones without values."""
+    from jaxalign import metrics
+
+    if len(values) < 2:
+        return None, None
+    found = metrics.mean_interval(values)
+    return found.mean, found.half_width
+
+
+def iterate(rows: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    """Consecutive parts of at most `size` rows."""
+    for begin in range(0, len(rows), size):
+        yield list(rows[begin : begin + size])

@@ -1,0 +1,139 @@
+"""One iteration of train.rl: roll-outs of the policy as it stands, and the updates on them."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import advantages, data, models, training
+from jaxalign.training import objectives, policy_gradient, rl_rewards
+from jaxalign.types import Params, Policy, TokenBatch
+
+BAD_IN_A_ROW = 3
+
+
+class State(NamedTuple):
+    """step []: iterations; train: of the optimizer; beta []; dropped [2]: iterations with a reward that was not finite,
+    in all and in a row."""
+
+    step: jax.Array
+    train: training.TrainState
+    beta: jax.Array
+    dropped: jax.Array
+
+
+class Learner(NamedTuple):
+    """What an iteration is made of. config: rl.Config; reference: the model without heads; assemble(params, frozen) ->
+    the model's parameters, where an adapter is trained with the weights under it."""
+
+    config: Any
+    lm: models.LanguageModel
+    reference: models.LanguageModel
+    policy: Policy
+    reward: rl_rewards.Composed
+    method: policy_gradient.Method
+    assemble: Callable[[Params, Params], Params]
+
+
+def draw(learner: Learner, params: Params, frozen: Params, rng: jax.Array, prompts: TokenBatch) -> Any:
+    """A Selection of the policy's own responses with their rewards."""
+    own = weights(learner.lm, learner.assemble, params, frozen)
+    both = {"policy": own, "reward": frozen["reward"]}
+    config = learner.config
+    return policy_gradient.collect(
+        learner.policy,
+        learner.reward.reward,
+        both,
+        rng,
+        prompts,
+        samples=config.samples,
+        max_new_tokens=config.max_new_tokens,
+        eos_ids=learner.lm.config.eos_ids,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def weights(lm: models.LanguageModel, assemble: Any, params: Params, frozen: Params) -> Params:
+    return objectives.cast(lm, assemble(params, frozen))
+
+
+def read_both(learner: Learner) -> policy_gradient.ReadBoth | None:
+    """What the exact KL is read by; None for the estimates of it."""
+    if learner.method.kl != "exact":
+        return None
+    read = policy_gradient.of_models(learner.lm, learner.reference)
+    return lambda params, frozen, rows: read(params, frozen["reference"], rows)
+
+
+def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, float]], None] | None = None) -> Any:
+    """(state, batch, frozen) -> (state, metrics): one roll-out and the updates on it, for `training.fit`. after: told
+    the seconds of roll-out and update, which waits for both: benchmarks."""
+    config = learner.config
+    read_model, read_reference = policy_gradient.of_model(learner.lm), policy_gradient.of_model(learner.reference)
+    reference = lambda frozen, rows: read_reference(frozen["reference"], rows)[0]  # noqa: E731
+    both = read_both(learner)
+
+    # Not the key of new weights or adapters.
+    streams = jax.random.fold_in(jax.random.key(config.seed), 3)
+
+    @functools.partial(jax.jit, static_argnums=6)
+    def prepare(
+        params: Params, frozen: Params, prompts: TokenBatch, drawn: Any, beta: jax.Array, rng: jax.Array, length: int
+    ) -> Any:
+        """(parts of every pass, metrics), of the first `length` tokens of each response."""
+        whole, drawn = learner.assemble(params, frozen), policy_gradient.trim(drawn, length)
+        rows, metrics = policy_gradient.prepare(
+            learner.method, read_model, reference, whole, frozen, prompts, drawn, beta, both=both
+        )
+        counts = {"minibatches": config.minibatches, "accumulate": config.accumulate}
+        order = [jax.random.fold_in(rng, i) for i in range(config.passes)]
+        return [part for key in order for part in policy_gradient.split(rows, key, **counts)], metrics
+
+    def iteration(state: State, batch: Any, frozen: Params) -> tuple[State, dict[str, Any]]:
+        begin = time.perf_counter()
+        part = jax.tree.map(lambda x: x[0], batch)
+        prompts = TokenBatch(part["prompt_tokens"], part["prompt_mask"], part["index"])
+        rng, order = jax.random.split(jax.random.fold_in(streams, int(state.step)))
+        drawn = draw(learner, state.train.params, frozen, rng, prompts)
+        # The one wait of an iteration: whether every reward is a number, and how long the longest response is.
+        paid, mask = np.asarray(drawn.reward), np.asarray(drawn.samples.mask)
+        rolled = time.perf_counter()
+        if not np.isfinite(paid).all():
+            return _drop(state, paid, np.asarray(part["row"]))
+        length = min(data.bucket(int(mask.sum(axis=-1).max())), mask.shape[-1])
+        parts, metrics = prepare(state.train.params, frozen, prompts, drawn, state.beta, order, length)
+        train, sums = state.train, []
+        for rows in parts:
+            train, found = update(train, rows, frozen)
+            sums.append(found)
+        means = sums[0] if len(sums) == 1 else jax.tree.map(lambda *x: sum(x) / len(x), *sums)
+        beta = state.beta
+        if config.target_kl:
+            beta = advantages.adapt_beta(beta, metrics["kl"], target=config.target_kl).astype(jnp.float32)
+        if after is not None:
+            jax.block_until_ready(train)
+            after({"rollout": rolled - begin, "update": time.perf_counter() - rolled, "tokens": float(mask.sum())})
+        dropped = state.dropped.at[1].set(0)
+        told = means | metrics | {"beta": state.beta, "dropped": dropped[0], "tokens": mask.sum()}
+        return State(state.step + 1, train, beta, dropped), told
+
+    return iteration
+
+
+def _drop(state: State, paid: np.ndarray, index: np.ndarray) -> tuple[State, dict[str, Any]]:
+    """The state without an update. FloatingPointError at the third such batch in a row, with the prompts named."""
+    dropped = state.dropped + 1
+    bad = sorted({int(i) for i in index[~np.isfinite(paid).all(axis=1)]})
+    print(f"rl: dropped iteration {int(state.step) + 1}: rewards that are not finite for prompts {bad}", flush=True)
+    if int(dropped[1]) >= BAD_IN_A_ROW:
+        raise FloatingPointError(
+            f"reward: expected finite numbers, found others in {BAD_IN_A_ROW} batches in a row, the last for "
+            f"prompts {bad}"
+        )
+    return State(state.step + 1, state.train, state.beta, dropped), {"dropped": dropped[0], "tokens": 0}

@@ -1,0 +1,114 @@
+"""Calibration tables: the sorted rewards of K base samples for each prompt of a set, and what they were made with.
+
+A table is only right for the model, tokenizer, template, temperature, length and prompts that made it, so all of them
+are stored with it and compared when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxalign import _io
+from jaxalign.rewards import programs
+
+REWARDS, ABOUT = "table.npz", "table.json"
+MEANING = {
+    "base": "the model whose samples it ranks against",
+    "reward": "the reward",
+    "tokenizer": "the tokenizer",
+    "template": "the chat template",
+    "temperature": "the temperature",
+    "dtype": "the type that models and rewards computed in",
+    "max_new_tokens": "the longest response",
+    "prompts": "the set of prompts",
+}
+
+
+class Table(NamedTuple):
+    """reward [prompts,K] ascending; about: each key of `MEANING`, K as "samples", and the seed."""
+
+    reward: np.ndarray
+    about: dict[str, Any]
+
+
+def made_with(
+    base: str,
+    reward: str,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    dtype: str,
+    temperature: float = 1.0,
+) -> dict[str, Any]:
+    """What a table depends on. base: folder of the model; reward: as `rewards.parse` reads it, MODULE:FUNCTION by its
+    name; prompts: token ids. Weights count, names of folders do not."""
+    terms = sorted((folder_digest(name), weight) for weight, name in programs.parse(reward))
+    return {
+        "base": folder_digest(base),
+        "reward": " + ".join(name if weight == 1 else f"{weight!r} * {name}" for name, weight in terms),
+        "tokenizer": _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode()),
+        "template": _digest(str(getattr(tokenizer, "chat_template", None)).encode()),
+        "temperature": float(temperature),
+        "dtype": dtype,
+        "max_new_tokens": int(max_new_tokens),
+        "prompts": _digest(json.dumps([list(map(int, p)) for p in prompts]).encode()),
+    }
+
+
+def write(folder: pathlib.Path, table: Table) -> None:
+    """table.npz, then table.json: where the second is, the table is whole. ValueErrors: fewer than 2 samples a prompt,
+    a reward that is not finite."""
+    reward = np.sort(np.asarray(table.reward), axis=-1)
+    if reward.ndim != 2 or reward.shape[1] < 2:
+        raise ValueError(f"samples: expected at least 2 for each prompt, found rewards of shape {reward.shape}")
+    bad = np.flatnonzero(~np.isfinite(reward).all(axis=1)).tolist()
+    if bad:
+        raise ValueError(f"reward: expected finite numbers, found others for prompts {bad}")
+    temporary = folder / f".{REWARDS}"
+    with temporary.open("wb") as sink:
+        np.savez(sink, reward=reward)
+    temporary.replace(folder / REWARDS)
+    _io.write_json(folder / ABOUT, table.about | {"samples": reward.shape[1]})
+
+
+def read(folder: str | pathlib.Path, expected: dict[str, Any]) -> Table:
+    """The table of a folder, made with what `made_with` says. ValueError: no table there, or one made otherwise, with
+    the first thing that differs named."""
+    path = pathlib.Path(folder)
+    if not (path / ABOUT).is_file():
+        raise ValueError(f"calibration: expected a folder of train.calibrate, found no {ABOUT} in {path}")
+    about = json.loads((path / ABOUT).read_text())
+    for name, meaning in MEANING.items():
+        if about.get(name) != expected[name]:
+            raise ValueError(
+                f"calibration: expected a table of the same {name} ({meaning}), {expected[name]}, found one of "
+                f"{about.get(name)} in {path}"
+            )
+    with np.load(path / REWARDS) as found:
+        return Table(found["reward"], about)
+
+
+def folder_digest(folder: str | pathlib.Path) -> str:
+    """A short hash of a model folder's config and weights; of the name itself where there is no such folder."""
+    path = pathlib.Path(folder)
+    if not path.is_dir():
+        return str(folder)
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
+        if file.is_file():
+            digest.update(file.name.encode())
+            with file.open("rb") as source:
+                while part := source.read(1 << 24):
+                    digest.update(part)
+    return digest.hexdigest()
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
