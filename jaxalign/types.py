@@ -1,149 +1,443 @@
-"""The types of the algebra, and the few tree functions that every module needs.
+"""The types of the algebra: what a Policy, a Critic and a Reward are, and what decoders give.
 
 One idea carries the library: for a state s of a token-level decision process the aligned policy is
 pi(z|s) ∝ pi_ref(z|s) · exp(Q(s,z)/beta). A `Policy` is pi or pi_ref, a `Critic` is Q, a `Reward` is what lies behind Q.
-All three are (tuples of) pure, jit-safe functions; parameters are plain pytrees and travel beside them.
+All three are made of pure, jit-safe functions; parameters are plain pytrees and travel beside them. A Protocol per
+function states its arguments by name; a function of your own keeps those names.
 
-Laws that every Policy and Critic keeps (tests/test_laws.py holds them against each one):
+Laws that every Policy and Critic keeps (`jaxalign.testing` checks them for your own):
 
 1. Every array leaf of a state or StepOutput has the batch axis first, so `take_rows` and `repeat_rows` are tree maps.
-2. Token -1 (choice -1) means that the row stands still: its state keeps, its output is undefined.
+2. Token -1 (choice -1) means that the row is frozen for this step: its state is kept, its output is undefined.
 3. What is per prompt (beta, weights) is read from params at init, broadcast to [B] and kept in the state.
-4. `prompts` may mirror `params`: one TokenBatch goes to all, a dict gives each model its own template.
+4. `prompts` may mirror `params`: one TokenBatch goes to all models, a dict gives each model its own template.
 5. log_prob = log_prob_ref + increments - log_norm on the support; a truncation's kept mass enters log_norm.
-6. A Policy is built once and reused: a new closure is a new trace.
+6. A Policy is built once and reused: a new closure is a new trace. The library's builders are cached by value.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import jax
 
-Array = jax.Array
-ArrayLike = jax.typing.ArrayLike
-Params = Any  # a pytree of arrays
-State = Any  # a pytree of arrays, batch axis first
-Prompts = Any  # a TokenBatch, or a dict of them that mirrors params
+from jaxalign.shapes import (
+    Array,
+    ArrayLike,
+    Candidates,
+    Choice,
+    Hidden,
+    LogProbs,
+    NextToken,
+    PerPrompt,
+    PerPromptFlag,
+    PerToken,
+    PromptIndex,
+    PromptMask,
+    PromptTokens,
+    ResponseMask,
+    ResponseTokens,
+    RewardValues,
+    Scores,
+    TextIndex,
+    TextLength,
+    TextMask,
+    TextTokens,
+)
+
+__all__ = [
+    "KL",
+    "Array",
+    "ArrayLike",
+    "CandidateModel",
+    "CheckedReward",
+    "Completions",
+    "Critic",
+    "CriticKind",
+    "Decoded",
+    "HeadModel",
+    "HostCheck",
+    "LanguageModel",
+    "Params",
+    "Policy",
+    "PrefixGain",
+    "PrefixReward",
+    "Prompts",
+    "Reward",
+    "Selection",
+    "State",
+    "StepOutput",
+    "TextReward",
+    "TokenBatch",
+]
+
+Params: TypeAlias = Any
+"""A pytree of arrays."""
+State: TypeAlias = Any
+"""A pytree of arrays, batch axis first; usually a NamedTuple."""
+Prompts: TypeAlias = Any
+"""A TokenBatch, or a dict (or sequence) of them that mirrors params."""
 
 
 class TokenBatch(NamedTuple):
-    """Prompts. tokens [B,P] int32; mask [B,P] bool, True on real tokens (either padding); index [B] int32: the prompt's
-    row in its set, by which per-prompt tables are looked up and random numbers drawn. None: 0..B-1."""
+    """Prompts as token ids; `jaxalign.prompts.prompt_batch` makes one from lists of ids."""
 
-    tokens: Array
-    mask: Array
-    index: Array | None = None  # type: ignore[assignment]  # shadows tuple.index, which nobody calls on a batch
+    tokens: PromptTokens
+    """[B,P] int32, either padding."""
+    mask: PromptMask
+    """[B,P] bool, True on real tokens."""
+    index: PromptIndex | None = None  # type: ignore[assignment]  # shadows tuple.index, which nobody calls on a batch
+    """[B] int32: the prompt's row in its set, by which per-prompt tables are looked up and random numbers drawn. None
+    stands for 0..B-1."""
 
 
 class StepOutput(NamedTuple):
-    """What a policy says of the next token. log_prob [B,V] of this policy; log_prob_ref [B,V] of the base below every
-    tilt; log_norm [B], the log-normaliser of law 5; hidden [B,D] after the final norm, or None."""
+    """What a policy says of the next token."""
 
-    log_prob: Array
-    log_prob_ref: Array
-    log_norm: Array
-    hidden: Array | None = None
+    log_prob: LogProbs
+    """[B,V], of this policy."""
+    log_prob_ref: LogProbs
+    """[B,V], of the base below every tilt."""
+    log_norm: PerPrompt
+    """[B], the log-normaliser of law 5."""
+    hidden: Hidden | None = None
+    """[B,D] after the model's final norm, or None."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies
+
+
+class PolicyInit(Protocol):
+    """Encodes the prompts. rng is consumed; the state has room for max_new_tokens."""
+
+    def __call__(
+        self, params: Params, rng: Array, prompts: Prompts, max_new_tokens: int
+    ) -> tuple[State, StepOutput]: ...
+
+
+class PolicyStep(Protocol):
+    """Appends token [B]; -1 freezes a row (law 2). rng is consumed."""
+
+    def __call__(self, params: Params, rng: Array, state: State, token: NextToken) -> tuple[State, StepOutput]: ...
+
+
+class PolicyLogProb(Protocol):
+    """Scores given responses [B,T] in parallel."""
+
+    def __call__(self, params: Params, prompts: Prompts, tokens: ResponseTokens, mask: ResponseMask) -> Completions: ...
+
+
+class HostCheck(Protocol):
+    """Checks values on the host before anything is traced; raises ValueErrors that name the field."""
+
+    def __call__(self, params: Params, prompts: Prompts, max_new_tokens: int) -> None: ...
 
 
 class Policy(NamedTuple):
-    """A distribution over the next token, and how it moves.
+    """A distribution over the next token, and how it moves."""
 
-    init(params, rng, prompts, max_new_tokens) -> (state, StepOutput); step(params, rng, state, token [B]) -> the same.
-
-    The rest is optional. log_prob(params, prompts, tokens [B,T], mask [B,T]) -> Completions: a parallel form of
-    teacher-forced scoring. check(params, prompts, max_new_tokens): value checks on the host, ValueErrors.
-    vocab_size: V, compared when policies and critics are put together.
-    """
-
-    init: Callable[..., tuple[State, StepOutput]]
-    step: Callable[..., tuple[State, StepOutput]]
-    log_prob: Callable[..., Completions] | None = None
-    check: Callable[..., None] | None = None
+    init: PolicyInit
+    """init(params, rng, prompts, max_new_tokens) -> (state, StepOutput)."""
+    step: PolicyStep
+    """step(params, rng, state, token [B]) -> (state, StepOutput)."""
+    log_prob: PolicyLogProb | None = None
+    """log_prob(params, prompts, tokens [B,T], mask [B,T]) -> Completions: a parallel form of teacher-forced scoring."""
+    check: HostCheck | None = None
+    """check(params, prompts, max_new_tokens): value checks on the host."""
     vocab_size: int | None = None
+    """V, compared where policies and critics are put together; None: unknown."""
+    eos_ids: tuple[int, ...] | None = None
+    """The ids that end a response, which decoders use unless told otherwise; None: unknown."""
 
 
-class Critic(NamedTuple):
-    """A score of candidate next tokens.
+# ---------------------------------------------------------------------------------------------------------------------
+# Critics
 
-    init(params, rng, prompts, max_new_tokens) -> state
-    score(params, rng, state, output, candidates [B,K] | None) -> (q [B,K] or [B,V], proposal)
-    advance(params, proposal, choice [B]) -> state, where choice indexes the candidates
-    kind: "level", q = V(sz) or r(sz); "increment", q summed over tokens is the score, as log pi_r(z|s).
-    `check` and `vocab_size` as for a Policy. beta: the only KL weight that `tilt` may divide this score by, None for
-    any; a critic that gives log weights has 1.
-    """
+CriticKind = Literal["level", "increment"]
 
-    init: Callable[..., State]
-    score: Callable[..., tuple[Array, State]]
-    advance: Callable[..., State]
-    kind: Literal["level", "increment"]
-    check: Callable[..., None] | None = None
+
+class CriticInit(Protocol):
+    """Encodes the prompts. rng is consumed; the state has room for max_new_tokens."""
+
+    def __call__(self, params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> State: ...
+
+
+class CriticScore(Protocol):
+    """Scores candidates [B,K] (None: the whole vocabulary) of the state: (q [B,K] or [B,V], proposal). The proposal
+    holds what `advance` needs. output is the StepOutput of the policy that is tilted. rng is consumed."""
+
+    def __call__(
+        self, params: Params, rng: Array, state: State, output: StepOutput, candidates: Candidates | None
+    ) -> tuple[Scores, State]: ...
+
+
+class CriticAdvance(Protocol):
+    """Moves to candidate choice [B], an index into the candidates; -1 freezes a row (law 2)."""
+
+    def __call__(self, params: Params, proposal: State, choice: Choice) -> State: ...
+
+
+class _CriticFields(NamedTuple):
+    init: CriticInit
+    score: CriticScore
+    advance: CriticAdvance
+    kind: CriticKind
+    check: HostCheck | None = None
     vocab_size: int | None = None
     beta: float | None = None
 
 
-Reward = Callable[..., Array]
-"""(params, tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> reward [N]. prompt_length counts real prompt
-tokens, so the response is `mdp.response_part(mask, prompt_length)` under either padding."""
+class Critic(_CriticFields):
+    """A score q of candidate next tokens.
+
+    Fields:
+      init: init(params, rng, prompts, max_new_tokens) -> state.
+      score: score(params, rng, state, output, candidates [B,K] | None) -> (q [B,K] or [B,V], proposal).
+      advance: advance(params, proposal, choice [B]) -> state.
+      kind: "level": q = V(sz) or r(sz), the score of the text so far; "increment": q summed over the tokens is the
+        score, as log pi_r(z|s).
+      check: value checks on the host, or None.
+      vocab_size: V, compared with the policy's; None: unknown.
+      beta: the only KL weight that `tilt` may divide this score by, None for any; a critic that gives log weights has
+        1.
+
+    Raises:
+      ValueError: a kind that is neither "level" nor "increment".
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        init: CriticInit,
+        score: CriticScore,
+        advance: CriticAdvance,
+        kind: CriticKind,
+        check: HostCheck | None = None,
+        vocab_size: int | None = None,
+        beta: float | None = None,
+    ) -> Critic:
+        if kind not in ("level", "increment"):
+            raise ValueError(f"kind: expected 'level' or 'increment', found {kind!r}")
+        return super().__new__(cls, init, score, advance, kind, check, vocab_size, beta)
+
+    def _replace(self, **changes: Any) -> Critic:
+        """A Critic with some fields changed, checked as a new one."""
+        return Critic(**(self._asdict() | changes))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+class Reward(Protocol):
+    """The reward [N] of whole texts. prompt_length [N] counts real prompt tokens, so that the response is
+    `mdp.response_part(mask, prompt_length)` under either padding; index [N] is the prompt's row in its set."""
+
+    def __call__(
+        self, params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
+    ) -> RewardValues: ...
+
+
+class TextReward(Protocol):
+    """A reward of strings, on the host: one number per response."""
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> Sequence[float]: ...
+
+
+class PrefixInit(Protocol):
+    """The state of the prompts alone."""
+
+    def __call__(self, params: Params, prompts: TokenBatch, max_new_tokens: int) -> State: ...
+
+
+class PrefixScore(Protocol):
+    """Scores M segments [N,M,S] after the prefix of each row, real where mask is True from their first column on:
+    (reward [N,M], proposal). An empty segment has the prefix's reward."""
+
+    def __call__(self, params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]: ...
+
+
+class PrefixCommit(Protocol):
+    """Segment choice [N] of each row joins its prefix; -1: none."""
+
+    def __call__(self, params: Params, state: State, proposal: State, choice: Choice) -> State: ...
 
 
 class PrefixReward(NamedTuple):
-    """A Reward of texts that share a beginning, which is read once.
+    """A Reward of texts that share a beginning, which is read once. Laws 1 and 2 hold for states and proposals, whose
+    rows may be mixed. It gives the same numbers as the Reward."""
 
-    init(params, prompts, max_new_tokens) -> state, the prompt alone
-    score(params, state, tokens [N,M,S], mask [N,M,S]) -> (reward [N,M], proposal): M segments after the prefix of each
-        row, real where mask is True from their first column on; an empty one has the prefix's reward
-    commit(params, state, proposal, choice [N]) -> state: segment `choice` of each row joins its prefix, −1: none
+    init: PrefixInit
+    """init(params, prompts, max_new_tokens) -> state."""
+    score: PrefixScore
+    """score(params, state, tokens [N,M,S], mask [N,M,S]) -> (reward [N,M], proposal)."""
+    commit: PrefixCommit
+    """commit(params, state, proposal, choice [N]) -> state."""
 
-    Laws 1 and 2 hold for states and proposals, whose rows may be mixed. The same numbers as the Reward's own."""
 
-    init: Callable[..., State]
-    score: Callable[..., tuple[Array, State]]
-    commit: Callable[..., State]
+class PrefixGainScore(Protocol):
+    """As PrefixScore with M = 1, and the gain of each candidate at the segment's first token: (reward [N],
+    gain [N,K], proposal)."""
+
+    def __call__(
+        self, params: Params, state: State, tokens: Array, mask: Array, candidates: Candidates
+    ) -> tuple[Array, Array, State]: ...
 
 
 class PrefixGain(NamedTuple):
-    """A gain (`decoding.ggro`) at the first token of a segment. reward: the PrefixReward behind it, which makes and
-    moves the state; score(params, state, tokens [N,S], mask [N,S], candidates [N,K]) -> (reward [N], gain [N,K],
-    proposal), as the reward's with M = 1."""
+    """A first-order gain (`decoding.ggro`) at the first token of a segment."""
 
     reward: PrefixReward
-    score: Callable[..., tuple[Array, Array, State]]
+    """The PrefixReward behind it, which makes and moves the state."""
+    score: PrefixGainScore
+    """score(params, state, tokens [N,S], mask [N,S], candidates [N,K]) -> (reward [N], gain [N,K], proposal)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckedReward:
-    """A Reward that brings its host checks. score: the Reward; check(params, prompts, max_new_tokens) raises
-    ValueErrors; vocab_size: V, compared with the policy's (None: any); prefix: its form for texts that share a
-    beginning (None: `prefixes.whole_text`)."""
+    """A Reward that brings its host checks."""
 
     score: Reward
-    check: Callable[..., None] | None = None
+    """The Reward itself."""
+    check: HostCheck | None = None
+    """check(params, prompts, max_new_tokens) raises ValueErrors."""
     vocab_size: int | None = None
+    """V, compared with the policy's; None: any."""
     prefix: PrefixReward | None = None
+    """Its form for texts that share a beginning; None: `rewards.prefixes.whole_text`."""
 
-    def __call__(self, params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
+    def __call__(
+        self, params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
+    ) -> RewardValues:
         return self.score(params, tokens, mask, prompt_length, index)
 
 
-class Completions(NamedTuple):
-    """Responses and what was known of each token. tokens [B,T] int32; mask [B,T] bool, EOS included; log_prob,
-    log_prob_ref [B,T] of each token; log_norm [B,T]; kl [B,T], exact over the next-token distribution, or None;
-    finished [B]: ended by EOS; truncated [B]: ended by the limit. in_support [B]: False where a given response holds a
-    token of probability zero (`decoding.log_prob`), None where responses were sampled. Masked-out entries are 0."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: what the algebra asks of a language model. `jaxalign.models.LanguageModel` offers all of it.
 
-    tokens: Array
-    mask: Array
-    log_prob: Array
-    log_prob_ref: Array
-    log_norm: Array
-    kl: Array | None
-    finished: Array
-    truncated: Array
-    in_support: Array | None = None
+
+class LanguageModel(Protocol):
+    """What a model of your own offers to be a Policy (`policies.language_model`) or GenARM's critic."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest text [tokens], prompt and response."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a response."""
+
+    def prefill(self, params: Params, tokens: PromptTokens, mask: PromptMask, capacity: int) -> tuple[Array, State]:
+        """Encodes prompts [B,P]: (hidden [B,D] at the last real token, a cache with `capacity` slots per row)."""
+
+    def step(self, params: Params, cache: State, token: NextToken) -> tuple[Array, State]:
+        """Appends token [B], -1 freezes a row: (hidden [B,D], cache)."""
+
+    def logits(self, params: Params, hidden: Array) -> Array:
+        """[...,D] -> [...,V] in at least float32."""
+
+
+class HeadModel(Protocol):
+    """What a model offers to be read by its head at every token: value models with a Q head, rewards of whole texts."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest text [tokens]."""
+
+    @property
+    def head_width(self) -> int:
+        """W: 1 for a scalar head, V for a Q head, 0 without a head."""
+
+    def hidden(
+        self, params: Params, tokens: TextTokens, *, mask: TextMask | None = None, at: Array | None = None
+    ) -> Array:
+        """Hidden states [B,L,D] after the final norm, or [B,R,D] at the columns at [B,R]."""
+
+    def head(self, params: Params, hidden: Array) -> Array:
+        """[...,D] -> [...,W] in at least float32."""
+
+
+class CandidateModel(HeadModel, Protocol):
+    """What a model offers to score K candidate tokens in one pass over a shared prefix (ARGS, scalar value heads)."""
+
+    def prefill(self, params: Params, tokens: PromptTokens, mask: PromptMask, capacity: int) -> tuple[Array, State]:
+        """As LanguageModel.prefill."""
+
+    def step(self, params: Params, cache: State, token: NextToken) -> tuple[Array, State]:
+        """As LanguageModel.step."""
+
+    def candidates(self, params: Params, cache: State, tokens: Candidates) -> tuple[Array, State]:
+        """K alternative next tokens [B,K]: (hidden [B,K,D], entries to `commit`)."""
+
+    def commit(self, cache: State, entries: State, choice: Choice) -> State:
+        """Writes candidate choice [B] of each row into the cache; -1 freezes a row."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+class Completions(NamedTuple):
+    """Responses and what was known of each token. Entries where mask is False are 0."""
+
+    tokens: ResponseTokens
+    """[B,T] int32."""
+    mask: ResponseMask
+    """[B,T] bool, True on the response's tokens, its EOS included."""
+    log_prob: PerToken
+    """[B,T], of each token under the policy that drew it (in nats)."""
+    log_prob_ref: PerToken
+    """[B,T], of each token under the base."""
+    log_norm: PerToken
+    """[B,T], the log-normaliser of law 5 at each token."""
+    kl: PerToken | None
+    """[B,T], the exact KL of each step's next-token distribution to the base's [nats], or None."""
+    finished: PerPromptFlag
+    """[B]: ended by an EOS."""
+    truncated: PerPromptFlag
+    """[B]: ended by the limit."""
+    in_support: PerPromptFlag | None = None
+    """[B]: False where a given response holds a token of probability zero (`decoding.log_prob`); None where responses
+    were drawn."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KL:
+    """The KL of a decoder to the base, and what kind of number that is."""
+
+    value: PerPrompt
+    """[B], in nats."""
+    kind: str = dataclasses.field(metadata={"static": True})
+    """"exact": Σ_t of the exact KL of each step along the response drawn; "bound": an upper bound on the KL of the
+    decoder's law; "estimate": an unbiased or consistent estimate of it; "log_ratio": log of the policy's over the
+    base's probability of this response; "surprisal": -log pi_ref(y), which it is for a deterministic decoder."""
+
+
+Info = TypeVar("Info")
+
+
+class Decoded(NamedTuple, Generic[Info]):
+    """What every decoder but `sample` and `log_prob` gives."""
+
+    completions: Completions
+    """The response kept for each prompt, [B,T]."""
+    kl: KL
+    """Its KL to the base."""
+    info: Info
+    """What this decoder knows besides: a NamedTuple of its own, arrays with B first."""
 
 
 class Selection(NamedTuple):

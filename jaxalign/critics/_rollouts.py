@@ -44,8 +44,8 @@ def draw(
     model, below = jax.lax.stop_gradient((params, state["baseline"]))
     before, key = repeat_rows(below["state"], count), step_key(state)
 
-    def step(model: Params, number: Array, inner: State, token: Array) -> tuple[State, StepOutput]:
-        return baseline.step(model, jax.random.fold_in(key, jax.random.bits(number)), inner, token)
+    def step(params: Params, rng: Array, state: State, token: Array) -> tuple[State, StepOutput]:
+        return baseline.step(params, jax.random.fold_in(key, jax.random.bits(rng)), state, token)
 
     after, output = baseline.step(model, key, before, jnp.where(ended, -1, token))
     likely = is_supported(jnp.take_along_axis(below["log_prob"], tokens, axis=1)).reshape(-1)

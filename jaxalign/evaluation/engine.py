@@ -160,6 +160,7 @@ def _records(
 ) -> list[dict[str, Any]]:
     """One record per real row. ValueErrors: a reward or a distribution that is not finite."""
     joined = decoding.join(batch.prompts, drawn)
+    assert batch.prompts.index is not None
     scores = {
         name: np.asarray(judge.reward(judge.params, *joined, batch.prompts.index)) for name, judge in judges.items()
     }

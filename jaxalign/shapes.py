@@ -1,0 +1,36 @@
+"""Array types with their shapes, named by what they hold: the only place where shapes of the public signatures stand.
+
+B prompts, P prompt tokens, T new tokens, L tokens of any text, N texts, n samples of a prompt, V vocabulary, K
+candidates, D hidden size. jaxtyping's types are plain arrays to a type checker; where a rank error would be silent, the
+functions check at run time.
+"""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array as Array
+from jaxtyping import Bool, Float, Int
+
+ArrayLike = jax.typing.ArrayLike
+
+PromptTokens = Int[Array, "B P"]
+PromptMask = Bool[Array, "B P"]
+PromptIndex = Int[Array, "B"]
+NextToken = Int[Array, "B"]
+Candidates = Int[Array, "B K"]
+Choice = Int[Array, "B"]
+LogProbs = Float[Array, "B V"]
+Scores = Float[Array, "B K"]
+Hidden = Float[Array, "B D"]
+PerPrompt = Float[Array, "B"]
+PerPromptFlag = Bool[Array, "B"]
+ResponseTokens = Int[Array, "B T"]
+ResponseMask = Bool[Array, "B T"]
+PerToken = Float[Array, "B T"]
+PerSample = Float[Array, "B n"]
+TextTokens = Int[Array, "N L"]
+TextMask = Bool[Array, "N L"]
+TextLength = Int[Array, "N"]
+TextIndex = Int[Array, "N"]
+RewardValues = Float[Array, "N"]
+Scalar = Float[Array, ""]
