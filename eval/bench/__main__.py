@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.bench import args, blockwise, decode, genarm, ggro, recontrol, rl, score, shaping, train, transfer
+from . import args, blockwise, decode, genarm, ggro, recontrol, rl, score, shaping, train, transfer
 
 BENCHMARKS = {
     "decode": decode,

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.bench import common
 from jaxalign import commands, critics, decoding, models, policies
 from jaxalign.types import TokenBatch
+
+from . import common
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from eval.bench import common
 from jaxalign import commands, critics, decoding, models, policies
+
+from . import common
 
 
 @dataclasses.dataclass(frozen=True)

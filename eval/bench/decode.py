@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
-from eval.bench import common
 from jaxalign import commands, decoding, policies
+
+from . import common
 
 
 @dataclasses.dataclass(frozen=True)

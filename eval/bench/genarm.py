@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eval.bench import common
 from jaxalign import commands, critics, decoding, models, policies
+
+from . import common
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.bench import common
 from jaxalign import commands, decoding, models, policies, rewards
 from jaxalign.types import TokenBatch
+
+from . import common
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eval.bench import common
 from jaxalign import commands, decoding, models, policies
 from jaxalign.types import Policy, TokenBatch
+
+from . import common
 
 
 @dataclasses.dataclass(frozen=True)

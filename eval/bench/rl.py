@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.bench import common
 from jaxalign import commands, models, training
 from jaxalign.training import job as training_common
 from jaxalign.training import policy_gradient, rl_iteration, rl_rewards
 from jaxalign.types import Array
 from train import rl
+
+from . import common
 
 BETA, CLIP = 0.05, 1.0
 

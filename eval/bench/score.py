@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eval.bench import common
 from jaxalign import commands, models
 from jaxalign.types import Array, Params
+
+from . import common
 
 TOLERANCE = 1e-4  # nats, float32
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.bench import common
 from jaxalign import commands, models, shaping
 from jaxalign.types import Array, Params
+
+from . import common
 
 TOLERANCE = 1e-4  # of a threshold, in float32, utilities of deviation 1
 

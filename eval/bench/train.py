@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.bench import common
 from jaxalign import commands, models, training
 from jaxalign.training import objectives
+
+from . import common
 
 TOLERANCE = 1e-4  # of the loss, relative to 1 + |loss|, float32
 BETA_R = 0.05

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.bench import common
 from jaxalign import commands, critics, models, policies, rewards, rollout
 from jaxalign.types import Params, Policy, TokenBatch
+
+from . import common
 
 
 @dataclasses.dataclass(frozen=True)

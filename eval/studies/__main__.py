@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval.studies import bound, infalign, language, noise, nudging, samples, trained, tree, world
+from . import bound, infalign, language, noise, nudging, samples, trained, tree, world
 
 STUDIES = {
     "tree": tree,

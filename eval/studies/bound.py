@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from eval.studies import common
 from jaxalign import commands, gibbs, shaping
+
+from . import common
 
 
 @dataclasses.dataclass(frozen=True)

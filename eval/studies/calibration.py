@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.studies import common
 from jaxalign import gibbs, infalign
 from jaxalign.types import Array
+
+from . import common
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from eval.bench.common import device
 from jaxalign import _io, infalign, metrics, shaping
 from jaxalign.types import Array
+
+from ..bench.common import device
 
 Shape = Callable[[Any, Any], Array]
 """f(utility [...,n], reference [...,K]) -> reward [...,n]."""

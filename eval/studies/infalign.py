@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.studies import calibration, common
 from jaxalign import commands, infalign
 from jaxalign.types import Array
+
+from . import calibration, common
 
 STYLES: dict[str, tuple[str, str]] = {
     "identity": ("black", "s"),

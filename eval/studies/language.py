@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.studies import base, common
 from jaxalign import commands, critics, gibbs, models, policies, rewards, shaping
+
+from . import base, common
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.studies import common
 from jaxalign import commands, gibbs, infalign, shaping
+
+from . import common
 
 ERRORS = {
     "Gaussian": lambda rng, shape: rng.normal(size=shape),

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.studies import base, common
 from jaxalign import commands, data, decoding, policies, rewards
 from jaxalign.types import Array, Completions, Params
 from jaxalign.worlds import opinions
 from train.quickstart import LIMIT
+
+from . import base, common
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.studies import infalign as closed
 from jaxalign import gibbs, infalign, metrics
+
+from . import infalign as closed
 
 RATES = ("win_rate", "best_of_n", "worst_of_n")
 

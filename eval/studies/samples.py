@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.studies import common
 from jaxalign import commands, shaping
+
+from . import common
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from eval.studies import baselines, common, predictions
 from jaxalign import commands, data, decoding, infalign, metrics, models, policies, rewards
 from jaxalign.training import tables
 from jaxalign.types import Params, Policy, Reward
 from train import calibrate, rl
+
+from . import baselines, common, predictions
 
 PER_BATCH = 2048  # rows decoded together
 

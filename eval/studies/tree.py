@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.studies import common
 from jaxalign import commands, gibbs, shaping, tree
 from jaxalign.types import Array
+
+from . import common
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.studies import base, common
 from jaxalign import commands, critics, gibbs, models, policies, shaping
 from jaxalign.types import Array
+
+from . import base, common
 
 
 @dataclasses.dataclass(frozen=True)
