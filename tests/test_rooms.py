@@ -1,0 +1,145 @@
+"""The rooms of the repository: imports point one way, without circles, and no name hides a module."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import pathlib
+from collections.abc import Iterable
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# From the ground up: a room imports from its own line and from the lines above it. CONTRIBUTING.md draws the same.
+ORDER = [
+    "types shapes _arrays _version",
+    "_checks _builders _io _progress prompts mdp gibbs losses advantages metrics",
+    "tree shaping infalign",
+    "models",
+    "rewards",
+    "rollout policies",
+    "critics",
+    "decoding",
+    "data worlds",
+    "text training testing",
+    "evaluation",
+    "commands launch",
+    "train eval",
+]
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
+NOT_YET = {  # imports that still stand: between train and eval, and one of a circle
+    ("jaxalign.models.config", "jaxalign.models.hf.config"),
+    ("eval.bench.rl", "train.rl"),
+    ("eval.studies.base", "train.calibrate"),
+    ("eval.studies.base", "train.quickstart"),
+    ("eval.studies.base", "train.rl"),
+    ("eval.studies.base", "train.value"),
+    ("eval.studies.baselines", "train.distil"),
+    ("eval.studies.baselines", "train.dpo"),
+    ("eval.studies.nudging", "train.quickstart"),
+    ("eval.studies.trained", "train.calibrate"),
+    ("eval.studies.trained", "train.rl"),
+    ("train.quickstart", "eval.compare"),
+}
+
+
+def modules(root: pathlib.Path = ROOT) -> dict[str, pathlib.Path]:
+    """Module name -> file, of jaxalign, train and eval."""
+    found = {}
+    for top in ("jaxalign", "train", "eval"):
+        for path in sorted((root / top).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str, known: Iterable[str]) -> set[str]:
+    """The modules among `known` that a file imports, anywhere in it: a late import is an import."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import, line {node.lineno}"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in known else str(node.module))
+    return found & set(known)
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "jaxalign" and len(parts) > 1 else parts[0]
+
+
+def edges() -> set[tuple[str, str]]:
+    """(module, imported module). The face, jaxalign/__init__.py, names everything and is left out."""
+    files = modules()
+    found = {(name, other) for name, path in files.items() for other in imports(path.read_text(), files)}
+    return {(a, b) for a, b in found if a != b and "jaxalign" not in (a, b)}
+
+
+def circle(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """A circle in the graph, or an empty list."""
+    graph: dict[str, set[str]] = {}
+    for a, b in pairs:
+        if a != b:
+            graph.setdefault(a, set()).add(b)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_every_room_has_its_place_in_the_order():
+    assert {room(name) for name in modules()} - {"jaxalign"} <= set(LEVEL)
+
+
+def test_no_import_points_upwards():
+    assert {(a, b) for a, b in edges() if LEVEL[room(b)] > LEVEL[room(a)]} == set()
+
+
+def test_train_and_eval_do_not_import_each_other():
+    assert not {(a, b) for a, b in edges() if {room(a), room(b)} == {"train", "eval"}} - NOT_YET
+
+
+def test_no_circle_of_files():
+    assert circle(edges() - NOT_YET) == []
+
+
+def test_no_circle_of_packages():
+    """A package and one inside it are two. An __init__ re-exports what lies below: its own imports do not count."""
+    packages = {name for name, path in modules().items() if path.name == "__init__.py"}
+    owner = {name: name if name in packages else name.rpartition(".")[0] or name for name in modules()}
+    between = {(owner[a], owner[b]) for a, b in edges() - NOT_YET if a not in packages}
+    rooms = {(room(a), room(b)) for a, b in edges()}
+    assert circle((a, b) for a, b in between if a != "jaxalign" and b != "jaxalign") == []
+    assert circle(rooms) == []
+
+
+@pytest.mark.parametrize("package", [name for name, path in modules().items() if path.name == "__init__.py"])
+def test_no_name_of_a_package_hides_a_module(package):
+    """`from jaxalign.policies import tilt` may not make `jaxalign.policies.tilt`, a module, out of reach."""
+    below = {name.removeprefix(package + ".") for name in modules() if name.startswith(package + ".")}
+    bound = set()
+    for node in ast.parse(modules()[package].read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and node.module != package:
+            bound |= {alias.asname or alias.name for alias in node.names}
+    assert not bound & below
+
+
+def test_contributing_draws_this_order():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    drawn = text.split("<!-- the order of rooms -->")[1].split("```")[1].splitlines()[1:]
+    assert [set(line.split("#")[0].split()) for line in drawn] == [set(line.split()) for line in ORDER]
+
+
+def test_the_readers_see_what_they_should():
+    known = {"jaxalign.models", "jaxalign.models.lora", "train.rl"}
+    late = "def f():\n    from jaxalign.models import lora, Config\n    import train.rl"
+    assert imports(late, known) == {"jaxalign.models.lora", "jaxalign.models", "train.rl"}
+    assert circle([("a", "b"), ("b", "c"), ("c", "a")])
+    assert not circle([("a", "b"), ("b", "c"), ("a", "c")])
