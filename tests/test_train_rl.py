@@ -103,7 +103,7 @@ def test_a_single_sample_is_refused(files, tmp_path):
     ("change", "named"),
     [
         (("--max-new-tokens", "5"), "max_new_tokens"),
-        (("--reward", "jaxalign.data.summaries:golds"), "reward"),
+        (("--reward", "jaxalign.worlds.summaries:golds"), "reward"),
         (("--prompts", "other"), "prompts"),
         (("--model", "other"), "base"),
     ],
@@ -156,7 +156,7 @@ def test_a_run_writes_a_language_model_and_says_reward_and_kl_before_and_after(n
     for field in ("score", "score_before", "reward", "reward_before", "kl", "kl_95", "beta"):
         assert np.isfinite(summary[field])
     assert summary["kl"] > 0
-    rows = logging.read(tmp_path / "run/logging.jsonl")
+    rows = logging.read(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     # At the first iteration the policy is the reference, and what it draws is on its own terms.
     assert abs(rows[0]["kl"]) < (0.1 if "bfloat16" in RUNS[name] else 1e-4)
@@ -200,7 +200,7 @@ def test_a_batch_with_a_reward_that_is_no_number_is_dropped_and_counted(files, t
     rl.main([*command, "--out", str(tmp_path / "run")])
     assert "dropped iteration 2: rewards that are not finite for prompts" in capsys.readouterr().out
     assert json.loads((tmp_path / "run/summary.json").read_text())["dropped_iterations"] == 1
-    rows = logging.read(tmp_path / "run/logging.jsonl")
+    rows = logging.read(tmp_path / "run/metrics.jsonl")
     assert [row["dropped"] for row in rows] == [0, 1, 1]
 
 
@@ -241,7 +241,7 @@ def test_four_devices_train_as_one(files, tmp_path):
     command = [*options(files, "--calibration", str(files / "table")), "--batch-size", "4", "--steps", "3"]
     rl.main([*command, "--out", str(tmp_path / "one")])
     on_devices(MESH.format([*command, "--mesh", "data=4", "--out", str(tmp_path / "four")]))
-    one, four = (logging.read(tmp_path / f"{run}/logging.jsonl") for run in ("one", "four"))
+    one, four = (logging.read(tmp_path / f"{run}/metrics.jsonl") for run in ("one", "four"))
     assert len(one) == len(four) == 3
     for a, b in zip(one, four, strict=True):
         for name in ("loss", "reward", "kl", "grad_norm"):
@@ -262,7 +262,7 @@ def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(fi
     lm, params = models.load(files / "base/model")
     tokenizer = models.tokenizer(str(files / "base/model"))
     asked = [tokenizer(p)["input_ids"] for p in opinions.prompts()[:PROMPTS]]
-    begin = rl.common.Start(lm, params, tokenizer)
+    begin = rl.job.Start(lm, params, tokenizer)
     prompts = data.prompt_batch(asked, length=12)
     drawn = decoding.sample(
         policies.language_model(lm), params, jax.random.key(5), prompts, max_new_tokens=LIMIT, eos_ids=lm.config.eos_ids
@@ -307,7 +307,7 @@ def test_training_raises_the_reward(files, tmp_path):
     """Longer words pay more: 30 iterations at a small beta."""
     command = options(files, "--steps", "30", "--batch-size", "4", "--samples", "8", "--beta", "0.01")
     rl.main([*command, "--learning-rate", "2e-2", "--out", str(tmp_path / "run")])
-    rows = logging.read(tmp_path / "run/logging.jsonl")
+    rows = logging.read(tmp_path / "run/metrics.jsonl")
     first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:3], rows[-3:]))
     assert last > first + 0.5
 
@@ -389,7 +389,7 @@ def test_dpo_of_an_adapter_starts_at_its_reference(files, tmp_path):
     given = ["--data", str(files / "world/pairs.jsonl"), "--model", str(files / "base/model"), "--validation", "0.3"]
     short = ["--steps", "2", "--batch-size", "4", "--max-length", "64", "--log-every", "1", "--learning-rate", "1e-2"]
     dpo.main([*given, *short, "--lora-rank", "2", "--out", str(tmp_path / "run")])
-    rows = logging.read(tmp_path / "run/logging.jsonl")
+    rows = logging.read(tmp_path / "run/metrics.jsonl")
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert rows[0]["margin"] == 0
     lm, base = models.load(files / "base/model")

@@ -60,7 +60,7 @@ def options(name: str, folder: pathlib.Path) -> list[str]:
             "--validation",
             "0.3",
             "--reward",
-            "jaxalign.data.opinions:golds",
+            "jaxalign.worlds.opinions:golds",
             "--prompts",
             str(folder / "prompts.jsonl"),
         )
@@ -77,10 +77,10 @@ def test_a_run_in_bfloat16_writes_its_folder_and_names_the_next_command(name, fi
     assert str(out / "model") in last
     assert "next: python -m eval.decode" in last
     written = {path.name for path in out.iterdir()}
-    assert {"model", "summary.json", "logging.jsonl", "tensorboard", "config.json", "versions.json"} <= written
+    assert {"model", "summary.json", "metrics.jsonl", "tensorboard", "config.json", "versions.json"} <= written
     _, params = models.load(out / "model")
     assert all(np.isfinite(leaf).all() and leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
-    rows = logging.read(out / "logging.jsonl")
+    rows = logging.read(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     summary = json.loads((out / "summary.json").read_text())
     measured = {"sft": "validation_loss", "value": "squared_error"}.get(name, "pair_accuracy")
@@ -182,7 +182,7 @@ def test_the_first_loss_of_an_adapter_is_the_bases_and_its_gradient_the_adapters
     rows = {}
     for name, extra in (("whole", ()), ("adapter", ADAPTER), ("down", (*ADAPTER, "--lora-targets", "down"))):
         arm.main([*options("arm", files), *extra, "--out", str(tmp_path / name)])
-        rows[name] = logging.read(tmp_path / name / "logging.jsonl")
+        rows[name] = logging.read(tmp_path / name / "metrics.jsonl")
     np.testing.assert_allclose(rows["adapter"][0]["loss"], rows["whole"][0]["loss"], rtol=1e-6)
     assert rows["adapter"][0]["grad_norm"] > rows["down"][0]["grad_norm"] > 0
     assert not (tmp_path / "whole/adapter").exists()
@@ -260,7 +260,7 @@ def test_roll_outs_go_on_with_the_missing_shard_and_lose_or_repeat_no_prompt(fil
         ("value", ("--objective", "exceedance"), "bound: expected a value > 0"),
         ("value", ("--objective", "soft"), "beta: expected a value > 0"),
         ("value", ("--bound", "1", "--beta", "1", "--samples", "1"), "samples: expected at least 2"),
-        ("value", ("--reward", "jaxalign.data.opinions:nothing"), "nothing"),
+        ("value", ("--reward", "jaxalign.worlds.opinions:nothing"), "nothing"),
         ("value", ("--max-length", "9"), "max_length: "),
     ],
 )
@@ -296,7 +296,7 @@ def test_four_devices_give_the_losses_of_one(files, tmp_path):
         commands[name] = [*command, "--mesh", "data=4", "--out", str(tmp_path / f"four_{name}")]
     on_devices(DEVICES.format(**commands))
     for name in commands:
-        one, four = (logging.read(tmp_path / f"{run}_{name}/logging.jsonl") for run in ("one", "four"))
+        one, four = (logging.read(tmp_path / f"{run}_{name}/metrics.jsonl") for run in ("one", "four"))
         assert len(one) == 3
         for a, b in zip(one, four, strict=True):
             np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)

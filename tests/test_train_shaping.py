@@ -68,7 +68,7 @@ def test_a_trained_leader_delivers_more_on_its_training_prompts(files, tmp_path)
     shaping.main(
         [*command(files, "reward_model"), "--epochs", "60", "--learning-rate", "3e-3", "--out", str(tmp_path / "run")]
     )
-    rows = logging.read(tmp_path / "run/logging.jsonl")
+    rows = logging.read(tmp_path / "run/metrics.jsonl")
     first, last = (np.mean([r["utility"] for r in part]) for part in (rows[:4], rows[-4:]))
     assert last > first + 0.05
 
@@ -127,7 +127,7 @@ def test_four_devices_and_accumulation_give_the_losses_of_one(files, tmp_path):
     shaping.main([*one, "--accumulate", "2", "--out", str(tmp_path / "two")])
     four = [*one, "--mesh", "data=4", "--out", str(tmp_path / "four")]
     on_devices(f"from train import shaping; shaping.main({four!r})")
-    runs = [logging.read(tmp_path / name / "logging.jsonl") for name in ("one", "two", "four")]
+    runs = [logging.read(tmp_path / name / "metrics.jsonl") for name in ("one", "two", "four")]
     assert len(runs[0]) == 3
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):

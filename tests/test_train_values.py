@@ -32,7 +32,7 @@ def test_every_value_objective_trains_a_head_that_says_what_it_is(objective, fil
     assert lm.config.head == models.Head("q" if head == "q" else "value", hidden_size=8, follower=follower)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert ("threshold" in summary) == (follower is not None)
-    logged = logging.read(tmp_path / "run/logging.jsonl")
+    logged = logging.read(tmp_path / "run/metrics.jsonl")
     assert all(("clipped" in row) == (objective == "soft") for row in logged)
     assert all(0 <= row.get("clipped", 0) <= 1 for row in logged)
 
@@ -76,7 +76,7 @@ def test_dpo_moves_away_from_its_reference_and_prefers_what_was_chosen(loss, fil
         "0.4",
     ]
     dpo.main([*command, "--out", str(tmp_path / "run")])
-    rows = logging.read(tmp_path / "run/logging.jsonl")
+    rows = logging.read(tmp_path / "run/metrics.jsonl")
     at_reference = np.log(2) if loss == "dpo" else 25.0  # (0 − 1/(2·0.1))²
     np.testing.assert_allclose(rows[0]["loss"], at_reference, rtol=1e-5)
     assert rows[0]["margin"] == 0

@@ -23,7 +23,7 @@ from jaxalign import _io, commands
 from jaxalign.evaluation import plots, report, results
 from train import arm, calibrate, dpo, reward_model, rl, sft, value, world
 
-GOLD = "jaxalign.data.opinions:golds"
+GOLD = "jaxalign.worlds.opinions:golds"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

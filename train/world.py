@@ -5,8 +5,8 @@ python -m train.world --task summaries --out runs/news
 
 texts.jsonl (for train.sft), pairs.jsonl (train.reward_model, train.arm), prompts.jsonl (train.value), held_out.jsonl
 (eval.decode: prompts of none of the others), drift.jsonl (prompts on topics of none of the others), tokenizer/ and
-config.json, a small Llama's. The true utility of a text is the program jaxalign.data.opinions:golds, or
-jaxalign.data.summaries:golds.
+config.json, a small Llama's. The true utility of a text is the program jaxalign.worlds.opinions:golds, or
+jaxalign.worlds.summaries:golds.
 """
 
 from __future__ import annotations

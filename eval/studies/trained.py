@@ -55,7 +55,7 @@ class Config(common.Options):
     """Responses per prompt and iteration; with 4 the plain win rate falls 1.5 points further short."""
     learning_rate: float = 1e-3
     """Peak learning rate of train.rl."""
-    gold: str = "jaxalign.data.opinions:golds"
+    gold: str = "jaxalign.worlds.opinions:golds"
     """Program of the true utility, reported beside the reward; empty: none."""
     limit: int = 40
     """Longest response [tokens]."""

@@ -116,7 +116,7 @@ MESH = """
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
     from jaxalign import models
-    from jaxalign.models import axes
+    from jaxalign.models import sharding
 
     folder = {folder!r}
     mesh = Mesh(np.asarray(jax.devices()), ("data",))

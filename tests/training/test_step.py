@@ -258,7 +258,7 @@ FOUR = """
     import jax, numpy as np, optax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
     from jaxalign import training
-    from jaxalign.models import axes
+    from jaxalign.models import sharding
     from tests.training.test_step import grouped, objective
 
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
@@ -273,7 +273,7 @@ FOUR = """
             batch = grouped(batch, 2)
             if spread:
                 state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-                state = state._replace(params=axes.shard(state.params, mesh))
+                state = state._replace(params=sharding.shard(state.params, mesh))
                 batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, "data")))
                 assert batch_leaf(batch).addressable_shards[0].data.shape[1] == 1
             found = []
