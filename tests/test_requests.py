@@ -171,11 +171,11 @@ def test_nan_weights_show_in_log_prob_and_kl(prompts):
     assert np.isnan(np.asarray(scored.log_prob)[:, 0]).all()
 
 
-@pytest.mark.parametrize("critic", ["autoregressive", "args"])
+@pytest.mark.parametrize("critic", ["genarm", "args"])
 def test_a_rollout_past_the_cache_is_nan(critic, prompts):
     """A state holds what max_new_tokens asked for; one token more has nothing to be attended by."""
     lm, params = tiny_lm(0)
-    head, head_params = tiny_lm(4, None if critic == "autoregressive" else "reward")
+    head, head_params = tiny_lm(4, None if critic == "genarm" else "reward")
     policy = policies.tilt(policies.language_model(lm), getattr(critics, critic)(head), top_k=3)
     arguments = {"policy": params, "critic": head_params, "beta": jnp.asarray(1.0)}
     state, output = policy.init(arguments, RNG, prompts, 2)
