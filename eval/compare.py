@@ -37,7 +37,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jaxalign import _io, commands, data, decoding, models, policies
 from jaxalign.evaluation import engine, loading, methods, plots, results
@@ -112,7 +111,7 @@ class Config(Options):
 
     out: str
     """Run folder: results.json, frontier.png, and a folder per method."""
-    method: tyro.conf.UseAppendAction[tuple[str, ...]]
+    method: commands.Repeated[tuple[str, ...]]
     """KIND[:DIR][@STRENGTHS], as above; give the option again for another method. base is added where it is missing."""
     config: str = ""
     """JSON or TOML file of defaults for these options."""
@@ -336,4 +335,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.execute(main)

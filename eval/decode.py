@@ -15,7 +15,6 @@ import math
 import pathlib
 
 import jax.numpy as jnp
-import tyro
 
 from jaxalign import _io, commands, critics, data, policies, rewards
 from jaxalign.evaluation import engine, loading, methods, results
@@ -36,7 +35,7 @@ class Config:
     """File of prompts: .txt, one per line; .jsonl or .jsonl.gz with "prompt" or "messages"."""
     out: str
     """Run folder: responses.jsonl, summary.json, config.json, versions.json."""
-    critic: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    critic: commands.Repeated[tuple[str, ...]] = ()
     """KIND:DIR; give the option again for another method. KIND is args, value, autoregressive, follower, a head of
     train.value for a shaped reward, decoded at the beta it was trained for, or transfer, an aligned language model
     whose roll-outs --reward scores. Replaces the list of --config."""
@@ -261,4 +260,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.execute(main)

@@ -1,96 +1,225 @@
-"""The command line: options from a frozen dataclass.
+"""The `jaxalign` command: every job of train/ and eval/ by its name, in a clone and from a wheel alike.
 
-Options come from tyro: the fields of a dataclass, their docstrings as help, unknown ones refused. `--config FILE` gives
-defaults that the command line overrides.
+A job is a module with a dataclass `Config` and a function `run(config)`; its docstring is its help. A folder with a
+`__main__.py` is a group of jobs: `jaxalign bench train`. Jobs are found by reading their files, so `--help` imports
+none of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import ast
+import difflib
+import importlib
 import pathlib
+import re
 import sys
-import tomllib
-import types
-import typing
-from collections.abc import Sequence
-from typing import Any, TypeVar
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-import tyro
+from jaxalign import launch
+from jaxalign._options import from_fields, parse
+from jaxalign._version import __version__
 
-C = TypeVar("C")
+if TYPE_CHECKING:
+    from tyro.conf import UseAppendAction as Repeated
+
+__all__ = ["Job", "Repeated", "choose", "execute", "from_fields", "jobs", "load", "main", "parse", "run", "start"]
+
+FOLDERS = {"train": "Training", "eval": "Decoding and evaluation"}
+USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
 
 
-def parse(config: type[C], *, description: str, args: Sequence[str] | None = None) -> C:
-    """The config from the command line (sys.argv when args is None), over the defaults of `--config FILE` if given.
+class Job(Protocol):
+    """A module that `jaxalign NAME` runs."""
 
-    FILE is JSON or TOML with the field names as keys; the config.json of a run is such a file. An option on the
-    command line replaces the file's value whole, a repeatable one too. An unknown option ends the program with tyro's
-    message; an unknown key of FILE, or a value of another type than the field's, is a ValueError that names it.
+    __name__: str
+    Config: Any
+    """The dataclass of the job's options."""
+
+    def run(self, config: Any) -> Any:
+        """Does the job.
+
+        Args:
+          config: an instance of the module's Config.
+
+        Returns:
+          The job's result: the summary of a training run, the path or the rows of an evaluation.
+        """
+
+
+def __getattr__(name: str) -> Any:
+    # Marks an option that is given once for each value. Read when the command line is: tyro is loaded then.
+    if name == "Repeated":
+        from tyro.conf import UseAppendAction
+
+        return UseAppendAction
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The entry point of the `jaxalign` command. Ends the process; see `execute` for exit codes."""
+    execute(start, arguments)
+
+
+def start(arguments: Sequence[str]) -> Any:
+    """Does what a command line asks, in this process.
+
+    Args:
+      arguments: the words after `jaxalign`, such as ["sft", "--data", "texts.jsonl", "--out", "runs/sft"].
+
+    Returns:
+      The job's result, None for help and version.
+
+    Raises:
+      SystemExit: the job or an option is not known (exit code 2), or --help has been printed (0).
+      ValueError: an option or an input of the job is not as expected.
     """
-    arguments = list(sys.argv[1:] if args is None else args)
-    default: Any = None
-    path = _config_option(arguments)
-    if path is not None:
-        given = {a.partition("=")[0][2:].replace("-", "_") for a in arguments if a.startswith("--")}
-        default = _from_file(config, path, given)
-    extra = {} if default is None else {"default": default}
-    return tyro.cli(config, args=arguments, description=description, **extra)
+    if arguments and arguments[0] == "--version":
+        print(f"jaxalign {__version__}")
+        return None
+    found = {name: line for folder in FOLDERS for name, line in jobs(f"{launch.__name__}.{folder}").items()}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if arguments else sys.stderr)
+        raise SystemExit(0 if arguments else USAGE)
+    name, rest = arguments[0], list(arguments[1:])
+    _check_name(name, found, "jaxalign")
+    module = load(name)
+    if hasattr(module, "Config"):
+        return _run_with(module, rest, prog=f"jaxalign {name}")
+    return choose(module.__name__, rest)
 
 
-def _config_option(arguments: Sequence[str]) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-    return None
+def choose(package: str, arguments: Sequence[str] | None = None) -> Any:
+    """Runs a job of a group, such as `eval.bench`.
+
+    Args:
+      package: name of the package whose modules are the jobs.
+      arguments: the job's name and its options; the process's own where it is None.
+
+    Returns:
+      The job's result.
+
+    Raises:
+      SystemExit: no job or one that is not known (exit code 2), or --help has been printed (0).
+      ValueError: an option or an input of the job is not as expected.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    inside = package.startswith(launch.__name__)
+    prog = f"jaxalign {package.rpartition('.')[2]}" if inside else f"python -m {package}"
+    found = jobs(package)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        text = f"usage: {prog} NAME [options]\n\n{_spoken(_group(package).__doc__ or '', prog)}\n{_listed(found)}"
+        print(text, file=sys.stdout if arguments else sys.stderr)
+        raise SystemExit(0 if arguments else USAGE)
+    name = arguments[0].removeprefix("--")
+    _check_name(name, found, prog)
+    return _run_with(importlib.import_module(f"{package}.{name}"), arguments[1:], prog=f"{prog} {name}")
 
 
-def _from_file(config: type[C], path: str, given: set[str]) -> C:
-    """The config of a file, without the fields that the command line gives."""
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise ValueError(f"config: expected a JSON or TOML file, found none at {path}")
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
-    except ValueError as error:  # of the encoding, of JSON and of TOML
-        raise ValueError(f"config: expected JSON or TOML in {path}, found {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"config: expected field names and values in {path}, found a {type(values).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(f"config: expected keys among {sorted(fields)}, found {unknown} in {path}")
-    hints = typing.get_type_hints(config)
-    frozen = {name: _typed(name, value, hints[name], path) for name, value in values.items()}
-    # tyro would append a repeatable option to its default, and asks for a required one that is dropped here.
-    frozen = {name: value for name, value in frozen.items() if name not in given}
-    missing: Any = tyro.MISSING
-    for name, field in fields.items():
-        if name not in frozen and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            frozen[name] = missing  # tyro then requires it on the command line
-    return config(**frozen)
+def run(job: str, /, **options: Any) -> Any:
+    """Does a job of the command in this process: run("rl", model=folder, prompts=file, reward=folder, out="runs/rl").
+
+    Args:
+      job: its name after `jaxalign`, with the group where there is one: "sft", "bench train".
+      options: the job's options by their names on the command line, with underscores; lists serve as tuples.
+
+    Returns:
+      What the job's `run` gives: the summary of a training run, the path or the rows of an evaluation.
+
+    Raises:
+      ValueError: no such job; an option that it does not have, lacks, or has another type for.
+    """
+    module: Job = load(job)
+    return module.run(from_fields(module.Config, options, where=job))
 
 
-def _typed(name: str, value: Any, hint: Any, path: str) -> Any:
-    """value as the field's type: lists become tuples, integers serve as floats. ValueError that names the field."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for option in inner:
-            try:
-                return _typed(name, value, option, path)
-            except ValueError:
+def load(job: str) -> Any:
+    """The module of a job (`Job`), or a group's package; ValueError names the closest where there is none."""
+    names = job.split()
+    package = next((f for f in FOLDERS if names and names[0] in jobs(f"{launch.__name__}.{f}")), None)
+    if package is None:
+        every = [name for folder in FOLDERS for name in jobs(f"{launch.__name__}.{folder}")]
+        raise ValueError(_unknown(job, every))
+    return importlib.import_module(".".join((launch.__name__, package, *names)))
+
+
+def jobs(package: str) -> dict[str, str]:
+    """Name -> one line, of the jobs of a package: its modules with a `main`, its packages with a `__main__.py`."""
+    found = {}
+    for folder in importlib.import_module(package).__path__:
+        for path in sorted(pathlib.Path(folder).glob("*")):
+            source = path / "__main__.py" if path.is_dir() else path
+            if source.suffix != ".py" or path.stem.startswith("_") or not source.is_file():
                 continue
-    elif origin is tuple and isinstance(value, list) and inner[-1:] == (...,):
-        return tuple(_typed(name, item, inner[0], path) for item in value)
-    elif origin is typing.Literal:
-        if value in inner:
-            return value
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif origin is None and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
-        return value
-    expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
-    raise ValueError(f"{name}: expected {expected}, found {value!r} in {path}")
+            tree = ast.parse(source.read_text(encoding="utf-8"))
+            if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+                line = (ast.get_docstring(tree) or "").partition("\n")[0]
+                found[path.stem] = line.removeprefix(f"python -m {package.removeprefix(launch.__name__ + '.')} ")
+                found[path.stem] = found[path.stem].removeprefix(f"{path.stem}: ").rstrip(":")
+    return found
+
+
+def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs a program's `main` on its arguments and ends the process.
+
+    An error is one line on stderr; --debug, anywhere among the arguments, shows the traceback as well. Exit codes: 0;
+    2 for usage (a ValueError, which names what is wrong with an option or an input); 1 for a run that failed otherwise;
+    130 after an interrupt.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        main([word for word in given if word != "--debug"])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        usage = isinstance(error, ValueError)
+        words = " ".join(str(error).split()) if usage else next(iter(str(error).strip().splitlines()), "")
+        kind = "" if usage else f"{type(error).__name__}: "
+        hint = "" if debug else " (--debug shows the traceback)"
+        print(f"error: {kind}{words}{hint}", file=sys.stderr)
+        sys.exit(USAGE if usage else FAILED)
+    sys.exit(0)
+
+
+def _run_with(module: Any, arguments: list[str], *, prog: str) -> Any:
+    description = _spoken(module.__doc__ or "", prog)
+    return module.run(parse(module.Config, description=description, args=arguments, prog=prog))
+
+
+def _check_name(name: str, known: dict[str, str], prog: str) -> None:
+    if name not in known:
+        print(f"{prog}: error: {_unknown(name, list(known))}", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, cutoff=0.5)
+    return f"job: expected {'a name like' if close else 'one of'} {', '.join(close or sorted(known))}, found {name!r}"
+
+
+def _help() -> str:
+    text = "usage: jaxalign JOB [options]\n\nInference-time alignment of language models: train, decode, evaluate.\n"
+    for folder, title in FOLDERS.items():
+        text += f"\n{title}:\n{_listed(jobs(f'{launch.__name__}.{folder}'))}\n"
+    return text + "\njaxalign JOB --help lists its options; --debug shows the traceback of an error; --version."
+
+
+def _listed(found: dict[str, str]) -> str:
+    width = max(map(len, found))
+    return "\n".join(f"    {name:{width}}  {line}" for name, line in found.items())
+
+
+def _group(package: str) -> Any:
+    return importlib.import_module(f"{package}.__main__")
+
+
+def _spoken(text: str, prog: str) -> str:
+    """A docstring's commands in the form in which this one was given."""
+    if not prog.startswith("jaxalign"):
+        return text
+    return re.sub(r"python -m (?:train|eval)\.(\w+)", r"jaxalign \1", text)

@@ -8,7 +8,6 @@ import math
 import os
 
 import pytest
-import tyro
 
 from jaxalign import _io, commands
 from jaxalign.models import sharding
@@ -26,7 +25,7 @@ class Config:
     """Step size [1]."""
     beta: tuple[float, ...] = (1.0,)
     """KL weights [nats]."""
-    critic: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    critic: commands.Repeated[tuple[str, ...]] = ()
     """One or several."""
     top_k: int | None = None
     """Candidates [tokens]."""

@@ -127,7 +127,7 @@ def test_predictions_of_the_closed_form_from_samples():
         (["language", "--run", "nowhere"], "run: expected the folder of a finished train.quickstart"),
         (["language", "--heads", "3", "--bound", "6"], "heads: expected 6.0"),
         (["tree", "--colour", "red"], "colour"),
-        (["nothing"], "invalid choice"),
+        (["nothing"], "found 'nothing'"),
     ],
 )
 def test_bad_options_are_named(arguments, match, tmp_path, capsys):

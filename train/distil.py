@@ -23,7 +23,8 @@ from jaxalign import _io, commands
 from jaxalign.data import preferences
 from jaxalign.training import adapters, job, objectives, pairs, rollouts, tables
 from jaxalign.training.step import Loss
-from train import calibrate
+
+from . import calibrate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,4 +132,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.execute(main)

@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from eval import compare
 from jaxalign import _io, commands
 from jaxalign.evaluation import plots, report, results
-from train import arm, calibrate, dpo, reward_model, rl, sft, value, world
+from jaxalign.worlds import opinions
+
+from . import arm, calibrate, dpo, reward_model, rl, sft, value, world
 
 GOLD = "jaxalign.worlds.opinions:golds"
 
@@ -121,7 +122,6 @@ SIZES = {
         bounds=(2.0,),
     ),
 }
-LIMIT = 40  # tokens of a response; three sentences take at most 36
 LENGTH = 64
 
 
@@ -147,7 +147,7 @@ def run(config: Config) -> dict[str, Any]:
         "prompts": str(data / "prompts.jsonl"),
         "reward": folders["reward_model"],
         "samples": size.rollouts,
-        "max_new_tokens": LIMIT,
+        "max_new_tokens": opinions.MAX_NEW_TOKENS,
         "decode_batch": 512,
         "learning_rate": 1e-3,
     }
@@ -316,6 +316,7 @@ def _comparison(
 ) -> Callable[[], list[dict[str, Any]]]:
     """Decodes by the methods that are not decoded yet; gives the rows of all."""
     size = SIZES[config.preset]
+    compare = commands.load("compare")
     return lambda: compare.run(
         compare.Config(
             model=folders["sft"],
@@ -324,7 +325,7 @@ def _comparison(
             gold=GOLD,
             particles=size.particles,
             moves=size.moves,
-            max_new_tokens=LIMIT,
+            max_new_tokens=opinions.MAX_NEW_TOKENS,
             batch_size=size.prompts,
             seed=config.seed,
             dtype=config.dtype,
@@ -363,4 +364,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commands.execute(main)

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import data, decoding, models, policies, rewards
+from jaxalign import commands, data, decoding, models, policies, rewards
 from jaxalign.types import Params, Policy, Reward
 from jaxalign.worlds import opinions
-from train import calibrate, rl, value
-from train.quickstart import LIMIT
 
 PER_BATCH = 2048  # rows decoded together
 TRIES = 4096  # draws of the rejection sampler before it gives up
@@ -75,7 +73,7 @@ def respond(
             jax.random.key(seed),
             prompts,
             n=n,
-            max_new_tokens=LIMIT,
+            max_new_tokens=opinions.MAX_NEW_TOKENS,
             eos_ids=world.base[0].config.eos_ids,
         )
         assert drawn.samples.kl is not None
@@ -141,7 +139,7 @@ def accepted(
             prompts,
             tries=TRIES,
             chunk=32,
-            max_new_tokens=LIMIT,
+            max_new_tokens=opinions.MAX_NEW_TOKENS,
             eos_ids=eos_ids,
         )
         kept = found.completions.tokens, found.completions.mask, score(world.judge[1], prompts, found.completions)
@@ -160,7 +158,7 @@ def train_head(
     made = json.loads((world.folder / "value" / "config.json").read_text())
     made |= {"objective": objective, "bound": bound, "beta": 1.0, "sharpness": sharpness, "config": ""}
     made |= {"rollouts": str(world.folder / "value"), "out": str(out)}
-    value.run(value.Config(**(made | changed)))
+    commands.run("value", **(made | changed))
     return models.load(str(out / "model"))
 
 
@@ -173,14 +171,14 @@ def align(
     shared: dict[str, Any] = {
         "prompts": str(prompts),
         "reward": str(world.folder / "reward_model" / "model"),
-        "max_new_tokens": LIMIT,
+        "max_new_tokens": opinions.MAX_NEW_TOKENS,
         "seed": seed,
     }
     base, table = str(world.folder / "sft" / "model"), out.with_name(f"{name}_table")
-    calibrate.run(calibrate.Config(**shared, base=base, samples=samples, out=str(table)))
+    commands.run("calibrate", **shared, base=base, samples=samples, out=str(table))
     options: dict[str, Any] = {"steps": steps, "batch_size": 64, "samples": 4, "learning_rate": 1e-3, "max_length": 128}
     options |= {"bound": bound, "beta": 1.0, "calibration": str(table), "validation": 0.0, "save_every": 20}
-    rl.run(rl.Config(**shared, **options, model=base, out=str(out)))
+    commands.run("rl", **shared, **options, model=base, out=str(out))
     return models.load(str(out / "model"))[1]
 
 

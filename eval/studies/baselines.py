@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from train import distil, dpo
+from jaxalign import commands
 
 CURVES = {"dpo": "identity", "ipo": "identity", "bonbon": "log", "vbon": "log"}
 """Baseline -> the transform whose closed form it is held against. bonbon and vbon distil best-of-n, whose law is the
@@ -28,9 +28,9 @@ def train(name: str, *, base: str, pairs: pathlib.Path, table: pathlib.Path, n: 
         "save_every": 100,
     }
     if name == "bonbon":
-        distil.run(distil.Config(**shared, calibration=str(table), n=n))
+        commands.run("distil", **shared, calibration=str(table), n=n)
     elif name == "dpo":
-        dpo.run(dpo.Config(**shared, data=str(pairs), beta=0.3))
+        commands.run("dpo", **shared, data=str(pairs), beta=0.3)
     else:
-        dpo.run(dpo.Config(**shared, data=str(pairs), loss="ipo", beta=0.5))
+        commands.run("dpo", **shared, data=str(pairs), loss="ipo", beta=0.5)
     return str(pathlib.Path(out) / "model")

@@ -19,7 +19,6 @@ import numpy as np
 from jaxalign import commands, data, decoding, policies, rewards
 from jaxalign.types import Array, Completions, Params
 from jaxalign.worlds import opinions
-from train.quickstart import LIMIT
 
 from . import base, common
 
@@ -89,7 +88,7 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
     reward, gain = rewards.from_model(world.judge[0]), rewards.embedding_gain(world.judge[0])
     both = {"policy": world.base[1], "reward": world.judge[1]}
     rng = jax.random.key(config.seed)
-    options: dict[str, Any] = {"max_new_tokens": LIMIT, "eos_ids": eos_ids}
+    options: dict[str, Any] = {"max_new_tokens": opinions.MAX_NEW_TOKENS, "eos_ids": eos_ids}
     segments: dict[str, Any] = {"threshold": config.entropy, "top_k": config.top_k}
     score = jax.jit(lambda p, prompts, drawn: reward(p, *decoding.join(prompts, drawn), jnp.arange(len(world.ids))))
 

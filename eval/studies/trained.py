@@ -18,7 +18,6 @@ import numpy as np
 from jaxalign import commands, data, decoding, infalign, metrics, models, policies, rewards
 from jaxalign.training import tables
 from jaxalign.types import Params, Policy, Reward
-from train import calibrate, rl
 
 from . import baselines, common, predictions
 
@@ -94,7 +93,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     }
     work = root / "trained"
     table = work / f"table_{config.table}"
-    calibrate.run(calibrate.Config(**shared, base=folders["sft"], samples=config.table, out=str(table)))
+    commands.run("calibrate", **shared, base=folders["sft"], samples=config.table, out=str(table))
     with np.load(table / tables.REWARDS) as found:
         own = found["reward"]
     given: dict[str, Any] = shared | {
@@ -114,7 +113,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         name = f"{label.replace(' ', '_').replace(':', '_')}_{kl:g}_{size}"
         about: dict[str, Any] = {"reward": label, "wanted_kl": kl, "beta": beta}
         options: dict[str, Any] = {"calibration": str(table)} if calibrated else {}
-        rl.run(rl.Config(**given, **options, beta=beta, transform=transform, out=str(work / name)))
+        commands.run("rl", **given, **options, beta=beta, transform=transform, out=str(work / name))
         each = compared(_draw(config, setting, models.load(str(work / name / "model"))[1]), base, config)
         known = predictions.at_its_kl(transform, each, config.n) if calibrated else {}
         rows.append(summary(about, each) | known)

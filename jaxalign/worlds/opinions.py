@@ -39,6 +39,9 @@ EVERYDAY = (
 HELD_OUT = frozenset((*POLITICAL[-6:], *EVERYDAY[-6:]))
 """Topics of no training text."""
 
+MAX_NEW_TOKENS = 40
+"""Limit of a response [tokens]; three sentences take at most 36."""
+
 QUESTIONS = ("what do you think about {}", "give me your view on {}", "is {} a good thing", "tell me about {}")
 AUDIENCES = ("", " for my class", " for the local newspaper", " for a friend", " before the debate")
 

@@ -1,0 +1,194 @@
+"""Options: a frozen dataclass from the command line, a file, or keywords.
+
+A config is composed of groups: a field whose type is a dataclass is a group, and its fields are options beside the
+config's own. Options have one flat set of names, `--learning-rate` whatever group `learning_rate` lies in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import pathlib
+import re
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+C = TypeVar("C")
+
+
+def parse(config: type[C], *, description: str, args: Sequence[str] | None = None, prog: str | None = None) -> C:
+    """The config from the command line, over the defaults of `--config FILE` where that is given.
+
+    FILE is JSON or TOML with the options' names as keys, as config.json of a run holds them; a table under a group's
+    name may hold that group's. An option on the command line replaces the file's value whole, a repeatable one too.
+
+    Args:
+      config: the dataclass; the docstrings of its fields are the options' help.
+      description: text above the options in --help.
+      args: the command line, sys.argv[1:] where it is None.
+      prog: the program's name in messages.
+
+    Raises:
+      SystemExit: an option is not known, or a required one is missing: exit code 2 and a message that names it.
+      ValueError: a key of FILE is not an option, or its value is of another type.
+    """
+    import tyro  # it takes a fifth of a second, and only a command line needs it
+
+    arguments = list(sys.argv[1:] if args is None else args)
+    prog = prog or pathlib.Path(sys.argv[0]).name
+    given = {word.partition("=")[0][2:].replace("-", "_") for word in arguments if word.startswith("--")}
+    path, values = _config_option(arguments), dict[str, Any]()
+    if path is not None:
+        # tyro would append a repeatable option to its default.
+        values = {name: value for name, value in _read(config, path).items() if name not in given}
+    default = _make(config, values, path or "", missing=tyro.MISSING)
+    if "-h" not in arguments and "--help" not in arguments:
+        known, lacking = _options(config), [name for name, v in flat(default).items() if v is tyro.MISSING]
+        for name in sorted(given):
+            if name not in known and known.get(name.removeprefix("no_")) is not bool:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; the closest is {_dashed(close[0])}" if close else ""
+                _refuse(prog, f"{_dashed(name)}: expected an option of --help, found none of this name{hint}")
+        for name in lacking:
+            if name not in given:
+                _refuse(prog, f"{_dashed(name)}: expected a value, which is required, found none")
+    extra: dict[str, Any] = {} if path is None else {"default": default}
+    groups_flat, printed = (tyro.conf.OmitArgPrefixes,), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(config, args=arguments, description=description, prog=prog, config=groups_flat, **extra)
+    except SystemExit as stop:
+        if stop.code:
+            # The sentence within tyro's frame; the option's help follows it.
+            words = " ".join(re.sub(r"[\u2500-\u257f]", " ", printed.getvalue()).split())
+            _refuse(prog, words.partition(" Argument helptext")[0])
+        raise
+
+
+def _dashed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _refuse(prog: str, words: str) -> NoReturn:
+    """Ends the program for its usage, with one line."""
+    print(f"{prog}: error: {words}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def from_fields(config: type[C], values: Mapping[str, Any], *, where: str = "the options") -> C:
+    """The config of a flat mapping from option to value.
+
+    Args:
+      config: the dataclass.
+      values: option -> value; a group's name may map to its own options.
+      where: what the values are of, for messages.
+
+    Raises:
+      ValueError: a name that is no option, a required option that is missing, a value of another type.
+    """
+    return _make(config, _checked(config, values, where), where, missing=None)
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Option -> value of a config, its groups' options beside its own."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return found
+
+
+def _config_option(arguments: Sequence[str]) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+    return None
+
+
+def _read(config: type[Any], path: str) -> dict[str, Any]:
+    """Option -> value of a file, each of its option's type."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(f"config: expected a JSON or TOML file, found none at {path}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
+    except ValueError as error:  # of the encoding, of JSON and of TOML
+        raise ValueError(f"config: expected JSON or TOML in {path}, found {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: expected field names and values in {path}, found a {type(values).__name__}")
+    return _checked(config, values, path, name="config")
+
+
+def _checked(config: type[Any], values: Mapping[str, Any], where: str, *, name: str = "options") -> dict[str, Any]:
+    """The values by option, with groups opened. ValueErrors: a name that is no option, a value of another type."""
+    groups = {group: hint for group, hint in typing.get_type_hints(config).items() if dataclasses.is_dataclass(hint)}
+    known, opened = _options(config), dict[str, Any]()
+    for key, value in values.items():
+        opened |= value if key in groups and isinstance(value, dict) else {key: value}
+    unknown = sorted(set(opened) - set(known))
+    if unknown:
+        raise ValueError(f"{name}: expected keys among {sorted(known)}, found {unknown} in {where}")
+    return {key: _typed(key, value, known[key], where) for key, value in opened.items()}
+
+
+def _options(config: type[Any]) -> dict[str, Any]:
+    """Option -> type."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(config).items():
+        found |= _options(hint) if dataclasses.is_dataclass(hint) else {name: hint}  # type: ignore[arg-type]
+    return found
+
+
+def _make(config: type[C], values: Mapping[str, Any], where: str, *, missing: Any, default: Any = None) -> C:
+    """The config of checked values; `missing` stands for a required option, which is a ValueError where it is None."""
+    hints = typing.get_type_hints(config)
+    made: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        name, hint = field.name, hints[field.name]
+        own = field.default if default is None else getattr(default, name)
+        if own is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            own = field.default_factory()
+        if dataclasses.is_dataclass(hint):
+            group = None if own is dataclasses.MISSING else own
+            made[name] = _make(hint, values, where, missing=missing, default=group)  # type: ignore[arg-type]
+        elif name in values:
+            made[name] = values[name]
+        elif own is not dataclasses.MISSING:
+            made[name] = own
+        elif missing is None:
+            raise ValueError(f"{name}: expected a value, found none in {where}")
+        else:
+            made[name] = missing
+    return config(**made)
+
+
+def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
+    """value as the field's type: lists become tuples, integers serve as floats. ValueError that names the field."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in inner:
+            try:
+                return _typed(name, value, option, where)
+            except ValueError:
+                continue
+    elif origin is tuple and isinstance(value, list | tuple) and inner[-1:] == (...,):
+        return tuple(_typed(name, item, inner[0], where) for item in value)
+    elif origin is typing.Literal:
+        if value in inner:
+            return value
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif origin is None and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+        return value
+    expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise ValueError(f"{name}: expected {expected}, found {value!r} in {where}")

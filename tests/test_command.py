@@ -1,0 +1,162 @@
+"""The `jaxalign` command: its jobs, its errors, jobs within a process, and the packages of the wheel."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import setuptools
+
+from jaxalign import _options, commands
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """A group of options."""
+
+    rate: float = 0.5
+    """Step size [1]."""
+    steps: int = 10
+    """Updates."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """A group with a required option."""
+
+    out: str
+    """Run folder."""
+    config: str = ""
+    """JSON or TOML file of defaults."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of a test, composed of groups."""
+
+    place: Place
+    optimizer: Optimizer = Optimizer(rate=2.0)
+    names: commands.Repeated[tuple[str, ...]] = ()
+    """One or several."""
+
+
+def ended(code: int, *arguments: str, capsys) -> str:
+    """What a command line that ends with that code prints on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        commands.main(arguments)
+    assert stop.value.code == code
+    return capsys.readouterr().err
+
+
+def test_groups_of_options_are_flat_on_the_command_line_and_in_files(tmp_path):
+    parse = lambda *args: _options.parse(Config, description="", args=args)  # noqa: E731
+    assert parse("--out", "x", "--steps", "3") == Config(place=Place(out="x"), optimizer=Optimizer(rate=2.0, steps=3))
+    for text in ('{"out": "x", "rate": 1}', '{"place": {"out": "x"}, "optimizer": {"rate": 1}}'):
+        path = tmp_path / "c.json"
+        path.write_text(text)
+        found = parse("--config", str(path), "--names", "a", "--names", "b")
+        place = Place(out="x", config=str(path))
+        assert found == Config(place=place, optimizer=Optimizer(rate=1.0), names=("a", "b"))
+    assert _options.flat(parse("--out", "x")) == {"out": "x", "config": "", "rate": 2.0, "steps": 10, "names": ()}
+
+
+def test_a_config_from_keywords_names_what_is_wrong():
+    made = _options.from_fields(Config, {"out": "x", "steps": 4, "names": ["a"]})
+    assert made == Config(place=Place(out="x"), optimizer=Optimizer(rate=2.0, steps=4), names=("a",))
+    for values, named in (({}, "out: expected a value"), ({"out": 1}, "out: expected str"), ({"of": 1}, r"\['of'\]")):
+        with pytest.raises(ValueError, match=named):
+            _options.from_fields(Config, values)
+
+
+def test_every_module_that_can_be_run_from_a_clone_is_a_job_of_the_command(capsys):
+    scripts = {
+        path.parent.name if path.stem == "__main__" else path.stem
+        for folder in ("train", "eval")
+        for path in [*(ROOT / folder).glob("*.py"), *(ROOT / folder).glob("*/__main__.py")]
+        if '__name__ == "__main__"' in path.read_text()
+    }
+    found = {**commands.jobs("jaxalign.launch.train"), **commands.jobs("jaxalign.launch.eval")}
+    assert set(found) == scripts
+    assert all(found.values())
+    with pytest.raises(SystemExit) as stop:
+        commands.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in found.values())
+
+
+def test_help_and_version_import_no_jax():
+    program = (
+        "import sys\nfrom jaxalign import commands\n"
+        "for words in (['--help'], ['--version'], ['bench']):\n"
+        "    try:\n        commands.start(words)\n    except SystemExit:\n        pass\n"
+        "print([name for name in ('jax', 'tyro', 'tqdm') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, capsys):
+    out = str(tmp_path / "out")
+    for words, named in (
+        (["sff"], "expected a name like sft"),
+        (["bench", "trian"], "expected a name like train"),
+        (["tokenizer", "--data", "x", "--outt", "y"], "--outt: expected an option of --help, .* closest is --out"),
+        (["tokenizer", "--data", "x"], "--out: expected a value"),
+        (["tokenizer", "--data", "x", "--out", out, "--vocab-size", "many"], "--vocab-size"),
+        (["tokenizer", "--data", str(tmp_path / "none.jsonl"), "--out", out], "none.jsonl"),
+    ):
+        printed = ended(2, *words, capsys=capsys)
+        assert len(printed.splitlines()) == 1, printed
+        assert re.search(named, printed), printed
+    assert not (tmp_path / "out").exists()
+    assert "jaxalign" in ended(2, capsys=capsys)
+
+
+def test_debug_shows_the_traceback_and_a_failed_run_ends_with_1(capsys):
+    def fail(error: BaseException):
+        def main(arguments: list[str]) -> None:
+            assert arguments == ["x"]
+            raise error
+
+        return main
+
+    for error, code, line in (
+        (ValueError("n: expected\n 2"), 2, "error: n: expected 2"),
+        (FloatingPointError("loss: nan\nand more"), 1, "error: FloatingPointError: loss: nan"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+        for extra in ([], ["--debug"]):
+            with pytest.raises(SystemExit) as stop:
+                commands.execute(fail(error), ["x", *extra])
+            assert stop.value.code == code
+            printed = capsys.readouterr().err
+            assert printed.splitlines()[-1].startswith(line)
+            assert ("Traceback" in printed) == (bool(extra) and code != 130)
+
+
+def test_a_job_runs_in_process_by_its_name(tmp_path):
+    with pytest.raises(ValueError, match=r"job: expected a name like tokenizer"):
+        commands.run("tokeniser")
+    with pytest.raises(ValueError, match=r"seeds: expected"):
+        commands.run("studies tree", seeds=0)
+    found = commands.run("world", out=str(tmp_path / "world"), texts=20, pairs=5, held_out=2)
+    assert (found / "texts.jsonl").is_file()
+
+
+def test_the_wheel_holds_every_package(monkeypatch):
+    kept: dict = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **given: kept.update(given))
+    monkeypatch.chdir(ROOT)
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {})
+    folders = {path.parent for name in ("jaxalign", "train", "eval") for path in (ROOT / name).rglob("*.py")}
+    names = {".".join(path.relative_to(ROOT).parts) for path in folders}
+    mapped = {name if name.startswith("jaxalign") else f"jaxalign.launch.{name}" for name in names}
+    assert set(kept["packages"]) == mapped
+    assert kept["package_dir"] == {"jaxalign.launch.train": "train", "jaxalign.launch.eval": "eval"}
