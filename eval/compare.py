@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _io, commands, data, decoding, models, policies
+from jaxalign import _io, commands, data, decoding, models, policies, rewards
 from jaxalign.evaluation import engine, loading, methods, plots, results
 from jaxalign.evaluation.engine import Method, Texts
 from jaxalign.evaluation.loading import Model
@@ -133,7 +133,7 @@ def check(config: Config) -> list[Spec]:
     if not config.reward:
         raise ValueError("reward: expected a reward, found none")
     specs = [parse(text) for text in dict.fromkeys(("base", *config.method))]
-    judged = loading.roles("reward", config.reward)
+    judged = rewards.reward_roles(config.reward, name="reward")
     if "reward" not in judged and any(spec.kind == "ggro" for spec in specs):
         raise ValueError(
             f"reward: expected the folder of a reward model, whose gradient ggro reads, found {config.reward!r}"
@@ -256,7 +256,11 @@ def run(config: Config, *, quiet: bool = False) -> list[dict[str, Any]]:
     """Decodes what is missing, writes results.json and frontier.png, prints the table; gives its rows. quiet: neither
     picture nor table."""
     specs = check(config)
-    folders = {"model": config.model} | loading.roles("reward", config.reward) | loading.roles("gold", config.gold)
+    folders = (
+        {"model": config.model}
+        | rewards.reward_roles(config.reward, name="reward")
+        | rewards.reward_roles(config.gold, name="gold")
+    )
     folders |= {spec.text: spec.folder for spec in specs if spec.folder}
     tokenizer, loaded = loading.load(folders, dtype=config.dtype, mesh=config.mesh, batch_size=config.batch_size)
     lm, params = loaded["model"]
@@ -309,7 +313,10 @@ def _decode(
     read = [field.name for field in dataclasses.fields(Options) if spec.kind in READ_BY.get(field.name, (spec.kind,))]
     shared: dict[str, Any] = {name: getattr(config, name) for name in read}
     inputs = [config.model, config.prompts, spec.folder]
-    inputs += [*loading.roles("reward", config.reward).values(), *loading.roles("gold", config.gold).values()]
+    inputs += [
+        *rewards.reward_roles(config.reward, name="reward").values(),
+        *rewards.reward_roles(config.gold, name="gold").values(),
+    ]
     folder = _io.open_run(
         str(pathlib.Path(config.out) / spec.slug), _Run(**shared, method=spec.text), inputs=[x for x in inputs if x]
     )

@@ -109,7 +109,7 @@ def check(config: Config) -> None:
         if spec.partition(":")[0] not in KINDS or not spec.partition(":")[2]:
             raise ValueError(f"critic: expected KIND:DIR with KIND among {KINDS}, found {spec!r}")
     if any(spec.startswith("transfer:") for spec in config.critic):
-        if "reward" not in loading.roles("reward", config.reward):
+        if "reward" not in rewards.reward_roles(config.reward, name="reward"):
             raise ValueError(f"reward: expected a folder, which a transfer critic scores by, found {config.reward!r}")
     elif config.rollouts != 1 or config.lookahead is not None:
         field, given = ("rollouts", config.rollouts) if config.lookahead is None else ("lookahead", config.lookahead)
@@ -143,7 +143,7 @@ def check(config: Config) -> None:
 def folders(config: Config) -> dict[str, str]:
     """Role -> folder of every model of a run."""
     named = {"model": config.model} | {f"critic {spec}": spec.partition(":")[2] for spec in config.critic}
-    return named | loading.roles("reward", config.reward) | loading.roles("gold", config.gold)
+    return named | rewards.reward_roles(config.reward, name="reward") | rewards.reward_roles(config.gold, name="gold")
 
 
 def plan(config: Config, setting: Setting, loaded: dict[str, loading.Model]) -> list[Method]:

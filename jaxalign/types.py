@@ -62,8 +62,8 @@ __all__ = [
     "LanguageModel",
     "Params",
     "Policy",
-    "PrefixGain",
     "PrefixReward",
+    "PrefixTokenGradient",
     "Prompts",
     "Reward",
     "Selection",
@@ -279,22 +279,22 @@ class PrefixReward(NamedTuple):
     """commit(params, state, proposal, choice [N]) -> state."""
 
 
-class PrefixGainScore(Protocol):
-    """As PrefixScore with M = 1, and the gain of each candidate at the segment's first token: (reward [N],
-    gain [N,K], proposal)."""
+class PrefixTokenGradientScore(Protocol):
+    """As PrefixScore with M = 1, and the first-order score of each candidate as the segment's first token: (reward [N],
+    score [N,K], proposal)."""
 
     def __call__(
         self, params: Params, state: State, tokens: Array, mask: Array, candidates: Candidates
     ) -> tuple[Array, Array, State]: ...
 
 
-class PrefixGain(NamedTuple):
-    """A first-order gain (`decoding.ggro`) at the first token of a segment."""
+class PrefixTokenGradient(NamedTuple):
+    """First-order scores (`rewards.token_gradient`) of tokens in the place of a segment's first."""
 
     reward: PrefixReward
     """The PrefixReward behind it, which makes and moves the state."""
-    score: PrefixGainScore
-    """score(params, state, tokens [N,S], mask [N,S], candidates [N,K]) -> (reward [N], gain [N,K], proposal)."""
+    score: PrefixTokenGradientScore
+    """score(params, state, tokens [N,S], mask [N,S], candidates [N,K]) -> (reward [N], score [N,K], proposal)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,7 +108,7 @@ def test_ggro_G6_embedding_gain_is_the_one_hot_gradient_and_the_finite_differenc
         batch = padded([[4, 5, 6, 2, 7], [7, 1, 9], [8, 9, 10, 3]], side="right")
         position, length = jnp.array([3, 1, 2]), jnp.array([2, 1, 2])
         candidates = jnp.array([[2, 5, 8, 0], [1, 4, 7, 10], [10, 3, 2, 9]])
-        gain = rewards.embedding_gain(lm)
+        gain = rewards.token_gradient(lm)
         found = jax.jit(gain)(params, *batch[:2], length, position, candidates)
         table = params["transformer"]["embedding"]
 

@@ -31,7 +31,7 @@ from tests.nudged import (
 @pytest.fixture(scope="module")
 def pair():
     (lm, params), (reward_lm, reward_params) = tiny_lm(0, num_layers=1), tiny_lm(1, "reward", num_layers=1)
-    policy, reward, gain = policies.language_model(lm), rewards.from_model(reward_lm), rewards.embedding_gain(reward_lm)
+    policy, reward, gain = policies.language_model(lm), rewards.from_model(reward_lm), rewards.token_gradient(reward_lm)
 
     def run(prompts, reward=reward, **options):
         given = {"policy": params, "reward": reward_params}
@@ -120,7 +120,7 @@ def test_ggro_bad_arguments_are_named(options, match):
 
 def test_ggro_another_vocabulary_nan_and_a_missing_reward_are_refused(pair, prompts):
     lm, params = tiny_lm(1, "reward", num_layers=1)
-    gain = rewards.embedding_gain(lm)
+    gain = rewards.token_gradient(lm)
     options = {"candidates": 2, "threshold": 1.0, "max_new_tokens": T, "eos_ids": EOS}
     given = toy(0) | {"gain": params}
     with pytest.raises(ValueError, match="vocabulary of 6 tokens, found 11"):
@@ -128,7 +128,7 @@ def test_ggro_another_vocabulary_nan_and_a_missing_reward_are_refused(pair, prom
     with pytest.raises(ValueError, match="reward: expected a Reward beside a gain"):
         decoding.ggro(MARKOV, None, _gain, toy(0), RNG, PROMPTS, **options)
     with pytest.raises(ValueError, match="scalar head"):
-        rewards.embedding_gain(tiny_lm(0, num_layers=1)[0])
+        rewards.token_gradient(tiny_lm(0, num_layers=1)[0])
     bad = toy(0)
     bad["reward"]["v"] = jnp.full(WIDTH, jnp.nan)
     with pytest.raises(ValueError, match="found NaN for prompts"):

@@ -171,7 +171,7 @@ def test_reward_combinators_under_jit():
     with pytest.raises(ValueError, match="weights"):
         total({**values, "weights": [1.0]}, batch.tokens, batch.mask, prompt_length, jnp.arange(5))
     wrong = rewards.from_numpy(lambda *_: np.zeros(2))
-    with pytest.raises(Exception, match="one number per row"):
+    with pytest.raises(Exception, match="one real number per text"):
         jax.block_until_ready(wrong(None, batch.tokens, batch.mask, prompt_length, jnp.arange(5)))
 
 

@@ -79,7 +79,7 @@ def test_a_kept_prefix_gives_the_rewards_of_the_whole_texts(name, side):
     may be taken and mixed; short and long segments take passes of different size."""
     reward, params = reward_case(name)
     prompts = padded(PROMPTS, side=side, extra=1)._replace(index=INDEX)
-    kept = prefixes.of(reward)
+    kept = prefixes.prefix_reward(reward)
     assert (getattr(reward, "prefix", None) is None) == (name == "whole_text")
     score, commit = jax.jit(kept.score), jax.jit(kept.commit)
     state = jax.jit(kept.init, static_argnums=2)(params, prompts, 2 * T)
@@ -114,7 +114,7 @@ def test_a_combination_keeps_a_prefix_where_all_its_parts_do():
 def test_the_gain_of_a_segment_is_the_gain_in_the_whole_text():
     lm, params = model(1)
     prompts, before = padded(PROMPTS), TOKENS[:, 0, :3]
-    gain = rewards.embedding_gain(lm)
+    gain = rewards.token_gradient(lm)
     choices = jnp.arange(B * 4).reshape(B, 4) % VOCAB
     start = jax.jit(gain.prefix.reward.init, static_argnums=2)(params, prompts, 2 * T)
     first = jnp.ones((B, 1, 3), bool)
@@ -150,7 +150,7 @@ def test_passes_are_as_narrow_as_the_segments(ragged):
 def test_ggro_with_a_kept_prefix_is_ggro_on_whole_texts():
     """The same tokens, segments and calls, and rewards to 1e-5, from prompts padded on the other side."""
     (lm, params), (judge, judge_params) = tiny_lm(0, num_layers=1), model(1)
-    policy, gain = policies.language_model(lm), rewards.embedding_gain(judge)
+    policy, gain = policies.language_model(lm), rewards.token_gradient(judge)
 
     def run(gain, side):
         options = {"candidates": 4, "threshold": 1.3, "max_new_tokens": T, "top_k": 5, "eos_ids": EOS}

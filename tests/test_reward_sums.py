@@ -10,7 +10,6 @@ import pytest
 
 from eval import compare, decode
 from jaxalign import rewards
-from jaxalign.evaluation import loading
 from jaxalign.training import rollouts, tables
 from tests.conftest import VOCAB, on_devices, tiny_lm
 from tests.test_eval_decode import arguments, folders, read, tokenizer
@@ -27,19 +26,19 @@ def letters(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def test_a_sum_is_read_term_by_term(tmp_path):
-    assert rewards.parse("a/b") == ((1.0, "a/b"),)
-    assert rewards.parse(" 1 * a ") == ((1.0, "a"),)
-    assert rewards.parse("0.5 * a + b - 2e-1 * m.n:f") == ((0.5, "a"), (1.0, "b"), (-0.2, "m.n:f"))
+    assert rewards.parse_reward("a/b") == ((1.0, "a/b"),)
+    assert rewards.parse_reward(" 1 * a ") == ((1.0, "a"),)
+    assert rewards.parse_reward("0.5 * a + b - 2e-1 * m.n:f") == ((0.5, "a"), (1.0, "b"), (-0.2, "m.n:f"))
     # Signs within names, as hub names and versions have them, are no signs of a sum.
-    assert rewards.parse("org/model-v1+x - org/m-2") == ((1.0, "org/model-v1+x"), (-1.0, "org/m-2"))
+    assert rewards.parse_reward("org/model-v1+x - org/m-2") == ((1.0, "org/model-v1+x"), (-1.0, "org/m-2"))
     (tmp_path / "a + b").mkdir()
-    assert rewards.parse(str(tmp_path / "a + b")) == ((1.0, str(tmp_path / "a + b")),)
+    assert rewards.parse_reward(str(tmp_path / "a + b")) == ((1.0, str(tmp_path / "a + b")),)
 
 
 @pytest.mark.parametrize("spec", ["", "a + ", "x * a", "0 * a", "nan * a", "inf * a", "2 * ", "- 0.1 * a", *MALFORMED])
 def test_what_is_no_sum_is_refused(spec):
     with pytest.raises(ValueError, match="gold: expected"):
-        rewards.parse(spec, name="gold")
+        rewards.parse_reward(spec, name="gold")
 
 
 def test_a_trainers_reward_is_the_weighted_sum_of_its_terms(folders):
@@ -48,7 +47,7 @@ def test_a_trainers_reward_is_the_weighted_sum_of_its_terms(folders):
     reward, params = rollouts.judge(spec, lm, tokenizer(), dtype="float32")
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, VOCAB, (4, 7)), jnp.int32)
     text = tokens, jnp.ones((4, 7), bool), jnp.full(4, 3), jnp.arange(4)
-    each = [rollouts.judge(name, lm, tokenizer(), dtype="float32") for _, name in rewards.parse(spec)]
+    each = [rollouts.judge(name, lm, tokenizer(), dtype="float32") for _, name in rewards.parse_reward(spec)]
     one, two, three = (np.asarray(r(p, *text)) for r, p in each)
     np.testing.assert_allclose(reward(params, *text), one + 0.5 * two - 3 * three, rtol=1e-5)
     assert np.abs(one).min() > 0
@@ -94,10 +93,10 @@ def test_rl_maximises_a_calibrated_sum_and_its_table_names_the_next_command(fold
 
 
 def test_decode_judges_by_a_sum(folders, tmp_path):
-    assert loading.roles("gold", folders["gold"]) == {"gold": folders["gold"]}
-    assert loading.roles("gold", LETTERS) == loading.roles("gold", "") == {}
+    assert rewards.reward_roles(folders["gold"], name="gold") == {"gold": folders["gold"]}
+    assert rewards.reward_roles(LETTERS, name="gold") == rewards.reward_roles("", name="gold") == {}
     spec = f"2 * {folders['reward']} - 0.5 * {LETTERS}"
-    assert loading.roles("gold", spec) == {f"gold {folders['reward']}": folders["reward"]}
+    assert rewards.reward_roles(spec, name="gold") == {f"gold {folders['reward']}": folders["reward"]}
     decode.main(arguments(folders, tmp_path / "out", "--reward", folders["reward"], "--gold", spec))
     for record in read(tmp_path / "out"):
         (less,) = letters([], [record["response"]])

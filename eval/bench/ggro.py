@@ -51,7 +51,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     # Logits of random weights are nearly uniform, and of nearly one entropy: spread them as a trained model's are.
     params["transformer"]["lm_head"] = 12 * params["transformer"]["lm_head"]
     params, judge_params = common.place((params, judge_params), mesh)
-    policy, gain = policies.language_model(lm), rewards.embedding_gain(judge)
+    policy, gain = policies.language_model(lm), rewards.token_gradient(judge)
     rows = []
     for size in config.batch:
         batch = common.prompts(size, config.prompt)

@@ -85,7 +85,7 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
 
     prompts = data.prompt_batch(world.ids)
     policy, eos_ids = policies.language_model(world.base[0]), world.base[0].config.eos_ids
-    reward, gain = rewards.from_model(world.judge[0]), rewards.embedding_gain(world.judge[0])
+    reward, gain = rewards.from_model(world.judge[0]), rewards.token_gradient(world.judge[0])
     both = {"policy": world.base[1], "reward": world.judge[1]}
     rng = jax.random.key(config.seed)
     options: dict[str, Any] = {"max_new_tokens": opinions.MAX_NEW_TOKENS, "eos_ids": eos_ids}

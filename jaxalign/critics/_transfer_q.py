@@ -61,7 +61,7 @@ def transfer_q(
     """
     eos_ids = tuple(int(i) for i in eos_ids)
     rewards = {"reward": reward} if baseline_reward is None else {"reward": reward, "baseline_reward": baseline_reward}
-    kept = {name: prefixes.of(judge) for name, judge in rewards.items()}
+    kept = {name: prefixes.prefix_reward(judge) for name, judge in rewards.items()}
     indirect = baseline_reward is not None
     vocab_size = _check_arguments(baseline, rewards, eos_ids, rollouts, lookahead, chunk)
 

@@ -14,7 +14,7 @@ from jaxalign.decoding._ggro_scores import Gain
 from jaxalign.decoding._ggro_search import Nudged, Plan, search
 from jaxalign.decoding._sampling import check_request
 from jaxalign.prompts import prompt_index, prompts_for
-from jaxalign.rewards import CheckedGain
+from jaxalign.rewards import TokenGradient
 from jaxalign.types import Array, ArrayLike, Params, Policy, Prompts, Reward
 
 
@@ -48,14 +48,14 @@ def ggro(
     before the first token, after `shortest`, whose distribution has an entropy of at least `threshold`, unless that
     token is an EOS or the last one; the next segment begins there. The reward reads partial text, without an EOS.
 
-    A reward and a gain that keep a prefix (`rewards.from_model`, `rewards.embedding_gain`) read the prompt once and
+    A reward and a gain that keep a prefix (`rewards.from_model`, `rewards.token_gradient`) read the prompt once and
     then each form of a segment alone; the accepted form joins their caches. Others read the whole text of every form.
 
     Args:
       policy: any; its most probable tokens are the candidates, its greedy tokens the text. Built once, as reward and
         gain.
       reward: r, read on partial text. None: the one behind `gain`, in one pass with it.
-      gain: `rewards.embedding_gain(lm)`, or any function of that form.
+      gain: `rewards.token_gradient(lm)`, or any function of that form.
       params: {"policy", "reward", "gain"}; without "gain", gain reads the reward's.
       rng: consumed, by proposals at a temperature and by policies that draw in their steps. Without the latter, a
         prompt's response depends on rng and its index alone.
@@ -82,7 +82,7 @@ def ggro(
         raise ValueError(f"temperature: expected a value >= 0, found {np.asarray(temperature)}")
     if is_concrete(threshold) and np.any(np.isnan(np.asarray(threshold))):
         raise ValueError("threshold: expected numbers, found NaN")
-    if reward is None and not isinstance(gain, CheckedGain):
+    if reward is None and not isinstance(gain, TokenGradient):
         raise ValueError("reward: expected a Reward beside a gain that is a plain function, found None")
     prompts = same_prompts(prompts)
     inner, judged = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32
 from jaxalign.rewards import prefixes
-from jaxalign.types import Array, Params, PrefixGain, Reward, State, TokenBatch
+from jaxalign.types import Array, Params, PrefixTokenGradient, Reward, State, TokenBatch
 
 Gain = Callable[..., Array]
 """(params, tokens [N,L], mask [N,L], prompt_length [N], position [N], candidates [N,K]) -> [N,K]: the first-order score
@@ -33,14 +33,14 @@ class Judge(NamedTuple):
 
 def judge_of(reward: Reward | None, gain: Gain) -> Judge:
     """The judge of a reward and a gain; reward None: the one behind the gain, in one pass with it."""
-    slope = prefixes.of_gain(gain)
+    slope = prefixes.prefix_token_gradient(gain)
     if reward is None:
         return Judge(
             lambda params, *rest: slope.reward.init(params["gain"], *rest),
             lambda params, *rest: _both(slope, params["gain"], *rest),
             lambda params, *rest: slope.reward.commit(params["gain"], *rest),
         )
-    value = prefixes.of(reward)
+    value = prefixes.prefix_reward(reward)
 
     def init(params: Params, prompts: TokenBatch, max_new_tokens: int) -> State:
         return {
@@ -65,7 +65,7 @@ def judge_of(reward: Reward | None, gain: Gain) -> Judge:
 
 
 def _both(
-    slope: PrefixGain, params: Params, state: State, tokens: Array, mask: Array, choices: Array, more: Array
+    slope: PrefixTokenGradient, params: Params, state: State, tokens: Array, mask: Array, choices: Array, more: Array
 ) -> tuple[Array, Array, State]:
     """(reward [B], gain [B,k], proposal); without the pass back where `more` is False."""
 

@@ -52,40 +52,25 @@ def check_scalar(name: str, lm: models.LanguageModel, folder: str) -> None:
         raise ValueError(f"{name}: expected a model with a scalar head, found {lm.config.head} in {folder}")
 
 
-def roles(name: str, spec: str) -> dict[str, str]:
-    """Role -> folder of the models of a judge: {name: folder} of one, "name folder" for each of a sum, {} of programs
-    and of "". ValueError that names it (`rewards.parse`)."""
-    terms = rewards.parse(spec, name=name) if spec else ()
-    if len(terms) == 1 and terms[0][0] == 1:
-        return {} if rewards.is_program(terms[0][1]) else {name: terms[0][1]}
-    return {f"{name} {part}": part for _, part in terms if not rewards.is_program(part)}
-
-
 def judges(
     given: dict[str, str], loaded: dict[str, Model], tokenizer: Any, prompts: TokenBatch, max_new_tokens: int
 ) -> dict[str, Judge]:
-    """A Judge for each of {"reward": as `rewards.parse` reads it, "gold": …} that is named, over the models of its
-    `roles`. ValueErrors name it."""
+    """A Judge for each of {"reward": as `rewards.parse_reward` reads it, "gold": …} that is named, over the models of
+    its `rewards.reward_roles`. ValueErrors name it."""
 
-    def term(name: str, spec: str) -> Judge:
-        if name not in loaded:
-            read = functools.partial(_text, tokenizer)
-            return Judge(rewards.from_text(read, rewards.program(spec, name=name)), None)
-        lm, params = loaded[name]
-        check_scalar(name, lm, spec)
-        check_prompt_fits(lm, prompts, max_new_tokens, name=name)
-        return Judge(jax.jit(rewards.from_model(lm)), params)
+    def load_role(role: str, folder: str) -> Model:
+        lm, params = loaded[role]
+        check_scalar(role, lm, folder)
+        check_prompt_fits(lm, prompts, max_new_tokens, name=role)
+        return lm, params
 
     out: dict[str, Judge] = {}
     for name, spec in given.items():
-        terms = rewards.parse(spec, name=name) if spec else ()
-        if len(terms) == 1 and terms[0][0] == 1:
-            out[name] = term(name, terms[0][1])
-        elif terms:
-            each = [term(f"{name} {part}", part) for _, part in terms]
-            reward, params = rewards.combine([weight for weight, _ in terms], each)
-            # Compiled as a whole: on a mesh a program's numbers do not lie as a model's do.
-            out[name] = Judge(jax.jit(reward), params)
+        if spec:
+            read = functools.partial(_text, tokenizer)
+            reward, params = rewards.build_reward(spec, load=load_role, decode=read, name=name)
+            # Compiled as a whole: on a mesh a program's numbers do not lie as a model's do. A program alone is not.
+            out[name] = Judge(reward if params is None else jax.jit(reward), params)
     return out
 
 

@@ -264,7 +264,7 @@ def nudge(setting: Setting, counts: Sequence[int], *, entropy: float, top_k: int
     judge, lm = setting.judge, setting.reward_lm
     if lm is None:
         raise ValueError("reward: expected a reward model, whose gradient GGRO takes, found a program")
-    gain = rewards.embedding_gain(lm)  # one for all: a new one is a new trace
+    gain = rewards.token_gradient(lm)  # one for all: a new one is a new trace
     both = {"policy": setting.params, "reward": judge.params}
     options: dict[str, Any] = {"max_new_tokens": setting.max_new_tokens, "eos_ids": setting.eos_ids, "top_k": top_k}
 

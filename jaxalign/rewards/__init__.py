@@ -1,26 +1,39 @@
 """Rewards of whole responses: (params, tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> reward [N].
 
-Each combinator takes Rewards and gives a Reward, which keeps a prefix (`PrefixReward`) where all its parts do. All come
-out in at least float32.
+`models` makes them of reward models, `programs` of functions of text or numpy arrays, `combinators` of other Rewards,
+`specs` of what a command line names. Each keeps a prefix (`PrefixReward`) where all its parts do. All come out in at
+least float32, and whatever a function of the user's returns is checked where it is traced.
 """
 
-from jaxalign.rewards.combinators import calibrated, combine, map_reward, shaped, weighted_sum
-from jaxalign.rewards.models import CheckedGain, embedding_gain, from_model, log_likelihood
-from jaxalign.rewards.programs import from_numpy, from_text, is_program, parse, program
+from jaxalign.rewards.combinators import RewardMap, calibrated, map_reward, shaped, weighted_sum
+from jaxalign.rewards.models import TokenGradient, from_model, log_likelihood, token_gradient
+from jaxalign.rewards.params import CalibratedParams, MapParams, ShapedParams, WeightedSumParams
+from jaxalign.rewards.programs import from_numpy, from_text
+from jaxalign.rewards.specs import Term, build_reward, is_program, parse_reward, program, reward_roles
+from jaxalign.rewards.values import call_reward, check_values
 
 __all__ = [
-    "CheckedGain",
+    "CalibratedParams",
+    "MapParams",
+    "RewardMap",
+    "ShapedParams",
+    "Term",
+    "TokenGradient",
+    "WeightedSumParams",
+    "build_reward",
     "calibrated",
-    "combine",
-    "embedding_gain",
+    "call_reward",
+    "check_values",
     "from_model",
     "from_numpy",
     "from_text",
     "is_program",
     "log_likelihood",
     "map_reward",
-    "parse",
+    "parse_reward",
     "program",
+    "reward_roles",
     "shaped",
+    "token_gradient",
     "weighted_sum",
 ]

@@ -1,21 +1,38 @@
-"""Rewards of whole responses: (params, tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> reward [N].
-
-Each combinator takes Rewards and gives a Reward, which keeps a prefix (`PrefixReward`) where all its parts do. All come
-out in at least float32.
-"""
+"""Sums and maps of Rewards. Each keeps a prefix (`PrefixReward`) where all its parts do, and comes out in at least
+float32. What a part or a map of the user's returns is checked where it is traced (`values`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import infalign, shaping
 from jaxalign._arrays import at_least_float32
-from jaxalign._checks import entry, is_concrete
+from jaxalign._builders import cached
+from jaxalign._checks import is_concrete
+from jaxalign._tables import check_index, take_by_index
+from jaxalign.prompts import prompt_index
 from jaxalign.rewards import prefixes
-from jaxalign.types import Array, CheckedReward, Params, Reward, TokenBatch
+from jaxalign.rewards.params import (
+    CalibratedParams,
+    MapParams,
+    ShapedParams,
+    WeightedSumParams,
+    below,
+    fields_of,
+)
+from jaxalign.rewards.values import call_reward, check_values
+from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
+from jaxalign.types import Array, ArrayLike, CheckedReward, HostCheck, Params, Reward, TokenBatch
+
+
+class RewardMap(Protocol):
+    """A function of rewards, elementwise: (map_params, reward [N], index [N]) -> [N]."""
+
+    def __call__(self, params: Params, reward: RewardValues, index: TextIndex, /) -> RewardValues: ...
 
 
 def _vocab_size(rewards: Sequence[Reward]) -> int | None:
@@ -26,107 +43,209 @@ def _vocab_size(rewards: Sequence[Reward]) -> int | None:
     return sizes[0] if sizes else None
 
 
-def _check(reward: Reward, params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+def _check_part(reward: Reward, params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
     check = getattr(reward, "check", None)
     if check is not None:
         check(params, prompts, max_new_tokens)
 
 
 def weighted_sum(rewards: Sequence[Reward]) -> Reward:
-    """Σ_i w_i·r_i. params {"rewards": a sequence, "weights": [m]}. ValueError where they are not one per reward."""
-    rewards = tuple(rewards)
+    """Builds the weighted sum of several rewards, Σ_i w_i·r_i.
+
+    Args:
+      rewards: m >= 1 Rewards over one vocabulary.
+
+    Returns:
+      A Reward with `WeightedSumParams`.
+
+    Raises:
+      ValueError: no rewards, or vocabularies that differ; when it is used, params or weights that are not one per
+        reward, or weights that are not finite.
+    """
+    return _weighted_sum(tuple(rewards))
+
+
+@cached
+def _weighted_sum(rewards: tuple[Reward, ...]) -> Reward:
     if not rewards:
         raise ValueError("rewards: expected at least one reward, found none")
     vocab_size = _vocab_size(rewards)
 
-    def weights_of(params: Params) -> Array:
-        weights, each = at_least_float32(entry(params, "weights")), entry(params, "rewards")
-        if weights.shape != (len(rewards),) or len(each) != len(rewards):
+    def read(params: Params) -> tuple[Sequence[Params], Array]:
+        given = fields_of(params, WeightedSumParams, name="weighted_sum")
+        weights = at_least_float32(given.weights)
+        if weights.shape != (len(rewards),) or len(given.rewards) != len(rewards):
             raise ValueError(
                 f"weights: expected {len(rewards)} weights and as many params, found shape {weights.shape} "
-                f"and {len(each)} params"
+                f"and {len(given.rewards)} params"
             )
-        return weights
+        return given.rewards, weights
 
-    def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
-        weights_of(params)  # its errors before those of the parts
-        each = [r(p, tokens, mask, prompt_length, index) for r, p in zip(rewards, params["rewards"], strict=True)]
-        return add(params, jnp.stack([at_least_float32(r) for r in each]), index)
+    def reward(
+        params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
+    ) -> RewardValues:
+        each, _ = read(params)  # its errors before those of the parts
+        found = [call_reward(r, p, tokens, mask, prompt_length, index) for r, p in zip(rewards, each, strict=True)]
+        return add(params, jnp.stack(found), index)
 
-    def add(params: Params, each: Array, index: Array) -> Array:
-        return jnp.tensordot(weights_of(params), each, axes=1)
+    def add(params: Params, values: Array, index: TextIndex) -> RewardValues:
+        return jnp.tensordot(read(params)[1], values, axes=1)
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
-        weights = weights_of(params)
+        each, weights = read(params)
         if is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights))):
             raise ValueError(f"weights: expected finite numbers, found {np.asarray(weights)}")
-        for r, p in zip(rewards, params["rewards"], strict=True):
-            _check(r, p, prompts, max_new_tokens)
+        for i, (r, p) in enumerate(zip(rewards, each, strict=True)):
+            with below(f"rewards[{i}]"):
+                _check_part(r, p, prompts, max_new_tokens)
 
-    kept = prefixes.combined(rewards, lambda params: params["rewards"], add)
+    kept = prefixes.combined_prefix(rewards, lambda params: read(params)[0], add)
     return CheckedReward(reward, check, vocab_size, kept)
 
 
-def combine(weights: Sequence[float], each: Sequence[tuple[Reward, Params]]) -> tuple[Reward, Params]:
-    """(reward, params) of Σ_i w_i·r_i, the weights [m] of `parse` beside the rewards and params that its terms name:
-    the one reward itself where there is one, of weight 1, else a `weighted_sum`. ValueErrors: of `weighted_sum`."""
-    if list(weights) == [1]:
-        return each[0]
-    params = {"rewards": [p for _, p in each], "weights": np.asarray(weights, np.float32)}
-    return weighted_sum([reward for reward, _ in each]), params
+@cached
+def map_reward(reward: Reward, f: RewardMap) -> Reward:
+    """Builds a function of a reward, r' = f(map_params, r, index).
+
+    Scaling, clipping, calibration and shaping by per-prompt tables are such maps.
+
+    Args:
+      reward: the Reward below.
+      f: f(map_params, r [N], index [N]) -> [N]. Defined once, it is traced once.
+
+    Returns:
+      A Reward with `MapParams`.
+
+    Raises:
+      ValueError: when it is used, f returns anything but one real number per text.
+    """
+    return _mapped(reward, f, None)
 
 
-def map_reward(reward: Reward, f: Callable[[Params, Array, Array], Array]) -> Reward:
-    """r' = f(map_params, r [N], index [N]); params {"reward", "map"}. Scaling, clipping, calibration and shaping by
-    per-prompt tables are such maps."""
+def _mapped(reward: Reward, f: RewardMap, check_map: HostCheck | None) -> Reward:
+    def read(params: Params) -> MapParams:
+        return fields_of(params, MapParams, name="map_reward")
 
-    def mapped(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
-        value = at_least_float32(reward(params["reward"], tokens, mask, prompt_length, index))
-        return f(params["map"], value, index)
+    def apply(params: Params, value: Array, index: TextIndex) -> RewardValues:
+        return check_values(f(read(params).map, value, index), value.shape, function=f)
+
+    def mapped(
+        params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
+    ) -> RewardValues:
+        return apply(params, call_reward(reward, read(params).reward, tokens, mask, prompt_length, index), index)
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
-        entry(params, "map")
-        _check(reward, entry(params, "reward"), prompts, max_new_tokens)
+        given = read(params)
+        if check_map is not None:
+            with below("map"):
+                check_map(given.map, prompts, max_new_tokens)
+        with below("reward"):
+            _check_part(reward, given.reward, prompts, max_new_tokens)
 
-    kept = prefixes.combined(
-        [reward], lambda params: [params["reward"]], lambda params, value, index: f(params["map"], value[0], index)
+    kept = prefixes.combined_prefix(
+        [reward],
+        lambda params: [read(params).reward],
+        lambda params, values, index: apply(params, values[0], index),
     )
     return CheckedReward(mapped, check, _vocab_size([reward]), kept)
 
 
+@cached
 def calibrated(
     reward: Reward, *, transform: infalign.Transform | None = None, width: float | None = None, smooth: bool = False
 ) -> Reward:
-    """Phi(C(x,y)): the reward's place among base samples of its prompt, in [0,1], transformed (InfAlign, arXiv
-    2412.19792, eqs. 4 and 12). None: C itself.
+    """Builds the calibrated reward Phi(C(x,y)): the reward's place among base samples of its prompt, in [0,1],
+    transformed.
 
-    params {"reward", "map": {"table": [prompts,K] ascending rewards of the base's samples, read at the prompt's
-    index}}. width, smooth: of `infalign.calibrate`; a transform that is −inf at 0 (log) needs smooth. ValueError for a
-    transform that falls somewhere.
+    Args:
+      reward: the Reward below.
+      transform: Phi, non-decreasing; None for C itself. One that is −inf at 0 (`infalign.log`) needs smooth.
+      width, smooth: of `infalign.calibrate`.
+
+    Returns:
+      A Reward with `MapParams` whose map is `CalibratedParams`; the table is read at the prompt's index.
+
+    Raises:
+      ValueError: a transform that decreases somewhere; when it is used, a table of another rank, of fewer than two
+        samples, not ascending or not finite, or without a row for a prompt's index. Under jit an index outside the
+        table and a row that is not ascending give NaN.
+
+    Source: InfAlign, arXiv 2412.19792, eqs. 4 and 12.
     """
     if transform is not None:
         infalign.check_increasing(transform)
 
-    def place(params: Params, value: Array, index: Array) -> Array:
-        table = at_least_float32(entry(params, "table"))[index]
-        c = infalign.calibrate(value[:, None], table, width=width, smooth=smooth, is_sorted=True)[:, 0]
-        return c if transform is None else transform(c)
+    def table_of(params: Params) -> ArrayLike:
+        table = fields_of(params, CalibratedParams, name="calibrated").table
+        if np.ndim(table) != 2:
+            raise ValueError(f"table: expected shape [prompts,K], found {np.shape(table)}")
+        if np.shape(table)[1] < 2:
+            raise ValueError(f"table: expected at least 2 samples of each prompt, found shape {np.shape(table)}")
+        return table
 
-    return map_reward(reward, place)
+    def place(params: Params, value: Array, index: TextIndex) -> RewardValues:
+        rows = take_by_index(table_of(params), index, name="table")
+        c = infalign.calibrate(value[:, None], reference=rows, width=width, smooth=smooth, is_sorted=True)[:, 0]
+        return c if transform is None else check_values(transform(c), c.shape, function=transform)
+
+    def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        table = table_of(params)
+        check_index("table", prompt_index(prompts), np.shape(table)[0])
+        if is_concrete(table):
+            values = np.asarray(table)
+            if not np.isfinite(values).all():
+                raise ValueError("table: expected finite rewards, found NaN or infinity")
+            if (np.diff(values, axis=1) < 0).any():
+                raise ValueError("table: expected ascending rewards in each row, found some that fall")
+
+    return _mapped(reward, place, check)
 
 
+@cached
 def shaped(reward: Reward, *, sharpness: float | None = None) -> Reward:
-    """Stackelberg shaping by per-prompt thresholds: bound·1[r > m], or bound·sigmoid(sharpness·(r − m)).
+    """Builds the Stackelberg-shaped reward by per-prompt thresholds m: bound·1[r > m], or
+    bound·sigmoid(sharpness·(r − m)).
 
-    params {"reward", "map": {"threshold": [prompts], read at the prompt's index, or one number; "bound": B > 0}};
-    thresholds by `shaping.optimal_threshold` on base samples. For best-of-n, `decoding.rejection` and training.
+    Thresholds come from `shaping.optimal_threshold` on base samples. For best-of-n, `decoding.rejection` and training.
+
+    Args:
+      reward: the Reward below.
+      sharpness: of the sigmoid [1/reward]; None for the step.
+
+    Returns:
+      A Reward with `MapParams` whose map is `ShapedParams`; thresholds are read at the prompt's index.
+
+    Raises:
+      ValueError: when it is used, thresholds of another rank, NaN, or without a row for a prompt's index; a bound that
+        is not one number > 0. Under jit an index outside the table gives NaN.
+
+    Source: arXiv 2602.02572, theorem 1.
     """
 
-    def shape(params: Params, value: Array, index: Array) -> Array:
-        threshold, bound = at_least_float32(entry(params, "threshold")), entry(params, "bound")
-        per_row = threshold if threshold.ndim == 0 else threshold[index]
-        if sharpness is None:
-            return shaping.threshold_reward(value[:, None], per_row, bound=bound)[:, 0]
-        return shaping.soft_threshold_reward(value[:, None], per_row, bound=bound, sharpness=sharpness)[:, 0]
+    def read(params: Params) -> ShapedParams:
+        given = fields_of(params, ShapedParams, name="shaped")
+        if np.ndim(given.threshold) > 1:
+            raise ValueError(f"threshold: expected shape [prompts] or one number, found {np.shape(given.threshold)}")
+        if np.ndim(given.bound):
+            raise ValueError(f"bound: expected one number, found shape {np.shape(given.bound)}")
+        return given
 
-    return map_reward(reward, shape)
+    def shape(params: Params, value: Array, index: TextIndex) -> RewardValues:
+        threshold, bound = read(params)
+        if np.ndim(threshold):
+            threshold = take_by_index(threshold, index, name="threshold")
+        if sharpness is None:
+            return shaping.threshold_reward(value[:, None], threshold=threshold, bound=bound)[:, 0]
+        column = value[:, None]
+        return shaping.soft_threshold_reward(column, threshold=threshold, bound=bound, sharpness=sharpness)[:, 0]
+
+    def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        threshold, bound = read(params)
+        if np.ndim(threshold):
+            check_index("threshold", prompt_index(prompts), np.shape(threshold)[0])
+        if is_concrete(threshold) and np.isnan(np.asarray(threshold)).any():
+            raise ValueError("threshold: expected numbers, found NaN")
+        if is_concrete(bound) and not np.asarray(bound) > 0:
+            raise ValueError(f"bound: expected a value > 0, found {np.asarray(bound)}")
+
+    return _mapped(reward, shape, check)

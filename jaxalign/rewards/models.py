@@ -3,63 +3,169 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign import mdp, models
 from jaxalign._arrays import at_least_float32
+from jaxalign._builders import cached
 from jaxalign._checks import check_has_logits, check_prompt_fits
 from jaxalign.rewards import prefixes
-from jaxalign.types import Array, CheckedReward, Params, PrefixGain, Reward, TokenBatch
+from jaxalign.shapes import Candidates, RewardValues, Scores, TextIndex, TextLength, TextMask, TextTokens
+from jaxalign.types import (
+    Array,
+    CheckedReward,
+    HeadModel,
+    HostCheck,
+    LanguageModel,
+    Params,
+    PrefixTokenGradient,
+    Reward,
+    TokenBatch,
+)
 
 
-def from_model(lm: Any) -> Reward:
-    """r(x,y): a reward model's scalar at the last real token, under either padding. params: the model's. It keeps a
-    prefix in the model's cache."""
-    if lm.config.head is None or lm.head_width != 1:
-        raise ValueError("from_model: expected a model with a scalar head")
+class EmbeddingModel(HeadModel, Protocol):
+    """A HeadModel whose input embeddings can be read and replaced, as gradients in them need."""
 
-    def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
+    def embed(self, params: Params, tokens: Array) -> Array:
+        """Input embeddings [...,D] of tokens [...]."""
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: TextTokens,
+        *,
+        mask: TextMask | None = None,
+        at: Array | None = None,
+        embeddings: Array | None = None,
+    ) -> Array:
+        """As HeadModel.hidden; embeddings [B,L,D] stand in for those of the tokens."""
+
+
+class SequenceModel(LanguageModel, Protocol):
+    """A LanguageModel that reads whole texts in parallel, as the likelihood of a response needs."""
+
+    def hidden(
+        self, params: Params, tokens: TextTokens, *, mask: TextMask | None = None, at: Array | None = None
+    ) -> Array:
+        """As HeadModel.hidden."""
+
+
+@cached
+def from_model(lm: HeadModel) -> Reward:
+    """Builds the reward of a reward model: its scalar at the last real token, under either padding.
+
+    Args:
+      lm: a model with a scalar head. One that offers `prefixes.PrefixModel` keeps a prefix in its cache.
+
+    Returns:
+      A Reward with the model's params.
+
+    Raises:
+      ValueError: a model without a scalar head.
+    """
+    if lm.head_width != 1:
+        raise ValueError(f"from_model: expected a model with a scalar head, found head_width = {lm.head_width}")
+
+    def reward(
+        params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
+    ) -> RewardValues:
         hidden = lm.hidden(params, tokens, mask=mask, at=mdp.last_index(mask)[:, None])
         return lm.head(params, hidden)[:, 0, 0]
 
-    return CheckedReward(reward, _model_check(lm), lm.vocab_size, prefixes.of_model(lm))
+    kept = prefixes.model_prefix(lm) if isinstance(lm, prefixes.PrefixModel) else None
+    return CheckedReward(reward, _model_check(lm), lm.vocab_size, kept)
+
+
+class TokenScore(Protocol):
+    """Scores candidate tokens [N,K] at column position [N] of texts [N,L] by the reward's gradient: [N,K]."""
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: TextTokens,
+        mask: TextMask,
+        prompt_length: TextLength,
+        position: TextLength,
+        candidates: Candidates,
+    ) -> Scores: ...
+
+
+class RewardAndTokenScore(Protocol):
+    """As TokenScore, with the reward of the text from the same pass: (reward [N], score [N,K])."""
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: TextTokens,
+        mask: TextMask,
+        prompt_length: TextLength,
+        position: TextLength,
+        candidates: Candidates,
+    ) -> tuple[RewardValues, Scores]: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckedGain:
-    """A first-order score of tokens, as `decoding.nudge` takes it. score: (params, tokens [N,L], mask [N,L],
-    prompt_length [N], position [N], candidates [N,K]) -> [N,K]; reward: the Reward behind it; with_reward: as score,
-    but (reward [N], score [N,K]) in one pass; check, vocab_size as in a CheckedReward; prefix: its form at the first
-    token of a segment, which reads the prefix once."""
+class TokenGradient:
+    """First-order scores of the tokens at one position, as `decoding.ggro` takes them."""
 
-    score: Callable[..., Array]
+    score: TokenScore
+    """score(params, tokens [N,L], mask [N,L], prompt_length [N], position [N], candidates [N,K]) -> [N,K]."""
     reward: Reward
-    with_reward: Callable[..., tuple[Array, Array]]
-    check: Callable[..., None] | None = None
+    """The Reward that is differentiated."""
+    with_reward: RewardAndTokenScore
+    """As score, but (reward [N], score [N,K]) in one pass."""
+    check: HostCheck | None = None
+    """check(params, prompts, max_new_tokens): host checks."""
     vocab_size: int | None = None
-    prefix: PrefixGain | None = None
+    """V, compared with the policy's; None: any."""
+    prefix: PrefixTokenGradient | None = None
+    """Its form at the first token of a segment, which reads the prefix once."""
 
-    def __call__(self, *arguments: Any) -> Array:
-        return self.score(*arguments)
+    def __call__(
+        self,
+        params: Params,
+        tokens: TextTokens,
+        mask: TextMask,
+        prompt_length: TextLength,
+        position: TextLength,
+        candidates: Candidates,
+    ) -> Scores:
+        return self.score(params, tokens, mask, prompt_length, position, candidates)
 
 
-def embedding_gain(lm: Any) -> CheckedGain:
-    """The first-order score of tokens at one position: gain(params, tokens [N,L], mask [N,L], prompt_length [N],
-    position [N], candidates [N,K]) -> g [N,K], g_v = E[v]·∂r/∂e, with e the input embedding [D] at column `position`
-    and r the reward of `from_model(lm)`; params: the model's.
+@cached
+def token_gradient(lm: EmbeddingModel) -> TokenGradient:
+    """Builds the token gradient of a reward model: g_v = E[v]·∂r/∂e for each candidate token v at one position.
 
-    g_v − g_current is the first-order gain of replacing the token that stands there (GGRO, arXiv 2606.09635). The
-    gradient is one vector [D] a row: the numbers of the one-hot gradient, of which nothing [N,L,V] is made.
+    e is the input embedding [D] at column `position`, r the reward of `from_model(lm)`, E the embedding table. The
+    difference g_v − g_current estimates, to first order, what replacing the token that stands there adds to the reward.
+    The gradient is one vector [D] a row, with the numbers of the one-hot gradient, of which nothing [N,L,V] is made.
+
+    Args:
+      lm: a model with a scalar head.
+
+    Returns:
+      A TokenGradient with the model's params.
+
+    Raises:
+      ValueError: a model without a scalar head.
+
+    Source: GGRO, arXiv 2606.09635.
     """
     reward = from_model(lm)
 
     def with_reward(
-        params: Params, tokens: Array, mask: Array, prompt_length: Array, position: Array, candidates: Array
-    ) -> tuple[Array, Array]:
+        params: Params,
+        tokens: TextTokens,
+        mask: TextMask,
+        prompt_length: TextLength,
+        position: TextLength,
+        candidates: Candidates,
+    ) -> tuple[RewardValues, Scores]:
         del prompt_length
         rows, last = jnp.arange(tokens.shape[0]), mdp.last_index(mask)[:, None]
         embeddings = lm.embed(params, jnp.where(mask, tokens, 0))
@@ -73,18 +179,42 @@ def embedding_gain(lm: Any) -> CheckedGain:
         table = at_least_float32(lm.embed(params, candidates))
         return found, jnp.einsum("nkd,nd->nk", table, at_least_float32(gradient))
 
-    def gain(*arguments: Any) -> Array:
-        return with_reward(*arguments)[1]
+    def score(
+        params: Params,
+        tokens: TextTokens,
+        mask: TextMask,
+        prompt_length: TextLength,
+        position: TextLength,
+        candidates: Candidates,
+    ) -> Scores:
+        return with_reward(params, tokens, mask, prompt_length, position, candidates)[1]
 
-    return CheckedGain(gain, reward, with_reward, _model_check(lm), lm.vocab_size, prefixes.gain_of_model(lm))
+    kept = prefixes.model_token_gradient(lm) if isinstance(lm, prefixes.PrefixModel) else None
+    return TokenGradient(score, reward, with_reward, _model_check(lm), lm.vocab_size, kept)
 
 
-def log_likelihood(lm: Any) -> Reward:
-    """Σ_t log pi_r(y_t|x,y_<t), the sequence reward of an autoregressive reward model, EOS included, no length
-    normalisation (GenARM, arXiv 2410.08193, eq. 4). params: the model's."""
+@cached
+def log_likelihood(lm: SequenceModel) -> Reward:
+    """Builds the sequence reward of an autoregressive reward model, Σ_t log pi_r(y_t|x,y_<t).
+
+    EOS is included and the length is not normalised.
+
+    Args:
+      lm: a language model.
+
+    Returns:
+      A Reward in nats, with the model's params.
+
+    Raises:
+      ValueError: a model without vocabulary logits.
+
+    Source: GenARM, arXiv 2410.08193, eq. 4.
+    """
     check_has_logits("log_likelihood", lm)
 
-    def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
+    def reward(
+        params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
+    ) -> RewardValues:
         tokens, mask = mdp.compact(tokens, mask)
         hidden = lm.hidden(params, tokens, mask=mask)
         response = mdp.response_part(mask, prompt_length)[:, 1:]
@@ -94,7 +224,7 @@ def log_likelihood(lm: Any) -> Reward:
     return CheckedReward(reward, _model_check(lm), lm.vocab_size)
 
 
-def _model_check(lm: Any) -> Callable[..., None]:
+def _model_check(lm: HeadModel | SequenceModel) -> HostCheck:
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
         check_prompt_fits(lm, prompts, max_new_tokens, name="reward's prompts")
 

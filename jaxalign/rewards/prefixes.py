@@ -1,13 +1,13 @@
 """Rewards that keep a prefix: what a `PrefixReward` is for a reward model, for a combination, and for any function.
 
-A decoder that scores many texts with one beginning reads the beginning once. `of(reward)` is the one way to ask: the
-reward's own `prefix`, or a form that keeps the text and reads it whole.
+A decoder that scores many texts with one beginning reads the beginning once. `prefix_reward(reward)` is the one way to
+ask: the reward's own `prefix`, or a form that keeps the text and reads it whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,73 +15,148 @@ import jax.numpy as jnp
 from jaxalign import mdp
 from jaxalign._arrays import at_least_float32, repeat_rows
 from jaxalign.prompts import prompt_index
-from jaxalign.types import Array, Params, PrefixGain, PrefixReward, Reward, State, TokenBatch
+from jaxalign.rewards.values import call_reward, check_values
+from jaxalign.shapes import (
+    Candidates,
+    Choice,
+    Hidden,
+    PerPrompt,
+    PromptMask,
+    PromptTokens,
+    ResponseMask,
+    ResponseTokens,
+    RewardValues,
+    Scores,
+    TextIndex,
+    TextLength,
+    TextMask,
+    TextTokens,
+)
+from jaxalign.types import Array, HeadModel, Params, PrefixReward, PrefixTokenGradient, Reward, State, TokenBatch
 
 
-def of(reward: Reward) -> PrefixReward:
-    """The reward's own form that keeps a prefix, or `whole_text`."""
-    own = getattr(reward, "prefix", None)
+@runtime_checkable
+class PrefixModel(HeadModel, Protocol):
+    """What a reward model offers beyond HeadModel to keep a prefix in its cache."""
+
+    def embed(self, params: Params, tokens: Array) -> Array:
+        """Input embeddings [...,D] of tokens [...]."""
+
+    def prefill(self, params: Params, tokens: PromptTokens, mask: PromptMask, capacity: int) -> tuple[Hidden, State]:
+        """As LanguageModel.prefill."""
+
+    def segments(
+        self,
+        params: Params,
+        cache: Any,
+        tokens: Array,
+        mask: Array,
+        *,
+        embeddings: Array | None = None,
+        packed: int | None = None,
+        at: Array | None = None,
+    ) -> tuple[Array, State]:
+        """M alternative continuations [B,M,S] over the shared prefix: (hidden at the columns at [B,M], entries to
+        `append`), as `models.LanguageModel.segments`."""
+
+    def append(self, cache: Any, entries: Any, mask: Array, choice: Choice) -> State:
+        """Writes segment choice [B] of each row into the cache; -1 freezes a row."""
+
+
+def prefix_reward(reward: Reward) -> PrefixReward:
+    """Gives the form of a Reward that keeps a prefix: its own, or `whole_text`."""
+    own: PrefixReward | None = getattr(reward, "prefix", None)
     return whole_text(reward) if own is None else own
 
 
-def of_gain(gain: Callable[..., Array]) -> PrefixGain:
-    """The same of a gain; one that reads whole texts has no reward of its own (zeros)."""
-    own = getattr(gain, "prefix", None)
-    return whole_text_gain(gain) if own is None else own
+def prefix_token_gradient(gradient: Callable[..., Any]) -> PrefixTokenGradient:
+    """Gives the form of a token gradient that keeps a prefix: its own, or `whole_text_token_gradient`."""
+    own: PrefixTokenGradient | None = getattr(gradient, "prefix", None)
+    return whole_text_token_gradient(gradient) if own is None else own
 
 
 # A reward model -------------------------------------------------------------------------------------------------------
 
 
-def of_model(lm: Any) -> PrefixReward:
-    """A reward model's scalar at the last real token: the prefix is in its cache, and a segment alone is read, in as
-    narrow a pass as holds it (`_sizes`)."""
+class ModelPrefix(NamedTuple):
+    """State of a reward model that keeps a prefix."""
+
+    cache: State
+    """The model's cache of the prefix."""
+    reward: PerPrompt
+    """[N], of the prefix."""
+
+
+class ModelProposal(NamedTuple):
+    """What a reward model computed of M segments."""
+
+    entries: State
+    """Cache entries [N,M,S,...] to append."""
+    mask: Array
+    """[N,M,S] bool, the segments' real tokens."""
+    reward: Array
+    """[N,M]."""
+
+
+def model_prefix(lm: PrefixModel) -> PrefixReward:
+    """Builds the prefix form of a reward model's scalar at the last real token: the prefix is in its cache, and only
+    the segment is read, in as narrow a pass as holds it (`_sizes`)."""
+
+    def init(params: Params, prompts: TokenBatch, max_new_tokens: int) -> ModelPrefix:
+        capacity = prompts.tokens.shape[1] + max_new_tokens
+        hidden, cache = lm.prefill(params, prompts.tokens, prompts.mask.astype(bool), capacity)
+        return ModelPrefix(cache, lm.head(params, hidden)[:, 0])
 
     def score(params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]:
-        return _sized(_read, False, lm, params, state, tokens, mask)
+        found, proposal = _sized(_read, False, lm, params, state, tokens, mask)
+        return found, proposal
 
-    return PrefixReward(lambda *arguments: _init(lm, *arguments), score, lambda *arguments: _commit(lm, *arguments))
+    def commit(params: Params, state: State, proposal: State, choice: Choice) -> ModelPrefix:
+        cache = lm.append(state.cache, proposal.entries, proposal.mask, choice)
+        picked = jnp.take_along_axis(proposal.reward, jnp.maximum(choice, 0)[:, None], axis=1)[:, 0]
+        return ModelPrefix(cache, jnp.where(choice >= 0, picked, state.reward))
+
+    return PrefixReward(init, score, commit)
 
 
-def gain_of_model(lm: Any) -> PrefixGain:
-    """The gain of `rewards.embedding_gain`: nothing before the segment depends on its first token, so the backward
-    pass, too, goes through the segment alone."""
+def model_token_gradient(lm: PrefixModel) -> PrefixTokenGradient:
+    """Builds the prefix form of `rewards.token_gradient`: nothing before the segment depends on its first token, so the
+    backward pass, too, goes through the segment alone."""
 
-    def score(params: Params, state: State, tokens: Array, mask: Array, candidates: Array) -> Any:
+    def score(
+        params: Params, state: State, tokens: ResponseTokens, mask: ResponseMask, candidates: Candidates
+    ) -> tuple[RewardValues, Scores, State]:
         segment = (tokens[:, None], mask[:, None])
         found, gradient, proposal = _sized(_read_and_slope, True, lm, params, state, *segment)
         table = at_least_float32(lm.embed(params, candidates))
         return found[:, 0], jnp.einsum("nkd,nd->nk", table, gradient), proposal
 
-    return PrefixGain(of_model(lm), score)
+    return PrefixTokenGradient(model_prefix(lm), score)
 
 
-def _init(lm: Any, params: Params, prompts: TokenBatch, max_new_tokens: int) -> State:
-    capacity = prompts.tokens.shape[1] + max_new_tokens
-    hidden, cache = lm.prefill(params, prompts.tokens, prompts.mask.astype(bool), capacity)
-    return {"cache": cache, "reward": lm.head(params, hidden)[:, 0]}
-
-
-def _commit(lm: Any, params: Params, state: State, proposal: State, choice: Array) -> State:
-    del params
-    cache = lm.append(state["cache"], proposal["entries"], proposal["mask"], choice)
-    picked = jnp.take_along_axis(proposal["reward"], jnp.maximum(choice, 0)[:, None], axis=1)[:, 0]
-    return {"cache": cache, "reward": jnp.where(choice >= 0, picked, state["reward"])}
-
-
-def _read(lm: Any, params: Params, state: State, tokens: Array, mask: Array, packed: int, **options: Any) -> Any:
+def _read(
+    lm: PrefixModel,
+    params: Params,
+    state: ModelPrefix,
+    tokens: Array,
+    mask: Array,
+    packed: int,
+    embeddings: Array | None = None,
+) -> tuple[Array, ModelProposal]:
     """(reward [N,M], proposal) of segments [N,M,S] in a pass of `packed` tokens."""
     last = mdp.last_index(mask)
-    hidden, entries = lm.segments(params, state["cache"], tokens, mask, packed=packed, at=last, **options)
-    found = jnp.where(last >= 0, lm.head(params, hidden)[..., 0], state["reward"][:, None])
-    return found, {"entries": entries, "mask": mask, "reward": found}
+    hidden, entries = lm.segments(params, state.cache, tokens, mask, packed=packed, at=last, embeddings=embeddings)
+    found = jnp.where(last >= 0, lm.head(params, hidden)[..., 0], state.reward[:, None])
+    return found, ModelProposal(entries, mask, found)
 
 
-def _read_and_slope(lm: Any, params: Params, state: State, tokens: Array, mask: Array, packed: int) -> Any:
+def _read_and_slope(
+    lm: PrefixModel, params: Params, state: ModelPrefix, tokens: Array, mask: Array, packed: int
+) -> tuple[Array, Array, ModelProposal]:
     """(reward [N,1], its gradient [N,D] in the embedding of the first token, proposal) of segments [N,1,S]."""
     embeddings = lm.embed(params, jnp.where(mask, tokens, 0))
 
-    def total(e: Array) -> Any:
+    def total(e: Array) -> tuple[Array, tuple[Array, ModelProposal]]:
         given = embeddings.at[:, 0, 0].set(e)
         found, proposal = _read(lm, params, state, tokens, mask, packed, embeddings=given)
         return found.sum(), (found, proposal)
@@ -106,7 +181,13 @@ def _sizes(rows: int, width: int, *, ragged: bool) -> list[tuple[int, int]]:
 
 
 def _sized(
-    read: Callable[..., Any], ragged: bool, lm: Any, params: Params, state: State, tokens: Array, mask: Array
+    read: Callable[..., Any],
+    ragged: bool,
+    lm: PrefixModel,
+    params: Params,
+    state: ModelPrefix,
+    tokens: Array,
+    mask: Array,
 ) -> Any:
     """read(lm, params, state, tokens, mask, packed) in the first of the `_sizes` that holds the real tokens."""
     rows, width = mask.shape[0] * mask.shape[1], mask.shape[2]
@@ -116,8 +197,8 @@ def _sized(
         def run() -> Any:
             *found, proposal = read(lm, params, state, tokens[..., :columns], mask[..., :columns], packed)
             room = ((0, 0), (0, 0), (0, 0), (0, width - columns), (0, 0))
-            entries = jax.tree.map(lambda x: jnp.pad(x, room), proposal["entries"])
-            return (*found, proposal | {"entries": entries, "mask": mask})
+            entries = jax.tree.map(lambda x: jnp.pad(x, room), proposal.entries)
+            return (*found, proposal._replace(entries=entries, mask=mask))
 
         return run
 
@@ -131,95 +212,142 @@ def _sized(
 # Any function ---------------------------------------------------------------------------------------------------------
 
 
-def _start(params: Params, prompts: TokenBatch, max_new_tokens: int) -> State:
+class TextPrefix(NamedTuple):
+    """State of a reward that reads whole texts: the prefix as tokens."""
+
+    prompts: TokenBatch
+    """The prompts [N,P], with their index."""
+    response: ResponseTokens
+    """[N,T], the accepted tokens, zeros after them."""
+    length: TextLength
+    """[N], accepted tokens."""
+
+
+class TextProposal(NamedTuple):
+    """M segments that were scored as whole texts."""
+
+    tokens: Array
+    """[N,M,S]."""
+    mask: Array
+    """[N,M,S] bool."""
+
+
+def _start(params: Params, prompts: TokenBatch, max_new_tokens: int) -> TextPrefix:
     del params
     batch = prompts.tokens.shape[0]
-    return {
-        "prompts": TokenBatch(prompts.tokens, prompts.mask.astype(bool), prompt_index(prompts)),
-        "response": jnp.zeros((batch, max_new_tokens), jnp.int32),
-        "length": jnp.zeros(batch, jnp.int32),
-    }
+    given = TokenBatch(prompts.tokens, prompts.mask.astype(bool), prompt_index(prompts))
+    return TextPrefix(given, jnp.zeros((batch, max_new_tokens), jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
-def _written(state: State, tokens: Array, mask: Array) -> State:
+def _written(state: TextPrefix, tokens: Array, mask: Array) -> TextPrefix:
     """The state after segments [N,S]; what lies beyond the room is dropped."""
-    room, rows = state["response"].shape[1], jnp.arange(tokens.shape[0])[:, None]
-    place = jnp.where(mask, state["length"][:, None] + jnp.cumsum(mask, axis=1) - 1, room)
-    response = state["response"].at[rows, place].set(tokens, mode="drop")
-    return state | {"response": response, "length": state["length"] + mask.sum(axis=1, dtype=jnp.int32)}
+    room, rows = state.response.shape[1], jnp.arange(tokens.shape[0])[:, None]
+    place = jnp.where(mask, state.length[:, None] + jnp.cumsum(mask, axis=1) - 1, room)
+    response = state.response.at[rows, place].set(tokens, mode="drop")
+    return state._replace(response=response, length=state.length + mask.sum(axis=1, dtype=jnp.int32))
 
 
-def _text(state: State) -> tuple[Array, Array, Array]:
-    real = jnp.arange(state["response"].shape[1]) < state["length"][:, None]
-    return mdp.concatenate(state["prompts"], state["response"], real)
+def _text(state: TextPrefix) -> tuple[TextTokens, TextMask, TextLength]:
+    real = jnp.arange(state.response.shape[1]) < state.length[:, None]
+    return mdp.concatenate(state.prompts, state.response, real)
 
 
-def _keep(params: Params, state: State, proposal: State, choice: Array) -> State:
+def _keep(params: Params, state: State, proposal: State, choice: Choice) -> TextPrefix:
     del params
     pick = jnp.maximum(choice, 0)[:, None, None]
-    tokens, mask = (jnp.take_along_axis(proposal[name], pick, axis=1)[:, 0] for name in ("tokens", "mask"))
+    tokens, mask = (jnp.take_along_axis(x, pick, axis=1)[:, 0] for x in (proposal.tokens, proposal.mask))
     return _written(state, tokens, mask & (choice >= 0)[:, None])
 
 
 def whole_text(reward: Reward) -> PrefixReward:
-    """Of any Reward: the prefix is kept as tokens, and each text is read whole."""
+    """Builds the prefix form of any Reward: the prefix is kept as tokens, and each text is read whole."""
 
     def score(params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]:
         batch, count, width = tokens.shape
         texts = _written(repeat_rows(state, count), tokens.reshape(-1, width), mask.reshape(-1, width))
-        found = reward(params, *_text(texts), texts["prompts"].index).reshape(batch, count)
-        return found, {"tokens": tokens, "mask": mask}
+        index = prompt_index(texts.prompts)
+        found = call_reward(reward, params, *_text(texts), index).reshape(batch, count)
+        return found, TextProposal(tokens, mask)
 
     return PrefixReward(_start, score, _keep)
 
 
-def whole_text_gain(gain: Callable[..., Array]) -> PrefixGain:
-    """The same of any gain; its reward is that behind it, zeros where it has none."""
-    reward = getattr(gain, "reward", None)
-    with_reward = getattr(gain, "with_reward", None)
+def whole_text_token_gradient(gradient: Callable[..., Any]) -> PrefixTokenGradient:
+    """Builds the prefix form of any token gradient; its reward is the one that is differentiated, zeros where it has
+    none."""
+    reward = getattr(gradient, "reward", None)
+    with_reward = getattr(gradient, "with_reward", None)
 
-    def none(params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]:
-        return jnp.zeros(tokens.shape[:2]), {"tokens": tokens, "mask": mask}
+    def no_reward(params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]:
+        return jnp.zeros(tokens.shape[:2]), TextProposal(tokens, mask)
 
-    def score(params: Params, state: State, tokens: Array, mask: Array, candidates: Array) -> Any:
+    def score(
+        params: Params, state: State, tokens: ResponseTokens, mask: ResponseMask, candidates: Candidates
+    ) -> tuple[RewardValues, Scores, State]:
         text = _text(_written(state, tokens, mask))
-        position = (text[2] + state["length"]).astype(jnp.int32)
-        proposal = {"tokens": tokens[:, None], "mask": mask[:, None]}
+        position = (text[2] + state.length).astype(jnp.int32)
+        proposal = TextProposal(tokens[:, None], mask[:, None])
         if with_reward is None:
-            return jnp.zeros(tokens.shape[0]), gain(params, *text, position, candidates), proposal
-        return *with_reward(params, *text, position, candidates), proposal
+            value, scores = jnp.zeros(tokens.shape[0]), gradient(params, *text, position, candidates)
+        else:
+            value, scores = with_reward(params, *text, position, candidates)
+        shape = tuple(candidates.shape)
+        value = check_values(value, shape[:1], function=gradient)
+        return value, check_values(scores, shape, function=gradient), proposal
 
-    return PrefixGain(PrefixReward(_start, none, _keep) if reward is None else whole_text(reward), score)
+    return PrefixTokenGradient(PrefixReward(_start, no_reward, _keep) if reward is None else whole_text(reward), score)
 
 
 # Combinations ---------------------------------------------------------------------------------------------------------
 
 
-def combined(
+class CombinedPrefix(NamedTuple):
+    """State of a combination of rewards that keep a prefix."""
+
+    parts: tuple[State, ...]
+    """The state of each part."""
+    prompt_index: TextIndex
+    """[N], the prompt's row in its set."""
+
+
+def combined_prefix(
     parts: Sequence[Reward],
     params_of: Callable[[Params], Sequence[Params]],
-    combine: Callable[[Params, Array, Array], Array],
+    combine: Callable[[Params, Array, TextIndex], RewardValues],
 ) -> PrefixReward | None:
-    """combine(params, rewards [m,N], index [N]) -> [N] of the parts; None where one of them keeps no prefix."""
+    """Builds the prefix form of a combination of rewards.
+
+    Args:
+      parts: m Rewards.
+      params_of: the parameters of each part from those of the combination.
+      combine: combine(params, rewards [m,N], index [N]) -> [N].
+
+    Returns:
+      A PrefixReward, or None where one of the parts keeps no prefix.
+    """
     kept = [getattr(part, "prefix", None) for part in parts]
     own = [part for part in kept if part is not None]
     if len(own) < len(kept):
         return None
 
-    def init(params: Params, prompts: TokenBatch, max_new_tokens: int) -> State:
+    def init(params: Params, prompts: TokenBatch, max_new_tokens: int) -> CombinedPrefix:
         each = zip(own, params_of(params), strict=True)
         states = tuple(part.init(p, prompts, max_new_tokens) for part, p in each)
-        return {"parts": states, "index": prompt_index(prompts)}
+        return CombinedPrefix(states, prompt_index(prompts))
 
     def score(params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]:
-        each = zip(own, params_of(params), state["parts"], strict=True)
-        found, proposals = zip(*(part.score(p, s, tokens, mask) for part, p, s in each), strict=True)
-        flat = jnp.stack([at_least_float32(value).reshape(-1) for value in found])
-        value = combine(params, flat, jnp.repeat(state["index"], tokens.shape[1]))
-        return value.reshape(tokens.shape[:2]), proposals
+        each = zip(parts, own, params_of(params), state.parts, strict=True)
+        shape, found, proposals = tuple(tokens.shape[:2]), [], []
+        for reward, part, p, s in each:
+            value, proposal = part.score(p, s, tokens, mask)
+            found.append(check_values(value, shape, function=reward).reshape(-1))
+            proposals.append(proposal)
+        value = combine(params, jnp.stack(found), jnp.repeat(state.prompt_index, shape[1]))
+        return value.reshape(shape), tuple(proposals)
 
-    def commit(params: Params, state: State, proposal: State, choice: Array) -> State:
-        each = zip(own, params_of(params), state["parts"], proposal, strict=True)
-        return state | {"parts": tuple(part.commit(p, s, q, choice) for part, p, s, q in each)}
+    def commit(params: Params, state: State, proposal: State, choice: Choice) -> CombinedPrefix:
+        each = zip(own, params_of(params), state.parts, proposal, strict=True)
+        parts = tuple(part.commit(p, s, q, choice) for part, p, s, q in each)
+        return CombinedPrefix(parts, state.prompt_index)
 
     return PrefixReward(init, score, commit)

@@ -1,95 +1,91 @@
-"""Rewards that are programs on the host: functions of numpy arrays or of text. `jaxalign.rewards` names them too."""
+"""Rewards that are programs on the host: functions of numpy arrays or of text."""
 
 from __future__ import annotations
 
-import importlib
-import pathlib
-import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.types import Array, Params, Reward
+from jaxalign._builders import cached
+from jaxalign.rewards.values import host_values
+from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
+from jaxalign.types import Array, Params, Reward, TextReward
+
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+Bools = np.ndarray[Any, np.dtype[np.bool_]]
+Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
-def from_numpy(f: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Reward:
-    """A program on host arrays: f(tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> [N] numbers. params: None.
+class NumpyReward(Protocol):
+    """A reward of host arrays: (tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> [N] numbers."""
 
-    Works under jit through a callback; it has no gradient, and a result of another shape is a ValueError. float32, or
-    float64 where jax has it enabled.
+    def __call__(self, tokens: Ints, mask: Bools, prompt_length: Ints, index: Ints, /) -> Numbers: ...
+
+
+@cached
+def from_numpy(f: NumpyReward) -> Reward:
+    """Builds a Reward of a program on host arrays.
+
+    It works under jit through a callback and has no gradient. Its numbers are float32, or float64 where jax has that
+    enabled.
+
+    Args:
+      f: f(tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> [N] numbers, all numpy arrays.
+
+    Returns:
+      A Reward whose params are None.
+
+    Raises:
+      ValueError: when it is used, f returns anything but one real number per row.
     """
+    return _from_numpy(f, f)
 
-    def dtype() -> np.dtype:
-        return jnp.dtype(jnp.result_type(float))
 
-    def call(tokens: Array, mask: Array, prompt_length: Array, index: Array) -> np.ndarray:
-        found = np.asarray(f(*(np.asarray(a) for a in (tokens, mask, prompt_length, index))), dtype())
-        if found.shape != np.shape(prompt_length):
-            raise ValueError(f"from_numpy: expected one number per row, {np.shape(prompt_length)}, found {found.shape}")
+def _from_numpy(f: NumpyReward, named: NumpyReward | TextReward) -> Reward:
+    """As `from_numpy`, with errors that name the function `named`."""
+
+    def dtype() -> np.dtype[Any]:
+        return np.dtype(jnp.result_type(float))
+
+    def call(tokens: Any, mask: Any, prompt_length: Any, index: Any) -> Numbers:
+        found = f(*(np.asarray(a) for a in (tokens, mask, prompt_length, index)))
+        return np.asarray(host_values(found, np.shape(prompt_length), function=named), dtype())
+
+    def reward(
+        params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
+    ) -> RewardValues:
+        shape = np.empty(prompt_length.shape, dtype())
+        found: Array = jax.pure_callback(call, shape, tokens, mask, prompt_length, index, vmap_method="sequential")
         return found
-
-    def reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
-        shape = jax.ShapeDtypeStruct(prompt_length.shape, dtype())
-        return jax.pure_callback(call, shape, tokens, mask, prompt_length, index, vmap_method="sequential")
 
     return reward
 
 
-def program(spec: str, *, name: str = "reward") -> Callable[..., Any]:
-    """The function of "MODULE:FUNCTION": of a reward, f(prompts, responses) -> one number each. ValueError that names
-    the field where there is none."""
-    module, _, function = spec.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r} ({error})") from error
-    if not callable(found):
-        raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r}, a {type(found).__name__}")
-    return found
+@cached
+def from_text(decode: Callable[[Sequence[int]], str], f: TextReward) -> Reward:
+    """Builds a Reward of a program on text.
 
+    This is also the explicit path for a reward model with another tokenizer: decode here, encode again inside f.
 
-def is_program(spec: str) -> bool:
-    """Whether an option names a program, "MODULE:FUNCTION", and not a folder."""
-    return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec)) and not pathlib.Path(spec).exists()
+    Args:
+      decode: turns token ids into text (a tokenizer's decode).
+      f: f(prompts: list[str], responses: list[str]) -> one number per response.
 
+    Returns:
+      A Reward whose params are None.
 
-def parse(spec: str, *, name: str = "reward") -> tuple[tuple[float, str], ...]:
-    """(weight, folder or MODULE:FUNCTION) of each term of an option: "DIR", or a weighted sum with spaces about its
-    signs, "0.5 * DIR + DIR2 - 0.1 * MODULE:FUNCTION". ValueError that names the field: a term is empty or holds a sign
-    that is not one of the sum's, or a weight is not a finite number other than 0."""
-    if spec and pathlib.Path(spec).exists():
-        return ((1.0, spec),)
-    first, *rest = re.split(r"\s([+-])\s", spec)
-    out = []
-    for sign, term in zip(["+", *rest[::2]], [first, *rest[1::2]], strict=True):
-        weight, times, found = term.rpartition(" * ")
-        found = found.strip()
-        try:
-            value = float(weight) if times else 1.0
-        except ValueError as error:
-            raise ValueError(f"{name}: expected WEIGHT * REWARD, found {term.strip()!r} in {spec!r}") from error
-        if not found or not 1e-30 < abs(value) < 1e30:  # beyond, a float32 would be 0 or infinite
-            raise ValueError(f"{name}: expected a weight other than 0 and a reward, found {term.strip()!r} in {spec!r}")
-        if re.search(r"\*|^[+-]\s|\s[+-]", found) and not pathlib.Path(found).exists():
-            raise ValueError(f"{name}: expected spaces about each sign and a reward after it, found {spec!r}")
-        out.append((value if sign == "+" else -value, found))
-    return tuple(out)
-
-
-def from_text(decode: Callable[[Sequence[int]], str], f: Callable[[list[str], list[str]], Sequence[float]]) -> Reward:
-    """A program on text: f(prompts, responses) -> one number each. params: None.
-
-    `decode` turns token ids into text (a tokenizer's decode). This is the explicit path for a reward model with another
-    tokenizer: decode here, re-encode inside f.
+    Raises:
+      ValueError: when it is used, f returns anything but one real number per response.
     """
 
-    def score(tokens: np.ndarray, mask: np.ndarray, prompt_length: np.ndarray, index: np.ndarray) -> np.ndarray:
+    def score(tokens: Ints, mask: Bools, prompt_length: Ints, index: Ints) -> Numbers:
         rows = [row[real].tolist() for row, real in zip(tokens, mask.astype(bool), strict=True)]
         prompts = [decode(row[:n]) for row, n in zip(rows, prompt_length.tolist(), strict=True)]
         responses = [decode(row[n:]) for row, n in zip(rows, prompt_length.tolist(), strict=True)]
-        return np.asarray(f(prompts, responses))
+        found: Numbers = host_values(f(prompts, responses), prompt_length.shape, function=f)
+        return found
 
-    return from_numpy(score)
+    return _from_numpy(score, f)

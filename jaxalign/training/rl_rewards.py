@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import infalign, rewards, shaping
+from jaxalign.prompts import prompt_index
 from jaxalign.training import job, rollouts, tables
-from jaxalign.types import Array, CheckedReward, Params, Reward
+from jaxalign.types import Array, CheckedReward, Params, Reward, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,11 @@ def _by_row(reward: Reward, count: int) -> Reward:
     def read(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
         return reward(params, tokens, mask, prompt_length, index % count)
 
-    return CheckedReward(read, getattr(reward, "check", None), getattr(reward, "vocab_size", None))
+    def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        if isinstance(reward, CheckedReward) and reward.check is not None:
+            reward.check(params, prompts._replace(index=prompt_index(prompts) % count), max_new_tokens)
+
+    return CheckedReward(read, check, getattr(reward, "vocab_size", None))
 
 
 def _compose(config: Any, begin: job.Start, asked: Sequence[Sequence[int]]) -> Composed:

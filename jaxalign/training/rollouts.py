@@ -88,26 +88,22 @@ def inputs(config: Source) -> list[str]:
 
 def reward_inputs(spec: str) -> list[str]:
     """The terms of --reward: those that are folders are inputs of a run."""
-    return [name for _, name in rewards.parse(spec)]
+    return [term.source for term in rewards.parse_reward(spec)]
 
 
 def judge(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) -> tuple[Reward, Params]:
-    """The Reward of --reward (`rewards.parse`) and its parameters. ValueErrors: no such program, another vocabulary, no
-    scalar head."""
-    terms = rewards.parse(spec)
-    made = {name: _term(name, lm, tokenizer, dtype=dtype) for name in dict.fromkeys(name for _, name in terms)}
-    return rewards.combine([weight for weight, _ in terms], [made[name] for _, name in terms])
+    """The Reward of --reward (`rewards.parse_reward`) and its parameters. ValueErrors: no such program, another
+    vocabulary, no scalar head."""
 
+    def load(role: str, folder: str) -> tuple[models.LanguageModel, Params]:
+        models.check_tokens(tokenizer.get_vocab(), models.tokenizer(folder).get_vocab(), name="reward")
+        reward_lm, params = models.load(folder, dtype=dtype)
+        if reward_lm.vocab_size != lm.vocab_size:
+            raise ValueError(f"reward: expected {lm.vocab_size} tokens as the base has, found {reward_lm.vocab_size}")
+        return reward_lm, params
 
-def _term(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) -> tuple[Reward, Params]:
-    if rewards.is_program(spec):
-        read = rewards.program(spec)
-        return rewards.from_text(lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True), read), None
-    models.check_tokens(tokenizer.get_vocab(), models.tokenizer(spec).get_vocab(), name="reward")
-    reward_lm, params = models.load(spec, dtype=dtype)
-    if reward_lm.vocab_size != lm.vocab_size:
-        raise ValueError(f"reward: expected {lm.vocab_size} tokens as the base has, found {reward_lm.vocab_size}")
-    return rewards.from_model(reward_lm), params
+    read = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)  # noqa: E731
+    return rewards.build_reward(spec, load=load, decode=read)
 
 
 def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -> list[Rollout]:

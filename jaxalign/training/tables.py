@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign import _io
-from jaxalign.rewards import programs
+from jaxalign import _io, rewards
 
 REWARDS, ABOUT = "table.npz", "table.json"
 MEANING = {
@@ -47,9 +46,9 @@ def made_with(
     dtype: str,
     temperature: float = 1.0,
 ) -> dict[str, Any]:
-    """What a table depends on. base: folder of the model; reward: as `rewards.parse` reads it, MODULE:FUNCTION by its
-    name; prompts: token ids. Weights count, names of folders do not."""
-    terms = sorted((folder_digest(name), weight) for weight, name in programs.parse(reward))
+    """What a table depends on. base: folder of the model; reward: as `rewards.parse_reward` reads it, MODULE:FUNCTION
+    by its name; prompts: token ids. Weights count, names of folders do not."""
+    terms = sorted((folder_digest(name), weight) for weight, name in rewards.parse_reward(reward))
     return {
         "base": folder_digest(base),
         "reward": " + ".join(name if weight == 1 else f"{weight!r} * {name}" for name, weight in terms),

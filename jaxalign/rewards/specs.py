@@ -1,0 +1,153 @@
+"""Rewards as command lines name them: a folder, a program MODULE:FUNCTION, or a weighted sum of such, "DIR - 0.1 *
+MODULE:FUNCTION". The one place that reads and builds them."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxalign.rewards.combinators import weighted_sum
+from jaxalign.rewards.models import from_model
+from jaxalign.rewards.params import WeightedSumParams
+from jaxalign.rewards.programs import from_text
+from jaxalign.types import HeadModel, Params, Reward
+
+
+class Term(NamedTuple):
+    """A term of a weighted sum of rewards."""
+
+    weight: float
+    """Finite, not 0."""
+    source: str
+    """The folder of a reward model, or MODULE:FUNCTION."""
+
+
+class Load(Protocol):
+    """Loads the reward model of a folder: (model, params). role is what errors call it."""
+
+    def __call__(self, role: str, folder: str, /) -> tuple[HeadModel, Params]: ...
+
+
+def program(spec: str, *, name: str = "reward") -> Callable[..., Any]:
+    """Imports the function that MODULE:FUNCTION names.
+
+    Args:
+      spec: "MODULE:FUNCTION"; of a reward, f(prompts, responses) -> one number per response.
+      name: the field that errors name.
+
+    Raises:
+      ValueError: there is none.
+    """
+    module, _, function = spec.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r} ({error})") from error
+    if not callable(found):
+        raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r}, a {type(found).__name__}")
+    function_found: Callable[..., Any] = found
+    return function_found
+
+
+def is_program(spec: str) -> bool:
+    """True where a term names a program, MODULE:FUNCTION, and not a folder."""
+    return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec)) and not pathlib.Path(spec).exists()
+
+
+def parse_reward(spec: str, *, name: str = "reward") -> tuple[Term, ...]:
+    """Reads the terms of a reward.
+
+    Args:
+      spec: "DIR", "MODULE:FUNCTION", or a weighted sum with spaces about its signs, "0.5 * DIR + DIR2 - 0.1 *
+        MODULE:FUNCTION".
+      name: the field that errors name.
+
+    Returns:
+      The terms, at least one, in their order.
+
+    Raises:
+      ValueError: a term is empty or holds a sign that is not one of the sum's, or a weight is not a finite number other
+        than 0.
+    """
+    if spec and pathlib.Path(spec).exists():
+        return (Term(1.0, spec),)
+    first, *rest = re.split(r"\s([+-])\s", spec)
+    out = []
+    for sign, term in zip(["+", *rest[::2]], [first, *rest[1::2]], strict=True):
+        weight, times, found = term.rpartition(" * ")
+        found = found.strip()
+        try:
+            value = float(weight) if times else 1.0
+        except ValueError as error:
+            raise ValueError(f"{name}: expected WEIGHT * REWARD, found {term.strip()!r} in {spec!r}") from error
+        if not found or not 1e-30 < abs(value) < 1e30:  # beyond, a float32 would be 0 or infinite
+            raise ValueError(f"{name}: expected a weight other than 0 and a reward, found {term.strip()!r} in {spec!r}")
+        if re.search(r"\*|^[+-]\s|\s[+-]", found) and not pathlib.Path(found).exists():
+            raise ValueError(f"{name}: expected spaces about each sign and a reward after it, found {spec!r}")
+        out.append(Term(value if sign == "+" else -value, found))
+    return tuple(out)
+
+
+def _single(terms: Sequence[Term]) -> bool:
+    """True for one reward of weight 1, which is built as it is."""
+    return len(terms) == 1 and terms[0].weight == 1
+
+
+def _role(terms: Sequence[Term], source: str, name: str) -> str:
+    return name if _single(terms) else f"{name} {source}"
+
+
+def reward_roles(spec: str, *, name: str = "reward") -> dict[str, str]:
+    """Names the reward models of a spec.
+
+    Args:
+      spec: as `parse_reward` reads it; "" for none.
+      name: the field that errors name.
+
+    Returns:
+      Role -> folder: {name: folder} of one reward, "name folder" for each of a sum; programs have none.
+
+    Raises:
+      ValueError: of `parse_reward`.
+    """
+    terms = parse_reward(spec, name=name) if spec else ()
+    return {_role(terms, term.source, name): term.source for term in terms if not is_program(term.source)}
+
+
+def build_reward(
+    spec: str, *, load: Load, decode: Callable[[Sequence[int]], str], name: str = "reward"
+) -> tuple[Reward, Params]:
+    """Builds the Reward of a spec.
+
+    Args:
+      spec: as `parse_reward` reads it.
+      load: load(role, folder) -> (model, params), roles as in `reward_roles`; called once per folder.
+      decode: turns token ids into text, for programs.
+      name: the field that errors name.
+
+    Returns:
+      (reward, params): the one reward itself where there is one, of weight 1, else a `weighted_sum`.
+
+    Raises:
+      ValueError: of `parse_reward` and `program`; a model without a scalar head.
+    """
+    terms = parse_reward(spec, name=name)
+
+    def build(source: str) -> tuple[Reward, Params]:
+        role = _role(terms, source, name)
+        if is_program(source):
+            return from_text(decode, program(source, name=role)), None
+        lm, params = load(role, source)
+        return from_model(lm), params
+
+    built = {source: build(source) for source in dict.fromkeys(term.source for term in terms)}
+    each = [built[term.source] for term in terms]
+    if _single(terms):
+        return each[0]
+    weights = np.asarray([term.weight for term in terms], np.float32)
+    return weighted_sum([reward for reward, _ in each]), WeightedSumParams(tuple(params for _, params in each), weights)

@@ -1,0 +1,86 @@
+"""What a Reward may return: one real number per text. Checked wherever a function of the user's is called."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign._arrays import at_least_float32
+from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
+from jaxalign.types import Array, CheckedReward, Params, Reward
+
+
+def function_name(function: Any) -> str:
+    """Names a function for an error: MODULE.FUNCTION, through partial applications and checked rewards."""
+    while isinstance(function, functools.partial | CheckedReward):
+        function = function.func if isinstance(function, functools.partial) else function.score
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{getattr(function, '__module__', '')}.{name}".lstrip(".")
+
+
+def host_values(values: Any, shape: tuple[int, ...], *, function: Any) -> Any:
+    """Checks what a reward function returned, and leaves its type: numpy's stay numpy's.
+
+    Args:
+      values: its result.
+      shape: the shape it must have, a number per text.
+      function: the function, which the error names.
+
+    Returns:
+      The values as an array.
+
+    Raises:
+      ValueError: another shape; booleans, complex numbers, strings, None or other objects.
+    """
+    expected = f"{function_name(function)}: expected one real number per text, shape {shape}"
+    try:
+        array = values if hasattr(values, "dtype") else _as_array(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{expected}, found {type(values).__name__} ({error})") from None
+    real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    if array.shape != shape or not real:
+        found = type(values).__name__ if array.dtype == object else f"shape {array.shape} of {array.dtype}"
+        raise ValueError(f"{expected}, found {found}")
+    return array
+
+
+def check_values(values: Any, shape: tuple[int, ...], *, function: Any) -> Array:
+    """As `host_values`, as a jax array of at least float32."""
+    return at_least_float32(host_values(values, shape, function=function))
+
+
+def _as_array(values: Any) -> Any:
+    """A list of numbers as an array; of tracers jax makes one, of all else numpy, which takes any type."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+    return jnp.asarray(values) if traced else np.asarray(values)
+
+
+def call_reward(
+    reward: Reward,
+    params: Params,
+    tokens: TextTokens,
+    mask: TextMask,
+    prompt_length: TextLength,
+    index: TextIndex,
+) -> RewardValues:
+    """Calls a Reward and checks what it returns.
+
+    Args:
+      reward: any Reward.
+      params: its parameters.
+      tokens, mask: the texts, [N,L].
+      prompt_length: [N], real prompt tokens of each.
+      index: [N], the prompt's row in its set.
+
+    Returns:
+      The rewards [N], at least float32.
+
+    Raises:
+      ValueError: the result is not one real number per text; it names the function.
+    """
+    found = reward(params, tokens, mask, prompt_length, index)
+    return check_values(found, tuple(np.shape(prompt_length)), function=reward)
