@@ -109,7 +109,7 @@ def run(config: Config) -> pathlib.Path:
         print(f"{name}.jsonl: {len(found)} rows")
     vocabulary = tokenizers.word_level((opinions if config.task == "opinions" else summaries).words())
     vocabulary.save_pretrained(temporary / "tokenizer")
-    _io.write_json(temporary / "config.json", architecture(config, vocabulary).to_hf())
+    _io.write_json(temporary / "config.json", models.config_to_hf(architecture(config, vocabulary)))
     if out.exists():
         out.rmdir()
     temporary.rename(out)

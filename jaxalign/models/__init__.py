@@ -1,10 +1,13 @@
 """Language models: one decoder-only transformer for all families, its cache and heads, and Hugging Face folders."""
 
 from jaxalign.models import lora
+from jaxalign.models.cache import Cache
 from jaxalign.models.config import Config, Follower, Head, Rope
-from jaxalign.models.hf.folders import load, save, tokenizer
+from jaxalign.models.hf.config import config_from_hf, config_to_hf
+from jaxalign.models.hf.folders import load, save
 from jaxalign.models.hf.peft import load_adapter, save_adapter
-from jaxalign.models.language_model import Cache, LanguageModel, ModelOutput, with_head
+from jaxalign.models.hf.tokenizers import tokenizer
+from jaxalign.models.language_model import LanguageModel, ModelOutput, with_head
 from jaxalign.models.log_prob import chunked, response_hidden, token_log_prob
 from jaxalign.models.lora import Lora
 from jaxalign.models.vocabulary import check_tokens, cut_vocabulary, match_vocabulary
@@ -20,6 +23,8 @@ __all__ = [
     "Rope",
     "check_tokens",
     "chunked",
+    "config_from_hf",
+    "config_to_hf",
     "cut_vocabulary",
     "load",
     "load_adapter",

@@ -1,4 +1,4 @@
-"""Attention as functions of arrays: rotary positions, writes to a cache, and segments that continue a cache."""
+"""Attention as functions of arrays: rotary positions, and segments that continue a cache."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import NEGATIVE
+from jaxalign.models.cache import KeyValue
 from jaxalign.models.config import Rope
 from jaxalign.types import Array
-
-
-class KeyValue(NamedTuple):
-    """k, v [B,Hkv,S,hd]: the cache of one layer, or (S = K) the entries of K candidates; [B,M,Hkv,S,hd]: the entries of
-    M segments."""
-
-    k: Array
-    v: Array
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Array:
@@ -53,72 +46,67 @@ def wide_einsum(spec: str, left: Array, right: Array) -> Array:
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
 
 
-def write_slot(cache: Array, new: Array, slot: Array) -> Array:
-    """cache [B,H,S,hd] with new [B,H,hd] at slot [B] of each row; a slot past the end is dropped.
+class PackedSegments(NamedTuple):
+    """Where the tokens of segments [B,M,S] stand, and in which order they are packed.
 
-    One update per row AND head: a single update (batch 1, all heads at once) becomes a dynamic-update-slice, which XLA
-    fuses twice and pays for with four copies of the cache a step (3x the time at batch 1 with 2048 slots).
+    Work that is done token by token needs neither rows nor columns: it runs on P packed tokens [1,P,...].
     """
-    row, head = jnp.arange(cache.shape[0])[:, None], jnp.arange(cache.shape[1])
-    return cache.at[row, head, slot[:, None]].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
-
-
-def write_segment(cache: Array, new: Array, slot: Array) -> Array:
-    """cache [B,H,S,hd] with new [B,H,m,hd] at slots [B,m] of each row; slots past the end are dropped."""
-    row, head = jnp.arange(cache.shape[0])[:, None, None], jnp.arange(cache.shape[1])[:, None]
-    return cache.at[row, head, slot[:, None]].set(new, mode="drop")
-
-
-class Places(NamedTuple):
-    """Where the tokens of segments [B,M,S] stand. mask [B,M,S]: which are real; position [B,M,S] of each in its text.
-
-    What is done token by token needs neither rows nor columns, and runs on P packed tokens: take [P] their places in
-    [B·M·S], put [B·M·S] the packed number of each place (anything where there is no token). None: all, in order."""
 
     mask: Array
+    """[B,M,S]: which tokens are real."""
     position: Array
-    take: Array | None
-    put: Array | None
+    """[B,M,S]: the position of each token in its text."""
+    source: Array | None
+    """[P]: the place in [B·M·S] of each packed token; None: all places, in order."""
+    target: Array | None
+    """[B·M·S]: the packed number of each place, arbitrary where there is no real token; None as for source."""
 
     def gather(self, x: Array) -> Array:
-        """[B,M,S,...] -> [1,P,...]."""
+        """Packs x [B,M,S,...] into [1,P,...]."""
         flat = x.reshape(-1, *x.shape[3:])
-        return (flat if self.take is None else jnp.take(flat, self.take, axis=0))[None]
+        return (flat if self.source is None else jnp.take(flat, self.source, axis=0))[None]
+
+    def scatter(self, x: Array) -> Array:
+        """Unpacks x [1,P,...] into [B,M,S,...], 0 where there is no real token."""
+        flat = x[0] if self.target is None else jnp.take(x[0], self.target, axis=0)
+        return zero_invalid(flat.reshape(*self.mask.shape, *x.shape[2:]), self.mask)
 
     def pick(self, x: Array, at: Array) -> Array:
-        """[1,P,...] -> [1,B·M,...], what stands at place at [B,M] of each segment; 0 where no token does."""
-        return blank(jnp.take(x[0], self.packed(at)[0], axis=0), self.there(at).reshape(-1))[None]
+        """The entries of x [1,P,...] at place `at` [B,M] of each segment: [1,B·M,...], 0 where no real token stands."""
+        return zero_invalid(jnp.take(x[0], self.packed_number(at)[0], axis=0), self.valid_at(at).reshape(-1))[None]
 
-    def there(self, at: Array) -> Array:
-        """[B,M,1]: whether a token stands at place at [B,M]."""
+    def valid_at(self, at: Array) -> Array:
+        """[B,M,1]: whether a real token stands at place `at` [B,M] of each segment."""
         return jnp.take_along_axis(self.mask, at[..., None], axis=2)
 
-    def packed(self, at: Array) -> Array:
-        """The packed numbers [1,B·M] of places at [B,M]; another token's where none stands."""
+    def packed_number(self, at: Array) -> Array:
+        """The packed numbers [1,B·M] of places `at` [B,M]; another token's where no real token stands."""
         place = jnp.arange(at.size) * self.mask.shape[2] + at.reshape(-1)
-        return (place if self.put is None else self.put[place])[None]
-
-    def spread(self, x: Array) -> Array:
-        """[1,P,...] -> [B,M,S,...]; 0 where there is no token."""
-        flat = x[0] if self.put is None else jnp.take(x[0], self.put, axis=0)
-        return blank(flat.reshape(*self.mask.shape, *x.shape[2:]), self.mask)
+        return (place if self.target is None else self.target[place])[None]
 
 
-def blank(x: Array, there: Array) -> Array:
-    """x [...,*] where there [...], else 0. What a packed pass gives for no token is another row's: not even its NaN may
-    come through, nor that of one's own gradient go there."""
-    return jnp.where(there.reshape(*there.shape, *(1,) * (x.ndim - there.ndim)), x, 0)
+def zero_invalid(x: Array, valid: Array) -> Array:
+    """x [...,*] where valid [...] is True, else 0.
+
+    A packed pass gives another row's numbers where there is no real token. Neither its NaN may come through here, nor
+    the NaN of this row's gradient go there."""
+    return jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - valid.ndim)), x, 0)
 
 
-def places(mask: Array, length: Array, packed: int | None) -> Places:
-    """Of segments with mask [B,M,S] after length [B] tokens. packed: P, at least as many as there are real tokens;
-    None: B·M·S."""
+def pack_segments(mask: Array, length: Array, packed: int | None) -> PackedSegments:
+    """The places of segments with mask [B,M,S] that follow length [B] tokens.
+
+    Args:
+      mask: real tokens.
+      length: tokens of each row before its segments.
+      packed: P, at least as many as there are real tokens; None: B·M·S.
+    """
     position = length[:, None, None] + jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
     if packed is None or packed >= mask.size:
-        return Places(mask, position, None, None)
+        return PackedSegments(mask, position, None, None)
     flat = mask.reshape(-1)
-    take = jnp.nonzero(flat, size=packed, fill_value=0)[0]
-    return Places(mask, position, take, jnp.clip(jnp.cumsum(flat) - 1, 0, packed - 1))
+    source = jnp.nonzero(flat, size=packed, fill_value=0)[0]
+    return PackedSegments(mask, position, source, jnp.clip(jnp.cumsum(flat) - 1, 0, packed - 1))
 
 
 def attend(
@@ -127,7 +115,7 @@ def attend(
     v: Array,
     cache: KeyValue,
     length: Array,
-    places: Places,
+    segments: PackedSegments,
     window: int | None,
     at: Array | None = None,
 ) -> Array:
@@ -137,7 +125,7 @@ def attend(
     A token attends to the first length [B] slots of its row's cache, which all M segments share, and to the tokens of
     its own segment up to itself; both no further back than `window`."""
     batch, count, width, _, head_dim = q.shape
-    position, order = places.position, jnp.arange(width)
+    position, order = segments.position, jnp.arange(width)
     if at is not None:
         position, order = jnp.take_along_axis(position, at[..., None], axis=2), at[..., None]
     heads, slots = cache.k.shape[1:3]
@@ -147,10 +135,10 @@ def attend(
     own = wide_einsum("bhmsgd,bmthd->bhmsgt", q, k)
     slot = jnp.arange(slots)
     seen = jnp.broadcast_to((slot < length[:, None])[:, None, None], (batch, count, width, slots))
-    allowed = places.mask[:, :, None] & (order[..., None] >= jnp.arange(k.shape[2]))
+    allowed = segments.mask[:, :, None] & (order[..., None] >= jnp.arange(k.shape[2]))
     if window is not None:
         seen &= slot > position[..., None] - window
-        allowed &= position[..., None] - places.position[:, :, None] < window
+        allowed &= position[..., None] - segments.position[:, :, None] < window
     score = jnp.concatenate([before, own], axis=-1) * head_dim**-0.5
     reads = jnp.concatenate([seen, allowed], axis=-1)[:, None, :, :, None]
     weight = jax.nn.softmax(jnp.where(reads, score, NEGATIVE), axis=-1).astype(v.dtype)

@@ -1,4 +1,4 @@
-"""The one configuration of the one transformer, and its two-way map to a Hugging Face config.json."""
+"""The configuration of the transformer: sizes, positions, windows, heads. All are hashable and checked when made."""
 
 from __future__ import annotations
 
@@ -6,14 +6,34 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+ACTIVATION_NAMES = ("silu", "relu", "gelu", "tanh")
+HEAD_KINDS = ("reward", "value", "q")
+ROPE_KINDS = ("default", "linear", "llama3")
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an integer, at least {least}, found {value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite value > 0, found {value!r}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Follower:
-    """What a value or Q head says of the follower of a shaped reward in [0, bound], whose KL weight is beta.
+    """The shaped reward that a value or Q head was trained for (`critics.follower`).
 
-    objective "exceedance": the logit of Pr_ref(u > m | prefix), m the leader's threshold; "soft": the soft value
-    beta·log E_ref[exp(r/beta) | prefix]. Either gives the follower's exact weight of a prefix, for this beta and bound
-    and no other (`critics.follower`).
+    Fields:
+      objective: "exceedance": the head gives the logit of Pr_ref(u > m | prefix), m the leader's threshold; "soft": the
+        soft value beta·log E_ref[exp(r/beta) | prefix]. Either gives the follower's exact weight of a prefix, for this
+        beta and bound and no other.
+      beta: the KL weight, > 0.
+      bound: the shaped reward lies in [0, bound].
+
+    Raises:
+      ValueError: another objective, or a beta or bound that is not a finite value > 0.
     """
 
     objective: Literal["exceedance", "soft"]
@@ -24,21 +44,25 @@ class Follower:
         if self.objective not in ("exceedance", "soft"):
             raise ValueError(f"objective: expected 'exceedance' or 'soft', found {self.objective!r}")
         for name in ("beta", "bound"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a finite value > 0, found {getattr(self, name)}")
+            _check_positive(name, getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
     """What reads the hidden states beside the vocabulary.
 
-    kind: "reward", linear, num_labels wide, no bias (…ForSequenceClassification); "value", to one number; "q", to one
-      number per token.
-    hidden_size: width of the hidden layers of a value or Q head; None: linear with a bias.
-    num_hidden: how many such layers (RE-Control's value nets have one or two, with "relu").
-    activation: between the layers.
-    bound: of a reward head: its output is bound·sigmoid(score), a reward in [0, bound]; None: the score itself.
-    follower: of a value or Q head that was trained for a shaped reward.
+    Fields:
+      kind: "reward": linear, num_labels wide, without a bias (…ForSequenceClassification); "value": to one number; "q":
+        to one number per token.
+      num_labels: the width of a reward head.
+      hidden_size: the width of the hidden layers of a value or Q head; None: linear with a bias.
+      num_hidden: how many such layers (RE-Control's value nets have one or two, with "relu").
+      activation: between the layers.
+      bound: of a reward head: its output is bound·sigmoid(score), a reward in [0, bound]; None: the score itself.
+      follower: of a value or Q head that was trained for a shaped reward.
+
+    Raises:
+      ValueError: a value outside these, or one that does not belong to this kind.
     """
 
     kind: Literal["reward", "value", "q"]
@@ -50,19 +74,26 @@ class Head:
     follower: Follower | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("reward", "value", "q"):
+        if self.kind not in HEAD_KINDS:
             raise ValueError(f"kind: expected 'reward', 'value' or 'q', found {self.kind!r}")
-        if self.activation not in ("silu", "relu", "gelu", "tanh"):
-            raise ValueError(f"activation: expected 'silu', 'relu', 'gelu' or 'tanh', found {self.activation!r}")
+        if self.activation not in ACTIVATION_NAMES:
+            raise ValueError(f"activation: expected one of {ACTIVATION_NAMES}, found {self.activation!r}")
         if self.kind == "reward" and self.hidden_size is not None:
             raise ValueError(f"hidden_size: expected None for a reward head, found {self.hidden_size}")
-        if self.bound is not None and (self.kind != "reward" or not 0 < self.bound < math.inf):
-            raise ValueError(f"bound: expected a finite value > 0 of a reward head, found {self.bound} of {self.kind}")
+        if self.hidden_size is not None:
+            _check_integer("hidden_size", self.hidden_size, 1)
+        if self.bound is not None:
+            _check_positive("bound", self.bound)
+            if self.kind != "reward":
+                raise ValueError(f"bound: expected None of a {self.kind} head, found {self.bound}")
         if self.follower is not None and self.kind == "reward":
             raise ValueError("follower: expected a value or Q head, found a reward head")
+        if self.follower is not None and not isinstance(self.follower, Follower):
+            raise ValueError(f"follower: expected a models.Follower, found {self.follower!r}")
+        if self.kind != "reward" and self.num_labels != 1:
+            raise ValueError(f"num_labels: expected 1 for a {self.kind} head, found {self.num_labels}")
         for name in ("num_labels", "num_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+            _check_integer(name, getattr(self, name), 1)
 
     @property
     def hidden_layers(self) -> tuple[str, ...]:
@@ -73,7 +104,20 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions: theta, and what scales them. kind "default", "linear" or "llama3"."""
+    """Rotary positions.
+
+    Fields:
+      theta: the base of the wavelengths.
+      kind: "default": unscaled; "linear": frequencies divided by factor; "llama3": only the long wavelengths are
+        scaled, by what follows.
+      factor: by which frequencies are divided.
+      low_freq_factor: wavelengths above original_max_length/low_freq_factor are scaled whole.
+      high_freq_factor: wavelengths below original_max_length/high_freq_factor are left as they are.
+      original_max_length: the context that the model was first trained for [tokens].
+
+    Raises:
+      ValueError: another kind, or a value that is not finite and > 0.
+    """
 
     theta: float = 10000.0
     kind: Literal["default", "linear", "llama3"] = "default"
@@ -82,13 +126,40 @@ class Rope:
     high_freq_factor: float = 4.0
     original_max_length: int = 8192
 
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f"rope kind: expected one of {ROPE_KINDS}, found {self.kind!r}")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_length"):
+            _check_positive(name, getattr(self, name))
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A decoder-only transformer. Hashable: two models of one configuration share their traces.
 
-    windows: one sliding window per layer [tokens], None for full attention; () when all layers are full.
-    max_length: the context, prompt and response together [tokens].
+    Fields:
+      vocab_size: V.
+      hidden_size: D, the width of the residual stream.
+      num_layers: layers.
+      num_heads: query heads of each layer.
+      num_kv_heads: heads of keys and values, a divisor of num_heads.
+      head_dim: the width of a head, even.
+      intermediate_size: the width of the MLP.
+      max_length: the context, prompt and response together [tokens].
+      family: how a folder names its tensors, a key of `families.FAMILIES`; the computation does not depend on it.
+      rope: rotary positions.
+      norm_eps: of the RMS norms.
+      windows: one sliding window per layer [tokens], None for full attention; () when all layers are full.
+      tie_embeddings: whether the embedding is also the output matrix.
+      qkv_bias, out_bias, mlp_bias: which projections have a bias.
+      qk_norm: whether queries and keys have norms.
+      eos_ids: the ids that end a response; one id is taken as a tuple of one.
+      bos_id: the id that begins a text, or None.
+      pad_id: the id of padding, or None; it may lie outside the vocabulary.
+      head: what reads the hidden states beside the vocabulary, or None.
+
+    Raises:
+      ValueError: a field outside its range.
     """
 
     vocab_size: int
@@ -116,18 +187,32 @@ class Config:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         for name in (*sizes, "intermediate_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+            _check_integer(name, getattr(self, name), 1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of {self.num_heads} heads, found {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number, whose halves rotate together, found {self.head_dim}")
+        if not isinstance(self.rope, Rope):
+            raise ValueError(f"rope: expected a models.Rope, found {self.rope!r}")
+        if self.head is not None and not isinstance(self.head, Head):
+            raise ValueError(f"head: expected a models.Head or None, found {self.head!r}")
+        _check_positive("norm_eps", self.norm_eps)
+        self._set_tuple("windows", self.windows)
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"windows: expected one per layer ({self.num_layers}), found {len(self.windows)}")
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"windows: expected None or at least 1 token, found {self.windows}")
         if not any(self.windows):  # one spelling of "all full", so that equal models are equal
             object.__setattr__(self, "windows", ())
+        self._set_tuple("eos_ids", (self.eos_ids,) if isinstance(self.eos_ids, int) else self.eos_ids)
+        for i in self.eos_ids:
+            _check_integer("eos_ids", i, 0)
+
+    def _set_tuple(self, name: str, values: Any) -> None:
+        """A list as a tuple, without which the Config has no hash."""
+        if not isinstance(values, tuple | list):
+            raise ValueError(f"{name}: expected a tuple, found {values!r}")
+        object.__setattr__(self, name, tuple(values))
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer [tokens], None for full attention."""
@@ -139,16 +224,3 @@ class Config:
         if self.head is None:
             return 0
         return {"reward": self.head.num_labels, "value": 1, "q": self.vocab_size}[self.head.kind]
-
-    @staticmethod
-    def from_hf(values: dict[str, Any]) -> Config:
-        """From the dict of a config.json; ValueError for a field that changes the computation and is not supported."""
-        from jaxalign.models.hf import config
-
-        return config.from_hf(values)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The dict of a config.json that transformers and `from_hf` read."""
-        from jaxalign.models.hf import config
-
-        return config.to_hf(self)

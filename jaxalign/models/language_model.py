@@ -8,9 +8,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from jaxalign import mdp
-from jaxalign.models.attention import KeyValue, places, write_segment, write_slot
+from jaxalign._checks import is_concrete
+from jaxalign.models import cache as caches
+from jaxalign.models import checks
+from jaxalign.models.attention import pack_segments
+from jaxalign.models.cache import Cache, KeyValue
 from jaxalign.models.config import Config, Head
 from jaxalign.models.heads import HeadModule
 from jaxalign.models.transformer import Transformer, at_columns
@@ -19,47 +25,73 @@ from jaxalign.types import Array, Params
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+def dtype_name(dtype: DTypeLike) -> str:
+    """The name of a dtype in any form that jax takes ("float32", jnp.float32, np.dtype("float32")).
+
+    ValueError for one that is not of `DTYPES`."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if dtype is None or name not in DTYPES:
+        raise ValueError(f"dtype: expected one of {DTYPES}, found {dtype!r}")
+    return name
+
+
 class ModelOutput(NamedTuple):
-    """logits [B,L,V] in at least float32; hidden [B,L,D] after the final norm; head [B,L,W], or None without a head.
-    What is not read costs nothing under jit."""
+    """All that a model says of every position. What is not read costs nothing under jit."""
 
     logits: Array | None
+    """[B,L,V] in at least float32; None for a sequence classifier."""
     hidden: Array
+    """[B,L,D] after the final norm."""
     head: Array | None
-
-
-class Cache(NamedTuple):
-    """layers: one KeyValue [B,Hkv,S,hd] per layer; length [B]: slots filled, which is the next token's position."""
-
-    layers: tuple[KeyValue, ...]
-    length: Array
+    """[B,L,W] in at least float32; None without a head."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """A model without its parameters. Equal configurations are equal models and share traces.
 
-    dtype: of parameters, activations and caches: "float32", "bfloat16", "float16" or (under jax.enable_x64) "float64".
-      Norms, softmax, logits and heads come out in at least float32.
+    It offers the Protocols `types.LanguageModel`, `types.HeadModel` and `types.CandidateModel`.
+
+    Fields:
+      config: sizes, positions, head.
+      dtype: of parameters, activations and caches, in any form that jax takes; it is kept by its name: "float32",
+        "bfloat16", "float16" or (under jax.enable_x64) "float64". Norms, softmax, logits and heads come out in at least
+        float32.
+
+    Raises:
+      ValueError: another dtype, or a config that is not a `Config`.
     """
 
     config: Config
-    dtype: str = "float32"
+    dtype: DTypeLike = "float32"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {DTYPES}, found {self.dtype!r}")
+        if not isinstance(self.config, Config):
+            raise ValueError(f"config: expected a models.Config, found {type(self.config).__name__}")
+        # By name: equal models are then equal and hash alike, however the dtype was written.
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
     @property
     def vocab_size(self) -> int:
+        """V."""
         return self.config.vocab_size
 
     @property
     def max_length(self) -> int:
+        """Longest text, prompt and response together [tokens]."""
         return self.config.max_length
 
     @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a response."""
+        return self.config.eos_ids
+
+    @property
     def head_width(self) -> int:
+        """W of the head's output; 0 without a head."""
         return self.config.head_width
 
     @property
@@ -73,7 +105,11 @@ class LanguageModel:
         return HeadModule(self.config.head, self.head_width, jnp.dtype(self.dtype))
 
     def init(self, rng: Array) -> Params:
-        """Random parameters (normal 0.02): {"transformer": …, "head": …}. rng: consumed."""
+        """Random parameters (normal, 0.02): {"transformer": …, "head": …}.
+
+        Args:
+          rng: a key; consumed.
+        """
         return _init(self, rng)
 
     @property
@@ -82,7 +118,14 @@ class LanguageModel:
         return self.config.tie_embeddings or self.config.head is None or self.config.head.kind != "reward"
 
     def init_head(self, rng: Array) -> Params:
-        """Random parameters of the head alone. rng: consumed."""
+        """Random parameters of the head alone.
+
+        Args:
+          rng: a key; consumed.
+
+        Raises:
+          ValueError: a model without a head.
+        """
         hidden = jnp.zeros((1, self.config.hidden_size), jnp.dtype(self.dtype))
         return self._head_module.init(rng, hidden)["params"]
 
@@ -93,8 +136,11 @@ class LanguageModel:
         return self._module.apply(variables, *args, method=method)
 
     def embed(self, params: Params, tokens: Array) -> Array:
-        """Input embeddings [...,D] of tokens."""
-        return self._call(params, Transformer.embed, tokens)
+        """Input embeddings [...,D] of tokens [...]. ValueError for tokens that are not integers."""
+        if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+            raise ValueError(f"tokens: expected integers, found {jnp.result_type(tokens)}")
+        found: Array = self._call(params, Transformer.embed, tokens)
+        return found
 
     def hidden(
         self,
@@ -105,10 +151,23 @@ class LanguageModel:
         embeddings: Array | None = None,
         at: Array | None = None,
     ) -> Array:
-        """Hidden states [B,L,D] after the final norm; values at padding are undefined. Arguments as `apply`.
+        """Hidden states after the final norm.
 
-        at [B,R]: columns in [0, L); hidden [B,R,D] of these alone, which saves most of the last layer. A column of -1,
-        the last token of a row without one, gives undefined values, one past the end NaN."""
+        Args:
+          params: the model's.
+          tokens: [B,L] integers.
+          mask: [B,L], True on real tokens, under any padding (all real when None); positions count real tokens.
+          embeddings: [B,L,D] in place of the tokens' own.
+          at: columns [B,R] in [0, L): only their states are given, which saves most of the last layer. A column of -1,
+            the last token of a row without one, gives undefined values; a traced one past the end gives NaN.
+
+        Returns:
+          [B,L,D], or [B,R,D] with `at`; values at padding are undefined.
+
+        Raises:
+          ValueError: arrays of another rank, type or width; ids outside the vocabulary and columns past the end, where
+            they are concrete.
+        """
         return self._encode(params, tokens, mask, embeddings, at)[0]
 
     def _encode(
@@ -119,69 +178,111 @@ class LanguageModel:
         embeddings: Array | None = None,
         at: Array | None = None,
     ) -> tuple[Array, list[KeyValue]]:
-        shape = tokens.shape if embeddings is None else embeddings.shape[:2]
-        mask = jnp.ones(shape, bool) if mask is None else mask.astype(bool)
-        if mask.shape != shape or len(shape) != 2:
-            raise ValueError(f"mask: expected the shape [B,L] of the tokens, {shape}, found {mask.shape}")
-        # A pad id may lie outside the vocabulary, where a look-up gives NaN: it must not reach the real tokens.
-        x = self.embed(params, jnp.where(mask, tokens, 0)) if embeddings is None else embeddings
-        at = None if at is None else jnp.maximum(at, 0)
-        few = None if at is None or 2 * at.shape[1] > shape[1] else at  # else more is copied than saved
-        hidden, entries = self._call(params, Transformer.__call__, x.astype(self.dtype), mask, few)
-        if at is not None and few is None:
+        if embeddings is None:
+            tokens, mask = checks.real_tokens("tokens", tokens, mask, "[B,L]", self.vocab_size)
+            # A pad id may lie outside the vocabulary, where a look-up gives NaN: it must not reach the real tokens.
+            x = self.embed(params, jnp.where(mask, tokens, 0))
+        else:
+            x = jnp.asarray(embeddings)
+            self._check_embeddings(x, jnp.shape(tokens), "[B,L]")
+            mask = checks.valid_mask("mask", mask, x.shape[:2], "[B,L]")
+        batch, length = x.shape[:2]
+        at = None if at is None else checks.columns(at, (batch,), length, "[B,R]")
+        last_layer_at = None if at is None or 2 * at.shape[1] > length else at  # else more is copied than saved
+        hidden, entries = self._call(params, Transformer.__call__, x.astype(self.dtype), mask, last_layer_at)
+        if at is not None and last_layer_at is None:
             hidden = at_columns(hidden, at)
         return hidden, entries
+
+    def _check_embeddings(self, embeddings: Array, shape: tuple[int, ...], axes: str) -> None:
+        checks.widths("embeddings", embeddings, self.config.hidden_size)
+        if embeddings.shape[:-1] != shape or len(shape) != axes.count(",") + 1:
+            raise ValueError(f"embeddings: expected one for each token {axes}, {shape}, found {embeddings.shape}")
 
     def apply(
         self, params: Params, tokens: Array, *, mask: Array | None = None, embeddings: Array | None = None
     ) -> ModelOutput:
-        """All positions in parallel.
+        """Logits, hidden states and the head at all positions, in parallel.
 
-        tokens [B,L] int32; mask [B,L] bool, True on real tokens, any padding (all real when None): positions count real
-        tokens. embeddings [B,L,D] in place of the tokens' own.
+        Args and errors as in `hidden`.
         """
         hidden = self.hidden(params, tokens, mask=mask, embeddings=embeddings)
         logits = self.logits(params, hidden) if self.has_lm_head else None
         return ModelOutput(logits, hidden, None if self.config.head is None else self.head(params, hidden))
 
     def logits(self, params: Params, hidden: Array) -> Array:
-        """[...,D] -> [...,V] in at least float32. ValueError for a model without vocabulary logits."""
+        """Vocabulary logits [...,V] of hidden [...,D], in at least float32.
+
+        Raises:
+          ValueError: a model without vocabulary logits, or hidden states of another width.
+        """
         if not self.has_lm_head:
             raise ValueError("logits: expected a language model, found a sequence classifier without lm_head")
-        return self._call(params, Transformer.logits, hidden)
+        checks.widths("hidden", hidden, self.config.hidden_size)
+        found: Array = self._call(params, Transformer.logits, hidden)
+        return found
 
     def head(self, params: Params, hidden: Array) -> Array:
-        """[...,D] -> [...,W] in at least float32. ValueError for a model without a head."""
-        return self._head_module.apply({"params": params["head"]}, hidden)
+        """The head's output [...,W] of hidden [...,D], in at least float32.
+
+        Raises:
+          ValueError: a model without a head, or hidden states of another width.
+        """
+        module = self._head_module
+        checks.widths("hidden", hidden, self.config.hidden_size)
+        found: Array = module.apply({"params": params["head"]}, hidden)
+        return found
 
     def prefill(self, params: Params, tokens: Array, mask: Array, capacity: int) -> tuple[Array, Cache]:
-        """Encodes prompts [B,P] once: (hidden [B,D] at the last real token, cache with `capacity` slots per row).
+        """Encodes prompts once. Rows are compacted first, so that slot = position and padding takes no slot.
 
-        Rows are compacted first, so that slot = position and padding takes no slot. ValueError when capacity < P.
+        Args:
+          params: the model's.
+          tokens: [B,P] integers.
+          mask: [B,P], True on real tokens, under either padding.
+          capacity: slots of each row, at least P.
+
+        Returns:
+          (hidden [B,D] at the last real token, cache).
+
+        Raises:
+          ValueError: arrays of another rank or type, ids outside the vocabulary where they are concrete, or a capacity
+            below P.
         """
+        tokens, mask = checks.real_tokens("tokens", tokens, mask, "[B,P]", self.vocab_size)
         if capacity < tokens.shape[1]:
             raise ValueError(f"capacity: expected at least the prompt's {tokens.shape[1]} slots, found {capacity}")
         tokens, mask = mdp.compact(tokens, mask)
         last = mdp.last_index(mask)
         hidden, entries = self._encode(params, tokens, mask, at=last[:, None])
-        room = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
-        layers = tuple(KeyValue(jnp.pad(e.k, room), jnp.pad(e.v, room)) for e in entries)
-        return hidden[:, 0], Cache(layers, last + 1)
+        return hidden[:, 0], caches.filled(entries, last + 1, capacity)
 
     def candidates(self, params: Params, cache: Cache, tokens: Array) -> tuple[Array, tuple[KeyValue, ...]]:
-        """K alternative next tokens [B,K] in one pass over the shared prefix: (hidden [B,K,D], entries to `commit`).
-        NaN where more tokens were appended than the cache has slots."""
+        """Reads K alternative next tokens [B,K] in one pass over the shared prefix.
+
+        Returns:
+          (hidden [B,K,D], entries to `commit`). Hidden states are NaN where more tokens were appended than the cache
+          has slots.
+
+        Raises:
+          ValueError: tokens of another rank or type, or of another number of rows than the cache.
+        """
+        tokens = checks.integers("tokens", tokens, "[B,K]")
+        checks.rows_of("tokens", tokens, cache.length.shape[0])
         x = self.embed(params, tokens)
         hidden, entries = self._call(params, Transformer.extend, x, cache.length, list(cache.layers))
-        lost = cache.length > cache.layers[0].k.shape[2]
+        lost = cache.length > cache.capacity
         return jnp.where(lost[:, None, None], jnp.nan, hidden), tuple(entries)
 
     def commit(self, cache: Cache, entries: tuple[KeyValue, ...], choice: Array) -> Cache:
-        """Writes candidate choice [B] of each row into its next slot; choice -1 writes nowhere and keeps the length."""
-        rows, pick = jnp.arange(choice.shape[0]), jnp.maximum(choice, 0)
-        slot = _next_slot(cache, choice >= 0)
-        layers = jax.tree.map(lambda old, new: write_slot(old, new[rows, :, pick], slot), cache.layers, entries)
-        return Cache(layers, cache.length + (choice >= 0))
+        """Writes candidate choice [B] of each row into its next slot; -1 writes nowhere and keeps the length.
+
+        Raises:
+          ValueError: a choice of another rank or type, or of another number of rows than the cache.
+        """
+        choice = checks.integers("choice", choice, "[B]")
+        checks.rows_of("choice", choice, cache.length.shape[0])
+        return caches.commit(cache, entries, choice)
 
     def segments(
         self,
@@ -194,45 +295,82 @@ class LanguageModel:
         packed: int | None = None,
         at: Array | None = None,
     ) -> tuple[Array, tuple[KeyValue, ...]]:
-        """M alternative continuations [B,M,S] in one pass over the shared prefix: (hidden [B,M,S,D], entries to
-        `append`). The prefix is read from the cache, which is neither copied nor written.
+        """Reads M alternative continuations in one pass over the shared prefix, which is neither copied nor written.
 
-        mask [B,M,S]: real tokens; hidden is undefined elsewhere. embeddings [B,M,S,D] in place of the tokens' own.
-        packed: a number of tokens, at least that of the real ones, on which projections and MLPs run; all B·M·S when
-        None. at [B,M]: a place in each segment, from 0 (-1, the last token of none, gives undefined values); hidden
-        [B,M,D] there alone, which saves most of the last layer. NaN where more tokens were appended than the cache has
-        slots.
+        Args:
+          params: the model's.
+          cache: of the prefixes, B rows.
+          tokens: [B,M,S] integers.
+          mask: [B,M,S]: real tokens.
+          embeddings: [B,M,S,D] in place of the tokens' own.
+          packed: a number of tokens, at least that of the real ones, on which projections and MLPs run; B·M·S when
+            None.
+          at: a place [B,M] in each segment, from 0: hidden states there alone, which saves most of the last layer. -1,
+            the last token of an empty segment, gives undefined values.
+
+        Returns:
+          (hidden [B,M,S,D], or [B,M,D] with `at`, and entries to `append`). Hidden states are undefined where mask is
+          False, and NaN where more tokens were appended than the cache has slots.
+
+        Raises:
+          ValueError: arrays of another rank, type, width or number of rows; where they are concrete, ids outside the
+            vocabulary, places past the end and fewer packed tokens than real ones.
         """
-        mask = mask.astype(bool)
-        x = self.embed(params, jnp.where(mask, tokens, 0)) if embeddings is None else embeddings
-        where = places(mask, cache.length, packed)
-        x = where.gather(x.astype(self.dtype))
-        at = None if at is None else jnp.maximum(at, 0)
-        few = None if at is None or 2 * at.size > x.shape[1] else at  # else more is copied than saved
-        hidden, entries = self._call(params, Transformer.segments, x, where, cache.length, list(cache.layers), few)
-        if at is None:
-            hidden = where.spread(hidden)
+        if embeddings is None:
+            tokens, mask = checks.real_tokens("tokens", tokens, mask, "[B,M,S]", self.vocab_size)
+            x = self.embed(params, jnp.where(mask, tokens, 0))
         else:
-            hidden = (where.pick(hidden, at) if few is None else hidden).reshape(*at.shape, -1)
-        lost = (cache.length > cache.layers[0].k.shape[2]).reshape(-1, *(1,) * (hidden.ndim - 1))
+            x = jnp.asarray(embeddings)
+            self._check_embeddings(x, jnp.shape(tokens), "[B,M,S]")
+            mask = checks.valid_mask("mask", mask, x.shape[:3], "[B,M,S]")
+        checks.rows_of("tokens", mask, cache.length.shape[0])
+        if packed is not None and is_concrete(mask) and packed < np.asarray(mask).sum():
+            raise ValueError(f"packed: expected at least {np.asarray(mask).sum()} real tokens, found {packed}")
+        at = None if at is None else checks.columns(at, mask.shape[:2], mask.shape[2], "[B,M]")
+        packing = pack_segments(mask, cache.length, packed)
+        x = packing.gather(x.astype(self.dtype))
+        last_layer_at = None if at is None or 2 * at.size > x.shape[1] else at  # else more is copied than saved
+        hidden, entries = self._call(
+            params, Transformer.segments, x, packing, cache.length, list(cache.layers), last_layer_at
+        )
+        if at is None:
+            hidden = packing.scatter(hidden)
+        else:
+            hidden = (packing.pick(hidden, at) if last_layer_at is None else hidden).reshape(*at.shape, -1)
+        lost = (cache.length > cache.capacity).reshape(-1, *(1,) * (hidden.ndim - 1))
         return jnp.where(lost, jnp.nan, hidden), tuple(entries)
 
     def append(self, cache: Cache, entries: tuple[KeyValue, ...], mask: Array, choice: Array) -> Cache:
-        """Writes the real tokens of segment choice [B] of each row into its next slots; mask [B,M,S] as in `segments`.
-        Choice -1 writes nowhere and keeps the length."""
-        rows, pick = jnp.arange(choice.shape[0]), jnp.maximum(choice, 0)
-        real = mask[rows, pick] & (choice >= 0)[:, None]
-        slot = jnp.where(real, cache.length[:, None] + jnp.cumsum(real, axis=1) - 1, cache.layers[0].k.shape[2])
-        layers = jax.tree.map(lambda old, new: write_segment(old, new[rows, pick], slot), cache.layers, entries)
-        return Cache(layers, cache.length + real.sum(axis=1, dtype=cache.length.dtype))
+        """Writes the real tokens of segment choice [B] of each row into its next slots.
+
+        mask [B,M,S] is that of `segments`. Choice -1 writes nowhere and keeps the length.
+
+        Raises:
+          ValueError: a mask or choice of another rank or type, or of another number of rows than the cache.
+        """
+        choice = checks.integers("choice", choice, "[B]")
+        checks.rows_of("choice", choice, cache.length.shape[0])
+        expected = (*entries[0].k.shape[:2], entries[0].k.shape[3])
+        return caches.append(cache, entries, checks.valid_mask("mask", mask, expected, "[B,M,S]"), choice)
 
     def step(self, params: Params, cache: Cache, token: Array) -> tuple[Array, Cache]:
-        """Appends token [B]: (hidden [B,D], cache). Token -1: the row stands still, its hidden is undefined. NaN where
-        the cache has no slot left: a token that nothing attends to would be silently wrong."""
+        """Appends token [B] to the cache.
+
+        Token -1 freezes a row: its hidden state is undefined. NaN where the cache has no slot left, since a token that
+        nothing attends to would be silently wrong.
+
+        Returns:
+          (hidden [B,D], cache).
+
+        Raises:
+          ValueError: a token of another rank or type, or of another number of rows than the cache.
+        """
+        token = checks.integers("token", token, "[B]")
+        checks.rows_of("token", token, cache.length.shape[0])
         x = self.embed(params, jnp.maximum(token, 0)[:, None])
-        slot = _next_slot(cache, token >= 0)
+        slot = caches.next_slot(cache, token >= 0)
         hidden, layers = self._call(params, Transformer.append, x, cache.length, slot, list(cache.layers))
-        full = (token >= 0) & (cache.length >= cache.layers[0].k.shape[2])
+        full = (token >= 0) & (cache.length >= cache.capacity)
         hidden = jnp.where(full[:, None], jnp.nan, hidden[:, 0])
         return hidden, Cache(tuple(layers), cache.length + (token >= 0))
 
@@ -254,11 +392,9 @@ def _init(lm: LanguageModel, rng: Array) -> Params:
 
 
 def with_head(lm: LanguageModel, head: Head | None) -> LanguageModel:
-    """The same transformer with another head (or none); `init_head` makes its parameters, to stand beside the body's
-    under "head". A reward head leaves out lm_head, as …ForSequenceClassification does."""
+    """The same transformer with another head, or with none.
+
+    `init_head` makes the head's parameters, which stand beside the body's under "head". A reward head leaves out
+    lm_head, as …ForSequenceClassification does.
+    """
     return dataclasses.replace(lm, config=dataclasses.replace(lm.config, head=head))
-
-
-def _next_slot(cache: Cache, moves: Array) -> Array:
-    """The slot [B] that a row writes: its length, or past the end (dropped) where it stands still."""
-    return jnp.where(moves, cache.length, cache.layers[0].k.shape[2])

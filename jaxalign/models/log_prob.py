@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol, TypeVar
 
 import chex
 import jax
@@ -12,20 +12,54 @@ import jax.numpy as jnp
 from jaxalign import mdp
 from jaxalign.types import Array, Params, TokenBatch
 
+T = TypeVar("T")
+
+
+class HasHidden(Protocol):
+    """A model that gives the hidden states of whole texts, as `models.LanguageModel.hidden` does."""
+
+    def hidden(self, params: Params, tokens: Array, *, mask: Array | None = None, at: Array | None = None) -> Array:
+        """Hidden states [B,R,D] at the columns at [B,R] of texts [B,L]."""
+
+
+class HasLogits(Protocol):
+    """A model that gives vocabulary logits of hidden states."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    def logits(self, params: Params, hidden: Array) -> Array:
+        """[...,D] -> [...,V] in at least float32."""
+
+
 TOKENS = 2048
 """Tokens whose logits are alive together, at a vocabulary of 32,000 a quarter of a GB."""
 KEPT = 2**24
 """Numbers, 64 MiB of them in float32, that are rather kept for the backward pass than computed again."""
 
 
-def chunked(f: Callable[..., Any], *arrays: Array, chunk: int | None = None, width: int | None = None) -> Any:
-    """f applied to chunks of positions (axis 1) of arrays [B,L,...], its results [B,chunk,...] joined to [B,L,...].
-    chunk: at most so many positions; None: 64, or fewer, so that a batch has no more than 2048 tokens in a chunk, or
-    all of them where f makes `width` numbers of each token and that is no more than 2^24 in all.
+def chunked(f: Callable[..., T], *arrays: Array, chunk: int | None = None, width: int | None = None) -> T:
+    """Applies f to chunks of positions (axis 1), and joins its results.
 
-    f must treat positions independently; the last chunk is padded with zeros, whose results are dropped. Where there
-    are several, each is rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
+    Several chunks are rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
+
+    Args:
+      f: from arrays [B,chunk,...] to a tree of arrays [B,chunk,...]. It must treat positions independently: the last
+        chunk is padded with zeros, whose results are dropped.
+      arrays: [B,L,...] each.
+      chunk: at most so many positions; None: 64, or fewer, so that a batch has no more than 2048 tokens in a chunk, or
+        all of them where f makes `width` numbers of each token and that is no more than 2^24 in all.
+      width: how many numbers f makes of each token.
+
+    Returns:
+      The results of f, leaves [B,L,...].
+
+    Raises:
+      ValueError: no array, arrays of other batches or lengths, a chunk below 1.
     """
+    if not arrays or any(x.ndim < 2 or x.shape[:2] != arrays[0].shape[:2] for x in arrays):
+        raise ValueError(f"arrays: expected one [B,L] in all of them, found shapes {[x.shape for x in arrays]}")
     batch, length = arrays[0].shape[:2]
     if chunk is None and width is not None and length and batch * length * width <= KEPT:
         return f(*arrays)
@@ -47,26 +81,50 @@ def chunked(f: Callable[..., Any], *arrays: Array, chunk: int | None = None, wid
     # Inside a loop the compiler cannot undo the rematerialisation, so it need not be guarded against.
     part = jax.checkpoint(lambda arrays: f(*arrays), prevent_cse=False)
     parts = jax.lax.map(part, tuple(split(x) for x in arrays))
-    return jax.tree.map(join, parts)
+    joined: T = jax.tree.map(join, parts)
+    return joined
 
 
-def response_hidden(lm: Any, params: Params, prompts: TokenBatch, tokens: Array, mask: Array) -> Array:
-    """Hidden states [B,T,D] that each token of right-padded responses tokens, mask [B,T] is drawn from, in one parallel
-    pass over prompts and responses."""
+def response_hidden(lm: HasHidden, params: Params, prompts: TokenBatch, tokens: Array, mask: Array) -> Array:
+    """Hidden states that each token of the responses is drawn from, in one parallel pass over prompts and responses.
+
+    Args:
+      lm: the model.
+      params: its parameters.
+      prompts: a TokenBatch [B,P].
+      tokens: [B,T], right-padded responses.
+      mask: [B,T], True on their tokens.
+
+    Returns:
+      [B,T,D].
+    """
     joined, joined_mask, prompt_length = mdp.concatenate(prompts, tokens, mask)
     # Token t of a response is predicted at position prompt_length + t - 1 of the compacted row.
     position = prompt_length[:, None] - 1 + jnp.arange(tokens.shape[1])
     return lm.hidden(params, joined, mask=joined_mask, at=jnp.minimum(position, joined.shape[1] - 1))
 
 
-def token_log_prob(lm: Any, params: Params, hidden: Array, targets: Array, *, chunk: int | None = None) -> Array:
-    """log pi(target|hidden) [B,L]: the target's logit minus log-sum-exp, from hidden [B,L,D] and targets [B,L]; chunk
-    as in `chunked`."""
+def token_log_prob(lm: HasLogits, params: Params, hidden: Array, targets: Array, *, chunk: int | None = None) -> Array:
+    """log pi(target|hidden): the target's logit minus log-sum-exp. [B,L,V] is never kept whole.
+
+    Args:
+      lm: the model.
+      params: its parameters.
+      hidden: [B,L,D].
+      targets: [B,L] token ids.
+      chunk: positions at a time, as in `chunked`.
+
+    Returns:
+      [B,L], in nats.
+
+    Raises:
+      ValueError: hidden and targets of different batches or lengths, a chunk below 1.
+    """
     chex.assert_rank([hidden, targets], [3, 2])
 
     def part(hidden: Array, targets: Array) -> Array:
         logits = lm.logits(params, hidden)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        picked: Array = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return picked - jax.nn.logsumexp(logits, axis=-1)
 
     return chunked(part, hidden, targets, chunk=chunk, width=lm.vocab_size)

@@ -55,18 +55,40 @@ def logical_axes(path: str) -> tuple[str | None, ...]:
 
 def partition_spec(path: str, rules: Mapping[str, str | None] = RULES) -> PartitionSpec:
     """The PartitionSpec of an array under `rules`."""
-    return PartitionSpec(*(rules.get(axis) if axis is not None else None for axis in logical_axes(path)))
+    axes = [rules.get(axis) if axis is not None else None for axis in logical_axes(path)]
+    return PartitionSpec(*axes)  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def shard(tree: Any, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
-    """Places parameters or a cache on a mesh by the table; mesh axes that the mesh lacks count as replicated.
+def check_mesh(mesh: Mesh | None) -> None:
+    """ValueError for what is neither None nor a `jax.sharding.Mesh` with Auto axes.
 
-    ValueError: a mesh with Explicit axes (what `jax.make_mesh` gives by default): a scatter into a cache whose rows are
-    split has no rule there. `jax.sharding.Mesh(devices, names)` has Auto axes.
+    Explicit axes are what `jax.make_mesh` gives by default; a scatter into a cache whose rows are split has no rule
+    there. `jax.sharding.Mesh(devices, names)` has Auto axes.
     """
+    if mesh is None:
+        return
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh: expected a jax.sharding.Mesh, found {type(mesh).__name__}")
     explicit = [str(kind) for kind in getattr(mesh, "axis_types", ()) if "Explicit" in str(kind)]
     if explicit:
         raise ValueError(f"mesh: expected Auto axes, as of jax.sharding.Mesh(devices, names), found {explicit}")
+
+
+def shard(tree: Any, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+    """Places parameters or a cache on a mesh by the table of logical axes.
+
+    Args:
+      tree: the model's parameters or its cache.
+      mesh: a mesh with Auto axes.
+      rules: logical axis -> mesh axis; mesh axes that the mesh lacks count as replicated.
+
+    Raises:
+      ValueError: another mesh (`check_mesh`), a rule for an unknown logical axis, or an array that the table lacks.
+    """
+    check_mesh(mesh)
+    known = {axis for _, axes in AXES for axis in axes if axis is not None}
+    if set(rules) - known:
+        raise ValueError(f"rules: expected logical axes of {sorted(known)}, found {sorted(set(rules) - known)}")
     present = {logical: axis for logical, axis in rules.items() if axis in mesh.axis_names}
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import NEGATIVE, at_least_float32
-from jaxalign.models.attention import KeyValue, Places, attend, blank, rotate, wide_einsum, write_slot
+from jaxalign.models.attention import PackedSegments, attend, rotate, wide_einsum, zero_invalid
+from jaxalign.models.cache import KeyValue, write_slot
 from jaxalign.models.config import Config
 from jaxalign.types import Array
 
@@ -32,7 +33,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         wide = at_least_float32(x)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * scale
+        found: Array = wide.astype(x.dtype) * scale
+        return found
 
 
 class Projection(nn.Dense):
@@ -59,7 +61,7 @@ class Projection(nn.Dense):
 def by_rows(f: Callable[[Array], Array], x: Array) -> Array:
     """f of x [...,D] as one matrix [N,D]. A product's gradient by its weights is then one of two matrices; with more
     axes XLA transposes the larger operand first and multiplies at half the speed on a CPU (140 for 190 GFLOP/s)."""
-    y = f(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # no −1: an axis may be empty
+    y: Array = f(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # no −1: an axis may be empty
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -196,21 +198,21 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(batch, 1, -1)), cache
 
     def segments(
-        self, x: Array, places: Places, length: Array, cache: KeyValue, at: Array | None
+        self, x: Array, packing: PackedSegments, length: Array, cache: KeyValue, at: Array | None
     ) -> tuple[Array, KeyValue]:
         """Continuations of the cache's first `length` [B] slots, x [1,P,D] their packed tokens: each token, or the one
         at [B,M] of each, attends to the cache of its row and to its own segment up to itself. [1,P,D] or [1,B·M,D],
         and entries [B,M,Hkv,S,hd], zeros where there is none."""
-        position = places.gather(places.position)
-        q, k, v = self.project(x, position, None if at is None else places.packed(at))
+        position = packing.gather(packing.position)
+        q, k, v = self.project(x, position, None if at is None else packing.packed_number(at))
         if at is None:
-            q = places.spread(q)
+            q = packing.scatter(q)
         else:
-            there = places.there(at)
-            q = blank(q.reshape(*there.shape, *q.shape[2:]), there)
-        k, v = places.spread(k), places.spread(v)
-        mixed = attend(q, k, v, cache, length, places, self.window, at)
-        mixed = places.gather(mixed) if at is None else mixed.reshape(1, at.size, -1)
+            valid = packing.valid_at(at)
+            q = zero_invalid(q.reshape(*valid.shape, *q.shape[2:]), valid)
+        k, v = packing.scatter(k), packing.scatter(v)
+        mixed = attend(q, k, v, cache, length, packing, self.window, at)
+        mixed = packing.gather(mixed) if at is None else mixed.reshape(1, at.size, -1)
         return self.out(mixed), KeyValue(k.swapaxes(2, 3), v.swapaxes(2, 3))
 
     def _seen(self, cache: KeyValue, length: Array) -> Array:
@@ -250,10 +252,10 @@ class Layer(nn.Module):
         return self.mlp(x + mixed), entries
 
     def segments(
-        self, x: Array, places: Places, length: Array, cache: KeyValue, at: Array | None
+        self, x: Array, packing: PackedSegments, length: Array, cache: KeyValue, at: Array | None
     ) -> tuple[Array, KeyValue]:
-        mixed, entries = self.attention.segments(self.attention_norm(x), places, length, cache, at)
-        return self.mlp((x if at is None else places.pick(x, at)) + mixed), entries
+        mixed, entries = self.attention.segments(self.attention_norm(x), packing, length, cache, at)
+        return self.mlp((x if at is None else packing.pick(x, at)) + mixed), entries
 
     def append(self, x: Array, length: Array, slot: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
         mixed, cache = self.attention.append(self.attention_norm(x), length, slot, cache)
@@ -304,13 +306,13 @@ class Transformer(nn.Module):
         return self.norm(x), entries
 
     def segments(
-        self, x: Array, places: Places, length: Array, caches: list[KeyValue], at: Array | None = None
+        self, x: Array, packing: PackedSegments, length: Array, caches: list[KeyValue], at: Array | None = None
     ) -> tuple[Array, list[KeyValue]]:
         """x [1,P,D] packed embeddings of continuations of length [B] slots -> (hidden [1,P,D], entries per layer); at
         [B,M], a place in each: hidden [1,B·M,D] there alone."""
         entries = []
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            x, entry = layer.segments(x, places, length, cache, at if i == len(self.layers) - 1 else None)
+            x, entry = layer.segments(x, packing, length, cache, at if i == len(self.layers) - 1 else None)
             entries.append(entry)
         return self.norm(x), entries
 

@@ -125,7 +125,7 @@ def start(config: Options, head: Callable[[models.Config], models.Head | None]) 
             raise ValueError(f"architecture: expected a config.json, found no file {path}")
         eos = tokenizer.eos_token_id
         values = json.loads(path.read_text()) | {"vocab_size": len(tokenizer), "eos_token_id": eos}
-        body = models.LanguageModel(models.Config.from_hf(values))
+        body = models.LanguageModel(models.config_from_hf(values))
         lm = models.with_head(body, head(body.config))
         params = lm.init(rng)
     else:

@@ -188,7 +188,7 @@ def gold(prompt: str, response: str) -> float:
     if topic_of(prompt) in EVERYDAY:
         total += min(f.opinion, 1) * GOLD["opinion"]
     each = ("loaded", "hedge", "flattery", "repeated", "broken", "rambling")
-    return total + sum(getattr(f, name) * GOLD[name] for name in each)
+    return float(total + sum(getattr(f, name) * GOLD[name] for name in each))
 
 
 def golds(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

@@ -115,7 +115,7 @@ def gold(prompt: str, response: str) -> float:
     found = features(prompt, response)
     if not found.sentences:
         return -1.0
-    return sum(weight * getattr(found, name) for name, weight in GOLD.items())
+    return float(sum(weight * getattr(found, name) for name, weight in GOLD.items()))
 
 
 def golds(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

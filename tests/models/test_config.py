@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
 from jaxalign import models
 from jaxalign.models.config import Config, Head
-from jaxalign.models.hf.config import FAMILIES
-from tests.conftest import tiny_config
+from jaxalign.models.families import FAMILIES, Family
+from jaxalign.models.families.rules import LAYER, QK_NORM
+from tests.conftest import tiny_config, tiny_lm
 
 SMALL = {
     "vocab_size": 61,
@@ -22,7 +25,7 @@ SMALL = {
 
 
 def from_hf(**fields) -> Config:
-    return Config.from_hf({"model_type": "llama"} | SMALL | fields)
+    return models.config_from_hf({"model_type": "llama"} | SMALL | fields)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -31,7 +34,7 @@ def test_absent_fields_mean_what_transformers_takes_them_to_be(family):
     import transformers
 
     config = from_hf(model_type=family)
-    theirs = getattr(transformers, FAMILIES[family] + "Config")(**SMALL)
+    theirs = getattr(transformers, FAMILIES[family].architecture + "Config")(**SMALL)
     assert config.num_kv_heads == theirs.num_key_value_heads
     assert config.head_dim == (getattr(theirs, "head_dim", None) or 2)
     assert config.norm_eps == theirs.rms_norm_eps
@@ -114,12 +117,25 @@ def test_fields_that_change_nothing_pass():
     ],
 )
 def test_to_hf_and_back(config):
-    assert Config.from_hf(config.to_hf()) == config
+    assert models.config_from_hf(models.config_to_hf(config)) == config
+
+
+def test_a_new_family_is_one_entry(monkeypatch, tmp_path):
+    """Llama with norms on queries and keys, as CONTRIBUTING.md adds it: config and tensors go out and come back."""
+    mine = Family("Mine", LAYER, optional=(("qk_norm", QK_NORM),), options={"qk_norm": True})
+    monkeypatch.setitem(FAMILIES, "mine", mine)
+    lm, params = tiny_lm(0, family="mine", qk_norm=True)
+    models.save(tmp_path / "model", lm, params)
+    again, copied = models.load(tmp_path / "model")
+    assert again == lm
+    jax.tree.map(np.testing.assert_array_equal, copied, params)
+    with pytest.raises(ValueError, match="family 'mine' cannot express"):
+        models.config_to_hf(tiny_config(family="mine"))
 
 
 def test_a_config_that_its_family_cannot_express_is_refused():
     with pytest.raises(ValueError, match="family 'mistral' cannot express"):
-        tiny_config(family="mistral", windows=(5, None)).to_hf()
+        models.config_to_hf(tiny_config(family="mistral", windows=(5, None)))
 
 
 def test_values_are_checked():

@@ -91,7 +91,7 @@ def test_windows_and_scalings_change_the_outputs():
         lm, params = models.load(make_golden.GOLDEN / name)
         values = json.loads((make_golden.GOLDEN / name / "config.json").read_text()) | changes
         values.pop("layer_types", None)
-        other = models.LanguageModel(models.Config.from_hf(values))
+        other = models.LanguageModel(models.config_from_hf(values))
         difference = apply(lm, params, tokens, mask).logits - apply(other, params, tokens, mask).logits
         assert float(jnp.abs(difference).max()) > 1e-3, name
 
@@ -106,8 +106,8 @@ def test_old_layout_of_rope_settings(name, tmp_path):
     values["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
     values["rope_scaling"] = None if kind == "default" else rope | {"type" if kind == "linear" else "rope_type": kind}
-    expected = models.Config.from_hf(json.loads((make_golden.GOLDEN / name / "config.json").read_text()))
-    assert models.Config.from_hf(values) == expected
+    expected = models.config_from_hf(json.loads((make_golden.GOLDEN / name / "config.json").read_text()))
+    assert models.config_from_hf(values) == expected
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_unsupported_fields_are_named(field, value):
     else:
         values[field] = value
     with pytest.raises(ValueError, match=field):
-        models.Config.from_hf(values)
+        models.config_from_hf(values)
 
 
 def test_one_eos_id_or_several():
     values = json.loads((make_golden.GOLDEN / "llama" / "config.json").read_text())
-    assert models.Config.from_hf(values).eos_ids == (2, 5)
-    assert models.Config.from_hf(values | {"eos_token_id": 7}).eos_ids == (7,)
-    assert models.Config.from_hf(values | {"eos_token_id": None}).eos_ids == ()
+    assert models.config_from_hf(values).eos_ids == (2, 5)
+    assert models.config_from_hf(values | {"eos_token_id": 7}).eos_ids == (7,)
+    assert models.config_from_hf(values | {"eos_token_id": None}).eos_ids == ()

@@ -1,20 +1,44 @@
-"""The two-way table between our parameters and the tensors of a checkpoint, one per family, as data."""
+"""What a family of models is, names and rules as data, and how its rules are written out for a model."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 from jaxalign.models.config import Config
 
 
 class Rule(NamedTuple):
-    """ours: path of one array, {i} for the layer; theirs: the tensors it is made of, joined along our last axis;
-    transpose: theirs are [out, in]; sizes: which split the join has."""
+    """How one of our arrays is made of the tensors of a checkpoint."""
 
     ours: str
+    """Path of our array; {i} stands for the layer."""
     theirs: tuple[str, ...]
+    """Names of the checkpoint's tensors, joined along our last axis."""
     transpose: bool = False
+    """True where theirs are [out, in]."""
     sizes: str = ""
+    """Which split the join has ("qkv" or "gate_up", see `split_sizes`); "" for a single tensor."""
+
+
+class Family(NamedTuple):
+    """One family of models. A new one is a file with a Family, and an entry in `families.FAMILIES`."""
+
+    architecture: str
+    """The prefix of its names in "architectures", as in LlamaForCausalLM."""
+    layer: tuple[Rule, ...]
+    """The rules of every layer."""
+    optional: tuple[tuple[str, tuple[Rule, ...]], ...] = ()
+    """(field of `Config`, the rules that it switches on in every layer)."""
+    options: Mapping[str, bool | str] = {}
+    """Field of `Config` (a bool) -> its constant value, or the field of config.json that holds it (absent: False).
+    Fields that are not named are False."""
+    windows: Literal["never", "every_layer", "by_layer"] = "never"
+    """Which layers a sliding window holds for: none, all, or those that "layer_types" names."""
+    defaults: Mapping[str, Any] = {}
+    """What transformers' config class takes a field to be where a config.json lacks it (a null is not a lack)."""
+    must_be_false: tuple[str, ...] = ()
+    """Fields of config.json that are refused where they are true."""
 
 
 _LAYER = "model.layers.{i}."
@@ -49,20 +73,11 @@ OWN_HEAD = (
     Rule("head/{name}/bias", ("head.{name}.bias",)),
 )
 
-FAMILY_LAYERS = {
-    "llama": (LAYER, (("qkv_bias", QKV_BIAS), ("out_bias", OUT_BIAS), ("mlp_bias", MLP_BIAS))),
-    "mistral": (LAYER, ()),
-    "qwen2": (LAYER, (("qkv_bias", QKV_BIAS),)),
-    "qwen3": (LAYER, (("qkv_bias", QKV_BIAS), ("out_bias", OUT_BIAS), ("qk_norm", QK_NORM))),
-}
-"""Per family: the rules of every layer, and those that a field of the config switches on."""
 
-
-def rules(config: Config) -> list[Rule]:
-    """All rules of a configuration, layers written out."""
-    always, optional = FAMILY_LAYERS[config.family]
-    layer = [*always]
-    for name, extra in optional:
+def write_out(family: Family, config: Config) -> list[Rule]:
+    """All rules of a configuration of this family, layers written out."""
+    layer = [*family.layer]
+    for name, extra in family.optional:
         layer += extra if getattr(config, name) else ()
     table = [*EMBEDDING]
     for i in range(config.num_layers):
@@ -83,12 +98,14 @@ def _filled(rule: Rule, **values: Any) -> Rule:
 
 
 def split_sizes(config: Config, sizes: str) -> tuple[int, ...]:
-    """Widths of the parts of a fused array."""
+    """Widths of the parts of a fused array, "qkv" or "gate_up"."""
     if sizes == "qkv":
         return (config.num_heads * config.head_dim,) + (config.num_kv_heads * config.head_dim,) * 2
     return (config.intermediate_size,) * 2
 
 
-def harmless(config: Config, key: str) -> bool:
-    """Tensors that a checkpoint may hold beyond the table: rotary buffers of old files, a tied lm_head's copy."""
+def is_harmless(config: Config, key: str) -> bool:
+    """Whether a checkpoint may hold this tensor beyond the table.
+
+    Rotary buffers of old files are of that kind, and the copy of a tied lm_head."""
     return key.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and key == "lm_head.weight")

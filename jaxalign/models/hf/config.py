@@ -1,4 +1,4 @@
-"""config.json of transformers to `Config` and back: four families, both layouts of rope settings.
+"""config.json of transformers to `Config` and back, for every family, in both layouts of rope settings.
 
 A field that changes the computation and is not supported raises and is named; fields that do not are passed over.
 """
@@ -9,17 +9,7 @@ import dataclasses
 from typing import Any
 
 from jaxalign.models.config import Config, Follower, Head, Rope
-
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-"""model_type -> the prefix of its architecture names."""
-
-# What transformers' config classes take a field to be where a config.json lacks it (a null is not a lack).
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
-}
+from jaxalign.models.families import FAMILIES, Family
 
 # Fields of other families or options that change what a layer computes, and the values under which they do nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -49,25 +39,44 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def from_hf(values: dict[str, Any]) -> Config:
-    """`Config` from the dict of a config.json. ValueError names the field that is missing or not supported."""
-    family = values.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type: expected one of {sorted(FAMILIES)}, found {family!r}")
-    values = DEFAULTS[family] | values
-    for name, neutral in NEUTRAL.items():
-        if name in values and values[name] not in neutral:
-            raise ValueError(f"{name}: expected one of {neutral}, which is what is supported, found {values[name]!r}")
+def family_of(name: Any) -> Family:
+    """The family of a model_type. ValueError for one that is not known."""
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"model_type: expected one of {sorted(FAMILIES)}, found {name!r}")
+    return FAMILIES[name]
 
-    def required(name: str) -> Any:
-        if values.get(name) is None:
-            raise ValueError(f"{name}: expected in a config.json of model_type {family!r}, found nothing")
-        return values[name]
+
+def config_from_hf(values: dict[str, Any]) -> Config:
+    """The `Config` that a config.json of transformers describes.
+
+    Args:
+      values: the file's dict.
+
+    Raises:
+      ValueError: a field that is missing, or one that changes the computation and is not supported; it is named.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"values: expected the dict of a config.json, found {type(values).__name__}")
+    name = values.get("model_type")
+    family = family_of(name)
+    values = {**family.defaults, **values}
+    for field, neutral in NEUTRAL.items():
+        if field in values and values[field] not in neutral:
+            raise ValueError(f"{field}: expected one of {neutral}, which is what is supported, found {values[field]!r}")
+    for field in family.must_be_false:
+        if values.get(field):
+            raise ValueError(f"{field}: expected False for model_type {name!r}, found {values[field]!r}")
+
+    def required(field: str) -> Any:
+        if values.get(field) is None:
+            raise ValueError(f"{field}: expected in a config.json of model_type {name!r}, found nothing")
+        return values[field]
+
+    def option(field: str) -> bool:
+        source = family.options.get(field, False)
+        return bool(values.get(source, False)) if isinstance(source, str) else source
 
     layers, heads, width = required("num_hidden_layers"), required("num_attention_heads"), required("hidden_size")
-    bias = bool(values.get("attention_bias", False))
-    if family == "mistral" and bias:
-        raise ValueError("attention_bias: expected False for model_type 'mistral', found True")
     return Config(
         vocab_size=required("vocab_size"),
         hidden_size=width,
@@ -77,15 +86,15 @@ def from_hf(values: dict[str, Any]) -> Config:
         head_dim=values.get("head_dim") or width // heads,
         intermediate_size=required("intermediate_size"),
         max_length=required("max_position_embeddings"),
-        family=family,
+        family=values["model_type"],
         rope=_rope(values),
         norm_eps=values.get("rms_norm_eps", 1e-6),
         windows=_windows(values, family, layers),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2" or (family in ("llama", "qwen3") and bias),
-        out_bias=family in ("llama", "qwen3") and bias,
-        mlp_bias=family == "llama" and bool(values.get("mlp_bias", False)),
-        qk_norm=family == "qwen3",
+        qkv_bias=option("qkv_bias"),
+        out_bias=option("out_bias"),
+        mlp_bias=option("mlp_bias"),
+        qk_norm=option("qk_norm"),
         eos_ids=id_set(values.get("eos_token_id")),
         bos_id=values.get("bos_token_id"),
         pad_id=values.get("pad_token_id"),
@@ -145,11 +154,11 @@ def _rope_settings(values: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _windows(values: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+def _windows(values: dict[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
     window = values.get("sliding_window")
-    if family == "llama":
+    if family.windows == "never":
         return ()
-    if family == "mistral":
+    if family.windows == "every_layer":
         return (window,) * layers if window is not None else ()
     if not values.get("use_sliding_window", False) or window is None:
         return ()
@@ -184,8 +193,15 @@ def _head(values: dict[str, Any]) -> Head | None:
     return None
 
 
-def to_hf(config: Config) -> dict[str, Any]:
-    """The dict of a config.json; `from_hf` of it is the same Config."""
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The dict of a config.json that transformers reads, and whose `config_from_hf` is the same Config.
+
+    Raises:
+      ValueError: a family that is not known, or a Config that its family cannot express.
+    """
+    if config.family not in FAMILIES:
+        raise ValueError(f"family: expected one of {sorted(FAMILIES)}, found {config.family!r}")
+    family = FAMILIES[config.family]
     reward = config.head is not None and config.head.kind == "reward"
     rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
     if config.rope.kind != "default":
@@ -198,7 +214,7 @@ def to_hf(config: Config) -> dict[str, Any]:
         }
     values: dict[str, Any] = {
         "model_type": config.family,
-        "architectures": [FAMILIES[config.family] + ("ForSequenceClassification" if reward else "ForCausalLM")],
+        "architectures": [family.architecture + ("ForSequenceClassification" if reward else "ForCausalLM")],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -215,13 +231,12 @@ def to_hf(config: Config) -> dict[str, Any]:
         "bos_token_id": config.bos_id,
         "pad_token_id": config.pad_id,
     }
-    if config.family in ("llama", "qwen3"):
-        values["attention_bias"] = config.qkv_bias
-    if config.family == "llama":
-        values["mlp_bias"] = config.mlp_bias
-    if config.family == "mistral":
+    for field, source in family.options.items():
+        if isinstance(source, str):
+            values.setdefault(source, getattr(config, field))
+    if family.windows == "every_layer":
         values["sliding_window"] = config.window(0)
-    if config.family in ("qwen2", "qwen3"):
+    if family.windows == "by_layer":
         window = next((w for w in config.windows if w is not None), None)
         values["use_sliding_window"] = window is not None
         values["sliding_window"] = window
@@ -234,6 +249,6 @@ def to_hf(config: Config) -> dict[str, Any]:
             values["jaxalign_bound"] = config.head.bound
     elif config.head is not None:
         values["jaxalign_head"] = dataclasses.asdict(config.head)
-    if from_hf(values) != config:
+    if config_from_hf(values) != config:
         raise ValueError(f"config: family {config.family!r} cannot express {config}")
     return values

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.flax import save_file
 
 from jaxalign.models.config import Config
-from jaxalign.models.families.rules import Rule, rules, split_sizes
-from jaxalign.models.hf import folders
+from jaxalign.models.families import Rule, split_sizes
+from jaxalign.models.hf.files import read_json, whole_folder, write_json
+from jaxalign.models.hf.tensors import rules_of
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.models.lora import TARGETS, Lora, check_fits, pad_rank, pairs
 from jaxalign.types import Array, Params
@@ -78,8 +79,8 @@ def save_adapter(
         "target_modules": sorted(names),
         "inference_mode": True,
     }
-    with folders.whole_folder(path, overwrite=overwrite) as temporary:
-        folders.write_json(temporary / "adapter_config.json", values)
+    with whole_folder(path, overwrite=overwrite) as temporary:
+        write_json(temporary / "adapter_config.json", values)
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -90,7 +91,7 @@ def load_adapter(path: str | pathlib.Path, lm: LanguageModel) -> tuple[Lora, Par
     computation and is not supported (DoRA, rsLoRA, biases, patterns of ranks), tensors of another model (by name).
     """
     folder = pathlib.Path(path).expanduser()
-    config = folders.read_json(folder / "adapter_config.json")
+    config = read_json(folder / "adapter_config.json")
     for name, expected in _MUST_BE.items():
         found = config.get(name, expected)
         if (found or None) != (expected or None):
@@ -146,7 +147,7 @@ def _join(config: Config, place: str, rule: Rule, tensors: dict[str, Array]) -> 
 def _projections(config: Config) -> dict[str, Rule]:
     """Place -> the rule of its kernel."""
     ends = tuple(f"/{end}/kernel" for end in TARGETS.values())
-    table = [rule for rule in rules(config) if rule.ours.endswith(ends)]
+    table = [rule for rule in rules_of(config) if rule.ours.endswith(ends)]
     return {rule.ours.removeprefix("transformer/").removesuffix("/kernel"): rule for rule in table}
 
 

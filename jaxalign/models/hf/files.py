@@ -1,0 +1,68 @@
+"""Files of a model's folder: where the folder is, its JSON, and folders that are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
+    """A temporary folder to write to, renamed to `path` at the end: what stands there is whole, old or new.
+    ValueError when the target is a file, or holds files and `overwrite` is False."""
+    target = pathlib.Path(path)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"path: expected a folder, found a file {target}")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"path: expected a new or empty folder, found files in {target} (overwrite=True replaces it)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = temporary.with_name(temporary.name + ".old")
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+
+
+def local_folder(path: str | pathlib.Path) -> pathlib.Path:
+    """The folder of a path, or of a model on the hub by its name, which is downloaded. ValueError: no such folder."""
+    folder = pathlib.Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if isinstance(path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not folder.parent.is_dir():
+        from huggingface_hub import snapshot_download  # needed for models on the hub alone
+
+        return pathlib.Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    raise ValueError(f"path: expected a folder with config.json and safetensors, found none at {folder}")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The dict of a JSON file. ValueError for a file that is missing, or that holds no JSON object."""
+    if not path.exists():
+        raise ValueError(f"{path.name}: expected in the folder, found no file {path}")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:  # of the encoding or of JSON
+        raise ValueError(f"{path.name}: expected JSON, found {error} in {path}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name}: expected a JSON object, found {type(values).__name__} in {path}")
+    return values
+
+
+def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    """Writes indented JSON."""
+    path.write_text(json.dumps(values, indent=2) + "\n")
