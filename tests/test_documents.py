@@ -1,42 +1,91 @@
-"""README, CONTRIBUTING and PAPERS say what is so: their programs run, their commands exist, their test ids collect."""
+"""The documents say what is so: their programs run, their commands parse, their links and paths exist, and every test
+of tests/properties.toml is collected."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxalign import decoding, policies, tree
+from jaxalign import commands, decoding, models, policies, tree
+from jaxalign.data import tokenizers
 from tests.conftest import EOS, VOCAB, tiny_lm
 
 ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+TEXTS = [*PAGES, "CONTRIBUTING.md", "PAPERS.md", "CHANGELOG.md"]
+HEADS = {"base": None, "dpo": None, "arm": None, "reward": "reward", "value": "value"}
+WORDS = ["<eos>", "the", "cat", "sat", "on", "a", "mat", "Why", "do", "cats", "purr?"]
 
 
 def blocks(name: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    """The blocks of a page, but those after a line <!-- not run: why -->."""
+    text = re.sub(r"<!-- not run: [^\n]+ -->\n```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_the_worked_example_of_the_readme_prints_what_it_says(capsys):
-    program = blocks("README.md", "python")[0]
-    exec(compile(program, "README.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines() == re.findall(r"^# (\(.*)$", program, re.MULTILINE)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> pathlib.Path:
+    """A folder as the pages describe it (docs/index.md): base, reward, value, arm and dpo, of one vocabulary."""
+    root = tmp_path_factory.mktemp("pages")
+    tokenizer = tokenizers.word_level(WORDS)
+    for seed, (name, head) in enumerate(HEADS.items()):
+        models.save(root / name, *tiny_lm(seed, head, num_layers=1), tokenizer=tokenizer)
+    (root / "prompts.txt").write_text("the cat sat on\na mat\n")
+    return root
 
 
-def test_the_composition_of_the_readme_runs(capsys):
-    exec(compile(blocks("README.md", "python")[1], "README.md", "exec"), {})
-    assert "(2, 16)" in capsys.readouterr().out
+# Pages written for names that are about to land.
+AWAITED = """README.md docs/concepts.md docs/models.md docs/methods/args.md docs/methods/best_of_n.md docs/methods/cards.md
+docs/methods/controlled_decoding.md docs/methods/genarm.md docs/methods/ggro.md docs/methods/policy_gradients.md
+docs/methods/quest.md docs/methods/re_control.md docs/methods/smc.md docs/methods/transfer_q.md""".split()
+
+
+def awaited(pages: list[str]) -> list:
+    mark = pytest.mark.xfail(reason="written for names that are about to land", strict=False)
+    return [pytest.param(page, marks=mark) if page in AWAITED else page for page in pages]
+
+
+@pytest.mark.parametrize("page", awaited([page for page in PAGES if blocks(page, "python")]))
+def test_the_programs_of_a_page_run(page, folders, monkeypatch):
+    """In order, as one program; a block that ends in comments prints them."""
+    monkeypatch.chdir(folders)
+    names: dict = {"__name__": "page"}
+    for number, program in enumerate(blocks(page, "python")):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(program, f"{page}, block {number}", "exec", dont_inherit=True), names)
+        ending = re.search(r"((?:^# .*\n)+)\Z", program, re.MULTILINE)
+        if ending:
+            assert printed.getvalue().splitlines() == [line[2:] for line in ending[1].splitlines()]
+
+
+def test_the_readme_shows_the_worked_example_and_guided_text(folders):
+    first, second = blocks("README.md", "python")
+    assert len([line for line in first.splitlines() if line.strip()]) <= 12
+    for figure in ("(0.77, 0.23), utility 1.23", "(0.31, 0.69), utility 1.69"):
+        assert figure in second
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
 
 
 def test_the_extensions_of_contributing_work():
-    names: dict = {}
+    names: dict = {"__name__": "contributing"}
     for program in blocks("CONTRIBUTING.md", "python"):
-        assert len(program.splitlines()) < 20
-        exec(compile(program, "CONTRIBUTING.md", "exec"), names)
+        assert len(program.splitlines()) < 25
+        exec(compile(program, "CONTRIBUTING.md", "exec", dont_inherit=True), names)
     lm, params = tiny_lm(0)
     policy = policies.tilt(policies.language_model(lm), names["brevity"](0, VOCAB))
     prompts = tree.prompts(3)
@@ -49,27 +98,98 @@ def test_the_extensions_of_contributing_work():
     assert reward.shape == (3,)
 
 
-def test_commands_of_the_readme_name_modules_that_exist():
-    for text in [block for name in ("README.md", "CONTRIBUTING.md") for block in blocks(name, "bash")]:
-        for module in re.findall(r"python -m ((?:eval|train)[\w.]*)", text):
-            path = ROOT / module.replace(".", "/")
-            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+# Commands ------------------------------------------------------------------------------------------------------------
+
+STARTS = ("python -m train.", "python -m eval.", "jaxalign ")
 
 
-def test_every_test_id_of_papers_is_collected():
-    rows = re.findall(r"`(tests/[\w/]+\.py::\w+)`", (ROOT / "PAPERS.md").read_text())
-    assert len(rows) > 40
+def shell_lines(name: str) -> list[str]:
+    """The commands of a page's shell blocks and of its indented lines, continued lines put together."""
+    text = (ROOT / name).read_text()
+    indented = "".join(line[4:] for line in re.findall(r"^    .*\n", text, re.MULTILINE))
+    found = []
+    for block in [*blocks(name, "bash"), indented]:
+        block = re.sub(r"cat > .*?\nEND\n", "", block.replace("\\\n", " "), flags=re.DOTALL)
+        found += [part.strip() for line in block.splitlines() for part in line.split("&&")]
+    return [line for line in found if line.startswith(STARTS)]
+
+
+def job_and_words(command: str) -> tuple[object, list[str]]:
+    """The module of a job and the words after its name. AssertionError where there is no such job."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "jaxalign":
+        module, rest = commands.load(words[1]), words[2:]
+    else:
+        module, rest = importlib.import_module(words[2]), words[3:]
+    if not hasattr(module, "Config"):
+        group = getattr(module, "__package__", module.__name__)
+        if not rest or rest[0].startswith("-"):
+            return None, []
+        module, rest = importlib.import_module(f"{group}.{rest[0]}"), rest[1:]
+    return module, rest
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if shell_lines(page)])
+def test_the_commands_of_a_page_have_options_that_exist(page):
+    for command in shell_lines(page):
+        module, words = job_and_words(command)
+        if module is not None and "--help" not in words:
+            commands.parse(module.Config, description="", args=words)
+
+
+@pytest.mark.parametrize("page", awaited(TEXTS))
+def test_jobs_and_options_that_a_page_mentions_exist(page):
+    for command in re.findall(r"`((?:python -m (?:train|eval)\.|jaxalign )[^`]+)`", (ROOT / page).read_text()):
+        words = command.split()
+        if "NAME" in command or words[-1] == "jaxalign":
+            continue
+        module, rest = job_and_words(" ".join(words))
+        options = {word.split("=")[0] for word in rest if word.startswith("--")} - {"--help"}
+        if module is None or not options:
+            continue
+        with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as helped:
+            commands.parse(module.Config, description="", args=["--help"])
+        missing = {option for option in options if option not in helped.getvalue()}
+        assert not missing, command
+
+
+# Paths, links, properties ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_paths_in_backticks_exist(name):
+    for path in re.findall(r"`((?:jaxalign|train|eval|tests|docs|examples|\.ci)/[\w./]*)`", (ROOT / name).read_text()):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_to_files_resolve(name):
+    here = (ROOT / name).parent
+    for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", (ROOT / name).read_text()):
+        assert (here / target).exists(), target
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name != "CHANGELOG.md"])  # which names what is gone
+def test_names_in_backticks_exist(name):
+    """`decoding.smc`, `policies.tilt(…)`: what a page names is there."""
+    rooms = "advantages critics decoding gibbs infalign losses mdp metrics models policies rewards shaping tree types"
+    for room, rest in re.findall(
+        rf"`(?:jaxalign\.)?({'|'.join(rooms.split())})((?:\.\w+)+)", (ROOT / name).read_text()
+    ):
+        found = importlib.import_module(f"jaxalign.{room}")
+        for part in rest.split(".")[1:]:
+            assert hasattr(found, part) or part in getattr(found, "__annotations__", {}), f"{room}{rest}"
+            found = getattr(found, part, None)
+
+
+def test_every_test_of_the_properties_is_collected():
+    methods = tomllib.loads((ROOT / "tests/properties.toml").read_text())
+    rows = [test for method in methods.values() for entry in method.values() for test in entry["tests"]]
+    assert all(entry["property"] for method in methods.values() for entry in method.values())
+    assert len(rows) > 250
+    files = sorted({row.split("::")[0] for row in rows})
     found = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--collect-only",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *sorted({r.split("::")[0] for r in rows}),
-        ],
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -77,17 +197,4 @@ def test_every_test_id_of_papers_is_collected():
     )
     assert found.returncode == 0, found.stdout + found.stderr
     collected = set(re.findall(r"^(tests/[\w/]+\.py::\w+)", found.stdout, re.MULTILINE))
-    missing = [row for row in rows if row not in collected]
-    assert not missing
-
-
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "PAPERS.md"])
-def test_paths_in_backticks_exist(name):
-    for path in re.findall(r"`((?:jaxalign|train|eval|tests|docs|\.ci)/[\w./]*)`", (ROOT / name).read_text()):
-        assert (ROOT / path).exists(), path
-
-
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "PAPERS.md"])
-def test_links_to_files_resolve(name):
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / name).read_text()):
-        assert (ROOT / target).exists(), target
+    assert [row for row in rows if row not in collected] == []

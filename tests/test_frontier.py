@@ -21,7 +21,7 @@ def of(rows, **wanted):
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
 
 
-def test_toy_numbers_of_the_specification(toy):
+def test_toy_numbers(toy):
     """|V| = 3, T = 4, B = 2, beta 1: its utilities and KL, within the intervals of 200 other processes."""
     rows, out = toy
     expected = {
@@ -75,7 +75,7 @@ def test_noise_light_tails_favour_the_raw_reward_and_heavy_ones_the_threshold(tm
         assert row["kl"] <= budget["kl"] + 1e-3
 
 
-def test_samples_numbers_of_the_specification(tmp_path):
+def test_samples_numbers(tmp_path):
     """Ten samples of a Gaussian utility: .365 for .390, 1.08 for 1.19, 1.51 for 2.18 there, on samples of its own; in
     closed form the true ones are .397, 1.160 and 2.166."""
     rows = samples.run(samples.Config(out=str(tmp_path), sizes=(10, 64), prompts=2000))
