@@ -24,7 +24,8 @@ def run(name: str) -> dict:
 def test_examples_are_short_and_say_what_they_show(path):
     lines = path.read_text().splitlines()
     assert len(lines) < 25
-    assert lines[0].startswith('"""') and lines[0].endswith('."""')
+    assert lines[0].startswith('"""')
+    assert lines[0].endswith('."""')
     assert "tests" not in path.read_text()
 
 
