@@ -112,7 +112,7 @@ def prompt_tokens(b: int) -> list[int]:
 
 
 class Plain:
-    """The algorithm for one prompt in plain Python, as its specification writes it: candidates are generated whole, the
+    """The algorithm for one prompt in plain Python: candidates are generated whole, the
     uncertain token is dropped, and a repeat is found by comparing candidates."""
 
     def __init__(self, params, prompt, *, candidates, threshold, rule="difference", k=5, eos=EOS):

@@ -1,4 +1,4 @@
-"""ARGS: the exact properties of its specification (section 6), on trees in float64 and on models."""
+"""ARGS: its exact properties, on trees in float64 and on models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Controlled decoding: the exact properties of its specification (section 6), through our decoders."""
+"""Controlled decoding: its exact properties, through our decoders."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from eval.studies import base, bound, language, noise, samples, tree, world
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """The specification's toy on 200 processes, few points per curve."""
+    """The toy on 200 processes, few points per curve."""
     out = tmp_path_factory.mktemp("tree")
     return tree.run(tree.Config(out=str(out), betas=(2.0, 1.0), budgets=(0.1, 1.0))), out
 

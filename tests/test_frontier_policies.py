@@ -67,7 +67,7 @@ def test_policies_are_held_against_the_curve_at_their_own_kl_with_the_error_of_b
     rng = np.random.default_rng(0)
     kl = 0.5 + 0.1 * rng.standard_normal(400)
     kl += 0.5 - kl.mean()
-    # On the curve but for noise of its own: W = .7117 at KL .5 under exp:10 (specification), its slope from the curve.
+    # On the curve but for noise of its own: W = .7117 at KL .5 under exp:10, its slope from the curve.
     with jax.enable_x64(True):
         near = predictions.closed_form("exp:10", np.array([0.49, 0.51]), 4)[1].win_rate
     slope = float(near[1] - near[0]) / 0.02
@@ -97,7 +97,7 @@ def test_closed_forms_are_at_the_wanted_kl_and_the_fixed_point_is_ahead_of_every
         found = {text: predictions.closed_form(text, kl, 4)[1] for text in ("identity", "exp:10", "bon_fp:4")}
     for curve in found.values():
         np.testing.assert_allclose(curve.kl, kl, rtol=1e-4)
-    # The specification's optimum under best of 4.
+    # The optimum under best of 4.
     np.testing.assert_allclose(found["bon_fp:4"].best_of_n, [0.797, 0.873], atol=6e-4)
     for text in ("identity", "exp:10"):
         assert (found["bon_fp:4"].best_of_n >= found[text].best_of_n).all()

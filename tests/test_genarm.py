@@ -1,4 +1,4 @@
-"""GenARM, decoding part: the exact properties of its specification (section 6), on trees in float64."""
+"""GenARM, decoding part: its exact properties, on trees in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGRO: the exact properties of its specification (section 6), on Markov tables."""
+"""GGRO: its exact properties, on Markov tables."""
 
 from __future__ import annotations
 

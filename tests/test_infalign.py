@@ -1,4 +1,4 @@
-"""InfAlign's calibrated rewards and transformations: the exact properties of its specification (section 6)."""
+"""InfAlign's calibrated rewards and transformations: their exact properties."""
 
 from __future__ import annotations
 

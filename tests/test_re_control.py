@@ -1,4 +1,4 @@
-"""RE-Control: the exact properties of its specification (section 6), on trees with hidden states."""
+"""RE-Control: its exact properties, on trees with hidden states."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def expected_table(t: tree.Tree, steps: int):
 
 def test_re_control_R9_the_value_gradient_has_no_guarantee_and_the_expected_q_has(float64):
     """V fitted exactly in all states, small steps: the edit raises E_{pi'}[V_ref(sz)] in about half of 20·40 states
-    (0.54 here; the specification found 0.52), ascent on E_{pi_d}[Q] in all."""
+    (0.54 here), ascent on E_{pi_d}[Q] in all."""
     oracle = expected_table(TREE, 5)
     by_value, by_q = [], []
     for seed in range(20):

@@ -1,4 +1,4 @@
-"""Stackelberg shaping in closed form: the exact properties of its specification (section 6), T1 to T4."""
+"""Stackelberg shaping in closed form: its exact properties, T1 to T4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transfer Q*: the exact properties of its specification (section 6), Q1 to Q6, by the critic's roll-outs."""
+"""Transfer Q*: its exact properties, Q1 to Q6, by the critic's roll-outs."""
 
 from __future__ import annotations
 
