@@ -61,3 +61,25 @@ def drop_weak_types(tree: Any) -> Any:
         return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
 
     return jax.tree.map(strengthen, tree)
+
+
+def look_up(table: ArrayLike, index: ArrayLike, *, name: str = "table") -> Array:
+    """Rows `index` [B] of a table [N,...] of numbers, in at least float32: [B,...].
+
+    Plain indexing of a jax array takes the last row in silence where the index is past the end. Here that is a
+    ValueError where the index is known on the host, and NaN where it is traced.
+
+    Raises:
+      ValueError: a table without an axis, or an index outside [0, N) that is known on the host.
+    """
+    array, rows = at_least_float32(table), jnp.asarray(index)
+    if array.ndim < 1:
+        raise ValueError(f"{name}: expected a table with a row for each prompt's index, found a scalar")
+    if not isinstance(rows, jax.core.Tracer):
+        outside = (rows < 0) | (rows >= array.shape[0])
+        if bool(outside.any()):
+            raise ValueError(
+                f"{name}: expected a table with a row for each prompt's index, {rows}, found {array.shape[0]} rows"
+            )
+    rows = jnp.where(rows < 0, array.shape[0], rows)  # a negative index would count from the end
+    return jnp.take(array, rows, axis=0, mode="fill", fill_value=jnp.nan)

@@ -3,15 +3,17 @@ was found. Values of tracers are not looked at; shapes always are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.prompts import prompts_for
-from jaxalign.types import ArrayLike, Critic, Params, Policy, Prompts, TokenBatch
+from jaxalign.types import Array, ArrayLike, Critic, Params, Policy, Prompts, State, StepOutput, TokenBatch
+
+Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 
 def is_concrete(*trees: Any) -> bool:
@@ -25,12 +27,69 @@ def check_positive(name: str, value: ArrayLike) -> None:
         raise ValueError(f"{name}: expected a value > 0, found {np.asarray(value)}")
 
 
+class ParamsError(ValueError):
+    """Params (or an entry of them) of the wrong form. `path` grows as the error leaves nested parts."""
+
+    def __init__(self, complaint: str, path: str = "") -> None:
+        self.complaint, self.path = complaint, path
+        super().__init__(f"params{path}: {complaint}")
+
+
+def entries_of(params: Params) -> dict[str, Params] | None:
+    """The entries of a Mapping or a NamedTuple by name; None for anything else."""
+    if isinstance(params, Mapping):
+        return {str(name): value for name, value in params.items()}
+    if isinstance(params, tuple) and hasattr(params, "_fields") and not isinstance(params, TokenBatch):
+        return dict(zip(params._fields, params, strict=True))
+    return None
+
+
 def entry(params: Params, name: str) -> Params:
-    """params[name]. ValueError naming what is missing."""
-    if not isinstance(params, Mapping) or name not in params:
-        found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(f"params: expected an entry {name!r}, found {found}")
-    return params[name]
+    """The entry `name` of a Mapping or NamedTuple. ParamsError naming what is missing."""
+    entries = entries_of(params)
+    if entries is None or name not in entries:
+        found = type(params).__name__ if entries is None else _listed(entries)
+        raise ParamsError(f"expected an entry {name!r}, found {found}")
+    return entries[name]
+
+
+def fields_of(params: Params, fields: Callable[..., Fields], *, required: Sequence[str] = ()) -> Fields:
+    """Params as the NamedTuple `fields`: from one, or from a Mapping (or another NamedTuple) with the same names.
+
+    Args:
+      params: what a user gave.
+      fields: a NamedTuple class; entries with a default may be missing.
+      required: fields with a default which must be there all the same.
+
+    Raises:
+      ParamsError: an entry is missing, or there is one that `fields` does not have.
+    """
+    if isinstance(fields, type) and isinstance(params, fields):
+        return cast(Fields, params)
+    names: tuple[str, ...] = fields._fields  # type: ignore[attr-defined]  # a NamedTuple class
+    optional = set(getattr(fields, "_field_defaults", {})) - set(required)
+    entries = entries_of(params)
+    required = [name for name in names if name not in optional]
+    if entries is None or not set(required) <= set(entries) <= set(names):
+        expected = ("entries " if len(names) > 1 else "an entry ") + ", ".join(
+            name + (" (optional)" if name in optional else "") for name in names
+        )
+        found = type(params).__name__ if entries is None else _listed(entries)
+        raise ParamsError(f"expected {expected}; found {found}{_difference(required, names, entries)}")
+    return fields(**entries)
+
+
+def _listed(entries: Mapping[str, Any]) -> str:
+    return ", ".join(entries) or "none"
+
+
+def _difference(required: Sequence[str], names: Sequence[str], entries: Mapping[str, Any] | None) -> str:
+    if entries is None:
+        return ""
+    missing = [name for name in required if name not in entries]
+    surplus = [name for name in entries if name not in names]
+    parts = [f"{word} {', '.join(found)}" for word, found in (("missing", missing), ("unknown", surplus)) if found]
+    return f" ({'; '.join(parts)})"
 
 
 def check_prompts(prompts: TokenBatch, *, name: str = "prompts") -> None:
@@ -87,13 +146,25 @@ def same_prompts(prompts: Prompts) -> Prompts:
     )
 
 
-def check_has_logits(name: str, lm: Any) -> None:
+class Sized(Protocol):
+    """A model whose limits are known."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest text [tokens]."""
+
+
+def check_has_logits(name: str, lm: object) -> None:
     """ValueError for a model without vocabulary logits."""
     if not getattr(lm, "has_lm_head", True):
         raise ValueError(f"{name}: expected a language model, found a sequence classifier without lm_head")
 
 
-def check_prompt_fits(lm: Any, prompts: TokenBatch, max_new_tokens: int, *, name: str = "prompts") -> None:
+def check_prompt_fits(lm: Sized, prompts: TokenBatch, max_new_tokens: int, *, name: str = "prompts") -> None:
     """Host-side checks of a batch for a model: a full cache, a token id outside the vocabulary, an empty prompt.
     ValueErrors that name the field."""
     check_prompts(prompts, name=name)
@@ -114,10 +185,157 @@ def check_prompt_fits(lm: Any, prompts: TokenBatch, max_new_tokens: int, *, name
 
 
 def check_part(part: Policy | Critic, params: Params, prompts: Prompts, max_new_tokens: int, name: str) -> None:
-    """The host checks of a policy or critic that others are put on, with params[name] and its prompts."""
-    entry(params, name)
-    if part.check is not None:
-        part.check(entry(params, name), prompts_for(prompts, name), max_new_tokens)
+    """Runs the host checks of a policy or critic that another one is built on, with its entry `name` of params and
+    prompts. A ParamsError of its own params gets the entry's name in front of its path."""
+    check_below(part, entry(params, name), prompts_for(prompts, name), max_new_tokens, f"[{name!r}]")
+
+
+def check_below(part: Policy | Critic, params: Params, prompts: Prompts, max_new_tokens: int, path: str) -> None:
+    """Runs the host checks of a part whose params lie at `path`, such as "['critics'][1]", of the whole."""
+    if part.check is None:
+        return
+    try:
+        part.check(params, prompts, max_new_tokens)
+    except ParamsError as error:
+        raise ParamsError(error.complaint, path + error.path) from None
+
+
+# Users' own parts: what stands where a Policy, a Critic or a function is expected, and what it returns --------------
+
+
+def check_policy_argument(name: str, value: object) -> None:
+    """ValueError naming the argument unless value is a Policy."""
+    _check_kind(name, value, Policy)
+
+
+def check_critic_argument(name: str, value: object) -> None:
+    """ValueError naming the argument unless value is a Critic."""
+    _check_kind(name, value, Critic)
+
+
+def _check_kind(name: str, value: object, kind: type[Policy | Critic]) -> None:
+    if not isinstance(value, kind):
+        found = f"a {type(value).__name__}" if isinstance(value, Policy | Critic) else repr(value)[:80]
+        hint = " (policies.language_model makes one of a model)" if kind is Policy and hasattr(value, "prefill") else ""
+        raise ValueError(f"{name}: expected a {kind.__name__}, found {found}{hint}")
+
+
+def check_function_argument(name: str, value: object) -> None:
+    """ValueError naming the argument unless value can be called."""
+    if not callable(value):
+        raise ValueError(f"{name}: expected a function, found {repr(value)[:80]}")
+
+
+def check_integer(name: str, value: object) -> int:
+    """A Python (or numpy) integer, as what sets a shape must be; ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name}: expected an integer, found {value!r}")
+    return int(value)
+
+
+def check_count(name: str, value: object, *, least: int, unit: str = "") -> None:
+    """ValueError unless value is an integer >= least."""
+    if check_integer(name, value) < least:
+        raise ValueError(f"{name}: expected at least {least}{unit and ' ' + unit}, found {value}")
+
+
+def called(function: Callable[..., Any]) -> str:
+    """A function's name for error texts."""
+    return getattr(function, "__qualname__", None) or repr(function)
+
+
+def check_array(name: str, value: Any, shape: tuple[int, ...], meaning: str) -> None:
+    """ValueError unless value is an array of floating-point numbers of this shape."""
+    found = np.shape(value) if hasattr(value, "shape") else type(value).__name__
+    if found != shape:
+        raise ValueError(f"{name}: expected shape {shape}, {meaning}, found {found}")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected floating-point numbers, {meaning}, found {value.dtype}")
+
+
+def check_output(name: str, output: Any, batch: int | None = None) -> StepOutput:
+    """The StepOutput that a Policy's init or step gave, whose shapes and types are checked while it is traced.
+
+    Args:
+      name: the function for the error text, as "policy.step".
+      output: log_prob and log_prob_ref [B,V], log_norm [B], hidden [B,D] or None.
+      batch: B where it is known.
+
+    Raises:
+      ValueError: naming the function, the field, the shape expected and the shape found.
+    """
+    if not isinstance(output, StepOutput):
+        raise ValueError(f"{name}: expected (state, StepOutput), found {type(output).__name__} in place of the output")
+    shape = np.shape(output.log_prob)
+    if len(shape) != 2 or (batch is not None and shape[0] != batch):
+        rows = "B" if batch is None else batch
+        raise ValueError(f"{name}: expected log_prob of shape ({rows}, V), found {shape}")
+    check_array(f"{name}: log_prob", output.log_prob, shape, "a log-probability per row and token")
+    check_array(f"{name}: log_prob_ref", output.log_prob_ref, shape, "a log-probability per row and token")
+    check_array(f"{name}: log_norm", output.log_norm, shape[:1], "one number per row")
+    if output.hidden is not None and (np.ndim(output.hidden) != 2 or np.shape(output.hidden)[0] != shape[0]):
+        raise ValueError(f"{name}: expected hidden of shape ({shape[0]}, D) or None, found {np.shape(output.hidden)}")
+    return output
+
+
+def check_batch_first(name: str, state: State, batch: int) -> None:
+    """Law 1: ValueError naming the leaf of a state that has not the batch axis first."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if np.shape(leaf)[:1] != (batch,):
+            raise ValueError(
+                f"{name}: expected every array of the state to have the batch axis ({batch}) first, found shape "
+                f"{np.shape(leaf)} at {jax.tree_util.keystr(path) or 'the state'}"
+            )
+
+
+def start_policy(
+    policy: Policy, params: Params, rng: Array, prompts: Prompts, max_new_tokens: int
+) -> tuple[State, StepOutput]:
+    """policy.init, whose result is checked while it is traced."""
+    name = f"policy.init ({called(policy.init)})"
+    state, output = pair(name, policy.init(params, rng, prompts, max_new_tokens), "(state, StepOutput)")
+    check_output(name, output)
+    check_batch_first(name, state, output.log_prob.shape[0])
+    return state, output
+
+
+def step_policy(policy: Policy, params: Params, rng: Array, state: State, token: Array) -> tuple[State, StepOutput]:
+    """policy.step, whose result is checked while it is traced."""
+    name = f"policy.step ({called(policy.step)})"
+    moved, output = pair(name, policy.step(params, rng, state, token), "(state, StepOutput)")
+    return moved, check_output(name, output, token.shape[0])
+
+
+def score_critic(
+    critic: Critic, params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None
+) -> tuple[Array, State]:
+    """critic.score, whose result is checked while it is traced: q [B,K] of floating-point numbers (one column for each
+    candidate, V where candidates is None) and a proposal whose leaves have the batch axis first."""
+    name = f"critic.score ({called(critic.score)})"
+    q, proposal = pair(name, critic.score(params, rng, state, output, candidates), "(q, proposal)")
+    shape = output.log_prob.shape if candidates is None else candidates.shape
+    check_array(f"{name}: q", q, shape, "one score per row and candidate")
+    check_batch_first(name, proposal, shape[0])
+    return q, proposal
+
+
+def pair(name: str, found: Any, meaning: str) -> Any:
+    """ValueError unless a function returned two things."""
+    if not isinstance(found, tuple) or len(found) != 2:
+        size = f" of {len(found)}" if isinstance(found, tuple) else ""
+        raise ValueError(f"{name}: expected a pair {meaning}, found a {type(found).__name__}{size}")
+    return found
+
+
+def check_model(name: str, lm: object, needs: Sequence[str]) -> None:
+    """ValueError naming what a language model of one's own lacks of the methods and properties `needs`."""
+    if isinstance(lm, type | Policy | Critic | str):
+        raise ValueError(f"{name}: expected a language model, found {lm if isinstance(lm, str) else type(lm).__name__}")
+    # `dir` and not hasattr: a property may raise where the model has no head.
+    offered = set(dir(lm)) | set(getattr(lm, "__dict__", {}))
+    missing = [need for need in needs if need not in offered]
+    if missing:
+        raise ValueError(f"{name}: expected a model with {', '.join(needs)}, found none of {', '.join(missing)}")
 
 
 def check_same_vocabulary(name: str, left: Policy | Critic, right: Policy | Critic) -> None:

@@ -76,6 +76,8 @@ def prompts_for(prompts: Prompts, name: str) -> Prompts:
     """The prompts of the model `name` (law 4): a TokenBatch serves all, a dict is looked up. ValueError if missing."""
     if isinstance(prompts, TokenBatch):
         return prompts
+    if isinstance(prompts, tuple) and hasattr(prompts, "_asdict"):  # the NamedTuple of the params, filled with prompts
+        prompts = prompts._asdict()
     if not isinstance(prompts, Mapping):
         raise ValueError(
             f"prompts: expected a TokenBatch or a dict that mirrors params, found {type(prompts).__name__}"
@@ -98,7 +100,8 @@ def prompts_at(prompts: Prompts, i: int) -> Prompts:
 
 def any_prompts(prompts: Prompts) -> TokenBatch:
     """One TokenBatch of a tree of them: batch size and index are the same in all (`checks.same_prompts`)."""
-    return jax.tree.leaves(prompts, is_leaf=lambda leaf: isinstance(leaf, TokenBatch))[0]
+    batches: list[TokenBatch] = jax.tree.leaves(prompts, is_leaf=lambda leaf: isinstance(leaf, TokenBatch))
+    return batches[0]
 
 
 def prompt_index(prompts: Prompts) -> Array:

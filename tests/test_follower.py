@@ -102,7 +102,7 @@ def test_the_threshold_over_candidates_is_solved_at_each_step(sharpness):
         tree.critic(t, "level"), beta=0.8, sharpness=sharpness, range_factor=1.01, max_gain=np.log(2)
     )
     policy = policies.tilt(tree.policy(t), critic, top_k=3)
-    params = {"policy": base, "critic": {"critic": partial, "map": jnp.asarray(1.5)}, "beta": jnp.asarray(0.8)}
+    params = {"policy": base, "critic": {"critic": partial, "bound": jnp.asarray(1.5)}, "beta": jnp.asarray(0.8)}
     _, output = policy.init(params, RNG, tree.prompts(1), 2)
     kept = np.argsort(-np.asarray(base[0]))[:3]
     q, weight = np.asarray(partial[0])[kept], np.exp(np.asarray(base[0]))[kept]
@@ -124,7 +124,7 @@ def test_equal_candidates_are_not_shaped():
     t = tree.Tree(4, 2)
     base, _ = exact.tables(t, 0)
     critic = critics.shaped_over_candidates(tree.critic(t, "level"), beta=1.0, range_factor=1.01)
-    params = {"policy": base, "critic": {"critic": jnp.ones((t.num_states, 4)), "map": 2.0}, "beta": 1.0}
+    params = {"policy": base, "critic": {"critic": jnp.ones((t.num_states, 4)), "bound": 2.0}, "beta": 1.0}
     _, output = policies.tilt(tree.policy(t), critic).init(params, RNG, tree.prompts(1), 2)
     np.testing.assert_allclose(output.log_prob[0], base[0], atol=1e-6)
 

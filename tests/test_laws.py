@@ -131,7 +131,7 @@ def test_law_2_tilt_sends_minus_one_down_for_a_token_outside_its_candidates(all_
     outside = jnp.argmin(output.log_prob, axis=-1).astype(jnp.int32)
     assert not is_supported(output.log_prob[jnp.arange(B), outside]).any()
     moved, _ = step(state, outside)
-    np.testing.assert_array_equal(moved["policy"].length, state["policy"].length)
+    np.testing.assert_array_equal(moved.policy.length, state.policy.length)
     token = supported_tokens(output)
     assert_outputs_equal(step(moved, token)[1], step(state, token)[1])
 

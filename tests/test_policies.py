@@ -130,7 +130,7 @@ def test_map_scores_sees_candidates_log_probabilities_and_prompt():
     params = {"policy": base, "critic": {"critic": q, "map": {"scale": jnp.array([1.0, 0.0, 3.0])}}, "beta": 1.0}
     state, output = policy.init(params, RNG, tree.prompts(3), 2)
     assert seen == [((3, 2), (3, 2), (3,))]
-    kept = state["candidates"][0]
+    kept = state.candidates[0]
     for b, scale in enumerate((1.0, 0.0, 3.0)):
         logit = 2 * base[0, kept] + scale * q[0, kept]
         np.testing.assert_allclose(output.log_prob[b, kept], jax.nn.log_softmax(logit), rtol=1e-5)

@@ -1,19 +1,33 @@
-"""Critics: which Q tilts the base. Each function takes a model (or critics) and gives a Critic.
+"""Critics: which Q tilts the base. Each builder takes a model (or critics) and gives a Critic.
 
 A critic's `score` may be asked for K candidates or (None) for the whole vocabulary; its proposal holds what `advance`
 needs to move to the chosen one without another pass over the prefix.
+
+Builders are cached by value, as those of `jaxalign.policies`. Params of a builder that combines critics are its
+NamedTuple, as WeightedSumParams(critics, weights), or a dict of the same names.
 """
 
-from jaxalign.critics._combinators import map_scores, shaped_over_candidates, weighted_sum
-from jaxalign.critics._models import args, follower, genarm, hidden_value, value
-from jaxalign.critics._transfer_q import effective_rollouts, transfer_q
+from jaxalign._arrays import look_up
+from jaxalign.critics._args import args
+from jaxalign.critics._combinators import MapScoresParams, ScoreMap, WeightedSumParams, map_scores, weighted_sum
+from jaxalign.critics._controlled_decoding import QHead, hidden_value, value
+from jaxalign.critics._genarm import genarm
+from jaxalign.critics._stackelberg import ShapedParams, follower, shaped_over_candidates
+from jaxalign.critics._transfer_q import TransferQParams, effective_rollouts, transfer_q
 
 __all__ = [
+    "MapScoresParams",
+    "QHead",
+    "ScoreMap",
+    "ShapedParams",
+    "TransferQParams",
+    "WeightedSumParams",
     "args",
     "effective_rollouts",
     "follower",
     "genarm",
     "hidden_value",
+    "look_up",
     "map_scores",
     "shaped_over_candidates",
     "transfer_q",

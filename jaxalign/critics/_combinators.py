@@ -1,40 +1,98 @@
-"""Critics from critics: weighted sums, maps of the scores, thresholds over the candidates."""
+"""Critics from critics: weighted sums, and maps of the scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _checks, shaping
 from jaxalign._arrays import at_least_float32
-from jaxalign._checks import entry, is_concrete
-from jaxalign.critics._models import gather
+from jaxalign._builders import cached
+from jaxalign._checks import (
+    ParamsError,
+    called,
+    check_array,
+    check_below,
+    check_critic_argument,
+    check_function_argument,
+    check_part,
+    fields_of,
+    is_concrete,
+    score_critic,
+)
+from jaxalign.critics._model_critics import gather
 from jaxalign.prompts import prompt_index, prompts_at, prompts_for
-from jaxalign.types import Array, Critic, Params, Prompts, State, StepOutput
+from jaxalign.shapes import Candidates, LogProbs, PromptIndex, Scores
+from jaxalign.types import Array, ArrayLike, Critic, Params, Prompts, State, StepOutput
+
+
+class WeightedSumParams(NamedTuple):
+    """Parameters of `weighted_sum`."""
+
+    critics: Sequence[Params]
+    """Those of each critic, in order."""
+    weights: ArrayLike
+    """[m], or one row per prompt [B,m]; any sign."""
+
+
+class WeightedSumState(NamedTuple):
+    """State and proposal of `weighted_sum`."""
+
+    critics: tuple[State, ...]
+    """Those of each critic."""
+    weights: Array
+    """[B,m]."""
 
 
 def weighted_sum(critics: Sequence[Critic]) -> Critic:
-    """q = Σ_i w_i·q_i. params {"critics": a sequence, "weights": [m] or one row per prompt [B,m]}; any sign.
+    """The weighted sum of critics: q = Σ_i w_i·q_i.
 
-    All critics are of one kind (a ValueError otherwise: levels and increments do not add). Exact for V_ref, which is
-    linear in the reward; the paper's rule for several rewards in GenARM and controlled decoding.
+    params: WeightedSumParams(critics, weights), or a dict of these names. Exact for V_ref, which is linear in the
+    reward; the papers' rule for several rewards in GenARM and controlled decoding.
+
+    Args:
+      critics: at least one, all of one kind (levels and increments do not add) and one vocabulary.
+
+    Raises:
+      ValueError: no critics, something that is no Critic, two kinds, vocabularies or betas; on the host before tracing,
+        weights of another shape or not finite, or parameters of another number of critics.
     """
-    critics = tuple(critics)
+    if isinstance(critics, Critic):
+        raise ValueError("critics: expected a sequence of critics, found one Critic")
+    return _weighted_sum(tuple(critics))  # a tuple has a hash, so that equal sums are one object
+
+
+@cached
+def _weighted_sum(critics: tuple[Critic, ...]) -> Critic:
     if not critics:
         raise ValueError("critics: expected at least one critic, found none")
+    for i, critic in enumerate(critics):
+        check_critic_argument(f"critics[{i}]", critic)
     kinds = sorted({critic.kind for critic in critics})
     if len(kinds) > 1:
         raise ValueError(f"critics: expected critics of one kind, found {kinds}")
     sizes = sorted({critic.vocab_size for critic in critics if critic.vocab_size is not None})
     if len(sizes) > 1:
         raise ValueError(f"critics: expected one vocabulary, found {sizes} tokens")
+    betas = sorted({critic.beta for critic in critics if critic.beta is not None})
+    if len(betas) > 1:
+        raise ValueError(f"critics: expected critics for one beta, found {betas}")
 
-    def weights_of(params: Params, batch: int) -> Array:
-        weights = at_least_float32(params["weights"])
+    def fields(params: Params) -> WeightedSumParams:
+        found = fields_of(params, WeightedSumParams)
+        if not isinstance(found.critics, Sequence):
+            raise ParamsError(f"expected a sequence, found {type(found.critics).__name__}", "['critics']")
+        if len(found.critics) != len(critics):
+            raise ParamsError(
+                f"expected parameters of {len(critics)} critics, found {len(found.critics)}", "['critics']"
+            )
+        return found
+
+    def weights_of(params: WeightedSumParams, batch: int) -> Array:
+        weights = at_least_float32(params.weights)
         if weights.shape not in ((len(critics),), (batch, len(critics))):
             raise ValueError(
                 f"weights: expected shape ({len(critics)},) or ({batch}, {len(critics)}), one weight per critic, "
@@ -43,102 +101,108 @@ def weighted_sum(critics: Sequence[Critic]) -> Critic:
         return jnp.broadcast_to(weights, (batch, len(critics)))
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> State:
-        prompts = prompts_for(prompts, "critics")
+        params, prompts = fields(params), prompts_for(prompts, "critics")
         batch = prompt_index(prompts).shape[0]
         keys = jax.random.split(rng, len(critics))
         states = tuple(
-            critic.init(params["critics"][i], keys[i], prompts_at(prompts, i), max_new_tokens)
+            critic.init(params.critics[i], keys[i], prompts_at(prompts, i), max_new_tokens)
             for i, critic in enumerate(critics)
         )
-        return {"critics": states, "weights": weights_of(params, batch)}
+        return WeightedSumState(states, weights_of(params, batch))
 
-    def score(params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None) -> Any:
-        keys = jax.random.split(rng, len(critics))
+    def score(
+        params: Params, rng: Array, state: WeightedSumState, output: StepOutput, candidates: Candidates | None
+    ) -> tuple[Scores, State]:
+        params, keys = fields(params), jax.random.split(rng, len(critics))
         scored = [
-            critic.score(params["critics"][i], keys[i], state["critics"][i], output, candidates)
+            score_critic(critic, params.critics[i], keys[i], state.critics[i], output, candidates)
             for i, critic in enumerate(critics)
         ]
-        q = sum(state["weights"][:, i, None] * at_least_float32(q) for i, (q, _) in enumerate(scored))
-        return q, {"critics": tuple(proposal for _, proposal in scored), "weights": state["weights"]}
+        weighted = (state.weights[:, i, None] * at_least_float32(q) for i, (q, _) in enumerate(scored))
+        return sum(weighted, start=jnp.zeros(())), state._replace(critics=tuple(proposal for _, proposal in scored))
 
-    def advance(params: Params, proposal: State, choice: Array) -> State:
+    def advance(params: Params, proposal: WeightedSumState, choice: Array) -> State:
+        params = fields(params)
         states = tuple(
-            critic.advance(params["critics"][i], proposal["critics"][i], choice) for i, critic in enumerate(critics)
+            critic.advance(params.critics[i], proposal.critics[i], choice) for i, critic in enumerate(critics)
         )
-        return {"critics": states, "weights": proposal["weights"]}
+        return proposal._replace(critics=states)
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
-        prompts = prompts_for(prompts, "critics")
-        if len(entry(params, "critics")) != len(critics):
-            raise ValueError(f"critics: expected parameters of {len(critics)} critics, found {len(params['critics'])}")
-        entry(params, "weights")
+        params, prompts = fields(params), prompts_for(prompts, "critics")
         weights = weights_of(params, prompt_index(prompts).shape[0])
         if is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights))):
             raise ValueError(f"weights: expected finite numbers, found {np.asarray(weights)}")
         for i, critic in enumerate(critics):
-            if critic.check is not None:
-                critic.check(params["critics"][i], prompts_at(prompts, i), max_new_tokens)
+            check_below(critic, params.critics[i], prompts_at(prompts, i), max_new_tokens, f"['critics'][{i}]")
 
-    betas = sorted({critic.beta for critic in critics if critic.beta is not None})
-    if len(betas) > 1:
-        raise ValueError(f"critics: expected critics for one beta, found {betas}")
-    return Critic(
-        init, score, advance, critics[0].kind, check, sizes[0] if sizes else None, betas[0] if betas else None
-    )
+    vocab_size, beta = (sizes[0] if sizes else None), (betas[0] if betas else None)
+    return Critic(init, score, advance, critics[0].kind, check, vocab_size, beta)
 
 
-def map_scores(critic: Critic, f: Callable[[Params, Array, Array, Array], Array]) -> Critic:
-    """q' = f(map_params, q [B,K], log_prob [B,K] of the candidates under the policy below, index [B]); same kind.
+class ScoreMap(Protocol):
+    """A map of the candidates' scores q [B,K] to scores of the same shape. map_params: of the map; log_prob [B,K]: of
+    the candidates under the policy below; index [B]: the prompt's row in its set (`look_up` reads tables by it)."""
 
-    params {"critic", "map"}. `index` is the prompt's row in its set, for tables per prompt. Shaping over the candidates
-    (SRS-ARGS), clipping and standardising are such maps.
+    def __call__(self, map_params: Params, q: Scores, log_prob: LogProbs, index: PromptIndex, /) -> Scores: ...
+
+
+class MapScoresParams(NamedTuple):
+    """Parameters of `map_scores`."""
+
+    critic: Params
+    """Those of the critic whose scores are mapped."""
+    map: Params
+    """Those of the map."""
+
+
+class MapScoresState(NamedTuple):
+    """State and proposal of `map_scores`."""
+
+    critic: State
+    """Those of the critic whose scores are mapped."""
+    index: PromptIndex  # type: ignore[assignment]  # shadows tuple.index, which nobody calls on a state
+    """[B], the prompt's row in its set."""
+
+
+@cached
+def map_scores(critic: Critic, f: ScoreMap) -> Critic:
+    """A critic with mapped scores, q' = f(map_params, q [B,K], log_prob [B,K], index [B]), of the same kind.
+
+    params: MapScoresParams(critic, map), or a dict of these names. Clipping and standardising are such maps.
+
+    Args:
+      critic: whose scores are mapped.
+      f: gives scores [B,K]. A table per prompt is read as `critics.look_up(map_params["table"], index)`: plain indexing
+        of a jax array takes the last row in silence where the table is too short. Values per prompt cannot come from
+        params by position: decoders repeat rows.
+
+    Raises:
+      ValueError: arguments of another kind; while tracing, a result of f that is not [B,K].
     """
+    check_critic_argument("critic", critic)
+    check_function_argument("f", f)
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> State:
-        state = critic.init(params["critic"], rng, prompts_for(prompts, "critic"), max_new_tokens)
-        return {"critic": state, "index": prompt_index(prompts)}
+        below = fields_of(params, MapScoresParams).critic
+        state = critic.init(below, rng, prompts_for(prompts, "critic"), max_new_tokens)
+        return MapScoresState(state, prompt_index(prompts))
 
-    def score(params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None) -> Any:
-        q, proposal = critic.score(params["critic"], rng, state["critic"], output, candidates)
-        q = f(params["map"], at_least_float32(q), gather(output.log_prob, candidates), state["index"])
-        return q, {"critic": proposal, "index": state["index"]}
+    def score(
+        params: Params, rng: Array, state: MapScoresState, output: StepOutput, candidates: Candidates | None
+    ) -> tuple[Scores, State]:
+        params = fields_of(params, MapScoresParams)
+        q, proposal = score_critic(critic, params.critic, rng, state.critic, output, candidates)
+        mapped = f(params.map, at_least_float32(q), gather(output.log_prob, candidates), state.index)
+        check_array(f"map_scores: f ({called(f)})", mapped, q.shape, "one score per row and candidate")
+        return mapped, state._replace(critic=proposal)
 
-    def advance(params: Params, proposal: State, choice: Array) -> State:
-        return {"critic": critic.advance(params["critic"], proposal["critic"], choice), "index": proposal["index"]}
+    def advance(params: Params, proposal: MapScoresState, choice: Array) -> State:
+        below = fields_of(params, MapScoresParams).critic
+        return proposal._replace(critic=critic.advance(below, proposal.critic, choice))
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
-        entry(params, "map")
-        below = entry(params, "critic")
-        if critic.check is not None:
-            critic.check(below, prompts_for(prompts, "critic"), max_new_tokens)
+        fields_of(params, MapScoresParams)
+        check_part(critic, params, prompts, max_new_tokens, "critic")
 
     return Critic(init, score, advance, critic.kind, check, critic.vocab_size)
-
-
-def shaped_over_candidates(
-    critic: Critic,
-    *,
-    beta: float,
-    sharpness: float | None = None,
-    range_factor: float | None = None,
-    max_gain: float | None = None,
-) -> Critic:
-    """SRS-ARGS as its authors run it: at every step the threshold is solved again over the candidates' scores, weighted
-    by the policy below, and the score becomes bound·1[q > m] or bound·sigmoid(sharpness·(q − m)). Level.
-
-    params {"critic", "map": the bound B > 0}. beta: of the tilt, for the gain B/beta. range_factor: B_t = min(B,
-    factor·range of the candidates' scores) (the authors: 1.01); max_gain: their cap (log 2). This is not the per-prompt
-    threshold of the theory: scores of partial text, one fixed point a token.
-    """
-    _checks.check_positive("beta", beta)
-
-    def shape(bound: Params, q: Array, log_prob: Array, index: Array) -> Array:
-        bound = jnp.broadcast_to(at_least_float32(bound), q.shape[:1])
-        if range_factor is not None:
-            bound = jnp.minimum(bound, range_factor * (q.max(axis=-1) - q.min(axis=-1)))
-        threshold = shaping.optimal_threshold(q, log_prob, gain=bound / beta, max_gain=max_gain)
-        # Scores that are all equal leave no range and no signal.
-        above = q > threshold[:, None] if sharpness is None else jax.nn.sigmoid(sharpness * (q - threshold[:, None]))
-        return bound[:, None] * above
-
-    return map_scores(critic, shape)

@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32, per_row, where_rows
-from jaxalign._checks import check_part, check_positive, entry
-from jaxalign.critics._rollouts import draw, step_key
+from jaxalign._builders import cached
+from jaxalign._checks import (
+    called,
+    check_array,
+    check_count,
+    check_function_argument,
+    check_part,
+    check_policy_argument,
+    check_positive,
+    fields_of,
+    start_policy,
+    step_policy,
+)
+from jaxalign.critics._model_critics import chosen_token
+from jaxalign.critics._rollouts import BaselineState, LastScores, TransferQState, draw, step_key
 from jaxalign.prompts import prompt_index, prompts_for
 from jaxalign.rewards import prefixes
-from jaxalign.types import Array, Critic, Params, Policy, Prompts, Reward, State, StepOutput, TokenBatch
+from jaxalign.shapes import Candidates, Scores
+from jaxalign.types import Array, ArrayLike, Critic, Params, Policy, Prompts, Reward, State, StepOutput, TokenBatch
 
 _BLOCK = 256  # candidates at a time where the whole vocabulary is scored
-_SCORES = ("candidates", "q", "effective", "still")  # of the last candidates; `still` [B]: the row did not move since
+
+
+class TransferQParams(NamedTuple):
+    """Parameters of `transfer_q`."""
+
+    reward: Params
+    """Those of the reward."""
+    baseline: Params = None
+    """Those of the baseline; None where lookahead = 0."""
+    baseline_reward: Params = None
+    """Those of the baseline's reward, for indirect transfer."""
+    beta: ArrayLike | None = None
+    """The baseline's KL weight > 0, a scalar or one per prompt [B], for indirect transfer."""
 
 
 def transfer_q(
     baseline: Policy,
     reward: Reward,
     *,
-    eos_ids: tuple[int, ...],
     rollouts: int,
+    eos_ids: int | Sequence[int] | None = None,
     lookahead: int | None = None,
     baseline_reward: Reward | None = None,
     chunk: int | None = None,
@@ -36,75 +63,108 @@ def transfer_q(
     them. The optimum's own value V_TQ exceeds the soft value by beta·KL of the future: the tilt at the same beta is
     greedier than the optimum.
 
-    params {"baseline", "reward"}; for indirect transfer also {"baseline_reward", "beta": scalar or [B], > 0}.
+    params: TransferQParams(reward, baseline), or a dict of these names; for indirect transfer also baseline_reward and
+    beta.
 
     Args:
       baseline: any Policy, a tilt or a DPO model too. Its prompt is encoded once; its state goes along with the text
         and is repeated for candidates and roll-outs.
       reward: of the whole text [prompt, prefix, z, roll-out]. One that keeps a prefix (`rewards.from_model`) reads
         prompt and prefix once, and then [z, roll-out] alone; others read the whole text.
-      eos_ids: a candidate among them ends the text, which is scored as it is.
       rollouts: n per candidate. Roll-out i of a candidate depends on the rng of `init`, the prompt's index, the
         position, the candidate's token and i alone: a tilt by this critic is one fixed policy for each rng.
+      eos_ids: a candidate among them ends the text, which is scored as it is; None: the baseline's own.
       lookahead: tokens of a roll-out at most, after which the partial text is scored: a biased value. None: up to
         max_new_tokens; 0: q = r(sz), no baseline is run.
       baseline_reward: r_BL, which makes the transfer indirect.
       chunk: candidates at a time, which bounds memory (B·chunk·n states); all when None, 256 of a whole vocabulary.
 
-    NaN, so that it shows: a candidate beyond max_new_tokens, one that the baseline cannot follow (outside the
-    candidates of a tilt), and a baseline without a distribution. Gradients reach the rewards' parameters and beta, not
-    the drawn tokens.
+    Returns:
+      A level Critic. Its q is NaN, so that the fault surfaces, for a candidate beyond max_new_tokens, for one that the
+      baseline cannot follow (outside the candidates of a tilt), and for a baseline without a distribution. Gradients
+      reach the rewards' parameters and beta, not the drawn tokens.
 
     Raises:
-      ValueError: rollouts or chunk < 1, lookahead < 0, an EOS outside the vocabulary, two vocabularies; on the host
-        before tracing, missing params, beta <= 0, and what baseline and rewards check.
+      ValueError: an argument of another kind, rollouts or chunk < 1, lookahead < 0, an EOS outside the vocabulary, no
+        eos_ids where the baseline has none, two vocabularies; on the host before tracing, missing params, beta <= 0,
+        and what baseline and rewards check; while tracing, a reward of another shape than one number per text.
     """
-    eos_ids = tuple(int(i) for i in eos_ids)
+    check_policy_argument("baseline", baseline)
+    check_function_argument("reward", reward)
+    if baseline_reward is not None:
+        check_function_argument("baseline_reward", baseline_reward)
+    if eos_ids is None:
+        if baseline.eos_ids is None:
+            raise ValueError("eos_ids: expected the ids that end a response, since the baseline's are unknown")
+        eos_ids = baseline.eos_ids
+    ends = (int(eos_ids),) if isinstance(eos_ids, int) else tuple(int(i) for i in eos_ids)
+    return _transfer_q(baseline, reward, ends, rollouts, lookahead, baseline_reward, chunk)
+
+
+@cached
+def _transfer_q(
+    baseline: Policy,
+    reward: Reward,
+    eos_ids: tuple[int, ...],
+    rollouts: int,
+    lookahead: int | None,
+    baseline_reward: Reward | None,
+    chunk: int | None,
+) -> Critic:
     rewards = {"reward": reward} if baseline_reward is None else {"reward": reward, "baseline_reward": baseline_reward}
-    kept = {name: prefixes.prefix_reward(judge) for name, judge in rewards.items()}
+    kept = {name: prefixes.prefix_reward(one) for name, one in rewards.items()}
     indirect = baseline_reward is not None
     vocab_size = _check_arguments(baseline, rewards, eos_ids, rollouts, lookahead, chunk)
 
+    required = ("baseline",) * (lookahead != 0) + ("baseline_reward", "beta") * indirect
+
+    def fields(params: Params) -> TransferQParams:
+        return fields_of(params, TransferQParams, required=required)
+
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> State:
+        params = fields(params)
         below, draws = jax.random.split(rng)
         texts = {name: prompts_for(prompts, name) for name in rewards}
         index = prompt_index(texts["reward"])
         texts = {name: text._replace(index=index) for name, text in texts.items()}
         batch = index.shape[0]
         stream = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(draws, i), (2,), jnp.uint32))(index)
-        state: dict[str, Any] = {
-            "rewards": {name: kept[name].init(params[name], text, max_new_tokens) for name, text in texts.items()},
-            "response": jnp.zeros((batch, max_new_tokens), jnp.int32),
-            "length": jnp.zeros(batch, jnp.int32),
-            "stream": stream,
-        }
-        if indirect:
-            state["beta"] = per_row(params["beta"], batch, name="beta")
+        started = None
         if lookahead != 0:
-            inner, output = baseline.init(params["baseline"], below, prompts_for(prompts, "baseline"), max_new_tokens)
-            state["baseline"] = {"state": inner, "log_prob": output.log_prob}
-        return state
+            own = prompts_for(prompts, "baseline")
+            inner, output = start_policy(baseline, params.baseline, below, own, max_new_tokens)
+            started = BaselineState(inner, output.log_prob)
+        return TransferQState(
+            rewards=tuple(kept[name].init(getattr(params, name), text, max_new_tokens) for name, text in texts.items()),
+            response=jnp.zeros((batch, max_new_tokens), jnp.int32),
+            length=jnp.zeros(batch, jnp.int32),
+            stream=stream,
+            beta=per_row(params.beta, batch, name="beta") if indirect else None,
+            baseline=started,
+            scores=None,
+        )
 
-    def score(params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None) -> Any:
+    def score(
+        params: Params, rng: Array, state: TransferQState, output: StepOutput, candidates: Candidates | None
+    ) -> tuple[Scores, State]:
         del rng  # the streams were fixed at init
+        params = fields(params)
         batch, vocab = output.log_prob.shape
-        before, known = _standing(state, candidates, batch)
-        proposal = {name: leaf for name, leaf in state.items() if name not in _SCORES}
+        before, known = _scored_before(state.scores, candidates, batch)
         tokens, width = candidates, chunk
         if tokens is None:
             tokens = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32), (batch, vocab))
             width = chunk or _BLOCK
-        else:
-            proposal["candidates"] = candidates
         count = tokens.shape[1]
         width = count if width is None else min(width, count)
 
         def block(tokens: Array) -> tuple[Array, Array]:
-            paid = _roll_out(params, proposal, tokens, known)
+            values = _roll_out(params, state, tokens, known)
             if indirect:
-                return _weighted(paid["reward"], paid["baseline_reward"], state["beta"])
-            mean = paid["reward"].mean(axis=-1)
-            return mean, jnp.full_like(mean, paid["reward"].shape[-1])
+                assert state.beta is not None
+                return _weighted(values[0], values[1], state.beta)
+            mean = values[0].mean(axis=-1)
+            return mean, jnp.full_like(mean, values[0].shape[-1])
 
         if width == count:
             q, effective = block(tokens)
@@ -113,87 +173,109 @@ def transfer_q(
             padded = jnp.pad(tokens, ((0, 0), (0, -count % width)), mode="edge").reshape(batch, -1, width)
             parts = jax.lax.map(block, jnp.moveaxis(padded, 1, 0))
             q, effective = (jnp.moveaxis(part, 0, 1).reshape(batch, -1)[:, :count] for part in parts)
-        scores = {"q": q, "effective": effective}
         if before is not None:
-            scores = where_rows(known, before, scores)
-        return scores["q"], proposal | scores
+            q, effective = where_rows(known, (before.q, before.effective), (q, effective))
+        return q, state._replace(scores=LastScores(candidates, q, effective, None))
 
-    def advance(params: Params, proposal: State, choice: Array) -> State:
-        token = choice
-        if "candidates" in proposal and "still" not in proposal:
-            picked = jnp.take_along_axis(proposal["candidates"], jnp.maximum(choice, 0)[:, None], axis=-1)[:, 0]
-            token = jnp.where(choice < 0, -1, picked)
-        moves = choice >= 0
-        state = proposal | ({"still": proposal.get("still", True) & ~moves} if "q" in proposal else {})
-        if lookahead != 0:
-            inner, output = baseline.step(params["baseline"], step_key(state), state["baseline"]["state"], token)
-            log_prob = jnp.where(moves[:, None], output.log_prob, state["baseline"]["log_prob"])
-            state["baseline"] = {"state": inner, "log_prob": log_prob}
-        joined = {}
-        for name, judge in kept.items():
+    def advance(params: Params, proposal: TransferQState, choice: Array) -> State:
+        params = fields(params)
+        scores, token, moves = proposal.scores, choice, choice >= 0
+        if scores is not None:
+            # Advanced twice without a score between, a choice is a token.
+            token = chosen_token(scores.candidates if scores.unmoved is None else None, choice)
+            scores = scores._replace(unmoved=(True if scores.unmoved is None else scores.unmoved) & ~moves)
+        moved = proposal.baseline
+        if moved is not None:
+            inner, output = step_policy(baseline, params.baseline, step_key(proposal), moved.state, token)
+            moved = BaselineState(inner, jnp.where(moves[:, None], output.log_prob, moved.log_prob))
+        joined = []
+        for (name, one), state in zip(kept.items(), proposal.rewards, strict=True):
             text, real = jnp.maximum(token, 0)[:, None, None], moves[:, None, None]
-            scored = judge.score(params[name], state["rewards"][name], text, real)[1]
-            joined[name] = judge.commit(params[name], state["rewards"][name], scored, jnp.where(moves, 0, -1))
-        place = jnp.where(moves, state["length"], state["response"].shape[1])
-        response = state["response"].at[jnp.arange(token.shape[0]), place].set(token, mode="drop")
-        return state | {"rewards": joined, "response": response, "length": state["length"] + moves}
+            scored = one.score(getattr(params, name), state, text, real)[1]
+            joined.append(one.commit(getattr(params, name), state, scored, jnp.where(moves, 0, -1)))
+        place = jnp.where(moves, proposal.length, proposal.response.shape[1])
+        response = proposal.response.at[jnp.arange(token.shape[0]), place].set(token, mode="drop")
+        return proposal._replace(
+            rewards=tuple(joined),
+            response=response,
+            length=proposal.length + moves,
+            baseline=moved,
+            scores=scores,
+        )
 
-    def _roll_out(params: Params, state: State, tokens: Array, known: Array) -> dict[str, Array]:
-        """The rewards [B,K,n] of the texts that go on from candidates [B,K], in at least float32; those of rows that
-        are `known` [B] are not rolled out, and are undefined."""
+    def _roll_out(params: TransferQParams, state: TransferQState, tokens: Array, known: Array) -> list[Array]:
+        """The rewards [B,K,n], of each reward, of the texts that go on from candidates [B,K], in at least float32; rows
+        that are `known` [B] are not rolled out, and have undefined rewards."""
         batch, count = tokens.shape
-        limit = state["response"].shape[1]
+        limit = state.response.shape[1]
         steps = limit - 1 if lookahead is None else min(lookahead, limit - 1)
         n = rollouts if steps else 1
-        lost = jnp.broadcast_to((state["length"] >= limit)[:, None, None], (batch, count, n))
+        lost = jnp.broadcast_to((state.length >= limit)[:, None, None], (batch, count, n))
         text, real = tokens[:, :, None, None], jnp.broadcast_to(~known[:, None, None, None], (batch, count, 1, 1))
         if steps:
-            drawn = draw(baseline, params["baseline"], state, tokens, known, n=n, steps=steps, eos_ids=eos_ids)
+            drawn = draw(baseline, params.baseline, state, tokens, known, n=n, steps=steps, eos_ids=eos_ids)
             each = (batch, count, n, 1)
             text = jnp.concatenate([jnp.broadcast_to(text, each), drawn.tokens], axis=-1)
             real = jnp.concatenate([jnp.broadcast_to(real, each), drawn.mask], axis=-1)
             lost |= drawn.lost
         text, real = (x.reshape(batch, count * n, -1) for x in (text, real))
-        paid = {}
-        for name, judge in kept.items():
-            found = at_least_float32(judge.score(params[name], state["rewards"][name], text, real)[0])
-            paid[name] = jnp.where(lost, jnp.nan, found.reshape(batch, count, n))
-        return paid
+        values = []
+        for (name, one), prefix in zip(kept.items(), state.rewards, strict=True):
+            found = one.score(getattr(params, name), prefix, text, real)[0]
+            check_rewards(name, rewards[name], found, (batch, count * n))
+            values.append(jnp.where(lost, jnp.nan, at_least_float32(found).reshape(batch, count, n)))
+        return values
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
-        for name, judge in rewards.items():
-            below, text = entry(params, name), prompts_for(prompts, name)
+        params = fields(params)
+        for name, one in rewards.items():
+            text = prompts_for(prompts, name)
             if not isinstance(text, TokenBatch):
                 raise ValueError(f"prompts[{name!r}]: expected one TokenBatch, found {type(text).__name__}")
-            if getattr(judge, "check", None) is not None:
-                judge.check(below, text, max_new_tokens)  # type: ignore[attr-defined]
+            check_reward = getattr(one, "check", None)
+            if check_reward is not None:
+                check_reward(getattr(params, name), text, max_new_tokens)
         if indirect:
-            check_positive("beta", entry(params, "beta"))
-            per_row(params["beta"], prompt_index(prompts_for(prompts, "reward")).shape[0], name="beta")
+            check_positive("beta", params.beta)
+            per_row(params.beta, prompt_index(prompts_for(prompts, "reward")).shape[0], name="beta")
         if lookahead != 0:
             check_part(baseline, params, prompts, max_new_tokens, "baseline")
 
     return Critic(init, score, advance, "level", check, vocab_size)
 
 
-def effective_rollouts(proposal: State) -> Array:
-    """The effective number of roll-outs behind each q [B,K] of a proposal of `transfer_q`: 1/Σ w² of the weights of
-    indirect transfer, between 1 (they have degenerated, q is one roll-out's reward) and n; n for direct transfer. The
-    state of a tilt holds the proposal of its last scores under "critic"."""
-    return proposal["effective"]
+def effective_rollouts(proposal: TransferQState) -> Array:
+    """The effective number of roll-outs behind each q [B,K] of a proposal of `transfer_q`.
+
+    1/Σ w² of the weights of indirect transfer, between 1 (they have degenerated, q is one roll-out's reward) and n; n
+    for direct transfer. The state of a tilt holds the proposal of its last scores as `state.critic`.
+
+    Raises:
+      ValueError: a state that has not been scored.
+    """
+    if proposal.scores is None:
+        raise ValueError("effective_rollouts: expected a proposal of `score`, found a state that has not been scored")
+    return proposal.scores.effective
 
 
-def _standing(state: State, candidates: Array | None, batch: int) -> tuple[dict[str, Array] | None, Array]:
-    """(the scores of the last candidates, None where there are none; rows [B] for which they still hold: they did not
+def check_rewards(name: str, reward: Reward, found: Array, shape: tuple[int, ...]) -> None:
+    """ValueError unless a reward gave one floating-point number per text."""
+    check_array(f"transfer_q: {name} ({called(reward)})", found, shape, "one reward per text")
+
+
+def _scored_before(
+    scores: LastScores | None, candidates: Candidates | None, batch: int
+) -> tuple[LastScores | None, Array]:
+    """(the last scores, None where there are none that could hold; rows [B] for which they still hold: they did not
     move, and are asked about the same candidates)."""
-    if "still" not in state or (candidates is None) != ("candidates" not in state):
-        return None, jnp.zeros(batch, bool)
-    before, known = {name: state[name] for name in ("q", "effective")}, state["still"]
-    if candidates is None:
-        return before, known
-    if candidates.shape != state["candidates"].shape:
-        return None, jnp.zeros(batch, bool)
-    return before, known & (candidates == state["candidates"]).all(axis=1)
+    none = jnp.zeros(batch, bool)
+    if scores is None or scores.unmoved is None or (candidates is None) != (scores.candidates is None):
+        return None, none
+    if candidates is None or scores.candidates is None:
+        return scores, scores.unmoved
+    if candidates.shape != scores.candidates.shape:
+        return None, none
+    return scores, scores.unmoved & (candidates == scores.candidates).all(axis=1)
 
 
 def _weighted(reward: Array, baseline_reward: Array, beta: Array) -> tuple[Array, Array]:
@@ -214,8 +296,8 @@ def _check_arguments(
 ) -> int | None:
     """The one vocabulary of all parts, None where none has one."""
     for name, value, least in (("rollouts", rollouts, 1), ("lookahead", lookahead, 0), ("chunk", chunk, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"{name}: expected at least {least}, found {value}")
+        if value is not None or name == "rollouts":
+            check_count(name, value, least=least)
     parts = [baseline, *rewards.values()]
     sizes = sorted({size for size in (getattr(part, "vocab_size", None) for part in parts) if size is not None})
     if len(sizes) > 1:

@@ -1,17 +1,39 @@
-"""Policies: the language model, the tilt by a critic, edits of its hidden states, and the transforms of a next-token
+"""Policies: the language model, its tilt by a critic, edits of its hidden states, and transforms of its next-token
 distribution.
 
-Every function here takes Policies (or a model) and gives a Policy; build it once and reuse it, since a new closure is
-a new trace.
+Every builder here takes Policies (or a model) and gives a Policy. Builders are cached by value: the same call twice
+gives the same object, so that a call inside an expression is not compiled again. A function of your own is compared by
+identity: define it once, not as a lambda in the call.
+
+Params of a builder are its NamedTuple, as TiltParams(policy, critic, beta), or a dict of the same names.
 """
 
-from jaxalign.policies._adapters import adapters
-from jaxalign.policies._language_model import language_model, with_reference
-from jaxalign.policies._re_control import head_value, linear_value, re_control, re_control_expected
-from jaxalign.policies._tilt import tilt
-from jaxalign.policies._truncation import temperature, top_k, top_p
+from jaxalign.policies._adapters import AdaptersParams, adapters
+from jaxalign.policies._language_model import language_model
+from jaxalign.policies._re_control import (
+    HiddenValue,
+    ReControlExpectedParams,
+    ReControlParams,
+    Unembed,
+    head_value,
+    linear_value,
+    re_control,
+    re_control_expected,
+)
+from jaxalign.policies._tilt import TiltParams, tilt
+from jaxalign.policies._truncation import TemperatureParams, TopPParams, temperature, top_k, top_p
+from jaxalign.policies._with_reference import ReferenceParams, with_reference
 
 __all__ = [
+    "AdaptersParams",
+    "HiddenValue",
+    "ReControlExpectedParams",
+    "ReControlParams",
+    "ReferenceParams",
+    "TemperatureParams",
+    "TiltParams",
+    "TopPParams",
+    "Unembed",
     "adapters",
     "head_value",
     "language_model",

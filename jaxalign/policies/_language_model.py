@@ -1,29 +1,44 @@
-"""The language model as a Policy, alone or with another one as its base."""
+"""A language model as a Policy."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign import models
-from jaxalign._checks import check_has_logits, check_part, check_prompt_fits, check_same_vocabulary
-from jaxalign.prompts import prompts_for
-from jaxalign.types import Array, Completions, Params, Policy, Prompts, State, StepOutput, TokenBatch
+from jaxalign._builders import cached
+from jaxalign._checks import check_array, check_has_logits, check_model, check_prompt_fits
+from jaxalign.types import Array, Completions, LanguageModel, Params, Policy, State, StepOutput, TokenBatch
 
 
-def language_model(lm: Any) -> Policy:
-    """pi(z|s) = softmax(logits(s))_z of a language model; it is its own base. params: the model's.
+@cached
+def language_model(lm: LanguageModel) -> Policy:
+    """The Policy pi(z|s) = softmax(logits(s))_z of a language model, which is its own base.
 
-    `lm` is what `models.load` gives, or anything with its `prefill`, `step`, `hidden`, `logits` and `max_length`.
-    The prompt is encoded once; the state is the model's cache with room for max_new_tokens. ValueError for a sequence
-    classifier, which has no vocabulary logits.
+    params: the model's. The prompt is encoded once; the state is the model's cache with room for max_new_tokens.
+
+    Args:
+      lm: what `models.load` gives, or a model of your own with what `types.LanguageModel` lists: vocab_size,
+        max_length, eos_ids, prefill, step and logits. One that also has `hidden` (as in `types.HeadModel`) scores given
+        responses in parallel; any other is stepped through them.
+
+    Returns:
+      A Policy with the model's vocab_size and eos_ids.
+
+    Raises:
+      ValueError: the model lacks one of these (it is named), or is a sequence classifier without vocabulary logits.
     """
+    check_model("language_model", lm, ("vocab_size", "max_length", "eos_ids", "prefill", "step", "logits"))
     check_has_logits("language_model", lm)
 
     def output(params: Params, hidden: Array) -> StepOutput:
-        log_prob = jax.nn.log_softmax(lm.logits(params, hidden))
+        if hidden.ndim != 2:
+            raise ValueError(f"language_model: expected hidden states [B,D] of the model, found shape {hidden.shape}")
+        logits = lm.logits(params, hidden)
+        check_array("language_model: lm.logits", logits, (hidden.shape[0], lm.vocab_size), "one logit per token")
+        log_prob = jax.nn.log_softmax(logits)
         return StepOutput(log_prob, log_prob, jnp.zeros(hidden.shape[:1], log_prob.dtype), hidden)
 
     def init(params: Params, rng: Array, prompts: TokenBatch, max_new_tokens: int) -> tuple[State, StepOutput]:
@@ -38,8 +53,9 @@ def language_model(lm: Any) -> Policy:
         return cache, output(params, hidden)
 
     def log_prob(params: Params, prompts: TokenBatch, tokens: Array, mask: Array) -> Completions:
-        hidden = models.response_hidden(lm, params, prompts, tokens, mask)
-        value = jnp.where(mask, models.token_log_prob(lm, params, hidden, tokens), 0)
+        parallel = cast(models.LanguageModel, lm)  # all that is asked of it here is `hidden` and `logits`
+        hidden = models.response_hidden(parallel, params, prompts, tokens, mask)
+        value = jnp.where(mask, models.token_log_prob(parallel, params, hidden, tokens), 0)
         zero = jnp.zeros_like(value)
         rows = jnp.zeros(tokens.shape[:1], bool)
         return Completions(tokens, mask, value, value, zero, zero, rows, ~rows, ~rows)
@@ -47,39 +63,5 @@ def language_model(lm: Any) -> Policy:
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
         check_prompt_fits(lm, prompts, max_new_tokens)
 
-    return Policy(init, step, log_prob, check, lm.vocab_size)
-
-
-def with_reference(policy: Policy, reference: Policy) -> Policy:
-    """`policy` with log_prob_ref of another model beside it: a DPO or RL model is not its own base.
-
-    params {"policy", "reference"}. The KL of a decoder is then against the reference. log_norm is the policy's own.
-    """
-    check_same_vocabulary("with_reference", policy, reference)
-
-    def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[State, StepOutput]:
-        one, other = jax.random.split(rng)
-        inner, output = policy.init(params["policy"], one, prompts_for(prompts, "policy"), max_new_tokens)
-        beside, base = reference.init(params["reference"], other, prompts_for(prompts, "reference"), max_new_tokens)
-        return {"policy": inner, "reference": beside}, output._replace(log_prob_ref=base.log_prob)
-
-    def step(params: Params, rng: Array, state: State, token: Array) -> tuple[State, StepOutput]:
-        one, other = jax.random.split(rng)
-        inner, output = policy.step(params["policy"], one, state["policy"], token)
-        beside, base = reference.step(params["reference"], other, state["reference"], token)
-        return {"policy": inner, "reference": beside}, output._replace(log_prob_ref=base.log_prob)
-
-    def log_prob(params: Params, prompts: Prompts, tokens: Array, mask: Array) -> Completions:
-        assert policy.log_prob is not None
-        assert reference.log_prob is not None
-        own = policy.log_prob(params["policy"], prompts_for(prompts, "policy"), tokens, mask)
-        base = reference.log_prob(params["reference"], prompts_for(prompts, "reference"), tokens, mask)
-        # The exact KL needs both distributions at every position; the parallel form keeps neither.
-        return own._replace(log_prob_ref=base.log_prob, kl=None)
-
-    def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
-        check_part(policy, params, prompts, max_new_tokens, "policy")
-        check_part(reference, params, prompts, max_new_tokens, "reference")
-
-    parallel = policy.log_prob is not None and reference.log_prob is not None
-    return Policy(init, step, log_prob if parallel else None, check, policy.vocab_size)
+    in_parallel = log_prob if hasattr(lm, "hidden") else None
+    return Policy(init, step, in_parallel, check, lm.vocab_size, tuple(int(i) for i in lm.eos_ids))

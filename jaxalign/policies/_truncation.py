@@ -2,24 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._arrays import NEGATIVE, is_supported, per_row
-from jaxalign._checks import check_part, entry, is_concrete
+from jaxalign._builders import cached
+from jaxalign._checks import (
+    check_integer,
+    check_part,
+    check_policy_argument,
+    fields_of,
+    is_concrete,
+    start_policy,
+    step_policy,
+)
 from jaxalign.prompts import prompt_index, prompts_for
-from jaxalign.types import Array, Params, Policy, Prompts, State, StepOutput
+from jaxalign.shapes import PerPrompt
+from jaxalign.types import Array, ArrayLike, Params, Policy, Prompts, State, StepOutput
 
 
+class TemperatureParams(NamedTuple):
+    """Parameters of `temperature`."""
+
+    policy: Params
+    """Those of the policy below."""
+    temperature: ArrayLike
+    """>= 0, a scalar or one per prompt [B]; 0 is greedy."""
+
+
+class TopPParams(NamedTuple):
+    """Parameters of `top_p`."""
+
+    policy: Params
+    """Those of the policy below."""
+    top_p: ArrayLike
+    """In (0, 1], a scalar or one per prompt [B]."""
+
+
+class TransformState(NamedTuple):
+    """State of `temperature` and `top_p`."""
+
+    policy: State
+    """That of the policy below."""
+    value: PerPrompt
+    """[B], the temperature or the nucleus' mass of each row."""
+
+
+@cached
 def temperature(policy: Policy) -> Policy:
-    """pi'(z|s) ∝ pi(z|s)^{1/temperature}; 0 is greedy (the first of equal tokens).
+    """The tempered policy pi'(z|s) ∝ pi(z|s)^{1/temperature}; 0 is greedy (the first of equal tokens).
 
-    params {"policy", "temperature": scalar or [B], >= 0}. The increments below are tempered with it, so that
-    log_norm' = log_norm/temperature + logsumexp(log pi/temperature) is the weight for the tempered target. Greedy
+    params: TemperatureParams(policy, temperature), or a dict of these names. The increments below are tempered too, so
+    that log_norm' = log_norm/temperature + logsumexp(log pi/temperature) is the weight for the tempered target. Greedy
     is the truncation to one token: log_norm' = log_norm + max log pi.
+
+    Raises:
+      ValueError: `policy` is no Policy; on the host before tracing, a temperature < 0 or of another shape.
     """
 
     def apply(value: Array, output: StepOutput) -> StepOutput:
@@ -35,13 +77,17 @@ def temperature(policy: Policy) -> Policy:
         log_norm = jnp.where(greedy, output.log_norm + output.log_prob.max(axis=-1), output.log_norm / divisor + norm)
         return output._replace(log_prob=log_prob, log_norm=log_norm)
 
-    return _per_prompt("temperature", policy, apply, lambda value: value >= 0, "a value >= 0")
+    return _per_prompt(TemperatureParams, policy, apply, lambda value: value >= 0, "a value >= 0")
 
 
+@cached
 def top_p(policy: Policy) -> Policy:
     """The nucleus: the smallest set of most probable tokens whose mass reaches p, renormalised; never empty.
 
-    params {"policy", "top_p": scalar or [B] in (0, 1]}. log_norm' = log_norm + log(kept mass).
+    params: TopPParams(policy, top_p), or a dict of these names. log_norm' = log_norm + log(kept mass).
+
+    Raises:
+      ValueError: `policy` is no Policy; on the host before tracing, a top_p outside (0, 1] or of another shape.
     """
 
     def apply(value: Array, output: StepOutput) -> StepOutput:
@@ -57,7 +103,7 @@ def top_p(policy: Policy) -> Policy:
         # The whole mass may round to less than 1, and to more before the last token.
         return _truncate(output, keep | ((value >= 1)[:, None] & is_supported(output.log_prob)))
 
-    return _per_prompt("top_p", policy, apply, lambda value: (value > 0) & (value <= 1), "a value in (0, 1]")
+    return _per_prompt(TopPParams, policy, apply, lambda value: (value > 0) & (value <= 1), "a value in (0, 1]")
 
 
 _NUCLEUS = 256  # tokens that are looked at before the whole vocabulary is sorted
@@ -88,34 +134,43 @@ def _wide_nucleus(log_prob: Array, p: Array) -> Array:
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     start = jnp.zeros(p.shape, code), bits.max(axis=-1) + 1
-    edge = jax.lax.fori_loop(0, jnp.iinfo(code).bits, halve, start)[0][:, None]
+    edge = jax.lax.fori_loop(0, 8 * prob.dtype.itemsize, halve, start)[0][:, None]
     above, level = bits > edge, jnp.where(bits == edge, prob, 0)
     missing = p - jnp.where(above, prob, 0).sum(axis=-1)
-    return above | ((bits == edge) & (jnp.cumsum(level, axis=-1) - level < missing[:, None]))
+    kept: Array = above | ((bits == edge) & (jnp.cumsum(level, axis=-1) - level < missing[:, None]))
+    return kept
 
 
+@cached
 def top_k(policy: Policy, k: int) -> Policy:
     """The k most probable tokens, renormalised (equal ones: lower ids first). params: the policy's own.
 
-    log_norm' = log_norm + log(kept mass). ValueError when k is not in [1, V].
+    log_norm' = log_norm + log(kept mass).
+
+    Raises:
+      ValueError: `policy` is no Policy, or k is no integer in [1, V].
     """
+    check_policy_argument("policy", policy)
+    check_integer("k", k)
     if k < 1 or (policy.vocab_size is not None and k > policy.vocab_size):
         raise ValueError(f"k: expected 1 to the vocabulary's {policy.vocab_size} tokens, found {k}")
 
     def apply(output: StepOutput) -> StepOutput:
+        if k > output.log_prob.shape[-1]:
+            raise ValueError(f"k: expected at most {output.log_prob.shape[-1]} tokens, found {k}")
         kept = jax.lax.top_k(output.log_prob, k)[1]
         keep = jax.vmap(lambda index: jnp.zeros(output.log_prob.shape[-1], bool).at[index].set(True))(kept)
         return _truncate(output, keep)
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[State, StepOutput]:
-        state, output = policy.init(params, rng, prompts, max_new_tokens)
+        state, output = start_policy(policy, params, rng, prompts, max_new_tokens)
         return state, apply(output)
 
     def step(params: Params, rng: Array, state: State, token: Array) -> tuple[State, StepOutput]:
-        state, output = policy.step(params, rng, state, token)
+        state, output = step_policy(policy, params, rng, state, token)
         return state, apply(output)
 
-    return Policy(init, step, None, policy.check, policy.vocab_size)
+    return Policy(init, step, None, policy.check, policy.vocab_size, policy.eos_ids)
 
 
 def _truncate(output: StepOutput, keep: Array) -> StepOutput:
@@ -125,24 +180,33 @@ def _truncate(output: StepOutput, keep: Array) -> StepOutput:
     return output._replace(log_prob=log_prob, log_norm=output.log_norm + log_kept)
 
 
-def _per_prompt(name: str, policy: Policy, apply: Any, valid: Any, expected: str) -> Policy:
-    """A transform of the output by one number per prompt, params {"policy", name}, kept in the state (law 3)."""
+def _per_prompt(
+    fields: type[TemperatureParams] | type[TopPParams],
+    policy: Policy,
+    apply: Callable[[Array, StepOutput], StepOutput],
+    valid: Callable[[np.ndarray], np.ndarray],
+    expected: str,
+) -> Policy:
+    """A transform of the output by one number per prompt, the second of `fields`, kept in the state (law 3)."""
+    check_policy_argument("policy", policy)
+    name = fields._fields[1]
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[State, StepOutput]:
-        inner, output = policy.init(params["policy"], rng, prompts_for(prompts, "policy"), max_new_tokens)
-        value = per_row(params[name], output.log_prob.shape[0], name=name)
-        return {"policy": inner, name: value}, apply(value, output)
+        own, value = fields_of(params, fields)
+        inner, output = start_policy(policy, own, rng, prompts_for(prompts, "policy"), max_new_tokens)
+        value = per_row(value, output.log_prob.shape[0], name=name)
+        return TransformState(inner, value), apply(value, output)
 
-    def step(params: Params, rng: Array, state: State, token: Array) -> tuple[State, StepOutput]:
-        # A token that this transform gave probability zero is sent down all the same: the state below keeps its law.
-        inner, output = policy.step(params["policy"], rng, state["policy"], token)
-        return {"policy": inner, name: state[name]}, apply(state[name], output)
+    def step(params: Params, rng: Array, state: TransformState, token: Array) -> tuple[State, StepOutput]:
+        # A token that this transform gave probability zero is passed on all the same: the state below keeps its law.
+        inner, output = step_policy(policy, fields_of(params, fields)[0], rng, state.policy, token)
+        return state._replace(policy=inner), apply(state.value, output)
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
-        value = entry(params, name)
+        value = fields_of(params, fields)[1]
         if is_concrete(value) and not np.all(valid(np.asarray(value))):
             raise ValueError(f"{name}: expected {expected}, found {np.asarray(value)}")
         per_row(value, prompt_index(prompts).shape[0], name=name)
         check_part(policy, params, prompts, max_new_tokens, "policy")
 
-    return Policy(init, step, None, check, policy.vocab_size)
+    return Policy(init, step, None, check, policy.vocab_size, policy.eos_ids)

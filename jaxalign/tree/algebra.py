@@ -59,7 +59,8 @@ def policy(tree: Tree) -> Policy:
         state = _move(tree, state, token)
         return state, output(params, state)
 
-    return Policy(init, step, None, _check_tables(tree), tree.vocab_size)
+    eos_ids = () if tree.eos_id is None else (tree.eos_id,)
+    return Policy(init, step, None, _check_tables(tree), tree.vocab_size, eos_ids)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,84 @@
+"""A Policy with another one as its base."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+from jaxalign._builders import cached
+from jaxalign._checks import (
+    check_part,
+    check_policy_argument,
+    check_same_vocabulary,
+    fields_of,
+    start_policy,
+    step_policy,
+)
+from jaxalign.prompts import prompts_for
+from jaxalign.types import Array, Completions, Params, Policy, Prompts, State, StepOutput
+
+
+class ReferenceParams(NamedTuple):
+    """Parameters of `with_reference`."""
+
+    policy: Params
+    """Those of the policy that is drawn from."""
+    reference: Params
+    """Those of its base."""
+
+
+class ReferenceState(NamedTuple):
+    """State of `with_reference`."""
+
+    policy: State
+    """That of the policy that is drawn from."""
+    reference: State
+    """That of its base."""
+
+
+@cached
+def with_reference(policy: Policy, reference: Policy) -> Policy:
+    """`policy` with log_prob_ref of another model: a DPO or RL model is not its own base.
+
+    The KL of a decoder is then against the reference; log_norm stays the policy's own. params:
+    ReferenceParams(policy, reference), or a dict of these names.
+
+    Raises:
+      ValueError: an argument that is no Policy, or two vocabularies.
+    """
+    check_policy_argument("policy", policy)
+    check_policy_argument("reference", reference)
+    check_same_vocabulary("with_reference", policy, reference)
+
+    def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[State, StepOutput]:
+        own, base_params = fields_of(params, ReferenceParams)
+        one, other = jax.random.split(rng)
+        inner, output = start_policy(policy, own, one, prompts_for(prompts, "policy"), max_new_tokens)
+        beside, base = start_policy(reference, base_params, other, prompts_for(prompts, "reference"), max_new_tokens)
+        return ReferenceState(inner, beside), output._replace(log_prob_ref=base.log_prob)
+
+    def step(params: Params, rng: Array, state: ReferenceState, token: Array) -> tuple[State, StepOutput]:
+        own, base_params = fields_of(params, ReferenceParams)
+        one, other = jax.random.split(rng)
+        inner, output = step_policy(policy, own, one, state.policy, token)
+        beside, base = step_policy(reference, base_params, other, state.reference, token)
+        return ReferenceState(inner, beside), output._replace(log_prob_ref=base.log_prob)
+
+    def log_prob(params: Params, prompts: Prompts, tokens: Array, mask: Array) -> Completions:
+        assert policy.log_prob is not None
+        assert reference.log_prob is not None
+        parts = fields_of(params, ReferenceParams)
+        own = policy.log_prob(parts.policy, prompts_for(prompts, "policy"), tokens, mask)
+        base = reference.log_prob(parts.reference, prompts_for(prompts, "reference"), tokens, mask)
+        # The exact KL needs both distributions at every position; the parallel form keeps neither.
+        return own._replace(log_prob_ref=base.log_prob, kl=None)
+
+    def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
+        fields_of(params, ReferenceParams)
+        check_part(policy, params, prompts, max_new_tokens, "policy")
+        check_part(reference, params, prompts, max_new_tokens, "reference")
+
+    parallel = policy.log_prob is not None and reference.log_prob is not None
+    vocab_size = policy.vocab_size or reference.vocab_size
+    return Policy(init, step, log_prob if parallel else None, check, vocab_size, policy.eos_ids)
