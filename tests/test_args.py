@@ -228,7 +228,7 @@ def test_a_scalar_head_over_the_whole_vocabulary_goes_in_blocks(monkeypatch):
     score, advance = jax.jit(critic.score), jax.jit(critic.advance)
     everything = jnp.broadcast_to(jnp.arange(11), (5, 11))
     expected, kept = score(params, RNG, state, output, everything)
-    monkeypatch.setattr("jaxalign.critics._models._BLOCK", 4)
+    monkeypatch.setattr("jaxalign.critics._model_critics._BLOCK", 4)
     found, proposal = score(params, RNG, state, output, None)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     choice = jnp.array([3, -1, 0, 10, 7])

@@ -116,9 +116,9 @@ def test_transfer_q_prompts_have_streams_of_their_own():
     policy, params = sampling()
     same = TokenBatch(*padded([PROMPTS[0]] * 5)[:2])
     state, _ = jax.jit(policy.init, static_argnums=3)(params, RNG, same, T)
-    assert len(np.unique(np.asarray(state.scores.q[:, 0]))) > 1
+    assert len(np.unique(np.asarray(state.q[:, 0]))) > 1
     state, _ = jax.jit(policy.init, static_argnums=3)(params, RNG, same._replace(index=jnp.full(5, 7)), T)
-    assert len(np.unique(np.asarray(state.scores.q[:, 0]))) == 1
+    assert len(np.unique(np.asarray(state.q[:, 0]))) == 1
 
 
 @functools.cache

@@ -134,7 +134,7 @@ def re_control(
             found = value(weights, hidden)
             rows = hidden.shape[:1]
             name = f"value ({called(value)})"
-            check_array(name, found, (*rows, 1) if np.ndim(found) == 2 else rows, "one number per row")
+            check_array(name, found, (*rows, 1) if np.shape(found)[1:] == (1,) else rows, "one number per row")
             return at_least_float32(found).sum()  # rows are independent: the gradient of a sum is each row's own
 
         return _ascend(jax.grad(total), _hidden_of("re_control", output), step_size, steps, max_norm)
