@@ -233,8 +233,8 @@ def test_a_scalar_head_over_the_whole_vocabulary_goes_in_blocks(monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     choice = jnp.array([3, -1, 0, 10, 7])
     ours, theirs = advance(params, proposal, choice), advance(params, kept, choice)
-    np.testing.assert_array_equal(ours["cache"].length, theirs["cache"].length)
-    np.testing.assert_allclose(ours["cache"].layers[1].k, theirs["cache"].layers[1].k, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(ours.cache.length, theirs.cache.length)
+    np.testing.assert_allclose(ours.cache.layers[1].k, theirs.cache.layers[1].k, rtol=1e-4, atol=1e-5)
     monkeypatch.undo()
     wide = models.LanguageModel(tiny_config(models.Head("reward"), vocab_size=8192))
 
