@@ -178,7 +178,8 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         if debug:
             traceback.print_exc()
         usage = isinstance(error, ValueError)
-        words = " ".join(str(error).split()) if usage else next(iter(str(error).strip().splitlines()), "")
+        words = str(error).partition("\n-----")[0]  # below that, jax speaks of its own frames
+        words = " ".join(words.split()) if usage else next(iter(words.strip().splitlines()), "")
         kind = "" if usage else f"{type(error).__name__}: "
         hint = "" if debug else " (--debug shows the traceback)"
         print(f"error: {kind}{words}{hint}", file=sys.stderr)

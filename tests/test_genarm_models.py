@@ -111,8 +111,8 @@ def test_genarm_A13_padding_and_the_length_of_the_other_response_change_nothing_
     loss = jax.jit(objectives.autoregressive_reward(lm, beta_r=0.7))
 
     def padded_to(length):
-        found = loss(params, preferences.pad_pairs(pairs, length=length), None)
-        return float(found.loss), float(found.metrics["margin"])
+        found, aux = loss(params, preferences.pad_pairs(pairs, length=length), None)
+        return float(found), float(aux.metrics["margin"])
 
     def reward(prompt, response):
         logits = log_softmax(alone(lm, params, prompt + response).logits, axis=-1)

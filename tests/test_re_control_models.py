@@ -71,7 +71,7 @@ def test_re_control_R7_the_objective_reads_the_states_that_draw_and_pays_the_las
     loss_mask = mask & (jnp.arange(6) >= jnp.array([[2], [1], [3]]))
     reward = jnp.array([0.7, -1.2, 9.0])
     batch = {"tokens": tokens, "mask": mask, "loss_mask": loss_mask, "reward": reward}
-    measured = jax.jit(objectives.value(VALUE_LM, objective, before=True))(VALUE_PARAMS, batch, None)
+    measured, aux = jax.jit(objectives.value(VALUE_LM, objective, before=True))(VALUE_PARAMS, batch, None)
     v = np.asarray(VALUES(VALUE_PARAMS, tokens, mask))
     # Row 0: prompt 2 tokens, response 4: states 1..4; row 1: prompt 1, response 3: states 0..2.
     total = 0.0
@@ -79,9 +79,9 @@ def test_re_control_R7_the_objective_reads_the_states_that_draw_and_pays_the_las
         values = v[row, states]
         target = np.append(values[1:], reward[row]) if objective == "td" else np.full(len(states), reward[row])
         total += 0.5 * ((values - target) ** 2).sum()
-    np.testing.assert_allclose(measured.loss, total / 2, rtol=1e-5)
+    np.testing.assert_allclose(measured, total / 2, rtol=1e-5)
     np.testing.assert_allclose(
-        measured.metrics["squared_error"], ((v[0, 4] - 0.7) ** 2 + (v[1, 2] + 1.2) ** 2) / 2, rtol=1e-4
+        aux.metrics["squared_error"], ((v[0, 4] - 0.7) ** 2 + (v[1, 2] + 1.2) ** 2) / 2, rtol=1e-4
     )
     with pytest.raises(ValueError, match="before: expected a scalar head"):
         objectives.value(tiny_lm(3, "q", num_layers=1)[0], "td", before=True)

@@ -29,7 +29,8 @@ from jaxalign.data import batches, preferences
 from jaxalign.models import sharding
 from jaxalign.training import adapters, job, objectives, policy_gradient, rl_rewards
 from jaxalign.training.rl_iteration import Learner, State, make_iteration, read_both, weights
-from jaxalign.types import Params, TokenBatch
+from jaxalign.training.step import LossAux
+from jaxalign.types import Array, Params, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,8 +135,7 @@ def learner_of(
     policy = policies.language_model(lm)
     made = Learner(config, lm, reference, policy, reward, method_of(config), _whole if spec is None else _adapted(spec))
     if spec is None:
-        # A copy: the step gives the state's own arrays away.
-        return made, begin.params, {"reference": jax.tree.map(jnp.array, body), "reward": reward.params}
+        return made, begin.params, {"reference": body, "reward": reward.params}
     adapter = models.lora.init(
         jax.random.fold_in(jax.random.key(config.seed), 2), models.LanguageModel(lm.config), spec
     )
@@ -210,16 +210,16 @@ def _train(
     )
     state = State(
         jnp.zeros((), jnp.int32),
-        training.create(trained, optimizer),
+        training.create(jax.tree.map(jnp.array, trained), optimizer),  # a copy, which the steps may take
         jnp.asarray(config.beta, jnp.float32),
         jnp.zeros(2, jnp.int32),
     )
     loss = policy_gradient.loss(learner.method, policy_gradient.of_model(learner.lm), read_both(learner))
 
-    def assembled(params: Params, rows: Any, frozen: Params) -> Any:
-        return loss(learner.assemble(params, frozen), rows, frozen)
+    def assembled(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
+        return loss(learner.assemble(params, frozen), batch, frozen)
 
-    update = training.train_step(assembled, optimizer, schedule=schedule)
+    update = training.train_step(assembled, optimizer, schedule=schedule, donate=True)
     mesh = sharding.make_mesh(config.mesh)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     if mesh is not None:
@@ -237,6 +237,7 @@ def _train(
         position={"seed": config.seed, "batch_size": config.batch_size, "rows": batches.fingerprint(rows)},
         frozen=frozen,
         place=place,
+        donate=True,
         save_every=config.save_every,
         log_every=config.log_every,
     )

@@ -26,10 +26,10 @@ from safetensors.flax import save_file
 
 from jaxalign import _io, commands, models, shaping
 from jaxalign.data import preferences
-from jaxalign.training import Measured, objectives, rollouts
+from jaxalign.training import LossAux, objectives, rollouts
 from jaxalign.training import job as common
 from jaxalign.training.step import Loss
-from jaxalign.types import Params
+from jaxalign.types import Array, Params
 
 NETWORK = "network.safetensors"
 
@@ -104,14 +104,14 @@ def thresholds(lm: models.LanguageModel, params: Params, batch: Any) -> jax.Arra
 def amortised(lm: models.LanguageModel, *, gain: float) -> Loss:
     """The expectile loss of the head's threshold over all roll-outs of each prompt."""
 
-    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+    def loss(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         found = thresholds(lm, params, batch)
         exact = shaping.optimal_threshold(batch["utility"], gain=gain)
         each = shaping.expectile_loss(
             jnp.broadcast_to(found[:, None], batch["utility"].shape), batch["utility"], gain=gain
         )
         error = jnp.abs(found - exact).mean()
-        return Measured(each.mean(), jnp.asarray(found.shape[0]), {"error": error})
+        return each.mean(), LossAux(jnp.asarray(found.shape[0]), {"error": error})
 
     return loss
 
@@ -202,14 +202,14 @@ def _network(
     reference, weighed = utility[:, ::2], utility[:, 1::2]
     start = network.init(jax.random.key(config.seed), weighed, reference)
 
-    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+    def loss(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         known, asked = batch["utility"][:, ::2], batch["utility"][:, 1::2]
         reward = network.apply(params, asked, known)
         assert isinstance(reward, jax.Array)
         delivered = shaping.leader_utility(reward, asked, jnp.zeros_like(asked), beta=config.beta)
         ess = shaping.effective_samples(reward, beta=config.beta)
         metrics = {"utility": delivered.mean(), "effective_samples": ess.mean()}
-        return Measured(-delivered.mean(), jnp.asarray(asked.shape[0]), metrics)
+        return -delivered.mean(), LossAux(jnp.asarray(asked.shape[0]), metrics)
 
     pad = lambda rows: collate_prompts(config, rows)  # noqa: E731
     params = common.run(config, begin._replace(params=start), data, loss, pad, stage="leader", out=out)

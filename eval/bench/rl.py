@@ -117,10 +117,10 @@ def _ours(lm: models.LanguageModel, params: Any, config: Config) -> list[dict[st
     begin = training_common.Start(lm, params, None)
     learner, trained, frozen = rl.learner_of(options, begin, rl_rewards.Composed(even_share, None, even_share, None))
     loss = policy_gradient.loss(learner.method, policy_gradient.of_model(lm))
-    update = training.train_step(loss, optimizer, schedule=schedule)
+    update = training.train_step(loss, optimizer, schedule=schedule, donate=True)
     state = rl_iteration.State(
         jnp.zeros((), jnp.int32),
-        training.create(trained, optimizer),
+        training.create(jax.tree.map(jnp.array, trained), optimizer),
         jnp.asarray(BETA, jnp.float32),
         jnp.zeros(2, jnp.int32),
     )

@@ -80,7 +80,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         state = common.place(training.create(params, optimizer), mesh)
         batch = jax.tree.map(lambda x: x[None], common.place(_batch(stage, tokens), mesh, "data"))
         jitted: Any = training.train_step(
-            LOSSES[stage](models.LanguageModel(lm.config, config.dtype)), optimizer, schedule=schedule
+            LOSSES[stage](models.LanguageModel(lm.config, config.dtype)), optimizer, schedule=schedule, donate=True
         )
         compiled = jitted.lower(state, batch, None).compile()
         runs = {"jaxalign": _stepper(compiled, state, batch)} | runs

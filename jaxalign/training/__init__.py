@@ -1,15 +1,20 @@
 """Training: a pure step, one visible loop around it, checkpoints that resume bit for bit, metrics that others read."""
 
-from jaxalign.training._fit import Stopped, fit
+from jaxalign.training._fit import StepFunction, Stopped, fit
 from jaxalign.training.checkpoints import latest_step, open_checkpoints
+from jaxalign.training.hooks import Hooks
 from jaxalign.training.logging import MetricWriter
-from jaxalign.training.step import Measured, TrainState, adamw, create, train_step
+from jaxalign.training.step import Loss, LossAux, TrainState, TrainStep, adamw, create, train_step
 
 __all__ = [
-    "Measured",
+    "Hooks",
+    "Loss",
+    "LossAux",
     "MetricWriter",
+    "StepFunction",
     "Stopped",
     "TrainState",
+    "TrainStep",
     "adamw",
     "create",
     "fit",

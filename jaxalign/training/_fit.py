@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _progress
 from jaxalign.training import checkpoints
+from jaxalign.training.hooks import Hooks, check_hooks, stops
 from jaxalign.training.logging import MetricWriter
 from jaxalign.training.step import Batch
 from jaxalign.types import Params
@@ -22,96 +25,175 @@ from jaxalign.types import Params
 S = TypeVar("S")
 
 
+class StepFunction(Protocol[S]):
+    """What `fit` repeats: `train_step`'s result, or a function of one's own."""
+
+    def __call__(self, state: S, batch: Batch, frozen: Params) -> tuple[S, Mapping[str, Any]]:
+        """One step.
+
+        Args:
+          state: a tree with a field `step` that counts the steps taken.
+          batch: the next of the batches.
+          frozen: what `fit` was given.
+
+        Returns:
+          (state, metrics): scalars by name; "tokens" adds to the count of tokens and is not logged.
+        """
+
+
 class Stopped(SystemExit):
     """The run was asked to stop (SIGTERM) and has saved: exit code 0."""
 
 
 def fit(
-    step: Callable[[S, Batch, Params], tuple[S, dict[str, Any]]],
+    step: StepFunction[S],
     state: S,
     batches: Callable[[int], Iterator[Batch]],
     *,
     steps: int,
-    out: pathlib.Path,
-    stage: str,
-    position: dict[str, Any],
+    out: pathlib.Path | None = None,
+    stage: str = "train",
+    position: dict[str, Any] | None = None,
     frozen: Params = None,
     place: Callable[[Batch], Batch] = lambda batch: batch,
+    hooks: Sequence[Hooks] = (),
+    donate: bool = False,
     save_every: int = 200,
     log_every: int = 10,
     keep: int = 2,
 ) -> S:
     """Runs `step` until `steps` optimizer steps are taken; goes on from the newest checkpoint in out/checkpoints.
 
-    Args:
-      step: as `train_step` makes it; the state is donated.
-      state: at step 0; a `TrainState`, or any tree whose field `step` counts what `steps` does. Its arrays' places are
-        those of the restored ones.
-      batches: batches(i) iterates over the batches from optimizer step i on, a function of i alone: so an interrupted
-        run that goes on is the uninterrupted one, bit for bit.
-      position: what names the data (JSON values: seed, rows, batch size); kept in the checkpoint and compared.
-      frozen: passed to every step.
-      place: puts a batch on its devices.
-      save_every, log_every: optimizer steps between checkpoints, and between lines of metrics.jsonl.
-
     Metrics are read one step late, so that the device never waits for the host. A batch's tokens are its real ones
     ("mask" leaves), or those of the metric "tokens". On SIGTERM the state is saved and `Stopped` (exit code 0) is
     raised.
 
+    Args:
+      step: as `train_step` makes it; it may donate its state.
+      state: at step 0; a `TrainState`, or any tree whose field `step` counts what `steps` does. Restored arrays are
+        placed on devices as these are.
+      batches: batches(i) iterates over the batches from optimizer step i on, a function of i alone: an interrupted run
+        that goes on is then the uninterrupted one, bit for bit.
+      steps: optimizer steps in all.
+      out: folder of checkpoints/, metrics.jsonl and tensorboard/; None: nothing is written.
+      stage: name on the progress line and in messages.
+      position: what names the data (JSON values: seed, rows, batch size); kept in the checkpoint and compared.
+      frozen: passed to every step.
+      place: puts a batch on its devices.
+      hooks: called after steps, with metrics, with checkpoints, and to end the run early.
+      donate: pass `state` itself to the first step. By default that is a copy, so that the caller's arrays stay when
+        `step` donates.
+      save_every: optimizer steps between checkpoints.
+      log_every: optimizer steps between lines of metrics.jsonl.
+      keep: checkpoints that stay.
+
+    Returns:
+      The last state.
+
     Raises:
+      ValueError: a state without `step`, hooks or metrics of another form, a checkpoint made on other data.
       FloatingPointError: a metric that is not finite, with the step's number; the last checkpoint is from before it.
     """
-    with checkpoints.open_checkpoints(out / "checkpoints", keep=keep) as manager, _Signal() as asked:
-        restored = checkpoints.restore(manager, state, position)
-        start = 0
+    check_hooks(hooks)
+    taken: Any = getattr(state, "step", None)
+    if taken is None or jnp.shape(taken) != ():
+        raise ValueError(f"state: expected a field step [], as training.create makes it, found {type(state).__name__}")
+    position = position or {}
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(checkpoints.open_checkpoints(out / "checkpoints", keep=keep)) if out else None
+        asked = stack.enter_context(_Signal())
+        restored = checkpoints.restore(manager, state, position) if manager else None
+        start = int(taken) if restored is None else restored[1]
         if restored is not None:
-            state, start = restored
+            state = restored[0]
+        elif not donate:
+            state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, state)
         if start >= steps:
             return state
+        bar = stack.enter_context(_progress.progress(stage, steps, initial=start, unit="step"))
+
+        def show(step: int, metrics: Mapping[str, float]) -> None:
+            bar.set_postfix_str(_shown(metrics), refresh=False)
+
+        own = [Hooks(on_metrics=show)]
+        if manager is not None and out is not None:
+            writer, kept, where = stack.enter_context(MetricWriter(out, step=start)), manager, position
+
+            def save(step: int, state: Any) -> None:
+                checkpoints.save(kept, state, where | {"step": step})
+
+            own = [Hooks(on_metrics=writer.write, on_save=save), *own]
+        every = [*own, *hooks]
+        reader = _Reader(stage, every, steps, log_every)
         source = batches(start)
-        pending: tuple[int, dict[str, jax.Array]] | None = None
-        done, tokens, begin = start, 0, time.perf_counter()
-        with (
-            MetricWriter(out, step=start) as writer,
-            _progress.progress(stage, steps, initial=start, unit="step") as bar,
-        ):
-
-            def read(taken: int, values: dict[str, jax.Array]) -> None:
-                nonlocal tokens, begin
-                host = {name: float(value) for name, value in values.items()}
-                tokens += int(host.pop("tokens", 0))
-                bad = {name: value for name, value in host.items() if not math.isfinite(value)}
-                if bad:
-                    raise FloatingPointError(f"{stage}: {bad} at step {taken}; the last checkpoint is from before it")
-                if taken % log_every == 0 or taken in (1, steps):
-                    now = time.perf_counter()
-                    host["tokens_per_second"] = tokens / (now - begin)
-                    tokens, begin = 0, now
-                    writer.write(taken, host)
-                    shown = [f"{name} {host[name]:.4f}" for name in ("loss", "reward", "kl") if name in host]
-                    shown.append(f"{host['tokens_per_second']:.0f} tokens/s")
-                    bar.set_postfix_str(", ".join(shown), refresh=False)
+        pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        done, stop = start, False
+        while done < steps and not stop:
+            batch = next(source)
+            reader.tokens += real_tokens(batch)
+            state, values = _outcome(step(state, place(batch), frozen))
+            done += 1
+            for hook in every:
+                if hook.after_step is not None:
+                    hook.after_step(done, state)
+            if pending is not None:
+                stop = reader.read(*pending)
                 bar.update(1)
-
-            while done < steps:
-                batch = next(source)
-                tokens += real_tokens(batch)
-                state, values = step(state, place(batch), frozen)
-                done += 1
-                if pending is not None:
-                    read(*pending)
-                pending = done, values
-                if asked.stop or done % save_every == 0 or done == steps:
-                    read(*pending)
-                    pending = None
-                    checkpoints.save(manager, state, position | {"step": done})
-                if asked.stop:
-                    break
-        manager.wait_until_finished()
-        if done < steps:
+            pending = done, values
+            stop = stop or asked.stop
+            if stop or done % save_every == 0 or done == steps:
+                stop = reader.read(*pending) or stop
+                bar.update(1)
+                pending = None
+                for hook in every:
+                    if hook.on_save is not None:
+                        hook.on_save(done, state)
+        if manager is not None:
+            manager.wait_until_finished()
+        if asked.stop and done < steps:
             print(f"{stage}: stopped at step {done} of {steps}, saved; the same command goes on from here", flush=True)
             raise Stopped(0)
         return state
+
+
+def _outcome(found: tuple[S, Mapping[str, Any]]) -> tuple[S, Mapping[str, Any]]:
+    """What a step gave, where it is a state and metrics."""
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+        kinds = [type(x).__name__ for x in found] if isinstance(found, tuple) else type(found).__name__
+        raise ValueError(f"step: expected (state, metrics by name), found {kinds}")
+    return found
+
+
+class _Reader:
+    """Metrics on the host: finite, with tokens per second, given to the hooks."""
+
+    def __init__(self, stage: str, hooks: Sequence[Hooks], steps: int, log_every: int) -> None:
+        self.stage, self.hooks, self.steps, self.log_every = stage, hooks, steps, log_every
+        self.tokens, self.begin = 0, time.perf_counter()
+
+    def read(self, taken: int, values: Mapping[str, Any]) -> bool:
+        """Reads the metrics of a step; whether a hook ends the run."""
+        if wrong := {name: jnp.shape(value) for name, value in values.items() if jnp.shape(value) != ()}:
+            raise ValueError(f"step: expected metrics of shape (), found {wrong}")
+        host = {name: float(value) for name, value in values.items()}
+        self.tokens += int(host.pop("tokens", 0))
+        bad = {name: value for name, value in host.items() if not math.isfinite(value)}
+        if bad:
+            raise FloatingPointError(f"{self.stage}: {bad} at step {taken}; the last checkpoint is from before it")
+        asked = [stops(hook, taken, host) for hook in self.hooks]  # each hook is asked, whatever the others say
+        if taken % self.log_every == 0 or taken in (1, self.steps):
+            now = time.perf_counter()
+            host["tokens_per_second"] = self.tokens / (now - self.begin)
+            self.tokens, self.begin = 0, now
+            for hook in self.hooks:
+                if hook.on_metrics is not None:
+                    hook.on_metrics(taken, host)
+        return any(asked)
+
+
+def _shown(values: Mapping[str, float]) -> str:
+    shown = [f"{name} {values[name]:.4f}" for name in ("loss", "reward", "kl") if name in values]
+    return ", ".join([*shown, f"{values['tokens_per_second']:.0f} tokens/s"])
 
 
 def real_tokens(batch: Batch) -> int:

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import models
+from jaxalign._builders import cached
 from jaxalign.training import job, objectives
-from jaxalign.training.step import Loss, Measured
-from jaxalign.types import Params
+from jaxalign.training.step import Loss, LossAux
+from jaxalign.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,10 +94,11 @@ def reference(config: Options, begin: job.Start) -> Params:
     return jax.tree.map(lambda x: jnp.array(x, begin.lm.dtype), begin.params)
 
 
+@cached
 def with_adapter(loss: Loss, spec: models.Lora) -> Loss:
     """The loss of an adapter: params are its own, frozen the model's weights."""
 
-    def adapted(params: Params, batch: Any, frozen: Params) -> Measured:
+    def adapted(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         return loss(models.lora.attach(frozen, params, spec), batch, frozen)
 
     return adapted

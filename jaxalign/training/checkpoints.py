@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pathlib
 import shutil
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
-import orbax.checkpoint as ocp
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 S = TypeVar("S")
 
@@ -15,6 +17,8 @@ S = TypeVar("S")
 def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
     """A manager of the folder; the last `keep` checkpoints stay. Saves run in the background, into a temporary folder
     that is renamed at the end: after a kill the newest whole one is found, and what was cut short is removed."""
+    import orbax.checkpoint as ocp  # it takes seconds, and a run alone needs it
+
     # Removed here and one by one: orbax removes a folder and the temporary ones inside it at the same time, which fails
     # now and then.
     path = pathlib.Path(folder).resolve()
@@ -31,6 +35,8 @@ def latest_step(manager: ocp.CheckpointManager) -> int | None:
 
 def save(manager: ocp.CheckpointManager, state: Any, position: dict[str, Any]) -> None:
     """Saves the state at its step (state.step) with the data position (JSON values), once."""
+    import orbax.checkpoint as ocp
+
     step = int(state.step)
     if manager.latest_step() == step:
         return
@@ -42,6 +48,8 @@ def restore(manager: ocp.CheckpointManager, template: S, position: dict[str, Any
 
     ValueError when the checkpoint was made on other data than `position` names: its batches would not go on.
     """
+    import orbax.checkpoint as ocp
+
     step = manager.latest_step()
     if step is None:
         return None

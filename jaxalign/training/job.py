@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -196,12 +197,13 @@ def run(
         clip=config.clip,
     )
     mesh = sharding.make_mesh(config.mesh)
-    state = training.create(begin.params, optimizer)
+    params = jax.tree.map(jnp.array, begin.params)  # a copy, which the steps may take
+    state = training.create(params, optimizer)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     if mesh is not None:
         everywhere, by_row = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
         # Moments are kept as their parameters are.
-        state = jax.device_put(state, everywhere)._replace(params=sharding.shard(begin.params, mesh))
+        state = jax.device_put(state, everywhere)._replace(params=sharding.shard(params, mesh))
         frozen = None if frozen is None else sharding.shard(frozen, mesh)
         place = lambda batch: jax.device_put(batch, by_row)  # noqa: E731
     source = batches.batches(
@@ -209,7 +211,7 @@ def run(
     )
     position = {"seed": config.seed, "batch_size": config.batch_size, "rows": batches.fingerprint(data.train)}
     final = training.fit(
-        training.train_step(loss, optimizer, schedule=schedule),
+        training.train_step(loss, optimizer, schedule=schedule, donate=True),
         state,
         source,
         steps=steps,
@@ -218,6 +220,7 @@ def run(
         position=position,
         frozen=frozen,
         place=place,
+        donate=True,
         save_every=config.save_every,
         log_every=config.log_every,
     )

@@ -27,11 +27,11 @@ class MetricWriter:
         self._file = self.path.open("a")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if lines else None)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """step: optimizer steps taken; values: finite numbers by name."""
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """step: optimizer steps taken; metrics: finite numbers by name."""
+        self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in values.items():
+        for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import losses, mdp, models, shaping
-from jaxalign.training.step import Loss, Measured
+from jaxalign._builders import cached
+from jaxalign.training.step import Loss, LossAux
 from jaxalign.types import Array, Params
 
 VALUE_OBJECTIVES = ("fudge", "cd_q", "td", "pairs", "soft", "exceedance")
@@ -25,37 +26,41 @@ def cast(lm: Any, params: Params) -> Params:
     return jax.tree.map(lambda x: x.astype(lm.dtype), params)
 
 
+@cached
 def language_model(lm: Any) -> Loss:
     """`losses.language_model` over the tokens of loss_mask; batch {"tokens", "mask", "loss_mask"}. Weight: tokens."""
 
-    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+    def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         log_prob, target = _response_log_prob(lm, cast(lm, params), batch)
-        return Measured(losses.language_model(log_prob, target), target.sum(), {})
+        return losses.language_model(log_prob, target), LossAux(target.sum(), {})
 
     return loss
 
 
+@cached
 def bradley_terry(lm: Any) -> Loss:
     """`losses.bradley_terry` of a scalar head at the last real token; batch {"chosen", "rejected"} of batches as above.
     Metrics: accuracy (ties half), margin."""
 
-    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+    def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         chosen, rejected = jnp.split(rewards_of(lm, cast(lm, params), _joined(batch)), 2)
         return _pairs(losses.bradley_terry(chosen, rejected), chosen, rejected)
 
     return loss
 
 
+@cached
 def autoregressive_reward(lm: Any, *, beta_r: float) -> Loss:
     """`losses.autoregressive_reward` of the responses' log-likelihoods; batch and metrics as `bradley_terry`."""
 
-    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+    def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         chosen, rejected = jnp.split(log_likelihoods(lm, cast(lm, params), _joined(batch)), 2)
         return _pairs(losses.autoregressive_reward(chosen, rejected, beta_r=beta_r), chosen, rejected)
 
     return loss
 
 
+@cached
 def dpo(
     lm: Any, *, beta: float, objective: str = "dpo", label_smoothing: float = 0.0, likelihood_weight: float = 0.0
 ) -> Loss:
@@ -74,7 +79,7 @@ def dpo(
             f"label_smoothing: expected a share in [0, 0.5), and 0 for ipo, found {label_smoothing} for {objective}"
         )
 
-    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+    def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         both = _joined(batch)
         chosen, rejected = jnp.split(log_likelihoods(lm, cast(lm, params), both), 2)
         reference = jax.lax.stop_gradient(log_likelihoods(lm, cast(lm, frozen), both))
@@ -97,6 +102,7 @@ def implicit_rewards(lm: Any, params: Params, reference: Params, batch: Any, *, 
     return beta * ratio
 
 
+@cached
 def value(
     lm: Any,
     objective: str,
@@ -134,7 +140,7 @@ def value(
     if objective == "soft" and beta is None:
         raise ValueError("beta: expected the KL weight of the soft value, found none")
 
-    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+    def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         params = cast(lm, params)
         tokens, mask = batch["tokens"], batch["mask"]
         drawn, reward = batch["loss_mask"][:, 1:], batch["reward"]
@@ -169,7 +175,7 @@ def value(
             assert beta is not None
             share = losses.clipped_share(found, reward, drawn, beta=beta)
             metrics["clipped"] = jnp.where(rows, share, 0).sum() / count
-        return Measured(total * (rows.shape[0] / count), rows.sum(), metrics)
+        return total * (rows.shape[0] / count), LossAux(rows.sum(), metrics)
 
     return loss
 
@@ -195,6 +201,7 @@ def _expected_next(lm: Any, params: Params, base: Any, frozen: Params, hidden: A
     return jax.lax.stop_gradient(models.chunked(read, jax.lax.stop_gradient(hidden), below))
 
 
+@cached
 def stackelberg(lm: Any, *, beta: float) -> Loss:
     """−E[u] under the follower of the model's reward: −Σ_i w_i·u_i per prompt, w = softmax(r/beta) over its n samples
     of the base; batch {"tokens", "mask" [b,n,L], "utility" [b,n]}. Metrics: utility, effective_samples (1/Σ w²).
@@ -205,12 +212,12 @@ def stackelberg(lm: Any, *, beta: float) -> Loss:
     if lm.config.head is None or lm.config.head.bound is None:
         raise ValueError(f"stackelberg: expected a reward head with a bound, found {lm.config.head}")
 
-    def loss(params: Params, batch: Any, frozen: Params) -> Measured:
+    def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         reward = group_rewards(lm, cast(lm, params), batch)
         log_base = batch.get("log_base", jnp.zeros_like(reward))
         delivered = shaping.leader_utility(reward, batch["utility"], log_base, beta=beta).mean()
         ess = shaping.effective_samples(reward, beta=beta).mean()
-        return Measured(-delivered, jnp.asarray(reward.shape[0]), {"utility": delivered, "effective_samples": ess})
+        return -delivered, LossAux(jnp.asarray(reward.shape[0]), {"utility": delivered, "effective_samples": ess})
 
     return loss
 
@@ -247,7 +254,7 @@ def _joined(batch: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch["chosen"], batch["rejected"])
 
 
-def _pairs(loss: Array, chosen: Array, rejected: Array) -> Measured:
+def _pairs(loss: Array, chosen: Array, rejected: Array) -> tuple[Array, LossAux]:
     margin = chosen - rejected
     accuracy = jnp.mean((margin > 0) + 0.5 * (margin == 0))
-    return Measured(loss, jnp.asarray(chosen.shape[0]), {"accuracy": accuracy, "margin": margin.mean()})
+    return loss, LossAux(jnp.asarray(chosen.shape[0]), {"accuracy": accuracy, "margin": margin.mean()})

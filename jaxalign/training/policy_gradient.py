@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from jaxalign import advantages, decoding, gibbs, losses, models
 from jaxalign._arrays import at_least_float32, repeat_rows
+from jaxalign._builders import cached
 from jaxalign.training.objectives import cast
-from jaxalign.training.step import Loss, Measured
+from jaxalign.training.step import Loss, LossAux
 from jaxalign.types import Array, Params, Policy, Reward, Selection, TokenBatch
 
 Read = Callable[[Params, Any], tuple[Array, Array | None]]
@@ -65,6 +66,7 @@ class Method:
             raise ValueError(f"value_weight: expected a finite value >= 0, found {self.value_weight}")
 
 
+@cached
 def of_model(lm: Any) -> Read:
     """Log-probabilities, and the values of the model's scalar head where it has one, in one pass."""
 
@@ -77,6 +79,7 @@ def of_model(lm: Any) -> Read:
     return read
 
 
+@cached
 def of_models(lm: Any, reference: Any) -> ReadBoth:
     """`ReadBoth` of a model and its reference, whose parameters are `frozen`: its KL is Σ_z pi·log(pi/pi_ref),
     logits of both in chunks."""
@@ -99,6 +102,7 @@ def of_models(lm: Any, reference: Any) -> ReadBoth:
     return read
 
 
+@cached
 def of_policy(policy: Policy) -> Read:
     """Log-probabilities of any Policy, by `decoding.log_prob`: a tilt, or a table, can be trained as a model can."""
 
@@ -205,6 +209,7 @@ def _check_both(method: Method, both: ReadBoth | None) -> None:
         raise ValueError(f"both: expected for the exact KL and for no other, found {both} for {method.kl}")
 
 
+@cached
 def loss(method: Method, read: Read, both: ReadBoth | None = None) -> Loss:
     """The clipped policy-gradient loss on rows of `prepare`, with the KL term and PPO's value loss as the method says.
     both: as there. Metrics: clipped (share of ratios outside the clip), drift (mean log pi_old/pi), value_error
@@ -212,7 +217,8 @@ def loss(method: Method, read: Read, both: ReadBoth | None = None) -> Loss:
     _check_both(method, both)
     whole = method.algorithm == "rloo" and both is None
 
-    def measured(params: Params, rows: Any, frozen: Params) -> Measured:
+    def measured(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
+        rows = batch
         mask, old = rows["mask"], rows["old"]
         if both is None:
             log_prob, value = read(params, rows)
@@ -230,7 +236,7 @@ def loss(method: Method, read: Read, both: ReadBoth | None = None) -> Loss:
             error = losses.clipped_value(value, rows["value"], rows["returns"], mask, clip=method.value_clip)
             total += method.value_weight * error
             metrics["value_error"] = error
-        return Measured(total, jnp.asarray(mask.shape[0]), metrics)
+        return total, LossAux(jnp.asarray(mask.shape[0]), metrics)
 
     return measured
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,32 +13,65 @@ from jaxalign.types import Array, Params
 
 Batch = Any  # a pytree of arrays, each [A,b,...]: A micro-batches of b rows
 Metrics = dict[str, Array]
+RESERVED = ("loss", "grad_norm", "learning_rate")  # metrics of the step itself
 
 
 class TrainState(NamedTuple):
-    """step []: optimizer steps taken; params: float32 masters; opt_state: optax's."""
+    """What a training step carries on."""
 
     step: Array
+    """[] int32: optimizer steps taken."""
     params: Params
+    """What is trained, as float32 masters."""
     opt_state: Any
+    """The optimizer's state, as optax makes it."""
 
 
-class Measured(NamedTuple):
-    """What a loss function returns. loss []: a mean over `weight` [] items (rows, or tokens); metrics: means over the
-    same items. Gradients over several micro-batches are then Σ weight·gradient / Σ weight: the large batch's."""
+class LossAux(NamedTuple):
+    """What a loss gives beside its value."""
 
-    loss: Array
     weight: Array
+    """[]: the items (rows, or tokens) that the loss is a mean over. Gradients of several micro-batches are added as
+    Σ weight·gradient / Σ weight, which is the gradient of the large batch."""
     metrics: Mapping[str, Array]
+    """Name -> [], means over the same items."""
 
 
-Loss = Callable[[Params, Any, Params], Measured]
-"""(params, micro-batch, frozen) -> Measured. `frozen` holds what is not trained, such as a reference model: an argument
-and not a closure, since a closure's arrays would be copied into the compiled program."""
+class Loss(Protocol):
+    """A loss to train by. `jax.value_and_grad(loss, has_aux=True)` works on it."""
+
+    def __call__(self, params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
+        """The loss of a micro-batch.
+
+        Args:
+          params: what is trained.
+          batch: a pytree of arrays [b,...].
+          frozen: what is not trained, such as a reference model. It is an argument and not part of a closure, since a
+            closure's arrays would be copied into the compiled program.
+
+        Returns:
+          (loss [], LossAux): a mean over items, and how many they are.
+        """
+
+
+class TrainStep(Protocol):
+    """The compiled step that `train_step` makes."""
+
+    def __call__(self, state: TrainState, batch: Batch, frozen: Params = None) -> tuple[TrainState, Metrics]:
+        """One step.
+
+        Args:
+          state: as `create` or the step before gave it.
+          batch: leaves [A,b,...], A micro-batches of b rows.
+          frozen: passed to the loss.
+
+        Returns:
+          (state, metrics): each metric a float32 scalar.
+        """
 
 
 def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step; it holds `params` themselves, not a copy."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
@@ -52,10 +84,19 @@ def adamw(
     clip: float = 1.0,
     b2: float = 0.95,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """(AdamW with gradients clipped to the global norm `clip`, its schedule).
+    """AdamW with clipped gradients and a schedule.
 
-    The learning rate rises linearly over the first `warmup` share of `steps` and falls to a tenth of its peak on a
-    cosine. Weight decay is applied to matrices alone.
+    Args:
+      learning_rate: the peak. It is reached linearly over the first `warmup` share of `steps`, and falls to a tenth on
+        a cosine.
+      steps: optimizer steps of the run.
+      warmup: share of the steps, in [0, 1).
+      weight_decay: applied to matrices alone.
+      clip: largest global norm of a gradient.
+      b2: decay of the second moments.
+
+    Returns:
+      (optimizer, schedule): the second gives the learning rate of each step.
     """
     warm = min(max(round(warmup * steps), 1), max(steps - 1, 1))
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm, max(steps, warm + 1), learning_rate / 10)
@@ -74,25 +115,43 @@ def adamw(
 
 
 def train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, *, schedule: optax.Schedule | None = None
-) -> Callable[[TrainState, Batch, Params], tuple[TrainState, Metrics]]:
-    """The jitted step(state, batch, frozen) -> (state, metrics); `state` is donated, so use the one that comes back.
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    schedule: optax.Schedule | None = None,
+    donate: bool = False,
+) -> TrainStep:
+    """The compiled optimizer step of a loss.
 
-    batch: leaves [A,b,...]. The A micro-batches are run one after the other and their gradients added, weighted as
-    `Measured` says: the same update as one batch of A·b rows, in the memory of b. metrics: "loss", the loss function's
-    own, "grad_norm" before clipping, and "learning_rate" where a schedule is given; each a float32 scalar.
+    The A micro-batches of a batch are run one after the other and their gradients added, weighted as `LossAux` says:
+    the same update as one batch of A·b rows, in the memory of b.
+
+    Args:
+      loss: what is minimised.
+      optimizer: optax's.
+      schedule: its learning rate, reported as a metric where it is given.
+      donate: give the state's memory to the new state. The state that went in, and the parameters that `create` was
+        called with, must not be used afterwards.
+
+    Returns:
+      step(state, batch, frozen) -> (state, metrics): "loss", the loss's own metrics, "grad_norm" before clipping, and
+      "learning_rate".
+
+    Raises:
+      ValueError: at the first call, for a loss that does not give (loss [], LossAux), and for a batch whose leaves do
+        not share A.
     """
 
     def scaled(params: Params, part: Any, frozen: Params) -> tuple[Array, tuple[Array, Metrics]]:
-        measured = loss(params, part, frozen)
-        weight = measured.weight.astype(jnp.float32)
-        sums = {"loss": measured.loss, **measured.metrics}
-        return measured.loss * weight, (weight, {k: v.astype(jnp.float32) * weight for k, v in sums.items()})
+        value, aux = checked(loss, loss(params, part, frozen))
+        weight = jnp.asarray(aux.weight).astype(jnp.float32)
+        sums = {"loss": value, **aux.metrics}
+        return value * weight, (weight, {k: jnp.asarray(v).astype(jnp.float32) * weight for k, v in sums.items()})
 
     gradient = jax.grad(scaled, has_aux=True)
 
     def accumulate(params: Params, batch: Batch, frozen: Params) -> Any:
-        parts = jax.tree.leaves(batch)[0].shape[0]
+        parts = micro_batches(batch)
         if parts == 1:
             return gradient(params, jax.tree.map(lambda x: x[0], batch), frozen)
         shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch), frozen)
@@ -103,7 +162,6 @@ def train_step(
 
         return jax.lax.scan(add, zero, batch)[0]
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch, frozen: Params = None) -> tuple[TrainState, Metrics]:
         grads, (weight, sums) = accumulate(state.params, batch, frozen)
         # A batch without items has sums of zero: it moves nothing and reports zero.
@@ -116,4 +174,31 @@ def train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
-    return step
+    return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+def checked(loss: Loss, found: Any) -> tuple[Array, LossAux]:
+    """What a loss gave, where it is (loss [], LossAux of scalars). ValueError that names the loss and the part."""
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], LossAux)):
+        kinds = [type(part).__name__ for part in found] if isinstance(found, tuple) else type(found).__name__
+        raise ValueError(f"loss {name}: expected (loss [], LossAux(weight [], metrics)), found {kinds}")
+    value, aux = found
+    if not isinstance(aux.metrics, Mapping):
+        raise ValueError(f"loss {name}: expected metrics by name, found {type(aux.metrics).__name__}")
+    if taken := sorted(set(aux.metrics) & set(RESERVED)):
+        raise ValueError(f"loss {name}: expected metrics other than the step's own {RESERVED}, found {taken}")
+    for part, x in (("loss", value), ("weight", aux.weight), *aux.metrics.items()):
+        if jnp.shape(x) != ():
+            raise ValueError(f"loss {name}: expected {part} of shape (), found {jnp.shape(x)}")
+    if not jnp.issubdtype(jnp.asarray(value).dtype, jnp.floating):
+        raise ValueError(f"loss {name}: expected a loss in floating point, found {jnp.asarray(value).dtype}")
+    return value, aux
+
+
+def micro_batches(batch: Batch) -> int:
+    """A of a batch of leaves [A,b,...]. ValueError: no leaves, or leaves that do not share it."""
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
+    if not shapes or any(len(shape) < 2 or shape[:2] != shapes[0][:2] for shape in shapes):
+        raise ValueError(f"batch: expected arrays [A,b,...] of the same A micro-batches of b rows, found {shapes}")
+    return int(shapes[0][0])

@@ -30,7 +30,7 @@ PROGRAM = """
 
     def loss(params, batch, frozen):
         error = batch["x"] @ params["w"] - params["b"]
-        return training.Measured((error**2).mean(), jnp.asarray(len(batch["x"])), {})
+        return (error**2).mean(), training.LossAux(jnp.asarray(len(batch["x"])), {})
 
     def run(out, steps=12, slow=0.0, save_every=4):
         optimizer = optax.adam(0.1)
@@ -190,7 +190,7 @@ def test_nan_stops_the_run_and_names_the_step(tmp_path):
     optimizer = optax.sgd(0.1)
 
     def loss(params, batch, frozen):
-        return training.Measured((params["w"] * batch["x"]).sum(), jnp.ones(()), {})
+        return (params["w"] * batch["x"]).sum(), training.LossAux(jnp.ones(()), {})
 
     step = training.train_step(loss, optimizer)
     values = np.ones(10, np.float32)
@@ -229,6 +229,77 @@ def test_progress_is_whole_lines_in_a_pipe(tmp_path):
     assert "12/12" in shown[-1]
     assert "loss" in shown[-1]
     assert "tokens/s" in shown[-1]
+
+
+# Hooks ----------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(out=None, *, steps=12, donate=True, **options):
+    """A run of `PROGRAM`'s loss with hooks; without a folder by default."""
+    optimizer = optax.adam(0.1)
+    step = training.train_step(loss, optimizer, donate=donate)  # noqa: F821
+    start = training.create({"w": jnp.ones(3), "b": jnp.zeros(())}, optimizer)
+    collate = lambda rows: {"x": np.stack(rows), "mask": np.ones((len(rows), 3), bool)}  # noqa: E731
+    source = batches.batches(ROWS, collate, batch_size=4, seed=3, accumulate=2)  # noqa: F821
+    return start, training.fit(step, start, source, steps=steps, out=out, **options)
+
+
+def test_a_run_without_a_folder_is_that_with_one_and_leaves_its_start_alive(whole):
+    start, final = by_hand()
+    same(final, whole[1])
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(start))
+
+
+def test_hooks_see_every_step_the_metrics_and_the_checkpoints(whole, tmp_path):
+    seen = {"steps": [], "metrics": [], "saves": []}
+    hook = training.Hooks(
+        after_step=lambda step, state: seen["steps"].append((step, int(state.step))),
+        on_metrics=lambda step, metrics: seen["metrics"].append((step, metrics["loss"])),
+        on_save=lambda step, state: seen["saves"].append((step, int(state.step))),
+    )
+    by_hand(tmp_path, hooks=[hook], save_every=5, log_every=1)
+    assert seen["steps"] == [(i, i) for i in range(1, 13)]
+    assert seen["metrics"] == losses_of(tmp_path) == losses_of(whole[0])
+    assert seen["saves"] == [(5, 5), (10, 10), (12, 12)]
+
+
+def test_a_stop_condition_ends_the_run_saved(tmp_path):
+    hook = training.Hooks(stop=lambda step, metrics: step == 3 and metrics["loss"] > 0)
+    _, state = by_hand(tmp_path, hooks=[hook, training.Hooks()])
+    assert int(state.step) == 4  # the metrics of step 3 are read while step 4 runs
+    assert training.latest_step(training.open_checkpoints(tmp_path / "checkpoints")) == 4
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        (print, "hooks: expected a sequence of training.Hooks, found builtin_function_or_method"),
+        ([print], "hooks: expected a sequence of training.Hooks, found builtin_function_or_method at 0"),
+        (training.Hooks(), "hooks: expected a sequence of training.Hooks, found Hooks"),
+        ([training.Hooks(on_save=3)], "hooks: expected a function as on_save, found int"),
+        ([training.Hooks(stop=lambda step, metrics: None)], "hooks: expected True or False of stop, found NoneType"),
+    ],
+)
+def test_hooks_of_another_form_are_named(hooks, message):
+    with pytest.raises(ValueError, match=message):
+        by_hand(hooks=hooks)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda state: state, r"step: expected \(state, metrics by name\), found \["),
+        (lambda state: (state, 1.0), r"step: expected \(state, metrics by name\), found \['TrainState', 'float'\]"),
+        (lambda state: (state, {"a": jnp.ones(2)}), r"step: expected metrics of shape \(\), found \{'a': \(2,\)\}"),
+    ],
+)
+def test_a_step_of_another_form_is_named(result, message):
+    state = training.create({"w": jnp.ones(3)}, optax.sgd(0.1))
+    source = lambda start: iter([{"x": np.ones((1, 1))}] * 3)  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        training.fit(lambda state, batch, frozen: result(state), state, source, steps=2)
+    with pytest.raises(ValueError, match=r"state: expected a field step \[\]"):
+        training.fit(lambda state, batch, frozen: (state, {}), {"w": 1}, source, steps=2)
 
 
 # The order of rows ----------------------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def test_the_mean_gradient_of_the_exact_kl_is_that_of_the_regularised_reward_wit
         )
         groups = jax.tree.map(lambda x: x.reshape(M * M, 2, *x.shape[1:]), rows)
         loss = policy_gradient.loss(method, read_table, both)
-        each = jax.vmap(jax.grad(lambda p, r: loss(p, r, reference).loss), in_axes=(None, 0))(params, groups)["policy"]
+        each = jax.vmap(jax.grad(lambda p, r: loss(p, r, reference)[0]), in_axes=(None, 0))(params, groups)["policy"]
         weight = (law[i] * law[j])[:, None, None]
         mean = (weight * each).sum(axis=0)
         return -mean, (weight * (each - mean) ** 2).sum()

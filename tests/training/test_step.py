@@ -128,7 +128,7 @@ def test_objectives_equal_their_equations():
     """Each against the losses on the model's own outputs, one row at a time, without padding."""
     for name in ("sft", "reward_model", "arm", "dpo", "ipo", "fudge", "fudge_q", "cd_q"):
         loss, params, frozen, batch = objective(name)
-        found = float(jax.jit(loss)(params, batch, frozen).loss)
+        found = float(jax.jit(loss)(params, batch, frozen)[0])
         np.testing.assert_allclose(found, by_hand(name, params, frozen, batch), rtol=2e-5, err_msg=name)
 
 
@@ -182,20 +182,20 @@ def test_dpo_starts_at_the_reference_and_its_margin_is_the_implicit_rewards():
     lm, params = tiny_lm(0)
     batch = pairs(8)
     loss = objectives.dpo(lm, beta=0.3)
-    first = loss(params, batch, params)
-    np.testing.assert_allclose(first.loss, np.log(2), rtol=1e-6)
-    assert float(first.metrics["margin"]) == 0
-    assert float(first.metrics["accuracy"]) == 0.5
+    first, aux = loss(params, batch, params)
+    np.testing.assert_allclose(first, np.log(2), rtol=1e-6)
+    assert float(aux.metrics["margin"]) == 0
+    assert float(aux.metrics["accuracy"]) == 0.5
     optimizer = optax.sgd(0.01)
     start = training.create(jax.tree.map(jnp.array, params), optimizer)
     state, _ = training.train_step(loss, optimizer)(start, grouped(batch, 1), params)
-    after = loss(state.params, batch, params)
-    assert float(after.loss) < float(first.loss)
+    after, moved = loss(state.params, batch, params)
+    assert float(after) < float(first)
     sides = [objectives.implicit_rewards(lm, state.params, params, batch[s], beta=0.3) for s in ("chosen", "rejected")]
     margin = np.asarray(sides[0] - sides[1])
-    np.testing.assert_allclose(after.metrics["margin"], margin.mean(), rtol=1e-4)
-    np.testing.assert_allclose(after.metrics["accuracy"], (margin > 0).mean())
-    assert float(after.metrics["margin"]) > 0
+    np.testing.assert_allclose(moved.metrics["margin"], margin.mean(), rtol=1e-4)
+    np.testing.assert_allclose(moved.metrics["accuracy"], (margin > 0).mean())
+    assert float(moved.metrics["margin"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -250,8 +250,72 @@ def test_the_bellman_target_holds_no_table_of_all_positions():
     }
     batch["reward"] = jax.ShapeDtypeStruct((4,), jnp.float32)
     params, frozen = jax.eval_shape(lm.init, jax.random.key(0)), jax.eval_shape(base.init, jax.random.key(0))
-    run = jax.jit(jax.grad(lambda p, b, f: loss(p, b, f).loss)).lower(params, batch, frozen).compile()
+    run = jax.jit(jax.grad(lambda p, b, f: loss(p, b, f)[0])).lower(params, batch, frozen).compile()
     assert run.memory_analysis().temp_size_in_bytes < 4 * 512 * 16_384 * 4
+
+
+def test_training_by_hand_with_optax_and_with_train_step_are_the_same():
+    """`jax.value_and_grad` works on every objective, and neither way takes the caller's parameters."""
+    for name in NAMES:
+        loss, params, frozen, batch = objective(name)
+        optimizer = optax.sgd(0.1)
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, frozen)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        stepped = optax.apply_updates(params, updates)
+        state, metrics = training.train_step(loss, optimizer)(
+            training.create(params, optimizer), grouped(batch, 1), frozen
+        )
+        np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+        assert set(metrics) == {"loss", "grad_norm", *aux.metrics}
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(stepped), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, frozen)))
+
+
+def test_a_step_that_donates_takes_the_state():
+    loss, params, _, batch = objective("sft")
+    optimizer = optax.sgd(0.1)
+    start = training.create(jax.tree.map(jnp.array, params), optimizer)
+    training.train_step(loss, optimizer, donate=True)(start, grouped(batch, 1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start.params))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_objectives_are_cached_by_value(name):
+    assert objective(name)[0] is objective(name)[0]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda x: x.mean(), r"loss wrong: expected \(loss \[\], LossAux.* found .*Tracer"),
+        (lambda x: (x.mean(), {"weight": 1}), r"loss wrong: expected \(loss \[\], LossAux\(.*'dict'"),
+        (lambda x: (x, training.LossAux(jnp.ones(()), {})), r"loss wrong: expected loss of shape \(\), found \(4,\)"),
+        (lambda x: (x.mean(), training.LossAux(jnp.ones(4), {})), r"expected weight of shape \(\), found \(4,\)"),
+        (lambda x: (x.mean(), training.LossAux(jnp.ones(()), {"a": x})), r"expected a of shape \(\), found \(4,\)"),
+        (lambda x: (x.mean(), training.LossAux(jnp.ones(()), {"loss": x.mean()})), r"step's own .*found \['loss'\]"),
+        (lambda x: (x.mean(), training.LossAux(jnp.ones(()), 3)), r"expected metrics by name, found int"),
+    ],
+)
+def test_a_loss_of_another_form_is_named(result, message):
+    def wrong(params, batch, frozen):
+        return result(batch["x"] * params["w"])
+
+    optimizer = optax.sgd(0.1)
+    state = training.create({"w": jnp.ones(())}, optimizer)
+    with pytest.raises(ValueError, match=message):
+        training.train_step(wrong, optimizer)(state, {"x": jnp.ones((1, 4))})
+
+
+def test_a_batch_whose_leaves_do_not_share_micro_batches_is_named():
+    def loss(params, batch, frozen):
+        return (batch["x"].mean() + batch["y"].mean()) * params["w"], training.LossAux(jnp.ones(()), {})
+
+    optimizer = optax.sgd(0.1)
+    step, state = training.train_step(loss, optimizer), training.create({"w": jnp.ones(())}, optimizer)
+    for batch in ({"x": jnp.ones((1, 4)), "y": jnp.ones((2, 4))}, {"x": jnp.ones((1, 4)), "y": jnp.ones(4)}, {}):
+        with pytest.raises(ValueError, match=r"batch: expected arrays \[A,b,...\] of the same A"):
+            step(state, batch)
 
 
 FOUR = """
