@@ -73,9 +73,9 @@ def critic_tables(
 ) -> dict[str, tuple[str, Array]]:
     """Method -> (kind of critic, its table q [S,V])."""
     error = config.noise * jax.random.normal(jax.random.key(config.seed + 1), (t.num_states, t.vocab_size))
-    value = tree.q_values(t, tree.value(t, base, reward), reward)
+    value = tree.q_values(t, tree.value(t, base, reward), reward=reward)
     return {
-        "exact soft value": ("level", tree.q_values(t, tree.soft_value(t, base, reward, beta=beta), reward)),
+        "exact soft value": ("level", tree.q_values(t, tree.soft_value(t, base, reward, beta=beta), reward=reward)),
         "controlled decoding": ("level", value),
         # log pi_r is trained to r/beta_r + const with beta_r = 1; the guidance weight is then 1/beta.
         "GenARM": ("increment", tree.policy_of(t, jax.nn.log_softmax(reward))),
@@ -114,7 +114,7 @@ def run(config: Config) -> list[Point]:
     def point(method: str, setting: float, law: Array, drawn: Any, sampled_kl: float, kind: str) -> Point:
         found = np.asarray(reward)[np.asarray(tree.response_index(t, drawn.tokens, drawn.mask))]
         mean, half = metrics.mean_interval(found)
-        exact = float(tree.expected(law, reward)), float(tree.sequence_kl(law, log_base))
+        exact = float(tree.expected(law, values=reward)), float(tree.sequence_kl(law, log_base))
         return Point(method, setting, exact[0], mean, half, exact[1], sampled_kl, kind)
 
     built = {kind: policies.tilt(tree.policy(t), tree.critic(t, kind)) for kind in ("level", "increment")}
@@ -129,12 +129,14 @@ def run(config: Config) -> list[Point]:
     for n in config.n:
         both = {"policy": base, "reward": reward}
         chosen = decoding.best_of_n(tree.policy(t), tree.reward(t), both, rng, prompts, n=n, **shared)
-        law = tree.best_of_n_law(log_base, reward, n)
+        law = tree.best_of_n_law(log_base, score=reward, n=n)
         bound = metrics.best_of_n_kl_bound(n)
         points.append(point("best of n", n, law, chosen.best, bound, "bound log n - (n-1)/n"))
     points.sort(key=lambda p: (list(RAMP).index(p.method), p.kl))
     table = [p._asdict() for p in points]
-    _io.write_json(out / "results.json", {"base_reward": float(tree.expected(log_base, reward)), "points": table})
+    _io.write_json(
+        out / "results.json", {"base_reward": float(tree.expected(log_base, values=reward)), "points": table}
+    )
     plot(t, base, reward, points, out / "frontier.png")
     print_table(points)
     print(f"wrote {out / 'results.json'} and {out / 'frontier.png'}")
@@ -161,7 +163,7 @@ def plot(t: tree.Tree, base: Array, reward: Array, points: list[Point], path: pa
     figure, axes = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
     log_base = tree.response_log_prob(t, base)
     laws = [tree.optimal_log_prob(t, base, reward, beta=float(b)) for b in np.geomspace(30, 0.15, 60)]
-    frontier = [(float(tree.sequence_kl(law, log_base)), float(tree.expected(law, reward))) for law in laws]
+    frontier = [(float(tree.sequence_kl(law, log_base)), float(tree.expected(law, values=reward))) for law in laws]
     axes.plot(*zip(*frontier, strict=True), color="0.75", lw=5, label="optimum at each KL", zorder=0)
     for method, colour in RAMP.items():
         mine = [p for p in points if p.method == method]

@@ -10,8 +10,8 @@ logits, utility = jnp.array([2.0, 0.5, 0.0, -1.0]), jnp.array([0.0, 1.0, 2.0, 3.
 
 def delivered(logits, utility, bound=3.0, beta=1.0):
     log_base = jax.nn.log_softmax(logits)
-    threshold = shaping.optimal_threshold(utility, log_base, gain=bound / beta)
-    paid = shaping.threshold_reward(utility, threshold, bound=bound)
+    threshold = shaping.optimal_threshold(utility, log_base=log_base, gain=bound / beta)
+    paid = shaping.threshold_reward(utility, threshold=threshold, bound=bound)
     return gibbs.utility(gibbs.log_policy(log_base, paid, beta=beta), utility), threshold
 
 

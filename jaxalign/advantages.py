@@ -15,7 +15,7 @@ from jaxalign._arrays import at_least_float32
 from jaxalign.types import Array, ArrayLike
 
 
-def token_rewards(reward: Array, log_ratio: Array, mask: Array, *, beta: ArrayLike) -> Array:
+def token_rewards(reward: Array, *, log_ratio: Array, mask: Array, beta: ArrayLike) -> Array:
     """The KL-regularised reward of each token, [b,T]: −beta·log(pi/pi_ref)(y_t), and r(x,y) on the last one.
 
     Its sum is r − beta·log(pi/pi_ref)(y), whose mean under pi is E[r] − beta·KL(pi‖pi_ref). reward [b].
@@ -26,7 +26,7 @@ def token_rewards(reward: Array, log_ratio: Array, mask: Array, *, beta: ArrayLi
     return paid + jnp.where(last, at_least_float32(reward)[:, None], 0)
 
 
-def following(kl: Array, mask: Array) -> Array:
+def following(kl: Array, *, mask: Array) -> Array:
     """k_{t+1} [b,T] from the KL k_t = KL(pi(·|s_t)‖pi_ref(·|s_t)) [b,T, nats] of the states that tokens of mask [b,T]
     are drawn from: what the draw of y_t leads to at once; 0 after the last token (arXiv 2504.10637)."""
     return jnp.pad(jnp.where(mask, at_least_float32(kl), 0)[:, 1:], ((0, 0), (0, 1)))
@@ -37,7 +37,7 @@ def to_come(cost: Array) -> Array:
     return jnp.cumsum(cost[:, ::-1], axis=1)[:, ::-1]
 
 
-def gae(reward: Array, value: Array, mask: Array, *, discount: float = 1.0, decay: float = 0.95) -> tuple[Array, Array]:
+def gae(reward: Array, *, value: Array, mask: Array, discount: float = 1.0, decay: float = 0.95) -> tuple[Array, Array]:
     """Generalised advantage estimates and the returns that a value is fitted to, both [b,T] (arXiv 1506.02438, eq. 16):
 
         δ_t = r_t + discount·V(s_{t+1}) − V(s_t),   A_t = Σ_k (discount·decay)^k·δ_{t+k},   return_t = A_t + V(s_t)
@@ -83,7 +83,7 @@ def group_relative(reward: Array, *, epsilon: float = 1e-4) -> Array:
     return (reward - reward.mean(axis=-1, keepdims=True)) / (reward.std(axis=-1, ddof=1, keepdims=True) + epsilon)
 
 
-def adapt_beta(beta: ArrayLike, kl: ArrayLike, *, target: float, gain: float = 0.1) -> Array:
-    """beta·(1 + gain·clip(kl/target − 1, ±0.2)): larger where the measured KL is above its target, smaller below
+def adapt_beta(beta: ArrayLike, *, kl: ArrayLike, target: float, rate: float = 0.1) -> Array:
+    """beta·(1 + rate·clip(kl/target − 1, ±0.2)): larger where the measured KL is above its target, smaller below
     (arXiv 1909.08593, section 2.2)."""
-    return jnp.asarray(beta) * (1 + gain * jnp.clip(jnp.asarray(kl) / target - 1, -0.2, 0.2))
+    return jnp.asarray(beta) * (1 + rate * jnp.clip(jnp.asarray(kl) / target - 1, -0.2, 0.2))

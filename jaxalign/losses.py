@@ -16,7 +16,7 @@ from jaxalign.types import Array, ArrayLike
 MAX_EXPONENT = 20.0  # of the linex loss, and of probability ratios
 
 
-def language_model(log_prob: Array, mask: Array, *, count: ArrayLike | None = None) -> Array:
+def language_model(log_prob: Array, *, mask: Array, count: ArrayLike | None = None) -> Array:
     """−Σ_{b,t} m·log pi(y_t|y_<t) / count, in nats per token.
 
     log_prob, mask [B,T]; count: tokens to divide by (those of the mask when None). A caller that accumulates gradients
@@ -46,15 +46,17 @@ def autoregressive_reward(chosen_log_prob: Array, rejected_log_prob: Array, *, b
 def dpo(
     chosen_log_prob: Array,
     rejected_log_prob: Array,
+    *,
     chosen_log_prob_ref: Array,
     rejected_log_prob_ref: Array,
-    *,
     beta: ArrayLike,
     label_smoothing: float = 0.0,
 ) -> Array:
     """mean −(1−e)·log sigmoid(beta·Δ) − e·log sigmoid(−beta·Δ), Δ the difference of the two log-ratios to the reference
     (DPO, arXiv 2305.18290, eq. 7; e: label smoothing). All [B], summed over response tokens, in nats."""
-    logit = beta * log_ratio_difference(chosen_log_prob, rejected_log_prob, chosen_log_prob_ref, rejected_log_prob_ref)
+    logit = beta * log_ratio_difference(
+        chosen_log_prob, rejected_log_prob, chosen_ref=chosen_log_prob_ref, rejected_ref=rejected_log_prob_ref
+    )
     right, wrong = -jax.nn.log_sigmoid(logit), -jax.nn.log_sigmoid(-logit)
     return ((1 - label_smoothing) * right + label_smoothing * wrong).mean()
 
@@ -62,24 +64,26 @@ def dpo(
 def ipo(
     chosen_log_prob: Array,
     rejected_log_prob: Array,
+    *,
     chosen_log_prob_ref: Array,
     rejected_log_prob_ref: Array,
-    *,
     beta: ArrayLike,
 ) -> Array:
     """mean (Δ − 1/(2·beta))²: IPO (arXiv 2310.12036, eq. 17), Δ as in `dpo`."""
-    difference = log_ratio_difference(chosen_log_prob, rejected_log_prob, chosen_log_prob_ref, rejected_log_prob_ref)
+    difference = log_ratio_difference(
+        chosen_log_prob, rejected_log_prob, chosen_ref=chosen_log_prob_ref, rejected_ref=rejected_log_prob_ref
+    )
     return ((difference - 1 / (2 * jnp.asarray(beta))) ** 2).mean()
 
 
-def log_ratio_difference(chosen: Array, rejected: Array, chosen_ref: Array, rejected_ref: Array) -> Array:
+def log_ratio_difference(chosen: Array, rejected: Array, *, chosen_ref: Array, rejected_ref: Array) -> Array:
     """Δ = log(pi/pi_ref)(y_w) − log(pi/pi_ref)(y_l), [B]."""
     chex.assert_equal_shape([chosen, rejected, chosen_ref, rejected_ref])
     chosen, rejected, chosen_ref, rejected_ref = map(at_least_float32, (chosen, rejected, chosen_ref, rejected_ref))
     return (chosen - chosen_ref) - (rejected - rejected_ref)
 
 
-def fudge(value: Array, reward: Array, mask: Array) -> Array:
+def fudge(value: Array, *, reward: Array, mask: Array) -> Array:
     """mean_b ½ Σ_t m·(v_t − r)²: CD-FUDGE (arXiv 2310.17022), the same Monte-Carlo target for every prefix.
 
     value [B,T]: v([x, y_1..y_t]), after token t; reward [B]; mask [B,T], EOS included. A SUM over t: long responses
@@ -88,7 +92,7 @@ def fudge(value: Array, reward: Array, mask: Array) -> Array:
     return _squared(value, at_least_float32(reward)[:, None], mask)
 
 
-def expected_next(q: Array, log_prob_ref: Array) -> Array:
+def expected_next(q: Array, *, log_prob_ref: Array) -> Array:
     """Σ_z pi_ref(z|s)·q(s,z) over the last axis, the whole vocabulary; q and log_prob_ref [...,V]. Tokens of
     probability zero may hold any q."""
     chex.assert_equal_shape([q, log_prob_ref])
@@ -96,7 +100,7 @@ def expected_next(q: Array, log_prob_ref: Array) -> Array:
     return jnp.where(weight > 0, weight * jnp.where(weight > 0, q, 0), 0).sum(axis=-1)
 
 
-def cd_q(value: Array, expected: Array, reward: Array, mask: Array) -> Array:
+def cd_q(value: Array, *, expected: Array, reward: Array, mask: Array) -> Array:
     """mean_b ½ Σ_t m·(v_t − sg(target_t))²: CD-Q (arXiv 2310.17022).
 
     target_t = r at the last token of the response (EOS, or the last kept token of a truncated one), else `expected`_t =
@@ -111,17 +115,17 @@ def cd_q(value: Array, expected: Array, reward: Array, mask: Array) -> Array:
     return _squared(value, jax.lax.stop_gradient(target), mask)
 
 
-def td(value: Array, reward: Array, mask: Array) -> Array:
+def td(value: Array, *, reward: Array, mask: Array) -> Array:
     """mean_b ½ Σ_t m·(v_t − sg(target_t))², target_t = v_{t+1}, or r at the last token: TD(0), one sampled successor.
 
     value [B,T]: v([x, y_1..y_t]); the same expected semi-gradient as CD-Q when y_{t+1} ~ pi_ref.
     """
     following = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
-    return cd_q(value, following, reward, mask)
+    return cd_q(value, expected=following, reward=reward, mask=mask)
 
 
 def soft_value(
-    value: Array, reward: Array, mask: Array, *, beta: ArrayLike, max_exponent: float = MAX_EXPONENT
+    value: Array, *, reward: Array, mask: Array, beta: ArrayLike, max_exponent: float = MAX_EXPONENT
 ) -> Array:
     """mean_b Σ_t m·(exp(d) − d − 1), d = (r − v_t)/beta: the linex loss, whose minimiser over y ~ pi_ref is
     V_soft = beta·log E[exp(r/beta)], the exact token-level solution.
@@ -137,14 +141,14 @@ def soft_value(
 
 
 def clipped_share(
-    value: Array, reward: Array, mask: Array, *, beta: ArrayLike, max_exponent: float = MAX_EXPONENT
+    value: Array, *, reward: Array, mask: Array, beta: ArrayLike, max_exponent: float = MAX_EXPONENT
 ) -> Array:
     """The share of each response's tokens whose exponent (r − v_t)/beta `soft_value` clips, [B]."""
     d = (at_least_float32(reward)[:, None] - _masked(value, mask)) / beta
     return ((d > max_exponent) & mask).sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)
 
 
-def exceedance(logit: Array, utility: Array, threshold: Array, mask: Array) -> Array:
+def exceedance(logit: Array, *, utility: Array, threshold: Array, mask: Array) -> Array:
     """mean_b Σ_t m·BCE(sigmoid(logit_t), 1[u > m]): a classifier of Pr(u > m | prefix), whose exact token-level use is
     `shaping.exceedance_log_weight`. logit [B,T] after token t; utility, threshold [B]; mask [B,T]."""
     chex.assert_equal_shape([logit, mask])
@@ -154,7 +158,7 @@ def exceedance(logit: Array, utility: Array, threshold: Array, mask: Array) -> A
     return _masked(each, mask).sum(axis=-1).mean()
 
 
-def last_and_pairs(value: Array, reward: Array, mask: Array, *, pair_weight: float = 1.0) -> Array:
+def last_and_pairs(value: Array, *, reward: Array, mask: Array, pair_weight: float = 1.0) -> Array:
     """mean_b (v_T − r)² + c·mean over pairs (v_t − v_{t+1})²: the value head of SRS-CD as its authors train it.
 
     Only the last token of the response sees the reward; the pair term, without a stopped gradient, spreads it and is 0
@@ -172,7 +176,7 @@ def last_and_pairs(value: Array, reward: Array, mask: Array, *, pair_weight: flo
 
 
 def policy_gradient(
-    log_prob: Array, old_log_prob: Array, advantage: Array, mask: Array, *, clip: float, whole: bool = False
+    log_prob: Array, *, old_log_prob: Array, advantage: Array, mask: Array, clip: float, whole: bool = False
 ) -> Array:
     """−mean_b Σ_t m·min(ρ_t·A_t, clip(ρ_t, 1 ± clip)·A_t), ρ_t = pi(y_t)/pi_old(y_t) (PPO, arXiv 1707.06347, eq. 7).
 
@@ -191,7 +195,7 @@ def policy_gradient(
     return -jnp.where(mask, _clipped(ratio, advantage, clip), 0).sum(axis=-1).mean()
 
 
-def clipped_ratios(log_prob: Array, old_log_prob: Array, mask: Array, *, clip: float, whole: bool = False) -> Array:
+def clipped_ratios(log_prob: Array, *, old_log_prob: Array, mask: Array, clip: float, whole: bool = False) -> Array:
     """The share of tokens (`whole`: of responses) whose ratio lies outside 1 ± clip, [b]; arguments as
     `policy_gradient`."""
     difference = _masked(log_prob, mask) - _masked(old_log_prob, mask)
@@ -201,7 +205,7 @@ def clipped_ratios(log_prob: Array, old_log_prob: Array, mask: Array, *, clip: f
     return outside.sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)
 
 
-def clipped_value(value: Array, old_value: Array, returns: Array, mask: Array, *, clip: float) -> Array:
+def clipped_value(value: Array, *, old_value: Array, returns: Array, mask: Array, clip: float) -> Array:
     """mean_b ½ Σ_t m·max((V_t − R_t)², (V_old + clip(V_t − V_old, ± clip) − R_t)²), PPO's value loss; all [b,T].
     clip inf: no clipping."""
     chex.assert_equal_shape([value, old_value, returns, mask])
@@ -213,7 +217,7 @@ def clipped_value(value: Array, old_value: Array, returns: Array, mask: Array, *
     return 0.5 * error.sum(axis=-1).mean()
 
 
-def kl_penalty(log_prob: Array, log_prob_ref: Array, mask: Array, *, estimator: str) -> Array:
+def kl_penalty(log_prob: Array, *, log_prob_ref: Array, mask: Array, estimator: str) -> Array:
     """A term for the loss that stands for KL(pi‖pi_ref), from y ~ pi; mean over rows of, with l_t = log pi/pi_ref(y_t):
 
         "k2": ½ (Σ_t l_t)². Its gradient is (Σ l)·∇log pi(y): in the mean that of KL(pi‖pi_ref), exactly.

@@ -91,9 +91,9 @@ def transition(state: State, token: Array, *, eos_ids: tuple[int, ...], max_new_
 
 def terminal_reward(
     before: State,
+    *,
     after: State,
     reward: Array,
-    *,
     eos_ids: tuple[int, ...],
     truncation: Literal["score", "zero"],
 ) -> Array:
@@ -109,7 +109,7 @@ def terminal_reward(
     return jnp.where(ends, at_least_float32(reward), 0)
 
 
-def trajectory_log_prob(log_prob: Array, mask: Array) -> Array:
+def trajectory_log_prob(log_prob: Array, *, mask: Array) -> Array:
     """log pi(y|x) = Σ_t m_t·log pi(y_t|x,y_<t), [...] from [...,T]; at least float32, whatever is masked out."""
     chex.assert_equal_shape([log_prob, mask])
     return jnp.where(mask, at_least_float32(log_prob), 0).sum(axis=-1)

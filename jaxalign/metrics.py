@@ -33,17 +33,17 @@ def best_of_n_kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def blockwise_kl_bound(mask: np.ndarray, block: int, candidates: int) -> np.ndarray:
+def blockwise_kl_bound(mask: np.ndarray, *, block_size: int, num_samples: int) -> np.ndarray:
     """⌈|y|/M⌉·(log K − (K−1)/K) of each response, [...] from its mask [...,T], in nats: the mean over decoded responses
     bounds KL(blockwise best-of-K with blocks of M‖base) (arXiv 2310.17022). ValueError for M or K < 1."""
-    if block < 1:
-        raise ValueError(f"block: expected at least 1, found {block}")
-    if candidates < 1:
-        raise ValueError(f"candidates: expected at least 1, found {candidates}")
-    return -(-np.asarray(mask, np.int64).sum(axis=-1) // block) * best_of_n_kl_bound(candidates)
+    if block_size < 1:
+        raise ValueError(f"block_size: expected at least 1, found {block_size}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected at least 1, found {num_samples}")
+    return -(-np.asarray(mask, np.int64).sum(axis=-1) // block_size) * best_of_n_kl_bound(num_samples)
 
 
-def best_of_n_curve(reward: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:
+def best_of_n_curve(reward: np.ndarray, *, value: np.ndarray | None = None) -> np.ndarray:
     """[...,N]: entry n−1 estimates E[value of the best of n by reward] without bias, for all n = 1..N at once, from N
     independent samples with reward and value [...,N] (the reward itself when None).
 
@@ -83,7 +83,7 @@ class SelectionWinRates(NamedTuple):
     worst_of_n: np.ndarray
 
 
-def selection_win_rates(reward: np.ndarray, base_reward: np.ndarray) -> SelectionWinRates:
+def selection_win_rates(reward: np.ndarray, *, base_reward: np.ndarray) -> SelectionWinRates:
     """Win rates of a policy over its base under best-of-n and worst-of-n on both sides, without bias, for all n at once
     from one set of samples a side: reward [...,K] of the policy's, base_reward [...,L] of the base's, n = 1..min(K,L).
 

@@ -110,11 +110,11 @@ def test_args_stochastic_is_the_tempered_product_on_the_candidates():
 
 def test_args_A5_with_values_as_rewards_it_is_controlled_decoding_and_with_soft_values_the_optimum():
     base, reward = exact.tables(TREE, 5)
-    q = tree.q_values(TREE, tree.value(TREE, base, reward), reward)
+    q = tree.q_values(TREE, tree.value(TREE, base, reward), reward=reward)
     np.testing.assert_allclose(
         law(base, q, 2.0), tree.response_log_prob(TREE, tree.tilted_policy(base, q, beta=0.5)), atol=1e-12
     )
-    soft = tree.q_values(TREE, tree.soft_value(TREE, base, reward, beta=0.5), reward)
+    soft = tree.q_values(TREE, tree.soft_value(TREE, base, reward, beta=0.5), reward=reward)
     target = exact.gibbs_law(tree.response_log_prob(TREE, base), reward, 0.5)
     np.testing.assert_allclose(law(base, soft, 2.0), target, atol=1e-11)
 
@@ -132,7 +132,7 @@ def test_args_A8_myopia_on_the_two_branch_tree():
     t = tree.Tree(2, 2, eos_id=None)
     base = jnp.log(jnp.array([[0.3, 0.7], [0.5, 0.5], [0.95, 0.05]]))
     reward = jnp.array([0.1, 0.1, 0.0, 1.0])
-    q = tree.q_values(t, tree.value(t, base, reward), reward)
+    q = tree.q_values(t, tree.value(t, base, reward), reward=reward)
     low, high = np.log(19), np.log(7 / 3) / 0.05
     np.testing.assert_allclose((low, high), (2.94, 16.95), atol=5e-3)
     earned = {

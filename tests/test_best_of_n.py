@@ -37,14 +37,14 @@ def test_best_of_n_curve_is_the_mean_over_all_subsets(ties):
     if ties:
         reward = np.round(reward)
         assert all(len(np.unique(row)) < 7 for row in reward)
-    curve = metrics.best_of_n_curve(reward, value)
+    curve = metrics.best_of_n_curve(reward, value=value)
     assert curve.shape == (3, 7)
     for b in range(3):
         for n in range(1, 8):
             assert curve[b, n - 1] == pytest.approx(mean_over_subsets(reward[b], value[b], n), abs=1e-12)
     np.testing.assert_allclose(curve[:, 0], value.mean(1))
     np.testing.assert_allclose(metrics.best_of_n_curve(reward)[:, -1], reward.max(1))
-    np.testing.assert_allclose(metrics.best_of_n_curve(reward[0], value[0]), curve[0], rtol=1e-12)
+    np.testing.assert_allclose(metrics.best_of_n_curve(reward[0], value=value[0]), curve[0], rtol=1e-12)
 
 
 def test_best_of_n_curve_is_unbiased_for_the_law_of_best_of_n():
@@ -55,8 +55,10 @@ def test_best_of_n_curve_is_unbiased_for_the_law_of_best_of_n():
     log_base = tree.response_log_prob(TREE, base)
     law = np.exp(np.asarray(log_base, np.float64))
     drawn = np.random.default_rng(1).choice(len(law), size=(4000, 8), p=law / law.sum())
-    curve = metrics.best_of_n_curve(reward[drawn], other[drawn])
-    expected = [float(tree.expected(tree.best_of_n_law(log_base, reward, n), other)) for n in range(1, 9)]
+    curve = metrics.best_of_n_curve(reward[drawn], value=other[drawn])
+    expected = [
+        float(tree.expected(tree.best_of_n_law(log_base, score=reward, n=n), values=other)) for n in range(1, 9)
+    ]
     assert_mean(curve, np.array(expected))
     assert np.ptp(expected) > 0.05
 
@@ -69,15 +71,15 @@ def test_best_of_n_curve_of_many_samples_and_of_forbidden_ones():
     for n in (2, 50, 2999):
         weight = [math.comb(i, n - 1) / math.comb(3000, n) if i >= n - 1 else 0 for i in range(3000)]
         assert curve[n - 1] == pytest.approx(float(np.dot(weight, rank)), rel=1e-10)
-    forbidden = metrics.best_of_n_curve(np.array([-np.inf, 1.0, -np.inf]), np.array([5.0, 1.0, 7.0]))
+    forbidden = metrics.best_of_n_curve(np.array([-np.inf, 1.0, -np.inf]), value=np.array([5.0, 1.0, 7.0]))
     np.testing.assert_allclose(forbidden, [13 / 3, (6 + 1 + 1) / 3, 1])
     for bad, match in (
-        ((np.ones(3), np.ones(2)), "one shape"),
-        ((np.ones(0),), "at least 1"),
-        ((np.array([np.nan]),), "NaN"),
+        ({"reward": np.ones(3), "value": np.ones(2)}, "one shape"),
+        ({"reward": np.ones(0)}, "at least 1"),
+        ({"reward": np.array([np.nan])}, "NaN"),
     ):
         with pytest.raises(ValueError, match=match):
-            metrics.best_of_n_curve(*bad)
+            metrics.best_of_n_curve(**bad)
 
 
 # Until a threshold ----------------------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ def test_best_of_n_first_above_falls_back_on_the_best_of_its_tries():
     assert not found.accepted.any()
     np.testing.assert_array_equal(found.tries, 6)
     np.testing.assert_array_equal(found.accept_rate, 0)
-    law = np.exp(tree.best_of_n_law(tree.response_log_prob(TREE, base), reward, 6))
+    law = np.exp(tree.best_of_n_law(tree.response_log_prob(TREE, base), score=reward, n=6))
     assert chi_square(index_of(TREE, found.completions), law) < 56
     runs = [above(count=64, tries=6, threshold=0.8, chunk=c) for c in (1, 4, 6)]
     assert 0 < int(runs[0].accepted.sum()) < 64

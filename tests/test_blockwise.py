@@ -57,16 +57,16 @@ def test_cd_T10_decoded_responses_have_the_blockwise_law(block):
     """40,000 draws at each block length (3: a shorter last block): chi-squared below its 1 − 1e-6 quantile."""
     base, reward = exact.tables(TREE, 10)
     value = tree.value(TREE, base, reward)
-    law = tree.blockwise_law(TREE, base, value, reward, candidates=3, block=block)
-    drawn = drawn_on_tree(base, tree.q_values(TREE, value, reward), block=block)
+    law = tree.blockwise_law(TREE, base, state_score=value, reward=reward, num_samples=3, block_size=block)
+    drawn = drawn_on_tree(base, tree.q_values(TREE, value, reward=reward), block=block)
     statistic, freedom = chi_squared(drawn, law)
     assert statistic < quantile(freedom)
     # Another law is told apart: that of the neighbouring block length.
-    other = tree.blockwise_law(TREE, base, value, reward, candidates=3, block=block % 4 + 1)
+    other = tree.blockwise_law(TREE, base, state_score=value, reward=reward, num_samples=3, block_size=block % 4 + 1)
     assert chi_squared(drawn, other)[0] > 2 * quantile(freedom)
     # Each response's share of the bound, on average the oracle's under this law.
-    bound = metrics.blockwise_kl_bound(drawn.mask, block, 3)
-    expected = float(tree.blockwise_bound(TREE, law, candidates=3, block=block))
+    bound = metrics.blockwise_kl_bound(drawn.mask, block_size=block, num_samples=3)
+    expected = float(tree.blockwise_bound(TREE, law, num_samples=3, block_size=block))
     error = bound.std() / np.sqrt(len(bound))
     assert abs(bound.mean() - expected) <= 5 * error + 1e-6
     assert float(tree.sequence_kl(law, tree.response_log_prob(TREE, base))) <= expected + 1e-6
@@ -82,7 +82,9 @@ def test_an_increment_critic_scores_a_block_by_its_sum():
         total[s] = total[parent] + q[parent, z]
     tokens, mask = TREE.responses
     paid = np.where(mask, np.asarray(q)[TREE.nodes, tokens], 0).sum(axis=1)
-    law = tree.blockwise_law(TREE, base, jnp.asarray(total), jnp.asarray(paid), candidates=3, block=2)
+    law = tree.blockwise_law(
+        TREE, base, state_score=jnp.asarray(total), reward=jnp.asarray(paid), num_samples=3, block_size=2
+    )
     statistic, freedom = chi_squared(drawn_on_tree(base, q, kind="increment"), law)
     assert statistic < quantile(freedom)
 
@@ -378,8 +380,8 @@ def test_a_score_that_is_nan_is_refused_and_names_its_prompts():
 def test_the_bound_counts_begun_blocks():
     mask = np.arange(5) < np.array([1, 2, 3, 5])[:, None]
     expected = np.array([1, 1, 2, 3]) * (np.log(4) - 3 / 4)
-    np.testing.assert_allclose(metrics.blockwise_kl_bound(mask, 2, 4), expected)
-    np.testing.assert_array_equal(metrics.blockwise_kl_bound(mask, 2, 1), 0)
-    for arguments in ((0, 4), (2, 0)):
+    np.testing.assert_allclose(metrics.blockwise_kl_bound(mask, block_size=2, num_samples=4), expected)
+    np.testing.assert_array_equal(metrics.blockwise_kl_bound(mask, block_size=2, num_samples=1), 0)
+    for arguments in ({"block_size": 0, "num_samples": 4}, {"block_size": 2, "num_samples": 0}):
         with pytest.raises(ValueError, match="expected at least 1"):
-            metrics.blockwise_kl_bound(mask, *arguments)
+            metrics.blockwise_kl_bound(mask, **arguments)

@@ -140,7 +140,9 @@ def test_cards_counts_its_segments_tries_and_calls():
     np.testing.assert_array_equal(hard.capped, 1)
     np.testing.assert_array_equal(hard.tries, 3)
     assert (np.asarray(hard.steps) >= length(hard)).all()
-    law = np.exp(tree.best_of_n_law(tree.response_log_prob(TREE, exact.tables(TREE, 4)[0]), response_reward(), 3))
+    law = np.exp(
+        tree.best_of_n_law(tree.response_log_prob(TREE, exact.tables(TREE, 4)[0]), score=response_reward(), n=3)
+    )
     assert chi_square(index_of(TREE, hard.completions), law) < 56
 
 

@@ -27,7 +27,7 @@ def level(t: tree.Tree):
 
 
 def q_ref(t, log_ref, reward):
-    return tree.q_values(t, tree.value(t, log_ref, reward), reward)
+    return tree.q_values(t, tree.value(t, log_ref, reward), reward=reward)
 
 
 def decoded(t, log_ref, q, beta) -> np.ndarray:
@@ -38,7 +38,7 @@ def test_cd_T2_the_tilt_maximises_the_token_objective():
     """J(pi) = lam·A − D at every state: J at the tilt is log Z, random policies never exceed it, and A >= 0."""
     log_ref, reward = exact.tables(TREE, 0)
     v = tree.value(TREE, log_ref, reward)
-    q, alive = tree.q_values(TREE, v, reward), TREE.alive
+    q, alive = tree.q_values(TREE, v, reward=reward), TREE.alive
     for lam in (0.3, 2.0, 10.0):
 
         def objective(log_policy, lam=lam):
@@ -74,7 +74,7 @@ def test_cd_T4_exact_at_one_step_and_not_beyond_where_the_soft_value_is(beta):
     log_ref, reward = exact.tables(TREE, 1)
     target = exact.gibbs_law(tree.response_log_prob(TREE, log_ref), reward, beta)
     assert exact.total_variation(decoded(TREE, log_ref, q_ref(TREE, log_ref, reward), beta), target) > 1e-3
-    soft = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=beta), reward)
+    soft = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=beta), reward=reward)
     assert exact.total_variation(decoded(TREE, log_ref, soft, beta), target) < 1e-11
 
 
@@ -96,7 +96,7 @@ def test_cd_T5_two_branch_numbers(lam, cd, soft):
     t, log_ref, reward = two_branches()
     law = decoded(t, log_ref, q_ref(t, log_ref, reward), 1 / lam)
     np.testing.assert_allclose(np.exp(law) @ reward, cd, atol=5e-4)
-    q_soft = tree.q_values(t, tree.soft_value(t, log_ref, reward, beta=1 / lam), reward)
+    q_soft = tree.q_values(t, tree.soft_value(t, log_ref, reward, beta=1 / lam), reward=reward)
     np.testing.assert_allclose(np.exp(decoded(t, log_ref, q_soft, 1 / lam)) @ reward, soft, atol=5e-4)
 
 
@@ -123,7 +123,7 @@ def test_cd_T7_fudge_reaches_the_value_of_the_policy_that_drew_the_data():
 
     def expected_loss(table):
         value = table[jnp.asarray(TREE.nodes), tokens]  # v([x, y_1..y_t]) as Q of the state before
-        each = jax.vmap(lambda v, r, m: losses.fudge(v[None], r[None], m[None]))(value, reward, mask)
+        each = jax.vmap(lambda v, r, m: losses.fudge(v[None], reward=r[None], mask=m[None]))(value, reward, mask)
         return law @ each
 
     truth = q_ref(TREE, behaviour, reward)
@@ -139,7 +139,7 @@ def cd_q_batch(table, log_ref, tokens, mask):
     nodes = jnp.asarray(TREE.nodes)
     value = table[nodes, tokens]
     following = jnp.pad(nodes[:, 1:], ((0, 0), (0, 1)))
-    expected = losses.expected_next(table[following], log_ref[following])
+    expected = losses.expected_next(table[following], log_prob_ref=log_ref[following])
     return value, expected
 
 
@@ -152,7 +152,7 @@ def test_cd_T8_cd_q_reaches_the_base_value_for_any_data_in_as_many_sweeps_as_ste
 
     def loss(table):
         value, expected = cd_q_batch(table, log_ref, tokens, mask)
-        return losses.cd_q(value, expected, reward, mask) * len(tokens)
+        return losses.cd_q(value, expected=expected, reward=reward, mask=mask) * len(tokens)
 
     table = jnp.zeros_like(truth)
     for sweep in range(TREE.horizon):
@@ -172,8 +172,8 @@ def test_cd_T8_one_trajectory_is_not_enough():
     def loss(table):
         nodes = jnp.asarray(TREE.nodes)[row]
         following = jnp.pad(nodes[:, 1:], ((0, 0), (0, 1)))
-        expected = losses.expected_next(table[following], log_ref[following])
-        return losses.cd_q(table[nodes, tokens[row]], expected, reward[row], mask[row])
+        expected = losses.expected_next(table[following], log_prob_ref=log_ref[following])
+        return losses.cd_q(table[nodes, tokens[row]], expected=expected, reward=reward[row], mask=mask[row])
 
     table = jnp.zeros((TREE.num_states, TREE.vocab_size))
     step = jax.jit(lambda table: table - jax.grad(loss)(table))
@@ -195,7 +195,7 @@ def test_cd_T9_the_target_is_stopped_and_sampled_successors_bias_the_full_gradie
 
         def each(v, r, m):
             if stop:
-                return losses.td(v[None], r[None], m[None])
+                return losses.td(v[None], reward=r[None], mask=m[None])
             last = m & ~jnp.pad(m[1:], (0, 1))
             target = jnp.where(last, r, jnp.pad(v[1:], (0, 1)))
             return 0.5 * (m * (v - target) ** 2).sum()
@@ -206,7 +206,7 @@ def test_cd_T9_the_target_is_stopped_and_sampled_successors_bias_the_full_gradie
     assert float(jnp.abs(jax.grad(expected_td)(truth, False)).max()) > 1e-2
     # The target of CD-Q takes no gradient: the one through `expected` is zero.
     value, expected = cd_q_batch(truth + 0.1, log_ref, tokens, mask)
-    gradient = jax.grad(lambda e: losses.cd_q(value, e, reward, mask))(expected)
+    gradient = jax.grad(lambda e: losses.cd_q(value, expected=e, reward=reward, mask=mask))(expected)
     np.testing.assert_array_equal(gradient, 0)
 
 
@@ -235,7 +235,7 @@ def test_cd_T13_reward_is_not_monotone_in_the_weight():
     assert earned[0] < earned[1] > earned[2] > earned[3]
     kl = exact.kl(decoded(t, log_ref, q, 1 / 2000), np.asarray(tree.response_log_prob(t, log_ref)))
     np.testing.assert_allclose(kl, np.log(1 / 0.3), atol=1e-6)
-    q_soft = tree.q_values(t, tree.soft_value(t, log_ref, reward, beta=1 / 2000), reward)
+    q_soft = tree.q_values(t, tree.soft_value(t, log_ref, reward, beta=1 / 2000), reward=reward)
     kl = exact.kl(decoded(t, log_ref, q_soft, 1 / 2000), np.asarray(tree.response_log_prob(t, log_ref)))
     np.testing.assert_allclose(kl, np.log(1 / 0.7) + np.log(20), atol=1e-6)
 
@@ -269,13 +269,15 @@ def test_cd_training_the_soft_value_gives_the_gibbs_policy_and_the_plain_value_d
 
         def loss(table):
             value = table[jnp.asarray(TREE.nodes), tokens]
-            return jnp.exp(log_base) @ jax.vmap(lambda v, r, m: each(v[None], r[None], m[None]))(value, reward, mask)
+            return jnp.exp(log_base) @ jax.vmap(lambda v, r, m: each(v[None], reward=r[None], mask=m[None]))(
+                value, reward, mask
+            )
 
         return loss
 
     soft = trained(expected(functools.partial(losses.soft_value, beta=beta)), reward.min())
     np.testing.assert_allclose(np.exp(decoded(TREE, log_ref, soft, beta)), np.exp(target), atol=1e-4)
-    truth = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=beta), reward)
+    truth = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=beta), reward=reward)
     np.testing.assert_allclose(soft[TREE.alive], truth[TREE.alive], atol=1e-4)
     plain = trained(expected(losses.fudge), 0.0)
     np.testing.assert_allclose(plain[TREE.alive], q_ref(TREE, log_ref, reward)[TREE.alive], atol=1e-9)

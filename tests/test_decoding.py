@@ -93,7 +93,7 @@ def test_best_of_n_samples_its_exact_law():
         eos_ids=(0,),
     )
     count = np.bincount(tree.response_index(t, chosen.best.tokens, chosen.best.mask), minlength=t.num_responses)
-    expected = n * np.exp(tree.best_of_n_law(tree.response_log_prob(t, base), reward, 3))
+    expected = n * np.exp(tree.best_of_n_law(tree.response_log_prob(t, base), score=reward, n=3))
     assert ((count - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < 46  # 9 degrees of freedom: 45.1
     best = np.asarray(chosen.reward).max(axis=1)
     index = tree.response_index(t, chosen.best.tokens, chosen.best.mask)

@@ -149,15 +149,15 @@ def test_accepted_responses_follow_the_response_level_optimum():
     t = tree.Tree(3, 3, eos_id=0)
     base, utility = exact.tables(t, 4)
     log_base = tree.response_log_prob(t, base)
-    threshold = shaping.optimal_threshold(utility, log_base, gain=2.0)
-    reward = shaping.threshold_reward(utility, threshold, bound=2.0)
+    threshold = shaping.optimal_threshold(utility, log_base=log_base, gain=2.0)
+    reward = shaping.threshold_reward(utility, threshold=threshold, bound=2.0)
     found = rejected(t, base, reward, count=30_000, tries=200, bound=2.0)
     assert found.accepted.all()
     drawn = found.completions
     count = np.bincount(tree.response_index(t, drawn.tokens, drawn.mask), minlength=t.num_responses)
     expected = 30_000 * np.exp(tree.optimal_log_prob(t, base, reward, beta=1.0))
     assert ((count - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < 60
-    mix = shaping.mixture(utility, log_base, threshold, gain=2.0)
+    mix = shaping.mixture(utility, log_base=log_base, threshold=threshold, gain=2.0)
     rate = np.exp(mix.log_norm - 2.0)
     # The mean of 240,000 acceptance probabilities in [0, 1]: Hoeffding at 1e-6.
     np.testing.assert_allclose(found.accept_rate.mean(), rate, atol=0.006)

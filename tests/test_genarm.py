@@ -217,7 +217,7 @@ def test_genarm_A10_is_dpo_with_a_constant_reference():
     constant = jnp.full(3, -7.0)
     np.testing.assert_allclose(
         losses.autoregressive_reward(chosen, rejected, beta_r=0.3),
-        losses.dpo(chosen, rejected, constant, constant, beta=0.3),
+        losses.dpo(chosen, rejected, chosen_log_prob_ref=constant, rejected_log_prob_ref=constant, beta=0.3),
         rtol=1e-12,
     )
 

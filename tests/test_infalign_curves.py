@@ -21,13 +21,13 @@ def _float64():
 
 def parse(text: str, n: int) -> infalign.Transform:
     """A transform, "power+" and "power-" being those of N."""
-    return infalign.parse({"power+": f"bon:{n}", "power-": f"won:{n}"}.get(text, text))
+    return infalign.parse_transform({"power+": f"bon:{n}", "power-": f"won:{n}"}.get(text, text))
 
 
 @functools.cache
 def matched(text: str, n: int, kls: tuple[float, ...]) -> infalign.Curve:
     transform = parse(text, n)
-    return infalign.tilted_curve(transform, infalign.match_kl(transform, jnp.array(kls)), n=n)
+    return infalign.tilted_curve(transform, beta=infalign.match_kl(transform, kl=jnp.array(kls)), n=n)
 
 
 BESIDE = np.array([0.99, 1.01])
@@ -37,7 +37,7 @@ BESIDE = np.array([0.99, 1.01])
 def optimal(kind: str, n: int, betas: tuple[float, ...]) -> tuple[infalign.FixedPoint, infalign.Curve]:
     """At 0.99 and 1.01 of each beta, [beta, 2]."""
     solve = infalign.bon_fp if kind == "best" else infalign.won_fp
-    found = solve(n, jnp.array(betas)[:, None] * BESIDE)
+    found = solve(n, beta=jnp.array(betas)[:, None] * BESIDE)
     return found, infalign.curve(found.log_policy, n=n)
 
 
@@ -46,7 +46,7 @@ def rates_of_outcomes(log_policy, log_base, rank) -> infalign.Curve:
     """Exact, over finitely many outcomes, N = 4."""
     procedures = infalign.none(), infalign.best_of(4), infalign.worst_of(4)
     policy, base = jnp.exp(log_policy), jnp.exp(log_base)
-    won = (infalign.procedure_win_rate(policy, base, rank, procedure) for procedure in procedures)
+    won = (infalign.procedure_win_rate(policy, base=base, rank=rank, procedure=procedure) for procedure in procedures)
     return infalign.Curve(gibbs.kl(log_policy, log_base), *won)
 
 
@@ -56,7 +56,7 @@ BETA = np.array([0.002, 0.05, 0.3, 1.0, 20.0])
 
 
 def test_infalign_T4_identity_in_closed_form():
-    found = infalign.tilted_curve(infalign.identity, BETA)
+    found = infalign.tilted_curve(infalign.identity, beta=BETA)
     rate = 1 / -jnp.expm1(-1 / BETA) - BETA
     log_z = jnp.log(BETA) + 1 / BETA + jnp.log(-jnp.expm1(-1 / BETA))
     np.testing.assert_allclose(found.win_rate, rate, atol=1e-12)
@@ -73,7 +73,7 @@ def test_infalign_T4_log_is_best_of_n_distillation_on_which_best_of_n_adds_nothi
     law = gibbs.log_policy(log_base, infalign.log(c), beta=BETA)
     np.testing.assert_allclose(infalign.distribution(jnp.exp(law)), c ** power[:, None], atol=1e-8)
     for n in (1, 2, 4, 32):
-        found = infalign.tilted_curve(infalign.log, BETA, n=n)
+        found = infalign.tilted_curve(infalign.log, beta=BETA, n=n)
         np.testing.assert_allclose(found.kl, jnp.log(power) - (power - 1) / power, atol=1e-11)
         np.testing.assert_allclose(found.win_rate, power / (power + 1), atol=1e-12)
         np.testing.assert_allclose(found.best_of_n, power / (power + 1), atol=1e-12)
@@ -92,11 +92,11 @@ def test_infalign_T4_exponentials_by_the_exponential_integral():
 
 def test_infalign_T4_fixed_points_in_the_limit_of_large_beta_and_at_n_1():
     c = infalign.grid().c
-    bon, won = infalign.bon_fp(3, 1e6).reward, infalign.won_fp(3, 1e6).reward
+    bon, won = infalign.bon_fp(3, beta=1e6).reward, infalign.won_fp(3, beta=1e6).reward
     np.testing.assert_allclose(bon - bon[0], 9 / 5 * (c**5 - c[0] ** 5), atol=1e-5)
     np.testing.assert_allclose(won - won[-1], -9 / 5 * ((1 - c) ** 5 - (1 - c[-1]) ** 5), atol=1e-5)
     for make in (infalign.bon_fp, infalign.won_fp):
-        one = make(1, 0.2).reward
+        one = make(1, beta=0.2).reward
         np.testing.assert_allclose(one - one[0], c - c[0], atol=1e-12)
 
 
@@ -110,18 +110,18 @@ def test_the_gradient_on_the_grid_is_the_integral():
 
 
 def test_curves_are_differentiable_batched_and_right_in_float32():
-    rate = lambda b: infalign.tilted_curve(infalign.identity, b, n=3).best_of_n  # noqa: E731
+    rate = lambda b: infalign.tilted_curve(infalign.identity, beta=b, n=3).best_of_n  # noqa: E731
     slope = (rate(0.3 + 1e-5) - rate(0.3 - 1e-5)) / 2e-5
     np.testing.assert_allclose(jax.grad(rate)(0.3), slope, rtol=1e-8)
     np.testing.assert_allclose(jax.jit(jax.vmap(rate))(BETA), rate(BETA), atol=1e-14)
-    root = lambda kl: infalign.match_kl(infalign.identity, kl)  # noqa: E731
+    root = lambda kl: infalign.match_kl(infalign.identity, kl=kl)  # noqa: E731
     np.testing.assert_allclose(jax.grad(root)(0.5), (root(0.5 + 1e-5) - root(0.5 - 1e-5)) / 2e-5, rtol=1e-7)
-    shape = lambda a: infalign.match_kl(lambda c: c**a, 0.5)  # noqa: E731
+    shape = lambda a: infalign.match_kl(lambda c: c**a, kl=0.5)  # noqa: E731
     np.testing.assert_allclose(jax.grad(shape)(2.0), (shape(2 + 1e-5) - shape(2 - 1e-5)) / 2e-5, rtol=1e-6)
     for text in ("log", "exp:10"):
-        transform = infalign.parse(text)
-        double = infalign.tilted_curve(transform, BETA[1:])
-        single = infalign.tilted_curve(transform, BETA[1:].astype(np.float32))
+        transform = infalign.parse_transform(text)
+        double = infalign.tilted_curve(transform, beta=BETA[1:])
+        single = infalign.tilted_curve(transform, beta=BETA[1:].astype(np.float32))
         for a, b in zip(single, double, strict=True):
             assert a.dtype == "float32"
             np.testing.assert_allclose(a, b, atol=2e-5)
@@ -130,20 +130,20 @@ def test_curves_are_differentiable_batched_and_right_in_float32():
 @pytest.mark.parametrize(
     ("field", "call"),
     [
-        ("beta: expected", lambda: infalign.tilted_curve(infalign.identity, 0.0)),
-        ("n: expected", lambda: infalign.tilted_curve(infalign.identity, 1.0, n=0)),
-        ("kl: expected a value > 0", lambda: infalign.match_kl(infalign.identity, 0.0)),
-        ("kl: expected a KL that the transform reaches", lambda: infalign.match_kl(infalign.identity, 30.0)),
-        ("kl: expected a KL that the transform reaches", lambda: infalign.match_kl(jnp.ones_like, 1.0)),
-        ("beta: expected", lambda: infalign.bon_fp(2, -1.0)),
-        ("n: expected", lambda: infalign.won_fp(0, 1.0)),
+        ("beta: expected", lambda: infalign.tilted_curve(infalign.identity, beta=0.0)),
+        ("n: expected", lambda: infalign.tilted_curve(infalign.identity, beta=1.0, n=0)),
+        ("kl: expected a value > 0", lambda: infalign.match_kl(infalign.identity, kl=0.0)),
+        ("kl: expected a KL that the transform reaches", lambda: infalign.match_kl(infalign.identity, kl=30.0)),
+        ("kl: expected a KL that the transform reaches", lambda: infalign.match_kl(jnp.ones_like, kl=1.0)),
+        ("beta: expected", lambda: infalign.bon_fp(2, beta=-1.0)),
+        ("n: expected", lambda: infalign.won_fp(0, beta=1.0)),
     ],
 )
 def test_bad_input_is_named(field, call):
     with pytest.raises(ValueError, match=field):
         call()
     if "reaches" in field:
-        assert np.isnan(jax.jit(lambda kl: infalign.match_kl(infalign.identity, kl))(30.0))
+        assert np.isnan(jax.jit(lambda kl: infalign.match_kl(infalign.identity, kl=kl))(30.0))
 
 
 # The reference tables
@@ -238,7 +238,7 @@ def test_infalign_T7_powers_come_close_to_the_optimum():
     for n, loss in ((2, 0.003), (4, 0.0032), (8, 0.0072)):
         betas = tuple(read(BON, n)[:, -1]) if n < 8 else FURTHER
         ends = jax.tree.map(lambda x: x[1], optimal("best", n, betas)[1])  # KL .25
-        power = infalign.tilted_curve(parse("power+", n), infalign.match_kl(parse("power+", n), ends.kl), n=n)
+        power = infalign.tilted_curve(parse("power+", n), beta=infalign.match_kl(parse("power+", n), kl=ends.kl), n=n)
         gap = ends.best_of_n - power.best_of_n
         assert (gap > 0).all()
         assert (gap < loss).all()
@@ -246,10 +246,10 @@ def test_infalign_T7_powers_come_close_to_the_optimum():
 
 def test_infalign_T7_200_equal_levels_give_the_continuous_win_rates():
     log_base, rank = jnp.full(200, -jnp.log(200.0)), np.arange(200)
-    c = infalign.mid_rank(jnp.exp(log_base), rank)
+    c = infalign.mid_rank(jnp.exp(log_base), rank=rank)
     for kl, near in ((0.1, 1e-4), (0.25, 1e-4), (0.5, 1e-4), (1.0, 2e-4)):
         law = gibbs.log_policy(log_base, c, beta=gibbs.match_kl(log_base, c, kl=kl))
-        smooth = infalign.tilted_curve(infalign.identity, infalign.match_kl(infalign.identity, kl), n=4)
+        smooth = infalign.tilted_curve(infalign.identity, beta=infalign.match_kl(infalign.identity, kl=kl), n=4)
         for found, expected in zip(rates_of_outcomes(law, log_base, rank), smooth, strict=True):
             np.testing.assert_allclose(found, expected, atol=near)
 
@@ -260,11 +260,11 @@ def test_infalign_T11_bases_and_rewards_without_ties_agree_up_to_their_largest_a
         rng = np.random.default_rng(count)
         base = jnp.asarray(rng.dirichlet(np.full(count, 2.0), 3))
         rank = infalign.ranks(rng.standard_cauchy((3, count)))
-        c, limit = infalign.mid_rank(base, rank), float(base.max())
+        c, limit = infalign.mid_rank(base, rank=rank), float(base.max())
         for text, beta in betas.items():
-            transform = infalign.parse(text)
+            transform = infalign.parse_transform(text)
             log_policy = gibbs.log_policy(jnp.log(base), transform(c), beta=beta)
-            smooth = infalign.tilted_curve(transform, beta, n=4)
+            smooth = infalign.tilted_curve(transform, beta=beta, n=4)
             found = rates_of_outcomes(log_policy, jnp.log(base), rank)
             for name, value, expected in zip(smooth._fields, found, smooth, strict=True):
                 np.testing.assert_allclose(value, expected, atol=limit, err_msg=f"{text} {name}")
@@ -272,24 +272,24 @@ def test_infalign_T11_bases_and_rewards_without_ties_agree_up_to_their_largest_a
 
 @pytest.mark.parametrize(("name", "solved"), [("bon_fp:4", infalign.bon_fp), ("won_fp:4", infalign.won_fp)])
 def test_a_fixed_point_by_its_name_is_the_optimum_for_its_beta(name, solved):
-    transform = infalign.parse(name, beta=0.2)
-    assert infalign.parse(f" {name} ", beta=0.2) is transform
+    transform = infalign.parse_transform(name, beta=0.2)
+    assert infalign.parse_transform(f" {name} ", beta=0.2) is transform
     infalign.check_increasing(transform)
-    found = infalign.curve(solved(4, 0.2).log_policy)
-    np.testing.assert_allclose(infalign.tilted_curve(transform, 0.2), found, atol=1e-9)
+    found = infalign.curve(solved(4, beta=0.2).log_policy)
+    np.testing.assert_allclose(infalign.tilted_curve(transform, beta=0.2), found, atol=1e-9)
     with jax.enable_x64(False):  # as a training run calls it
-        np.testing.assert_allclose(infalign.tilted_curve(transform, jnp.float32(0.2)), found, atol=2e-5)
+        np.testing.assert_allclose(infalign.tilted_curve(transform, beta=jnp.float32(0.2)), found, atol=2e-5)
     with pytest.raises(ValueError, match=r"found 'bon_fp:4' .it is solved for a beta"):
-        infalign.parse("bon_fp:4")
+        infalign.parse_transform("bon_fp:4")
 
 
 def test_a_fixed_point_as_a_transform_tilts_to_its_policy():
-    found = infalign.bon_fp(4, 0.2)
+    found = infalign.bon_fp(4, beta=0.2)
     transform = infalign.tabulated(infalign.grid().c, found.reward)
     infalign.check_increasing(transform)
-    np.testing.assert_allclose(infalign.tilted_curve(transform, 0.2), infalign.curve(found.log_policy), atol=1e-9)
+    np.testing.assert_allclose(infalign.tilted_curve(transform, beta=0.2), infalign.curve(found.log_policy), atol=1e-9)
     with jax.enable_x64(False):
-        single = infalign.bon_fp(4, jnp.float32(0.2))
+        single = infalign.bon_fp(4, beta=jnp.float32(0.2))
         assert single.residual < 2e-4
         rates = infalign.curve(single.log_policy)
     np.testing.assert_allclose(rates, infalign.curve(found.log_policy), atol=2e-5)

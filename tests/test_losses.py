@@ -15,18 +15,24 @@ REWARD = jnp.array([1.0, 0.0, 2.0])
 UTILITY, THRESHOLD = jnp.array([1.0, 0.0, 2.0]), jnp.array([0.5, 0.5, 0.5])
 
 SEQUENCE_LOSSES = {
-    "language_model": lambda value, mask: losses.language_model(value, mask),
-    "fudge": lambda value, mask: losses.fudge(value, REWARD, mask),
-    "td": lambda value, mask: losses.td(value, REWARD, mask),
-    "cd_q": lambda value, mask: losses.cd_q(value, value * 0.5, REWARD, mask),
-    "soft_value": lambda value, mask: losses.soft_value(value, REWARD, mask, beta=0.7),
-    "exceedance": lambda value, mask: losses.exceedance(value, UTILITY, THRESHOLD, mask),
+    "language_model": lambda value, mask: losses.language_model(value, mask=mask),
+    "fudge": lambda value, mask: losses.fudge(value, reward=REWARD, mask=mask),
+    "td": lambda value, mask: losses.td(value, reward=REWARD, mask=mask),
+    "cd_q": lambda value, mask: losses.cd_q(value, expected=value * 0.5, reward=REWARD, mask=mask),
+    "soft_value": lambda value, mask: losses.soft_value(value, reward=REWARD, mask=mask, beta=0.7),
+    "exceedance": lambda value, mask: losses.exceedance(value, utility=UTILITY, threshold=THRESHOLD, mask=mask),
+}
+PAIRS = {
+    "chosen_log_prob": jnp.array([-1.0]),
+    "rejected_log_prob": jnp.array([-2.0]),
+    "chosen_log_prob_ref": jnp.array([-1.5]),
+    "rejected_log_prob_ref": jnp.array([-1.0]),
 }
 
 
 def test_literal_numbers():
     np.testing.assert_allclose(
-        losses.language_model(-VALUE, MASK), (0.5 + 1 + 0.1 + 0.2 + 0.3 + 0.4 - 1) / 7, rtol=1e-6
+        losses.language_model(-VALUE, mask=MASK), (0.5 + 1 + 0.1 + 0.2 + 0.3 + 0.4 - 1) / 7, rtol=1e-6
     )
     np.testing.assert_allclose(
         losses.bradley_terry(jnp.array([1.0, 0.0]), jnp.array([0.0, 2.0])),
@@ -34,23 +40,24 @@ def test_literal_numbers():
         rtol=1e-6,
     )
     # Rows: ½(0.25 + 0), ½(0.01 + 0.04 + 0.09 + 0.16), ½·9.
-    np.testing.assert_allclose(losses.fudge(VALUE, REWARD, MASK), (0.125 + 0.15 + 4.5) / 3, rtol=1e-6)
+    np.testing.assert_allclose(losses.fudge(VALUE, reward=REWARD, mask=MASK), (0.125 + 0.15 + 4.5) / 3, rtol=1e-6)
     # td: row 0 (0.5 − 1)²+(1 − 1)²; row 1 3·0.1² + 0.4²; row 2 (−1 − 2)².
-    np.testing.assert_allclose(losses.td(VALUE, REWARD, MASK), (0.125 + 0.5 * (0.03 + 0.16) + 4.5) / 3, rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.td(VALUE, reward=REWARD, mask=MASK), (0.125 + 0.5 * (0.03 + 0.16) + 4.5) / 3, rtol=1e-6
+    )
     q, log_ref = jnp.array([1.0, 5.0, jnp.nan]), jnp.log(jnp.array([0.25, 0.75, 0.0]))
-    np.testing.assert_allclose(losses.expected_next(q, log_ref), 4.0, rtol=1e-6)
-    np.testing.assert_allclose(
-        losses.dpo(*(jnp.array([x]) for x in (-1.0, -2.0, -1.5, -1.0)), beta=0.5), np.log(1 + np.exp(-0.75)), rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        losses.ipo(*(jnp.array([x]) for x in (-1.0, -2.0, -1.5, -1.0)), beta=0.5), (1.5 - 1) ** 2, rtol=1e-6
-    )
+    np.testing.assert_allclose(losses.expected_next(q, log_prob_ref=log_ref), 4.0, rtol=1e-6)
+    np.testing.assert_allclose(losses.dpo(**PAIRS, beta=0.5), np.log(1 + np.exp(-0.75)), rtol=1e-6)
+    np.testing.assert_allclose(losses.ipo(**PAIRS, beta=0.5), (1.5 - 1) ** 2, rtol=1e-6)
 
 
 def test_label_smoothing_mixes_both_labels():
-    pairs = [jnp.array([x]) for x in (-1.0, -2.0, -1.5, -1.0)]
-    right, wrong = losses.dpo(*pairs, beta=0.5), losses.dpo(pairs[1], pairs[0], pairs[3], pairs[2], beta=0.5)
-    np.testing.assert_allclose(losses.dpo(*pairs, beta=0.5, label_smoothing=0.2), 0.8 * right + 0.2 * wrong, rtol=1e-6)
+    pairs = list(PAIRS.values())
+    right, wrong = (
+        losses.dpo(**PAIRS, beta=0.5),
+        losses.dpo(pairs[1], pairs[0], chosen_log_prob_ref=pairs[3], rejected_log_prob_ref=pairs[2], beta=0.5),
+    )
+    np.testing.assert_allclose(losses.dpo(**PAIRS, beta=0.5, label_smoothing=0.2), 0.8 * right + 0.2 * wrong, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", SEQUENCE_LOSSES)
@@ -71,8 +78,8 @@ def test_bfloat16_inputs_give_float32_losses(name):
 
 
 def test_accumulated_language_model_loss_is_the_large_batch():
-    whole = losses.language_model(-VALUE, MASK)
-    parts = sum(losses.language_model(-VALUE[b : b + 1], MASK[b : b + 1], count=MASK.sum()) for b in range(3))
+    whole = losses.language_model(-VALUE, mask=MASK)
+    parts = sum(losses.language_model(-VALUE[b : b + 1], mask=MASK[b : b + 1], count=MASK.sum()) for b in range(3))
     np.testing.assert_allclose(parts, whole, rtol=1e-6)
 
 
@@ -83,7 +90,7 @@ def test_the_linex_minimiser_is_the_soft_value():
         mask = jnp.ones((4, 1), bool)
 
         def loss(v):
-            return losses.soft_value(jnp.full((4, 1), v), rewards, mask, beta=beta)
+            return losses.soft_value(jnp.full((4, 1), v), reward=rewards, mask=mask, beta=beta)
 
         np.testing.assert_allclose(jax.grad(loss)(target), 0, atol=1e-12)
         assert loss(target) < min(loss(target - 0.01), loss(target + 0.01))
@@ -93,7 +100,7 @@ def test_the_linex_tail_is_finite_convex_and_still_pulls_up():
     mask = jnp.ones((1, 1), bool)
 
     def loss(v):
-        return losses.soft_value(jnp.array([[v]]), jnp.array([1e4]), mask, beta=1.0)
+        return losses.soft_value(jnp.array([[v]]), reward=jnp.array([1e4]), mask=mask, beta=1.0)
 
     assert np.isfinite(loss(0.0))
     assert jax.grad(loss)(0.0) < 0
@@ -103,9 +110,11 @@ def test_the_linex_tail_is_finite_convex_and_still_pulls_up():
 def test_the_clipped_share_counts_tokens_beyond_the_largest_exponent():
     value = jnp.array([[0.0, 0.0, 0.0], [-30.0, 0.0, jnp.nan], [0.0, 0.0, 0.0]])
     mask = jnp.array([[1, 1, 1], [1, 1, 0], [0, 0, 0]], bool)
-    share = losses.clipped_share(value, jnp.array([9.0, 11.0, 99.0]), mask, beta=1.0)
+    share = losses.clipped_share(value, reward=jnp.array([9.0, 11.0, 99.0]), mask=mask, beta=1.0)
     np.testing.assert_allclose(share, [0, 0.5, 0])
-    np.testing.assert_allclose(losses.clipped_share(value, jnp.array([11.0, 1.0, 0.0]), mask, beta=0.5)[0], 1)
+    np.testing.assert_allclose(
+        losses.clipped_share(value, reward=jnp.array([11.0, 1.0, 0.0]), mask=mask, beta=0.5)[0], 1
+    )
 
 
 def test_exceedance_minimiser_is_the_probability():
@@ -114,6 +123,6 @@ def test_exceedance_minimiser_is_the_probability():
         mask = jnp.ones((4, 1), bool)
 
         def loss(logit):
-            return losses.exceedance(jnp.full((4, 1), logit), utility, jnp.full(4, 2.5), mask)
+            return losses.exceedance(jnp.full((4, 1), logit), utility=utility, threshold=jnp.full(4, 2.5), mask=mask)
 
         np.testing.assert_allclose(jax.grad(loss)(jnp.log(0.25 / 0.75)), 0, atol=1e-12)

@@ -84,7 +84,7 @@ def test_the_reward_is_paid_once_at_the_end_by_the_named_rule(truncation):
     for k in range(4):
         column = jnp.where(mask[:, k], tokens[:, k], -1) if k < 3 else jnp.full(t.num_responses, 1)
         after = mdp.transition(state, column, eos_ids=(0,), max_new_tokens=3)
-        paid.append(mdp.terminal_reward(state, after, reward, eos_ids=(0,), truncation=truncation))
+        paid.append(mdp.terminal_reward(state, after=after, reward=reward, eos_ids=(0,), truncation=truncation))
         state = after
     paid = np.stack(paid)
     ended = (tokens == 0).any(axis=1, where=mask)
@@ -97,13 +97,13 @@ def test_the_reward_is_paid_once_at_the_end_by_the_named_rule(truncation):
 def test_truncation_rules_are_named():
     state = mdp.initial_state(padded(PROMPTS), 1)
     with pytest.raises(ValueError, match="truncation"):
-        mdp.terminal_reward(state, state, jnp.zeros(5), eos_ids=(0,), truncation="half")
+        mdp.terminal_reward(state, after=state, reward=jnp.zeros(5), eos_ids=(0,), truncation="half")
 
 
 def test_trajectory_log_prob_ignores_what_is_masked_and_keeps_gradients_finite():
     log_prob = jnp.array([[-1.0, -2.0, jnp.nan], [-0.5, -jnp.inf, -1.0]])
     mask = jnp.array([[1, 1, 0], [1, 0, 1]], bool)
-    np.testing.assert_allclose(mdp.trajectory_log_prob(log_prob, mask), [-3.0, -1.5])
-    gradient = jax.grad(lambda x: mdp.trajectory_log_prob(x, mask).sum())(log_prob)
+    np.testing.assert_allclose(mdp.trajectory_log_prob(log_prob, mask=mask), [-3.0, -1.5])
+    gradient = jax.grad(lambda x: mdp.trajectory_log_prob(x, mask=mask).sum())(log_prob)
     np.testing.assert_array_equal(gradient, mask)
-    assert mdp.trajectory_log_prob(log_prob.astype("bfloat16"), mask).dtype == "float32"
+    assert mdp.trajectory_log_prob(log_prob.astype("bfloat16"), mask=mask).dtype == "float32"

@@ -77,7 +77,7 @@ def test_the_exact_soft_value_gives_log_z_first_and_zero_after():
     with jax.enable_x64(True):
         t = tree.Tree(4, 4, eos_id=0)
         base, reward = exact.tables(t, 2)
-        soft = tree.q_values(t, tree.soft_value(t, base, reward, beta=0.7), reward)
+        soft = tree.q_values(t, tree.soft_value(t, base, reward, beta=0.7), reward=reward)
         policy = exact.tilt(t, tree.critic(t, "level"))
         scored = exact.completions(t, policy, {"policy": base, "critic": soft, "beta": 0.7})
         log_z = jax.nn.logsumexp(tree.response_log_prob(t, base) + reward / 0.7)

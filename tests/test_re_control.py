@@ -185,7 +185,7 @@ def table_objective(t: tree.Tree, log_ref, reward, stop: bool, terminal: str):
     def objective(table):
         v = table[nodes]
         if stop and terminal == "last":
-            each = jax.vmap(lambda v, r, m: losses.td(v[None], r[None], m[None]))(v, reward, mask)
+            each = jax.vmap(lambda v, r, m: losses.td(v[None], reward=r[None], mask=m[None]))(v, reward, mask)
             return weight @ each
         following = jnp.pad(v[:, 1:], ((0, 0), (0, 1)))
         pairs = jnp.where(mask & ~last, v - (jax.lax.stop_gradient(following) if stop else following), 0)
@@ -216,7 +216,7 @@ def test_re_control_R6_the_fixed_point_of_td_is_the_value_of_the_base(t, float64
     reach = jnp.exp(tree.state_log_prob(t, log_ref))
 
     def bellman(table):
-        target = jax.lax.stop_gradient(gibbs.utility(log_ref, tree.q_values(t, table, reward)))
+        target = jax.lax.stop_gradient(gibbs.utility(log_ref, tree.q_values(t, table, reward=reward)))
         return 0.5 * jnp.where(jnp.asarray(t.alive), reach * (table - target) ** 2, 0).sum()
 
     table = jax.random.normal(jax.random.key(5), (t.num_states,))
@@ -275,7 +275,7 @@ def test_re_control_R9_the_value_gradient_has_no_guarantee_and_the_expected_q_ha
     for seed in range(20):
         params, log_ref, reward = problem(TREE, seed)
         truth = tree.value(TREE, log_ref, reward)
-        q = tree.q_values(TREE, truth, reward)
+        q = tree.q_values(TREE, truth, reward=reward)
         gain = lambda log_prob, q=q, truth=truth: np.asarray(gibbs.utility(log_prob, q) - truth)  # noqa: E731
         by_value.append(gain(edited(TREE, random_features, 5)(params, fitted(params, truth, seed), 1e-3)[0]))
         by_q.append(gain(oracle(params, q, 1e-2)))
@@ -288,7 +288,7 @@ def test_re_control_R9_the_value_gradient_has_no_guarantee_and_the_expected_q_ha
 def test_re_control_R10_a_tilt_always_gains_and_an_edit_need_not(float64):
     params, log_ref, reward = problem(TREE, 6)
     truth = tree.value(TREE, log_ref, reward)
-    q = tree.q_values(TREE, truth, reward)
+    q = tree.q_values(TREE, truth, reward=reward)
     for lam in (0.1, 1.0, 10.0):
         assert bool((gibbs.utility(tree.tilted_policy(log_ref, q, beta=1 / lam), q) >= truth - 1e-12).all())
     log_prob = edited(TREE, random_features, 5)(params, fitted(params, truth, 6), 1e-3)[0]
@@ -298,7 +298,7 @@ def test_re_control_R10_a_tilt_always_gains_and_an_edit_need_not(float64):
 def test_re_control_expected_q_follows_the_tree_and_its_law_is_better(float64):
     """Through decoding on the whole tree: the critic moves with the text, and the reward of the law rises."""
     params, log_ref, reward = problem(RAGGED, 7)
-    q = tree.q_values(RAGGED, tree.value(RAGGED, log_ref, reward), reward)
+    q = tree.q_values(RAGGED, tree.value(RAGGED, log_ref, reward), reward=reward)
     policy = policies.re_control_expected(featured(RAGGED), unembed, tree.critic(RAGGED, "level"), steps=3)
     law = exact.log_law(RAGGED, policy, {"policy": params, "critic": q, "step_size": 0.3})
     np.testing.assert_allclose(np.exp(law).sum(), 1, rtol=1e-12)

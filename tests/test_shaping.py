@@ -40,8 +40,8 @@ def delivered(reward, utility, log_base, *, beta=1.0):
 @jax.jit
 def answer(utility, log_base, gain):
     """log pi* of the threshold reward, beta 1."""
-    m = shaping.optimal_threshold(utility, log_base, gain=gain)
-    return gibbs.log_policy(log_base, shaping.threshold_reward(utility, m, bound=gain), beta=1.0)
+    m = shaping.optimal_threshold(utility, log_base=log_base, gain=gain)
+    return gibbs.log_policy(log_base, shaping.threshold_reward(utility, threshold=m, bound=gain), beta=1.0)
 
 
 def present(utility, log_base) -> tuple[np.ndarray, np.ndarray]:
@@ -86,13 +86,15 @@ def test_stackelberg_T1_the_worked_example():
     for reward, policy, value in ((u, (0.7680, 0.2320), 1.2320), (jnp.array([0.0, 3.0]), (0.3094, 0.6906), 1.6906)):
         log_policy = gibbs.log_policy(log_base, reward, beta=1.0)
         np.testing.assert_allclose(jnp.exp(log_policy), policy, atol=5e-5)
-        np.testing.assert_allclose(shaping.leader_utility(reward, u, log_base, beta=1.0), value, atol=5e-5)
+        np.testing.assert_allclose(shaping.leader_utility(log_base, reward, utility=u, beta=1.0), value, atol=5e-5)
     for bound, value in ((1.0, 1.2320), (2.0, 1.4509), (3.0, 1.6906), (5.0, 1.9428)):
-        m = shaping.optimal_threshold(u, log_base, gain=bound)
+        m = shaping.optimal_threshold(u, log_base=log_base, gain=bound)
         np.testing.assert_allclose(m, value, atol=5e-5)
-        np.testing.assert_array_equal(shaping.threshold_reward(u, m, bound=bound), [0, bound])
+        np.testing.assert_array_equal(shaping.threshold_reward(u, threshold=m, bound=bound), [0, bound])
     # At B = 1, the range, the raw reward less its minimum is the threshold reward.
-    np.testing.assert_allclose(delivered(u, u, log_base), shaping.optimal_threshold(u, log_base, gain=1.0), rtol=1e-14)
+    np.testing.assert_allclose(
+        delivered(u, u, log_base), shaping.optimal_threshold(u, log_base=log_base, gain=1.0), rtol=1e-14
+    )
 
 
 @pytest.mark.parametrize("n", range(1, 11))
@@ -101,8 +103,8 @@ def test_stackelberg_T2_no_assignment_and_no_interior_reward_beats_the_threshold
     corners = np.array(list(itertools.product([0.0, 1.0], repeat=n)))
     inside = np.random.default_rng(100 + n).uniform(size=(200, n))
     for gain in (0.3, 2.0, 8.0):
-        best = shaping.optimal_threshold(u, log_base, gain=gain)
-        reward = shaping.threshold_reward(u, best, bound=gain)
+        best = shaping.optimal_threshold(u, log_base=log_base, gain=gain)
+        reward = shaping.threshold_reward(u, threshold=best, bound=gain)
         np.testing.assert_allclose(delivered(reward, u, log_base), best, atol=1e-12)
         others = [np.asarray(delivered(gain * r[:, None], u, log_base)).max(axis=0) for r in (corners, inside)]
         assert (others[0] <= best + 1e-12).all()
@@ -113,15 +115,15 @@ def test_stackelberg_T2_no_assignment_and_no_interior_reward_beats_the_threshold
 def test_stackelberg_T2_ties_share_a_fate_and_what_sits_on_the_threshold_does_not_matter():
     log_base, u = random(0, 6)
     u = u.at[3].set(u[1])
-    m = shaping.optimal_threshold(u, log_base, gain=2.0)
+    m = shaping.optimal_threshold(u, log_base=log_base, gain=2.0)
     merged = jnp.logaddexp(log_base[1], log_base[3])
     alone = jnp.delete(log_base, 3).at[1].set(merged)
-    np.testing.assert_allclose(m, shaping.optimal_threshold(jnp.delete(u, 3), alone, gain=2.0), rtol=1e-14)
+    np.testing.assert_allclose(m, shaping.optimal_threshold(jnp.delete(u, 3), log_base=alone, gain=2.0), rtol=1e-14)
     # One more response, with a utility of exactly m*: the optimum stays, whatever it is paid.
     u, log_base = jnp.append(u, m), jnp.append(log_base + jnp.log(0.6), jnp.log(0.4))
-    np.testing.assert_allclose(shaping.optimal_threshold(u, log_base, gain=2.0), m, rtol=1e-14)
+    np.testing.assert_allclose(shaping.optimal_threshold(u, log_base=log_base, gain=2.0), m, rtol=1e-14)
     for paid in (0.0, 0.7, 2.0):
-        reward = shaping.threshold_reward(u, m, bound=2.0).at[-1].set(paid)
+        reward = shaping.threshold_reward(u, threshold=m, bound=2.0).at[-1].set(paid)
         np.testing.assert_allclose(delivered(reward, u, log_base), m, rtol=1e-13)
 
 
@@ -131,7 +133,7 @@ def test_stackelberg_T2_newton_is_the_sorted_prefix_form_and_bisection():
         log_base, u = random(seed, n)
         log_base = 4 * log_base
         for gain in (0.0, 1e-3, 0.5, 3.0, 12.0, 40.0, 300.0):
-            found = shaping.optimal_threshold(u, log_base, gain=gain)
+            found = shaping.optimal_threshold(u, log_base=log_base, gain=gain)
             np.testing.assert_allclose(found, sorted_prefix(u, log_base, gain), rtol=1e-12, atol=1e-13)
             np.testing.assert_allclose(found, bisection(u, log_base, gain), rtol=1e-12, atol=1e-13)
 
@@ -154,7 +156,7 @@ def hard_cases() -> tuple[np.ndarray, np.ndarray]:
 def test_stackelberg_T2_float32_is_right_at_every_gain(gain):
     log_base, u = hard_cases()
     spread = u.max(axis=-1) - u.min(axis=-1)
-    found = shaping.optimal_threshold(jnp.asarray(u), jnp.asarray(log_base), gain=np.float32(gain))
+    found = shaping.optimal_threshold(jnp.asarray(u), log_base=jnp.asarray(log_base), gain=np.float32(gain))
     assert found.dtype == "float32"
     expected = [sorted_prefix(x, w, np.float64(np.float32(gain))) for x, w in zip(u, log_base, strict=True)]
     scale = np.maximum(spread, np.abs(u).max(axis=-1))
@@ -162,7 +164,7 @@ def test_stackelberg_T2_float32_is_right_at_every_gain(gain):
     np.testing.assert_allclose((found - np.array(expected)) / scale, 0, atol=1e-5)
     if gain:
         # The reward must still pay the best where the threshold rounds to it.
-        reward = shaping.threshold_reward(u, found, bound=np.float32(gain))
+        reward = shaping.threshold_reward(u, threshold=found, bound=np.float32(gain))
         got = gibbs.utility(gibbs.log_policy(log_base, reward, beta=np.float32(1)), u)
         np.testing.assert_allclose((got - found) / scale, 0, atol=3e-5)
 
@@ -173,16 +175,19 @@ def test_at_large_gains_the_best_response_alone_is_rewarded(dtype, top):
     u = jnp.asarray(top + np.array([-1.0, -2.0, 0.0, -5.0]) * max(abs(top), 1), dtype)
     for gain in (40.0, 1e4):
         m = shaping.optimal_threshold(u, gain=gain)
-        np.testing.assert_array_equal(shaping.threshold_reward(u, m, bound=gain), [0, 0, gain, 0])
+        np.testing.assert_array_equal(shaping.threshold_reward(u, threshold=m, bound=gain), [0, 0, gain, 0])
 
 
 def test_weights_too_small_to_count_are_absent_whatever_their_utility():
     log_base = jnp.array([0.0, -1.0, -200.0, -jnp.inf, -1e20], jnp.float32)
     u = jnp.array([0.0, 1.0, 1e6, jnp.nan, jnp.inf], jnp.float32)
     for gain in (0.0, 3.0, 1e3):
-        expected = shaping.optimal_threshold(u[:2], log_base[:2], gain=gain)
+        expected = shaping.optimal_threshold(u[:2], log_base=log_base[:2], gain=gain)
         for utility in (u, u.at[2].set(jnp.nan)):
-            find = functools.partial(shaping.optimal_threshold, gain=gain)
+
+            def find(u, log_base=None, gain=gain):
+                return shaping.optimal_threshold(u, log_base=log_base, gain=gain)
+
             np.testing.assert_allclose(find(utility, log_base), expected, rtol=1e-6)
             gradient = jax.grad(find, argnums=(0, 1))(utility, log_base)
             assert all(np.isfinite(g).all() for g in gradient)
@@ -192,7 +197,7 @@ def test_weights_too_small_to_count_are_absent_whatever_their_utility():
 def test_stackelberg_T2_gradients_by_differences_and_by_the_implicit_function():
     log_base, u = random(3, 4, 9)
     gain = jnp.array([0.2, 1.0, 3.0, 6.0])
-    find = lambda u, w, g: shaping.optimal_threshold(u, w, gain=g)  # noqa: E731
+    find = lambda u, w, g: shaping.optimal_threshold(u, log_base=w, gain=g)  # noqa: E731
     check_grads(find, (u, log_base, gain), order=1, modes=["fwd", "rev"], eps=1e-6, rtol=1e-6, atol=1e-8)
     m = find(u, log_base, gain)
 
@@ -212,7 +217,7 @@ def test_stackelberg_T2_gradients_by_differences_and_by_the_implicit_function():
 
 def test_gradient_is_right_in_float32_at_a_gain_of_ten_thousand():
     log_base, u = jnp.log(jnp.array([0.3, 0.1, 0.45, 0.15], jnp.float32)), jnp.array([0, 1, 3, 3], jnp.float32)
-    found = jax.grad(lambda u, w, g: shaping.optimal_threshold(u, w, gain=g), argnums=(0, 1, 2))(
+    found = jax.grad(lambda u, w, g: shaping.optimal_threshold(u, log_base=w, gain=g), argnums=(0, 1, 2))(
         u, log_base, jnp.float32(1e4)
     )
     assert all(g.dtype == "float32" for g in found)
@@ -224,8 +229,8 @@ def test_gradient_is_right_in_float32_at_a_gain_of_ten_thousand():
 def test_threshold_under_vmap_and_jit_and_per_prompt_gains():
     log_base, u = random(4, 2, 3, 11)
     gain = jnp.arange(6.0).reshape(2, 3)
-    direct = shaping.optimal_threshold(u, log_base, gain=gain)
-    one = lambda u, w, g: shaping.optimal_threshold(u, w, gain=g)  # noqa: E731
+    direct = shaping.optimal_threshold(u, log_base=log_base, gain=gain)
+    one = lambda u, w, g: shaping.optimal_threshold(u, log_base=w, gain=g)  # noqa: E731
     for _ in range(2):
         np.testing.assert_allclose(jax.jit(jax.vmap(jax.vmap(one)))(u, log_base, gain), direct, rtol=1e-13)
     for at in np.ndindex(2, 3):
@@ -237,10 +242,10 @@ def test_threshold_under_vmap_and_jit_and_per_prompt_gains():
 def test_the_threshold_is_an_expectile():
     log_base, u = random(5, 30)
     for gain in (0.0, 1.0, 4.0):
-        m = shaping.optimal_threshold(u, log_base, gain=gain)
+        m = shaping.optimal_threshold(u, log_base=log_base, gain=gain)
 
         def loss(x, gain=gain):
-            return (jnp.exp(log_base) * shaping.expectile_loss(jnp.full_like(u, x), u, gain=gain)).sum()
+            return (jnp.exp(log_base) * shaping.expectile_loss(jnp.full_like(u, x), utility=u, gain=gain)).sum()
 
         assert abs(jax.grad(loss)(m)) < 1e-14
         grid = jnp.linspace(u.min(), u.max(), 2001)
@@ -258,14 +263,14 @@ def test_stackelberg_T3_f_falls_with_slopes_between_its_two_weights_and_is_conve
         assert slopes.min() >= -np.exp(gain) * (1 + 1e-9)
         assert slopes.max() <= -1 + 1e-9
         assert (np.diff(slopes) >= -1e-8).all()
-        m = float(shaping.optimal_threshold(u, log_base, gain=gain))
+        m = float(shaping.optimal_threshold(u, log_base=log_base, gain=gain))
         assert (f[grid < m] > 0).all()
         assert (f[grid > m] < 0).all()
 
 
 def test_stackelberg_T3_monotone_in_the_gain_from_the_mean_to_the_maximum():
     log_base, u = random(6, 50, 12)
-    path = shaping.optimal_threshold(u, log_base, gain=np.linspace(0, 40, 81)[:, None])
+    path = shaping.optimal_threshold(u, log_base=log_base, gain=np.linspace(0, 40, 81)[:, None])
     assert (jnp.diff(path, axis=0) >= -1e-14).all()
     np.testing.assert_allclose(path[0], (jnp.exp(log_base) * u).sum(-1), rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(path[-1], u.max(-1), atol=1e-10)
@@ -274,7 +279,10 @@ def test_stackelberg_T3_monotone_in_the_gain_from_the_mean_to_the_maximum():
 def test_stackelberg_T3_equivariance_order_and_weights_as_repeats():
     log_base, u = random(7, 12)
     for gain in (0.7, 5.0, 90.0):
-        find = functools.partial(shaping.optimal_threshold, gain=gain)
+
+        def find(u, log_base=None, gain=gain):
+            return shaping.optimal_threshold(u, log_base=log_base, gain=gain)
+
         m = find(u, log_base)
         for scale, shift in ((3.0, -7.0), (1e-6, 2.0), (1e8, 0.0)):
             np.testing.assert_allclose(find(scale * u + shift, log_base), scale * m + shift, rtol=1e-12)
@@ -290,9 +298,9 @@ def test_stackelberg_T3_equivariance_order_and_weights_as_repeats():
 def test_max_gain_caps_explicitly():
     log_base, u = random(8, 3, 6)
     gain = jnp.array([0.5, 2.0, 50.0])
-    capped = shaping.optimal_threshold(u, log_base, gain=gain, max_gain=2.0)
-    np.testing.assert_array_equal(capped, shaping.optimal_threshold(u, log_base, gain=jnp.minimum(gain, 2.0)))
-    assert capped[2] < shaping.optimal_threshold(u, log_base, gain=gain)[2]
+    capped = shaping.optimal_threshold(u, log_base=log_base, gain=gain, max_gain=2.0)
+    np.testing.assert_array_equal(capped, shaping.optimal_threshold(u, log_base=log_base, gain=jnp.minimum(gain, 2.0)))
+    assert capped[2] < shaping.optimal_threshold(u, log_base=log_base, gain=gain)[2]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -302,7 +310,7 @@ def test_identical_utilities_are_their_own_threshold_and_get_no_reward(value, dt
     for gain in (0.0, 1.0, 1e4):
         find = lambda u, g: shaping.optimal_threshold(u, gain=g)  # noqa: E731
         assert find(u, gain) == u[0]
-        assert (shaping.threshold_reward(u, find(u, gain), bound=2.0) == 0).all()
+        assert (shaping.threshold_reward(u, threshold=find(u, gain), bound=2.0) == 0).all()
         assert all(np.isfinite(g).all() for g in jax.grad(find, argnums=(0, 1))(u, jnp.asarray(gain, dtype)))
     assert shaping.optimal_threshold(u[:1], gain=3.0) == u[0]
 
@@ -322,7 +330,9 @@ def test_stackelberg_T4_no_reward_in_the_box_exceeds_the_kl_bound():
     gain = rng.uniform(0.01, 12, 5000)
     inside = gain[:, None] * rng.uniform(size=u.shape)
     corner = gain[:, None] * (rng.uniform(size=u.shape) < 0.4)
-    threshold = shaping.threshold_reward(u, shaping.optimal_threshold(u, log_base, gain=gain), bound=gain)
+    threshold = shaping.threshold_reward(
+        u, threshold=shaping.optimal_threshold(u, log_base=log_base, gain=gain), bound=gain
+    )
     for reward in (inside, corner, threshold):
         share = gibbs.kl(gibbs.log_policy(log_base, reward, beta=1.0), log_base) / shaping.kl_bound(gain)
         assert share.max() <= 1 + 1e-9

@@ -56,7 +56,7 @@ BASELINES = {
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_by_hand(name):
     shape, expected = BASELINES[name]
-    np.testing.assert_allclose(shape(U, REFERENCE), expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(shape(U, reference=REFERENCE), expected, rtol=1e-12, atol=1e-14)
     # Two prompts, in float32.
     rows = [np.stack([x, x]).astype(np.float32) for x in (U, REFERENCE)]
     np.testing.assert_allclose(jax.jit(shape)(*rows), [expected] * 2, rtol=1e-5, atol=1e-6)
@@ -85,8 +85,8 @@ def test_bounds_may_differ_over_prompts():
         functools.partial(shaping.stackelberg, beta=1.0),
         functools.partial(shaping.stackelberg, beta=1.0, range_factor=0.5),
     ):
-        each = [shape(u[i], reference[i], bound=bound[i]) for i in range(2)]
-        np.testing.assert_allclose(shape(u, reference, bound=bound), each)
+        each = [shape(u[i], reference=reference[i], bound=bound[i]) for i in range(2)]
+        np.testing.assert_allclose(shape(u, reference=reference, bound=bound), each)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,23 @@ def test_bounds_may_differ_over_prompts():
         ("gain: expected", lambda: shaping.optimal_threshold(jnp.zeros(3), gain=-1.0)),
         ("gain: expected", lambda: shaping.optimal_threshold(jnp.zeros(3), gain=jnp.nan)),
         ("gain: expected", lambda: shaping.kl_bound(-0.1)),
-        ("log_base: expected a resp", lambda: shaping.optimal_threshold(jnp.zeros(2), jnp.full(2, -jnp.inf), gain=1.0)),
-        ("log_base: expected log", lambda: shaping.optimal_threshold(jnp.zeros(2), jnp.array([0, jnp.nan]), gain=1.0)),
-        ("log_base: expected log", lambda: shaping.optimal_threshold(jnp.zeros(2), jnp.array([0, jnp.inf]), gain=1.0)),
-        ("bound: expected", lambda: shaping.threshold_reward(jnp.zeros(3), 0.0, bound=0.0)),
-        ("bound: expected", lambda: shaping.soft_threshold_reward(jnp.zeros(3), 0.0, bound=-1.0, sharpness=1.0)),
+        (
+            "log_base: expected a resp",
+            lambda: shaping.optimal_threshold(jnp.zeros(2), log_base=jnp.full(2, -jnp.inf), gain=1.0),
+        ),
+        (
+            "log_base: expected log",
+            lambda: shaping.optimal_threshold(jnp.zeros(2), log_base=jnp.array([0, jnp.nan]), gain=1.0),
+        ),
+        (
+            "log_base: expected log",
+            lambda: shaping.optimal_threshold(jnp.zeros(2), log_base=jnp.array([0, jnp.inf]), gain=1.0),
+        ),
+        ("bound: expected", lambda: shaping.threshold_reward(jnp.zeros(3), threshold=0.0, bound=0.0)),
+        (
+            "bound: expected",
+            lambda: shaping.soft_threshold_reward(jnp.zeros(3), threshold=0.0, bound=-1.0, sharpness=1.0),
+        ),
         ("beta: expected", lambda: shaping.exceedance_soft_value(0.5, bound=1.0, beta=0.0)),
     ],
 )
@@ -125,7 +137,7 @@ def test_bad_input_is_named(field, call):
     ],
 )
 def test_bad_input_is_nan_under_jit_and_only_in_its_row(utility, log_base, gain):
-    find = jax.jit(lambda u, w, g: shaping.optimal_threshold(u, w, gain=g))
+    find = jax.jit(lambda u, w, g: shaping.optimal_threshold(u, log_base=w, gain=g))
     good = ([0.0, 1.0, 2.0], [0.0, 0.0, 0.0], 1.0)
     found = find(*(jnp.asarray(pair, jnp.float32) for pair in zip(good, (utility, log_base, gain), strict=True)))
     assert np.isfinite(found[0])

@@ -20,13 +20,13 @@ def _float64():
 
 
 def soft_utility(u, log_base, gain, sharpness):
-    m = shaping.optimal_threshold(u, log_base, gain=gain)
-    return delivered(shaping.soft_threshold_reward(u, m, bound=gain, sharpness=sharpness), u, log_base)
+    m = shaping.optimal_threshold(u, log_base=log_base, gain=gain)
+    return delivered(shaping.soft_threshold_reward(u, threshold=m, bound=gain, sharpness=sharpness), u, log_base)
 
 
 def test_stackelberg_T5_the_soft_reward_runs_from_the_base_to_the_hard_threshold():
     log_base, u = random(10, 200, 8)
-    best = shaping.optimal_threshold(u, log_base, gain=2.0)
+    best = shaping.optimal_threshold(u, log_base=log_base, gain=2.0)
     np.testing.assert_allclose(soft_utility(u, log_base, 2.0, 0.0), gibbs.utility(log_base, u), atol=1e-13)
     np.testing.assert_allclose(soft_utility(u, log_base, 2.0, 1e9), best, atol=1e-9)
     assert (soft_utility(u, log_base, 2.0, np.geomspace(1e-3, 1e4, 30)[:, None]) <= best + 1e-12).all()
@@ -52,16 +52,18 @@ def test_stackelberg_T6_beats_the_raw_reward_if_its_range_is_within_the_bound():
     # By hand: a bound of 0.1 moves little, the unbounded raw reward much.
     base, two = jnp.log(jnp.array([0.5, 0.5])), jnp.array([0.0, 3.0])
     assert delivered(two, two, base) > 2.8
-    assert shaping.optimal_threshold(two, base, gain=0.1) < 1.6
+    assert shaping.optimal_threshold(two, log_base=base, gain=0.1) < 1.6
 
 
 def threshold_on_tree(seed: int, gain: float, dtype="float64"):
     """(log_ref [S,V], utility, base law, indicator of u > m [M], p(sz) [S,V])."""
     log_ref, u = (x.astype(dtype) for x in exact.tables(TREE, seed))
     base = tree.response_log_prob(TREE, log_ref)
-    exceeds = shaping.threshold_reward(u, shaping.optimal_threshold(u, base, gain=gain), bound=np.ones((), dtype))
+    exceeds = shaping.threshold_reward(
+        u, threshold=shaping.optimal_threshold(u, log_base=base, gain=gain), bound=np.ones((), dtype)
+    )
     p = tree.value(TREE, log_ref, exceeds)
-    return log_ref, u, base, exceeds, jnp.clip(tree.q_values(TREE, p, exceeds), 0, 1)
+    return log_ref, u, base, exceeds, jnp.clip(tree.q_values(TREE, p, reward=exceeds), 0, 1)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-6), ("float64", 3e-15)])
@@ -115,23 +117,26 @@ def test_stackelberg_T7_the_exponential_lies_below_its_chord():
 def test_stackelberg_T7_mixture_and_rejection_follow_the_optimal_law(gain):
     log_base, u = random(13, 9)
     base = np.exp(log_base)
-    m = shaping.optimal_threshold(u, log_base, gain=gain)
+    m = shaping.optimal_threshold(u, log_base=log_base, gain=gain)
     above = np.asarray(u > m)
     wanted = np.exp(gibbs.log_policy(log_base, gain * above, beta=1.0))
     for unnormalised in (log_base, log_base + 3.0):
-        share, exceed, log_norm = shaping.mixture(u, unnormalised, m, gain=gain)
+        share, exceed, log_norm = shaping.mixture(u, log_base=unnormalised, threshold=m, gain=gain)
         np.testing.assert_allclose(exceed, base[above].sum(), rtol=1e-13)
         np.testing.assert_allclose((1 - share) * base + share * base * above / exceed, wanted, atol=1e-14)
         np.testing.assert_allclose(log_norm, np.log(1 + np.expm1(gain) * exceed), rtol=1e-12, atol=1e-15)
-    kept = base * np.exp(shaping.accept_log_prob(u, m, gain=gain))
+    kept = base * np.exp(shaping.accept_log_prob(u, threshold=m, gain=gain))
     np.testing.assert_allclose(kept / kept.sum(), wanted, atol=1e-14)
     np.testing.assert_allclose(np.log(kept.sum()), log_norm - gain, rtol=1e-12, atol=1e-14)
 
 
 def test_mixture_of_samples_and_of_responses_none_or_all_of_which_exceed():
     u = jnp.array([0.0, 1.0, 2.0, 3.0])
-    np.testing.assert_allclose(shaping.mixture(u, None, 1.5, gain=2.0).exceed, 0.5)
-    none, every = shaping.mixture(u, None, 9.0, gain=2.0), shaping.mixture(u, None, -1.0, gain=2.0)
+    np.testing.assert_allclose(shaping.mixture(u, log_base=None, threshold=1.5, gain=2.0).exceed, 0.5)
+    none, every = (
+        shaping.mixture(u, log_base=None, threshold=9.0, gain=2.0),
+        shaping.mixture(u, log_base=None, threshold=-1.0, gain=2.0),
+    )
     np.testing.assert_allclose([none.share, none.exceed, none.log_norm], 0, atol=1e-15)
     np.testing.assert_allclose([every.share, every.exceed, every.log_norm], [1 - np.exp(-2), 1, 2])
 
@@ -141,13 +146,13 @@ def test_stackelberg_T8_error_of_the_estimate_is_bounded_and_its_loss_is_of_seco
         log_base, u = random(seed, 40)
         gain = (0.5, 2.0, 4.0)[seed % 3]
         sample = np.random.default_rng(seed).choice(u, 15, p=np.exp(log_base))
-        true = float(shaping.optimal_threshold(u, log_base, gain=gain))
+        true = float(shaping.optimal_threshold(u, log_base=log_base, gain=gain))
         found = float(shaping.optimal_threshold(sample, gain=gain))
         # The difference is piecewise linear: its supremum is at a utility.
         gap = scaled_f(u, sample, np.zeros(15), gain) - scaled_f(u, u, log_base, gain)
         assert abs(found - true) <= np.exp(gain) * np.abs(gap).max() + 1e-12
-        loss = true - delivered(shaping.threshold_reward(u, found, bound=gain), u, log_base)
-        z = np.exp(shaping.mixture(u, log_base, found, gain=gain).log_norm)
+        loss = true - delivered(shaping.threshold_reward(u, threshold=found, bound=gain), u, log_base)
+        z = np.exp(shaping.mixture(u, log_base=log_base, threshold=found, gain=gain).log_norm)
         low, high = min(found, true), max(found, true)
         between = np.exp(log_base)[(u >= low) & (u <= high)].sum()
         assert -1e-12 <= loss <= np.expm1(gain) / z * (high - low) * between + 1e-12
@@ -156,8 +161,8 @@ def test_stackelberg_T8_error_of_the_estimate_is_bounded_and_its_loss_is_of_seco
 def test_stackelberg_T9_at_equal_kl_the_tilt_is_never_behind_the_threshold():
     log_base, u = random(14, 400, 50)
     gain = jnp.tile(jnp.array([0.5, 1.0, 2.0, 3.0]), 100)
-    m = shaping.optimal_threshold(u, log_base, gain=gain)
-    reward = shaping.threshold_reward(u, m, bound=gain)
+    m = shaping.optimal_threshold(u, log_base=log_base, gain=gain)
+    reward = shaping.threshold_reward(u, threshold=m, bound=gain)
     budget = gibbs.kl(gibbs.log_policy(log_base, reward, beta=1.0), log_base)
     tilted = gibbs.utility(gibbs.log_policy(log_base, u, beta=gibbs.match_kl(log_base, u, kl=budget)), u)
     assert (tilted >= m).all()
@@ -181,12 +186,12 @@ def test_stackelberg_T9_numbers_of_a_gaussian_utility(gain, threshold, kl, tilt)
 
 def test_stackelberg_T10_minmax_is_the_raw_reward_where_its_bound_does_not_bind():
     log_base, u = random(15, 20, 10)
-    free = shaping.minmax(u, u, bound=1e3, range_factor=1.01)
+    free = shaping.minmax(u, reference=u, bound=1e3, range_factor=1.01)
     np.testing.assert_allclose(free - 1.01 * u, (free - 1.01 * u)[:, :1] * jnp.ones(10), atol=1e-12)
     np.testing.assert_allclose(
         gibbs.log_policy(log_base, free, beta=0.7), gibbs.log_policy(log_base, 1.01 * u, beta=0.7), atol=1e-12
     )
-    bound = shaping.minmax(u, u, bound=0.5, range_factor=1.01)
+    bound = shaping.minmax(u, reference=u, bound=0.5, range_factor=1.01)
     np.testing.assert_allclose(bound.max(-1) - bound.min(-1), 0.5, rtol=1e-12)
     gap = gibbs.log_policy(log_base, bound, beta=0.7) - gibbs.log_policy(log_base, 1.01 * u, beta=0.7)
     assert (jnp.abs(gap).max(-1) > 0.1).all()

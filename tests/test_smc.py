@@ -145,7 +145,7 @@ def test_smc_with_the_exact_soft_value_every_weight_is_z():
     """Zero variance, in float64 to 1e-11: no resampling, ESS = N, and KL is that of the optimum in the mean."""
     with jax.enable_x64(True):
         base, reward = exact.tables(TREE, 1)
-        soft = tree.q_values(TREE, tree.soft_value(TREE, base, reward, beta=BETA), reward)
+        soft = tree.q_values(TREE, tree.soft_value(TREE, base, reward, beta=BETA), reward=reward)
         found = run(LEVEL, {"policy": base, "critic": soft, "beta": BETA}, reward, count=64, n=4, below=1 - 1e-9)
         log_z = jax.nn.logsumexp(tree.response_log_prob(TREE, base) + reward / BETA)
         np.testing.assert_allclose(found.log_weight, np.full((64, 4), log_z), atol=1e-11)
@@ -192,7 +192,7 @@ def test_smc_pick_is_drawn_by_the_weights():
     1 − 1e-6 quantile. With a bad critic and 4 particles it is nearer to the optimum than the proposal is."""
     base, reward = exact.tables(TREE, 4)
     target = np.exp(tree.optimal_log_prob(TREE, base, reward, beta=BETA))
-    soft = tree.q_values(TREE, tree.soft_value(TREE, base, reward, beta=BETA), reward)
+    soft = tree.q_values(TREE, tree.soft_value(TREE, base, reward, beta=BETA), reward=reward)
     found = run(LEVEL, {"policy": base, "critic": soft, "beta": BETA}, reward, count=6000, n=4, below=0.5)
     assert chi_square(index_of(TREE, found.pick), target) < 56
     bad, _, _ = estimates("level", 1.0)

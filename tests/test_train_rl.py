@@ -165,7 +165,7 @@ def test_a_run_writes_a_language_model_and_says_reward_and_kl_before_and_after(n
         spec, adapter = models.load_adapter(tmp_path / "run/adapter", lm)
         merged = models.lora.merge(before, adapter, spec)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), params, merged)
-        expected = advantages.adapt_beta(rows[0]["beta"], rows[0]["kl"], target=0.5)
+        expected = advantages.adapt_beta(rows[0]["beta"], kl=rows[0]["kl"], target=0.5)
         assert rows[1]["beta"] == pytest.approx(float(expected), rel=1e-6)
         assert rows[1]["beta"] < rows[0]["beta"]
 

@@ -88,7 +88,7 @@ def by_enumeration(t: tree.Tree, log_law: np.ndarray, f: np.ndarray) -> np.ndarr
 
 
 def transfer_table(t, log_ref, reward, beta) -> jax.Array:
-    return tree.q_values(t, tree.transfer_value(t, log_ref, reward, beta=beta), reward)
+    return tree.q_values(t, tree.transfer_value(t, log_ref, reward, beta=beta), reward=reward)
 
 
 def decoded(t, log_ref, q, beta) -> np.ndarray:
@@ -109,7 +109,7 @@ def assert_within(found, truth, error) -> None:
 def test_transfer_q_Q1_roll_outs_enumeration_and_backward_induction_agree():
     log_ref, reward = exact.tables(TREE, 0)
     baseline = tree.optimal_policy(TREE, log_ref, reward, beta=0.7)
-    truth = tree.q_values(TREE, tree.value(TREE, baseline, reward), reward)
+    truth = tree.q_values(TREE, tree.value(TREE, baseline, reward), reward=reward)
     np.testing.assert_allclose(truth, transfer_table(TREE, log_ref, reward, 0.7), atol=1e-12)
     law = np.asarray(tree.response_log_prob(TREE, baseline))
     r = np.asarray(reward)
@@ -128,7 +128,7 @@ def test_transfer_q_Q1_roll_outs_enumeration_and_backward_induction_agree():
 def test_transfer_q_Q1_exact_for_a_deterministic_baseline():
     reward = exact.tables(TREE, 1)[1]
     baseline = deterministic(TREE, exact.tables(TREE, 2)[0])
-    truth = tree.q_values(TREE, tree.value(TREE, baseline, reward), reward)
+    truth = tree.q_values(TREE, tree.value(TREE, baseline, reward), reward=reward)
     states, found = at_all_states(TREE, direct(TREE, 1), {"baseline": baseline, "reward": reward})
     np.testing.assert_allclose(found, truth[states], atol=1e-12)
 
@@ -136,7 +136,7 @@ def test_transfer_q_Q1_exact_for_a_deterministic_baseline():
 def test_transfer_q_Q1_a_tilted_policy_as_the_baseline():
     """The tilt by the exact soft value is pi*: the same draws, so the same estimate, as from its table."""
     log_ref, reward = exact.tables(TREE, 3)
-    soft = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=0.6), reward)
+    soft = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=0.6), reward=reward)
     tilted = exact.tilt(TREE, tree.critic(TREE, "level"))
     critic = critics.transfer_q(tilted, tree.reward(TREE), eos_ids=(0,), rollouts=20)
     params = {"baseline": {"policy": log_ref, "critic": soft, "beta": jnp.asarray(0.6)}, "reward": reward}
@@ -169,7 +169,7 @@ def test_transfer_q_Q2_order_of_the_values_and_the_kl_of_the_future(beta):
 
 def test_transfer_q_Q3_a_wide_beta_gives_controlled_decoding():
     log_ref, reward = exact.tables(TREE, 4)
-    cd = tree.q_values(TREE, tree.value(TREE, log_ref, reward), reward)
+    cd = tree.q_values(TREE, tree.value(TREE, log_ref, reward), reward=reward)
     wide = transfer_table(TREE, log_ref, reward, 1e8)
     np.testing.assert_allclose(wide[TREE.alive], cd[TREE.alive], atol=1e-7)
     np.testing.assert_allclose(decoded(TREE, log_ref, wide, 0.5), decoded(TREE, log_ref, cd, 0.5), atol=1e-6)
@@ -191,7 +191,7 @@ def test_transfer_q_Q3_a_narrow_beta_gives_the_largest_reward():
     np.testing.assert_allclose(narrow[TREE.alive], best[TREE.alive], atol=1e-6)
     baseline = deterministic(TREE, tree.optimal_policy(TREE, log_ref, reward, beta=1e-4))
     found = exact.tilted_law(TREE, log_ref, direct(TREE, 1), {"baseline": baseline, "reward": reward}, beta=0.8)
-    expected = decoded(TREE, log_ref, tree.q_values(TREE, best, reward), 0.8)
+    expected = decoded(TREE, log_ref, tree.q_values(TREE, best, reward=reward), 0.8)
     np.testing.assert_allclose(found, expected, atol=1e-11)
 
 
@@ -245,7 +245,7 @@ def test_transfer_q_Q5_Q6_weights_give_the_targets_value_at_every_prefix(name):
     assert error[states].max() > 1e-3
     assert_within(found, truth[states], error[states])
     # Without weights it is the baseline's value, which is another.
-    plain = np.asarray(tree.q_values(TREE, tree.value(TREE, baseline, reward), reward))
+    plain = np.asarray(tree.q_values(TREE, tree.value(TREE, baseline, reward), reward=reward))
     assert np.abs(plain - truth)[states].max() > 10 * error[states].max()
 
 

@@ -114,7 +114,7 @@ def test_transfer_q_Q9_limits_of_the_decoders_weight():
     for seed in range(5):
         log_ref, reward = exact.tables(TREE, seed)
         baseline = exact.tables(TREE, seed + 20)[0]
-        q = tree.q_values(TREE, tree.value(TREE, baseline, reward), reward)
+        q = tree.q_values(TREE, tree.value(TREE, baseline, reward), reward=reward)
         earned = np.exp(decoded(TREE, log_ref, q, 1e-3)) @ np.asarray(reward)
         assert earned >= float(tree.value(TREE, baseline, reward)[0]) - 1e-10
     found = exact.tilted_law(TREE, log_ref, direct(TREE, 3), {"baseline": baseline, "reward": reward}, beta=1e10)
@@ -153,7 +153,7 @@ def test_transfer_q_Q11_not_the_optimum_beyond_one_step(beta):
     target = exact.gibbs_law(base, reward, beta)
     law = decoded(TREE, log_ref, transfer_table(TREE, log_ref, reward, beta), beta)
     assert exact.total_variation(law, target) > 1e-3
-    soft = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=beta), reward)
+    soft = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=beta), reward=reward)
     assert exact.total_variation(decoded(TREE, log_ref, soft, beta), target) < 1e-11
 
 
@@ -164,7 +164,7 @@ def test_transfer_q_Q12_interpolated_policies():
         log_ref, reward = exact.tables(t, 18)
         baseline = tree.optimal_policy(t, log_ref, reward, beta=beta)
         soft = tree.soft_value(t, log_ref, reward, beta=beta)
-        advantage = tree.q_values(t, soft, reward) - soft[:, None]
+        advantage = tree.q_values(t, soft, reward=reward) - soft[:, None]
         np.testing.assert_allclose((beta * (baseline - log_ref))[t.alive], advantage[t.alive], atol=1e-11)
         base = tree.response_log_prob(t, log_ref)
         ratio = tree.critic(t, "increment")

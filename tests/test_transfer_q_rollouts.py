@@ -132,7 +132,7 @@ def test_transfer_q_tilts_to_one_policy_for_each_key():
     params = {"baseline": exact.tables(TREE, 2)[0], "reward": reward}
     law = exact.tilted_law(TREE, base, tabular(), params, beta=0.5)
     np.testing.assert_allclose(np.exp(law).sum(), 1, rtol=1e-5)
-    truth = tree.q_values(TREE, tree.value(TREE, params["baseline"], reward), reward)
+    truth = tree.q_values(TREE, tree.value(TREE, params["baseline"], reward), reward=reward)
     assert exact.total_variation(law, exact.tilted_law(TREE, base, tree.critic(TREE, "level"), truth, beta=0.5)) > 0.01
 
 

@@ -131,7 +131,7 @@ def test_the_soft_tilt_multiplies_up_to_the_gibbs_law(t):
         log_base = tree.response_log_prob(t, log_ref)
         np.testing.assert_allclose(law, exact.gibbs_law(log_base, reward, beta), atol=1e-11)
         np.testing.assert_allclose(tree.step_kl(t, policy, log_ref).sum(), tree.sequence_kl(law, log_base), rtol=1e-10)
-        np.testing.assert_allclose(tree.expected(law, reward), tree.value(t, policy, reward)[0], rtol=1e-10)
+        np.testing.assert_allclose(tree.expected(law, values=reward), tree.value(t, policy, reward)[0], rtol=1e-10)
 
 
 def test_state_probabilities_and_greedy_response():
@@ -157,8 +157,8 @@ def test_win_rates_against_double_sums():
     p, q, r = np.exp(log_p), np.exp(log_q), np.asarray(reward)
     for ties in (0.0, 0.5, 1.0):
         wins = (r[:, None] > r[None]) + ties * (r[:, None] == r[None])
-        np.testing.assert_allclose(tree.win_rate(log_p, log_q, reward, ties=ties), p @ wins @ q, rtol=1e-12)
-    np.testing.assert_allclose(tree.win_rate(log_p, log_p, reward), 0.5, rtol=1e-12)
+        np.testing.assert_allclose(tree.win_rate(log_p, log_q, reward=reward, ties=ties), p @ wins @ q, rtol=1e-12)
+    np.testing.assert_allclose(tree.win_rate(log_p, log_p, reward=reward), 0.5, rtol=1e-12)
 
 
 def brute_best_of_n(law: np.ndarray, score: np.ndarray, n: int) -> np.ndarray:
@@ -180,12 +180,12 @@ def test_best_and_worst_of_n_laws_with_ties(n):
     assert len(np.unique(score)) < len(score)
     law = np.exp(log_law)
     np.testing.assert_allclose(
-        np.exp(tree.best_of_n_law(log_law, score, n)), brute_best_of_n(law, np.asarray(score), n), atol=1e-13
+        np.exp(tree.best_of_n_law(log_law, score=score, n=n)), brute_best_of_n(law, np.asarray(score), n), atol=1e-13
     )
     np.testing.assert_allclose(
-        np.exp(tree.worst_of_n_law(log_law, score, n)), brute_best_of_n(law, -np.asarray(score), n), atol=1e-13
+        np.exp(tree.worst_of_n_law(log_law, score=score, n=n)), brute_best_of_n(law, -np.asarray(score), n), atol=1e-13
     )
-    kl = tree.sequence_kl(tree.best_of_n_law(log_law, score, n), log_law)
+    kl = tree.sequence_kl(tree.best_of_n_law(log_law, score=score, n=n), log_law)
     assert float(kl) <= float(tree.best_of_n_bound(n)) + 1e-12
 
 
@@ -201,8 +201,8 @@ def test_selecting_laws_keep_their_digits_in_float32(seed):
     def laws(dtype):
         base, r, v = (x.astype(dtype) for x in (log_ref, reward, value))
         log_base = tree.response_log_prob(t, base)
-        blocks = tree.blockwise_law(t, base, v, r, candidates=8, block=2)
-        return [tree.best_of_n_law(log_base, r, 16), tree.worst_of_n_law(log_base, r, 16), blocks]
+        blocks = tree.blockwise_law(t, base, state_score=v, reward=r, num_samples=8, block_size=2)
+        return [tree.best_of_n_law(log_base, score=r, n=16), tree.worst_of_n_law(log_base, score=r, n=16), blocks]
 
     for found, exact_law in zip(laws(jnp.float32), laws(jnp.float64), strict=True):
         assert found.dtype == jnp.float32
@@ -214,15 +214,17 @@ def test_selecting_laws_keep_their_digits_in_float32(seed):
 
 def test_selecting_laws_where_the_base_has_no_mass():
     log_law = jnp.log(jnp.array([0.5, 0.0, 0.5, 0.0]))
-    law = tree.best_of_n_law(log_law, jnp.array([0.0, 1.0, 2.0, 3.0]), 2)
+    law = tree.best_of_n_law(log_law, score=jnp.array([0.0, 1.0, 2.0, 3.0]), n=2)
     np.testing.assert_allclose(np.exp(law), [0.25, 0, 0.75, 0], atol=1e-15)
-    gradient = jax.grad(lambda x: jnp.exp(tree.best_of_n_law(x, jnp.array([0.0, 1.0, 2.0, 3.0]), 2))[2])(log_law)
+    gradient = jax.grad(lambda x: jnp.exp(tree.best_of_n_law(x, score=jnp.array([0.0, 1.0, 2.0, 3.0]), n=2))[2])(
+        log_law
+    )
     assert np.isfinite(gradient).all()
 
 
 def test_nan_in_a_law_shows():
     law = jnp.log(jnp.array([0.5, jnp.nan, 0.5]))
-    assert np.isnan(tree.expected(law, jnp.ones(3)))
+    assert np.isnan(tree.expected(law, values=jnp.ones(3)))
     assert np.isnan(tree.sequence_kl(law, jnp.log(jnp.ones(3) / 3)))
 
 
@@ -274,7 +276,7 @@ def test_cd_T10_blockwise_law():
     log_ref, reward = exact.tables(t, 10)
     value = tree.value(t, log_ref, reward)
     log_base = tree.response_log_prob(t, log_ref)
-    law = np.exp(tree.blockwise_law(t, log_ref, value, reward, candidates=3, block=2))
+    law = np.exp(tree.blockwise_law(t, log_ref, state_score=value, reward=reward, num_samples=3, block_size=2))
 
     tokens, mask = t.responses
     texts = [tuple(row[m].tolist()) for row, m in zip(tokens, mask, strict=True)]
@@ -297,11 +299,13 @@ def test_cd_T10_blockwise_law():
     decode((), 1.0)
     np.testing.assert_allclose(law, expected, atol=1e-13)
     np.testing.assert_allclose(
-        tree.blockwise_law(t, log_ref, value, reward, candidates=1, block=2), log_base, atol=1e-12
+        tree.blockwise_law(t, log_ref, state_score=value, reward=reward, num_samples=1, block_size=2),
+        log_base,
+        atol=1e-12,
     )
     np.testing.assert_allclose(
-        np.exp(tree.blockwise_law(t, log_ref, value, reward, candidates=3, block=4)),
-        np.exp(tree.best_of_n_law(log_base, reward, 3)),
+        np.exp(tree.blockwise_law(t, log_ref, state_score=value, reward=reward, num_samples=3, block_size=4)),
+        np.exp(tree.best_of_n_law(log_base, score=reward, n=3)),
         atol=1e-12,
     )
     assert law @ np.asarray(reward) >= value[0]
@@ -315,12 +319,12 @@ def test_cd_T10_the_bound_on_the_kl_needs_its_ceiling():
         value = tree.value(t, log_ref, reward)
         log_base = tree.response_log_prob(t, log_ref)
         for block in (2, 3):
-            law = tree.blockwise_law(t, log_ref, value, reward, candidates=4, block=block)
+            law = tree.blockwise_law(t, log_ref, state_score=value, reward=reward, num_samples=4, block_size=block)
             kl = float(tree.sequence_kl(law, log_base))
-            assert kl <= float(tree.blockwise_bound(t, law, candidates=4, block=block)) + 1e-9
+            assert kl <= float(tree.blockwise_bound(t, law, num_samples=4, block_size=block)) + 1e-9
             length = t.responses[1].sum(axis=1)
             broken |= kl > float(np.exp(law) @ (length / block)) * float(tree.best_of_n_bound(4))
-            assert float(tree.expected(law, reward)) >= float(value[0]) - 1e-9
+            assert float(tree.expected(law, values=reward)) >= float(value[0]) - 1e-9
     assert broken
 
 
@@ -329,10 +333,10 @@ def test_cd_T12_continuous_rewards_approach_the_bound_from_below():
     log_base = tree.response_log_prob(t, jnp.full((t.num_states, 8), -np.log(8.0)))
     reward = exact.tables(t, 0)[1]
     for n in (2, 4, 8):
-        law = tree.best_of_n_law(log_base, reward, n)
+        law = tree.best_of_n_law(log_base, score=reward, n=n)
         kl, bound = float(tree.sequence_kl(law, log_base)), float(tree.best_of_n_bound(n))
         assert bound - 0.01 < kl <= bound + 1e-12
-        np.testing.assert_allclose(tree.win_rate(law, log_base, reward), n / (n + 1), atol=1e-3)
+        np.testing.assert_allclose(tree.win_rate(law, log_base, reward=reward), n / (n + 1), atol=1e-3)
 
 
 def test_the_tabular_policy_samples_its_law():
@@ -383,5 +387,6 @@ def test_bad_trees_are_named():
     for arguments, field in (((1, 2), "vocab_size"), ((3, 0), "horizon"), ((3, 2, 3), "eos_id"), ((9, 9), "horizon")):
         with pytest.raises(ValueError, match=field):
             tree.Tree(*arguments)
-    with pytest.raises(ValueError, match="candidates"):
-        tree.blockwise_law(RAGGED, *[jnp.zeros(1)] * 3, candidates=0, block=1)
+    none = jnp.zeros(1)
+    with pytest.raises(ValueError, match="num_samples"):
+        tree.blockwise_law(RAGGED, none, state_score=none, reward=none, num_samples=0, block_size=1)

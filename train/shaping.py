@@ -108,7 +108,7 @@ def amortised(lm: models.LanguageModel, *, gain: float) -> Loss:
         found = thresholds(lm, params, batch)
         exact = shaping.optimal_threshold(batch["utility"], gain=gain)
         each = shaping.expectile_loss(
-            jnp.broadcast_to(found[:, None], batch["utility"].shape), batch["utility"], gain=gain
+            jnp.broadcast_to(found[:, None], batch["utility"].shape), utility=batch["utility"], gain=gain
         )
         error = jnp.abs(found - exact).mean()
         return each.mean(), LossAux(jnp.asarray(found.shape[0]), {"error": error})
@@ -134,7 +134,7 @@ def utilities(config: Config, rewards: dict[str, np.ndarray], utility: np.ndarra
     beside it the base's mean and the threshold on the true utility, the most that any reward within the bound gives."""
     base = np.zeros_like(utility)
     found = {
-        name: np.asarray(shaping.leader_utility(reward, utility, base, beta=config.beta))
+        name: np.asarray(shaping.leader_utility(base, reward, utility=utility, beta=config.beta))
         for name, reward in rewards.items()
     }
     best = shaping.optimal_threshold(utility, gain=config.bound / config.beta)
@@ -185,7 +185,7 @@ def _reward_model(
     # The start is bound·sigmoid(score); the score itself, spread over [0, bound] by the range of a prompt's roll-outs:
     share = np.clip(before / config.bound, 1e-6, 1 - 1e-6)
     raw = np.log(share / (1 - share))
-    spread = np.asarray(shaping.minmax(raw, raw, bound=config.bound))
+    spread = np.asarray(shaping.minmax(raw, reference=raw, bound=config.bound))
     delivered = utilities(config, {"leader": after, "start": before, "start_minmax": spread}, utility)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     ess = np.asarray(shaping.effective_samples(after, beta=config.beta))
@@ -200,22 +200,24 @@ def _network(
     utility = _validation(config, data)
     network = shaping.MonotoneShaping(config.bound)
     reference, weighed = utility[:, ::2], utility[:, 1::2]
-    start = network.init(jax.random.key(config.seed), weighed, reference)
+    start = network.init(jax.random.key(config.seed), weighed, reference=reference)
 
     def loss(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         known, asked = batch["utility"][:, ::2], batch["utility"][:, 1::2]
-        reward = network.apply(params, asked, known)
+        reward = network.apply(params, asked, reference=known)
         assert isinstance(reward, jax.Array)
-        delivered = shaping.leader_utility(reward, asked, jnp.zeros_like(asked), beta=config.beta)
+        delivered = shaping.leader_utility(jnp.zeros_like(asked), reward, utility=asked, beta=config.beta)
         ess = shaping.effective_samples(reward, beta=config.beta)
         metrics = {"utility": delivered.mean(), "effective_samples": ess.mean()}
         return -delivered.mean(), LossAux(jnp.asarray(asked.shape[0]), metrics)
 
     pad = lambda rows: collate_prompts(config, rows)  # noqa: E731
     params = common.run(config, begin._replace(params=start), data, loss, pad, stage="leader", out=out)
-    reward = np.asarray(network.apply(params, weighed, reference))
+    reward = np.asarray(network.apply(params, weighed, reference=reference))
     gain = config.bound / config.beta
-    sampled = shaping.threshold_reward(weighed, shaping.optimal_threshold(reference, gain=gain), bound=config.bound)
+    sampled = shaping.threshold_reward(
+        weighed, threshold=shaping.optimal_threshold(reference, gain=gain), bound=config.bound
+    )
     delivered = utilities(config, {"leader": reward, "sampled_threshold": np.asarray(sampled)}, weighed)
     ess = np.asarray(shaping.effective_samples(reward, beta=config.beta))
     flat = {"/".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -241,7 +243,7 @@ def _amortise(
     exact = np.asarray(shaping.optimal_threshold(utility, gain=gain))
     constant = np.median(shaping.optimal_threshold(np.asarray([row.utility for row in data.train]), gain=gain))
     paid = {
-        name: np.asarray(shaping.threshold_reward(utility, m, bound=config.bound))
+        name: np.asarray(shaping.threshold_reward(utility, threshold=m, bound=config.bound))
         for name, m in (("leader", found), ("constant", np.full_like(found, constant)))
     }
     error, half = common.interval(np.abs(found - exact))

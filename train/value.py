@@ -128,9 +128,11 @@ def shaped(config: Config, found: list[rollouts.Rollout]) -> list[Row]:
     utility = np.asarray([[row.reward for row in rows] for rows in groups], np.float32)
     threshold = shaping.optimal_threshold(utility, gain=config.bound / config.beta)
     if config.sharpness:
-        paid = shaping.soft_threshold_reward(utility, threshold, bound=config.bound, sharpness=config.sharpness)
+        paid = shaping.soft_threshold_reward(
+            utility, threshold=threshold, bound=config.bound, sharpness=config.sharpness
+        )
     else:
-        paid = shaping.threshold_reward(utility, threshold, bound=config.bound)
+        paid = shaping.threshold_reward(utility, threshold=threshold, bound=config.bound)
     return [
         Row(row.prompt, row.response, r, row.reward, m)
         for rows, rewards, m in zip(groups, np.asarray(paid).tolist(), np.asarray(threshold).tolist(), strict=True)

@@ -38,11 +38,11 @@ def run(config: Config) -> list[dict[str, Any]]:
         gain = np.exp(rng.uniform(np.log(0.1), np.log(config.largest), config.cases))
         utility = rng.normal(size=size)
         log_base = jax.nn.log_softmax(rng.uniform(0, 6, (config.cases, 1)) * rng.normal(size=size))
-        m = shaping.optimal_threshold(utility, log_base, gain=gain)
+        m = shaping.optimal_threshold(utility, log_base=log_base, gain=gain)
         rewards: dict[str, Any] = {
             "uniform in the box": rng.uniform(size=size) * gain[:, None],
             "corners of the box": (rng.uniform(size=size) < 0.4) * gain[:, None],
-            "threshold": shaping.threshold_reward(utility, m, bound=gain),
+            "threshold": shaping.threshold_reward(utility, threshold=m, bound=gain),
         }
         limit = shaping.kl_bound(gain)
         kls = {

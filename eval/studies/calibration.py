@@ -78,14 +78,18 @@ def finite_tables(config: Options, prompts: Prompts) -> list[dict[str, Any]]:
     rows = []
     for size in (*config.tables, None):
         row: dict[str, Any] = {"samples K": "exact" if size is None else str(size)}
-        c = infalign.mid_rank(base, prompts.rank)
+        c = infalign.mid_rank(base, rank=prompts.rank)
         if size is not None:
             law = np.asarray(base) / np.asarray(base).sum(-1, keepdims=True)
             drawn = np.stack([rng.choice(config.outcomes, size, p=p) for p in law])
-            c = infalign.calibrate(prompts.reward, jnp.take_along_axis(prompts.reward, jnp.asarray(drawn), axis=-1))
+            c = infalign.calibrate(
+                prompts.reward, reference=jnp.take_along_axis(prompts.reward, jnp.asarray(drawn), axis=-1)
+            )
         for goal, (text, procedure) in GOALS.items():
-            policy = jnp.exp(at_mean_kl(prompts.log_base, infalign.parse(text)(c), kl=config.mean_kl))
-            row |= common.estimate(goal, infalign.procedure_win_rate(policy, base, prompts.rank, procedure))
+            policy = jnp.exp(at_mean_kl(prompts.log_base, infalign.parse_transform(text)(c), kl=config.mean_kl))
+            row |= common.estimate(
+                goal, infalign.procedure_win_rate(policy, base=base, rank=prompts.rank, procedure=procedure)
+            )
         rows.append(row)
     return rows
 
@@ -97,11 +101,15 @@ def equal_mean_kl(config: Options, prompts: Prompts) -> list[dict[str, Any]]:
     raw = prompts.reward * np.exp(rng.normal(size=(config.prompts, 1)))
     mean = (base * raw).sum(-1, keepdims=True)
     deviation = jnp.sqrt((base * (raw - mean) ** 2).sum(-1, keepdims=True))
-    rewards = {"raw": raw, "z-score": (raw - mean) / deviation, "calibrated": infalign.mid_rank(base, prompts.rank)}
+    rewards = {
+        "raw": raw,
+        "z-score": (raw - mean) / deviation,
+        "calibrated": infalign.mid_rank(base, rank=prompts.rank),
+    }
     rows = []
     for name, reward in rewards.items():
         policy = at_mean_kl(prompts.log_base, reward, kl=config.mean_kl)
         kl = gibbs.kl(policy, prompts.log_base)
-        found = common.estimate("win rate alone", infalign.win_rate(jnp.exp(policy), base, prompts.rank))
+        found = common.estimate("win rate alone", infalign.win_rate(jnp.exp(policy), against=base, rank=prompts.rank))
         rows.append({"reward at one beta": name} | found | {"mean KL": float(kl.mean()), "largest KL": float(kl.max())})
     return rows

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxalign import _io, infalign, metrics, shaping
-from jaxalign.types import Array
+from jaxalign.types import Array, ArrayLike
 
 from ..bench.common import device
 
@@ -70,22 +70,28 @@ def check(options: Options) -> None:
 def shapes(bound: float, beta: float, *, sharpness: float) -> dict[str, Shape]:
     """Every shaping at one bound and one KL weight of the follower. Calibrated rewards (InfAlign) run from 0 to the
     bound; "calibrated, threshold" is the leader's answer when quantiles are its utility."""
-    ranks, exponential = infalign.calibrate, infalign.parse("exp:10")
+    exponential = infalign.parse_transform("exp:10")
+
+    def ranks(u: ArrayLike, reference: ArrayLike) -> Array:
+        return infalign.calibrate(u, reference=reference)
+
     return {
-        "raw": shaping.raw,
-        "Minmax": lambda u, reference: shaping.minmax(u, reference, bound=bound),
-        "Meanstd": shaping.meanstd,
-        "Cap": lambda u, reference: shaping.cap(u, reference, bound=bound),
-        "mean sigmoid": lambda u, ref: shaping.mean_sigmoid(u, ref, bound=bound, sharpness=sharpness),
-        "log sigmoid": shaping.log_sigmoid,
-        "PAR": shaping.preference_as_reward,
+        "raw": lambda u, reference: shaping.raw(u, reference=reference),
+        "Minmax": lambda u, reference: shaping.minmax(u, reference=reference, bound=bound),
+        "Meanstd": lambda u, reference: shaping.meanstd(u, reference=reference),
+        "Cap": lambda u, reference: shaping.cap(u, reference=reference, bound=bound),
+        "mean sigmoid": lambda u, ref: shaping.mean_sigmoid(u, reference=ref, bound=bound, sharpness=sharpness),
+        "log sigmoid": lambda u, reference: shaping.log_sigmoid(u, reference=reference),
+        "PAR": lambda u, reference: shaping.preference_as_reward(u, reference=reference),
         "calibrated": lambda u, reference: bound * ranks(u, reference),
         "calibrated, exp:10": lambda u, reference: bound * exponential(ranks(u, reference)),
         "calibrated, threshold": lambda u, reference: shaping.stackelberg(
-            ranks(u, reference), ranks(reference, reference), bound=bound, beta=beta
+            ranks(u, reference), reference=ranks(reference, reference), bound=bound, beta=beta
         ),
-        "soft threshold": lambda u, ref: shaping.stackelberg(u, ref, bound=bound, beta=beta, sharpness=sharpness),
-        "threshold": lambda u, reference: shaping.stackelberg(u, reference, bound=bound, beta=beta),
+        "soft threshold": lambda u, ref: shaping.stackelberg(
+            u, reference=ref, bound=bound, beta=beta, sharpness=sharpness
+        ),
+        "threshold": lambda u, reference: shaping.stackelberg(u, reference=reference, bound=bound, beta=beta),
     }
 
 

@@ -50,7 +50,7 @@ class Config(calibration.Options):
 
 def transform_of(name: str, n: int, procedure: str) -> infalign.Transform:
     """A transform by its name on a command line; "power" is that of the procedure."""
-    return infalign.parse(f"{'bon' if procedure == 'best_of_n' else 'won'}:{n}" if name == "power" else name)
+    return infalign.parse_transform(f"{'bon' if procedure == 'best_of_n' else 'won'}:{n}" if name == "power" else name)
 
 
 def optimum(procedure: str, n: int, kls: Any) -> tuple[np.ndarray, infalign.Curve]:
@@ -62,7 +62,7 @@ def optimum(procedure: str, n: int, kls: Any) -> tuple[np.ndarray, infalign.Curv
 
     def at(log_beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         """(log KL, residual, curve); repeated to the sweep's length, so that all calls are one program."""
-        found = infalign.optimal_transform(runs, jnp.exp(np.resize(log_beta, len(sweep))), steps=1000)
+        found = infalign.optimal_transform(runs, beta=jnp.exp(np.resize(log_beta, len(sweep))), steps=1000)
         rates = [np.asarray(x)[: len(log_beta)] for x in infalign.curve(found.log_policy, n=n)]
         return np.log(rates[0]), np.asarray(found.residual)[: len(log_beta)], rates
 
@@ -90,8 +90,8 @@ def curves(procedure: str, n: int, kls: Any, names: Sequence[str]) -> dict[str, 
             found[name] = optimum(procedure, n, kls)
             continue
         transform = transform_of(name, n, procedure)
-        beta = infalign.match_kl(transform, jnp.asarray(kls))
-        found[name] = (beta, infalign.tilted_curve(transform, beta, n=n))
+        beta = infalign.match_kl(transform, kl=jnp.asarray(kls))
+        found[name] = (beta, infalign.tilted_curve(transform, beta=beta, n=n))
     return found
 
 
@@ -124,7 +124,7 @@ def _by_exponent(a: Array, kls: Array, *, procedure: str, n: int) -> Array:
                 return jnp.expm1(-a * c) / jnp.expm1(-a)
             return jnp.exp(a * (c - 1)) * jnp.expm1(-a * c) / jnp.expm1(-a)
 
-        return getattr(infalign.tilted_curve(transform, infalign.match_kl(transform, kls), n=n), procedure)
+        return getattr(infalign.tilted_curve(transform, beta=infalign.match_kl(transform, kl=kls), n=n), procedure)
 
     return jax.vmap(of)(a)
 

@@ -84,7 +84,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         utility = jnp.asarray(found.proxy)
         uniform = jnp.full(utility.shape, -np.log(config.samples))
         threshold = shaping.optimal_threshold(utility, gain=config.bound / beta)
-        shaped = shaping.threshold_reward(utility, threshold, bound=config.bound)
+        shaped = shaping.threshold_reward(utility, threshold=threshold, bound=config.bound)
         # log pi(y)/base(y) = r(y)/beta − log Z, Z from the base samples.
         log_z = {
             name: np.asarray(gibbs.log_partition(uniform, reward, beta=beta))[:, None]
@@ -97,7 +97,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         sweep = []
         for bound in config.bounds:
             m = shaping.optimal_threshold(utility, gain=bound / beta)
-            policy = gibbs.log_policy(uniform, shaping.threshold_reward(utility, m, bound=bound), beta=beta)
+            policy = gibbs.log_policy(uniform, shaping.threshold_reward(utility, threshold=m, bound=bound), beta=beta)
             row = {"sweep": "predicted", "bound": bound} | summary("threshold", f"{bound:g}", predicted(policy, found))
             sweep.append(row | {"effective_samples": float(jnp.exp(-jax.nn.logsumexp(2 * policy, axis=-1)).mean())})
     table = np.zeros(len(world.prompts), np.float32)

@@ -54,16 +54,16 @@ def run(config: Config) -> list[dict[str, Any]]:
             rng = np.random.default_rng([config.seed, k])
             gold = jnp.asarray(rng.normal(size=shape))
             proxy = gold + config.scale * jnp.asarray(draw(rng, shape))
-            par = shaping.preference_as_reward(proxy, proxy[:, : config.samples])
-            ranks = infalign.calibrate(proxy, proxy[:, : config.samples])
+            par = shaping.preference_as_reward(proxy, reference=proxy[:, : config.samples])
+            ranks = infalign.calibrate(proxy, reference=proxy[:, : config.samples])
             for gain in config.gains:
-                m = shaping.optimal_threshold(proxy, log_base, gain=gain)
-                policy = gibbs.log_policy(log_base, shaping.threshold_reward(proxy, m, bound=gain), beta=1.0)
+                m = shaping.optimal_threshold(proxy, log_base=log_base, gain=gain)
+                policy = gibbs.log_policy(log_base, shaping.threshold_reward(proxy, threshold=m, bound=gain), beta=1.0)
                 budget = gibbs.kl(policy, log_base)
-                soft = shaping.soft_threshold_reward(proxy, m, bound=1.0, sharpness=config.sharpness)
+                soft = shaping.soft_threshold_reward(proxy, threshold=m, bound=1.0, sharpness=config.sharpness)
                 policies = {"threshold": policy}
-                rank = shaping.optimal_threshold(ranks, log_base, gain=gain)
-                above = shaping.threshold_reward(ranks, rank, bound=1.0)
+                rank = shaping.optimal_threshold(ranks, log_base=log_base, gain=gain)
+                above = shaping.threshold_reward(ranks, threshold=rank, bound=1.0)
                 scaled = {"raw": proxy, "soft threshold": soft, "PAR": par, "calibrated": ranks}
                 for name, reward in (scaled | {"calibrated, threshold": above}).items():
                     beta = gibbs.match_kl(log_base, reward, kl=budget)

@@ -21,12 +21,12 @@ def closed_form(text: str, kl: np.ndarray, n: int) -> tuple[np.ndarray, infalign
         best = kind == "bon_fp"
         beta, _ = closed.optimum("best_of_n" if best else "worst_of_n", int(its_n), kl)
         runs = (infalign.best_of if best else infalign.worst_of)(int(its_n))
-        found = infalign.optimal_transform(runs, np.nan_to_num(beta, nan=1.0))
+        found = infalign.optimal_transform(runs, beta=np.nan_to_num(beta, nan=1.0))
         rates = infalign.curve(found.log_policy, n=n)
         return beta, jax.device_get(jax.tree.map(lambda x: jnp.where(np.isnan(beta), jnp.nan, x), rates))
-    phi = infalign.parse(text)
-    beta = np.asarray(infalign.match_kl(phi, jnp.asarray(kl)))
-    return beta, jax.device_get(infalign.tilted_curve(phi, beta, n=n))
+    phi = infalign.parse_transform(text)
+    beta = np.asarray(infalign.match_kl(phi, kl=jnp.asarray(kl)))
+    return beta, jax.device_get(infalign.tilted_curve(phi, beta=beta, n=n))
 
 
 def beta_for(reward: np.ndarray, kl: float) -> float:

@@ -78,7 +78,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     if config.n < 2:
         raise ValueError(f"n: expected at least 2, found {config.n}")
     for text in config.transforms:
-        infalign.parse(text, beta=1.0)
+        infalign.parse_transform(text, beta=1.0)
     for name in config.baselines:
         if name not in baselines.CURVES:
             raise ValueError(f"baselines: expected some of {', '.join(baselines.CURVES)}, found {name!r}")
@@ -164,21 +164,21 @@ def _plan(config: Config, own: np.ndarray) -> list[Run]:
     middle = sorted(config.kls)[len(config.kls) // 2]
     for label in config.ablation:
         transform = label.removeprefix("raw").strip()
-        paid = np.asarray(infalign.parse(transform)(1 / (1 + np.exp(-own))) if transform else own, np.float64)
+        paid = np.asarray(infalign.parse_transform(transform)(1 / (1 + np.exp(-own))) if transform else own, np.float64)
         plan.append(Run(label, middle, predictions.beta_for(paid, middle), False, transform))
     return plan
 
 
 def compared(found: Drawn, base: Drawn, config: Config) -> dict[str, np.ndarray]:
     """Per prompt: KL, gold, and the win rates over the base with and without the procedure."""
-    rates = metrics.selection_win_rates(found.reward, base.reward)
+    rates = metrics.selection_win_rates(found.reward, base_reward=base.reward)
     return {
         "kl": found.kl.mean(axis=1),
         "win_rate": rates.best_of_n[:, 0],
         "best_of_n": rates.best_of_n[:, config.n - 1],
         "worst_of_n": rates.worst_of_n[:, config.n - 1],
         "gold": found.gold.mean(axis=1),
-        "gold_win_rate": metrics.selection_win_rates(found.gold, base.gold).best_of_n[:, 0],
+        "gold_win_rate": metrics.selection_win_rates(found.gold, base_reward=base.gold).best_of_n[:, 0],
     }
 
 

@@ -72,8 +72,8 @@ def equal_beta(config: Config, log_base: Array, utility: Array, reference: Array
     for bound, beta in itertools.product(config.bounds, config.betas):
         every = common.shapes(bound, beta, sharpness=config.sharpness)
         rewards = {name: shape(utility, reference) for name, shape in every.items()}
-        best = shaping.optimal_threshold(utility, log_base, gain=bound / beta)
-        rewards["optimum"] = shaping.threshold_reward(utility, best, bound=bound)
+        best = shaping.optimal_threshold(utility, log_base=log_base, gain=bound / beta)
+        rewards["optimum"] = shaping.threshold_reward(utility, threshold=best, bound=bound)
         raw, _ = answers(log_base, utility, utility, beta)
         for name, reward in rewards.items():
             got, kl = answers(log_base, reward, utility, beta)
@@ -90,8 +90,8 @@ def equal_kl(config: Config, log_base: Array, utility: Array, reference: Array) 
     gains = jnp.geomspace(0.02, 30.0, 300)[:, None]
     # Shapings differ from the reward that they scale by more than a factor; the bound and beta only enter thresholds.
     every = common.shapes(config.bounds[-1], 1.0, sharpness=config.sharpness)
-    path = shaping.optimal_threshold(utility, log_base, gain=gains)
-    reward = shaping.threshold_reward(jnp.broadcast_to(utility, (300, *utility.shape)), path, bound=gains)
+    path = shaping.optimal_threshold(utility, log_base=log_base, gain=gains)
+    reward = shaping.threshold_reward(jnp.broadcast_to(utility, (300, *utility.shape)), threshold=path, bound=gains)
     got, kl = answers(log_base, reward, utility, 1.0)
     rows = []
     for budget in config.budgets:
@@ -118,17 +118,17 @@ def decoders(config: Config, t: tree.Tree, log_ref: Array, utility: Array, log_b
     def one(w: Array, u: Array, p: Array) -> dict[str, tuple[Array, Array]]:
         def token_rule(q: Array) -> tuple[Array, Array]:
             law = tree.response_log_prob(t, tree.tilted_policy(w, q, beta=1.0))
-            return tree.expected(law, u), tree.sequence_kl(law, p)
+            return tree.expected(law, values=u), tree.sequence_kl(law, p)
 
-        cd = lambda r: token_rule(tree.q_values(t, tree.value(t, w, r), r))  # noqa: E731
-        m = shaping.optimal_threshold(u, p, gain=gain)
-        exceeds = shaping.threshold_reward(u, m, bound=1.0)
-        share = tree.q_values(t, tree.value(t, w, exceeds), exceeds)
+        cd = lambda r: token_rule(tree.q_values(t, tree.value(t, w, r), reward=r))  # noqa: E731
+        m = shaping.optimal_threshold(u, log_base=p, gain=gain)
+        exceeds = shaping.threshold_reward(u, threshold=m, bound=1.0)
+        share = tree.q_values(t, tree.value(t, w, exceeds), reward=exceeds)
         chance = jnp.clip(share, 1e-12, 1 - 1e-12)
-        soft = shaping.soft_threshold_reward(u, m, bound=gain, sharpness=config.sharpness)
+        soft = shaping.soft_threshold_reward(u, threshold=m, bound=gain, sharpness=config.sharpness)
         low, high = u.min(), u.max()
         return {
-            "base": (tree.expected(p, u), jnp.zeros(())),
+            "base": (tree.expected(p, values=u), jnp.zeros(())),
             "threshold, exact follower": answers(p, gain * exceeds, u, 1.0),
             "threshold, exceedance head": token_rule(
                 shaping.exceedance_log_weight(jnp.log(chance) - jnp.log1p(-chance), gain=gain)

@@ -111,7 +111,7 @@ def shaped_over_candidates(
     def shape(bound: Array, q: Array, log_prob: Array) -> Array:
         if range_factor is not None:
             bound = jnp.minimum(bound, range_factor * (q.max(axis=-1) - q.min(axis=-1)))
-        threshold = shaping.optimal_threshold(q, log_prob, gain=bound / beta, max_gain=max_gain)
+        threshold = shaping.optimal_threshold(q, log_base=log_prob, gain=bound / beta, max_gain=max_gain)
         # Scores that are all equal leave no range and no signal.
         above = q > threshold[:, None] if sharpness is None else jax.nn.sigmoid(sharpness * (q - threshold[:, None]))
         return bound[:, None] * above

@@ -145,7 +145,7 @@ def blockwise(
         return decoding.blockwise(setting.base, critic, both, rng, prompts, **options), {}
 
     def kl(host: Completions, told: Extra, b: int) -> float:
-        return float(metrics.blockwise_kl_bound(np.asarray(host.mask[b]), block, candidates))
+        return float(metrics.blockwise_kl_bound(np.asarray(host.mask[b]), block_size=block, num_samples=candidates))
 
     def forwards(prompt: int, length: int, told: dict[str, float]) -> float:
         each = per_token(prompt, length) if callable(per_token) else (per_token or 1.0)

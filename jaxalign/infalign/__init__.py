@@ -19,7 +19,6 @@ from jaxalign.infalign.curves import (
     tilted_curve,
 )
 from jaxalign.infalign.fixed_point import FixedPoint, bon_fp, optimal_reward, optimal_transform, solve, won_fp
-from jaxalign.infalign.forms import fixed_transform, needs_beta, parse
 from jaxalign.infalign.levels import (
     Sampled,
     enumerated,
@@ -33,6 +32,7 @@ from jaxalign.infalign.levels import (
     win_rate,
     win_rate_gradient,
 )
+from jaxalign.infalign.parsing import fixed_transform, needs_beta, parse_transform
 from jaxalign.infalign.procedures import Procedure, best_of, none, worst_of
 from jaxalign.infalign.transforms import (
     Transform,
@@ -75,7 +75,7 @@ __all__ = [
     "none",
     "optimal_reward",
     "optimal_transform",
-    "parse",
+    "parse_transform",
     "procedure_win_rate",
     "ranks",
     "rule_win_rate",

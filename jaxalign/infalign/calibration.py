@@ -19,8 +19,8 @@ from jaxalign.types import Array, ArrayLike
 
 def calibrate(
     reward: ArrayLike,
-    reference: ArrayLike,
     *,
+    reference: ArrayLike,
     width: ArrayLike | None = None,
     smooth: bool = False,
     is_sorted: bool = False,

@@ -96,7 +96,7 @@ def curve_kl(log_policy: ArrayLike) -> Array:
     return (jnp.exp(log_base) * (d * jnp.exp(d) - jnp.expm1(d))).sum(axis=-1)
 
 
-def tilted_curve(transform: Transform, beta: ArrayLike, *, n: int = 4) -> Curve:
+def tilted_curve(transform: Transform, *, beta: ArrayLike, n: int = 4) -> Curve:
     """KL and win rates of pi ∝ base·exp(Phi(C)/beta), each of beta's shape [...]: f(c) = exp(Phi(c)/beta)/∫, F its
     integral; W = 1 − ∫ F, W_BoN = 1 − N·∫ c^(N−1)·F^N, W_WoN = N·∫ (1 − c)^(N−1)·(1 − F)^N.
 
@@ -120,7 +120,7 @@ def _curve(log_policy: Array, best: Procedure, worst: Procedure) -> Curve:
     return Curve(curve_kl(log_policy), *(curve_win_rate(jnp.exp(log_policy), p) for p in (none(), best, worst)))
 
 
-def match_kl(transform: Transform, kl: ArrayLike) -> Array:
+def match_kl(transform: Transform, *, kl: ArrayLike) -> Array:
     """The beta [...] at which the policy tilted by Phi(C) has this KL [nats] to its base, differentiable in kl and in
     what Phi depends on.
 

@@ -43,8 +43,8 @@ class FixedPoint(NamedTuple):
 def solve(
     win_rate: WinRate,
     log_base: ArrayLike,
-    beta: ArrayLike,
     *arguments: ArrayLike,
+    beta: ArrayLike,
     start: ArrayLike | None = None,
     steps: int = 4000,
     tolerance: float | None = None,
@@ -133,13 +133,13 @@ def _solve(
     return FixedPoint(reward, found.log_policy, found.objective, residual, found.taken)
 
 
-def optimal_transform(procedure: Procedure, beta: ArrayLike, *, steps: int = 4000) -> FixedPoint:
+def optimal_transform(procedure: Procedure, *, beta: ArrayLike, steps: int = 4000) -> FixedPoint:
     """The optimal transform of a calibrated reward without ties, on the points c [M] of `curves.grid()`:
     Phi*(v) = −∫_v^1 g(c)·g(F(c)) dc, F the quantile law of the policy it tilts to; the same for every base, reward and
     prompt. `FixedPoint` [...,M], beta > 0 [...]; `transforms.tabulated(grid().c, reward)` makes it a transform.
     """
     beta = at_least_float32(beta)
-    return solve(_on_grid(procedure), curves.grid(beta.dtype).log_base, beta, steps=steps)
+    return solve(_on_grid(procedure), curves.grid(beta.dtype).log_base, beta=beta, steps=steps)
 
 
 @functools.cache
@@ -147,35 +147,37 @@ def _on_grid(procedure: Procedure) -> WinRate:
     return lambda prob: curves.curve_win_rate(prob, procedure)
 
 
-def bon_fp(n: int, beta: ArrayLike) -> FixedPoint:
+def bon_fp(n: int, *, beta: ArrayLike) -> FixedPoint:
     """The optimal transform for best-of-N: Phi*(v) = −N²·∫_v^1 (c·F)^(N−1) dc; v − 1 at N = 1; towards
     N²/(2N−1)·c^(2N−1) as beta -> inf."""
-    return optimal_transform(best_of(n), beta)
+    return optimal_transform(best_of(n), beta=beta)
 
 
-def won_fp(n: int, beta: ArrayLike) -> FixedPoint:
+def won_fp(n: int, *, beta: ArrayLike) -> FixedPoint:
     """The optimal transform for worst-of-N: Phi*(v) = −N²·∫_v^1 ((1 − c)·(1 − F))^(N−1) dc; v − 1 at N = 1; towards
     −N²/(2N−1)·(1 − c)^(2N−1) as beta -> inf."""
-    return optimal_transform(worst_of(n), beta)
+    return optimal_transform(worst_of(n), beta=beta)
 
 
 def optimal_reward(
     log_base: ArrayLike,
+    *,
     rank: ArrayLike,
     procedure: Procedure,
     beta: ArrayLike,
-    *,
-    judge: ArrayLike | None = None,
+    selection_rank: ArrayLike | None = None,
     steps: int = 4000,
 ) -> FixedPoint:
     """The same over M outcomes with ties, [...,M]: log_base [M] in nats, rank [M] of each outcome by reward
-    (`levels.ranks`), judge: the ranks by which the procedure picks, where it is not by the reward itself. vmap-able
-    over prompts."""
+    (`levels.ranks`), selection_rank: the ranks by which the procedure picks, where it is not by the reward itself.
+    vmap-able over prompts."""
     log_base = at_least_float32(log_base)
-    judges = () if judge is None else (judge,)
-    return solve(_on_levels(procedure), log_base, beta, jax.nn.softmax(log_base), rank, *judges, steps=steps)
+    others = () if selection_rank is None else (selection_rank,)
+    return solve(_on_levels(procedure), log_base, jax.nn.softmax(log_base), rank, *others, beta=beta, steps=steps)
 
 
 @functools.cache
 def _on_levels(procedure: Procedure) -> WinRate:
-    return lambda prob, base, rank, judge=None: procedure_win_rate(prob, base, rank, procedure, judge=judge)
+    return lambda prob, base, rank, selection_rank=None: procedure_win_rate(
+        prob, base=base, rank=rank, procedure=procedure, selection_rank=selection_rank
+    )

@@ -72,16 +72,16 @@ def _of_each(level: Array, rank: Array) -> Array:
     return jnp.take_along_axis(level, rank, axis=-1)
 
 
-def mid_rank(prob: ArrayLike, rank: ArrayLike) -> Array:
+def mid_rank(prob: ArrayLike, *, rank: ArrayLike) -> Array:
     """C(y) = Pr_z(r(z) < r(y)) + ½·Pr(r(z) = r(y)) for z ~ prob, [...,M]: the exact calibrated reward."""
     mass, rank = _pooled(prob, rank)
     return _of_each(jnp.cumsum(mass, axis=-1) - mass / 2, rank)
 
 
-def selected(prob: ArrayLike, rank: ArrayLike, procedure: Procedure) -> Array:
+def selected(prob: ArrayLike, *, rank: ArrayLike, procedure: Procedure) -> Array:
     """The law [...,M] of what a procedure that ranks by `rank` emits: level k gets G(F_k) − G(F_{k−1}), shared by its
     outcomes in proportion to prob. For best-of-N F_k^N − F_{k−1}^N, for worst-of-N S_k^N − S_{k+1}^N. `rank` may be
-    that of another judge than the one that win rates are counted with."""
+    that of another reward than the one that win rates are counted with."""
     prob = at_least_float32(prob)
     mass, rank = _pooled(prob, rank)
     upto = _upto(mass)
@@ -92,18 +92,24 @@ def selected(prob: ArrayLike, rank: ArrayLike, procedure: Procedure) -> Array:
     return prob * _of_each(jnp.where(small, procedure.density((upto + below) / 2), quotient), rank)
 
 
-def win_rate(emitted: ArrayLike, against: ArrayLike, rank: ArrayLike) -> Array:
+def win_rate(emitted: ArrayLike, *, against: ArrayLike, rank: ArrayLike) -> Array:
     """E[1[r(y) > r(z)] + ½·1[r(y) = r(z)]], y ~ emitted and z ~ against, [...] from laws [...,M]."""
-    return (at_least_float32(emitted) * mid_rank(against, rank)).sum(axis=-1)
+    return (at_least_float32(emitted) * mid_rank(against, rank=rank)).sum(axis=-1)
 
 
 def procedure_win_rate(
-    prob: ArrayLike, base: ArrayLike, rank: ArrayLike, procedure: Procedure, *, judge: ArrayLike | None = None
+    prob: ArrayLike,
+    *,
+    base: ArrayLike,
+    rank: ArrayLike,
+    procedure: Procedure,
+    selection_rank: ArrayLike | None = None,
 ) -> Array:
-    """W^P(pi > base) = Σ_y P(pi)(y)·C_{r,P(base)}(y), [...] from laws [...,M]. judge: the ranks [...,M] by which the
-    procedure picks, where it is not those that win rates are counted with."""
-    if judge is not None:
-        return win_rate(selected(prob, judge, procedure), selected(base, judge, procedure), rank)
+    """W^P(pi > base) = Σ_y P(pi)(y)·C_{r,P(base)}(y), [...] from laws [...,M]. selection_rank: the
+    ranks [...,M] by which the procedure picks, where they are not those that win rates are counted with."""
+    if selection_rank is not None:
+        mine, other = (selected(law, rank=selection_rank, procedure=procedure) for law in (prob, base))
+        return win_rate(mine, against=other, rank=rank)
     middle = _emitted_mid(base, rank, procedure)
     upto = _upto(_pooled(prob, rank)[0])[..., :-1]
     # Σ_k (G(F_k) − G(F_{k−1}))·mid_k, summed by parts.
@@ -116,7 +122,7 @@ def _emitted_mid(base: ArrayLike, rank: ArrayLike, procedure: Procedure) -> Arra
     return (upto + _before(upto)) / 2
 
 
-def win_rate_gradient(prob: ArrayLike, base: ArrayLike, rank: ArrayLike, procedure: Procedure) -> Array:
+def win_rate_gradient(prob: ArrayLike, *, base: ArrayLike, rank: ArrayLike, procedure: Procedure) -> Array:
     """dW^P/dpi(y) up to a constant, [...,M]: −Σ_{k >= level(y)} g(F_k)·(mid_{k+1} − mid_k), mid the mid-ranks of
     P(base). It increases with the level: the transformed reward of the fixed point."""
     mass, rank = _pooled(prob, rank)
@@ -147,10 +153,10 @@ def enumerated(prob: ArrayLike, rule: Rule, n: int) -> Array:
     return jax.ops.segment_sum(weight.reshape(-1), jnp.asarray(drawn.reshape(-1)), num_segments=prob.shape[-1])
 
 
-def rule_win_rate(prob: ArrayLike, base: ArrayLike, rank: ArrayLike, rule: Rule, n: int) -> Array:
+def rule_win_rate(prob: ArrayLike, *, base: ArrayLike, rank: ArrayLike, rule: Rule, n: int) -> Array:
     """W^P(pi > base), [], of any rule that keeps one of N draws, on both sides, from laws [M]. Errors as
     `enumerated`."""
-    return win_rate(enumerated(prob, rule, n), enumerated(base, rule, n), rank)
+    return win_rate(enumerated(prob, rule, n), against=enumerated(base, rule, n), rank=rank)
 
 
 @functools.cache
@@ -171,7 +177,7 @@ class Sampled(NamedTuple):
 
 
 def sampled_win_rate(
-    rng: Array, log_prob: ArrayLike, log_base: ArrayLike, rank: ArrayLike, rule: Rule, n: int, *, pairs: int
+    rng: Array, *, log_prob: ArrayLike, log_base: ArrayLike, rank: ArrayLike, rule: Rule, n: int, pairs: int
 ) -> Sampled:
     """W^P(pi > base) of any rule from `pairs` independent pairs of N draws a side, unbiased, with its interval (normal
     approximation). log_prob, log_base [M], normalised or not; rng: consumed. ValueError for pairs < 2 or n < 1."""

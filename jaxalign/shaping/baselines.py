@@ -1,4 +1,4 @@
-"""What is done to rewards before a decoder sees them, all on one interface: f(utility [...,n], reference [...,K]) ->
+"""What is done to rewards before a decoder sees them, all on one interface: f(utility [...,n], *, reference [...,K]) ->
 reward [...,n], with the scores of K base samples of the same prompt as reference. Bind options with functools.partial.
 
 The statistics could also come from the candidates themselves (the authors' token-level code does that): pass the
@@ -17,15 +17,15 @@ from jaxalign.types import Array, ArrayLike
 _SMALL = 1e-6  # of range and deviation: identical samples give no signal
 
 
-def raw(utility: ArrayLike, reference: ArrayLike) -> Array:
+def raw(utility: ArrayLike, *, reference: ArrayLike) -> Array:
     """r = u."""
     return at_least_float32(utility)
 
 
 def stackelberg(
     utility: ArrayLike,
-    reference: ArrayLike,
     *,
+    reference: ArrayLike,
     bound: ArrayLike,
     beta: ArrayLike,
     sharpness: float | None = None,
@@ -44,11 +44,11 @@ def stackelberg(
         bound = jnp.maximum(bound, jnp.finfo(bound.dtype).tiny)
     threshold = optimal_threshold(reference, gain=bound / beta, max_gain=max_gain)
     if sharpness is None:
-        return threshold_reward(utility, threshold, bound=bound)
-    return soft_threshold_reward(utility, threshold, bound=bound, sharpness=sharpness)
+        return threshold_reward(utility, threshold=threshold, bound=bound)
+    return soft_threshold_reward(utility, threshold=threshold, bound=bound, sharpness=sharpness)
 
 
-def minmax(utility: ArrayLike, reference: ArrayLike, *, bound: ArrayLike, range_factor: float | None = None) -> Array:
+def minmax(utility: ArrayLike, *, reference: ArrayLike, bound: ArrayLike, range_factor: float | None = None) -> Array:
     """r = B·(u − min)/max(range, 1e-6), min and range of the reference. With range_factor B = min(bound,
     range_factor·range): where the bound does not bind that is range_factor·(u − min), the raw reward again."""
     utility, reference = at_least_float32(utility), at_least_float32(reference)
@@ -59,33 +59,33 @@ def minmax(utility: ArrayLike, reference: ArrayLike, *, bound: ArrayLike, range_
     return bound * (utility - low) / jnp.maximum(spread, _SMALL)
 
 
-def meanstd(utility: ArrayLike, reference: ArrayLike) -> Array:
+def meanstd(utility: ArrayLike, *, reference: ArrayLike) -> Array:
     """r = (u − mean)/max(deviation, 1e-6)."""
     utility, reference = at_least_float32(utility), at_least_float32(reference)
     deviation = reference.std(axis=-1, keepdims=True)
     return (utility - reference.mean(axis=-1, keepdims=True)) / jnp.maximum(deviation, _SMALL)
 
 
-def cap(utility: ArrayLike, reference: ArrayLike, *, bound: ArrayLike) -> Array:
+def cap(utility: ArrayLike, *, reference: ArrayLike, bound: ArrayLike) -> Array:
     """r = clip(u − min, 0, bound)."""
     low = at_least_float32(reference).min(axis=-1, keepdims=True)
     return jnp.clip(at_least_float32(utility) - low, 0, column(at_least_float32(bound)))
 
 
-def mean_sigmoid(utility: ArrayLike, reference: ArrayLike, *, bound: ArrayLike, sharpness: float) -> Array:
+def mean_sigmoid(utility: ArrayLike, *, reference: ArrayLike, bound: ArrayLike, sharpness: float) -> Array:
     """r = bound·sigmoid(sharpness·(u − mean)): the soft threshold with its centre at the mean, where the optimal one
     lies above."""
     mean = at_least_float32(reference).mean(axis=-1)
-    return soft_threshold_reward(utility, mean, bound=bound, sharpness=sharpness)
+    return soft_threshold_reward(utility, threshold=mean, bound=bound, sharpness=sharpness)
 
 
-def log_sigmoid(utility: ArrayLike, reference: ArrayLike, *, quantile: float = 0.85) -> Array:
+def log_sigmoid(utility: ArrayLike, *, reference: ArrayLike, quantile: float = 0.85) -> Array:
     """r = log sigmoid(u − reference quantile) (Wang et al., 2024): negative, bounded above by 0, not below."""
     centre = jnp.quantile(at_least_float32(reference), quantile, axis=-1, keepdims=True)
     return jax.nn.log_sigmoid(at_least_float32(utility) - centre)
 
 
-def preference_as_reward(utility: ArrayLike, reference: ArrayLike) -> Array:
+def preference_as_reward(utility: ArrayLike, *, reference: ArrayLike) -> Array:
     """r = mean_j sigmoid(u − u_j): PAR (Fu et al., 2025), the Bradley-Terry win rate over the reference; in (0, 1)."""
     utility, reference = at_least_float32(utility), at_least_float32(reference)
     return jax.nn.sigmoid(utility[..., :, None] - reference[..., None, :]).mean(axis=-1)

@@ -16,7 +16,7 @@ from jaxalign._checks import check_positive
 from jaxalign.types import Array, ArrayLike
 
 
-def leader_utility(reward: ArrayLike, utility: ArrayLike, log_base: ArrayLike, *, beta: ArrayLike) -> Array:
+def leader_utility(log_base: ArrayLike, reward: ArrayLike, *, utility: ArrayLike, beta: ArrayLike) -> Array:
     """U(r) = E_{pi_r}[u], pi_r ∝ base·exp(r/beta): what the leader gets for paying r [...,n], [...].
 
     With n base samples and log_base = zeros it is the self-normalised estimate of the same; see `effective_samples`.
@@ -31,7 +31,7 @@ def effective_samples(reward: ArrayLike, *, beta: ArrayLike) -> Array:
     return jnp.exp(-jax.nn.logsumexp(2 * log_weight, axis=-1))
 
 
-def excess_kl(reward: ArrayLike, log_base: ArrayLike, *, beta: ArrayLike, budget: ArrayLike) -> Array:
+def excess_kl(log_base: ArrayLike, reward: ArrayLike, *, beta: ArrayLike, budget: ArrayLike) -> Array:
     """max(KL(pi_r‖base) − budget, 0), [...] in nats, log_base normalised. As a penalty with a factor above the budget's
     shadow price (in units of u per nat) it holds a leader to the budget exactly."""
     log_base = at_least_float32(log_base)
@@ -47,9 +47,9 @@ class Leader(NamedTuple):
 
 
 def solve_leader(
-    utility: ArrayLike,
     log_base: ArrayLike,
     *,
+    utility: ArrayLike,
     bound: ArrayLike,
     beta: ArrayLike,
     objective: Callable[[Array], Array] | None = None,
@@ -88,10 +88,10 @@ def solve_leader(
 
 
 def _mean_utility(reward: Array, *, utility: ArrayLike, log_base: Array, beta: ArrayLike) -> Array:
-    return leader_utility(reward, utility, log_base, beta=beta).mean()
+    return leader_utility(log_base, reward, utility=utility, beta=beta).mean()
 
 
-def score_function(log_prob: Array, utility: ArrayLike) -> Array:
+def score_function(log_prob: Array, *, utility: ArrayLike) -> Array:
     """A number whose gradient is an unbiased estimate of the gradient of E_pi[u], from N >= 2 draws of pi, [...,N].
 
     mean_i sg(u_i − mean of the others)·log pi(y_i): REINFORCE with the leave-one-out baseline. log_prob [...,N] of

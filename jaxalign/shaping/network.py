@@ -34,7 +34,7 @@ class MonotoneShaping(nn.Module):
     width: int = 32
 
     @nn.compact
-    def __call__(self, utility: Array, reference: Array) -> Array:
+    def __call__(self, utility: Array, *, reference: Array) -> Array:
         """reward [...,n] in [0, bound] of utility [...,n], given base samples' utilities [...,K]."""
         mean, scale, features = statistics(reference)
         hidden = nn.tanh(nn.Dense(self.width)(features))

@@ -21,7 +21,7 @@ ABSENT = -87.0
 
 
 def optimal_threshold(
-    utility: ArrayLike, log_base: ArrayLike | None = None, *, gain: ArrayLike, max_gain: float | None = None
+    utility: ArrayLike, *, log_base: ArrayLike | None = None, gain: ArrayLike, max_gain: float | None = None
 ) -> Array:
     """m* = max over r in [0, bound] of E_{pi_r}[u], [...]: the utility delivered, and the threshold that delivers it.
 
@@ -145,7 +145,7 @@ def _threshold_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> t
     return m, (policy * moved).sum(axis=-1)
 
 
-def threshold_reward(utility: ArrayLike, threshold: ArrayLike, *, bound: ArrayLike) -> Array:
+def threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLike) -> Array:
     """r = bound·1[u > m] (theorem 1), [...,n] from utility [...,n] and threshold [...]. Identical utilities equal their
     threshold and get 0: no signal, no shaping. No gradient in u or m: differentiate `soft_threshold_reward`, or the
     utility delivered. bound > 0, scalar or [...] (ValueError)."""
@@ -154,7 +154,7 @@ def threshold_reward(utility: ArrayLike, threshold: ArrayLike, *, bound: ArrayLi
     return column(bound) * (utility > column(threshold))
 
 
-def soft_threshold_reward(utility: ArrayLike, threshold: ArrayLike, *, bound: ArrayLike, sharpness: ArrayLike) -> Array:
+def soft_threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLike, sharpness: ArrayLike) -> Array:
     """r = bound·sigmoid(sharpness·(u − m)), [...,n]; sharpness [1/units of u] -> inf gives `threshold_reward`, 0 a
     constant. The threshold is the hard one, not solved again."""
     check_positive("bound", bound)
@@ -188,7 +188,7 @@ class Mixture(NamedTuple):
     log_norm: Array
 
 
-def mixture(utility: ArrayLike, log_base: ArrayLike | None, threshold: ArrayLike, *, gain: ArrayLike) -> Mixture:
+def mixture(utility: ArrayLike, *, log_base: ArrayLike | None = None, threshold: ArrayLike, gain: ArrayLike) -> Mixture:
     """The follower's answer to the threshold reward as a mixture of the base and its best part."""
     utility, threshold, gain = map(at_least_float32, (utility, threshold, gain))
     log_base = jnp.zeros_like(utility) if log_base is None else at_least_float32(log_base)
@@ -201,7 +201,7 @@ def mixture(utility: ArrayLike, log_base: ArrayLike | None, threshold: ArrayLike
     return Mixture(-jnp.expm1(-log_norm), exceed, log_norm)
 
 
-def accept_log_prob(utility: ArrayLike, threshold: ArrayLike, *, gain: ArrayLike) -> Array:
+def accept_log_prob(utility: ArrayLike, *, threshold: ArrayLike, gain: ArrayLike) -> Array:
     """log of the probability with which a draw from the base is kept, so that those kept follow pi*: 0 above the
     threshold, −gain elsewhere. [...,n]. See `decoding.rejection`."""
     utility, threshold, gain = map(at_least_float32, (utility, threshold, gain))
@@ -226,7 +226,7 @@ def exceedance_soft_value(p: ArrayLike, *, bound: ArrayLike, beta: ArrayLike) ->
     return beta * jnp.logaddexp(jnp.log1p(-p), bound / beta + jnp.log(p))
 
 
-def expectile_loss(prediction: ArrayLike, utility: ArrayLike, *, gain: ArrayLike) -> Array:
+def expectile_loss(prediction: ArrayLike, *, utility: ArrayLike, gain: ArrayLike) -> Array:
     """½·w·(u − m̂)² elementwise, w = 1 where u >= m̂, else e^−gain: its minimiser over u ~ base is the optimal threshold,
     so that m(x) can be learned from one sample a prompt. prediction, utility: one shape."""
     prediction, utility, gain = map(at_least_float32, (prediction, utility, gain))

@@ -32,7 +32,7 @@ def language_model(lm: Any) -> Loss:
 
     def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         log_prob, target = _response_log_prob(lm, cast(lm, params), batch)
-        return losses.language_model(log_prob, target), LossAux(target.sum(), {})
+        return losses.language_model(log_prob, mask=target), LossAux(target.sum(), {})
 
     return loss
 
@@ -85,9 +85,18 @@ def dpo(
         reference = jax.lax.stop_gradient(log_likelihoods(lm, cast(lm, frozen), both))
         chosen_ref, rejected_ref = jnp.split(reference, 2)
         if objective == "ipo":
-            total = losses.ipo(chosen, rejected, chosen_ref, rejected_ref, beta=beta)
+            total = losses.ipo(
+                chosen, rejected, chosen_log_prob_ref=chosen_ref, rejected_log_prob_ref=rejected_ref, beta=beta
+            )
         else:
-            total = losses.dpo(chosen, rejected, chosen_ref, rejected_ref, beta=beta, label_smoothing=label_smoothing)
+            total = losses.dpo(
+                chosen,
+                rejected,
+                chosen_log_prob_ref=chosen_ref,
+                rejected_log_prob_ref=rejected_ref,
+                beta=beta,
+                label_smoothing=label_smoothing,
+            )
         if likelihood_weight:
             total = (1 - likelihood_weight) * total - likelihood_weight * chosen.mean()
         return _pairs(total, beta * (chosen - chosen_ref), beta * (rejected - rejected_ref))
@@ -148,19 +157,24 @@ def value(
         found = values_of(lm, params, hidden, tokens)
         found = found[:, :-1] if before else found[:, 1:]
         if objective == "fudge":
-            total = losses.fudge(found, reward, drawn)
+            total = losses.fudge(found, reward=reward, mask=drawn)
         elif objective == "td":
-            total = losses.td(found, reward, drawn)
+            total = losses.td(found, reward=reward, mask=drawn)
         elif objective == "pairs":
-            total = losses.last_and_pairs(found, reward, drawn, pair_weight=pair_weight)
+            total = losses.last_and_pairs(found, reward=reward, mask=drawn, pair_weight=pair_weight)
         elif objective == "soft":
             assert beta is not None
-            total = losses.soft_value(found, reward, drawn, beta=beta)
+            total = losses.soft_value(found, reward=reward, mask=drawn, beta=beta)
         elif objective == "exceedance":
-            total = losses.exceedance(found, reward, batch["threshold"], drawn)
+            total = losses.exceedance(found, utility=reward, threshold=batch["threshold"], mask=drawn)
         else:
             below = jax.lax.stop_gradient(base.hidden(cast(base, frozen), tokens, mask=mask))
-            total = losses.cd_q(found, _expected_next(lm, params, base, frozen, hidden, below)[:, 1:], reward, drawn)
+            total = losses.cd_q(
+                found,
+                expected=_expected_next(lm, params, base, frozen, hidden, below)[:, 1:],
+                reward=reward,
+                mask=drawn,
+            )
         last = mdp.last_index(drawn)
         final = jnp.take_along_axis(found, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
         # The weight counts rows with a response: padding rows carry none.
@@ -173,7 +187,7 @@ def value(
             metrics = {"squared_error": (jnp.where(rows, final - reward, 0) ** 2).sum() / count}
         if objective == "soft":
             assert beta is not None
-            share = losses.clipped_share(found, reward, drawn, beta=beta)
+            share = losses.clipped_share(found, reward=reward, mask=drawn, beta=beta)
             metrics["clipped"] = jnp.where(rows, share, 0).sum() / count
         return total * (rows.shape[0] / count), LossAux(rows.sum(), metrics)
 
@@ -196,7 +210,9 @@ def _expected_next(lm: Any, params: Params, base: Any, frozen: Params, hidden: A
     frozen = cast(base, frozen)
 
     def read(hidden: Array, below: Array) -> Array:
-        return losses.expected_next(lm.head(params, hidden), jax.nn.log_softmax(base.logits(frozen, below)))
+        return losses.expected_next(
+            lm.head(params, hidden), log_prob_ref=jax.nn.log_softmax(base.logits(frozen, below))
+        )
 
     return jax.lax.stop_gradient(models.chunked(read, jax.lax.stop_gradient(hidden), below))
 
@@ -215,7 +231,7 @@ def stackelberg(lm: Any, *, beta: float) -> Loss:
     def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         reward = group_rewards(lm, cast(lm, params), batch)
         log_base = batch.get("log_base", jnp.zeros_like(reward))
-        delivered = shaping.leader_utility(reward, batch["utility"], log_base, beta=beta).mean()
+        delivered = shaping.leader_utility(log_base, reward, utility=batch["utility"], beta=beta).mean()
         ess = shaping.effective_samples(reward, beta=beta).mean()
         return -delivered, LossAux(jnp.asarray(reward.shape[0]), {"utility": delivered, "effective_samples": ess})
 

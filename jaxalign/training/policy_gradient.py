@@ -172,13 +172,13 @@ def prepare(
     rows["beta"] = jnp.full(count * n, beta, jnp.float32)
     ratio = rows["old"] - rows["ref"]
     penalty = beta if method.kl == "reward" else jnp.zeros_like(beta)
-    ahead = jnp.zeros_like(ratio) if kl is None else beta * advantages.following(kl, mask)
+    ahead = jnp.zeros_like(ratio) if kl is None else beta * advantages.following(kl, mask=mask)
     if method.algorithm == "ppo":
         if value is None:
             raise ValueError("ppo: expected a model with a value head, found none")
         rows["value"] = jnp.where(mask, value, 0)
-        each = advantages.token_rewards(flat(paid), ratio, mask, beta=penalty) - ahead
-        rows["advantage"], rows["returns"] = advantages.gae(each, rows["value"], mask, decay=method.decay)
+        each = advantages.token_rewards(flat(paid), log_ratio=ratio, mask=mask, beta=penalty) - ahead
+        rows["advantage"], rows["returns"] = advantages.gae(each, value=rows["value"], mask=mask, decay=method.decay)
     elif kl is not None:
         # Against the mean of the prompt's other samples at the same token, which tells nothing of this one.
         later = advantages.to_come(ahead).reshape(count, n, -1)
@@ -224,16 +224,22 @@ def loss(method: Method, read: Read, both: ReadBoth | None = None) -> Loss:
             log_prob, value = read(params, rows)
         else:
             log_prob, value, _, kl = both(params, frozen, rows)
-        total = losses.policy_gradient(log_prob, old, rows["advantage"], mask, clip=method.clip, whole=whole)
+        total = losses.policy_gradient(
+            log_prob, old_log_prob=old, advantage=rows["advantage"], mask=mask, clip=method.clip, whole=whole
+        )
         if both is not None:
             total += rows["beta"].mean() * jnp.where(mask, kl, 0).sum(axis=-1).mean()
         elif method.kl != "reward":
-            total += rows["beta"].mean() * losses.kl_penalty(log_prob, rows["ref"], mask, estimator=method.kl)
-        clipped = losses.clipped_ratios(log_prob, old, mask, clip=method.clip, whole=whole).mean()
+            total += rows["beta"].mean() * losses.kl_penalty(
+                log_prob, log_prob_ref=rows["ref"], mask=mask, estimator=method.kl
+            )
+        clipped = losses.clipped_ratios(log_prob, old_log_prob=old, mask=mask, clip=method.clip, whole=whole).mean()
         metrics = {"clipped": clipped, "drift": jnp.where(mask, old - log_prob, 0).sum(axis=-1).mean()}
         if method.algorithm == "ppo":
             assert value is not None
-            error = losses.clipped_value(value, rows["value"], rows["returns"], mask, clip=method.value_clip)
+            error = losses.clipped_value(
+                value, old_value=rows["value"], returns=rows["returns"], mask=mask, clip=method.value_clip
+            )
             total += method.value_weight * error
             metrics["value_error"] = error
         return total, LossAux(jnp.asarray(mask.shape[0]), metrics)

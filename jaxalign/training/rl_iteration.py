@@ -115,7 +115,7 @@ def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, 
         means = sums[0] if len(sums) == 1 else jax.tree.map(lambda *x: sum(x) / len(x), *sums)
         beta = state.beta
         if config.target_kl:
-            beta = advantages.adapt_beta(beta, metrics["kl"], target=config.target_kl).astype(jnp.float32)
+            beta = advantages.adapt_beta(beta, kl=metrics["kl"], target=config.target_kl).astype(jnp.float32)
         if after is not None:
             jax.block_until_ready(train)
             after({"rollout": rolled - begin, "update": time.perf_counter() - rolled, "tokens": float(mask.sum())})

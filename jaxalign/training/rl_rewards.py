@@ -57,7 +57,7 @@ def check(config: Any) -> None:
             raise ValueError(f"transform: expected {config.transform} with --calibration, which gives it quantiles")
         if solved and config.target_kl:
             raise ValueError(f"transform: expected {config.transform}, solved for one beta, without --target-kl")
-        infalign.check_increasing(infalign.parse(config.transform, beta=config.beta))
+        infalign.check_increasing(infalign.parse_transform(config.transform, beta=config.beta))
     if config.width and config.bound and not config.transform:
         raise ValueError("width: expected with --transform: the threshold alone is on the reward itself")
     for name in ("width", "bound"):
@@ -95,7 +95,7 @@ def _by_row(reward: Reward, count: int) -> Reward:
 
 def _compose(config: Any, begin: job.Start, asked: Sequence[Sequence[int]]) -> Composed:
     raw, raw_params = rollouts.judge(config.reward, begin.lm, begin.tokenizer, dtype=config.dtype)
-    transform = infalign.parse(config.transform, beta=config.beta) if config.transform else None
+    transform = infalign.parse_transform(config.transform, beta=config.beta) if config.transform else None
     if not config.calibration:
         if transform is None:
             return Composed(raw, raw_params, raw, raw_params)
@@ -114,7 +114,7 @@ def _compose(config: Any, begin: job.Start, asked: Sequence[Sequence[int]]) -> C
     reward = rewards.calibrated(raw, transform=transform, width=width, smooth=smooth)
     if config.bound:
         # The base's own samples through the same maps: a sample of the table against its table.
-        own = infalign.calibrate(table, table, width=width, smooth=smooth)
+        own = infalign.calibrate(table, reference=table, width=width, smooth=smooth)
         assert transform is not None
         return Composed(*_shaped(config, reward, params, np.asarray(transform(own))), raw, raw_params)
     return Composed(reward, params, raw, raw_params)

@@ -52,7 +52,7 @@ def policy_of(tree: Tree, log_prob: Array) -> Array:
 
 
 @jax.jit
-def expected(log_prob: Array, values: Array) -> Array:
+def expected(log_prob: Array, *, values: Array) -> Array:
     """E_pi[f] = Σ_y pi(y)·f(y), from [M] and [M]."""
     weight = jnp.exp(at_least_float32(log_prob))
     # Tested for zero, not for positive: a NaN in a law must show in every number that rests on it.
@@ -98,7 +98,7 @@ def greedy_response(tree: Tree, log_policy: Array) -> int:
 
 
 @jax.jit
-def win_rate(log_p: Array, log_q: Array, reward: Array, *, ties: ArrayLike = 0.5) -> Array:
+def win_rate(log_p: Array, log_q: Array, *, reward: Array, ties: ArrayLike = 0.5) -> Array:
     """Pr(r(y) > r(y')) + ties·Pr(r(y) = r(y')), y ~ p and y' ~ q independent, laws [M]."""
     below, at, total = _ranks(jnp.zeros(reward.shape, jnp.int32), reward, jnp.exp(at_least_float32(log_q)))
     return (jnp.exp(log_p) * (below + ties * at) / total).sum()
@@ -146,7 +146,7 @@ def _log_best(log_own: Array, below: Array, at: Array, total: Array, n: ArrayLik
 
 
 @jax.jit
-def best_of_n_law(log_prob: Array, score: Array, n: ArrayLike) -> Array:
+def best_of_n_law(log_prob: Array, *, score: Array, n: ArrayLike) -> Array:
     """log-law [M] of the best of n independent responses by score [M], ties split by their share of the base:
     P(y) = share(y)·(F(<=v)^n − F(<v)^n); −inf where the base has no mass."""
     log_prob = at_least_float32(log_prob)
@@ -155,9 +155,9 @@ def best_of_n_law(log_prob: Array, score: Array, n: ArrayLike) -> Array:
 
 
 @jax.jit
-def worst_of_n_law(log_prob: Array, score: Array, n: ArrayLike) -> Array:
+def worst_of_n_law(log_prob: Array, *, score: Array, n: ArrayLike) -> Array:
     """log-law [M] of the worst of n: the best by the negated score."""
-    return best_of_n_law(log_prob, -score, n)
+    return best_of_n_law(log_prob, score=-score, n=n)
 
 
 def best_of_n_bound(n: ArrayLike) -> Array:
@@ -167,17 +167,17 @@ def best_of_n_bound(n: ArrayLike) -> Array:
 
 
 def blockwise_law(
-    tree: Tree, log_ref: Array, state_score: Array, reward: Array, *, candidates: int, block: int
+    tree: Tree, log_ref: Array, *, state_score: Array, reward: Array, num_samples: int, block_size: int
 ) -> Array:
     """log-law [M] of blockwise best-of-N: repeat {draw N blocks of M tokens from the base, cut at the response's end;
     keep the best by the score of what the block reaches}, ties split by their share.
 
-    state_score [S] scores a state at a block's end, reward [M] a completed response. candidates = N >= 1, block =
-    M >= 1 tokens. block >= horizon is best-of-N by reward; N = 1 is the base.
+    state_score [S] scores a state at a block's end, reward [M] a completed response. num_samples = N >= 1, block_size =
+    M >= 1 tokens. block_size >= horizon is best-of-N by reward; N = 1 is the base.
     """
-    if candidates < 1 or block < 1:
-        raise ValueError(f"candidates, block: expected at least 1 each, found {candidates} and {block}")
-    return _blockwise(tree, log_ref, state_score, reward, candidates, block)
+    if num_samples < 1 or block_size < 1:
+        raise ValueError(f"num_samples, block_size: expected at least 1 each, found {num_samples} and {block_size}")
+    return _blockwise(tree, log_ref, state_score, reward, num_samples, block_size)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -210,8 +210,8 @@ def _blockwise(tree: Tree, log_ref: Array, state_score: Array, reward: Array, ca
     return total
 
 
-def blockwise_bound(tree: Tree, log_prob: Array, *, candidates: int, block: int) -> Array:
+def blockwise_bound(tree: Tree, log_prob: Array, *, num_samples: int, block_size: int) -> Array:
     """E⌈|y|/M⌉·(log N − (N−1)/N) under the decoded law log_prob [M]: an upper bound of its KL to the base. The ceiling
     is needed (arXiv 2310.17022 has it; without it the bound is violated)."""
-    blocks = -(-jnp.asarray(tree.responses[1]).sum(axis=-1) // block)
-    return expected(log_prob, blocks) * best_of_n_bound(candidates)
+    blocks = -(-jnp.asarray(tree.responses[1]).sum(axis=-1) // block_size)
+    return expected(log_prob, values=blocks) * best_of_n_bound(num_samples)

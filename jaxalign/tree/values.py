@@ -41,7 +41,7 @@ def value(tree: Tree, log_policy: Array, reward: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def q_values(tree: Tree, values: Array, reward: Array) -> Array:
+def q_values(tree: Tree, values: Array, *, reward: Array) -> Array:
     """Q(s,z) [S,V] of values V [S]: V(sz), or the reward [M] of the response that z completes."""
     leaf = jnp.asarray(tree.leaf)
     child = jnp.arange(tree.num_states)[:, None] * tree.vocab_size + 1 + jnp.arange(tree.vocab_size)
@@ -69,7 +69,7 @@ def tilted_policy(log_policy: Array, q: Array, *, beta: ArrayLike) -> Array:
 
 def optimal_policy(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
     """The token-level factors [S,V] of the Gibbs optimum: pi*(z|s) = pi_ref(z|s)·exp((V_soft(sz) − V_soft(s))/beta)."""
-    q = q_values(tree, soft_value(tree, log_ref, reward, beta=beta), reward)
+    q = q_values(tree, soft_value(tree, log_ref, reward, beta=beta), reward=reward)
     return tilted_policy(log_ref, q, beta=beta)
 
 

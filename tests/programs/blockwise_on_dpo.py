@@ -19,5 +19,7 @@ def main(dpo, reference, judge, prompts, eos_ids):
         max_new_tokens=5,
         eos_ids=eos_ids,
     )
-    kl = (drawn.log_prob - drawn.log_prob_ref).sum(1) + metrics.blockwise_kl_bound(drawn.mask, block=2, candidates=3)
+    kl = (drawn.log_prob - drawn.log_prob_ref).sum(1) + metrics.blockwise_kl_bound(
+        drawn.mask, block_size=2, num_samples=3
+    )
     return drawn, kl

@@ -11,7 +11,7 @@ def main(base, judge, table, prompts, eos_ids):
     (lm, params), (judge_lm, judged) = base, judge
 
     def place(table, q, log_prob, index):
-        return PHI(infalign.calibrate(q, table[index], is_sorted=True))
+        return PHI(infalign.calibrate(q, reference=table[index], is_sorted=True))
 
     critic = critics.map_scores(critics.args(judge_lm), place)
     return decoding.sample(

@@ -80,7 +80,7 @@ def test_with_all_responses_of_a_tree_the_gradient_is_the_exact_one():
         """E[u] under the token-level factors of the optimum, by backward induction of the soft value."""
         reward = objectives.group_rewards(lm, p, batch)[0]
         law = tree.response_log_prob(t, tree.optimal_policy(t, base, reward, beta=0.6))
-        return tree.expected(law, utility)
+        return tree.expected(law, values=utility)
 
     found = jax.jit(jax.grad(lambda p: -objectives.stackelberg(lm, beta=0.6)(p, batch, None)[0]))(params)
     expected = jax.jit(jax.grad(through_the_tree))(params)
@@ -99,8 +99,8 @@ def test_training_reaches_95_percent_of_the_optimum_where_the_reward_is_free():
     state = training.create(jax.tree.map(jnp.array, params), optimizer)
     for _ in range(300):
         state, metrics = step(state, batch, None)
-    mean = tree.expected(log_base, utility)
-    best = shaping.optimal_threshold(utility, log_base, gain=3.0)
+    mean = tree.expected(log_base, values=utility)
+    best = shaping.optimal_threshold(utility, log_base=log_base, gain=3.0)
     assert (metrics["utility"] - mean) / (best - mean) > 0.95
     assert metrics["utility"] <= best + 1e-5
 
@@ -120,14 +120,14 @@ def test_score_function_and_soft_value_give_one_gradient_on_a_tree():
     law = jnp.exp(tree.optimal_log_prob(t, base, reward, beta=0.8))
 
     def critic_table(r):
-        return tree.q_values(t, tree.soft_value(t, base, r, beta=0.8), r)
+        return tree.q_values(t, tree.soft_value(t, base, r, beta=0.8), reward=r)
 
     def surrogate(r):
         params = {"policy": base, "critic": critic_table(r), "beta": jnp.asarray(0.8)}
         return (law * utility * exact.completions(t, policy, params).log_prob.sum(axis=1)).sum()
 
     def recursion(r):
-        return tree.expected(tree.response_log_prob(t, tree.optimal_policy(t, base, r, beta=0.8)), utility)
+        return tree.expected(tree.response_log_prob(t, tree.optimal_policy(t, base, r, beta=0.8)), values=utility)
 
     closed = law * (utility - (law * utility).sum()) / 0.8
     np.testing.assert_allclose(jax.grad(recursion)(reward), closed, atol=1e-5)
@@ -153,7 +153,7 @@ def test_the_score_function_moves_a_language_models_critic_towards_utility():
         scored = decoding.log_prob(
             policy, arguments | {"critic": critic_params}, jax.random.key(0), prompts, drawn.tokens, drawn.mask
         )
-        return shaping.score_function(scored.log_prob.sum(axis=1), utility[drawn.tokens[:, 0]])
+        return shaping.score_function(scored.log_prob.sum(axis=1), utility=utility[drawn.tokens[:, 0]])
 
     right, found = (jax.jit(jax.grad(f))(q_params) for f in (exact_utility, estimate))
     a, b = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in (right, found))
@@ -165,11 +165,11 @@ def test_the_score_function_moves_a_language_models_critic_towards_utility():
 def test_stackelberg_T11_the_pair_term_is_zero_iff_the_value_is_constant():
     reward, mask = jnp.array([2.0, -1.0]), jnp.array([[True] * 4, [True, True, False, False]])
     constant = jnp.array([[2.0] * 4, [-1.0, -1.0, np.nan, 7.0]])
-    assert losses.last_and_pairs(constant, reward, mask) == 0
+    assert losses.last_and_pairs(constant, reward=reward, mask=mask) == 0
     moved = constant.at[1, 0].set(1.0)
-    np.testing.assert_allclose(losses.last_and_pairs(moved, reward, mask, pair_weight=0.5), 0.5 * 4 / 1 / 2)
-    assert losses.last_and_pairs(moved, reward, mask, pair_weight=0.0) == 0
-    gradient = jax.grad(lambda v: losses.last_and_pairs(v, reward, mask))(moved)
+    np.testing.assert_allclose(losses.last_and_pairs(moved, reward=reward, mask=mask, pair_weight=0.5), 0.5 * 4 / 1 / 2)
+    assert losses.last_and_pairs(moved, reward=reward, mask=mask, pair_weight=0.0) == 0
+    gradient = jax.grad(lambda v: losses.last_and_pairs(v, reward=reward, mask=mask))(moved)
     assert np.isfinite(gradient).all()
     np.testing.assert_array_equal(gradient[1, 2:], 0)
     # No stopped gradient: both neighbours are drawn together.

@@ -64,7 +64,12 @@ def rloo_gradient(params: jax.Array, reference: jax.Array, reward: jax.Array, t:
     old, ref = log_probs(params, t), log_probs(reference, t)
     log_p = old.sum(axis=1)
     advantage = weighted(log_p, rloo_weights(log_p, reward - BETA * (old - ref).sum(axis=1)))
-    loss = lambda p: losses.policy_gradient(log_probs(p, t), old, advantage, mask, clip=0.2, whole=True)  # noqa: E731
+
+    def loss(p: jax.Array) -> jax.Array:
+        return losses.policy_gradient(
+            log_probs(p, t), old_log_prob=old, advantage=advantage, mask=mask, clip=0.2, whole=True
+        )
+
     return -jax.grad(loss)(params)
 
 
@@ -83,7 +88,7 @@ def test_the_mean_gradient_of_ppo_is_that_of_the_regularised_reward(decay, exact
     old, ref = log_probs(params), log_probs(reference)
     log_p = old.sum(axis=1)
     if exact_value:
-        paid = advantages.token_rewards(reward, old - ref, mask, beta=BETA)
+        paid = advantages.token_rewards(reward, log_ratio=old - ref, mask=mask, beta=BETA)
         # The value of a state: the mean of what is still to come over the responses through it.
         to_come = jnp.cumsum(paid[:, ::-1], axis=1)[:, ::-1]
         mass = jnp.where(mask, jnp.exp(log_p)[:, None], 0)
@@ -93,9 +98,9 @@ def test_the_mean_gradient_of_ppo_is_that_of_the_regularised_reward(decay, exact
     else:
         table = jax.random.normal(jax.random.key(5), (TREE.num_states,))
     value = table[jnp.asarray(TREE.nodes)]
-    paid = advantages.token_rewards(reward, old - ref, mask, beta=BETA)
-    advantage = weighted(log_p, advantages.gae(paid, value, mask, decay=decay)[0])
-    loss = lambda p: losses.policy_gradient(log_probs(p), old, advantage, mask, clip=0.2)  # noqa: E731
+    paid = advantages.token_rewards(reward, log_ratio=old - ref, mask=mask, beta=BETA)
+    advantage = weighted(log_p, advantages.gae(paid, value=value, mask=mask, decay=decay)[0])
+    loss = lambda p: losses.policy_gradient(log_probs(p), old_log_prob=old, advantage=advantage, mask=mask, clip=0.2)  # noqa: E731
     np.testing.assert_allclose(-jax.grad(loss)(params), jax.grad(objective)(params, reference, reward), atol=1e-12)
 
 
@@ -105,7 +110,9 @@ def penalty_gradient(params: jax.Array, reference: jax.Array, estimator: str, t:
     weight = jnp.exp(log_probs(params, t).sum(axis=1))
 
     def mean(p: jax.Array) -> jax.Array:
-        each = jax.vmap(lambda a, b, m: losses.kl_penalty(a[None], b[None], m[None], estimator=estimator))
+        each = jax.vmap(
+            lambda a, b, m: losses.kl_penalty(a[None], log_prob_ref=b[None], mask=m[None], estimator=estimator)
+        )
         return (weight * each(log_probs(p, t), ref, mask)).sum()
 
     return jax.value_and_grad(mean)(params)
@@ -145,7 +152,7 @@ def calibrated_problem() -> tuple[jax.Array, jax.Array, jax.Array]:
     mass = np.exp(np.asarray(log_probs(reference).sum(axis=1)))
     r = np.asarray(reward)
     c = (mass * ((r[:, None] > r) + 0.5 * (r[:, None] == r))).sum(axis=1)
-    paid = infalign.parse("exp:5")(jnp.asarray(c))
+    paid = infalign.parse_transform("exp:5")(jnp.asarray(c))
     return reference, paid, BETA * gibbs.log_partition(log_probs(reference).sum(axis=1), paid, beta=BETA)
 
 

@@ -13,15 +13,15 @@ from jaxalign.infalign.fixed_point import optimal_transform
 from jaxalign.infalign.procedures import Procedure, best_of, worst_of
 from jaxalign.infalign.transforms import Transform
 
-FORMS = "identity, log, exp:A (A not 0), bon:N, won:N (N at least 1), and for a beta bon_fp:N, won_fp:N"
+NAMES = "identity, log, exp:A (A not 0), bon:N, won:N (N at least 1), and for a beta bon_fp:N, won_fp:N"
 RESIDUAL = 1e-6
 """Of a fixed point that is taken for solved [nats]."""
 
 
-def parse(text: str, *, beta: float | None = None) -> Transform:
+def parse_transform(text: str, *, beta: float | None = None) -> Transform:
     """The transform of a command line: identity, log, exp:A, bon:N (`best_of_n_power`), won:N (`worst_of_n_power`);
     for KL weight beta also bon_fp:N and won_fp:N, the optimum for best-of-N and worst-of-N (`fixed_transform`).
-    The same text and beta give the same function. ValueError that lists the forms."""
+    The same text and beta give the same function. ValueError that lists them."""
     name, colon, number = text.strip().partition(":")
     try:
         if name == "identity" and not colon:
@@ -37,10 +37,10 @@ def parse(text: str, *, beta: float | None = None) -> Transform:
         if needs_beta(text) and colon:
             if beta is None:
                 raise ValueError("it is solved for a beta, and none was given")
-            return fixed_transform((best_of if name == "bon_fp" else worst_of)(int(number)), float(beta))
+            return fixed_transform((best_of if name == "bon_fp" else worst_of)(int(number)), beta=float(beta))
     except ValueError as error:
-        raise ValueError(f"transform: expected one of {FORMS}; found {text!r} ({error})") from None
-    raise ValueError(f"transform: expected one of {FORMS}; found {text!r}")
+        raise ValueError(f"transform: expected one of {NAMES}; found {text!r} ({error})") from None
+    raise ValueError(f"transform: expected one of {NAMES}; found {text!r}")
 
 
 def needs_beta(text: str) -> bool:
@@ -49,14 +49,14 @@ def needs_beta(text: str) -> bool:
 
 
 @functools.cache
-def fixed_transform(procedure: Procedure, beta: float) -> Transform:
+def fixed_transform(procedure: Procedure, *, beta: float) -> Transform:
     """The optimal transform for a procedure at KL weight beta (`optimal_transform`) as a function of the quantile, in
     units of the procedure's win rate: RLHF with it at the same beta maximises W^P − beta·KL. Solved in float64,
     interpolated between the grid's points. Source: InfAlign, arXiv 2412.19792. ValueError: beta <= 0. RuntimeError: the
     residual stays above 1e-6 nats."""
     check_positive("beta", beta)
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        found = optimal_transform(procedure, beta)
+        found = optimal_transform(procedure, beta=beta)
         c, value, residual = np.asarray(curves.grid().c), np.asarray(found.reward), float(found.residual)
     if not residual <= RESIDUAL:
         raise RuntimeError(f"beta: no fixed point was reached at {beta:g}, the residual is {residual:.1e} nats")
