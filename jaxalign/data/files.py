@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from jaxalign.data import tokens
+
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 
 
@@ -43,10 +45,10 @@ def tokenize_prompts(path: str | pathlib.Path, tokenizer: Any) -> list[Prompt]:
     """
     out = []
     for where, text, templated in _lines(pathlib.Path(path), tokenizer):
-        tokens = [int(i) for i in tokenizer(text, add_special_tokens=not templated)["input_ids"]]
-        if not tokens:
+        ids = tokens.prompt_ids(tokenizer, text, templated=templated)
+        if not ids:
             raise ValueError(f"{where}: expected at least one token, found none in {text!r}")
-        out.append(Prompt(text, tokens))
+        out.append(Prompt(text, ids))
     return out
 
 
@@ -56,7 +58,7 @@ def _lines(file: pathlib.Path, tokenizer: Any) -> list[_Line]:
         raise ValueError(f"prompts: expected a file that ends in {', '.join(SUFFIXES)}, found {found} at {file}")
     plain = file.name.endswith(".txt")
     out = []
-    for number, raw in _raw_lines(file):
+    for number, raw in raw_lines(file):
         where = f"{file}:{number}"
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -73,7 +75,7 @@ def _lines(file: pathlib.Path, tokenizer: Any) -> list[_Line]:
     return out
 
 
-def _raw_lines(file: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+def raw_lines(file: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line without its end). Only newlines part lines: JSON text may hold U+2028 and its kind."""
     raw = file.read_bytes()
     if file.suffix == ".gz":
@@ -102,13 +104,7 @@ def _prompt_of(line: str, where: str, tokenizer: Any) -> tuple[str, bool]:
         if not isinstance(row["prompt"], str):
             raise ValueError(f"{where}: expected text in prompt, found {type(row['prompt']).__name__}")
         return row["prompt"], False
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise ValueError(f'{where}: expected messages as [{{"role": …, "content": …}}, …], found {messages!r}')
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(f"{where}: expected a tokenizer with a chat template for messages, found none")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the model's author and raises what it likes
-        raise ValueError(f"{where}: expected messages that the chat template accepts, found {error}") from error
-    return text, True
+        return tokens.render_chat(tokenizer, row["messages"], add_generation_prompt=True), True
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

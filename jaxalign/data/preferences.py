@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.data.files import _raw_lines
+from jaxalign.data import tokens as tokenization
+from jaxalign.data.files import raw_lines
 
 TURN = "\n\nAssistant:"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -68,7 +69,7 @@ class Loaded(NamedTuple):
     reasons: list[str]
 
 
-class _Bad(Exception):
+class _BadRow(Exception):
     """A row that cannot be used, and why."""
 
 
@@ -90,7 +91,7 @@ def tokenize_pairs(
         prompt = _prompt_ids(tokenizer, pair.prompt, pair.templated)
         both = [_response_ids(tokenizer, r, eos_id, pair.templated) for r in (pair.chosen, pair.rejected)]
         if both[0] == both[1]:
-            raise _Bad("expected two responses that differ, found the same tokens twice")
+            raise _BadRow("expected two responses that differ, found the same tokens twice")
         return PairTokens(_cut(prompt, max(map(len, both)), max_length), both[0], both[1], where, pair.prompt)
 
     return _load(pathlib.Path(path), convert, skip_bad)
@@ -185,10 +186,10 @@ def _load(file: pathlib.Path, convert: Callable[[str, dict[str, Any]], Any], ski
     skipped = 0
     for where, row in _rows(file):
         try:
-            if isinstance(row, _Bad):
+            if isinstance(row, _BadRow):
                 raise row
             rows.append(convert(where, row))
-        except _Bad as error:
+        except _BadRow as error:
             if not skip_bad:
                 raise ValueError(f"{where}: {error}") from None
             skipped += 1
@@ -212,7 +213,7 @@ def _rows(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(rows, start=1):
             yield f"{file}:{number}", {k: v for k, v in row.items() if v is not None}
         return
-    for number, raw in _raw_lines(file):
+    for number, raw in raw_lines(file):
         if not raw.strip():
             continue
         try:
@@ -220,30 +221,30 @@ def _rows(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
             if b"\\u" in raw:
                 json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
         except (ValueError, RecursionError) as error:  # of the encoding, of JSON, of its depth
-            yield f"{file}:{number}", _Bad(f"expected JSON, found {error}")
+            yield f"{file}:{number}", _BadRow(f"expected JSON, found {error}")
             continue
         if isinstance(row, dict):
             yield f"{file}:{number}", {k: v for k, v in row.items() if v is not None}
         else:
-            yield f"{file}:{number}", _Bad(f"expected a JSON object, found {type(row).__name__}")
+            yield f"{file}:{number}", _BadRow(f"expected a JSON object, found {type(row).__name__}")
 
 
 def _pair(row: dict[str, Any], tokenizer: Any) -> Pair:
     if "chosen" not in row or "rejected" not in row:
-        raise _Bad(f'expected "chosen" and "rejected", found fields {sorted(row)}')
+        raise _BadRow(f'expected "chosen" and "rejected", found fields {sorted(row)}')
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _chat_pair(prompt, chosen, rejected, tokenizer)
     for name in ("chosen", "rejected", *(("prompt",) if prompt is not None else ())):
         if not isinstance(row[name], str):
-            raise _Bad(f"expected text in {name}, found {type(row[name]).__name__}")
+            raise _BadRow(f"expected text in {name}, found {type(row[name]).__name__}")
     if prompt is None:
         (prompt, chosen), (other, rejected) = _turn(chosen, "chosen"), _turn(rejected, "rejected")
         if prompt != other:
-            raise _Bad('expected transcripts that agree up to the last "Assistant:" turn, found two prompts')
+            raise _BadRow('expected transcripts that agree up to the last "Assistant:" turn, found two prompts')
     for name, response in (("chosen", chosen), ("rejected", rejected)):
         if not response.strip():
-            raise _Bad(f"expected a response in {name}, found an empty one")
+            raise _BadRow(f"expected a response in {name}, found an empty one")
     return Pair(prompt, chosen, rejected)
 
 
@@ -251,17 +252,17 @@ def _turn(transcript: str, name: str) -> tuple[str, str]:
     """(prompt with the last "Assistant:", response)."""
     before, turn, after = transcript.rpartition(TURN)
     if not turn:
-        raise _Bad(f'expected a prompt, or a transcript with an "Assistant:" turn, found neither in {name}')
+        raise _BadRow(f'expected a prompt, or a transcript with an "Assistant:" turn, found neither in {name}')
     return before + turn, after
 
 
 def _chat_pair(prompt: Any, chosen: list[Any], rejected: list[Any], tokenizer: Any) -> Pair:
     if prompt is None:
         if chosen[:-1] != rejected[:-1]:
-            raise _Bad("expected chats that agree up to the last message, found two prompts")
+            raise _BadRow("expected chats that agree up to the last message, found two prompts")
         prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
     if not isinstance(prompt, list) or not prompt or not chosen or not rejected:
-        raise _Bad("expected messages in prompt, chosen and rejected, found an empty or another one")
+        raise _BadRow("expected messages in prompt, chosen and rejected, found an empty or another one")
     start, first = _templated(prompt, chosen, tokenizer)
     return Pair(start, first, _templated(prompt, rejected, tokenizer)[1], True)
 
@@ -269,21 +270,17 @@ def _chat_pair(prompt: Any, chosen: list[Any], rejected: list[Any], tokenizer: A
 def _templated(prompt: list[Any], response: list[Any], tokenizer: Any) -> tuple[str, str]:
     """(the prompt with the template's turn for the response, the response as the template writes it)."""
     if tokenizer is None:
-        raise _Bad("expected text, found lists of messages")
+        raise _BadRow("expected text, found lists of messages")
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("data: expected a tokenizer with a chat template for lists of messages, found none")
     if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in (*prompt, *response)):
-        raise _Bad('expected messages as {"role": …, "content": text}')
+        raise _BadRow('expected messages as {"role": …, "content": text}')
     if not any(m["content"].strip() for m in response):
-        raise _Bad("expected a response, found an empty message")
+        raise _BadRow("expected a response, found an empty message")
     try:
-        start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*prompt, *response], tokenize=False)
-    except Exception as error:  # a template is a program of the model's author and raises what it likes
-        raise _Bad(f"expected messages that the chat template accepts, found {error}") from error
-    if not whole.startswith(start):
-        raise _Bad("expected a chat template that keeps the prompt's text before a response, found another text")
-    return start, whole[len(start) :]
+        return tokenization.render_response(tokenizer, prompt, response)
+    except ValueError as error:
+        raise _BadRow(str(error)) from error
 
 
 def _text(row: dict[str, Any], tokenizer: Any) -> Text:
@@ -293,16 +290,16 @@ def _text(row: dict[str, Any], tokenizer: Any) -> Text:
     if "messages" in row:
         messages = row["messages"]
         if not isinstance(messages, list) or len(messages) < 2:
-            raise _Bad("expected messages with a prompt and a response, found fewer than two")
+            raise _BadRow("expected messages with a prompt and a response, found fewer than two")
         return Text(*_templated(messages[:-1], messages[-1:], tokenizer), True)
     names = [name for name in ("response", "completion", "text") if name in row]
     if len(names) != 1 or (names == ["text"]) == ("prompt" in row):
-        raise _Bad(f'expected "prompt" with "response", "text", "messages" or a pair, found fields {sorted(row)}')
+        raise _BadRow(f'expected "prompt" with "response", "text", "messages" or a pair, found fields {sorted(row)}')
     prompt, response = row.get("prompt", ""), row[names[0]]
     if not isinstance(prompt, str) or not isinstance(response, str):
-        raise _Bad("expected text in prompt and response")
+        raise _BadRow("expected text in prompt and response")
     if not response.strip():
-        raise _Bad(f"expected text in {names[0]}, found an empty one")
+        raise _BadRow(f"expected text in {names[0]}, found an empty one")
     return Text(prompt, response)
 
 
@@ -311,32 +308,24 @@ def _text(row: dict[str, Any], tokenizer: Any) -> Text:
 
 def _prompt_ids(tokenizer: Any, text: str, templated: bool, *, empty: bool = False) -> list[int]:
     """The tokenizer adds its special tokens (a BOS) unless a template has; an empty prompt keeps those alone."""
-    ids = [int(i) for i in tokenizer(text, add_special_tokens=not templated)["input_ids"]]
+    ids = tokenization.prompt_ids(tokenizer, text, templated=templated)
     if not ids and not empty:
-        raise _Bad("expected a prompt token, found none")
+        raise _BadRow("expected a prompt token, found none")
     return ids
 
 
 def _response_ids(tokenizer: Any, text: str, eos_id: int | None, templated: bool) -> list[int]:
-    ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    while eos_id is not None and ids[-2:] == [eos_id, eos_id]:
-        ids.pop()
-    if eos_id is None or ids[-1:] == [eos_id]:
-        closed = ids
-    elif templated and eos_id in ids:
-        closed = ids[: ids.index(eos_id) + 1]  # some templates write a newline after their end of turn
-    else:
-        closed = [*ids, eos_id]
-    if not [i for i in ids if i != eos_id]:
-        raise _Bad("expected a response token, found an empty loss mask")
-    return closed
+    try:
+        return tokenization.response_ids(tokenizer, text, eos_id, templated=templated)
+    except ValueError as error:
+        raise _BadRow("expected a response token, found an empty loss mask") from error
 
 
 def _cut(prompt: list[int], response: int, max_length: int) -> list[int]:
     """The prompt's last tokens, so that the row fits."""
     room = max_length - response
     if room < 1:
-        raise _Bad(
+        raise _BadRow(
             f"expected a response of at most {max_length - 1} tokens, found {response} (max_length {max_length})"
         )
     return prompt[-room:]

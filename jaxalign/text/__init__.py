@@ -1,0 +1,15 @@
+"""From texts to texts: generation under any Policy, rewards and log-probabilities of texts, in batches.
+
+Prompts are strings or chats; a chat goes through the tokenizer's template. docs/text.md has the examples:
+
+    lm, params = models.load("FOLDER")
+    tokenizer = models.tokenizer("FOLDER")
+    text.generate(lm, params, tokenizer, ["Once upon a time"]).texts
+"""
+
+from jaxalign.data.tokens import Messages, Tokenizer
+from jaxalign.text._generate import Generated, Stream, generate
+from jaxalign.text._requests import Prompt
+from jaxalign.text._score import log_prob, score
+
+__all__ = ["Generated", "Messages", "Prompt", "Stream", "Tokenizer", "generate", "log_prob", "score"]

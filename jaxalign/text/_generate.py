@@ -1,0 +1,325 @@
+"""Texts drawn from a Policy, whole or as a stream."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import policies, rollout
+from jaxalign._arrays import drop_weak_types, repeat_rows
+from jaxalign.data import tokens as tokenization
+from jaxalign.data.tokens import Tokenizer
+from jaxalign.decoding._sampling import check_request, streams, with_temperature
+from jaxalign.prompts import prompt_index
+from jaxalign.text._requests import (
+    Batch,
+    Prompt,
+    batches,
+    check_count,
+    check_options,
+    check_prompts,
+    check_tokenizer,
+    in_order,
+    key_of,
+    prompt_ids,
+)
+from jaxalign.types import Array, ArrayLike, Completions, LanguageModel, Params, Policy, Prompts, State, StepOutput
+
+Watch: TypeAlias = Callable[[Completions, bool], None]
+"""Called with the next tokens of a batch [B,steps], and whether they are the last."""
+
+
+class Stream(Protocol):
+    """Receives the response of a prompt as it grows: `text` goes on where the last one of this row ended."""
+
+    def __call__(self, row: int, text: str, /) -> object: ...
+
+
+class Generated(NamedTuple):
+    """What `generate` gives, in the order of the prompts."""
+
+    texts: list[Any]
+    """The responses as strings, without special tokens; with num_samples a list of n strings for each prompt."""
+    completions: Completions
+    """Their tokens and log-probabilities: leaves [N,T] and [N], with num_samples [N,n,T] and [N,n]."""
+
+
+def generate(
+    lm: LanguageModel,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    policy: Policy | None = None,
+    policy_params: Params | None = None,
+    rng: Array | None = None,
+    seed: int | None = None,
+    max_new_tokens: int = 128,
+    temperature: ArrayLike = 1.0,
+    num_samples: int | None = None,
+    eos_ids: int | Sequence[int] | None = None,
+    batch_size: int = 32,
+    stream: Stream | None = None,
+    stream_every: int = 8,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Generated:
+    """Draws a response to each prompt. The draws are those of `decoding.sample` with the same key.
+
+    Args:
+      lm: the model, as `models.load` gives it.
+      params: its parameters.
+      tokenizer: its tokenizer, as `models.tokenizer` gives it.
+      prompts: texts, or chats as lists of messages.
+      policy: what the responses are drawn from, over the model's vocabulary; the model itself when None.
+      policy_params: the policy's parameters; `params` when None. Values per prompt in them, as one beta for each, need
+        all prompts in one batch.
+      rng: a key, consumed. A response depends on it and on the prompt's number in the list, not on its batch.
+      seed: makes the key where rng is None; 0 when both are.
+      max_new_tokens: the limit of a response, its EOS included [tokens].
+      temperature: one value, or one for each prompt, >= 0; 0 is greedy.
+      num_samples: n responses to each prompt; None: one, which is the first of any n.
+      eos_ids: the id or ids that end a response; None: the policy's, or else the model's.
+      batch_size: prompts that are decoded together. Those of like length share a batch, padded to a bucket, so that
+        few shapes are compiled.
+      stream: called as stream(row, text) while the texts grow; the pieces of a row add up to its text. A character is
+        given when no further token changes it.
+      stream_every: tokens between two calls of `stream`.
+      chat_template_kwargs: further arguments of the chat template, for instance {"enable_thinking": False}.
+
+    Returns:
+      Generated: the texts and their Completions.
+
+    Raises:
+      ValueError: no prompts, an empty one, one without tokens or too long for the model (its row is named), a chat that
+        the template refuses or a tokenizer without one, a tokenizer with ids beyond the model's, and arguments outside
+        their ranges.
+    """
+    items = check_prompts(prompts)
+    check_tokenizer(tokenizer, lm.vocab_size)
+    check_options(items, chat_template_kwargs)
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("stream_every", stream_every)):
+        check_count(name, value)
+    if num_samples is not None:
+        check_count("num_samples", num_samples)
+        if stream is not None:
+            raise ValueError(f"stream: expected None with num_samples, found one with num_samples = {num_samples}")
+    sequences = prompt_ids(tokenizer, items, chat_template_kwargs)
+    _check_room(sequences, lm.max_length, max_new_tokens)
+    if policy is None:
+        policy = policies.language_model(lm)
+    elif policy.vocab_size not in (None, lm.vocab_size):
+        raise ValueError(f"policy: expected the model's {lm.vocab_size} tokens, found {policy.vocab_size}")
+    policy_params = params if policy_params is None else policy_params
+    ends = _end_ids(eos_ids, policy, lm)
+    key = key_of(rng, seed)
+    heat = _temperatures(temperature, len(items))
+
+    parts, found = [], list(batches(sequences, batch_size))
+    for batch in found:
+        request, _ = check_request(policy, policy_params, batch.prompts, max_new_tokens, ends)[:2]
+        here = heat if np.ndim(heat) == 0 else jnp.asarray(np.asarray(heat)[batch.source])
+        drawn, drawn_params, request = with_temperature(policy, policy_params, request, here)
+        drawn_params = drop_weak_types(drawn_params)
+        if stream is None:
+            count = 1 if num_samples is None else num_samples
+            parts.append(_draw(drawn, drawn_params, key, request, max_new_tokens, ends, count))
+        else:
+            watch = _watch(stream, tokenizer, ends, batch)
+            parts.append(_draw_in_chunks(drawn, drawn_params, key, request, max_new_tokens, ends, stream_every, watch))
+    completions = in_order(parts, found)
+    texts = _texts(tokenizer, completions, ends)
+    if num_samples is not None:
+        return Generated(texts, completions)
+    return Generated([samples[0] for samples in texts], jax.tree.map(lambda x: x[:, 0], completions))
+
+
+def _check_room(sequences: Sequence[Sequence[int]], max_length: int, max_new_tokens: int) -> None:
+    room = max_length - max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"max_new_tokens: expected fewer than the model's context of {max_length} tokens, found {max_new_tokens}"
+        )
+    for row, ids in enumerate(sequences):
+        if len(ids) > room:
+            raise ValueError(
+                f"prompts[{row}]: expected at most {room} tokens, so that {max_new_tokens} new ones fit in the model's "
+                f"context of {max_length}, found {len(ids)}"
+            )
+
+
+def _end_ids(eos_ids: int | Sequence[int] | None, policy: Policy, lm: LanguageModel) -> tuple[int, ...]:
+    """The ids that end a response: those given, the policy's, or the model's."""
+    if eos_ids is None:
+        return lm.eos_ids if policy.eos_ids is None else policy.eos_ids
+    return (eos_ids,) if isinstance(eos_ids, int) else tuple(eos_ids)
+
+
+def _temperatures(temperature: ArrayLike, count: int) -> ArrayLike:
+    if np.shape(temperature) not in ((), (count,)):
+        raise ValueError(
+            f"temperature: expected one value, or one for each of {count} prompts, found shape {np.shape(temperature)}"
+        )
+    return temperature
+
+
+# Draws ----------------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def _draw(
+    policy: Policy,
+    params: Params,
+    rng: Array,
+    prompts: Prompts,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    count: int,
+) -> Completions:
+    """`count` responses to each prompt: Completions [B,count,T]."""
+    start, draws = jax.random.split(rng)
+    state, output = repeat_rows(policy.init(params, start, prompts, max_new_tokens), count)
+    drawn: Completions = rollout.rollout(
+        policy,
+        params,
+        draws,
+        state,
+        output,
+        steps=max_new_tokens,
+        eos_ids=eos_ids,
+        rows=streams(prompt_index(prompts), jnp.arange(count)),
+        last_step=False,
+    )[2]
+    samples: Completions = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), drawn)
+    return samples
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _open(
+    policy: Policy, params: Params, rng: Array, prompts: Prompts, max_new_tokens: int
+) -> tuple[Array, State, StepOutput]:
+    """(the key of the draws, state, output) before the first token, as in `_draw`."""
+    start, draws = jax.random.split(rng)
+    return draws, *policy.init(params, start, prompts, max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 8, 9), donate_argnums=3)
+def _advance(
+    policy: Policy,
+    params: Params,
+    draws: Array,
+    frame: tuple[State, StepOutput],
+    finished: Array,
+    index: Array,
+    begin: Array,
+    left: Array,
+    steps: int,
+    eos_ids: tuple[int, ...],
+) -> tuple[tuple[State, StepOutput], Completions]:
+    """The next `steps` tokens, at most `left` of them, from token number `begin` on."""
+    state, output, completions, *_ = rollout.rollout(
+        policy,
+        params,
+        draws,
+        *frame,
+        steps=steps,
+        eos_ids=eos_ids,
+        finished=finished,
+        rows=streams(index, jnp.zeros(1, jnp.int32)),
+        begin=begin,
+        limits=left,
+    )
+    return (state, output), completions
+
+
+def _draw_in_chunks(
+    policy: Policy,
+    params: Params,
+    rng: Array,
+    prompts: Prompts,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    every: int,
+    watch: Watch,
+) -> Completions:
+    """As `_draw` with count 1, `every` tokens at a time, each of which `watch` sees."""
+    steps = min(every, max_new_tokens)
+    draws, *frame = _open(policy, params, rng, prompts, max_new_tokens)
+    index = prompt_index(prompts)
+    state = (frame[0], frame[1])
+    finished = jnp.zeros(index.shape, bool)
+    chunks: list[Completions] = []
+    for begin in range(0, max_new_tokens, steps):
+        left = min(steps, max_new_tokens - begin)
+        state, drawn = _advance(
+            policy, params, draws, state, finished, index, jnp.asarray(begin), jnp.asarray(left), steps, eos_ids
+        )
+        finished = drawn.finished
+        last = begin + left == max_new_tokens or bool(finished.all())
+        watch(drawn, last)
+        chunks.append(drawn)
+        if last:
+            break
+    return _joined(chunks, max_new_tokens)
+
+
+def _joined(chunks: Sequence[Completions], max_new_tokens: int) -> Completions:
+    """Completions [B,1,T] of chunks [B,steps] that follow each other; zeros where no chunk was needed."""
+
+    def join(*leaves: Array) -> Array:
+        if leaves[0].ndim == 1:  # finished, truncated: as the last chunk left them
+            return leaves[-1][:, None]
+        whole = jnp.concatenate(leaves, axis=1)[:, :max_new_tokens]
+        return jnp.pad(whole, ((0, 0), (0, max_new_tokens - whole.shape[1])))[:, None]
+
+    joined: Completions = jax.tree.map(join, *chunks)
+    return joined
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+
+
+def _without_end(ids: list[int], eos_ids: tuple[int, ...]) -> list[int]:
+    """The ids before the EOS that ended a response: it may be any token, and it is no text."""
+    return ids[:-1] if ids and ids[-1] in eos_ids else ids
+
+
+def _texts(tokenizer: Tokenizer, completions: Completions, eos_ids: tuple[int, ...]) -> list[list[str]]:
+    """The texts of completions [N,n,T]."""
+    tokens, mask = np.asarray(completions.tokens), np.asarray(completions.mask)
+    return [
+        [
+            tokenization.decode_text(tokenizer, _without_end(row[real].tolist(), eos_ids))
+            for row, real in zip(samples, valid, strict=True)
+        ]
+        for samples, valid in zip(tokens, mask, strict=True)
+    ]
+
+
+def _watch(stream: Stream, tokenizer: Tokenizer, eos_ids: tuple[int, ...], batch: Batch) -> Watch:
+    """Gives the caller's stream what is settled of each row's text, and at its end the rest."""
+    byte_ids = tokenization.byte_tokens(tokenizer)
+    ids: list[list[int]] = [[] for _ in batch.rows]
+    given = [""] * len(batch.rows)
+
+    def watch(drawn: Completions, last: bool) -> None:
+        tokens, mask, finished = (np.asarray(x) for x in (drawn.tokens, drawn.mask, drawn.finished))
+        for b, row in enumerate(batch.rows):
+            new = tokens[b][mask[b]].tolist()
+            ids[b] += new
+            if not new and not last:
+                continue
+            text = _without_end(ids[b], eos_ids)
+            if last or finished[b]:
+                now = tokenization.decode_text(tokenizer, text)
+            else:
+                now = tokenization.settled_text(tokenizer, text, byte_ids)
+            if len(now) > len(given[b]) and now.startswith(given[b]):
+                stream(row, now[len(given[b]) :])
+                given[b] = now
+
+    return watch

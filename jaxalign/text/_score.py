@@ -1,0 +1,166 @@
+"""Rewards and log-probabilities of given texts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import decoding, mdp, rewards
+from jaxalign.data import tokens as tokenization
+from jaxalign.data.tokens import Tokenizer
+from jaxalign.prompts import bucket, prompt_index
+from jaxalign.text._requests import (
+    Batch,
+    Prompt,
+    batches,
+    check_count,
+    check_options,
+    check_prompts,
+    check_tokenizer,
+    in_order,
+    key_of,
+    prompt_ids,
+)
+from jaxalign.types import Array, Completions, Params, Policy, Reward, TokenBatch
+
+
+def score(
+    reward: Reward,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    *,
+    append_eos: bool = True,
+    eos_id: int | None = None,
+    batch_size: int = 32,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> np.ndarray:
+    """The reward of each response to its prompt.
+
+    Args:
+      reward: any Reward over the tokenizer's ids.
+      params: its parameters.
+      tokenizer: a tokenizer.
+      prompts: texts, or chats as lists of messages; a prompt's number in the list is its index.
+      responses: one text for each prompt. After a chat it is written as the template writes an assistant's message.
+      append_eos: whether a response ends in an EOS, as a finished one does.
+      eos_id: that EOS; the tokenizer's when None.
+      batch_size: texts that are read together.
+      chat_template_kwargs: further arguments of the chat template.
+
+    Returns:
+      [N] rewards, at least float32.
+
+    Raises:
+      ValueError: prompts as in `generate`; other than one response for each, an empty one (its row is named), no EOS to
+        append, a tokenizer with ids beyond the reward's, values that are not one real number for each text.
+    """
+    items = check_prompts(prompts)
+    check_tokenizer(tokenizer, getattr(reward, "vocab_size", None))
+    pairs = _pairs(tokenizer, items, responses, append_eos, eos_id, chat_template_kwargs)
+    check_count("batch_size", batch_size)
+    check = getattr(reward, "check", None)
+    parts, found = [], list(batches([prompt for prompt, _ in pairs], batch_size))
+    for batch in found:
+        tokens, mask = _responses(pairs, batch, bucket(max(len(pairs[row][1]) for row in batch.rows)))
+        if check is not None:
+            check(params, batch.prompts, max(len(pairs[row][1]) for row in batch.rows))
+        parts.append(_score(reward, params, batch.prompts, tokens, mask))
+    return np.asarray(in_order(parts, found))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(reward: Reward, params: Params, prompts: TokenBatch, tokens: Array, mask: Array) -> Array:
+    return rewards.call_reward(reward, params, *mdp.concatenate(prompts, tokens, mask), prompt_index(prompts))
+
+
+def log_prob(
+    policy: Policy,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    *,
+    rng: Array | None = None,
+    seed: int | None = None,
+    append_eos: bool = True,
+    eos_id: int | None = None,
+    batch_size: int = 32,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Completions:
+    """log pi(y_t|x,y_<t) of each token of the responses under a policy, as `decoding.log_prob` gives it.
+
+    Args:
+      policy: any Policy over the tokenizer's ids.
+      params: its parameters. Values per prompt in them need all prompts in one batch.
+      tokenizer, prompts, responses, append_eos, eos_id, batch_size, chat_template_kwargs: as in `score`.
+      rng: a key, consumed by policies that draw.
+      seed: makes the key where rng is None; 0 when both are.
+
+    Returns:
+      Completions [N,T], T a bucket of the longest response; `log_prob.sum(axis=1)` is that of a response [nats].
+
+    Raises:
+      ValueError: as in `score`.
+    """
+    items = check_prompts(prompts)
+    check_tokenizer(tokenizer, policy.vocab_size)
+    pairs = _pairs(tokenizer, items, responses, append_eos, eos_id, chat_template_kwargs)
+    check_count("batch_size", batch_size)
+    key = key_of(rng, seed)
+    ends = tuple({pair[-1] for _, pair in pairs}) if append_eos else ()
+    longest = max(len(response) for _, response in pairs)
+    parts, found = [], list(batches([prompt for prompt, _ in pairs], batch_size))
+    for batch in found:
+        tokens, mask = _responses(pairs, batch, longest)
+        parts.append(decoding.log_prob(policy, params, key, batch.prompts, tokens, mask, eos_ids=ends))
+    joined: Completions = in_order(parts, found)
+    return joined
+
+
+def _pairs(
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    append_eos: bool,
+    eos_id: int | None,
+    options: Mapping[str, Any] | None,
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) as token ids, for each row. ValueError naming the row."""
+    if not isinstance(responses, list | tuple) or not all(isinstance(text, str) for text in responses):
+        raise ValueError(f"responses: expected a list of texts, found {responses!r:.80}")
+    if len(responses) != len(prompts):
+        raise ValueError(f"responses: expected one for each of {len(prompts)} prompts, found {len(responses)}")
+    check_options(prompts, options)
+    end = eos_id if eos_id is not None else getattr(tokenizer, "eos_token_id", None)
+    if append_eos and end is None:
+        raise ValueError("eos_id: expected an id, since the tokenizer has no EOS, found None (append_eos=False: none)")
+    begun = prompt_ids(tokenizer, prompts, options)
+    out = []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        chat = not isinstance(prompt, str)
+        try:
+            if not isinstance(prompt, str):
+                message = {"role": "assistant", "content": response}
+                response = tokenization.render_response(tokenizer, prompt, [message], options=options)[1]
+            ids = tokenization.response_ids(tokenizer, response, end if append_eos else None, templated=chat)
+        except ValueError as error:
+            raise ValueError(f"responses[{row}]: {error}") from error
+        out.append((begun[row], ids))
+    return out
+
+
+def _responses(pairs: Sequence[tuple[list[int], list[int]]], batch: Batch, width: int) -> tuple[Array, Array]:
+    """Right-padded responses of a batch: tokens [B,width] int32, mask [B,width]."""
+    tokens = np.zeros((len(batch.source), width), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for b, row in enumerate(batch.source):
+        response = pairs[row][1]
+        tokens[b, : len(response)], mask[b, : len(response)] = response, True
+    return jnp.asarray(tokens), jnp.asarray(mask)

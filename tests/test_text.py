@@ -1,0 +1,386 @@
+"""Texts in and out: the draws of decoding.sample, batches, chats, streams of whole characters, refusals by row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from jaxalign import critics, decoding, models, policies, prompts, rewards, text
+from jaxalign.data import tokens as tokenization
+from jaxalign.data.tokenizers import byte_level, word_level
+from tests.conftest import tiny_lm
+from tests.test_data_prompts import MESSAGES, TEMPLATE
+
+TEXTS = ["a b c", "d", "e f g a b c d e f g", "b b", "c a"]
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer of eleven words' ids, <eos> is 1; and a chat template."""
+    tokenizer = word_level(["a", "b", "c", "d", "e", "f", "g", "h"])
+    tokenizer.chat_template = (
+        "{% for m in messages %} {{ m.content }}{% if m.role == 'assistant' %} <eos> h{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} {{ opening or 'h' }}{% endif %}"
+        "{% if messages[0].role != 'user' %}{{ raise_exception('the user speaks first') }}{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_lm(0, num_layers=1, eos_ids=(1,))
+
+
+def as_batch(tokenizer, texts):
+    return prompts.prompt_batch([tokenizer(t)["input_ids"] for t in texts])
+
+
+def assert_completions_equal(found, expected):
+    for name in ("tokens", "mask", "finished", "truncated"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    for name in ("log_prob", "log_prob_ref", "log_norm", "kl"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0, 0.7])
+def test_the_draws_are_those_of_sample(temperature, model, words):
+    lm, params = model
+    found = text.generate(lm, params, words, TEXTS, rng=KEY, max_new_tokens=9, temperature=temperature)
+    expected = decoding.sample(
+        policies.language_model(lm),
+        params,
+        KEY,
+        as_batch(words, TEXTS),
+        max_new_tokens=9,
+        eos_ids=lm.eos_ids,
+        temperature=temperature,
+    )
+    assert_completions_equal(found.completions, expected)
+    assert bool(expected.finished.any()) or temperature != 1.0
+    for row, written in enumerate(found.texts):
+        ids = np.asarray(expected.tokens[row])[np.asarray(expected.mask[row])]
+        assert written == words.decode(ids.tolist(), skip_special_tokens=True)
+        assert "<eos>" not in written
+
+
+def test_batches_change_no_draw_and_keep_the_order(model, words):
+    lm, params = model
+    whole = text.generate(lm, params, words, TEXTS, rng=KEY, max_new_tokens=9)
+    for batch_size in (1, 2, 4):
+        parts = text.generate(lm, params, words, TEXTS, rng=KEY, max_new_tokens=9, batch_size=batch_size)
+        assert parts.texts == whole.texts
+        assert_completions_equal(parts.completions, whole.completions)
+
+
+@pytest.mark.parametrize("every", [1, 4, 50])
+def test_a_stream_draws_the_same_and_its_pieces_add_up(every, model, words):
+    lm, params = model
+    whole = text.generate(lm, params, words, TEXTS, rng=KEY, max_new_tokens=9)
+    pieces: dict[int, list[str]] = {row: [] for row in range(len(TEXTS))}
+    found = text.generate(
+        lm,
+        params,
+        words,
+        TEXTS,
+        rng=KEY,
+        max_new_tokens=9,
+        batch_size=3,
+        stream=lambda row, piece: pieces[row].append(piece),
+        stream_every=every,
+    )
+    assert_completions_equal(found.completions, whole.completions)
+    assert found.texts == whole.texts == ["".join(pieces[row]) for row in range(len(TEXTS))]
+    assert all(piece for row in pieces.values() for piece in row)
+    most = max(len(row) for row in pieces.values())
+    assert most > 3 if every == 1 else most <= 3
+
+
+def test_samples_are_numbered_and_the_first_is_that_of_one(model, words):
+    lm, params = model
+    one = text.generate(lm, params, words, TEXTS, seed=5, max_new_tokens=6)
+    three = text.generate(lm, params, words, TEXTS, rng=jax.random.key(5), max_new_tokens=6, num_samples=3)
+    assert [len(row) for row in three.texts] == [3] * 5
+    assert [row[0] for row in three.texts] == one.texts
+    assert three.completions.tokens.shape == (5, 3, 6)
+    assert three.completions.finished.shape == (5, 3)
+    assert_completions_equal(jax.tree.map(lambda x: x[:, 0], three.completions), one.completions)
+    assert any(row[0] != row[1] for row in three.texts)
+    single = text.generate(lm, params, words, TEXTS[:1], seed=5, max_new_tokens=6, num_samples=1)
+    assert single.texts == [[one.texts[0]]]
+
+
+def test_any_policy_with_a_beta_for_each_prompt(model, words):
+    lm, params = model
+    value, value_params = tiny_lm(1, "q", num_layers=1)
+    policy = policies.tilt(policies.language_model(lm), critics.value(value))
+    tilted = {"policy": params, "critic": value_params, "beta": jnp.linspace(0.1, 9, 5)}
+    found = text.generate(lm, params, words, TEXTS, policy=policy, policy_params=tilted, rng=KEY, max_new_tokens=5)
+    expected = decoding.sample(policy, tilted, KEY, as_batch(words, TEXTS), max_new_tokens=5, eos_ids=(1,))
+    assert_completions_equal(found.completions, expected)
+    narrow = policies.top_k(policies.language_model(lm), 1)  # its parameters are the model's own
+    greedy = text.generate(lm, params, words, TEXTS, max_new_tokens=5, temperature=0.0)
+    assert text.generate(lm, params, words, TEXTS, policy=narrow, max_new_tokens=5).texts == greedy.texts
+    # A temperature for each prompt, over several batches.
+    heats = np.array([0.0, 1.0, 0.0, 0.5, 0.0])
+    mixed = text.generate(lm, params, words, TEXTS, rng=KEY, max_new_tokens=5, temperature=heats, batch_size=2)
+    for row in (0, 2, 4):
+        assert mixed.texts[row] == greedy.texts[row]
+
+
+def test_what_ends_a_response(model, words):
+    """The ids given, the policy's, or the model's; the end is no text even where it is a word."""
+    lm, params = model
+    policy = policies.language_model(lm)._replace(eos_ids=(5,))
+    for options in ({"policy": policy}, {"eos_ids": 5}, {"eos_ids": [5], "policy": policy._replace(eos_ids=(3,))}):
+        found = text.generate(lm, params, words, TEXTS, rng=KEY, max_new_tokens=12, **options)
+        ended = np.asarray(found.completions.finished)
+        assert ended.any()
+        for row in np.flatnonzero(ended):
+            ids = np.asarray(found.completions.tokens[row])[np.asarray(found.completions.mask[row])]
+            assert ids[-1] == 5
+            assert 5 not in ids[:-1]
+            assert "c" not in found.texts[row].split()
+
+
+def test_three_lines_from_a_folder(model, words, tmp_path):
+    models.save(tmp_path / "model", *model, tokenizer=words)
+    lm, params = models.load(tmp_path / "model")
+    tokenizer = models.tokenizer(tmp_path / "model")
+    written = text.generate(lm, params, tokenizer, ["a b c"], max_new_tokens=6).texts
+    assert written == text.generate(*model, words, ["a b c"], max_new_tokens=6).texts
+
+
+def test_chats_go_through_the_template(model, words):
+    lm, params = model
+    chat = [{"role": "user", "content": "a b"}]
+    found = text.generate(lm, params, words, [chat, "a b h"], rng=KEY, max_new_tokens=4, temperature=0.0)
+    assert found.texts[0] == found.texts[1]  # the template writes "a b h"
+    options = {"chat_template_kwargs": {"opening": "d"}, "temperature": 0.0, "max_new_tokens": 4}
+    found = text.generate(lm, params, words, [chat, "a b d"], **options)
+    assert found.texts[0] == found.texts[1]
+
+
+def test_a_bos_comes_once(model):
+    """From the tokenizer for a text, from the template for a chat."""
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(["<s>", "the", "dog"])}, "the"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+    fast.chat_template = TEMPLATE
+    seen = []
+
+    def lookup(params, tokens, mask, prompt_length, index):
+        jax.debug.callback(lambda t, m: seen.append(np.asarray(t)[np.asarray(m)].tolist()), tokens, mask)
+        return prompt_length.astype(float)
+
+    lengths = text.score(lookup, None, fast, ["the dog", MESSAGES], ["dog", "dog"], append_eos=False, batch_size=1)
+    jax.effects_barrier()
+    assert lengths.tolist() == [3, 5]
+    assert [row.count(0) for row in seen] == [1, 1]
+
+
+# Streams of characters ------------------------------------------------------------------------------------------------
+
+STRANGE = "naïve café €5 – 你好 🙂👍🏽 ok"
+
+
+def pieces_of(tokenizer, ids, every=1):
+    """What a stream would give of ids, a few at a time, and then the rest."""
+    byte_ids, given, out = tokenization.byte_tokens(tokenizer), "", []
+    for end in range(every, len(ids) + every, every):
+        settled = tokenization.settled_text(tokenizer, ids[:end], byte_ids)
+        assert settled.startswith(given)
+        out.append(settled[len(given) :])
+        given = settled
+    whole = tokenization.decode_text(tokenizer, ids)
+    assert whole.startswith(given)
+    return [*out, whole[len(given) :]]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_characters_of_several_bytes_come_whole(every):
+    tokenizer = byte_level([STRANGE.encode().decode("latin-1")], vocab_size=259)  # every byte is a token
+    ids = tokenizer(STRANGE)["input_ids"]
+    assert len(ids) == len(STRANGE.encode())
+    pieces = pieces_of(tokenizer, ids, every)
+    assert "".join(pieces) == STRANGE
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert sum(bool(piece) for piece in pieces) > 8
+
+
+def test_bytes_that_are_no_character_are_given_once_they_are_settled():
+    tokenizer = byte_level(["a"], vocab_size=259)
+    broken = tokenizer("€")["input_ids"][:2]
+    ids = [*broken, *tokenizer("a")["input_ids"], *broken]
+    assert pieces_of(tokenizer, ids) == ["", "", "\ufffda", "", "", "\ufffd"]
+
+
+def test_byte_fallback_waits_for_the_end_of_its_run():
+    """There a run of bytes is decoded as a whole: one wrong byte turns characters before it into replacements."""
+    vocab = {"<unk>": 0, "▁a": 1, **{f"<0x{i:02X}>": i + 2 for i in range(256)}}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    raw.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+    euro = [byte + 2 for byte in "€".encode()]
+    assert fast.decode([*euro, 0xFF + 2]) == "\ufffd" * 4  # the character is gone
+    assert pieces_of(fast, [1, *euro, 0xFF + 2, 1]) == [" a", "", "", "", "", "\ufffd" * 4 + " a", ""]
+    assert pieces_of(fast, [1, *euro, 1]) == [" a", "", "", "", "€ a", ""]
+
+
+def test_a_stream_of_bytes_has_no_broken_pieces():
+    """A model over bytes draws parts of characters; each piece is final all the same."""
+    tokenizer = byte_level(["a"], vocab_size=259)
+    lm, params = tiny_lm(0, num_layers=1, vocab_size=259, eos_ids=(1,))
+    pieces: list[list[str]] = [[], []]
+    found = text.generate(
+        lm,
+        params,
+        tokenizer,
+        ["€", "a"],
+        seed=1,
+        max_new_tokens=40,
+        stream=lambda row, piece: pieces[row].append(piece),
+        stream_every=1,
+    )
+    assert found.texts == ["".join(row) for row in pieces]
+    assert max(map(len, pieces)) > 10
+
+
+# Given responses ------------------------------------------------------------------------------------------------------
+
+
+def counted(params, tokens, mask, prompt_length, index):
+    """10 for each response token, and the prompt's number."""
+    return 10.0 * (mask.sum(axis=1) - prompt_length) + index + params
+
+
+def test_scores_of_texts_in_any_batches(words):
+    responses = ["a", "b c", "d e f", "a b c d e f g", "c"]
+    lengths = np.array([len(r.split()) for r in responses])
+    for batch_size in (1, 2, 32):
+        found = text.score(counted, jnp.float32(0.5), words, TEXTS, responses, batch_size=batch_size)
+        np.testing.assert_array_equal(found, 10.0 * (lengths + 1) + np.arange(5) + 0.5)
+    found = text.score(counted, jnp.float32(0.5), words, TEXTS, responses, append_eos=False)
+    np.testing.assert_array_equal(found, 10.0 * lengths + np.arange(5) + 0.5)
+
+
+def test_a_reward_model_scores_a_text_as_it_scores_its_tokens(words):
+    lm, params = tiny_lm(2, "reward", num_layers=1)
+    found = text.score(rewards.from_model(lm), params, words, ["a b", "c"], ["d", "e f"])
+    for value, written in zip(found, ["a b d <eos>", "c e f <eos>"], strict=True):
+        hidden = lm.hidden(params, jnp.asarray([words(written)["input_ids"]]))
+        np.testing.assert_allclose(value, lm.head(params, hidden)[0, -1, 0], rtol=1e-4, atol=1e-5)
+    chat = [{"role": "user", "content": "a"}]  # "a h", then "b <eos>"; what the template writes after it is left out
+    template = words.chat_template
+    words.chat_template = template.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}h {% endif %}{{ m.content }}"
+    )
+    try:
+        one = text.score(rewards.from_model(lm), params, words, [chat], ["b"])
+    finally:
+        words.chat_template = template
+    np.testing.assert_allclose(one, text.score(rewards.from_model(lm), params, words, ["a h"], ["b"]), rtol=1e-5)
+
+
+def test_log_prob_of_texts_is_that_of_their_tokens(model, words):
+    lm, params = model
+    policy = policies.language_model(lm)
+    responses = ["a", "b c", "d e f", "g h", "c"]
+    ids = [[*words(r)["input_ids"], 1] for r in responses]
+    tokens, mask = np.zeros((5, 4), np.int32), np.zeros((5, 4), bool)
+    for row, one in enumerate(ids):
+        tokens[row, : len(one)], mask[row, : len(one)] = one, True
+    given = (jnp.asarray(tokens), jnp.asarray(mask))
+    expected = decoding.log_prob(policy, params, KEY, as_batch(words, TEXTS), *given, eos_ids=(1,))
+    assert bool(expected.finished.all())
+    for batch_size in (2, 32):
+        found = text.log_prob(policy, params, words, TEXTS, responses, batch_size=batch_size)
+        assert_completions_equal(found, expected)
+    open_ended = text.log_prob(policy, params, words, TEXTS, responses, append_eos=False)
+    assert not bool(open_ended.finished.any())
+    np.testing.assert_array_equal(open_ended.mask.sum(axis=1), mask.sum(axis=1) - 1)
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("match", "items", "options"),
+    [
+        (r"prompts: expected a list of texts, found one text 'a b'; put it in a list", "a b", {}),
+        (r"prompts: expected a list of chats, found the messages of one chat", MESSAGES, {}),
+        (r"prompts: expected at least one, found none", [], {}),
+        (r"prompts: expected a list of texts or chats, found int", 3, {}),
+        (r"prompts\[1\]: expected a text, found an empty one", ["a", ""], {}),
+        (r"prompts\[1\]: expected at least one token, found none in '  '", ["a", "  "], {}),
+        (r"prompts\[1\]: expected a text or a list of messages, found int", ["a", 3], {}),
+        (r"prompts\[0\]: expected messages as", [[]], {}),
+        (r"prompts\[1\]: .* the user speaks first", ["a", [{"role": "system", "content": "b"}]], {}),
+        (r"prompts\[1\]: expected at most 60 tokens, .* context of 64, found 61", ["a", "a " * 61], {}),
+        (r"max_new_tokens: expected an integer, at least 1, found 0", ["a"], {"max_new_tokens": 0}),
+        (r"batch_size: expected an integer, at least 1", ["a"], {"batch_size": 0}),
+        (r"stream_every: expected an integer", ["a"], {"stream_every": 1.5}),
+        (r"num_samples: expected an integer", ["a"], {"num_samples": True}),
+        (r"stream: expected None with num_samples", ["a"], {"num_samples": 2, "stream": print}),
+        (r"temperature: expected one value, or one for each of 1 prompts", ["a"], {"temperature": jnp.ones(2)}),
+        (r"temperature: expected a value >= 0", ["a"], {"temperature": -1.0}),
+        (r"eos_ids: expected ids in \[0, 11\)", ["a"], {"eos_ids": 11}),
+        (r"chat_template_kwargs: expected chats among the prompts", ["a"], {"chat_template_kwargs": {"x": 1}}),
+        (r"seed: expected None beside rng", ["a"], {"seed": 1, "rng": KEY}),
+        (r"rng: expected a key", ["a"], {"rng": 1}),
+    ],
+)
+def test_bad_requests_are_named(match, items, options, model, words):
+    with pytest.raises(ValueError, match=match):
+        text.generate(*model, words, items, **{"max_new_tokens": 4} | options)
+
+
+def test_bad_tokenizers_and_policies_are_named(model, words):
+    lm, params = model
+    wide = word_level([*"abcdefghi"])
+    for call in (
+        lambda: text.generate(lm, params, wide, ["a"]),
+        lambda: text.log_prob(policies.language_model(lm), params, wide, ["a"], ["b"]),
+    ):
+        with pytest.raises(ValueError, match="tokenizer: expected ids below the model's 11 tokens, found ids up to 11"):
+            call()
+    with pytest.raises(ValueError, match="tokenizer: expected a tokenizer"):
+        text.generate(lm, params, "FOLDER", ["a"])
+    other = policies.language_model(models.LanguageModel(dataclasses.replace(lm.config, vocab_size=13)))
+    with pytest.raises(ValueError, match="policy: expected the model's 11 tokens, found 13"):
+        text.generate(lm, params, words, ["a"], policy=other, max_new_tokens=4)
+    with pytest.raises(ValueError, match="max_new_tokens: expected fewer than the model's context of 64 tokens"):
+        text.generate(lm, params, words, ["a"], max_new_tokens=64)
+    plain = word_level(["a"])
+    with pytest.raises(ValueError, match=r"prompts\[0\]: expected a tokenizer with a chat template"):
+        text.generate(lm, params, plain, [[{"role": "user", "content": "a"}]], max_new_tokens=4)
+
+
+def test_bad_responses_are_named(words):
+    def score(prompts, responses, **options):
+        return text.score(counted, jnp.float32(0), words, prompts, responses, **options)
+
+    for match, call in {
+        "responses: expected a list of texts, found 'a'": lambda: score(["a"], "a"),
+        "responses: expected one for each of 2 prompts, found 1": lambda: score(["a", "b"], ["a"]),
+        r"responses\[1\]: expected a response token": lambda: score(["a", "b"], ["a", ""]),
+        "batch_size": lambda: score(["a"], ["a"], batch_size=0),
+        "expected one real number per text": lambda: text.score(
+            lambda p, t, m, n, i: jnp.ones((1, 1)), None, words, ["a"], ["b"]
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call()
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a"))
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+    with pytest.raises(ValueError, match="eos_id: expected an id, since the tokenizer has no EOS"):
+        text.score(counted, jnp.float32(0), plain, ["a"], ["a"])
