@@ -57,16 +57,25 @@ def arguments(folders, out, *extra: str) -> list[str]:
     ]
 
 
+def methods(*specs: str) -> list[str]:
+    return [part for spec in specs for part in ("--method", spec)]
+
+
 def all_methods(folders) -> list[str]:
-    specs = [f"args:{folders['reward']}", f"value:{folders['scalar']}", f"value:{folders['q']}"]
-    specs.append(f"autoregressive:{folders['arm']}")
-    critic = [part for spec in specs for part in ("--critic", spec)]
-    judges = ["--reward", folders["reward"], "--gold", folders["gold"], "--best-of-n", "3"]
-    return [*critic, "--beta", "0.5", "2.0", *judges]
+    critics = [f"args:{folders['reward']}", f"value:{folders['scalar']}", f"value:{folders['q']}"]
+    critics.append(f"genarm:{folders['arm']}")
+    rewards = ["--reward", folders["reward"], "--gold", folders["gold"]]
+    return [*methods("best_of_n@3", *(f"{critic}@0.5,2.0" for critic in critics)), *rewards]
 
 
 def read(out) -> list[dict]:
-    return [json.loads(line) for line in (pathlib.Path(out) / "responses.jsonl").read_text().splitlines()]
+    """The records of every method, in the order of their folders' names."""
+    files = sorted(pathlib.Path(out).glob("*/responses.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def rows_of(out) -> list[dict]:
+    return json.loads((pathlib.Path(out) / "results.json").read_text(), parse_constant=pytest.fail)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +88,9 @@ def finished(folders, tmp_path_factory) -> pathlib.Path:
 def test_every_method_decodes_every_prompt(finished, folders):
     records = read(finished)
     assert len(records) == (2 + 4 * 2) * 5
-    summary = json.loads((finished / "summary.json").read_text())
+    summary = rows_of(finished)
     assert [row["method"] for row in summary][:2] == ["base", "best_of_3"]
-    assert {row["kl_kind"] for row in summary} == {"sum of exact per-step KL", "bound log n - (n-1)/n"}
+    assert {row["kl_kind"] for row in summary} == {"exact", "bound"}
     for record in records:
         assert len(record["tokens"]) == len(record["log_prob"]) == len(record["log_prob_ref"])
         assert record["finished"] != record["truncated"]
@@ -90,9 +99,10 @@ def test_every_method_decodes_every_prompt(finished, folders):
     by_method = {(r["method"], r["beta"]): r for r in summary}
     assert by_method["base", None]["kl"] == 0
     assert by_method["best_of_3", None]["reward"] >= by_method["base", None]["reward"]
-    strong, weak = (by_method[f"autoregressive:{folders['arm']}", beta]["kl"] for beta in (0.5, 2.0))
+    strong, weak = (by_method[f"genarm:{folders['arm']}", beta]["kl"] for beta in (0.5, 2.0))
     assert strong > weak > 0
-    assert sorted(p.name for p in finished.iterdir()) == [
+    assert {"results.json", "frontier.png", "base", "best_of_n_3"} < {p.name for p in finished.iterdir()}
+    assert sorted(p.name for p in (finished / "base").iterdir()) == [
         "config.json",
         "inputs.json",
         "responses.jsonl",
@@ -137,15 +147,16 @@ def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(finished, fo
     monkeypatch.setattr(engine, "decode_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decode.main(arguments(folders, out, *all_methods(folders)))
-    partial = out / "responses.jsonl.partial"
+    (partial,) = out.glob("*/responses.jsonl.partial")
     lines = partial.read_text().splitlines(keepends=True)
-    assert not (out / "responses.jsonl").exists()
+    assert not partial.with_suffix("").exists()
     # Cut in the middle of a batch, and in the middle of a line.
     partial.write_text("".join(lines[:-2]) + lines[-2][:20])
     done = len(calls)
     decode.main(arguments(folders, out, *all_methods(folders)))
     assert 0 < len(calls) - done < 30
-    assert (out / "responses.jsonl").read_bytes() == (finished / "responses.jsonl").read_bytes()
+    for file in finished.glob("*/responses.jsonl"):
+        assert (out / file.relative_to(finished)).read_bytes() == file.read_bytes()
     # Once more: nothing is decoded again.
     done = len(calls)
     decode.main(arguments(folders, out, *all_methods(folders)))
@@ -154,16 +165,7 @@ def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(finished, fo
 
 def test_responses_do_not_depend_on_the_batch(finished, folders, tmp_path):
     """Five rows at once, and the best of three; the same seed and index give the same tokens as in pairs."""
-    extra = (
-        "--reward",
-        folders["reward"],
-        "--best-of-n",
-        "3",
-        "--critic",
-        f"args:{folders['reward']}",
-        "--beta",
-        "0.5",
-    )
+    extra = ("--reward", folders["reward"], *methods("best_of_n@3", f"args:{folders['reward']}@0.5"))
     decode.main([*arguments(folders, tmp_path / "out", *extra), "--batch-size", "5"])
     pairs = {(r["method"], r["beta"], r["index"]): r["tokens"] for r in read(finished)}
     records = read(tmp_path / "out")
@@ -204,17 +206,17 @@ def test_other_prompts_under_the_same_name_are_refused(folders, tmp_path, monkey
 def test_one_trace_per_bucket_of_prompt_lengths(folders, tmp_path, capsys):
     """Ten lengths in two buckets, two betas, a short last batch: two traces; then the table has a speed."""
     (tmp_path / "p.txt").write_text("".join("the " * n + "cat\n" for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)))
-    extra = ("--prompts", str(tmp_path / "p.txt"), "--critic", f"autoregressive:{folders['arm']}", "--no-include-base")
+    extra = ("--prompts", str(tmp_path / "p.txt"), *methods(f"genarm:{folders['arm']}@1,3"), "--no-include-base")
     before = _sampling._sample._cache_size()
-    decode.main(arguments(folders, tmp_path / "out", *extra, "--beta", "1", "3"))
+    decode.main(arguments(folders, tmp_path / "out", *extra))
     assert _sampling._sample._cache_size() - before == 2
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = rows_of(tmp_path / "out")
     assert all(row["tokens_per_second"] > 0 for row in summary)
     # A call that decodes nothing keeps the speeds of the one that did, and says again what is there.
     capsys.readouterr()
-    decode.main(arguments(folders, tmp_path / "out", *extra, "--beta", "1", "3"))
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"wrote {tmp_path / 'out' / 'responses.jsonl'} (22 ")
+    decode.main(arguments(folders, tmp_path / "out", *extra))
+    assert rows_of(tmp_path / "out") == summary
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path / 'out' / 'results.json'} (22 responses)"
 
 
 def test_messages_and_a_single_response(folders, tmp_path, monkeypatch):
@@ -229,32 +231,35 @@ def test_messages_and_a_single_response(folders, tmp_path, monkeypatch):
     (record,) = read(tmp_path / "out")
     assert record["prompt"] == "the dog and"
     assert record["reward"] == record["gold"]
-    (summary,) = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
+    (summary,) = rows_of(tmp_path / "out")
     assert summary["reward_95"] is summary["kl_95"] is summary["tokens_per_second"] is None
 
 
 def test_a_weighted_sum_is_one_method(folders, tmp_path):
-    specs = [part for name in ("arm", "base") for part in ("--critic", f"autoregressive:{folders[name]}")]
-    decode.main(arguments(folders, tmp_path / "out", *specs, "--sum", "--weights", "0.5", "0.2", "--no-include-base"))
-    assert {r["method"] for r in read(tmp_path / "out")} == {"+".join(specs[1::2])}
+    spec = f"0.5 * genarm:{folders['arm']} + 0.2 * genarm:{folders['base']}"
+    decode.main(arguments(folders, tmp_path / "out", *methods(f"{spec}@1"), "--no-include-base"))
+    assert {r["method"] for r in read(tmp_path / "out")} == {spec}
+    (row,) = rows_of(tmp_path / "out")
+    assert row["forwards"] == pytest.approx(3)
 
 
 def test_blocks_are_selected_by_each_critic(folders, tmp_path):
     """Two critics, two lengths: the KL is each response's bound; a block as long as the limit earns most by its critic,
     as best-of-n does, from the same draws."""
     critic = f"args:{folders['reward']}"
-    specs = ("--critic", critic, "--critic", f"value:{folders['q']}", "--block", "2", "9", "--candidates", "3")
-    judge = ("--reward", folders["reward"], "--best-of-n", "3", "--no-include-base")
-    decode.main([*arguments(folders, tmp_path / "out", *specs, *judge), "--batch-size", "5"])
+    specs = (critic, f"value:{folders['q']}")
+    given = methods(*(f"{spec}@1" for spec in specs), *(f"blockwise:{spec}@3" for spec in specs), "best_of_n@3")
+    options = ("--block-size", "2", "9", "--reward", folders["reward"], "--no-include-base")
+    decode.main([*arguments(folders, tmp_path / "out", *given, *options), "--batch-size", "5"])
     records = read(tmp_path / "out")
     kinds = {r["kl_kind"] for r in records if r["method"].startswith("blockwise")}
-    assert kinds == {"bound ceil(|y|/M) (log K - (K-1)/K)"}
+    assert kinds == {"bound"}
     by_method = {}
     for r in records:
         by_method.setdefault(r["method"], []).append(r)
     assert set(by_method) == {
         "best_of_3",
-        *(f"{prefix}{s}" for s in specs[1:4:2] for prefix in ("", "blockwise_3x2 ", "blockwise_3x9 ")),
+        *(f"{prefix}{s}" for s in specs for prefix in ("", "blockwise_3x2 ", "blockwise_3x9 ")),
     }
     for r in by_method[f"blockwise_3x2 {critic}"]:
         assert r["beta"] is None
@@ -271,7 +276,7 @@ def words_counted(texts: list[str]) -> list[list[float]]:
 def test_coherence_is_reported_by_a_users_embedding(folders, tmp_path, capsys):
     spec = "tests.test_eval_decode:words_counted"
     decode.main(arguments(folders, tmp_path / "out", "--embedding", spec))
-    (summary,) = json.loads((tmp_path / "out" / "summary.json").read_text())
+    (summary,) = rows_of(tmp_path / "out")
     found = []
     for r in read(tmp_path / "out"):
         x, y = (np.asarray(v) for v in words_counted([r["prompt"], r["response"]]))
@@ -284,8 +289,8 @@ def test_coherence_is_reported_by_a_users_embedding(folders, tmp_path, capsys):
 def test_a_transfer_critic_rolls_out_its_model_and_scores_by_the_reward(folders, tmp_path):
     """The tokens of the library's own Transfer Q* with these models, at the run's key, indices and limits."""
     spec = f"transfer:{folders['arm']}"
-    options = ("--critic", spec, "--reward", folders["reward"], "--rollouts", "2", "--lookahead", "2", "--top-k", "3")
-    decode.main(arguments(folders, tmp_path / "out", *options, "--beta", "0.2", "--no-include-base"))
+    options = ("--reward", folders["reward"], "--rollouts", "2", "--lookahead", "2", "--top-k", "3")
+    decode.main(arguments(folders, tmp_path / "out", *methods(f"{spec}@0.2"), *options, "--no-include-base"))
     records = read(tmp_path / "out")
     assert {record["method"] for record in records} == {spec}
     (lm, base), (other_lm, other), (reward_lm, judge) = (models.load(folders[n]) for n in ("base", "arm", "reward"))
@@ -311,10 +316,10 @@ def test_a_transfer_critic_rolls_out_its_model_and_scores_by_the_reward(folders,
 
 
 def test_another_config_in_the_folder_is_refused_and_named(finished, folders):
-    before = (finished / "responses.jsonl").read_bytes()
+    before = (finished / "base/responses.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"seed: expected 0 .* found 1"):
         decode.main(arguments(folders, finished, *all_methods(folders), "--seed", "1"))
-    assert (finished / "responses.jsonl").read_bytes() == before
+    assert (finished / "base/responses.jsonl").read_bytes() == before
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -331,7 +336,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_two_devices_decode_what_one_does(finished, folders, tmp_path):
     critic = f"args:{folders['reward']}"
-    extra = ("--critic", critic, "--beta", "0.5", "--reward", folders["reward"], "--no-include-base")
+    extra = (*methods(f"{critic}@0.5"), "--reward", folders["reward"], "--no-include-base")
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     found = command(*arguments(folders, tmp_path / "two", *extra, "--mesh", "data=2"), XLA_FLAGS=flags)
     assert found.returncode == 0, found.stderr

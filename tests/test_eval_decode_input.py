@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import jax
@@ -12,7 +11,7 @@ import pytest
 from eval import decode
 from jaxalign import models
 from tests.conftest import tiny_lm
-from tests.test_eval_decode import arguments, command, folders, read, tokenizer
+from tests.test_eval_decode import arguments, command, folders, methods, read, tokenizer
 
 __all__ = ["folders"]  # a fixture
 
@@ -20,66 +19,67 @@ __all__ = ["folders"]  # a fixture
 def test_greedy_reports_its_own_kind_of_kl(folders, tmp_path):
     decode.main(arguments(folders, tmp_path / "out", "--temperature", "0"))
     for record in read(tmp_path / "out"):
-        assert record["kl_kind"] == "mean -log pi_ref(y)"
+        assert record["kl_kind"] == "surprisal"
         assert record["kl"] == pytest.approx(-record["log_prob_ref_sum"], abs=1e-4)
 
 
 def test_appended_vocabulary_rows_are_cut_and_said(folders, tmp_path):
     with pytest.warns(UserWarning, match="13 rows cut to the common vocabulary of 11"):
-        decode.main(arguments(folders, tmp_path / "out", "--critic", f"autoregressive:{folders['wide']}"))
+        decode.main(arguments(folders, tmp_path / "out", *methods(f"genarm:{folders['wide']}@1")))
 
 
 def test_bad_input_names_its_field_and_writes_nothing(folders, tmp_path):
     out = tmp_path / "out"
-    arm = ("--critic", f"autoregressive:{folders['arm']}")
+    arm, reward = f"genarm:{folders['arm']}", ("--reward", folders["reward"])
     cases = [
-        (("--critic", f"autoregressive:{folders['other']}"), "id 9"),
-        ((*arm, "--beta", "0"), "beta"),
+        (methods(f"genarm:{folders['other']}@1"), "id 9"),
+        (methods(f"{arm}@0"), "method: expected positive strengths"),
+        (methods(f"{arm}@nan"), "method: expected positive strengths"),
+        (methods(f"{arm}@1,inf"), "method: expected positive strengths"),
+        (methods(f"{arm}@1,1"), "method: expected each strength once"),
+        (methods(f"{arm}@1", f"{arm}@1,2"), "method: expected each method and strength once"),
+        (methods("nothing@1"), "method: expected a kind among"),
+        (methods("nothing.at.all:here@1"), "method: expected MODULE:FUNCTION"),
+        (methods(f"0 * {arm}@1"), "method: expected a weight other than 0"),
+        (methods(f"{arm} + args:{folders['reward']}@1"), "critics of one kind"),
+        (methods("blockwise:@2"), "method: expected blockwise:CRITIC:DIR"),
+        (methods(f"args:{folders['arm']}@1"), "scalar head"),
+        (methods("best_of_n@4"), "reward: expected a reward, which best_of_n@4 maximises, found none"),
+        (methods(f"transfer:{folders['arm']}@1"), "reward: expected a reward, which transfer:.*@1 maximises"),
+        (methods(f"blockwise:transfer:{folders['arm']}@2"), "reward: expected a reward, which blockwise:transfer"),
+        ((*methods(f"{arm}@1"), "--top-k", "12"), "top_k: expected at most the vocabulary's 11"),
+        (("--top-k", "-1"), "top_k"),
         (("--max-new-tokens", "0"), "max_new_tokens"),
         (("--max-new-tokens", "60"), "context of 64"),
-        ((*arm, "--top-k", "12"), "top_k: expected at most the vocabulary's 11"),
-        ((*arm, "--sum", "--weights", "1", "2"), "weights"),
-        (("--critic", "nothing"), "critic: expected KIND:DIR"),
-        (("--critic", f"args:{folders['arm']}"), "scalar head"),
-        (("--best-of-n", "4"), "best_of_n"),
         (("--prompts", str(tmp_path / "none.txt")), "prompts"),
         (("--dtype", "int8"), "dtype"),
         (("--mesh", "rows=2"), "mesh"),
-        (("--no-include-base",), "critic"),
-        ((*arm, "--beta", "nan"), "beta"),
-        ((*arm, "--beta", "1", "inf"), "beta"),
-        ((*arm, "--beta", "1", "1"), "beta: expected each value once"),
-        ((*arm, *arm), "critic: expected each value once"),
-        (("--beta", "2"), "beta: expected a --critic"),
-        (("--top-k", "5"), "top_k: expected a --critic"),
-        (("--top-k", "-1", *arm), "top_k"),
-        ((*arm, "--weights", "1"), "weights: expected --sum"),
-        ((*arm, "--critic", f"args:{folders['reward']}", "--sum"), "critics of one kind"),
-        (("--sum",), "sum"),
+        (("--no-include-base",), "method: expected something to decode"),
         (("--embedding", "tests.test_eval_decode:nothing"), "embedding: expected MODULE:FUNCTION"),
-        (("--block", "4"), "block: expected a --critic"),
-        ((*arm, "--block", "0"), "block: expected at least 1"),
-        ((*arm, "--block", "4", "--candidates", "1"), "candidates: expected at least 2"),
-        ((*arm, "--candidates", "4"), "candidates: expected with --block"),
-        ((*arm, "--block", "4", "--temperature", "0"), "block: expected a temperature > 0"),
-        (("--critic", f"transfer:{folders['arm']}"), "reward: expected a folder, which a transfer critic scores by"),
-        ((*arm, "--rollouts", "2"), "rollouts: expected a transfer critic"),
-        ((*arm, "--lookahead", "0"), "lookahead: expected a transfer critic"),
-        (("--critic", f"transfer:{folders['arm']}", "--reward", folders["reward"], "--rollouts", "0"), "rollouts"),
-        (("--critic", f"transfer:{folders['reward']}", "--reward", folders["reward"]), "expected a language model"),
+        (("--block-size", "0"), "block_size: expected lengths of at least 1 token"),
+        (("--block-size", "2", "2"), "block_size: .*each once"),
+        (methods(f"blockwise:{arm}@1"), "method: expected at least 2 to choose from"),
+        ((*methods(f"blockwise:{arm}@4"), "--temperature", "0"), "temperature: expected one > 0 for blockwise"),
+        ((*methods("best_of_n@2"), *reward, "--temperature", "0"), "temperature: expected one > 0 for best_of_n@2"),
+        ((*methods("smc@1"), *reward, "--temperature", "0.5"), "temperature: expected 1 for smc@1, found 0.5"),
+        (("--rollouts", "0"), "rollouts"),
+        ((*methods(f"transfer:{folders['reward']}@1"), *reward), "transfer:.*: expected a language model"),
         (("--temperature", "-1"), "temperature"),
+        (("--temperature", "nan"), "temperature"),
+        (("--reward-threshold", "inf"), "reward_threshold"),
         (("--batch-size", "0"), "batch_size"),
-        (("--best-of-n", "2", "--reward", folders["reward"], "--temperature", "0"), "best_of_n: .*temperature > 0"),
         (("--model", folders["reward"]), "model: expected a language model"),
-        (("--critic", f"autoregressive:{folders['reward']}"), "critic autoregressive:.*: expected a language model"),
+        (methods(f"genarm:{folders['reward']}@1"), "genarm:.*: expected a language model"),
         (("--reward", folders["base"]), "reward: expected a model with a scalar head"),
         (("--gold", folders["q"]), "gold: expected a model with a scalar head"),
         (("--reward", str(tmp_path / "nowhere")), "path: expected a folder"),
         (("--prompts", str(tmp_path / "empty.txt")), "prompts: expected at least one prompt"),
         (("--prompts", str(tmp_path / "blank.txt")), "blank.txt:2: expected a prompt"),
         (("--prompts", str(tmp_path / "long.txt")), "prompts: .*context of 64, found a prompt of 61 tokens"),
+        (("--prompts", str(tmp_path / "table.csv")), "prompts: expected a file that ends in"),
         (("--mesh", "data=1000"), "mesh"),
     ]
+    (tmp_path / "table.csv").write_text("the cat\n")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "blank.txt").write_text("the cat\n\n")
     (tmp_path / "long.txt").write_text("the cat\n" + "cat " * 61 + "\n")
@@ -98,13 +98,13 @@ def test_a_lost_eos_and_a_broken_reward_are_refused(folders, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="gold: expected finite rewards"):
         decode.main(arguments(folders, tmp_path / "out", "--gold", folders["nan"]))
-    assert not (tmp_path / "out" / "responses.jsonl").exists()
+    assert not list((tmp_path / "out").glob("*/responses.jsonl"))
 
 
 def test_help_and_unknown_options():
     found = command("--help")
     assert found.returncode == 0
-    for option in ("--model", "--critic", "--beta", "--config", "--dtype", "--mesh", "--out"):
+    for option in ("--model", "--method", "--top-k", "--config", "--dtype", "--mesh", "--out"):
         assert option in found.stdout
     found = command("--model", "m", "--prompts", "p", "--out", "o", "--betta", "1")
     assert found.returncode == 2
@@ -115,14 +115,13 @@ def test_a_model_without_a_distribution_is_refused_and_writes_no_record(folders,
     """NaN weights used to decode to token 0 with a KL of 0."""
     lm, params = tiny_lm(0, num_layers=1)
     models.save(tmp_path / "broken", lm, jax.tree.map(lambda x: x * jnp.nan, params), tokenizer=tokenizer())
-    critic = f"autoregressive:{tmp_path / 'broken'}"
+    method = f"genarm:{tmp_path / 'broken'}"
     with pytest.raises(
-        ValueError, match=rf"{critic}: expected finite log_prob, found NaN or infinity for prompts \[0, "
+        ValueError, match=rf"{method}: expected finite log_prob, found NaN or infinity for prompts \[0, "
     ):
-        decode.main(arguments(folders, tmp_path / "out", "--critic", critic))
-    assert not (tmp_path / "out" / "responses.jsonl").exists()
-    records = (tmp_path / "out" / "responses.jsonl.partial").read_text().splitlines()
-    assert {json.loads(line)["method"] for line in records} == {"base"}
+        decode.main(arguments(folders, tmp_path / "out", *methods(f"{method}@1")))
+    assert {record["method"] for record in read(tmp_path / "out")} == {"base"}
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_a_run_is_not_continued_with_other_weights(folders, tmp_path):
@@ -135,3 +134,46 @@ def test_a_run_is_not_continued_with_other_weights(folders, tmp_path):
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
     with pytest.raises(ValueError, match=r"^inputs: .*model.safetensors"):
         decode.main(given)
+
+
+def columns(prompts: list[str], responses: list[str]) -> list[list[float]]:
+    """A reward of a wrong shape: [N,1]."""
+    return [[float(len(text))] for text in responses]
+
+
+def words(prompts: list[str], responses: list[str]) -> list[str]:
+    """A reward that gives no numbers."""
+    return ["good" for _ in responses]
+
+
+def flat(texts: list[str]) -> list[float]:
+    """An embedding of one number per text."""
+    return [1.0 for _ in texts]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (
+            ("--gold", f"{__name__}:columns"),
+            r"columns: expected one real number per text, shape \(2,\), found shape \(2, 1\)",
+        ),
+        (("--gold", f"{__name__}:words"), "words: expected one real number per text, .* found shape"),
+        (("--reward", f"{__name__}:columns", "--method", "best_of_n@2"), "columns: expected one real number per text"),
+        (("--gold", f"1 * {__name__}:words + 2 * {__name__}:columns"), "words: expected one real number per text"),
+        (
+            ("--embedding", f"{__name__}:flat"),
+            r"^embedding: expected one vector per text, .* found \(2,\)",
+        ),
+    ],
+)
+def test_programs_that_give_something_else_are_named(options, match, folders, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        decode.main(arguments(folders, tmp_path / "out", *options))
+
+
+def test_options_that_no_method_reads_are_noted(folders, tmp_path, capsys):
+    decode.main(arguments(folders, tmp_path / "out", "--rollouts", "2", "--top-k", "3"))
+    assert "note: no method of this run reads --top-k, --rollouts" in capsys.readouterr().out
+    decode.main(arguments(folders, tmp_path / "out", "--top-k", "3", *methods(f"genarm:{folders['arm']}@1")))
+    assert "note: " not in capsys.readouterr().out

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval import compare, decode
+from eval import decode
 from jaxalign import rewards
 from jaxalign.training import rollouts, tables
 from tests.conftest import VOCAB, on_devices, tiny_lm
-from tests.test_eval_decode import arguments, folders, read, tokenizer
+from tests.test_eval_decode import arguments, folders, methods, read, tokenizer
 from train import calibrate, rl
 
 __all__ = ["folders"]  # a fixture
@@ -92,7 +92,7 @@ def test_rl_maximises_a_calibrated_sum_and_its_table_names_the_next_command(fold
     assert all(any(name.startswith(folders[role] + "/") for name in stamps) for role in ("reward", "gold"))
 
 
-def test_decode_judges_by_a_sum(folders, tmp_path):
+def test_responses_are_scored_by_a_sum(folders, tmp_path):
     assert rewards.reward_roles(folders["gold"], name="gold") == {"gold": folders["gold"]}
     assert rewards.reward_roles(LETTERS, name="gold") == rewards.reward_roles("", name="gold") == {}
     spec = f"2 * {folders['reward']} - 0.5 * {LETTERS}"
@@ -101,14 +101,18 @@ def test_decode_judges_by_a_sum(folders, tmp_path):
     for record in read(tmp_path / "out"):
         (less,) = letters([], [record["response"]])
         assert record["gold"] == pytest.approx(2 * record["reward"] - 0.5 * less, abs=1e-4)
-    decode.main(arguments(folders, tmp_path / "one", "--reward", f"1 * {LETTERS}", "--best-of-n", "3"))
+    decode.main(arguments(folders, tmp_path / "one", "--reward", f"1 * {LETTERS}", *methods("best_of_n@3")))
     for record in read(tmp_path / "one"):
         assert record["reward"] == pytest.approx(letters([], [record["response"]])[0], abs=1e-6)
     best, base = ([r["reward"] for r in read(tmp_path / "one") if r["method"] == m] for m in ("best_of_3", "base"))
     assert np.mean(best) > np.mean(base)
-    critic = ("--critic", f"transfer:{folders['arm']}", "--reward", spec)
-    with pytest.raises(ValueError, match="reward: expected a folder, which a transfer critic scores by"):
-        decode.main(arguments(folders, tmp_path / "transfer", *critic))
+    # Roll-outs are scored by any reward, on the host where it is a program.
+    given = (*methods(f"transfer:{folders['arm']}@0.1"), "--reward", f"1 * {LETTERS}", "--top-k", "3")
+    decode.main(arguments(folders, tmp_path / "transfer", *given))
+    found, base = (
+        [r["reward"] for r in read(tmp_path / "transfer") if r["method"].startswith(m)] for m in ("transfer", "base")
+    )
+    assert np.mean(found) > np.mean(base)
 
 
 MESH = """
@@ -117,7 +121,7 @@ decode.main({})
 """
 
 
-def test_a_sum_of_models_and_programs_judges_on_a_mesh(folders, tmp_path):
+def test_a_sum_of_models_and_programs_scores_on_a_mesh(folders, tmp_path):
     spec = f"{folders['reward']} - 0.1 * {LETTERS}"
     command = arguments(folders, tmp_path / "one", "--reward", folders["reward"], "--gold", spec)
     decode.main(command)
@@ -127,14 +131,14 @@ def test_a_sum_of_models_and_programs_judges_on_a_mesh(folders, tmp_path):
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
-def test_compare_maximises_a_sum_where_no_gradient_is_needed(folders, tmp_path):
+def test_methods_maximise_a_sum_where_no_gradient_is_needed(folders, tmp_path):
     spec = f"0.5 * {folders['reward']} - 0.1 * {LETTERS}"
     command = ["--model", folders["base"], "--prompts", folders["prompts.txt"], "--reward", spec]
     command += ["--max-new-tokens", "4", "--out", str(tmp_path / "run"), "--gold", folders["reward"]]
-    compare.main([*command, "--method", "best_of_n@3"])
+    decode.main([*command, "--method", "best_of_n@3"])
     for row in json.loads((tmp_path / "run/results.json").read_text()):
         assert row["reward"] < 0.5 * row["gold"]
     stamps = json.loads(next((tmp_path / "run").glob("best*/inputs.json")).read_text())
     assert any(name.startswith(folders["reward"] + "/") for name in stamps)
     with pytest.raises(ValueError, match="reward: expected the folder of a reward model, whose gradient ggro reads"):
-        compare.main([*command, "--method", "ggro@4"])
+        decode.main([*command, "--method", "ggro@4"])

@@ -141,7 +141,7 @@ def test_a_run_writes_a_language_model_and_says_reward_and_kl_before_and_after(n
     table = () if "bfloat16" in RUNS[name] else ("--calibration", str(files / "table"))
     command = [*options(files, *RUNS[name], *table, "--transform", "exp:3")]
     rl.main([*command, "--out", str(tmp_path / "run")])
-    assert "next: python -m eval.compare" in capsys.readouterr().out.splitlines()[-1]
+    assert "next: python -m eval.decode" in capsys.readouterr().out.splitlines()[-1]
     lm, params = models.load(tmp_path / "run/model")
     before = models.load(files / "base/model")[1]
     assert lm.config.head is None

@@ -37,7 +37,7 @@ def run(config: Config) -> dict[str, Any]:
         raise ValueError(f"beta_r: expected a value > 0, found {config.beta_r}")
     adapters.spec_of(config)
     out = _io.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
-    following = f"python -m eval.decode --model BASE --critic autoregressive:{out / 'model'} --prompts FILE --out DIR"
+    following = f"python -m eval.decode --model BASE --method genarm:{out / 'model'}@1 --prompts FILE --out DIR"
     done = job.finished(out)
     if done is not None:
         job.report(out, done, following)

@@ -83,7 +83,7 @@ def run(config: Config) -> dict[str, Any]:
     source = _source(config)
     out = _io.open_run(config.out, config, inputs=[config.model, config.architecture, f"{config.calibration}/rollouts"])
     following = (
-        f"python -m eval.compare --model {config.model} --reward REWARD --prompts FILE --method base "
+        f"python -m eval.decode --model {config.model} --reward REWARD --prompts FILE "
         f"--method policy:{out / 'model'} --out DIR"
     )
     done = job.finished(out)

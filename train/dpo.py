@@ -50,8 +50,8 @@ def run(config: Config) -> dict[str, Any]:
         )
     out = _io.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
     following = (
-        f"python -m eval.decode --model {config.model or 'BASE'} --critic transfer:{out / 'model'} --reward REWARD_DIR "
-        "--prompts FILE --out DIR"
+        f"python -m eval.decode --model {config.model or 'BASE'} --method transfer:{out / 'model'}@1 "
+        "--reward REWARD_DIR --prompts FILE --out DIR"
     )
     done = job.finished(out)
     if done is not None:

@@ -6,7 +6,7 @@ Makes the world's texts and preferences, trains tokenizer, base model, reward mo
 model, a DPO model, an RL model on calibrated rewards and heads for Stackelberg-shaped rewards, decodes held-out prompts
 by every method of the library at several strengths, and writes results.json, frontier.png (true utility against KL) and
 responses.html. A run that was stopped goes on at its stage. Each stage prints what it is: the same files serve as
-examples for the training scripts, eval.decode and eval.compare.
+examples for the training scripts and eval.decode.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from jaxalign import _io, commands
+from jaxalign import _io, commands, evaluation
 from jaxalign.evaluation import plots, report, results
 from jaxalign.worlds import opinions
 
@@ -58,7 +58,7 @@ class Size(NamedTuple):
     table: int  # base samples per prompt that rewards are calibrated by
     rl_steps: int
     prompts: int
-    strengths: dict[str, str]  # of each method, as eval.compare's --method takes them after @
+    strengths: dict[str, str]  # of each method, as eval.decode's --method takes them after @
     particles: int
     moves: int
     bounds: tuple[float, ...]  # of shaped rewards [units of reward], at beta 1
@@ -90,9 +90,9 @@ SIZES = {
             "value": "2,1,0.5,0.25,0.12",
             "cd_q": "2,1,0.5,0.25",
             "blockwise": "4",
-            "autoregressive": "4,2,1,0.5,0.25,0.06",
+            "genarm": "4,2,1,0.5,0.25,0.06",
             "transfer": "1",
-            "edit": "1,4,16",
+            "re_control": "1,4,16",
             "ggro": "4",
             "smc": "1,0.5",
             "quest": "1",
@@ -115,7 +115,7 @@ SIZES = {
         strengths={
             "best_of_n": "4",
             "value": "0.5",
-            "autoregressive": "1",
+            "genarm": "1",
         },
         particles=4,
         moves=4,
@@ -261,15 +261,15 @@ def run(config: Config) -> dict[str, Any]:
     for bound, folder in heads.items():
         options = values | made | {"head": "q", "epochs": size.epochs["heads"]}
         stages.append((f"exceedance head, bound {bound:g}", _exceedance(options, folder, bound)))
-    wanted = {  # method -> (its stage, KIND:DIR as eval.compare takes it)
+    wanted = {  # method -> (its stage, KIND:DIR as eval.decode takes it)
         "best_of_n": ("base and best-of-n", "best_of_n"),
         "args": ("ARGS", f"args:{folders['reward_model']}"),
         "value": ("CD-FUDGE", f"value:{folders['value']}"),
         "cd_q": ("CD-Q", f"value:{folders['cd_q']}"),
         "blockwise": ("blockwise CD", f"blockwise:value:{folders['value']}"),
-        "autoregressive": ("GenARM", f"autoregressive:{folders['arm']}"),
+        "genarm": ("GenARM", f"genarm:{folders['arm']}"),
         "transfer": ("Transfer Q*", f"transfer:{folders['dpo']}"),
-        "edit": ("RE-Control", f"edit:{folders['edit']}"),
+        "re_control": ("RE-Control", f"re_control:{folders['edit']}"),
         "ggro": ("GGRO", "ggro"),
         "smc": ("SMC", f"smc:value:{folders['value']}"),
         "quest": ("QUEST", "quest"),
@@ -316,15 +316,14 @@ def _comparison(
 ) -> Callable[[], list[dict[str, Any]]]:
     """Decodes by the methods that are not decoded yet; gives the rows of all."""
     size = SIZES[config.preset]
-    compare = commands.load("compare")
-    return lambda: compare.run(
-        compare.Config(
+    return lambda: evaluation.run(
+        evaluation.DecodeOptions(
             model=folders["sft"],
             prompts=str(out / "data" / "held_out.jsonl"),
             reward=folders["reward_model"],
             gold=GOLD,
-            particles=size.particles,
-            moves=size.moves,
+            num_particles=size.particles,
+            num_steps=size.moves,
             max_new_tokens=opinions.MAX_NEW_TOKENS,
             batch_size=size.prompts,
             seed=config.seed,

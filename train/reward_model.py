@@ -30,7 +30,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
     job.check(config)
     out = _io.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
-    following = f"python -m eval.decode --model BASE --critic args:{out / 'model'} --prompts FILE --out DIR"
+    following = f"python -m eval.decode --model BASE --method args:{out / 'model'}@1 --prompts FILE --out DIR"
     done = job.finished(out)
     if done is not None:
         job.report(out, done, following)

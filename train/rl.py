@@ -162,7 +162,7 @@ def run(config: Config) -> dict[str, Any]:
     inputs = [config.prompts, config.model, config.architecture, config.tokenizer, *rl_rewards.inputs(config)]
     out = _io.open_run(config.out, config, inputs=inputs)
     following = (
-        f"python -m eval.compare --model {config.model or 'BASE'} --reward REWARD --prompts FILE --method base "
+        f"python -m eval.decode --model {config.model or 'BASE'} --reward REWARD --prompts FILE "
         f"--method policy:{out / 'model'} --out DIR"
     )
     done = job.finished(out)

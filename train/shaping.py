@@ -148,7 +148,8 @@ def run(config: Config) -> dict[str, Any]:
     check(config)
     out = _io.open_run(config.out, config, inputs=rollouts.inputs(config))
     following = (
-        f"python -m eval.decode --model {config.base} --reward {out / 'model'} --best-of-n 16 --prompts FILE --out DIR"
+        f"python -m eval.decode --model {config.base} --reward {out / 'model'} --method best_of_n@16 "
+        "--prompts FILE --out DIR"
     )
     if config.amortise or config.leader != "reward_model":
         following = "docs/stackelberg.md"

@@ -12,7 +12,7 @@ roll-outs, and 0 below. The exact heads for decoding by tokens are then
 python -m train.value --objective exceedance --bound 3 --beta 1 --samples 16 … --out runs/exceedance
 python -m train.value --objective soft --bound 3 --beta 1 --sharpness 2 … --out runs/soft
 
-which eval.decode takes as --critic follower:DIR, at that beta.
+which eval.decode takes as --method follower:DIR, at that beta.
 
 The exact mean of cd_q learns the base's value from anybody's responses, since its target needs no draw of the base:
 
@@ -147,12 +147,10 @@ def run(config: Config) -> dict[str, Any]:
     check(config)
     out = _io.open_run(config.out, config, inputs=[*rollouts.inputs(config), config.responses])
     log_weight = config.objective == "exceedance" or (config.objective == "soft" and bool(config.bound))
-    critic = "follower" if log_weight else "value"
-    following = (
-        f"python -m eval.decode --model {config.base} --critic {critic}:{out / 'model'} --prompts FILE --out DIR"
-    )
+    method = f"follower:{out / 'model'}" if log_weight else f"value:{out / 'model'}@1"
     if config.frozen:
-        following = f"policies.re_control with policies.head_value of {out / 'model'}, over {config.base}"
+        method = f"re_control:{out / 'model'}@1"
+    following = f"python -m eval.decode --model {config.base} --method {method} --prompts FILE --out DIR"
     done = job.finished(out)
     if done is not None:
         job.report(out, done, following)

@@ -6,65 +6,90 @@ from __future__ import annotations
 import json
 import pathlib
 import time
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign import _progress, data, decoding, metrics
+from jaxalign import _progress, data, decoding
 from jaxalign.evaluation import results
+from jaxalign.evaluation.loading import Scorer, program_errors
+from jaxalign.evaluation.records import add_coherence, check_finite, on_host, record_of
 from jaxalign.models import sharding
-from jaxalign.types import Array, Completions, Params, Reward, TokenBatch
+from jaxalign.types import Array, Decoded, TokenBatch
 
-Extra = dict[str, Array]
-"""Numbers [B] of each row that a method tells beside its Completions: segments, tries, effective samples."""
+Drawn: TypeAlias = Decoded[Any]
+"""What a method gives for a batch."""
+
+
+class Draw(Protocol):
+    """Decodes one batch. A prompt's response depends on rng and its index alone."""
+
+    def __call__(self, rng: Array, prompts: TokenBatch, /) -> Drawn: ...
+
+
+class Check(Protocol):
+    """Checks a batch on the host; raises ValueErrors that name the field."""
+
+    def __call__(self, prompts: TokenBatch, /) -> None: ...
+
+
+class Forwards(Protocol):
+    """Tokens that pass through models for a response of `length` tokens to a prompt of `prompt` tokens, beyond the
+    prompt's first reading by each model; info holds the row's own numbers."""
+
+    def __call__(self, prompt: int, length: int, info: Mapping[str, float], /) -> float: ...
+
+
+class Measure(Protocol):
+    """Completes what was drawn by numbers that are neither timed nor counted."""
+
+    def __call__(self, rng: Array, prompts: TokenBatch, drawn: Drawn, /) -> Drawn: ...
 
 
 class Method(NamedTuple):
-    """One row group of the results.
-
-    draw(rng, prompts) -> (Completions, Extra); kl(host, extra, b) -> the KL of row b, of the kind that kl_kind names;
-    check(prompts): ValueErrors on the host; trace: methods with the same one share their compiled program; forwards(P,
-    T, extra of the row) -> tokens that pass through models for a response of T tokens to a prompt of P, beyond the
-    prompt's first reading by each; measure(rng, prompts, extra) -> more of Extra, outside the time and the count."""
+    """One row group of the results."""
 
     name: str
+    """Its name in tables."""
     beta: float | None
-    draw: Callable[[Array, TokenBatch], tuple[Completions, Extra]]
-    kl: Callable[[Completions, Extra, int], float]
-    kl_kind: str
-    check: Callable[[TokenBatch], None]
+    """Its strength, None where the name says all."""
+    draw: Draw
+    """draw(rng, prompts) -> Decoded."""
+    check: Check
+    """check(prompts): ValueErrors on the host, before anything is written."""
     trace: Hashable
-    forwards: Callable[[int, int, dict[str, float]], float]
-    measure: Callable[[Array, TokenBatch, Extra], Extra] | None = None
-
-
-class Judge(NamedTuple):
-    """A jitted Reward and its parameters."""
-
-    reward: Reward
-    params: Params
+    """Methods with equal traces share their compiled program, so that the first batch of each is not timed."""
+    forwards: Forwards | None = None
+    """What a response costs; None: unknown."""
+    measure: Measure | None = None
+    """measure(rng, prompts, drawn) -> Decoded, after the clock has stopped."""
 
 
 class Texts(NamedTuple):
-    """The prompts of a run. texts and ids: as given, and their tokens."""
+    """The prompts of a run."""
 
     texts: list[str]
+    """As given."""
     ids: list[list[int]]
+    """Their tokens."""
     tokenizer: Any
+    """The base's."""
 
 
 class Batch(NamedTuple):
-    """rows: indices of the prompts; prompts: padded to batch_size rows."""
+    """Prompts that are decoded together."""
 
     rows: list[int]
+    """Indices of the prompts; rows of `prompts` beyond them are padding."""
     prompts: TokenBatch
+    """Padded to the batch size."""
 
 
 def batches(ids: list[list[int]], *, batch_size: int, mesh: str) -> list[Batch]:
-    """Prompts of near lengths together. The same batches for every method and after every interruption."""
+    """Puts prompts of near lengths together: the same batches for every method and after every interruption."""
     devices = sharding.make_mesh(mesh)
     order = sorted(range(len(ids)), key=lambda i: (data.bucket(len(ids[i])), i))
     out = []
@@ -77,31 +102,43 @@ def batches(ids: list[list[int]], *, batch_size: int, mesh: str) -> list[Batch]:
     return out
 
 
-def sampled_kl(host: Completions, told: Extra, b: int) -> float:
-    """Σ_t of the exact KL of each step."""
-    assert host.kl is not None
-    return float(host.kl[b].sum())
-
-
-def decode_batch(method: Method, rng: Array, prompts: TokenBatch) -> tuple[Completions, Extra]:
-    """One batch by one method."""
+def decode_batch(method: Method, rng: Array, prompts: TokenBatch) -> Drawn:
+    """Decodes one batch by one method."""
     return method.draw(rng, prompts)
 
 
 def decode(
     plan: Sequence[Method],
-    judges: dict[str, Judge],
+    scorers: Mapping[str, Scorer],
     prompts: Texts,
     final: pathlib.Path,
     *,
     batch_size: int,
     mesh: str,
     seed: int,
-    embed: Callable[..., Any] | None = None,
+    embed: results.Embed | None = None,
 ) -> dict[results.Key, float]:
-    """Writes the responses of every method to `final`, unless it is there; gives the tokens/s of each method and beta
-    that was decoded here beyond its first, compiling batch. Each finished batch is appended to a partial file beside
-    it, from which the next call goes on."""
+    """Writes the responses of every method to a file, unless it is there.
+
+    Each finished batch is appended to a partial file beside it, from which the next call goes on.
+
+    Args:
+      plan: the methods; the one named "base" draws with the run's key, all others with one of their own.
+      scorers: name -> what scores every response.
+      prompts: of the run.
+      final: the responses file.
+      batch_size: prompts decoded together.
+      mesh: "data=N" or "".
+      seed: of all draws.
+      embed: texts -> one vector each, for coherence.
+
+    Returns:
+      Tokens/s of each method and strength that was decoded here beyond its first, compiling batch.
+
+    Raises:
+      ValueError: a response, reward or KL that is not finite (the method or reward is named), or a former call's
+        responses to other prompts.
+    """
     if final.exists():
         return {}
     partial = final.with_name(final.name + ".partial")
@@ -117,24 +154,24 @@ def decode(
     }
     records = [found[plan[k].name, plan[k].beta, i] for k, j in sorted(whole) for i in parts[j].rows]
     results.write(partial, records)
-    traced: set[Any] = set()
+    traced: set[Hashable] = set()
     timed: dict[results.Key, tuple[int, float]] = {}
     rng = jax.random.key(seed)
     # Draws that a method shares with the base would count as ties, and best-of-n would win too often.
     keys = [rng if method.name == "base" else jax.random.fold_in(rng, 1) for method in plan]
     total = len(plan) * len(prompts.ids)
     progress = _progress.progress("decode", total, initial=len(records), unit="response")
-    with partial.open("a") as sink, progress:
+    with partial.open("a") as sink, progress, program_errors():
         for k, method in enumerate(plan):
             for j, batch in enumerate(parts):
                 if (k, j) in whole:
                     continue
                 begin = time.perf_counter()
-                drawn, extra = jax.block_until_ready(decode_batch(method, keys[k], batch.prompts))
+                drawn = jax.block_until_ready(decode_batch(method, keys[k], batch.prompts))
                 seconds = time.perf_counter() - begin
                 if method.measure is not None:
-                    extra = extra | method.measure(keys[k], batch.prompts, extra)
-                new = _records(method, judges, prompts, batch, drawn, extra)
+                    drawn = method.measure(keys[k], batch.prompts, drawn)
+                new = _records(method, _scores(scorers, batch, drawn), prompts, batch, drawn)
                 if embed is not None:
                     add_coherence(new, embed)
                 sink.writelines(json.dumps(record, allow_nan=False) + "\n" for record in new)
@@ -155,72 +192,31 @@ def decode(
     return {key: count / seconds for key, (count, seconds) in timed.items()}
 
 
-def _records(
-    method: Method, judges: dict[str, Judge], prompts: Texts, batch: Batch, drawn: Completions, extra: Extra
-) -> list[dict[str, Any]]:
-    """One record per real row. ValueErrors: a reward or a distribution that is not finite."""
-    joined = decoding.join(batch.prompts, drawn)
+def _scores(scorers: Mapping[str, Scorer], batch: Batch, drawn: Drawn) -> dict[str, np.ndarray]:
+    """Name -> reward [B] of each response. ValueError where one is not finite."""
+    joined = decoding.join(batch.prompts, drawn.completions)
     assert batch.prompts.index is not None
-    scores = {
-        name: np.asarray(judge.reward(judge.params, *joined, batch.prompts.index)) for name, judge in judges.items()
-    }
-    for name, values in scores.items():
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name}: expected finite rewards, found {values} for prompts {batch.rows}")
-    host, told = jax.tree.map(np.asarray, (drawn, extra))
-    check_finite(method, host, batch.rows)
-    return [
-        _record(method, i, prompts, host, told, b) | {n: round(float(values[b]), 6) for n, values in scores.items()}
-        for b, i in enumerate(batch.rows)
-    ]
+    out = {}
+    for name, scorer in scorers.items():
+        out[name] = np.asarray(scorer.reward(scorer.params, *joined, batch.prompts.index))
+        if not np.isfinite(out[name]).all():
+            raise ValueError(f"{name}: expected finite rewards, found {out[name]} for prompts {batch.rows}")
+    return out
 
 
-def add_coherence(records: list[dict[str, Any]], embed: Callable[[list[str]], Any]) -> None:
-    """Writes the cosine of prompt and response into each record. ValueError where there is none."""
-    vectors = (np.asarray(embed([r[name] for r in records]), np.float64) for name in ("prompt", "response"))
-    with np.errstate(invalid="ignore"):
-        found = metrics.coherence(*vectors)
-    bad = [r["index"] for r, value in zip(records, found, strict=True) if not np.isfinite(value)]
-    if bad:
-        raise ValueError(f"embedding: expected finite vectors other than 0, found none for prompts {bad}")
-    for record, value in zip(records, found.tolist(), strict=True):
-        record["coherence"] = round(value, 6)
-
-
-def check_finite(method: Method, host: Completions, rows: list[int]) -> None:
-    """ValueError that names the method and the prompts where a policy has no distribution (NaN weights, an overflow).
-    host: Completions of numpy arrays; the rows beyond len(rows) are padding."""
-    count = len(rows)
-    for name in ("log_prob", "log_prob_ref", "log_norm", "kl"):
-        values = getattr(host, name)
-        if values is None:
-            continue
-        bad = [i for i, row in zip(rows, np.isfinite(values[:count]).all(axis=1), strict=True) if not row]
-        if bad:
-            raise ValueError(f"{method.name}: expected finite {name}, found NaN or infinity for prompts {bad}")
-
-
-def _record(method: Method, index: int, prompts: Texts, host: Completions, told: Extra, b: int) -> dict[str, Any]:
-    real = host.mask[b]
-    log_prob, log_ref = host.log_prob[b][real], host.log_prob_ref[b][real]
-    tokens = host.tokens[b][real].tolist()
-    extra = {name: round(float(values[b]), 6) for name, values in told.items()}
-    length = max(len(tokens), 1)
-    return {
-        "method": method.name,
-        "beta": method.beta,
-        "index": index,
-        "prompt": prompts.texts[index],
-        "response": prompts.tokenizer.decode(tokens, skip_special_tokens=True),
-        "tokens": tokens,
-        "log_prob": [round(float(x), 6) for x in log_prob],
-        "log_prob_ref": [round(float(x), 6) for x in log_ref],
-        "log_prob_sum": round(float(log_prob.sum()), 5),
-        "log_prob_ref_sum": round(float(log_ref.sum()), 5),
-        "log_norm_sum": round(float(host.log_norm[b][real].sum()), 5),
-        "kl": round(method.kl(host, told, b), 5),
-        "kl_kind": method.kl_kind,
-        "finished": bool(host.finished[b]),
-        "truncated": bool(host.truncated[b]),
-        "forwards": round(method.forwards(len(prompts.ids[index]), length, extra) / length, 3),
-    } | extra
+def _records(
+    method: Method, scores: Mapping[str, np.ndarray], prompts: Texts, batch: Batch, drawn: Drawn
+) -> list[results.Record]:
+    """One record per real row."""
+    numbers = on_host(drawn)
+    check_finite(method.name, numbers, batch.rows)
+    out = []
+    for b, i in enumerate(batch.rows):
+        own = record_of(numbers, b)
+        record = {"method": method.name, "beta": method.beta, "index": i, "prompt": prompts.texts[i]}
+        record |= {"response": prompts.tokenizer.decode(own["tokens"], skip_special_tokens=True)} | own
+        if method.forwards is not None:
+            length = max(len(own["tokens"]), 1)
+            record["forwards"] = round(method.forwards(len(prompts.ids[i]), length, own["info"]) / length, 3)
+        out.append(record | {name: round(float(values[b]), 6) for name, values in scores.items()})
+    return out

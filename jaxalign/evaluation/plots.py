@@ -12,12 +12,12 @@ LABELS = {
     "best_of": "best-of-n",
     "args": "ARGS",
     "value": "CD-FUDGE",
-    "autoregressive": "GenARM",
+    "genarm": "GenARM",
     "follower": "Stackelberg",
     "blockwise": "blockwise CD",
     "transfer": "Transfer Q*",
     "policy": "policy",
-    "edit": "RE-Control",
+    "re_control": "RE-Control",
     "ggro": "GGRO",
     "smc": "SMC",
     "quest": "QUEST",
@@ -45,7 +45,9 @@ STYLES = {
 
 
 def family(method: str) -> str:
-    """The family of a method's name, whatever its folder, beta or n."""
+    """The family of a method's name, whatever its folder, beta or n; the name itself for a method of the user's."""
+    if re.search(r"\s[+-]\s|^\S+ \* ", method.removeprefix("smc:")):
+        return "SMC" if method.startswith("smc:") else "sum of critics"
     if method.startswith("value:") and "cd_q" in method:
         return "CD-Q"
     if found := re.match(r"policy:(?:.*/)?(rl|dpo)(?:_[^/]*)?(?:/model)?/?$", method):

@@ -64,7 +64,7 @@ def _setting(row: dict[str, Any]) -> str:
     if row["method"].startswith("best"):
         parts = [f"n = {row['method'].rpartition('_')[2]}"]
     if row["beta"] is not None:
-        parts.append(f"{'step' if row['method'].startswith('edit') else 'beta'} {row['beta']:g}")
+        parts.append(f"{'step' if row['method'].startswith('re_control') else 'beta'} {row['beta']:g}")
     return "".join(f"{part}, " for part in parts if part).rstrip()
 
 

@@ -10,16 +10,25 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 from jaxalign import metrics
 
-Record = dict[str, Any]
-Key = tuple[str, float | None]  # method, beta
+Record: TypeAlias = dict[str, Any]
+"""A line of a responses file, or a row of results."""
+Key: TypeAlias = tuple[str, float | None]
+"""Method and strength."""
+
+
+class Embed(Protocol):
+    """A user's embedding of texts: one vector each."""
+
+    def __call__(self, texts: list[str], /) -> Any: ...
 
 
 def read(path: pathlib.Path) -> list[Record]:
-    """Whole lines of a responses file; a last line without its end was cut short and is left out. [] for no file."""
+    """Reads the whole lines of a responses file; [] for no file. A last line without its end was cut short and is left
+    out."""
     if not path.exists():
         return []
     # Written as ASCII; only newlines part lines.
@@ -27,7 +36,7 @@ def read(path: pathlib.Path) -> list[Record]:
 
 
 def write(path: pathlib.Path, records: Sequence[Record]) -> None:
-    """All records, under a temporary name, then renamed."""
+    """Writes all records under a temporary name, which is then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="ascii")
     temporary.replace(path)
@@ -36,7 +45,17 @@ def write(path: pathlib.Path, records: Sequence[Record]) -> None:
 def check_texts(
     records: Sequence[Record], texts: Sequence[str], path: pathlib.Path, *, expected: int | None = None
 ) -> None:
-    """ValueError when the records of a former call answer other prompts than `texts`, or are not `expected` many."""
+    """Checks that the records of a former call answer the prompts of this one.
+
+    Args:
+      records: read from `path`.
+      texts: the prompts of this call.
+      path: named in errors.
+      expected: how many records there should be; None: any number.
+
+    Raises:
+      ValueError: another prompt at some index, or another number of records.
+    """
     for r in records:
         now = texts[r["index"]] if r["index"] < len(texts) else None
         if r["prompt"] != now:
@@ -52,12 +71,19 @@ def check_texts(
 
 
 def summarise(records: Sequence[Record]) -> list[Record]:
-    """Per method and beta, in order of appearance: means with 95 % half-widths (None for a single response) of reward,
-    gold and KL (its kind named), mean length [tokens], share truncated, mean diversity of a response's tokens, mean
-    coherence where it was computed; and the win rate against the method "base" on the same prompts, by gold (by reward
-    where there is no gold), ties half."""
-    judge = next((name for name in ("gold", "reward") if records and name in records[0]), None)
-    base = {r["index"]: r[judge] for r in records if r["method"] == "base"} if judge else {}
+    """Summarises responses: one row per method and strength, in order of appearance.
+
+    Args:
+      records: of any number of methods, all scored by the same rewards.
+
+    Returns:
+      Rows with the means of reward, gold and KL [nats] and their 95 % half-widths ("_95", None for a single response),
+      the kind of KL, mean length [tokens], share truncated, tokens through models per token ("forwards", where known),
+      mean diversity of a response's tokens, mean coherence where it was computed, and the win rate against the method
+      "base" on the same prompts, by gold (by reward where there is no gold), ties half.
+    """
+    decisive = next((name for name in ("gold", "reward") if records and name in records[0]), None)
+    base = {r["index"]: r[decisive] for r in records if r["method"] == "base"} if decisive else {}
     groups: dict[Key, list[Record]] = {}
     for r in records:
         groups.setdefault((r["method"], r["beta"]), []).append(r)
@@ -66,9 +92,7 @@ def summarise(records: Sequence[Record]) -> list[Record]:
         row: Record = {"method": method, "beta": beta, "responses": len(group)}
         for name in ("reward", "gold", "kl"):
             if name in group[0]:
-                estimate = metrics.mean_interval([r[name] for r in group])
-                row[name] = estimate.mean
-                row[f"{name}_95"] = None if math.isnan(estimate.half_width) else estimate.half_width
+                row |= _estimate(name, [r[name] for r in group])
         row["kl_kind"] = group[0]["kl_kind"]
         row["tokens"] = metrics.mean_interval([len(r["tokens"]) for r in group]).mean
         row["truncated"] = metrics.mean_interval([r["truncated"] for r in group]).mean
@@ -77,17 +101,22 @@ def summarise(records: Sequence[Record]) -> list[Record]:
         row["diversity"] = metrics.mean_interval([metrics.diversity(r["tokens"]) for r in group]).mean
         if "coherence" in group[0]:
             row["coherence"] = metrics.mean_interval([r["coherence"] for r in group]).mean
-        if judge and all(r["index"] in base for r in group):
-            margin = [r[judge] - base[r["index"]] for r in group]
-            estimate = metrics.mean_interval([(m > 0) + 0.5 * (m == 0) for m in margin])
-            row["win_rate"] = estimate.mean
-            row["win_rate_95"] = None if math.isnan(estimate.half_width) else estimate.half_width
+        if decisive and all(r["index"] in base for r in group):
+            margin = [r[decisive] - base[r["index"]] for r in group]
+            row |= _estimate("win_rate", [(m > 0) + 0.5 * (m == 0) for m in margin])
         rows.append(row)
     return rows
 
 
+def _estimate(name: str, values: Sequence[float]) -> Record:
+    """The mean and its 95 % half-width, None for a single value."""
+    estimate = metrics.mean_interval(values)
+    half = None if math.isnan(estimate.half_width) else estimate.half_width
+    return {name: estimate.mean, f"{name}_95": half}
+
+
 def add_speed(rows: Sequence[Record], speed: Mapping[Key, float], former: pathlib.Path) -> None:
-    """tokens_per_second of each row: of this call, else of the `former` summary, else None."""
+    """Writes tokens_per_second into each row: of this call, else of the `former` summary, else None."""
     known = json.loads(former.read_text()) if former.exists() else []
     before = {(row["method"], row["beta"]): row.get("tokens_per_second") for row in known}
     for row in rows:
@@ -96,9 +125,12 @@ def add_speed(rows: Sequence[Record], speed: Mapping[Key, float], former: pathli
 
 
 def print_table(rows: Sequence[Record]) -> None:
-    """One line per row; a mean is followed by its 95 % half-width. "-": one response has no interval, and a method that
-    was decoded in its compiling batch alone has no speed. passes/token: tokens that pass through models for each token
-    of a response."""
+    """Prints one line per row; a mean is followed by its 95 % half-width.
+
+    "-" stands for what is not known: the interval of one response, the speed of a method that was decoded in its
+    compiling batch alone, the cost of a method of the user's. passes/token: tokens that pass through models for each
+    token of a response.
+    """
     names = [name for name in ("reward", "gold", "kl", "win_rate") if name in rows[0]]
     plain = [name for name in ("diversity", "coherence") if name in rows[0]]
     head = ["method", "beta", *names, *plain, "tokens", "truncated", "passes/token", "tokens/s", "kind of KL"]

@@ -1,40 +1,131 @@
-"""A method of a comparison as text, KIND[:DIR][@STRENGTHS]: its parts, and what is wrong with them."""
+"""A method as text, KIND[:DIR][@STRENGTHS]: its parts, and what is wrong with them.
+
+The names of methods and critics and what each takes stand in `KINDS` and `CRITICS`; how each is built stands in
+`methods.METHODS` and `methods.CRITICS` under the same names.
+"""
 
 from __future__ import annotations
 
 import math
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-PLAIN = ("base", "best_of_n", "ggro", "quest", "cards")
-CRITICS = ("args", "value", "follower", "autoregressive")
-FOLDER = ("policy", "transfer", "edit", *CRITICS)
-NESTED = ("blockwise", "smc")
-WHOLE = ("best_of_n", "blockwise", "ggro")  # strengths that count
+from jaxalign import rewards
+
+
+class Kind(NamedTuple):
+    """What a method takes."""
+
+    takes: Literal["nothing", "folder", "critics", "critics or nothing", "function"]
+    """What stands behind KIND and a colon."""
+    strengths: Literal["none", "any", "beta", "count", "choice"]
+    """What stands behind @: nothing; anything or nothing; positive numbers; whole ones; whole ones of at least 2."""
+    reads: tuple[str, ...] = ()
+    """Options that this kind alone reads; every kind reads the others."""
+    needs_reward: bool = False
+    """Whether it maximises --reward."""
+    draws: Literal["any", "several", "untempered"] = "any"
+    """Temperatures: any; > 0, since it keeps one of several draws; 1."""
+
+
+KINDS: dict[str, Kind] = {
+    "base": Kind("nothing", "none"),
+    "policy": Kind("folder", "none"),
+    "tilt": Kind("critics", "beta", ("top_k",)),
+    "best_of_n": Kind("nothing", "choice", needs_reward=True, draws="several"),
+    "blockwise": Kind("critics", "choice", ("block_size",), draws="several"),
+    "re_control": Kind("folder", "beta", ("gradient_steps",)),
+    "ggro": Kind("nothing", "count", ("entropy_threshold", "top_k"), needs_reward=True),
+    "smc": Kind("critics or nothing", "beta", ("num_particles", "top_k"), needs_reward=True, draws="untempered"),
+    "quest": Kind("nothing", "beta", ("num_steps", "num_samples"), needs_reward=True, draws="several"),
+    "cards": Kind(
+        "nothing", "beta", ("entropy_threshold", "reward_threshold", "max_tries"), needs_reward=True, draws="several"
+    ),
+    "function": Kind("function", "any"),
+}
+"""A tilt is written as its critics alone, "args:DIR@1"; a function of the user's as "MODULE:FUNCTION@1"."""
+
+CRITICS: dict[str, Kind] = {
+    "args": Kind("folder", "beta"),
+    "value": Kind("folder", "beta"),
+    "follower": Kind("folder", "none"),
+    "genarm": Kind("folder", "beta"),
+    "transfer": Kind("folder", "beta", ("rollouts", "lookahead"), needs_reward=True),
+}
+PREFIXES = tuple(kind for kind in KINDS if kind not in ("tilt", "function"))
+"""Kinds that a method's text may begin with, besides critics."""
+
+
+class Term(NamedTuple):
+    """A critic of a weighted sum."""
+
+    weight: float
+    """Its weight [1]."""
+    critic: str
+    """A name among CRITICS."""
+    folder: str
+    """The folder of its model."""
+
+    @property
+    def role(self) -> str:
+        """CRITIC:DIR, the name of its model in messages."""
+        return f"{self.critic}:{self.folder}"
 
 
 class Spec(NamedTuple):
-    """kind: how to decode; critic: of a nested kind, "" for none; folder: "" for none; strengths: beta, K, n, …"""
+    """A method, read from its text."""
 
     text: str
+    """As given."""
     kind: str
-    critic: str
-    folder: str
+    """A name among KINDS."""
+    terms: tuple[Term, ...]
+    """Its critics; () for kinds without."""
+    target: str
+    """Its own folder, or the MODULE:FUNCTION of a user's method; "" for neither."""
     strengths: tuple[float, ...]
+    """beta, K, n, …; () for none."""
 
     @property
     def name(self) -> str:
-        """KIND[:DIR], the method's name in tables."""
+        """The text without strengths: the method's name in tables."""
         return _halves(self.text)[0]
 
     @property
+    def folders(self) -> dict[str, str]:
+        """Role -> folder of the models that it loads beside the base and the rewards."""
+        own = {self.name: self.target} if KINDS[self.kind].takes == "folder" else {}
+        return own | {term.role: term.folder for term in self.terms}
+
+    @property
+    def reads(self) -> set[str]:
+        """Options that it reads and some other kinds do not."""
+        return {name for kind in self._parts for name in kind.reads}
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether it maximises --reward."""
+        return any(kind.needs_reward for kind in self._parts)
+
+    @property
+    def _parts(self) -> list[Kind]:
+        return [KINDS[self.kind], *(CRITICS[term.critic] for term in self.terms)]
+
+    @property
     def slug(self) -> str:
-        """A name for its folder."""
-        path = pathlib.PurePath(self.folder)
-        folder = path.parent.name if path.name == "model" else path.name
-        parts = [self.kind, self.critic, folder, "_".join(f"{s:g}" for s in self.strengths)]
+        """A name for the method's folder."""
+        parts = [] if self.kind in ("tilt", "function") else [self.kind]
+        for term in self.terms:
+            parts += [f"{term.weight:g}"] * (term.weight != 1) + [term.critic, _short(term.folder)]
+        parts.append(self.target if self.kind == "function" else _short(self.target))
+        parts.append("_".join(f"{s:g}" for s in self.strengths))
         return re.sub(r"[^\w.=-]+", "_", "_".join(part for part in parts if part))
+
+
+def _short(folder: str) -> str:
+    path = pathlib.PurePath(folder)
+    return path.parent.name if path.name == "model" else path.name
 
 
 def _halves(text: str) -> tuple[str, str]:
@@ -43,32 +134,81 @@ def _halves(text: str) -> tuple[str, str]:
     return (head, tail) if at and "/" not in tail else (text, "")
 
 
-def parse(text: str) -> Spec:
-    """The parts of KIND[:DIR][@STRENGTHS]. ValueError that says what is wrong with it."""
+def parse_method(text: str) -> Spec:
+    """Reads KIND[:DIR][@STRENGTHS], a weighted sum of critics "CRITIC:DIR + 0.5 * CRITIC:DIR@STRENGTHS", also behind
+    "blockwise:" or "smc:", or MODULE:FUNCTION[@STRENGTHS].
+
+    Raises:
+      ValueError: says what is wrong with it.
+    """
     head, tail = _halves(text)
     kind, _, rest = head.partition(":")
-    if kind not in (*PLAIN, *FOLDER, *NESTED):
-        raise ValueError(f"method: expected a kind among {(*PLAIN, *FOLDER, *NESTED)}, found {text!r}")
-    critic, folder = "", rest
-    if kind in NESTED and rest:
-        critic, _, folder = rest.partition(":")
+    terms: tuple[Term, ...] = ()
+    target = ""
+    if kind in PREFIXES:
+        takes = KINDS[kind].takes
+        if takes == "folder":
+            target = rest
+        elif takes != "nothing" and (rest or takes == "critics"):
+            terms = _terms(rest, text, f"{kind}:")
+        missing = takes == "folder" and not rest
+        if missing or (takes == "nothing" and rest):
+            raise ValueError(f"method: expected {'a' if missing else 'no'} folder for {kind}, found {text!r}")
+    elif kind not in CRITICS and rewards.is_program(head):
+        kind, target = "function", head
+    else:
+        kind, terms = "tilt", _terms(head, text, "")
+    spec = Spec(text, kind, terms, target, _strengths(text, tail))
+    _check_strengths(spec)
+    return spec
+
+
+def _terms(body: str, text: str, prefix: str) -> tuple[Term, ...]:
+    """The critics of a weighted sum, which stands behind `prefix`."""
+    critic, _, folder = body.partition(":")
+    whole = critic in CRITICS and folder and pathlib.Path(folder).exists()  # a name that may hold signs
+    out = []
+    for weight, part in ((1.0, body),) if whole or not body.strip() else rewards.parse_reward(body, name="method"):
+        critic, _, folder = part.partition(":")
+        if critic not in CRITICS and prefix:
+            raise ValueError(
+                f"method: expected {prefix}CRITIC:DIR with CRITIC among {tuple(CRITICS)}, or a weighted sum of such, "
+                f"found {text!r}"
+            )
         if critic not in CRITICS:
-            raise ValueError(f"method: expected {kind}:CRITIC:DIR with CRITIC among {CRITICS}, found {text!r}")
-    needs = kind in FOLDER or kind == "blockwise" or critic
-    if (kind in PLAIN and rest) or (needs and not folder):
-        wanted = "no folder" if kind in PLAIN else "a folder"
-        raise ValueError(f"method: expected {wanted} for {kind}, found {text!r}")
+            raise ValueError(
+                f"method: expected a kind among {(*PREFIXES, *CRITICS)}, or MODULE:FUNCTION, found {text!r}"
+            )
+        if not folder:
+            raise ValueError(f"method: expected a folder for {prefix}{critic}, found {text!r}")
+        out.append(Term(weight, critic, folder))
+    return tuple(out)
+
+
+def _strengths(text: str, tail: str) -> tuple[float, ...]:
     try:
         strengths = tuple(float(part) for part in tail.split(",")) if tail else ()
     except ValueError as error:
         raise ValueError(f"method: expected numbers after @, found {text!r}") from error
-    if bool(strengths) == (kind in ("base", "policy", "follower")):
-        wanted = "no strength" if strengths else "@ and strengths"
-        raise ValueError(f"method: expected {wanted} for {kind}, found {text!r}")
-    if any(not 0 < s < math.inf or (kind in WHOLE and s != int(s)) for s in strengths):
-        raise ValueError(f"method: expected positive strengths, whole numbers for {WHOLE}, found {text!r}")
     if len(set(strengths)) < len(strengths):
         raise ValueError(f"method: expected each strength once, found {text!r}")
-    if kind in ("best_of_n", "blockwise") and min(strengths) < 2:
-        raise ValueError(f"method: expected at least 2 to choose from, found {text!r}")
-    return Spec(text, kind, critic, folder, strengths)
+    return strengths
+
+
+def _check_strengths(spec: Spec) -> None:
+    wanted, found = KINDS[spec.kind].strengths, spec.strengths
+    if spec.kind == "tilt" and any(CRITICS[term.critic].strengths == "none" for term in spec.terms):
+        wanted = "none"  # a follower's head was trained for one beta, which it brings
+    name = spec.terms[0].critic if spec.kind == "tilt" else spec.kind
+    if wanted != "any" and bool(found) == (wanted == "none"):
+        raise ValueError(
+            f"method: expected {'no strength' if found else '@ and strengths'} for {name}, found {spec.text!r}"
+        )
+    if wanted == "any":
+        if not all(math.isfinite(s) for s in found):
+            raise ValueError(f"method: expected finite strengths, found {spec.text!r}")
+    elif not all(0 < s < math.inf for s in found) or (wanted in ("count", "choice") and any(s % 1 for s in found)):
+        whole = tuple(kind for kind in KINDS if KINDS[kind].strengths in ("count", "choice"))
+        raise ValueError(f"method: expected positive strengths, whole numbers for {whole}, found {spec.text!r}")
+    if wanted == "choice" and min(found) < 2:
+        raise ValueError(f"method: expected at least 2 to choose from, found {spec.text!r}")

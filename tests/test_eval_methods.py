@@ -1,4 +1,4 @@
-"""eval.compare as a user runs it: every kind of method, one more method later, an interruption, refusals."""
+"""eval.decode as a user runs it: every kind of method, one more method later, an interruption, refusals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from eval import compare
+from eval import decode
 from jaxalign import metrics, models
 from jaxalign.evaluation import engine, plots
 from jaxalign.models import Follower, Head
@@ -37,7 +37,20 @@ def folders(tmp_path_factory) -> dict[str, str]:
 def command(folders, out, *methods: str, options: tuple[str, ...] = ()) -> list[str]:
     given = ["--model", folders["base"], "--reward", folders["reward"], "--gold", folders["gold"]]
     given += ["--prompts", folders["prompts.txt"], "--out", str(out), "--max-new-tokens", "4", "--batch-size", "3"]
-    given += ["--moves", "2", "--particles", "3", "--tries", "3", "--edit-steps", "2", "--top-k", "3", "--block", "2"]
+    given += [
+        "--num-steps",
+        "2",
+        "--num-particles",
+        "3",
+        "--max-tries",
+        "3",
+        "--gradient-steps",
+        "2",
+        "--top-k",
+        "3",
+        "--block-size",
+        "2",
+    ]
     return [*given, *options, *(part for method in methods for part in ("--method", method))]
 
 
@@ -47,12 +60,12 @@ def every_method(folders) -> list[str]:
         f"args:{folders['reward']}@1,0.5",
         f"value:{folders['scalar']}@1",
         f"value:{folders['q']}@1",
-        f"autoregressive:{folders['arm']}@1",
+        f"genarm:{folders['arm']}@1",
         f"follower:{folders['exceedance_2']}",
         f"policy:{folders['dpo']}",
         f"transfer:{folders['dpo']}@1",
         f"blockwise:value:{folders['q']}@2",
-        f"edit:{folders['edit']}@0.5",
+        f"re_control:{folders['edit']}@0.5",
         "ggro@2",
         f"smc:value:{folders['q']}@1",
         "smc@1",
@@ -64,7 +77,7 @@ def every_method(folders) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(folders, tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("run") / "out"
-    compare.main(command(folders, out, *every_method(folders)))
+    decode.main(command(folders, out, *every_method(folders)))
     return out
 
 
@@ -84,7 +97,7 @@ def test_every_kind_of_method_has_its_row(finished, folders):
     assert by_name[f"args:{folders['reward']}", 0.5]["forwards"] == pytest.approx(4)  # one token, three candidates
     assert by_name[f"value:{folders['q']}", 1.0]["forwards"] == pytest.approx(2)
     assert by_name[f"follower:{folders['exceedance_2']}", 0.5]["kl"] > 0
-    assert by_name["ggro_2", None]["kl_kind"] == "mean -log pi_ref(y)"
+    assert by_name["ggro_2", None]["kl_kind"] == "surprisal"
     for row in rows:
         assert np.isfinite([row["gold"], row["reward"], row["kl"], row["forwards"]]).all(), row["method"]
         assert row["forwards"] >= 1
@@ -102,15 +115,15 @@ def test_one_more_method_decodes_that_method_alone(finished, folders, monkeypatc
         return whole(method, rng, prompts)
 
     monkeypatch.setattr(engine, "decode_batch", counted)
-    compare.main(command(folders, finished, *every_method(folders), "best_of_n@3"))
+    decode.main(command(folders, finished, *every_method(folders), "best_of_n@3"))
     assert set(drawn) == {"best_of_3"}
     assert rows_of(finished)[:-1] == before
     # The same folder again for fewer methods: nothing is decoded, the table holds what was asked for.
     drawn.clear()
-    compare.main(command(folders, finished, "best_of_n@2"))
+    decode.main(command(folders, finished, "best_of_n@2"))
     assert not drawn
     assert [row["method"] for row in rows_of(finished)] == ["base", "best_of_2"]
-    compare.main(command(folders, finished, *every_method(folders)))
+    decode.main(command(folders, finished, *every_method(folders)))
     assert rows_of(finished) == before
 
 
@@ -126,9 +139,9 @@ def test_an_interrupted_run_goes_on(finished, folders, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine, "decode_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            compare.main(command(folders, tmp_path / "out", *chosen))
+            decode.main(command(folders, tmp_path / "out", *chosen))
     assert not (tmp_path / "out" / "results.json").exists()
-    compare.main(command(folders, tmp_path / "out", *chosen))
+    decode.main(command(folders, tmp_path / "out", *chosen))
     wanted = {(row["method"], row["beta"]): row["reward"] for row in rows_of(finished)}
     for row in rows_of(tmp_path / "out"):
         assert row["reward"] == wanted[row["method"], row["beta"]]
@@ -136,7 +149,7 @@ def test_an_interrupted_run_goes_on(finished, folders, tmp_path, monkeypatch):
 
 def test_other_options_under_the_same_name_are_refused(finished, folders):
     with pytest.raises(ValueError, match="seed: expected 0"):
-        compare.main(command(folders, finished, "best_of_n@2", options=("--seed", "1")))
+        decode.main(command(folders, finished, "best_of_n@2", options=("--seed", "1")))
 
 
 @pytest.mark.parametrize(
@@ -158,26 +171,26 @@ def test_other_options_under_the_same_name_are_refused(finished, folders):
 )
 def test_bad_methods_are_named_and_nothing_is_written(method, match, folders, tmp_path):
     with pytest.raises(ValueError, match=match):
-        compare.main(command(folders, tmp_path / "out", method))
+        decode.main(command(folders, tmp_path / "out", method))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_same_strength_twice_is_refused(folders, tmp_path):
     """Its responses would count twice, and the intervals would be too narrow."""
     with pytest.raises(ValueError, match="method: expected each method and strength once"):
-        compare.main(command(folders, tmp_path / "out", "best_of_n@2", "best_of_n@2,3"))
+        decode.main(command(folders, tmp_path / "out", "best_of_n@2", "best_of_n@2,3"))
 
 
 def test_a_head_for_other_hidden_states_edits_none(folders, tmp_path):
     with pytest.raises(ValueError, match="expected a head on the base's own hidden states"):
-        compare.main(command(folders, tmp_path / "out", f"edit:{folders['scalar']}@1"))
+        decode.main(command(folders, tmp_path / "out", f"re_control:{folders['scalar']}@1"))
 
 
 def test_an_option_that_a_method_does_not_read_may_change(finished, folders):
     before = rows_of(finished)
-    compare.main(command(folders, finished, "best_of_n@2", options=("--goal", "3")))
+    decode.main(command(folders, finished, "best_of_n@2", options=("--reward-threshold", "3")))
     assert rows_of(finished) == [row for row in before if row["method"] in ("base", "best_of_2")]
-    compare.main(command(folders, finished, *every_method(folders)))
+    decode.main(command(folders, finished, *every_method(folders)))
 
 
 def test_draws_are_apart_from_the_bases(finished):
@@ -192,14 +205,14 @@ def test_draws_are_apart_from_the_bases(finished):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (("--moves", "1"), "moves: "),
-        (("--block", "0"), "block: "),
-        (("--entropy", "-1"), "entropy: "),
+        (("--num-steps", "1"), "num_steps: "),
+        (("--block-size", "0"), "block_size: "),
+        (("--entropy-threshold", "-1"), "entropy_threshold: "),
         (("--lookahead", "-1"), "lookahead: "),
-        (("--reward", ""), "reward: expected a reward, found none"),
+        (("--reward", ""), "reward: expected a reward, which best_of_n@2 maximises, found none"),
         (("--dtype", "int8"), "dtype: "),
     ],
 )
 def test_bad_options_are_named(options, match, folders, tmp_path):
     with pytest.raises(ValueError, match=match):
-        compare.main(command(folders, tmp_path / "out", "best_of_n@2", options=options))
+        decode.main(command(folders, tmp_path / "out", "best_of_n@2", options=options))

@@ -1,0 +1,143 @@
+"""A user's own method, MODULE:FUNCTION: what the function receives, and the checks of what its decoder gives.
+
+A file my_method.py in the folder where the command runs, given as `--method my_method:longest@2,4`, keeps the longer of
+`strength` draws:
+
+    import jax.numpy as jnp
+    from jaxalign import decoding
+
+    def longest(given):
+        length = lambda params, tokens, mask, prompt_length, index: mask.sum(axis=1).astype(jnp.float32)
+        params = {"policy": given.params, "reward": None}
+        def draw(rng, prompts):
+            n = int(given.strength)
+            return decoding.best_of_n(given.policy, length, params, rng, prompts, n=n, **given.limits).best
+        return draw
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+
+from jaxalign import rewards
+from jaxalign._checks import check_prompt_fits
+from jaxalign.evaluation.engine import Drawn, Method
+from jaxalign.evaluation.settings import Limits, Setting
+from jaxalign.evaluation.specs import Spec
+from jaxalign.types import KL, Array, Completions, Decoded, Params, Policy, Reward, TokenBatch
+
+
+class MethodInputs(NamedTuple):
+    """What a method of your own receives."""
+
+    policy: Policy
+    """The base; a Policy for every decoder and combinator of the library."""
+    params: Params
+    """Its parameters."""
+    reward: Reward | None
+    """The reward of --reward; None without one."""
+    reward_params: Params
+    """Its parameters; None for a program."""
+    tokenizer: Any
+    """The base's."""
+    limits: Limits
+    """max_new_tokens, eos_ids and temperature: keyword arguments of every decoder."""
+    strength: float | None
+    """One of the numbers behind @; None without."""
+
+
+class OwnDraw(Protocol):
+    """Decodes one batch. A prompt's response should depend on rng and its index alone: batches are then of any size.
+
+    Args:
+      rng: one key for all batches; the library's decoders fold the prompts' index into it.
+      prompts: [B,P] with index [B]; rows that pad a short batch are repeated.
+
+    Returns:
+      Decoded [B,T], T <= max_new_tokens; or Completions, whose KL is the sum of `kl` over the steps or, where that is
+      None, log_prob − log_prob_ref of the response.
+    """
+
+    def __call__(self, rng: Array, prompts: TokenBatch, /) -> Decoded[Any] | Completions: ...
+
+
+class OwnMethod(Protocol):
+    """A method of your own. Called once per strength."""
+
+    def __call__(self, given: MethodInputs, /) -> OwnDraw: ...
+
+
+def build(setting: Setting, spec: Spec) -> list[Method]:
+    """The methods of a user's function, one per strength.
+
+    Raises:
+      ValueError: there is no such function, or it gives no decoder.
+    """
+    function = cast(OwnMethod, rewards.program(spec.target, name="method"))
+    reward, reward_params = setting.scorer or (None, None)
+    check = functools.partial(_check_fits, setting.lm, setting.options.max_new_tokens)
+
+    def at(strength: float | None) -> Method:
+        given = MethodInputs(
+            setting.base, setting.params, reward, reward_params, setting.prompts.tokenizer, setting.limits, strength
+        )
+        own = function(given)
+        if not callable(own):
+            raise ValueError(f"{spec.target}: expected draw(rng, prompts) -> Decoded, found a {type(own).__name__}")
+
+        def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
+            return check_decoded(spec.target, own(rng, prompts), prompts, setting.options.max_new_tokens)
+
+        return Method(spec.name, strength, draw, check, ("function", spec.text, strength))
+
+    return [at(strength) for strength in spec.strengths or (None,)]
+
+
+def _check_fits(lm: Any, max_new_tokens: int, prompts: TokenBatch) -> None:
+    check_prompt_fits(lm, prompts, max_new_tokens)
+
+
+def check_decoded(name: str, found: Any, prompts: TokenBatch, max_new_tokens: int) -> Drawn:
+    """Checks what a user's decoder gives for a batch.
+
+    Args:
+      name: of the user's function.
+      found: Decoded or Completions.
+      prompts: [B,P], of the batch.
+      max_new_tokens: the limit of T.
+
+    Returns:
+      Decoded, with a KL where Completions came without one.
+
+    Raises:
+      ValueError: another type, shape, or type of numbers; the function and the field are named.
+    """
+    drawn = found.completions if isinstance(found, Decoded) else found
+    if not isinstance(drawn, Completions):
+        wanted = "Decoded or Completions"
+        raise ValueError(f"{name}: expected {wanted}, found a {type(found).__name__} of {type(drawn).__name__}")
+    batch = prompts.tokens.shape[0]
+    shape = np.shape(drawn.tokens)
+    if len(shape) != 2 or shape[0] != batch or not 1 <= shape[1] <= max_new_tokens:
+        raise ValueError(f"{name}: expected tokens of shape ({batch}, 1 to {max_new_tokens}), found {shape}")
+    for field in ("mask", "log_prob", "log_prob_ref", "log_norm", "kl"):
+        value = getattr(drawn, field)
+        if np.shape(value) != shape and not (field == "kl" and value is None):
+            raise ValueError(f"{name}: expected {field} of tokens' shape {shape}, found {np.shape(value)}")
+    for field in ("finished", "truncated"):
+        if np.shape(getattr(drawn, field)) != (batch,):
+            raise ValueError(f"{name}: expected {field} of shape ({batch},), found {np.shape(getattr(drawn, field))}")
+    types = {"tokens": ("iu", "integers"), "mask": ("b", "booleans"), "finished": ("b", "booleans")}
+    for field, (kinds, wanted) in types.items():
+        if np.dtype(getattr(drawn, field).dtype).kind not in kinds:
+            raise ValueError(f"{name}: expected {wanted} in {field}, found {getattr(drawn, field).dtype}")
+    if not isinstance(found, Decoded):
+        steps = drawn.log_prob - drawn.log_prob_ref if drawn.kl is None else drawn.kl
+        return Decoded(drawn, KL(steps.sum(axis=1), "log_ratio" if drawn.kl is None else "exact"), None)
+    if not isinstance(found.kl, KL) or np.shape(found.kl.value) != (batch,):
+        shape = np.shape(found.kl.value) if isinstance(found.kl, KL) else type(found.kl).__name__
+        raise ValueError(f"{name}: expected kl as a KL of shape ({batch},), found {shape}")
+    return found

@@ -1,0 +1,113 @@
+"""The options of a decoding run, and their checks that need no file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResponseOptions:
+    """Options that decide a method's responses and what is measured on them."""
+
+    model: str
+    """Folder (or hub name) of the base language model, with its tokenizer."""
+    prompts: str
+    """File of prompts: .txt, one per line; .jsonl or .jsonl.gz with "prompt" or "messages"."""
+    reward: str = ""
+    """The reward that methods maximise (the proxy): folder of a reward model, or, for methods that need no gradient of
+    it, MODULE:FUNCTION, a program f(prompts, responses) -> one number each on lists of texts, or a weighted sum of
+    such, "DIR - 0.1 * MODULE:FUNCTION". Without it, methods that need none are decoded."""
+    gold: str = ""
+    """A second reward that no method sees, as --reward."""
+    embedding: str = ""
+    """MODULE:FUNCTION, a program f(texts) -> one vector each (SimCSE in ARGS' tables): reports coherence, the cosine of
+    prompt and response."""
+    top_k: int | None = None
+    """Candidates per token of a tilt by critics; 0: the whole vocabulary. Also the tokens that ggro may force. Default:
+    10 for ggro and for critics that score one candidate at a time (args, transfer, scalar value heads); the whole
+    vocabulary for Q heads and genarm, which give all scores at once."""
+    block_size: tuple[int, ...] = (8,)
+    """Lengths of a block of blockwise decoding [tokens]; each is decoded."""
+    rollouts: int = 1
+    """Roll-outs per candidate of transfer."""
+    lookahead: int | None = None
+    """Tokens of a roll-out of transfer; 0: none. Default: to the end of the response."""
+    gradient_steps: int = 30
+    """Gradient steps of re_control at each token."""
+    num_particles: int = 16
+    """Particles of smc."""
+    num_steps: int = 32
+    """Moves of quest's chain."""
+    num_samples: int = 64
+    """Base samples per prompt from which quest's KL is estimated."""
+    entropy_threshold: float = 2.0
+    """Entropy at which ggro and cards begin a new segment [nats]."""
+    reward_threshold: float | None = None
+    """Reward that cards asks of a segment [units of reward]. Default: the 0.9 quantile of 32 base responses."""
+    max_tries: int = 20
+    """Proposals per segment of cards."""
+    max_new_tokens: int = 128
+    """Limit of a response [tokens], its EOS included."""
+    temperature: float = 1.0
+    """Sampling temperature, the outermost transform; 0 is greedy. Methods that keep one of several draws need one > 0,
+    smc needs 1, and ggro is greedy at any."""
+    batch_size: int = 16
+    """Prompts decoded together."""
+    seed: int = 0
+    """Seed of all draws."""
+    dtype: str = "float32"
+    """Type of all models' parameters and activations: float32 or bfloat16."""
+    mesh: str = ""
+    """data=N: N devices share each batch; N divides --batch-size."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOptions(ResponseOptions):
+    """Options of a decoding run (`evaluation.run`, `python -m eval.decode`)."""
+
+    out: str
+    """Run folder: results.json, frontier.png, and a folder per method with its responses.jsonl."""
+    method: tuple[str, ...] = ()
+    """KIND[:DIR][@STRENGTHS] or MODULE:FUNCTION[@STRENGTHS], as above; give the option again for another method."""
+    include_base: bool = True
+    """Decode the base too, where it is not among the methods: win rates are over it."""
+    config: str = ""
+    """JSON or TOML file of defaults for these options."""
+
+
+AT_LEAST = {
+    "rollouts": 1,
+    "gradient_steps": 1,
+    "num_particles": 1,
+    "num_steps": 2,
+    "num_samples": 1,
+    "max_tries": 1,
+    "max_new_tokens": 1,
+    "batch_size": 1,
+    "lookahead": 0,
+    "top_k": 0,
+}
+"""Option -> its least value; None, a default, is let through."""
+
+
+def check_options(options: ResponseOptions) -> None:
+    """Checks every value that needs no file and no method.
+
+    Raises:
+      ValueError: names the option, what was expected and what was found.
+    """
+    for name, least in AT_LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected at least {least}, found {value}")
+    blocks = options.block_size
+    if not blocks or min(blocks) < 1 or len(set(blocks)) < len(blocks):
+        raise ValueError(f"block_size: expected lengths of at least 1 token, each once, found {blocks}")
+    for name in ("entropy_threshold", "temperature"):
+        if not 0 <= getattr(options, name) < math.inf:
+            raise ValueError(f"{name}: expected a finite value >= 0, found {getattr(options, name)}")
+    if options.reward_threshold is not None and not math.isfinite(options.reward_threshold):
+        raise ValueError(f"reward_threshold: expected a finite value, found {options.reward_threshold}")
+    if options.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype: expected float32 or bfloat16, found {options.dtype!r}")

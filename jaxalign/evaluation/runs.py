@@ -1,0 +1,165 @@
+"""A decoding run: any set of methods on the same prompts, base, reward and gold, each in a folder of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+from jaxalign import _io, data, rewards
+from jaxalign.evaluation import engine, loading, plots, results
+from jaxalign.evaluation.engine import Method, Texts
+from jaxalign.evaluation.methods import METHODS
+from jaxalign.evaluation.options import DecodeOptions, ResponseOptions, check_options
+from jaxalign.evaluation.results import Embed, Record
+from jaxalign.evaluation.settings import Setting
+from jaxalign.evaluation.specs import CRITICS, KINDS, Spec, parse_method
+
+
+def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
+    """Decodes what is missing, writes results.json and frontier.png and prints the table.
+
+    Args:
+      options: of the run.
+      quiet: neither picture nor table.
+
+    Returns:
+      The rows of results.json, one per method and strength (`results.summarise`), with tokens_per_second.
+
+    Raises:
+      ValueError: names the option or the method. What can be checked before decoding is, and nothing is written then.
+    """
+    specs = check(options)
+    scored = {"reward": options.reward, "gold": options.gold}
+    folders = {"model": options.model}
+    for name, value in scored.items():
+        folders |= rewards.reward_roles(value, name=name)
+    for spec in specs:
+        folders |= spec.folders
+    tokenizer, loaded = loading.load(folders, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
+    loading.check_language_model("model", loaded["model"][0], options.model)
+    prompts = data.tokenize_prompts(options.prompts, tokenizer)
+    texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
+    everything = data.prompt_batch(texts.ids)
+    scorers = loading.scorers(scored, loaded, tokenizer, everything, options.max_new_tokens)
+    setting = Setting(options, loaded, scorers.get("reward"), texts)
+    with loading.program_errors():  # a default threshold scores responses
+        plans = {spec: METHODS[spec.kind](setting, spec) for spec in specs}
+    every = [(method.name, method.beta) for plan in plans.values() for method in plan]
+    if twice := {str(key) for key in every if every.count(key) > 1}:
+        raise ValueError(f"method: expected each method and strength once, found {sorted(twice)} twice")
+    for plan in plans.values():
+        for method in plan:
+            method.check(everything)
+    embed: Embed | None = rewards.program(options.embedding, name="embedding") if options.embedding else None
+    records: list[Record] = []
+    speeds: list[Record] = []
+    for spec, plan in plans.items():
+        folder, found = _decode(options, spec, plan, scorers, texts, embed)
+        records += found
+        speeds += json.loads((folder / "summary.json").read_text())
+    rows = results.summarise(records)
+    known = {(row["method"], row["beta"]): row["tokens_per_second"] for row in speeds}
+    for row in rows:
+        row["tokens_per_second"] = known[row["method"], row["beta"]]
+    out = pathlib.Path(options.out)
+    _io.write_json(out / "results.json", rows)
+    written = str(out / "results.json")
+    if not quiet:
+        if scorers:
+            plots.frontier(rows, out / "frontier.png")
+            written += f" and {out / 'frontier.png'}"
+        results.print_table(rows)
+        if unread := _unread(options, specs):
+            print(f"note: no method of this run reads {', '.join(unread)}")
+    print(f"wrote {written} ({len(records)} responses)")
+    return rows
+
+
+def check(options: DecodeOptions) -> list[Spec]:
+    """Checks what needs no file.
+
+    Returns:
+      The methods, the base first.
+
+    Raises:
+      ValueError: names the option.
+    """
+    check_options(options)
+    first = ("base",) if options.include_base or "base" in options.method else ()
+    specs = [parse_method(text) for text in dict.fromkeys((*first, *options.method))]
+    if not specs:
+        raise ValueError("method: expected something to decode, found no method and no base")
+    reward = rewards.reward_roles(options.reward, name="reward")
+    rewards.reward_roles(options.gold, name="gold")
+    for spec in specs:
+        if spec.needs_reward and not options.reward:
+            raise ValueError(f"reward: expected a reward, which {spec.text} maximises, found none")
+        if spec.kind == "ggro" and "reward" not in reward:
+            raise ValueError(
+                f"reward: expected the folder of a reward model, whose gradient ggro reads, found {options.reward!r}"
+            )
+        if KINDS[spec.kind].draws == "several" and options.temperature == 0:
+            raise ValueError(f"temperature: expected one > 0 for {spec.text}, whose greedy draws are equal, found 0")
+        if KINDS[spec.kind].draws == "untempered" and options.temperature != 1:
+            raise ValueError(f"temperature: expected 1 for {spec.text}, found {options.temperature}")
+    slugs = [spec.slug for spec in specs]
+    if len(set(slugs)) < len(slugs):
+        raise ValueError(f"method: expected folders of different names for each kind, found {options.method}")
+    return specs
+
+
+SOME_READ = {name for kind in (*KINDS.values(), *CRITICS.values()) for name in kind.reads}
+"""Options that some kinds read and others do not."""
+
+
+def _unread(options: ResponseOptions, specs: Sequence[Spec]) -> list[str]:
+    """Options that are given and that no method reads."""
+    unread = SOME_READ - {name for spec in specs for name in spec.reads}
+    fields = [field for field in dataclasses.fields(ResponseOptions) if field.name in unread]
+    return ["--" + f.name.replace("_", "-") for f in fields if getattr(options, f.name) != f.default]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _MethodOptions(ResponseOptions):
+    """What decides the responses in a method's folder."""
+
+    method: str
+
+
+def _decode(
+    options: DecodeOptions,
+    spec: Spec,
+    plan: list[Method],
+    scorers: dict[str, loading.Scorer],
+    texts: Texts,
+    embed: Embed | None,
+) -> tuple[pathlib.Path, list[Record]]:
+    """A method's folder and records, decoded unless they are there."""
+    # An option that this method does not read may change without harm to its responses.
+    unread = SOME_READ - spec.reads
+    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(ResponseOptions) if f.name not in unread}
+    # Not the prompts: their texts are compared with those of the responses.
+    inputs = [options.model, *spec.folders.values()]
+    for name, value in (("reward", options.reward), ("gold", options.gold)):
+        inputs += rewards.reward_roles(value, name=name).values()
+    stored = _MethodOptions(**shared, method=spec.text)
+    folder = _io.open_run(str(pathlib.Path(options.out) / spec.slug), stored, inputs=inputs)
+    final = folder / "responses.jsonl"
+    speed = engine.decode(
+        plan,
+        scorers,
+        texts,
+        final,
+        batch_size=options.batch_size,
+        mesh=options.mesh,
+        seed=options.seed,
+        embed=embed,
+    )
+    records = results.read(final)
+    results.check_texts(records, texts.texts, final, expected=len(plan) * len(texts.texts))
+    rows = results.summarise(records)
+    results.add_speed(rows, speed, folder / "summary.json")
+    _io.write_json(folder / "summary.json", rows)
+    return folder, records

@@ -1,0 +1,109 @@
+"""What the methods of a run share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import data, decoding, models, policies
+from jaxalign.evaluation.engine import Texts
+from jaxalign.evaluation.loading import Model, Scorer
+from jaxalign.evaluation.options import ResponseOptions
+from jaxalign.types import ArrayLike, Params, Policy
+
+
+class Untempered(TypedDict):
+    """Arguments of decoders without a temperature."""
+
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+
+
+class Limits(Untempered):
+    """Arguments of every decoder."""
+
+    temperature: ArrayLike
+
+
+class Setting(NamedTuple):
+    """What the methods of a run share."""
+
+    options: ResponseOptions
+    """Of the run."""
+    loaded: dict[str, Model]
+    """Models by role: "model", the base, the folders of methods (`Spec.folders`) and of rewards."""
+    scorer: Scorer | None
+    """The reward that methods may use, the proxy; None without one."""
+    prompts: Texts
+    """All prompts, and the tokenizer."""
+
+    @property
+    def lm(self) -> models.LanguageModel:
+        """The base's model."""
+        return self.loaded["model"][0]
+
+    @property
+    def params(self) -> Params:
+        """The base's parameters."""
+        return self.loaded["model"][1]
+
+    @property
+    def base(self) -> Policy:
+        """The base as a Policy."""
+        return policies.language_model(self.lm)
+
+    @property
+    def reward_lm(self) -> models.LanguageModel | None:
+        """The proxy's model, for methods that look inside it; None where it is a program or a sum."""
+        return self.loaded["reward"][0] if "reward" in self.loaded else None
+
+    @property
+    def reward(self) -> Scorer:
+        """The proxy. ValueError where there is none."""
+        if self.scorer is None:
+            raise ValueError("reward: expected a reward, which the method maximises, found none")
+        return self.scorer
+
+    @property
+    def limits(self) -> Limits:
+        """Arguments of every decoder."""
+        given = self.options.temperature
+        # The Python number 1 leaves the transform out; all other values share one trace.
+        temperature = 1.0 if given == 1 else jnp.asarray(given, jnp.float32)
+        return {**self.untempered, "temperature": temperature}
+
+    @property
+    def untempered(self) -> Untempered:
+        """Arguments of decoders without a temperature."""
+        return {"max_new_tokens": self.options.max_new_tokens, "eos_ids": self.lm.config.eos_ids}
+
+    @property
+    def tempered(self) -> str:
+        """What follows the kind of a KL: at a temperature other than 1, a selection's KL is to the tempered base."""
+        return "" if self.options.temperature == 1 else ", to the tempered base"
+
+    def candidates(self, *, whole: bool) -> int | None:
+        """Candidates per token, None for the whole vocabulary; whole: of critics that give all scores at once."""
+        if self.options.top_k is None:
+            return None if whole else min(10, self.lm.vocab_size)
+        return self.options.top_k or None
+
+
+def default_threshold(setting: Setting) -> float:
+    """The reward that cards asks of a segment by default: the 0.9 quantile of the proxy over 32 base responses, one for
+    each of up to 32 prompts."""
+    scorer = setting.reward
+    ids = setting.prompts.ids[:: max(len(setting.prompts.ids) // 32, 1)][:32]
+    found = decoding.best_of_n(
+        setting.base,
+        scorer.reward,
+        {"policy": setting.params, "reward": scorer.params},
+        jax.random.key(setting.options.seed),
+        data.prompt_batch(ids),
+        n=-(-32 // len(ids)),
+        **setting.limits,
+    )
+    return float(np.quantile(np.asarray(found.reward)[: len(ids)], 0.9))
