@@ -207,6 +207,7 @@ def test_one_trace_per_bucket_of_prompt_lengths(folders, tmp_path, capsys):
     """Ten lengths in two buckets, two betas, a short last batch: two traces; then the table has a speed."""
     (tmp_path / "p.txt").write_text("".join("the " * n + "cat\n" for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)))
     extra = ("--prompts", str(tmp_path / "p.txt"), *methods(f"genarm:{folders['arm']}@1,3"), "--no-include-base")
+    extra += ("--max-new-tokens", "5")  # of no other test: equal builders share their traces
     before = _sampling._sample._cache_size()
     decode.main(arguments(folders, tmp_path / "out", *extra))
     assert _sampling._sample._cache_size() - before == 2
