@@ -1,0 +1,134 @@
+"""A method of one's own in eval.decode, --method MODULE:FUNCTION: what it receives, and what is said of bad results."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval import decode
+from jaxalign import decoding
+from jaxalign.evaluation import MethodInputs, OwnDraw
+from jaxalign.evaluation.functions import check_decoded
+from jaxalign.types import KL, Completions, Decoded, TokenBatch
+from tests.test_eval_decode import arguments, folders, methods, read, rows_of
+
+__all__ = ["folders"]  # a fixture
+
+
+def longest(given: MethodInputs) -> OwnDraw:
+    """The longest of `strength` draws, as the documentation shows it."""
+
+    def length(params, tokens, mask, prompt_length, index):
+        return mask.sum(axis=1).astype(jnp.float32)
+
+    def draw(rng, prompts):
+        params = {"policy": given.params, "reward": None}
+        assert given.strength is not None
+        n = int(given.strength)
+        return decoding.best_of_n(given.policy, length, params, rng, prompts, n=n, **given.limits).best
+
+    return draw
+
+
+def again(given: MethodInputs) -> OwnDraw:
+    """The base, with a KL and numbers of its own."""
+
+    def draw(rng, prompts):
+        drawn = decoding.sample(given.policy, given.params, rng, prompts, **given.limits)
+        info = {"length": drawn.mask.sum(axis=1), "table": drawn.mask}
+        return Decoded(drawn, KL(jnp.full(drawn.mask.shape[0], 0.25), "bound"), info)
+
+    return draw
+
+
+def no_decoder(given: MethodInputs) -> str:
+    return "responses"
+
+
+def text(given: MethodInputs):
+    return lambda rng, prompts: ["a response"] * prompts.tokens.shape[0]
+
+
+HERE = __name__
+
+
+def test_a_method_of_ones_own_stands_beside_the_others(folders, tmp_path):
+    given = methods(f"{HERE}:longest@2,4", f"{HERE}:again", "best_of_n@2")
+    decode.main(arguments(folders, tmp_path / "out", *given, "--reward", folders["reward"]))
+    rows = {(row["method"], row["beta"]): row for row in rows_of(tmp_path / "out")}
+    assert list(rows) == [
+        ("base", None),
+        (f"{HERE}:longest", 2.0),
+        (f"{HERE}:longest", 4.0),
+        (f"{HERE}:again", None),
+        ("best_of_2", None),
+    ]
+    assert (
+        rows[f"{HERE}:longest", 4.0]["tokens"] >= rows[f"{HERE}:longest", 2.0]["tokens"] >= rows["base", None]["tokens"]
+    )
+    own = rows[f"{HERE}:again", None]
+    assert (own["kl"], own["kl_kind"]) == (0.25, "bound")
+    assert own["win_rate"] is not None
+    assert "forwards" not in own
+    assert rows[f"{HERE}:longest", 2.0]["kl_kind"] == "exact"
+    for record in read(tmp_path / "out"):
+        if record["method"] == f"{HERE}:again":
+            assert record["info"] == {"length": len(record["tokens"])}
+
+
+def test_what_is_no_decoder_is_named(folders, tmp_path):
+    for name, match in (
+        ("no_decoder", r":no_decoder: expected draw\(rng, prompts\) -> Decoded, found a str"),
+        ("text", ":text: expected Decoded or Completions, found a list"),
+        ("nothing", "method: expected MODULE:FUNCTION"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            decode.main(arguments(folders, tmp_path / name, *methods(f"{HERE}:{name}")))
+
+
+def completions(**changed) -> Completions:
+    zeros = np.zeros((2, 3), np.float32)
+    fields = {"tokens": np.zeros((2, 3), np.int32), "mask": zeros > 0, "log_prob": zeros, "log_prob_ref": zeros}
+    fields |= {"log_norm": zeros, "kl": None, "finished": np.zeros(2, bool), "truncated": np.ones(2, bool)}
+    return Completions(**(fields | changed))
+
+
+PROMPTS = TokenBatch(np.ones((2, 4), np.int32), np.ones((2, 4), bool), np.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("found", "match"),
+    [
+        (None, "^mine: expected Decoded or Completions, found a NoneType"),
+        (
+            Decoded("text", KL(np.zeros(2), "bound"), None),
+            "^mine: expected Decoded or Completions, found a Decoded of str",
+        ),
+        (
+            completions(tokens=np.zeros((1, 3), np.int32)),
+            r"^mine: expected tokens of shape \(2, 1 to 3\), found \(1, 3\)",
+        ),
+        (completions(tokens=np.zeros((2, 4), np.int32)), r"^mine: expected tokens of shape .*, found \(2, 4\)"),
+        (completions(tokens=np.zeros((2, 1, 3), np.int32)), r"^mine: expected tokens of shape .*, found \(2, 1, 3\)"),
+        (completions(mask=np.zeros((2, 2), bool)), r"^mine: expected mask of tokens' shape \(2, 3\), found \(2, 2\)"),
+        (completions(log_prob=np.zeros(2)), "^mine: expected log_prob of tokens' shape"),
+        (completions(finished=np.zeros((2, 1), bool)), r"^mine: expected finished of shape \(2,\), found \(2, 1\)"),
+        (completions(tokens=np.zeros((2, 3))), "^mine: expected integers in tokens, found float64"),
+        (completions(mask=np.zeros((2, 3), int)), "^mine: expected booleans in mask, found int64"),
+        (Decoded(completions(), 0.0, None), r"^mine: expected kl as a KL of shape \(2,\), found float"),
+        (Decoded(completions(), KL(np.zeros((2, 1)), "exact"), None), r"^mine: expected kl .* found \(2, 1\)"),
+    ],
+)
+def test_results_of_another_shape_name_the_function(found, match):
+    with pytest.raises(ValueError, match=match):
+        check_decoded("mine", found, PROMPTS, 3)
+
+
+def test_completions_bring_the_kl_that_is_known():
+    ratio = check_decoded("mine", completions(log_prob=np.full((2, 3), 0.5, np.float32)), PROMPTS, 3).kl
+    assert ratio.kind == "log_ratio"
+    np.testing.assert_allclose(ratio.value, 1.5)
+    exact = check_decoded("mine", completions(kl=np.full((2, 3), 0.25, np.float32)), PROMPTS, 3).kl
+    assert exact.kind == "exact"
+    np.testing.assert_allclose(exact.value, 0.75)
