@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 TEXTS = [*PAGES, "CONTRIBUTING.md", "PAPERS.md", "CHANGELOG.md"]
 HEADS = {"base": None, "dpo": None, "arm": None, "reward": "reward", "value": "value"}
-WORDS = ["<eos>", "the", "cat", "sat", "on", "a", "mat", "Why", "do", "cats", "purr?"]
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "Why", "do", "cats", "purr?"]
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -40,7 +40,8 @@ def folders(tmp_path_factory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("pages")
     tokenizer = tokenizers.word_level(WORDS)
     for seed, (name, head) in enumerate(HEADS.items()):
-        models.save(root / name, *tiny_lm(seed, head, num_layers=1), tokenizer=tokenizer)
+        model = tiny_lm(seed, head, num_layers=1, vocab_size=len(tokenizer), eos_ids=(tokenizer.eos_token_id,))
+        models.save(root / name, *model, tokenizer=tokenizer)
     (root / "prompts.txt").write_text("the cat sat on\na mat\n")
     return root
 

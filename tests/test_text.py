@@ -255,6 +255,36 @@ def test_a_stream_of_bytes_has_no_broken_pieces():
     assert max(map(len, pieces)) > 10
 
 
+def test_a_piece_is_never_taken_back(model, words):
+    """Where a tokenizer changes text that stands already, what was given stays, and nothing false follows it."""
+
+    class Shouting:
+        """Writes the whole text in capitals from its third word on."""
+
+        def __call__(self, text, **options):
+            return words(text, **options)
+
+        def get_vocab(self):
+            return words.get_vocab()
+
+        def decode(self, ids, **options):
+            written = words.decode(ids, **options)
+            return written.upper() if len(ids) > 2 else written
+
+    pieces: list[str] = []
+    text.generate(
+        *model,
+        Shouting(),
+        ["a"],
+        seed=1,
+        max_new_tokens=9,
+        stream=lambda row, piece: pieces.append(piece),
+        stream_every=1,
+    )
+    assert pieces
+    assert "".join(pieces).islower()
+
+
 # Given responses ------------------------------------------------------------------------------------------------------
 
 
