@@ -10,7 +10,7 @@ import pytest
 
 from eval import decode
 from jaxalign import metrics, models
-from jaxalign.evaluation import engine, plots
+from jaxalign.evaluation import engine, methods, plots, specs, tilts
 from jaxalign.models import Follower, Head
 from tests.conftest import tiny_lm
 from tests.test_eval_decode import tokenizer
@@ -216,3 +216,44 @@ def test_draws_are_apart_from_the_bases(finished):
 def test_bad_options_are_named(options, match, folders, tmp_path):
     with pytest.raises(ValueError, match=match):
         decode.main(command(folders, tmp_path / "out", "best_of_n@2", options=options))
+
+
+def test_every_kind_has_a_builder():
+    assert set(methods.METHODS) == set(specs.KINDS)
+    assert set(tilts.CRITICS) == set(specs.CRITICS)
+
+
+def test_the_parts_of_a_method():
+    summed = specs.parse_method("0.5 * args:a/model - 2 * transfer:org/b@1,0.5")
+    assert (summed.kind, summed.strengths, summed.needs_reward) == ("tilt", (1.0, 0.5), True)
+    assert summed.terms == (specs.Term(0.5, "args", "a/model"), specs.Term(-2.0, "transfer", "org/b"))
+    assert summed.folders == {"args:a/model": "a/model", "transfer:org/b": "org/b"}
+    assert summed.reads == {"top_k", "rollouts", "lookahead"}
+    assert summed.slug == "0.5_args_a_-2_transfer_b_1_0.5"
+    blocks = specs.parse_method("blockwise:value:x + genarm:y@4")
+    assert (blocks.kind, blocks.name, len(blocks.terms)) == ("blockwise", "blockwise:value:x + genarm:y", 2)
+    assert not blocks.needs_reward
+    own = specs.parse_method("my.module:function@-1,0")
+    assert (own.kind, own.target, own.strengths, own.slug) == ("function", "my.module:function", (-1.0, 0.0), own.slug)
+    assert specs.parse_method("policy:runs/rl@v2/model").target == "runs/rl@v2/model"
+    # A follower's head brings its beta, in a sum as well.
+    assert specs.parse_method("follower:x + value:y").strengths == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        ("follower:x + value:y@1", "method: expected no strength"),
+        ("args:x + ranked:y@1", "method: expected a kind among"),
+        ("smc:args:x + ranked:y@1", "method: expected smc:CRITIC:DIR"),
+        ("args:x + @1", "method: expected a weight other than 0 and a reward"),
+        ("two * args:x@1", "method: expected WEIGHT"),
+        ("blockwise:args:x@2.5", "method: expected positive strengths, whole numbers"),
+        ("my.module:function@inf", "method: expected finite strengths"),
+        ("my.module:function@1,1", "method: expected each strength once"),
+        ("transfer@1", "method: expected a folder for transfer"),
+    ],
+)
+def test_what_is_no_method_is_refused(method, match):
+    with pytest.raises(ValueError, match=match):
+        specs.parse_method(method)

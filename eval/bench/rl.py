@@ -16,10 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import commands, models, training
-from jaxalign.training import job as training_common
-from jaxalign.training import policy_gradient, rl_iteration, rl_rewards
+from jaxalign.training import job, policy_gradient, rl_iteration, rl_rewards
 from jaxalign.types import Array
-from train import rl
 
 from . import common
 
@@ -100,6 +98,7 @@ def even_share(params: Any, tokens: Array, mask: Array, prompt_length: Array, in
 def _ours(lm: models.LanguageModel, params: Any, config: Config) -> list[dict[str, float]]:
     """Seconds of roll-out and update of each timed iteration."""
     count = config.batch // config.samples
+    rl = commands.load("rl")
     options = rl.Config(
         out="",
         model="x",
@@ -114,7 +113,7 @@ def _ours(lm: models.LanguageModel, params: Any, config: Config) -> list[dict[st
     )
     lm = models.LanguageModel(dataclasses.replace(lm.config, eos_ids=()), config.dtype)
     optimizer, schedule = training.adamw(learning_rate=1e-5, steps=100, clip=CLIP)
-    begin = training_common.Start(lm, params, None)
+    begin = job.Start(lm, params, None)
     learner, trained, frozen = rl.learner_of(options, begin, rl_rewards.Composed(even_share, None, even_share, None))
     loss = policy_gradient.loss(learner.method, policy_gradient.of_model(lm))
     update = training.train_step(loss, optimizer, schedule=schedule, donate=True)
@@ -159,7 +158,7 @@ def _trl(lm: models.LanguageModel, params: Any, config: Config) -> float:
 
     stamps: list[float] = []
 
-    class Clock(transformers.TrainerCallback):
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]  # transformers has no types
         def on_step_end(self, *_: Any, **__: Any) -> None:
             stamps.append(time.perf_counter())
 

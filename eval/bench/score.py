@@ -112,11 +112,11 @@ def _difference(x: Array, y: Array) -> Array:
 
 
 def _temp(memory: Any) -> int:
-    return memory.temp_size_in_bytes
+    return int(memory.temp_size_in_bytes)
 
 
 def _total(memory: Any) -> int:
-    return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return int(memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes)
 
 
 def main(args: list[str] | None = None) -> None:

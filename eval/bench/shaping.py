@@ -51,7 +51,7 @@ def bisection(utility: np.ndarray, gain: float, steps: int) -> np.ndarray:
         above = utility >= m[:, None]
         f = (np.where(above, weight, np.float32(1)) * (utility - m[:, None])).sum(axis=1)
         low, high = np.where(f > 0, m, low), np.where(f > 0, high, m)
-    return (low + high) / 2
+    return np.asarray((low + high) / 2)
 
 
 def sorted_prefix(utility: Array, gain: float) -> Array:

@@ -172,13 +172,13 @@ def _model_flops(params: Any, config: Config) -> int:
     """2 FLOPs per weight of a matrix and token, 4·L·width per layer and token in attention; the backward pass twice."""
     weights = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1) - params["transformer"]["embedding"].size
     attention = 2 * config.length * config.width * config.layers
-    return 6 * config.batch * config.length * (weights + attention)
+    return int(6 * config.batch * config.length * (weights + attention))
 
 
 def _memory(compiled: Any) -> int:
     plan = compiled.memory_analysis()
     results = plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return plan.argument_size_in_bytes + results + plan.temp_size_in_bytes
+    return int(plan.argument_size_in_bytes + results + plan.temp_size_in_bytes)
 
 
 def main(args: list[str] | None = None) -> None:

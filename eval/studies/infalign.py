@@ -124,7 +124,9 @@ def _by_exponent(a: Array, kls: Array, *, procedure: str, n: int) -> Array:
                 return jnp.expm1(-a * c) / jnp.expm1(-a)
             return jnp.exp(a * (c - 1)) * jnp.expm1(-a * c) / jnp.expm1(-a)
 
-        return getattr(infalign.tilted_curve(transform, beta=infalign.match_kl(transform, kl=kls), n=n), procedure)
+        found = infalign.tilted_curve(transform, beta=infalign.match_kl(transform, kl=kls), n=n)
+        rates: Array = getattr(found, procedure)
+        return rates
 
     return jax.vmap(of)(a)
 
