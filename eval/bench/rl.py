@@ -158,7 +158,7 @@ def _trl(lm: models.LanguageModel, params: Any, config: Config) -> float:
 
     stamps: list[float] = []
 
-    class Clock(transformers.TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc,unused-ignore]  # untyped base
         def on_step_end(self, *_: Any, **__: Any) -> None:
             stamps.append(time.perf_counter())
 
