@@ -1,13 +1,11 @@
-"""Tables with a row per prompt, looked up by the prompt's index: never another prompt's row."""
+"""Host checks of tables with a row per prompt, which `_arrays.look_up` reads at the prompt's index."""
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._arrays import at_least_float32
 from jaxalign._checks import is_concrete
-from jaxalign.types import Array, ArrayLike
+from jaxalign.types import ArrayLike
 
 
 def check_index(name: str, index: ArrayLike, rows: int) -> None:
@@ -30,24 +28,3 @@ def check_index(name: str, index: ArrayLike, rows: int) -> None:
             f"{name}: expected a table with a row for each prompt's index, found {rows} rows for index "
             f"{np.unique(outside).tolist()}"
         )
-
-
-def take_by_index(table: ArrayLike, index: Array, *, name: str) -> Array:
-    """Reads a row of a table for each prompt.
-
-    Args:
-      table: [prompts, ...].
-      index: [N], the prompts' rows in it.
-      name: what the error calls the table.
-
-    Returns:
-      [N, ...], at least float32; NaN for an index that is traced and outside the table.
-
-    Raises:
-      ValueError: an index whose value is known and is outside the table.
-    """
-    array = at_least_float32(table)
-    check_index(name, index, array.shape[0])
-    # A negative index would count from the end: it is sent past the end, where there is nothing.
-    place = jnp.where(index < 0, array.shape[0], index)
-    return array.at[place].get(mode="fill", fill_value=jnp.nan)

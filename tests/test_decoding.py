@@ -360,7 +360,7 @@ def test_rollout_stops_each_row_at_its_own_limit():
         np.testing.assert_array_equal(cut.mask.sum(axis=1), [0, 1, 2, 3])
         np.testing.assert_array_equal(cut.tokens, jnp.where(cut.mask, whole.tokens, 0))
         if last_step:
-            depth = np.asarray(t.depth)[np.asarray(after["node"])[:3]]
+            depth = np.asarray(t.depth)[np.asarray(after.node)[:3]]
             np.testing.assert_array_equal(depth, [0, 1, 2])
     steps.clear()
     rollout.rollout(counted, table, RNG, state, output, limits=jnp.array([1, 1, 1, 2]), last_step=False, **shared)

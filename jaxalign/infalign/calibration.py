@@ -76,6 +76,8 @@ def _check(reference: Array, *, is_sorted: bool) -> None:
 def _steps(reward: Array, reference: Array, *, is_sorted: bool) -> Array:
     count = reference.shape[-1]
     bad = jnp.isnan(reference).any(axis=-1)
+    if is_sorted:
+        bad |= (jnp.diff(reference, axis=-1) < 0).any(axis=-1)  # a binary search would find any place
     table = reference if is_sorted else jnp.sort(reference, axis=-1)
     dtype = jnp.result_type(reward, reference)
 

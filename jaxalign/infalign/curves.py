@@ -19,7 +19,7 @@ from jaxalign import gibbs
 from jaxalign._arrays import at_least_float32
 from jaxalign._checks import check_positive, is_concrete
 from jaxalign.infalign.procedures import Procedure, best_of, none, worst_of
-from jaxalign.infalign.transforms import Transform
+from jaxalign.infalign.transforms import Transform, transformed
 from jaxalign.types import Array, ArrayLike
 
 _CELLS, _POINTS = 160, 6  # cells, even in the logit of c over ±_REACH, and Gauss points in each
@@ -106,7 +106,7 @@ def tilted_curve(transform: Transform, *, beta: ArrayLike, n: int = 4) -> Curve:
     """
     beta = at_least_float32(beta)
     c, log_base = grid(beta.dtype)
-    log_policy = gibbs.log_policy(log_base, transform(c), beta=beta)
+    log_policy = gibbs.log_policy(log_base, transformed(transform, c), beta=beta)
     return curve(log_policy, n=n)
 
 
@@ -132,7 +132,7 @@ def match_kl(transform: Transform, *, kl: ArrayLike) -> Array:
     check_positive("kl", kl)
     kl = at_least_float32(kl)
     c, log_base = grid(kl.dtype)
-    beta, reached = _beta_of(log_base, transform(c).astype(kl.dtype), kl)
+    beta, reached = _beta_of(log_base, transformed(transform, c).astype(kl.dtype), kl)
     if is_concrete(reached) and not bool(np.all(np.asarray(reached))):
         raise ValueError(f"kl: expected a KL that the transform reaches in {kl.dtype}, found {np.asarray(kl)}")
     return beta

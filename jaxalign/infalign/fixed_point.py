@@ -65,6 +65,11 @@ def solve(
     log_base, beta = at_least_float32(log_base), at_least_float32(beta)
     dtype = jnp.result_type(log_base, beta)
     log_base = jnp.where(is_supported(log_base), jax.nn.log_softmax(log_base.astype(dtype)), NEGATIVE)
+    won = jax.eval_shape(win_rate, log_base, *arguments)
+    if getattr(won, "shape", None) != () or not jnp.issubdtype(won.dtype, jnp.floating):
+        name = getattr(win_rate, "__qualname__", repr(win_rate))
+        found = f"shape {won.shape} of {won.dtype}" if hasattr(won, "shape") else type(won).__name__
+        raise ValueError(f"win_rate {name}: expected one real number, found {found}")
     limit = (1e-10 if dtype == jnp.float64 else 1e-4) if tolerance is None else tolerance
     first = log_base if start is None else jnp.where(is_supported(log_base), jax.nn.log_softmax(start), NEGATIVE)
     one = lambda beta: _solve(win_rate, limit, steps, log_base, first, beta, *arguments)  # noqa: E731

@@ -144,12 +144,21 @@ def keep_best(score: ArrayLike) -> Rule:
     return rule
 
 
+def _kept(rule: Rule, drawn: Array) -> Array:
+    """rule(drawn) [...,N], whose shape is checked. ValueError that names the function."""
+    found = rule(drawn)
+    if np.shape(found) != drawn.shape:
+        name = getattr(rule, "__qualname__", repr(rule))
+        raise ValueError(f"rule {name}: expected a probability per draw, shape {drawn.shape}, found {np.shape(found)}")
+    return jnp.asarray(found)
+
+
 def enumerated(prob: ArrayLike, rule: Rule, n: int) -> Array:
     """The law [M] of what a rule keeps of N independent draws, by enumeration of the M^N tuples: P(y) = Σ_tuples
     Π_i prob(y_i)·Σ_i keep_i·1[y_i = y]. ValueError above 2^20 tuples: see `sampled_win_rate`."""
     prob = at_least_float32(prob)
     drawn = _tuples(prob.shape[-1], n)
-    weight = prob[drawn].prod(axis=-1, keepdims=True) * rule(jnp.asarray(drawn)).astype(prob.dtype)
+    weight = prob[drawn].prod(axis=-1, keepdims=True) * _kept(rule, jnp.asarray(drawn)).astype(prob.dtype)
     return jax.ops.segment_sum(weight.reshape(-1), jnp.asarray(drawn.reshape(-1)), num_segments=prob.shape[-1])
 
 
@@ -188,7 +197,7 @@ def sampled_win_rate(
     def kept(rng: Array, log_law: Any) -> Array:
         draw, choose = jax.random.split(rng)
         drawn = jax.random.categorical(draw, at_least_float32(log_law), shape=(pairs, n))
-        which = jax.random.categorical(choose, jnp.log(rule(drawn)))
+        which = jax.random.categorical(choose, jnp.log(_kept(rule, drawn)))
         return ranks[jnp.take_along_axis(drawn, which[:, None], axis=-1)[:, 0]]
 
     left, right = jax.random.split(rng)

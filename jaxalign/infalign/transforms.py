@@ -83,11 +83,33 @@ def tabulated(c: ArrayLike, value: ArrayLike) -> Transform:
     return lambda x: jnp.interp(at_least_float32(x), c, value)
 
 
+def transformed(transform: Transform, c: Array) -> Array:
+    """Applies a transform to quantiles and checks what it returns.
+
+    Args:
+      transform: Phi.
+      c: [...], quantiles in [0, 1].
+
+    Returns:
+      Phi(c) [...], at least float32.
+
+    Raises:
+      ValueError: the result has another shape or is no array of real numbers; it names the function.
+    """
+    value = transform(c)
+    name = getattr(transform, "__qualname__", repr(transform))
+    real = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+    if not real or value.shape != c.shape:
+        found = f"shape {value.shape} of {value.dtype}" if hasattr(value, "dtype") else type(value).__name__
+        raise ValueError(f"transform {name}: expected real numbers of shape {c.shape}, found {found}")
+    return at_least_float32(value)
+
+
 def check_increasing(transform: Transform, *, name: str = "transform") -> None:
     """ValueError unless the transform is finite inside (0, 1), never falls there, and is no constant: a map that falls
     would train for the worse. Seen at 1023 equal steps, on the host."""
     with jax.ensure_compile_time_eval():
-        values = np.asarray(transform(jnp.arange(1, 1024) / 1024))
+        values = np.asarray(transformed(transform, jnp.arange(1, 1024) / 1024))
     if not np.isfinite(values).all():
         raise ValueError(f"{name}: expected finite values inside (0, 1), found NaN or infinity")
     _check_steps(name, values)

@@ -10,20 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import infalign, shaping
-from jaxalign._arrays import at_least_float32
+from jaxalign._arrays import at_least_float32, look_up
 from jaxalign._builders import cached
-from jaxalign._checks import is_concrete
-from jaxalign._tables import check_index, take_by_index
+from jaxalign._checks import ParamsError, fields_of, is_concrete
+from jaxalign._tables import check_index
 from jaxalign.prompts import prompt_index
 from jaxalign.rewards import prefixes
-from jaxalign.rewards.params import (
-    CalibratedParams,
-    MapParams,
-    ShapedParams,
-    WeightedSumParams,
-    below,
-    fields_of,
-)
+from jaxalign.rewards.params import CalibratedParams, MapParams, ShapedParams, WeightedSumParams
 from jaxalign.rewards.values import call_reward, check_values
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
 from jaxalign.types import Array, ArrayLike, CheckedReward, HostCheck, Params, Reward, TokenBatch
@@ -43,10 +36,19 @@ def _vocab_size(rewards: Sequence[Reward]) -> int | None:
     return sizes[0] if sizes else None
 
 
-def _check_part(reward: Reward, params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
-    check = getattr(reward, "check", None)
-    if check is not None:
+def _check_part(check: HostCheck | None, params: Params, prompts: TokenBatch, max_new_tokens: int, path: str) -> None:
+    """Runs the host checks of a part whose params lie at `path` of the whole."""
+    if check is None:
+        return
+    try:
         check(params, prompts, max_new_tokens)
+    except ParamsError as error:
+        raise ParamsError(error.complaint, path + error.path) from None
+
+
+def _check_of(reward: Reward) -> HostCheck | None:
+    check: HostCheck | None = getattr(reward, "check", None)
+    return check
 
 
 def weighted_sum(rewards: Sequence[Reward]) -> Reward:
@@ -72,7 +74,7 @@ def _weighted_sum(rewards: tuple[Reward, ...]) -> Reward:
     vocab_size = _vocab_size(rewards)
 
     def read(params: Params) -> tuple[Sequence[Params], Array]:
-        given = fields_of(params, WeightedSumParams, name="weighted_sum")
+        given = fields_of(params, WeightedSumParams)
         weights = at_least_float32(given.weights)
         if weights.shape != (len(rewards),) or len(given.rewards) != len(rewards):
             raise ValueError(
@@ -96,8 +98,7 @@ def _weighted_sum(rewards: tuple[Reward, ...]) -> Reward:
         if is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights))):
             raise ValueError(f"weights: expected finite numbers, found {np.asarray(weights)}")
         for i, (r, p) in enumerate(zip(rewards, each, strict=True)):
-            with below(f"rewards[{i}]"):
-                _check_part(r, p, prompts, max_new_tokens)
+            _check_part(_check_of(r), p, prompts, max_new_tokens, f"['rewards'][{i}]")
 
     kept = prefixes.combined_prefix(rewards, lambda params: read(params)[0], add)
     return CheckedReward(reward, check, vocab_size, kept)
@@ -124,7 +125,7 @@ def map_reward(reward: Reward, f: RewardMap) -> Reward:
 
 def _mapped(reward: Reward, f: RewardMap, check_map: HostCheck | None) -> Reward:
     def read(params: Params) -> MapParams:
-        return fields_of(params, MapParams, name="map_reward")
+        return fields_of(params, MapParams)
 
     def apply(params: Params, value: Array, index: TextIndex) -> RewardValues:
         return check_values(f(read(params).map, value, index), value.shape, function=f)
@@ -136,11 +137,8 @@ def _mapped(reward: Reward, f: RewardMap, check_map: HostCheck | None) -> Reward
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
         given = read(params)
-        if check_map is not None:
-            with below("map"):
-                check_map(given.map, prompts, max_new_tokens)
-        with below("reward"):
-            _check_part(reward, given.reward, prompts, max_new_tokens)
+        _check_part(check_map, given.map, prompts, max_new_tokens, "['map']")
+        _check_part(_check_of(reward), given.reward, prompts, max_new_tokens, "['reward']")
 
     kept = prefixes.combined_prefix(
         [reward],
@@ -176,7 +174,7 @@ def calibrated(
         infalign.check_increasing(transform)
 
     def table_of(params: Params) -> ArrayLike:
-        table = fields_of(params, CalibratedParams, name="calibrated").table
+        table = fields_of(params, CalibratedParams).table
         if np.ndim(table) != 2:
             raise ValueError(f"table: expected shape [prompts,K], found {np.shape(table)}")
         if np.shape(table)[1] < 2:
@@ -184,7 +182,7 @@ def calibrated(
         return table
 
     def place(params: Params, value: Array, index: TextIndex) -> RewardValues:
-        rows = take_by_index(table_of(params), index, name="table")
+        rows = look_up(table_of(params), index, name="table")
         c = infalign.calibrate(value[:, None], reference=rows, width=width, smooth=smooth, is_sorted=True)[:, 0]
         return c if transform is None else check_values(transform(c), c.shape, function=transform)
 
@@ -223,7 +221,7 @@ def shaped(reward: Reward, *, sharpness: float | None = None) -> Reward:
     """
 
     def read(params: Params) -> ShapedParams:
-        given = fields_of(params, ShapedParams, name="shaped")
+        given = fields_of(params, ShapedParams)
         if np.ndim(given.threshold) > 1:
             raise ValueError(f"threshold: expected shape [prompts] or one number, found {np.shape(given.threshold)}")
         if np.ndim(given.bound):
@@ -233,7 +231,7 @@ def shaped(reward: Reward, *, sharpness: float | None = None) -> Reward:
     def shape(params: Params, value: Array, index: TextIndex) -> RewardValues:
         threshold, bound = read(params)
         if np.ndim(threshold):
-            threshold = take_by_index(threshold, index, name="threshold")
+            threshold = look_up(threshold, index, name="threshold")
         if sharpness is None:
             return shaping.threshold_reward(value[:, None], threshold=threshold, bound=bound)[:, 0]
         column = value[:, None]

@@ -151,7 +151,8 @@ def threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLi
     utility delivered. bound > 0, scalar or [...] (ValueError)."""
     check_positive("bound", bound)
     utility, threshold, bound = map(at_least_float32, (utility, threshold, bound))
-    return column(bound) * (utility > column(threshold))
+    unknown = jnp.isnan(utility) | jnp.isnan(column(threshold))  # a comparison with NaN would pay 0 in silence
+    return jnp.where(unknown, jnp.nan, column(bound) * (utility > column(threshold)))
 
 
 def soft_threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLike, sharpness: ArrayLike) -> Array:

@@ -7,7 +7,7 @@ counts: prompts are any tokens. Equal trees have the same Policy, Critic and Rew
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,22 @@ import numpy as np
 
 from jaxalign import mdp
 from jaxalign._arrays import at_least_float32
-from jaxalign._checks import is_concrete
+from jaxalign._tables import check_index
 from jaxalign.prompts import prompt_index
+from jaxalign.shapes import Candidates, NextToken, PromptIndex
 from jaxalign.tree.structure import Tree
-from jaxalign.types import Array, CheckedReward, Critic, Params, Policy, Reward, State, StepOutput, TokenBatch
+from jaxalign.types import (
+    Array,
+    CheckedReward,
+    Critic,
+    HostCheck,
+    Params,
+    Policy,
+    Reward,
+    State,
+    StepOutput,
+    TokenBatch,
+)
 
 
 def prompts(batch: int, *, length: int = 1) -> TokenBatch:
@@ -26,21 +38,54 @@ def prompts(batch: int, *, length: int = 1) -> TokenBatch:
     return TokenBatch(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
 
 
-def _row(tree: Tree, params: Array, state: State) -> Array:
-    """The table's row [B,V] of each state; states past the end (after EOS, or at the horizon) read the root's."""
-    node = jnp.where(state["node"] < tree.num_states, state["node"], 0)
+class TreeState(NamedTuple):
+    """Where each row stands in a tree."""
+
+    node: NextToken
+    """[B], the state's number; that past the last one where the response has ended."""
+    prompt_index: PromptIndex
+    """[B], the prompt's row in its set."""
+
+
+class TreeProposal(NamedTuple):
+    """Where each row stands, and what may come next."""
+
+    state: TreeState
+    """Of the text so far."""
+    candidates: Candidates | None
+    """[B,K], the tokens that were scored; None for the whole vocabulary."""
+
+
+def _check_shape(tree: Tree, table: Array) -> None:
+    shape = (tree.num_states, tree.vocab_size)
+    if np.ndim(table) not in (2, 3) or np.shape(table)[-2:] != shape:
+        raise ValueError(
+            f"params: expected a table of shape {shape} or (N, {shape[0]}, {shape[1]}), found {np.shape(table)}"
+        )
+
+
+def _row(tree: Tree, params: Params, state: TreeState) -> Array:
+    """The table's row [B,V] of each state; states past the end (after EOS, or at the horizon) read the root's. NaN for
+    a prompt's index outside the table."""
+    _check_shape(tree, params)
+    node = jnp.where(state.node < tree.num_states, state.node, 0)
     table = at_least_float32(params)
-    return table[node] if table.ndim == 2 else table[state["index"], node]
+    if table.ndim == 2:
+        return table[node]
+    check_index("params", state.prompt_index, table.shape[0])
+    row = jnp.where(state.prompt_index < 0, table.shape[0], state.prompt_index)
+    return table.at[row, node].get(mode="fill", fill_value=jnp.nan)
 
 
-def _start(batch: TokenBatch) -> State:
+def _start(batch: TokenBatch) -> TreeState:
     index = prompt_index(batch)
-    return {"node": jnp.zeros(index.shape, jnp.int32), "index": index}
+    return TreeState(jnp.zeros(index.shape, jnp.int32), index)
 
 
-def _move(tree: Tree, state: State, token: Array) -> State:
-    child = jnp.minimum(state["node"], tree.num_states) * tree.vocab_size + 1 + token
-    return {**state, "node": jnp.where(token < 0, state["node"], jnp.minimum(child, tree.num_states)).astype(jnp.int32)}
+def _move(tree: Tree, state: TreeState, token: Array) -> TreeState:
+    child = jnp.minimum(state.node, tree.num_states) * tree.vocab_size + 1 + token
+    node = jnp.where(token < 0, state.node, jnp.minimum(child, tree.num_states)).astype(jnp.int32)
+    return TreeState(node, state.prompt_index)
 
 
 @functools.lru_cache(maxsize=64)
@@ -70,18 +115,20 @@ def critic(tree: Tree, kind: Literal["level", "increment"]) -> Critic:
     def init(params: Params, rng: Array, prompts: TokenBatch, max_new_tokens: int) -> State:
         return _start(prompts)
 
-    def score(params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None) -> Any:
+    def score(
+        params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None
+    ) -> tuple[Array, State]:
         q = _row(tree, params, state)
         if candidates is None:
-            return q, state
-        return jnp.take_along_axis(q, candidates, axis=-1), {**state, "candidates": candidates}
+            return q, TreeProposal(state, None)
+        return jnp.take_along_axis(q, candidates, axis=-1), TreeProposal(state, candidates)
 
     def advance(params: Params, proposal: State, choice: Array) -> State:
         token = choice
-        if "candidates" in proposal:
-            picked = jnp.take_along_axis(proposal["candidates"], jnp.maximum(choice, 0)[:, None], axis=-1)[:, 0]
+        if proposal.candidates is not None:
+            picked = jnp.take_along_axis(proposal.candidates, jnp.maximum(choice, 0)[:, None], axis=-1)[:, 0]
             token = jnp.where(choice < 0, -1, picked)
-        return _move(tree, {name: proposal[name] for name in ("node", "index")}, token)
+        return _move(tree, proposal.state, token)
 
     return Critic(init, score, advance, kind, _check_tables(tree), tree.vocab_size)
 
@@ -98,7 +145,18 @@ def reward(tree: Tree) -> Reward:
         response, real = mdp.compact(tokens, mdp.response_part(mask, prompt_length))
         found = response_index(tree, response, real)
         table = at_least_float32(params)
-        paid = table[found] if table.ndim == 1 else table.at[index, found].get(mode="fill", fill_value=jnp.nan)
+        if table.shape[-1:] != (tree.num_responses,) or table.ndim > 2:
+            raise ValueError(
+                f"reward: expected a table of shape ({tree.num_responses},) or (N, {tree.num_responses}), "
+                f"found {table.shape}"
+            )
+        if table.ndim == 1:
+            paid = table[jnp.maximum(found, 0)]
+        else:
+            check_index("reward", index, table.shape[0])
+            # A negative index would count from the end: it is sent past the end, where there is nothing.
+            row = jnp.where(index < 0, table.shape[0], index)
+            paid = table.at[row, found].get(mode="fill", fill_value=jnp.nan)
         return jnp.where(found >= 0, paid, jnp.nan)
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
@@ -108,7 +166,7 @@ def reward(tree: Tree) -> Reward:
                 f"found {np.shape(params)}"
             )
         if np.ndim(params) == 2:
-            _check_index("reward", prompts, np.shape(params)[0])
+            check_index("reward", prompt_index(prompts), np.shape(params)[0])
 
     return CheckedReward(score, check, tree.vocab_size)
 
@@ -129,25 +187,14 @@ def response_index(tree: Tree, tokens: Array, mask: Array) -> Array:
     return found
 
 
-def _check_tables(tree: Tree) -> Any:
+def _check_tables(tree: Tree) -> HostCheck:
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
-        shape = (tree.num_states, tree.vocab_size)
-        if np.shape(params)[-2:] != shape or np.ndim(params) not in (2, 3):
-            raise ValueError(
-                f"params: expected a table of shape {shape} or (N, {shape[0]}, {shape[1]}), found {np.shape(params)}"
-            )
+        _check_shape(tree, params)
         if max_new_tokens > tree.horizon:
             raise ValueError(
                 f"max_new_tokens: expected at most the tree's horizon of {tree.horizon}, found {max_new_tokens}"
             )
         if np.ndim(params) == 3:
-            _check_index("params", prompts, np.shape(params)[0])
+            check_index("params", prompt_index(prompts), np.shape(params)[0])
 
     return check
-
-
-def _check_index(name: str, prompts: TokenBatch, rows: int) -> None:
-    """A look-up beyond a table would read another prompt's row."""
-    index = prompt_index(prompts)
-    if is_concrete(index) and not np.all((np.asarray(index) >= 0) & (np.asarray(index) < rows)):
-        raise ValueError(f"{name}: expected a table with a row for each prompt's index, found {rows} rows for {index}")

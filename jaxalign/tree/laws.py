@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._arrays import at_least_float32
-from jaxalign.tree.structure import Tree
+from jaxalign.tree.structure import Tree, check_table
 from jaxalign.types import Array, ArrayLike
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def response_log_prob(tree: Tree, log_policy: Array) -> Array:
     """log pi(y) = Σ_t log pi(y_t|s_t), [M] from log_policy [S,V]."""
+    check_table(tree, "log_policy", log_policy, "SV")
     tokens, mask = tree.responses
     each = at_least_float32(log_policy)[jnp.asarray(tree.nodes), jnp.asarray(tokens)]
     return jnp.where(jnp.asarray(mask), each, 0).sum(axis=-1)
@@ -24,6 +25,7 @@ def response_log_prob(tree: Tree, log_policy: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=0)
 def state_log_prob(tree: Tree, log_policy: Array) -> Array:
     """log Pr(s is reached), [S]; −inf for dead states."""
+    check_table(tree, "log_policy", log_policy, "SV")
     log_policy = at_least_float32(log_policy)
     levels = [jnp.zeros(1, log_policy.dtype)]
     for depth in range(tree.horizon - 1):
@@ -35,6 +37,7 @@ def state_log_prob(tree: Tree, log_policy: Array) -> Array:
 def policy_of(tree: Tree, log_prob: Array) -> Array:
     """The conditionals [S,V] of any law over responses log_prob [M] (normalised or not); uniform where the law has no
     mass and in dead states."""
+    check_table(tree, "log_prob", log_prob, "M")
     log_prob = at_least_float32(log_prob)
     leaf = jnp.asarray(tree.leaf)
     own = jnp.where(leaf >= 0, log_prob[jnp.maximum(leaf, 0)], -jnp.inf)
@@ -76,6 +79,8 @@ def _divergence(log_p: Array, log_q: Array) -> Array:
 def step_kl(tree: Tree, log_p: Array, log_q: Array) -> Array:
     """KL(p(·|s)‖q(·|s)) [S] of two policies [S,V], weighted by the probability of reaching s under p: the sum over s is
     the sequence KL (chain rule)."""
+    check_table(tree, "log_p", log_p, "SV")
+    check_table(tree, "log_q", log_q, "SV")
     each = _divergence(log_p, log_q)
     reach = jnp.exp(state_log_prob(tree, log_p))
     return jnp.where(reach == 0, 0, reach * each)
@@ -83,11 +88,13 @@ def step_kl(tree: Tree, log_p: Array, log_q: Array) -> Array:
 
 def optimal_log_prob(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
     """The Gibbs optimum over responses, log pi*(y) = log pi_ref(y) + r(y)/beta − log Z, [M]."""
+    check_table(tree, "reward", reward, "M")
     return jax.nn.log_softmax(response_log_prob(tree, log_ref) + at_least_float32(reward) / beta)
 
 
 def greedy_response(tree: Tree, log_policy: Array) -> int:
     """The response of taking the most probable token in each state (the first among equals)."""
+    check_table(tree, "log_policy", log_policy, "SV")
     best = np.argmax(np.asarray(log_policy), axis=-1)
     state = 0
     while True:
@@ -177,6 +184,9 @@ def blockwise_law(
     """
     if num_samples < 1 or block_size < 1:
         raise ValueError(f"num_samples, block_size: expected at least 1 each, found {num_samples} and {block_size}")
+    check_table(tree, "log_ref", log_ref, "SV")
+    check_table(tree, "state_score", state_score, "S")
+    check_table(tree, "reward", reward, "M")
     return _blockwise(tree, log_ref, state_score, reward, num_samples, block_size)
 
 
@@ -213,5 +223,6 @@ def _blockwise(tree: Tree, log_ref: Array, state_score: Array, reward: Array, ca
 def blockwise_bound(tree: Tree, log_prob: Array, *, num_samples: int, block_size: int) -> Array:
     """E⌈|y|/M⌉·(log N − (N−1)/N) under the decoded law log_prob [M]: an upper bound of its KL to the base. The ceiling
     is needed (arXiv 2310.17022 has it; without it the bound is violated)."""
+    check_table(tree, "log_prob", log_prob, "M")
     blocks = -(-jnp.asarray(tree.responses[1]).sum(axis=-1) // block_size)
     return expected(log_prob, values=blocks) * best_of_n_bound(num_samples)

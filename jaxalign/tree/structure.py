@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.types import Array
+from jaxalign.types import Array, ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +110,24 @@ class Tree:
         leaf = np.full((self.num_states, v), -1, np.int32)
         leaf[pairs[:, 0], pairs[:, 1]] = np.arange(count)
         return tokens, mask, nodes, leaf
+
+
+def check_table(tree: Tree, name: str, table: ArrayLike, axes: str) -> None:
+    """Checks the shape of a table over a tree.
+
+    Args:
+      tree: the tree.
+      name: the argument, for the error.
+      table: the table.
+      axes: "S" for states, "SV" for states and tokens, "M" for responses.
+
+    Raises:
+      ValueError: another shape.
+    """
+    sizes = {"S": tree.num_states, "V": tree.vocab_size, "M": tree.num_responses}
+    expected = tuple(sizes[axis] for axis in axes)
+    if np.shape(table) != expected:
+        raise ValueError(f"{name}: expected a table [{','.join(axes)}] of shape {expected}, found {np.shape(table)}")
 
 
 def random(rng: Array, tree: Tree, *, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
-from jaxalign.tree.structure import Tree
+from jaxalign.tree.structure import Tree, check_table
 from jaxalign.types import Array, ArrayLike
 
 
@@ -36,6 +36,8 @@ def _mean(log_policy: Array, q: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=0)
 def value(tree: Tree, log_policy: Array, reward: Array) -> Array:
     """V_pi(s) = E_pi[r | s], [S] from log_policy [S,V] and reward [M]; V_ref for the base policy."""
+    check_table(tree, "log_policy", log_policy, "SV")
+    check_table(tree, "reward", reward, "M")
     log_policy, reward = at_least_float32(log_policy), at_least_float32(reward)
     return _backward(tree, reward, lambda q, at: _mean(log_policy[at], q))
 
@@ -43,6 +45,8 @@ def value(tree: Tree, log_policy: Array, reward: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=0)
 def q_values(tree: Tree, values: Array, *, reward: Array) -> Array:
     """Q(s,z) [S,V] of values V [S]: V(sz), or the reward [M] of the response that z completes."""
+    check_table(tree, "values", values, "S")
+    check_table(tree, "reward", reward, "M")
     leaf = jnp.asarray(tree.leaf)
     child = jnp.arange(tree.num_states)[:, None] * tree.vocab_size + 1 + jnp.arange(tree.vocab_size)
     inner = values[jnp.minimum(child, tree.num_states - 1)]
@@ -52,6 +56,8 @@ def q_values(tree: Tree, values: Array, *, reward: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=0)
 def soft_value(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
     """V_soft(s) = beta·log E_ref[exp(r/beta) | s] = beta·logsumexp_z(log pi_ref(z|s) + V_soft(sz)/beta), [S]."""
+    check_table(tree, "log_ref", log_ref, "SV")
+    check_table(tree, "reward", reward, "M")
     log_ref, reward = at_least_float32(log_ref), at_least_float32(reward)
 
     def backup(q: Array, at: slice) -> Array:
@@ -81,6 +87,8 @@ def transfer_value(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike
 @functools.partial(jax.jit, static_argnums=0)
 def max_value(tree: Tree, log_ref: Array, reward: Array) -> Array:
     """max r over the responses reachable from s under log_ref [S,V], [S]."""
+    check_table(tree, "log_ref", log_ref, "SV")
+    check_table(tree, "reward", reward, "M")
     log_ref = at_least_float32(log_ref)
     return _backward(
         tree, at_least_float32(reward), lambda q, at: jnp.where(is_supported(log_ref[at]), q, NEGATIVE).max(axis=-1)
