@@ -201,7 +201,7 @@ def test_a_trees_table_has_a_row_for_each_index_or_gives_nan(outside):
     found = jax.jit(reward)(jnp.ones((2, 4)), *text)
     np.testing.assert_array_equal(np.isnan(found), [False, True])
     with pytest.raises(ValueError, match="row for each prompt's index"):
-        reward(jnp.ones((2, 4)), *text)
+        reward.check(jnp.ones((2, 4)), prompts, 2)
 
 
 @needs_jit

@@ -153,7 +153,6 @@ def reward(tree: Tree) -> Reward:
         if table.ndim == 1:
             paid = table[jnp.maximum(found, 0)]
         else:
-            check_index("reward", index, table.shape[0])
             # A negative index would count from the end: it is sent past the end, where there is nothing.
             row = jnp.where(index < 0, table.shape[0], index)
             paid = table.at[row, found].get(mode="fill", fill_value=jnp.nan)
