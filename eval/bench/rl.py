@@ -125,8 +125,8 @@ def _ours(lm: models.LanguageModel, params: Any, config: Config) -> list[dict[st
     )
     seconds: list[dict[str, float]] = []
     iteration = rl_iteration.make_iteration(learner, update, after=seconds.append)
-    asked = common.prompts(count, config.prompt, vocab=lm.vocab_size)
-    batch = {"prompt_tokens": asked.tokens, "prompt_mask": asked.mask, "index": jnp.arange(count, dtype=jnp.int32)}
+    prompts = common.prompts(count, config.prompt, vocab=lm.vocab_size)
+    batch = {"prompt_tokens": prompts.tokens, "prompt_mask": prompts.mask, "index": jnp.arange(count, dtype=jnp.int32)}
     batch["row"] = batch["index"]
     batch = jax.tree.map(lambda x: x[None], batch)
     # From end to end, as the other side is timed.
@@ -149,9 +149,9 @@ def _trl(lm: models.LanguageModel, params: Any, config: Config) -> float:
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w1"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w0", pad_token="w0")
-    asked = np.asarray(common.prompts(config.batch // config.samples, config.prompt, vocab=lm.vocab_size).tokens)
+    prompts = np.asarray(common.prompts(config.batch // config.samples, config.prompt, vocab=lm.vocab_size).tokens)
     steps = 2 + config.repeats
-    texts = [" ".join(f"w{i}" for i in row) for row in asked.tolist()] * steps
+    texts = [" ".join(f"w{i}" for i in row) for row in prompts.tolist()] * steps
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [sum(i % 2 == 0 for i in row) / max(len(row), 1) for row in completion_ids]

@@ -103,8 +103,8 @@ def _prefill(config: Config, mesh: Any) -> list[dict[str, Any]]:
     """Prefill of the base, and the same with m(x) read at the prompt's last token by a threshold head."""
     shape = common.config(layers=config.layers, width=config.width, length=config.length + 8)
     lm, params = common.build(0, shape, config.dtype)
-    judge = models.with_head(lm, models.Head("reward"))
-    params = {"base": params, "head": judge.init_head(jax.random.key(1))}
+    headed_lm = models.with_head(lm, models.Head("reward"))
+    params = {"base": params, "head": headed_lm.init_head(jax.random.key(1))}
     params = common.place(params, mesh)
     batch = common.prompts(config.batch, config.length)
     batch = common.place(batch, mesh, "data")
@@ -115,7 +115,7 @@ def _prefill(config: Config, mesh: Any) -> list[dict[str, Any]]:
 
     def headed(params: Params, tokens: Array, mask: Array) -> Any:
         hidden, cache = lm.prefill(params["base"], tokens, mask, config.length + 8)
-        threshold = judge.head({"head": params["head"]}, hidden)
+        threshold = headed_lm.head({"head": params["head"]}, hidden)
         return lm.logits(params["base"], hidden), cache, threshold
 
     sides = {"prefill": jax.jit(plain), "prefill with a threshold head": jax.jit(headed)}

@@ -53,7 +53,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     shape = common.config(layers=config.layers, width=config.width)
     lm, params = common.build(0, shape, config.dtype)
     other_lm, other = common.build(1, shape, config.dtype)
-    reward_lm, judge = common.build(2, dataclasses.replace(shape, head=models.Head("reward")), config.dtype)
+    reward_lm, reward_params = common.build(2, dataclasses.replace(shape, head=models.Head("reward")), config.dtype)
     weight = 4.0  # of the reward, so that the choice is not the base's own
     torch_loop = None
     if config.torch:
@@ -61,14 +61,14 @@ def run(config: Config) -> list[dict[str, Any]]:
             common.torch_twin(lm, params, "LlamaForCausalLM"),
             common.torch_twin(other_lm, other, "LlamaForCausalLM"),
         ]
-        twins.append(common.torch_twin(reward_lm, judge, "LlamaForSequenceClassification"))
+        twins.append(common.torch_twin(reward_lm, reward_params, "LlamaForSequenceClassification"))
         torch_loop = _torch_loop(twins, k, new, ahead, weight, config.dtype)
-    params, other, judge = common.place((params, other, judge), mesh)
+    params, other, reward_params = common.place((params, other, reward_params), mesh)
     greedy = policies.temperature(policies.language_model(other_lm))
     critic = critics.transfer_q(greedy, rewards.from_model(reward_lm), eos_ids=(), rollouts=1, lookahead=ahead)
     policy = policies.temperature(policies.tilt(policies.language_model(lm), critic, top_k=k))
     zero = jnp.asarray(0.0)
-    scored = {"baseline": {"policy": other, "temperature": zero}, "reward": judge}
+    scored = {"baseline": {"policy": other, "temperature": zero}, "reward": reward_params}
     tilted = {"policy": params, "critic": scored, "beta": jnp.asarray(1 / weight)}
     arguments = {"policy": tilted, "temperature": zero}
 
@@ -117,7 +117,7 @@ def _torch_loop(twins: list[Any], k: int, new: int, ahead: int, weight: float, d
     def run(tokens: Any) -> np.ndarray:
         with torch.inference_mode():
             ids = torch.tensor(np.asarray(tokens), dtype=torch.long, device=device)
-            base, beside = model(ids, use_cache=True), baseline(ids, use_cache=True)
+            base, other = model(ids, use_cache=True), baseline(ids, use_cache=True)
             drawn = []
             for _ in range(new):
                 top, candidates = base.logits[:, -1].log_softmax(dim=-1).topk(k, dim=-1)
@@ -127,7 +127,7 @@ def _torch_loop(twins: list[Any], k: int, new: int, ahead: int, weight: float, d
                     found = baseline.generate(
                         text,
                         attention_mask=torch.ones_like(text),
-                        past_key_values=copy.deepcopy(beside.past_key_values),
+                        past_key_values=copy.deepcopy(other.past_key_values),
                         do_sample=False,
                         max_new_tokens=ahead,
                         min_new_tokens=ahead,
@@ -142,7 +142,7 @@ def _torch_loop(twins: list[Any], k: int, new: int, ahead: int, weight: float, d
                 drawn.append(int(token))
                 ids = torch.cat([ids, token], dim=1)
                 base = model(token, past_key_values=base.past_key_values, use_cache=True)
-                beside = baseline(token, past_key_values=beside.past_key_values, use_cache=True)
+                other = baseline(token, past_key_values=other.past_key_values, use_cache=True)
         return np.asarray(drawn)
 
     return run

@@ -156,10 +156,10 @@ def run(config: Config) -> list[dict[str, Any]]:
     if config.policy_gradients:
         name = f"aligned_{config.bound:g}_{config.head_samples}_{config.rl_steps}"
         options: dict[str, Any] = {"samples": config.head_samples, "steps": config.rl_steps, "seed": config.seed}
-        own = base.align(world, name, prompts=prompts, bound=config.bound, **options)
-        both = {"policy": own, "reference": world.base[1]}
-        beside = policies.with_reference(model, model)
-        drawn = base.respond(world, beside, both, n=config.responses, seed=config.seed + 2, rows=chosen)
+        aligned = base.align(world, name, prompts=prompts, bound=config.bound, **options)
+        both = {"policy": aligned, "reference": world.base[1]}
+        referenced = policies.with_reference(model, model)
+        drawn = base.respond(world, referenced, both, n=config.responses, seed=config.seed + 2, rows=chosen)
         rows.append(summary("threshold", "by training", measured(drawn)))
     order = {"base": 0, "raw": 1, "threshold": 2}
     rows.sort(key=lambda row: order[row["reward"]])

@@ -73,8 +73,8 @@ def by_samples(config: Config, found: base.Responses) -> list[dict[str, Any]]:
             rows.append(row_of({"at": "equal beta", "beta": beta, "shaping": name}, measure(policy, found)))
     gains = jnp.geomspace(0.05, 30, 200)[:, None]
     m = shaping.optimal_threshold(utility, gain=gains)
-    paid = shaping.threshold_reward(jnp.broadcast_to(utility, (200, *utility.shape)), threshold=m, bound=gains)
-    path = gibbs.log_policy(uniform, paid, beta=1.0)
+    shaped = shaping.threshold_reward(jnp.broadcast_to(utility, (200, *utility.shape)), threshold=m, bound=gains)
+    path = gibbs.log_policy(uniform, shaped, beta=1.0)
     kl = gibbs.kl(path, uniform)
     every = common.shapes(config.bound, 1.0, sharpness=config.sharpness)
     for budget in config.budgets:
