@@ -31,7 +31,7 @@ def featured(t: tree.Tree) -> Policy:
     below = tree.policy(t)
 
     def with_hidden(params, state, output):
-        node = jnp.where(state.node < t.num_states, state["node"], 0)
+        node = jnp.where(state.node < t.num_states, state.node, 0)
         return state, output._replace(hidden=params["hidden"][node])
 
     def init(params, rng, prompts, max_new_tokens):
