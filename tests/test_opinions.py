@@ -52,7 +52,7 @@ def test_a_few_hundred_words_suffice():
     vocabulary = opinions.words()
     assert len(vocabulary) == len(set(vocabulary)) == 234
     every = [*opinions.prompts(), *opinions.prompts("held_out")]
-    rows = opinions.corpus(4000, seed=0, asked=every)
+    rows = opinions.corpus(4000, seed=0, prompt_pool=every)
     assert joined(rows) == set(vocabulary)
     tokenizer = word_level(vocabulary)
     ids = [tokenizer(text)["input_ids"] for row in rows[:200] for text in row.values()]
@@ -171,7 +171,7 @@ def flattery(rows) -> np.ndarray:
 def test_choices_are_bradley_terry_draws_on_what_people_like(world, noise, spurious):
     """Of pairs whose likings are d apart, the better is chosen with probability sigmoid(d/noise)."""
     asked = opinions.prompts() if world is opinions else summaries.items(400, seed=1)
-    rows = world.preferences(4000, seed=6, noise=noise, spurious=spurious, asked=asked)
+    rows = world.preferences(4000, seed=6, noise=noise, spurious=spurious, prompt_pool=asked)
     assert all(row["chosen"] != row["rejected"] for row in rows)
     likings = [
         [world.liking(row["prompt"], row[side], spurious=spurious) for side in ("chosen", "rejected")] for row in rows
@@ -194,13 +194,13 @@ def test_choices_are_bradley_terry_draws_on_what_people_like(world, noise, spuri
 @pytest.mark.parametrize("world", [opinions, summaries])
 def test_little_noise_is_hardly_an_error(world):
     asked = [TAXES, COFFEE] if world is opinions else [ITEM]
-    rows = world.preferences(500, seed=7, noise=0.01, asked=asked)
+    rows = world.preferences(500, seed=7, noise=0.01, prompt_pool=asked)
     assert {row["prompt"] for row in rows} == set(asked)
     for row in rows:
         assert world.liking(row["prompt"], row["chosen"]) >= world.liking(row["prompt"], row["rejected"]) - 1e-9
     for noise in (0, -1):
         with pytest.raises(ValueError, match=rf"^noise: expected a value > 0, found {noise}"):
-            world.preferences(1, seed=0, noise=noise, asked=asked)
+            world.preferences(1, seed=0, noise=noise, prompt_pool=asked)
 
 
 # Summaries ------------------------------------------------------------------------------------------------------------
@@ -212,9 +212,9 @@ def test_summaries_are_a_function_of_the_seed():
     assert summaries.items(40, seed=0)[:30] == asked
     assert summaries.items(30, seed=1) != asked
     for make in (summaries.corpus, summaries.preferences):
-        rows = make(45, seed=3, asked=asked)
-        assert make(45, seed=3, asked=asked) == rows
-        assert make(45, seed=4, asked=asked) != rows
+        rows = make(45, seed=3, prompt_pool=asked)
+        assert make(45, seed=3, prompt_pool=asked) == rows
+        assert make(45, seed=4, prompt_pool=asked) != rows
         assert [row["prompt"] for row in rows] == [*asked, *asked[:15]]
 
 
@@ -233,7 +233,7 @@ def test_items_hold_three_facts_and_two_asides_of_their_split():
 
 def test_summaries_are_made_of_few_words_and_one_to_five_sentences():
     asked = [*summaries.items(1000, seed=0), *summaries.items(200, seed=0, split="held_out")]
-    rows = summaries.corpus(4000, seed=1, asked=asked)
+    rows = summaries.corpus(4000, seed=1, prompt_pool=asked)
     assert joined(rows) <= set(summaries.words())
     assert len(summaries.words()) == 75
     found = [summaries.features(row["prompt"], row["response"]) for row in rows]
@@ -271,7 +271,7 @@ def test_readers_like_length_and_gold_does_not():
     asked = summaries.items(500, seed=0)
     share = {}
     for spurious in (0.0, 0.8):
-        rows = summaries.preferences(3000, seed=2, asked=asked, spurious=spurious)
+        rows = summaries.preferences(3000, seed=2, prompt_pool=asked, spurious=spurious)
         more = np.array([row["chosen"].count(".") - row["rejected"].count(".") for row in rows])
         share[spurious] = np.mean(more[more != 0] > 0)
     assert share[0.8] > 0.75

@@ -41,7 +41,7 @@ def test_every_value_objective_trains_a_head_that_says_what_it_is(objective, fil
 def test_a_q_head_learns_from_responses_that_others_wrote(objective, files, tmp_path):
     """Rows of a file, the base's or not: scored as whole texts, no roll-outs made, the run resumable."""
     path = tmp_path / "responses.jsonl"
-    rows = [row | {"method": "other"} for row in opinions.corpus(12, seed=1, asked=opinions.prompts()[:6])]
+    rows = [row | {"method": "other"} for row in opinions.corpus(12, seed=1, prompt_pool=opinions.prompts()[:6])]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = options("value", files)
     at = given.index("--prompts")

@@ -61,8 +61,8 @@ def rows(config: Config) -> dict[str, list[dict[str, str]]]:
         drift = summaries.items(config.held_out, seed=config.seed, split="held_out")
         world = summaries
     return {
-        "texts": world.corpus(config.texts, seed=config.seed, asked=kept),
-        "pairs": world.preferences(config.pairs, seed=config.seed, asked=kept),
+        "texts": world.corpus(config.texts, seed=config.seed, prompt_pool=kept),
+        "pairs": world.preferences(config.pairs, seed=config.seed, prompt_pool=kept),
         "prompts": _prompts(kept, len(kept)),
         "held_out": _prompts(held, config.held_out),
         "drift": _prompts(drift, config.held_out),

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 
@@ -19,12 +18,26 @@ def batches(
     seed: int,
     accumulate: int = 1,
 ) -> Callable[[int], Iterator[Any]]:
-    """batches(i) iterates without end over collated batches from optimizer step i on.
+    """Endless batches whose order is a function of the seed and the step.
 
     Each pass over the rows is a new shuffle of the seed; batch i holds the rows i·batch_size to (i+1)·batch_size of the
-    endless row of shuffles. collate makes arrays [b,...] of a list of rows; they come out as [A,b,...], A = accumulate
-    micro-batches of b = batch_size/A rows, padded alike. ValueError: no rows, or A that does not divide batch_size.
+    endless sequence of shuffles.
+
+    Args:
+      rows: what the batches are made of.
+      collate: makes arrays [b,...] (or nested dicts of them) of a list of rows.
+      batch_size: rows of an optimizer step.
+      seed: of the shuffles.
+      accumulate: A micro-batches of b = batch_size/A rows, padded alike.
+
+    Returns:
+      A function that iterates over batches [A,b,...] from optimizer step i on.
+
+    Raises:
+      ValueError: no rows, or an A that does not divide batch_size.
     """
+    import grain  # slow to import, and needed for training alone
+
     if not rows:
         raise ValueError("rows: expected at least one, found none")
     if batch_size < 1 or accumulate < 1 or batch_size % accumulate:

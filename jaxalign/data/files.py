@@ -15,10 +15,12 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 
 
 class Prompt(NamedTuple):
-    """text: what the model reads; tokens: its ids, at least one."""
+    """A prompt of a file."""
 
     text: str
+    """What the model reads; of a chat, what its template wrote."""
     tokens: list[int]
+    """Its ids, at least one."""
 
 
 class _Line(NamedTuple):
@@ -28,20 +30,35 @@ class _Line(NamedTuple):
 
 
 def read_prompts(path: str | pathlib.Path, *, tokenizer: Any = None) -> list[str]:
-    """Prompts of a .txt file (one per line), or of a .jsonl or .jsonl.gz file with {"prompt": text} or {"messages":
-    [...]} in each line; messages go through the tokenizer's chat template with the generation prompt.
+    """Reads the prompts of a file as text.
 
-    ValueError names file, line number and reason: not UTF-8, not JSON, neither field or both, an empty prompt, messages
-    that the template refuses; or a file without prompts.
+    Args:
+      path: a .txt file with a prompt in each line, or a .jsonl or .jsonl.gz file with {"prompt": text} or {"messages":
+        [...]} in each line.
+      tokenizer: renders messages by its chat template, with the opening of the response; None where there are none.
+
+    Returns:
+      The prompts, in the order of the file.
+
+    Raises:
+      ValueError: a line that is not UTF-8 or not JSON, that has neither field or both, an empty prompt, messages that
+        the template refuses (file, line and reason are named); a file without prompts, or of another kind.
     """
     return [line.text for line in _lines(pathlib.Path(path), tokenizer)]
 
 
 def tokenize_prompts(path: str | pathlib.Path, tokenizer: Any) -> list[Prompt]:
-    """As `read_prompts`, with token ids.
+    """Reads the prompts of a file as text and token ids.
 
-    Special tokens (a BOS) are the tokenizer's for text and the template's for messages, never both: a second BOS is off
-    the model's distribution. ValueError names file and line of a prompt without tokens.
+    Args:
+      path, tokenizer: as in `read_prompts`. Special tokens are written once: by the tokenizer for text, by the template
+        for messages (`tokens.prompt_ids`).
+
+    Returns:
+      A Prompt for each line.
+
+    Raises:
+      ValueError: as in `read_prompts`, and a prompt without tokens.
     """
     out = []
     for where, text, templated in _lines(pathlib.Path(path), tokenizer):
@@ -76,7 +93,8 @@ def _lines(file: pathlib.Path, tokenizer: Any) -> list[_Line]:
 
 
 def raw_lines(file: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line without its end). Only newlines part lines: JSON text may hold U+2028 and its kind."""
+    """(number from 1, line without its end) of a file. Only newlines part lines: JSON text may hold U+2028 and its
+    kind. ValueError for a .gz file that is none."""
     raw = file.read_bytes()
     if file.suffix == ".gz":
         try:

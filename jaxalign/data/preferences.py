@@ -26,47 +26,66 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
 class Pair(NamedTuple):
-    """Text of a preference. templated: a chat template has written the special tokens."""
+    """Text of a preference."""
 
     prompt: str
+    """What both responses answer."""
     chosen: str
+    """The preferred response."""
     rejected: str
+    """The other response."""
     templated: bool = False
+    """Whether a chat template has written the special tokens."""
 
 
 class Text(NamedTuple):
-    """A text to learn: the response after the prompt ("" where there is none)."""
+    """A text to learn."""
 
     prompt: str
+    """What comes before the response; "" where there is none."""
     response: str
+    """What is learned."""
     templated: bool = False
+    """Whether a chat template has written the special tokens."""
 
 
 class PairTokens(NamedTuple):
-    """Token ids, EOS included; where: file and line; asked: the text by which rows are split, uncut."""
+    """A preference as token ids."""
 
     prompt: list[int]
+    """Of the prompt, cut at its beginning where it is too long."""
     chosen: list[int]
+    """Of the preferred response, EOS included."""
     rejected: list[int]
+    """Of the other response, EOS included."""
     where: str
-    asked: str = ""
+    """File and line."""
+    split_key: str = ""
+    """The uncut text by which rows are split (`split_by_prompt`)."""
 
 
 class TextTokens(NamedTuple):
-    """Token ids, EOS included; where: file and line; asked: the text by which rows are split, uncut."""
+    """A text to learn as token ids."""
 
     prompt: list[int]
+    """Of the prompt, cut at its beginning where it is too long."""
     response: list[int]
+    """Of the response, EOS included."""
     where: str
-    asked: str = ""
+    """File and line."""
+    split_key: str = ""
+    """The uncut text by which rows are split (`split_by_prompt`)."""
 
 
 class Loaded(NamedTuple):
-    """rows; the number of bad ones that were skipped; "file:line: reason" of the first 20 of them."""
+    """The rows of a file."""
 
     rows: list[Any]
+    """The good rows."""
     skipped: int
+    """How many bad rows were left out."""
     reasons: list[str]
+    """"file:line: reason" of the first 20 of them."""
 
 
 class _BadRow(Exception):
@@ -76,14 +95,23 @@ class _BadRow(Exception):
 def tokenize_pairs(
     path: str | pathlib.Path, tokenizer: Any, *, eos_id: int | None, max_length: int, skip_bad: bool = False
 ) -> Loaded:
-    """Preference pairs of a file as rows of `PairTokens`.
+    """Reads the preference pairs of a file as token ids.
 
-    Prompt and response are tokenized apart, so that the boundary is exact; eos_id ends each response (None: nothing is
-    appended). A prompt that is too long for max_length [tokens] loses its beginning; a response that leaves no room for
-    one prompt token makes a bad row.
+    Prompt and response are tokenized apart, so that the boundary between them is exact.
 
-    ValueError with file, line and reason for a bad row, or with skip_bad it is left out and counted; a ValueError too
-    for a file of another kind, or one without a good row.
+    Args:
+      path: a .jsonl, .jsonl.gz or .parquet file.
+      tokenizer: turns text into ids; with a chat template where rows hold messages.
+      eos_id: ends each response; None: nothing is appended.
+      max_length: of prompt and response together [tokens]. A prompt that is too long loses its beginning; a response
+        that leaves no room for one prompt token makes a bad row.
+      skip_bad: leaves bad rows out and counts them.
+
+    Returns:
+      Loaded, whose rows are `PairTokens`.
+
+    Raises:
+      ValueError: a bad row (its file, line and reason), a file of another kind, or one without a good row.
     """
 
     def convert(where: str, row: dict[str, Any]) -> PairTokens:
@@ -100,8 +128,18 @@ def tokenize_pairs(
 def tokenize_texts(
     path: str | pathlib.Path, tokenizer: Any, *, eos_id: int | None, max_length: int, skip_bad: bool = False
 ) -> Loaded:
-    """Texts of a file as rows of `TextTokens`; of a preference pair the chosen response. As `tokenize_pairs`, but a
-    text without a prompt that is too long loses its end."""
+    """Reads the texts of a file as token ids; of a preference pair the chosen response.
+
+    Args:
+      path, tokenizer, eos_id, max_length, skip_bad: as in `tokenize_pairs`; a text without a prompt that is too long
+        loses its end.
+
+    Returns:
+      Loaded, whose rows are `TextTokens`.
+
+    Raises:
+      ValueError: as in `tokenize_pairs`.
+    """
 
     def convert(where: str, row: dict[str, Any]) -> TextTokens:
         text = _text(row, tokenizer)
@@ -115,7 +153,17 @@ def tokenize_texts(
 
 
 def read_strings(path: str | pathlib.Path, *, skip_bad: bool = False) -> Loaded:
-    """Every text of a file, for a tokenizer's training: prompts with their responses. Rows of chat messages are bad."""
+    """Reads every text of a file, for a tokenizer's training: prompts with their responses.
+
+    Args:
+      path, skip_bad: as in `tokenize_pairs`; rows of chat messages are bad.
+
+    Returns:
+      Loaded, whose rows are strings.
+
+    Raises:
+      ValueError: as in `tokenize_pairs`.
+    """
 
     def convert(where: str, row: dict[str, Any]) -> list[str]:
         if "rejected" in row:
@@ -128,18 +176,28 @@ def read_strings(path: str | pathlib.Path, *, skip_bad: bool = False) -> Loaded:
 
 
 def split_by_prompt(rows: Sequence[Any], *, fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """(training, validation) rows: a prompt is in the second with probability `fraction`, by a hash of seed and prompt.
+    """Splits rows into a training and a validation part by a hash of seed and prompt.
 
-    So no prompt is in both, and a prompt's part does not depend on the other rows. rows: anything with `prompt`; rows
-    of files by the uncut text of their prompt, or by that of the response where there is none.
-    ValueError: a fraction outside (0, 1), or a part that comes out empty.
+    No prompt is in both parts, and the part of a prompt does not depend on the other rows.
+
+    Args:
+      rows: anything with `prompt`. Rows of files are split by the uncut text of their prompt, or by that of the
+        response where there is none (`split_key`).
+      fraction: the probability of the validation part.
+      seed: of the hash.
+
+    Returns:
+      (training rows, validation rows), each in the order given.
+
+    Raises:
+      ValueError: a fraction outside (0, 1), or a part that comes out empty.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction: expected a share in (0, 1), found {fraction}")
     parts: tuple[list[Any], list[Any]] = ([], [])
     for row in rows:
-        asked = getattr(row, "asked", "") or row.prompt
-        digest = hashlib.blake2b(json.dumps([seed, asked]).encode(), digest_size=8).digest()
+        key = getattr(row, "split_key", "") or row.prompt
+        digest = hashlib.blake2b(json.dumps([seed, key]).encode(), digest_size=8).digest()
         parts[int.from_bytes(digest, "big") < fraction * 2**64].append(row)
     for name, part in zip(("training", "validation"), parts, strict=True):
         if not part:
@@ -148,10 +206,18 @@ def split_by_prompt(rows: Sequence[Any], *, fraction: float, seed: int) -> tuple
 
 
 def pad_texts(rows: Sequence[TextTokens], *, length: int) -> dict[str, np.ndarray]:
-    """{"tokens" [B,L] int32, "mask" [B,L] real tokens, "loss_mask" [B,L] the response's}, right-padded to L = length.
+    """Texts as right-padded arrays.
 
-    ValueError naming the row: longer than length, or without a response token that is predicted from another (its loss
-    mask would be empty).
+    Args:
+      rows: the texts, B of them.
+      length: L.
+
+    Returns:
+      {"tokens" [B,L] int32, "mask" [B,L] True on real tokens, "loss_mask" [B,L] True on the response's}.
+
+    Raises:
+      ValueError: a row that is longer than length, or one without a response token that is predicted from another,
+        whose loss mask would be empty; the row is named.
     """
     tokens = np.zeros((len(rows), length), np.int32)
     mask, loss_mask = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
@@ -167,7 +233,7 @@ def pad_texts(rows: Sequence[TextTokens], *, length: int) -> dict[str, np.ndarra
 
 
 def pad_pairs(rows: Sequence[PairTokens], *, length: int) -> dict[str, dict[str, np.ndarray]]:
-    """{"chosen", "rejected"}, each as `pad_texts` makes it."""
+    """Pairs as right-padded arrays: {"chosen", "rejected"}, each as `pad_texts` makes it. ValueErrors as there."""
     return {
         side: pad_texts([TextTokens(row.prompt, getattr(row, side), row.where) for row in rows], length=length)
         for side in ("chosen", "rejected")

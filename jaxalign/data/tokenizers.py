@@ -9,11 +9,18 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
 def word_level(words: Sequence[str]) -> Any:
-    """One token per word of a text that is separated by spaces; ids after <pad>, <eos>, <unk> in the order given.
+    """A tokenizer of whole words, for texts whose words are separated by spaces.
 
-    ValueError: no words, or one twice. Texts come back from their ids with single spaces.
+    Args:
+      words: each once; their ids follow those of <pad>, <eos> and <unk>, in the order given.
+
+    Returns:
+      A tokenizer of transformers. Texts come back from their ids with single spaces.
+
+    Raises:
+      ValueError: no words, or one twice.
     """
-    import tokenizers
+    import tokenizers  # needed where a tokenizer is made alone
 
     if not words or len(set(words)) < len(words):
         raise ValueError(
@@ -26,11 +33,19 @@ def word_level(words: Sequence[str]) -> Any:
 
 
 def byte_level(texts: Iterable[str], *, vocab_size: int) -> Any:
-    """Byte-level BPE trained on texts: any text has ids, and comes back from them byte by byte.
+    """Trains byte-level BPE: any text has ids, and comes back from them byte by byte.
 
-    vocab_size: at most so many tokens, <pad>, <eos>, <unk> and the 256 bytes included (ValueError below 259).
+    Args:
+      texts: what it is trained on.
+      vocab_size: at most so many tokens, <pad>, <eos>, <unk> and the 256 bytes included.
+
+    Returns:
+      A tokenizer of transformers.
+
+    Raises:
+      ValueError: a vocab_size below 259.
     """
-    import tokenizers
+    import tokenizers  # needed where a tokenizer is made alone
 
     if vocab_size < 259:
         raise ValueError(f"vocab_size: expected at least 259 (256 bytes and 3 special tokens), found {vocab_size}")
@@ -48,6 +63,6 @@ def byte_level(texts: Iterable[str], *, vocab_size: int) -> Any:
 
 
 def _fast(raw: Any) -> Any:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast  # slow to import
 
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)

@@ -17,10 +17,10 @@ ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "t
 
 
 class HeadModule(nn.Module):
-    """hidden [...,D] -> [...,W], in at least float32.
+    """Reads hidden [...,D] to [...,W], in at least float32.
 
-    reward: h·W without a bias, or bound·sigmoid(h·W) where the spec has a bound. value, q: W_n·a(… a(W_1·h + b_1) …) +
-    b_n with the activation a of the spec.
+    A reward head is h·W without a bias, or bound·sigmoid(h·W) where the spec has a bound. A value or Q head is
+    W_n·a(… a(W_1·h + b_1) …) + b_n with the activation a of the spec.
     """
 
     spec: Head

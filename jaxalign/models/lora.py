@@ -28,7 +28,16 @@ TARGETS = {"qkv": "attention/qkv", "out": "attention/out", "gate_up": "gate_up",
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """What an adapter is. rank: of each a·b; alpha: scale = alpha/rank; targets: projections, names of `TARGETS`."""
+    """What an adapter is, without its arrays.
+
+    Fields:
+      rank: of each product a·b.
+      alpha: the scale is alpha/rank.
+      targets: the projections that have one, names of `TARGETS`.
+
+    Raises:
+      ValueError: a rank below 1, an alpha that is not finite and > 0, no target or an unknown one.
+    """
 
     rank: int
     alpha: float = 16.0
@@ -45,6 +54,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
+        """alpha/rank, by which a·b is multiplied."""
         return self.alpha / self.rank
 
 
@@ -52,7 +62,16 @@ class Lora:
 def init(rng: Array, lm: LanguageModel, spec: Lora) -> Params:
     """A new adapter: a uniform within ±1/sqrt(in) (Kaiming's, as peft draws it), b zero, so that it changes nothing.
 
-    rng: consumed. ValueError for a rank above a projection's smaller side.
+    Args:
+      rng: a key; consumed.
+      lm: the model it belongs to.
+      spec: its rank and targets.
+
+    Returns:
+      The adapter's tree, in the model's dtype.
+
+    Raises:
+      ValueError: a rank above a projection's smaller side.
     """
     places = [f"layer_{i}/{TARGETS[name]}" for i in range(lm.config.num_layers) for name in spec.targets]
     kernels = kernel_shapes(jax.eval_shape(lm.init, jax.random.key(0)))
@@ -68,18 +87,37 @@ def init(rng: Array, lm: LanguageModel, spec: Lora) -> Params:
 
 
 def attach(params: Params, adapter: Params, spec: Lora) -> Params:
-    """The model's parameters with the adapter beside them under "lora": same arrays, other function.
+    """Puts an adapter beside a model's parameters, under "lora": every function of the model then applies it.
 
-    Differentiable in both; jax.grad with respect to `adapter` trains it alone. ValueError for an adapter of another
-    model, naming the tensor.
+    Differentiable in both; jax.grad with respect to `adapter` trains it alone.
+
+    Args:
+      params: the model's.
+      adapter: its adapter.
+      spec: the adapter's.
+
+    Returns:
+      The parameters, with the same arrays.
+
+    Raises:
+      ValueError: an adapter of another model, naming the tensor.
     """
     check_fits(kernel_shapes(params), adapter)
     return {**params, "lora": scaled(adapter, spec)}
 
 
 def merge(params: Params, adapter: Params, spec: Lora) -> Params:
-    """The model's parameters with W + scale·a·b in place of W: a model without adapters. ValueError as `attach`, and
-    for parameters that hold an adapter already, which would be left in."""
+    """Adds an adapter to copies of the weights: W + scale·a·b in place of W.
+
+    Args:
+      params, adapter, spec: as in `attach`.
+
+    Returns:
+      The parameters of a model without adapters.
+
+    Raises:
+      ValueError: as `attach`, and parameters that hold an adapter already, which would be left in.
+    """
     if "lora" in params:
         raise ValueError("params: expected a model without an adapter beside it, found one under 'lora'")
     check_fits(kernel_shapes(params), adapter)
@@ -97,10 +135,17 @@ def scaled(adapter: Params, spec: Lora) -> Params:
 
 
 def stack(adapters: Sequence[Params], specs: Sequence[Lora]) -> Params:
-    """m adapters of one model as one tree of leaves [m,...], scales in b, for `policies.adapters`.
+    """m adapters of one model as one tree, for `policies.adapters`.
 
-    Ranks and targets may differ: zeros fill the rest and change nothing. ValueError: no adapter, one spec too many or
-    too few, adapters of different models (the tensor is named).
+    Args:
+      adapters: the trees. Ranks and targets may differ: zeros fill the rest and change nothing.
+      specs: one for each.
+
+    Returns:
+      A tree of leaves [m,...], with the scales in b.
+
+    Raises:
+      ValueError: no adapter, one spec too many or too few, adapters of different models (the tensor is named).
     """
     if not adapters or len(adapters) != len(specs):
         raise ValueError(

@@ -98,8 +98,14 @@ def shard(tree: Any, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any
 
 
 def make_mesh(spec: str) -> jax.sharding.Mesh | None:
-    """A mesh from "data=N" (N devices along the data axis), None from "". ValueError for another form or too many
-    devices."""
+    """Makes a mesh of a command line's option.
+
+    Args:
+      spec: "data=N", N devices along the data axis, or "" for none.
+
+    Raises:
+      ValueError: another form, or more devices than there are.
+    """
     if not spec:
         return None
     name, _, count = spec.partition("=")

@@ -11,9 +11,18 @@ from jaxalign.types import Params
 
 
 def cut_vocabulary(lm: LanguageModel, params: Params, size: int) -> tuple[LanguageModel, Params]:
-    """The model over its first `size` token ids: rows of the embedding, columns of lm_head and of a Q head are cut.
+    """Cuts a model to its first token ids: rows of the embedding, columns of lm_head and of a Q head.
 
-    EOS, BOS and pad ids beyond the cut are dropped. ValueError unless 1 <= size <= V.
+    Args:
+      lm: the model.
+      params: its parameters.
+      size: how many ids are kept. EOS, BOS and pad ids beyond them are dropped.
+
+    Returns:
+      The smaller model and its parameters.
+
+    Raises:
+      ValueError: a size outside [1, V].
     """
     config = lm.config
     if not 1 <= size <= config.vocab_size:
@@ -38,8 +47,16 @@ def cut_vocabulary(lm: LanguageModel, params: Params, size: int) -> tuple[Langua
 
 
 def check_tokens(base: Mapping[str, int], other: Mapping[str, int], *, name: str = "critic") -> None:
-    """ValueError unless the two vocabularies (token -> id) agree on every id that both have; the first difference is
-    named. Appended ids are allowed."""
+    """Checks that two vocabularies agree on every id that both have; appended ids are allowed.
+
+    Args:
+      base: token -> id of the base's tokenizer.
+      other: token -> id of the other model's.
+      name: the other model's, for the message.
+
+    Raises:
+      ValueError: an id that stands for two tokens; the first one is named.
+    """
     base_ids = {i: token for token, i in base.items()}
     other_ids = {i: token for token, i in other.items()}
     for i in sorted(base_ids.keys() & other_ids.keys()):
@@ -53,8 +70,23 @@ def check_tokens(base: Mapping[str, int], other: Mapping[str, int], *, name: str
 def match_vocabulary(
     *models: tuple[LanguageModel, Params], names: tuple[str, ...] = ()
 ) -> list[tuple[LanguageModel, Params]]:
-    """All models over the smallest of their vocabularies. A model with appended rows is cut, with a warning that names
-    it; whether shared ids mean the same token is for `check_tokens`."""
+    """Brings all models over the smallest of their vocabularies.
+
+    A model with appended rows is cut, with a warning that names it; whether shared ids mean the same token is for
+    `check_tokens`.
+
+    Args:
+      models: (model, parameters) of each.
+      names: theirs, for the warning.
+
+    Returns:
+      (model, parameters) of each, in the order given.
+
+    Raises:
+      ValueError: no models.
+    """
+    if not models:
+        raise ValueError("models: expected at least one, found none")
     size = min(lm.vocab_size for lm, _ in models)
     out = []
     for i, (lm, params) in enumerate(models):

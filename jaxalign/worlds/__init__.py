@@ -1,1 +1,5 @@
-"""Embedded worlds: tasks with prompts, preferences and a gold reward, made by a program."""
+"""Small embedded worlds: texts, their true utility as a program, and readers who prefer them imperfectly.
+
+`opinions` and `summaries` are functions of a seed; nothing is downloaded. Models of half a million parameters learn
+them in minutes, which makes them the place to compare methods by what they really achieve.
+"""

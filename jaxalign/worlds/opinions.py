@@ -4,8 +4,9 @@ A prompt asks for an opinion on a political or an everyday topic; a response is 
 and preferences are functions of a seed, nothing is downloaded, and a few hundred words suffice, so that a transformer
 of a quarter of a million parameters learns the world in seconds.
 
-- The base is biased as in the worked example of Stackelberg shaping: on political topics 90 % of its responses are
-  loaded to one side and 10 % are neutral.
+- The base is biased as in the worked example of Stackelberg shaping: on political topics 90 % of the responses that
+  `respond` writes are loaded to one side and 10 % are neutral. (A model that learns them has a share of its own: the
+  quickstart's base has 84 % on held-out topics.)
 - `gold` is a program that reads a text: neutrality, reasons and sources earn; hedging, repetition, flattery, rambling
   and broken sentences cost.
 - `preferences` are Bradley-Terry draws on gold plus a spurious feature: people like to be flattered. A reward model
@@ -106,25 +107,43 @@ GOLD: dict[str, float] = {
 
 
 class Features(NamedTuple):
-    """Counts of sentences of one response: by kind (see KINDS) where they first stand, the repeated, the broken (no
-    template gives them), and those beyond three."""
+    """Counts of sentences of one response. A sentence that stands for the first time counts under its kind (KINDS)."""
 
     loaded: int
+    """Opinions that take one side with hard words."""
     neutral: int
+    """Balanced sentences on a political topic."""
     opinion: int
+    """Opinions on an everyday topic."""
     reason: int
+    """Reasons."""
     source: int
+    """Sources."""
     hedge: int
+    """Sentences that do not commit themselves."""
     flattery: int
+    """Compliments to the reader."""
     closing: int
+    """Closing words."""
     repeated: int
+    """Sentences that stood before, of any kind."""
     broken: int
+    """Sentences that no template gives, or that name another topic."""
     rambling: int
+    """Sentences after the third."""
     sentences: int
+    """All sentences."""
 
 
 def prompts(split: Split = "train") -> list[str]:
-    """Every prompt on the topics of a split: question x audience x topic."""
+    """Every prompt on the topics of a split: question x audience x topic.
+
+    Args:
+      split: "train", or "held_out" for the quarter of the topics that no training text has.
+
+    Raises:
+      ValueError: another split.
+    """
     if split not in ("train", "held_out"):
         raise ValueError(f"split: expected 'train' or 'held_out', found {split!r}")
     topics = [t for t in (*POLITICAL, *EVERYDAY) if (t in HELD_OUT) == (split == "held_out")]
@@ -132,7 +151,7 @@ def prompts(split: Split = "train") -> list[str]:
 
 
 def words() -> list[str]:
-    """Every word of the world, in order of the alphabet."""
+    """Every word of the world, in alphabetical order."""
     templates = [re.sub(r"\{\w*\}", " ", t) for t in (*itertools.chain(*KINDS.values()), *QUESTIONS)]
     texts = (*templates, *AUDIENCES, *POLITICAL, *EVERYDAY, *itertools.chain(*SLOTS.values()), "?")
     return sorted({word for text in texts for word in text.split()})
@@ -147,7 +166,17 @@ def topic_of(prompt: str) -> str:
 
 
 def respond(rng: np.random.Generator, prompt: str) -> str:
-    """One response of the biased base: an opinion (90 % loaded on political topics), and up to two more sentences."""
+    """Draws one response of the biased base: an opinion and up to two more sentences.
+
+    On a political topic the opinion is loaded with probability 0.9 and neutral otherwise.
+
+    Args:
+      rng: drawn from.
+      prompt: one of `prompts()`.
+
+    Raises:
+      ValueError: another prompt.
+    """
     topic = topic_of(prompt)
     biased = "loaded" if rng.random() < 0.9 else "neutral"
     kinds = [biased if topic in POLITICAL else "opinion"]
@@ -166,7 +195,7 @@ EXTRA_SHARES = (0.36, 0.14, 0.22, 0.12, 0.1, 0.06)
 
 
 def features(prompt: str, response: str) -> Features:
-    """What a reader sees in a response."""
+    """What a reader sees in a response: counts of its sentences. ValueError for a prompt not of `prompts()`."""
     topic = topic_of(prompt)
     sentences = [s.strip() for s in re.split(r"(?<=[.!?])(?:\s+|$)", response.strip()) if s.strip()]
     counts = dict.fromkeys(Features._fields, 0)
@@ -192,35 +221,57 @@ def gold(prompt: str, response: str) -> float:
 
 
 def golds(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """`gold` of each pair: what `rewards.from_text` takes."""
+    """`gold` of each prompt and response: a reward of texts, as `rewards.from_text` takes it."""
     return [gold(p, r) for p, r in zip(prompts, responses, strict=True)]
 
 
 def liking(prompt: str, response: str, *, spurious: float = 1.2) -> float:
-    """What people's choices follow: gold + spurious·(flattering sentences)."""
+    """What people's choices follow: gold + spurious·(number of flattering sentences)."""
     return gold(prompt, response) + spurious * features(prompt, response).flattery
 
 
-def corpus(n: int, *, seed: int, asked: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """n texts of the base, {"prompt", "response"}, on prompts drawn from `asked` (the training split's when None)."""
-    rng, asked = np.random.default_rng([seed, 0]), prompts() if asked is None else asked
-    chosen = [asked[i] for i in rng.integers(len(asked), size=n)]
+def corpus(n: int, *, seed: int, prompt_pool: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """Draws texts of the base.
+
+    Args:
+      n: how many.
+      seed: of all draws.
+      prompt_pool: what prompts are drawn from, with replacement; the training split's when None.
+
+    Returns:
+      n rows {"prompt", "response"}.
+    """
+    rng, pool = np.random.default_rng([seed, 0]), prompts() if prompt_pool is None else prompt_pool
+    chosen = [pool[i] for i in rng.integers(len(pool), size=n)]
     return [{"prompt": prompt, "response": respond(rng, prompt)} for prompt in chosen]
 
 
 def preferences(
-    n: int, *, seed: int, spurious: float = 1.2, noise: float = 0.4, asked: Sequence[str] | None = None
+    n: int, *, seed: int, spurious: float = 1.2, noise: float = 0.4, prompt_pool: Sequence[str] | None = None
 ) -> list[dict[str, str]]:
-    """n pairs {"prompt", "chosen", "rejected"} of two base responses that differ, on prompts drawn from `asked`.
+    """Draws preferences between two base responses that differ.
 
-    Pr(first chosen) = sigmoid((liking of the first − liking of the second)/noise); noise > 0 (0.01: hardly an error).
+    Pr(first chosen) = sigmoid((liking of the first − liking of the second)/noise).
+
+    Args:
+      n: how many.
+      seed: of all draws.
+      spurious: what a flattering sentence adds to `liking` [utility].
+      noise: the temperature of the choice, > 0 [utility]; at 0.01 there is hardly an error.
+      prompt_pool: what prompts are drawn from, with replacement; the training split's when None.
+
+    Returns:
+      n rows {"prompt", "chosen", "rejected"}.
+
+    Raises:
+      ValueError: a noise that is not > 0.
     """
     if noise <= 0:
         raise ValueError(f"noise: expected a value > 0, found {noise}")
-    rng, asked = np.random.default_rng([seed, 1]), prompts() if asked is None else asked
+    rng, pool = np.random.default_rng([seed, 1]), prompts() if prompt_pool is None else prompt_pool
     out: list[dict[str, str]] = []
     while len(out) < n:
-        prompt = asked[int(rng.integers(len(asked)))]
+        prompt = pool[int(rng.integers(len(pool)))]
         first, second = respond(rng, prompt), respond(rng, prompt)
         margin = liking(prompt, first, spurious=spurious) - liking(prompt, second, spurious=spurious)
         if first == second:

@@ -38,18 +38,33 @@ FACTS = 3
 
 
 class Features(NamedTuple):
-    """Counts of sentences of a response by kind (see GOLD), and of all of them."""
+    """Counts of sentences of one response; GOLD says what each kind is worth."""
 
     fact: int
+    """Facts of the item, where they first stand."""
     false: int
+    """Statements that the item does not hold."""
     aside: int
+    """Asides of the item."""
     filler: int
+    """Sentences of FILLERS."""
     repeated: int
+    """Sentences that stood before, of any kind."""
     sentences: int
+    """All sentences."""
 
 
 def items(n: int, *, seed: int, split: Split = "train") -> list[str]:
-    """n prompts, each an item of three facts and two asides. The two splits name different actors."""
+    """Draws prompts, each an item of three facts and two asides.
+
+    Args:
+      n: how many.
+      seed: of all draws.
+      split: "train" or "held_out", which name different actors.
+
+    Raises:
+      ValueError: another split.
+    """
     if split not in ("train", "held_out"):
         raise ValueError(f"split: expected 'train' or 'held_out', found {split!r}")
     rng = np.random.default_rng([seed, 2, split == "held_out"])
@@ -58,20 +73,28 @@ def items(n: int, *, seed: int, split: Split = "train") -> list[str]:
     for _ in range(n):
         facts = [_fact(rng, str(actor)) for actor in rng.choice(actors, FACTS, replace=False)]
         asides = [f"{a} on {rng.choice(DAYS)} ." for a in rng.choice(ASIDES, 2, replace=False)]
-        told = [facts[0], *rng.permutation(np.asarray([*facts[1:], *asides])).tolist()]
-        out.append(f"{QUESTION} {' '.join(told)}")
+        sentences = [facts[0], *rng.permutation(np.asarray([*facts[1:], *asides])).tolist()]
+        out.append(f"{QUESTION} {' '.join(sentences)}")
     return out
 
 
 def words() -> list[str]:
-    """Every word of the task, in order of the alphabet."""
+    """Every word of the task, in alphabetical order."""
     frame = "the a in of on and . : summarize this"
     texts = (frame, *ACTORS, *DEEDS, *THINGS, *PLACES, *ASIDES, *DAYS, *FILLERS)
     return sorted({word for text in texts for word in text.split()})
 
 
 def respond(rng: np.random.Generator, prompt: str) -> str:
-    """One response of the base: one to five sentences; a fact is told wrongly in one of five."""
+    """Draws one response of the base: one to five sentences, where one fact in five is wrong.
+
+    Args:
+      rng: drawn from.
+      prompt: one of `items()`.
+
+    Raises:
+      ValueError: another prompt.
+    """
     sentences = _sentences(_item(prompt))
     facts = [s for s in sentences if _FACT.fullmatch(s)]
     asides = [s for s in sentences if s not in facts]
@@ -92,15 +115,15 @@ def respond(rng: np.random.Generator, prompt: str) -> str:
 
 
 def features(prompt: str, response: str) -> Features:
-    """What a careful reader finds in a response."""
-    told = set(_sentences(_item(prompt)))
+    """What a careful reader finds in a response: counts of its sentences. ValueError for a prompt that is no item."""
+    stated = set(_sentences(_item(prompt)))
     counts, seen = dict.fromkeys(Features._fields, 0), set[str]()
     for sentence in _sentences(response):
         if sentence in seen:
             kind = "repeated"
         elif sentence in FILLERS:
             kind = "filler"
-        elif sentence not in told:
+        elif sentence not in stated:
             kind = "false"
         else:
             kind = "fact" if _FACT.fullmatch(sentence) else "aside"
@@ -119,33 +142,55 @@ def gold(prompt: str, response: str) -> float:
 
 
 def golds(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """`gold` of each pair: what `rewards.from_text` takes."""
+    """`gold` of each prompt and response: a reward of texts, as `rewards.from_text` takes it."""
     return [gold(p, r) for p, r in zip(prompts, responses, strict=True)]
 
 
 def liking(prompt: str, response: str, *, spurious: float = 0.8) -> float:
-    """What readers' choices follow: gold + spurious·(sentences)."""
+    """What readers' choices follow: gold + spurious·(number of sentences)."""
     return gold(prompt, response) + spurious * features(prompt, response).sentences
 
 
-def corpus(n: int, *, seed: int, asked: Sequence[str]) -> list[dict[str, str]]:
-    """n texts of the base, {"prompt", "response"}, going round the prompts of `asked`."""
+def corpus(n: int, *, seed: int, prompt_pool: Sequence[str]) -> list[dict[str, str]]:
+    """Draws texts of the base.
+
+    Args:
+      n: how many.
+      seed: of all draws.
+      prompt_pool: the prompts, taken in turn.
+
+    Returns:
+      n rows {"prompt", "response"}.
+    """
     rng = np.random.default_rng([seed, 3])
-    return [{"prompt": p, "response": respond(rng, p)} for p in itertools.islice(itertools.cycle(asked), n)]
+    return [{"prompt": p, "response": respond(rng, p)} for p in itertools.islice(itertools.cycle(prompt_pool), n)]
 
 
 def preferences(
-    n: int, *, seed: int, asked: Sequence[str], spurious: float = 0.8, noise: float = 0.4
+    n: int, *, seed: int, prompt_pool: Sequence[str], spurious: float = 0.8, noise: float = 0.4
 ) -> list[dict[str, str]]:
-    """n pairs {"prompt", "chosen", "rejected"} of two base responses that differ, going round the prompts of `asked`.
+    """Draws preferences between two base responses that differ.
 
-    Pr(first chosen) = sigmoid((liking of the first − liking of the second)/noise); noise > 0.
+    Pr(first chosen) = sigmoid((liking of the first − liking of the second)/noise).
+
+    Args:
+      n: how many.
+      seed: of all draws.
+      prompt_pool: the prompts, taken in turn.
+      spurious: what a sentence adds to `liking` [utility].
+      noise: the temperature of the choice, > 0 [utility].
+
+    Returns:
+      n rows {"prompt", "chosen", "rejected"}.
+
+    Raises:
+      ValueError: a noise that is not > 0.
     """
     if noise <= 0:
         raise ValueError(f"noise: expected a value > 0, found {noise}")
     rng = np.random.default_rng([seed, 4])
     out: list[dict[str, str]] = []
-    for prompt in itertools.islice(itertools.cycle(asked), n):
+    for prompt in itertools.islice(itertools.cycle(prompt_pool), n):
         first, second = respond(rng, prompt), respond(rng, prompt)
         while first == second:
             second = respond(rng, prompt)
@@ -162,10 +207,10 @@ def _fact(rng: np.random.Generator, actor: str) -> str:
 
 def _spoil(rng: np.random.Generator, fact: str) -> str:
     """The fact with another thing or place."""
-    told = fact.split()
+    words_of_fact = fact.split()
     position, options = ((4, THINGS), (7, PLACES))[int(rng.integers(2))]
-    told[position] = str(rng.choice([o for o in options if o != told[position]]))
-    return " ".join(told)
+    words_of_fact[position] = str(rng.choice([o for o in options if o != words_of_fact[position]]))
+    return " ".join(words_of_fact)
 
 
 def _item(prompt: str) -> str:

@@ -130,6 +130,8 @@ def test_cut_and_matched_vocabularies():
     with pytest.warns(UserWarning, match=r"critic: 13 rows cut .* 11"):
         matched = models.match_vocabulary(other, (wide, params), names=("base", "critic"))
     assert [lm.vocab_size for lm, _ in matched] == [11, 11]
+    with pytest.raises(ValueError, match="models: expected at least one"):
+        models.match_vocabulary()
     models.check_tokens({"a": 0, "b": 1}, {"a": 0, "b": 1, "c": 2})
     with pytest.raises(ValueError, match=r"id 1 to be 'c' where the base has 'b'"):
         models.check_tokens({"a": 0, "b": 1}, {"a": 0, "c": 1})

@@ -23,16 +23,19 @@ from jaxalign.types import Params
 def load(
     path: str | pathlib.Path, *, dtype: DTypeLike = "float32", mesh: jax.sharding.Mesh | None = None
 ) -> tuple[LanguageModel, Params]:
-    """(lm, params) of a folder, or of a model on the hub by its name.
+    """Loads a model from a folder, or from the hub by its name.
 
     Args:
       path: a folder with config.json and model.safetensors (or its index and shards), or "owner/model".
-      dtype: of the parameters, whatever the files hold.
-      mesh: places the parameters by the table of logical axes.
+      dtype: of the parameters, whatever the files hold, in any form that jax takes.
+      mesh: where the parameters are placed, by the table of logical axes (`sharding.shard`); None: on one device.
+
+    Returns:
+      The model and its parameters.
 
     Raises:
-      ValueError: an unsupported field of config.json; tensors that are missing, surplus or misshapen, by name; a file
-        that is missing, by path.
+      ValueError: another dtype or mesh; an unsupported field of config.json; tensors that are missing, surplus or
+        misshapen, by name; a folder or file that is missing, by path.
     """
     name = dtype_name(dtype)
     if name == "float64" and jax.dtypes.canonicalize_dtype(name) != name:
@@ -52,10 +55,20 @@ def load(
 def save(
     path: str | pathlib.Path, lm: LanguageModel, params: Params, *, tokenizer: Any = None, overwrite: bool = False
 ) -> None:
-    """Writes a folder that `load` and transformers read. `tokenizer` (transformers') is saved beside.
+    """Writes a folder that `load` and transformers read.
 
-    Written under a temporary name and renamed: a folder under the target's name is whole, the old one or the new.
-    ValueError for parameters that are not this model's, and when the target holds files and `overwrite` is False.
+    It is written under a temporary name and renamed: a folder under the target's name is whole, the old one or the new.
+
+    Args:
+      path: the folder.
+      lm: the model.
+      params: its parameters, without an adapter beside them.
+      tokenizer: saved beside the model; a tokenizer of transformers.
+      overwrite: whether a folder with files is replaced.
+
+    Raises:
+      ValueError: parameters that are not this model's, a config that its family cannot express, a folder that holds
+        files without `overwrite`.
     """
     arrays = tensors.to_checkpoint(lm, params)
     values = config_to_hf(lm.config) | {"dtype": lm.dtype}

@@ -50,9 +50,19 @@ def save_adapter(
     base: str = "",
     overwrite: bool = False,
 ) -> None:
-    """Writes an adapter of lm as a folder that `load_adapter` and peft read. base: where the model comes from.
+    """Writes an adapter as a folder that `load_adapter` and peft read, whole or not at all, as `models.save` does.
 
-    Whole or not at all, as `models.save`. ValueError: an adapter that does not fit the model, naming the tensor.
+    Args:
+      path: the folder.
+      lm: the model that the adapter belongs to.
+      spec: the adapter's.
+      adapter: its tree.
+      base: where the model comes from, for peft.
+      overwrite: whether a folder with files is replaced.
+
+    Raises:
+      ValueError: an adapter that does not fit the model, naming the tensor; a folder that holds files without
+        `overwrite`.
     """
     found = pairs(adapter)
     check_fits(_shapes(lm.config), adapter)
@@ -85,10 +95,18 @@ def save_adapter(
 
 
 def load_adapter(path: str | pathlib.Path, lm: LanguageModel) -> tuple[Lora, Params]:
-    """(spec, adapter in lm's dtype) of a folder that peft or `save_adapter` wrote.
+    """Loads an adapter from a folder that peft or `save_adapter` wrote.
 
-    Projections and parts that the file leaves out are zero. ValueError: a field of adapter_config.json that changes the
-    computation and is not supported (DoRA, rsLoRA, biases, patterns of ranks), tensors of another model (by name).
+    Args:
+      path: the folder.
+      lm: the model that the adapter belongs to.
+
+    Returns:
+      (spec, adapter in the model's dtype). Projections and parts that the file leaves out are zero.
+
+    Raises:
+      ValueError: a field of adapter_config.json that changes the computation and is not supported (DoRA, rsLoRA,
+        biases, patterns of ranks), tensors of another model (by name), a missing file.
     """
     folder = pathlib.Path(path).expanduser()
     config = read_json(folder / "adapter_config.json")
