@@ -128,10 +128,10 @@ def run(config: Config) -> list[Point]:
             points.append(point(method, beta, law, drawn, float(drawn.kl.sum(1).mean()), "sum of exact per-step KL"))
     for n in config.n:
         both = {"policy": base, "reward": reward}
-        chosen = decoding.best_of_n(tree.policy(t), tree.reward(t), both, rng, prompts, n=n, **shared)
+        chosen = decoding.best_of_n(tree.policy(t), tree.reward(t), both, rng, prompts, num_samples=n, **shared)
         law = tree.best_of_n_law(log_base, score=reward, n=n)
-        bound = metrics.best_of_n_kl_bound(n)
-        points.append(point("best of n", n, law, chosen.best, bound, "bound log n - (n-1)/n"))
+        drawn, kl = chosen.completions, chosen.kl
+        points.append(point("best of n", n, law, drawn, float(kl.value.mean()), kl.formula))
     points.sort(key=lambda p: (list(RAMP).index(p.method), p.kl))
     table = [p._asdict() for p in points]
     _io.write_json(

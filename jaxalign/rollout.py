@@ -1,14 +1,21 @@
-"""The one sampling loop. Every decoder that draws tokens goes through `rollout`."""
+"""The sampling loop.
+
+`sample`, `best_of_n`, `rejection`, `first_above`, `blockwise`, `smc`, `quest`, `cards` and the roll-outs of Transfer Q*
+draw their tokens in `rollout`; what is theirs comes in as `Hooks`. Two loops stand apart. `decoding.ggro` draws
+nothing: its rows are each at their own token of their own candidate segment, a segment ends before the token that would
+have been next, and the loop stops when half of the rows are ready, so that a step of it is no step of this one.
+`decoding.log_prob` scores given tokens, and is a scan because it has to be differentiable.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import is_supported
+from jaxalign._arrays import is_supported, where_rows
 from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, State, StepOutput
 
 _BLOCK = 128  # tokens per block of the two-level inverse CDF: about the square root of usual vocabularies
@@ -92,12 +99,67 @@ def no_records(shape: tuple[int, ...], dtype: jnp.dtype) -> dict[str, Array]:
     return records | {"tokens": jnp.zeros(shape, jnp.int32), "mask": jnp.zeros(shape, bool)}
 
 
+class Frame(NamedTuple):
+    """Where a rollout stands before it draws a token. Every array but records has the B rows first."""
+
+    state: State
+    """The policy's."""
+    output: StepOutput
+    """What the next tokens are drawn from."""
+    finished: Array
+    """[B] bool: rows that have ended."""
+    records: dict[str, Array]
+    """The tokens so far and what is known of them (`record`), each [T,B]: one row a step."""
+
+
+class BeforeDraw(Protocol):
+    """May change the frame before token t is drawn, as a resampling does. memory: the hook's own, of one structure."""
+
+    def __call__(self, t: Array, frame: Frame, memory: Any) -> tuple[Frame, Any]: ...
+
+
+class ChooseToken(Protocol):
+    """The token [B] that is taken at step t, given the one drawn."""
+
+    def __call__(self, t: Array, drawn: Array) -> Array: ...
+
+
+class AfterStep(Protocol):
+    """Rows [B] that stop after the policy's step on token t, given the output of the next token. A row that stopped
+    keeps its state and output; it has not finished."""
+
+    def __call__(self, t: Array, output: StepOutput) -> Array: ...
+
+
+class Hooks(NamedTuple):
+    """What a decoder does at each step of a rollout besides drawing; None: nothing."""
+
+    before_draw: BeforeDraw | None = None
+    """Changes the frame before a token is drawn."""
+    choose_token: ChooseToken | None = None
+    """Takes another token than the one drawn."""
+    after_step: AfterStep | None = None
+    """Stops rows after the policy's step."""
+
+
+class Rolled(NamedTuple):
+    """The end of a rollout."""
+
+    state: State
+    """A finished or stopped row's is the one it had before its EOS, or when it stopped."""
+    output: StepOutput
+    """As state; in rows that stand still it is kept only with keep_output."""
+    completions: Completions
+    """[B,T] of what was drawn."""
+    memory: Any
+    """The hooks' memory."""
+
+
 class _Carry(NamedTuple):
     t: Array
-    state: State
-    output: StepOutput
-    finished: Array
-    records: dict[str, Array]  # each [T,B]: one row a step
+    frame: Frame
+    stopped: Array  # [B], by after_step
+    memory: Any
 
 
 def rollout(
@@ -114,27 +176,33 @@ def rollout(
     last_step: bool = True,
     begin: ArrayLike = 0,
     limits: ArrayLike | None = None,
-) -> tuple[State, StepOutput, Completions]:
-    """Draws up to `steps` tokens per row from output and its successors; stops when every row is finished.
+    step_rng: Array | None = None,
+    keep_output: bool = False,
+    hooks: Hooks = Hooks(),  # noqa: B008  # immutable
+    memory: Any = None,
+) -> Rolled:
+    """Draws up to `steps` tokens per row from output and its successors; stops when every row has finished or stopped.
 
     Args:
       policy, params: the policy and its parameters.
       rng: consumed. Step t of row b draws with rng folded with t and then with each number of rows[b], so a row's
-        tokens do not depend on the rows beside it.
+        tokens do not depend on the other rows.
       state, output: as `policy.init` or a former rollout gave them, B rows.
       steps: T, at most.
       eos_ids: a row that draws one of them is finished; the EOS is part of its response.
-      finished: [B], rows that stand still from the start.
+      finished: [B], rows that draw nothing from the start.
       rows: [B,m] integers, m per row, that name the rows' random streams (decoders: the prompt's index and the
         sample's number); (0..B-1, 0) when None.
       last_step: False leaves out the policy's step after the last token, for callers that need no further state.
       begin: the number t of the first step, for the random streams: a rollout that goes on where another stopped draws
         what one long rollout would. May be traced.
       limits: of the T = steps tokens, draw at most this many, one number or [B]; all when None. May be traced.
+      step_rng: the policy's step after token t gets this key folded with t; one made of rng when None.
+      keep_output: a row that does not step keeps its output, at the cost of one more copy of the outputs a step.
+      hooks: what happens at each step besides, and memory: the initial memory of its before_draw.
 
     Returns:
-      (state, output, Completions [B,T]). A finished row's state is the one it had before its EOS. A policy that has no
-      distribution (NaN, as of a model whose cache is full) leaves NaN in log_prob and kl.
+      Rolled. A policy that has no distribution (NaN, as of a model whose cache is full) leaves NaN in log_prob and kl.
     """
     batch = output.log_prob.shape[0]
     if rows is None:
@@ -146,30 +214,45 @@ def rollout(
     records = no_records((steps, batch), output.log_prob.dtype)
 
     def choose(carry: _Carry) -> tuple[_Carry, Array]:
-        """The carry with one more token, and that token; -1 where the row stands still or has just ended."""
-        active = ~carry.finished & (carry.t < most)
-        token = draw_rows(carry.output.log_prob, jax.random.fold_in(rng, begin + carry.t), rows)
+        """The carry with one more token, and that token; -1 where the row draws nothing or has just ended."""
+        t, frame, memory = carry.t, carry.frame, carry.memory
+        if hooks.before_draw is not None:
+            frame, memory = hooks.before_draw(t, frame, memory)
+        active = ~frame.finished & ~carry.stopped & (t < most)
+        token = draw_rows(frame.output.log_prob, jax.random.fold_in(rng, begin + t), rows)
+        if hooks.choose_token is not None:
+            token = hooks.choose_token(t, token)
         records = {
-            name: carry.records[name].at[carry.t].set(value.astype(carry.records[name].dtype))
-            for name, value in record(carry.output, token, active).items()
+            name: frame.records[name].at[t].set(value.astype(frame.records[name].dtype))
+            for name, value in record(frame.output, token, active).items()
         }
-        finished = carry.finished | (active & is_eos(token, eos_ids))
+        finished = frame.finished | (active & is_eos(token, eos_ids))
         moves = active & ~finished
-        return carry._replace(t=carry.t + 1, finished=finished, records=records), jnp.where(moves, token, -1)
+        frame = frame._replace(finished=finished, records=records)
+        return carry._replace(t=t + 1, frame=frame, memory=memory), jnp.where(moves, token, -1)
 
     def body(carry: _Carry) -> _Carry:
-        key = step_key(rng, begin + carry.t)
+        t = carry.t
+        key = step_key(rng, begin + t) if step_rng is None else jax.random.fold_in(step_rng, t)
         carry, token = choose(carry)
-        state, output = policy.step(params, key, carry.state, token)
-        return carry._replace(state=state, output=output)
+        state, output = policy.step(params, key, carry.frame.state, token)
+        if keep_output:
+            output = where_rows(token >= 0, output, carry.frame.output)
+        carry = carry._replace(frame=carry.frame._replace(state=state, output=output))
+        if hooks.after_step is not None:
+            carry = carry._replace(stopped=carry.stopped | ((token >= 0) & hooks.after_step(t, output)))
+        return carry
 
     def goes_on(carry: _Carry) -> Array:
-        return (~carry.finished & (carry.t < (most if last_step else most - 1))).any()
+        going = ~carry.frame.finished & ~carry.stopped
+        return (going & (carry.t < (most if last_step else most - 1))).any()
 
-    carry = _Carry(jnp.zeros((), jnp.int32), state, output, finished, records)
+    frame = Frame(state, output, finished, records)
+    carry = _Carry(jnp.zeros((), jnp.int32), frame, jnp.zeros(batch, bool), memory)
     carry = jax.lax.while_loop(goes_on, body, carry)
     if not last_step:
         carry, _ = choose(carry)
-    fields = {name: value.T for name, value in carry.records.items()}
-    completions = Completions(**fields, finished=carry.finished, truncated=~carry.finished)
-    return carry.state, carry.output, completions
+    frame = carry.frame
+    fields = {name: value.T for name, value in frame.records.items()}
+    completions = Completions(**fields, finished=frame.finished, truncated=~frame.finished)
+    return Rolled(frame.state, frame.output, completions, carry.memory)

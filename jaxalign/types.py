@@ -59,6 +59,7 @@ __all__ = [
     "Decoded",
     "HeadModel",
     "HostCheck",
+    "KLKind",
     "LanguageModel",
     "Params",
     "Policy",
@@ -66,7 +67,6 @@ __all__ = [
     "PrefixTokenGradient",
     "Prompts",
     "Reward",
-    "Selection",
     "State",
     "StepOutput",
     "TextReward",
@@ -413,17 +413,42 @@ class Completions(NamedTuple):
     were drawn."""
 
 
+KLKind = Literal[
+    "exact", "bound", "estimated_bound", "estimate", "stationary_estimate", "log_ratio", "surprisal", "unknown"
+]
+"""What kind of number a KL is.
+
+- "exact": Σ_t of the exact KL of each step's next-token distribution along the response drawn.
+- "bound": an upper bound on the KL of the decoder's law.
+- "estimated_bound": a random number whose mean is an upper bound on it.
+- "estimate": an unbiased or consistent estimate of it.
+- "stationary_estimate": an estimate of the KL of the law that a Markov chain tends to.
+- "log_ratio": log of the policy's over the base's probability of this response.
+- "surprisal": -log pi_ref(y), which the KL is for a deterministic decoder.
+- "unknown": no number is known; value is NaN.
+"""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KL:
-    """The KL of a decoder to the base, and what kind of number that is."""
+    """The KL of a decoder to the base or to the policy it draws from, and what kind of number that is."""
 
     value: PerPrompt
     """[B], in nats."""
-    kind: str = dataclasses.field(metadata={"static": True})
-    """"exact": Σ_t of the exact KL of each step along the response drawn; "bound": an upper bound on the KL of the
-    decoder's law; "estimate": an unbiased or consistent estimate of it; "log_ratio": log of the policy's over the
-    base's probability of this response; "surprisal": -log pi_ref(y), which it is for a deterministic decoder."""
+    kind: KLKind = dataclasses.field(metadata={"static": True})
+    """What kind of number value is."""
+    formula: str = dataclasses.field(default="", metadata={"static": True})
+    """How value is computed, in words and symbols, as tables show it."""
+    reference: Literal["base", "policy", "tempered policy"] = dataclasses.field(
+        default="base", metadata={"static": True}
+    )
+    """What the KL is to: the base below every tilt, or the policy that the decoder draws from, at its temperature."""
+
+    @property
+    def label(self) -> str:
+        """The kind as tables show it: with the reference where that is a tempered policy."""
+        return f"{self.kind}, to the {self.reference}" if self.reference == "tempered policy" else self.kind
 
 
 Info = TypeVar("Info")
@@ -438,11 +463,3 @@ class Decoded(NamedTuple, Generic[Info]):
     """Its KL to the base."""
     info: Info
     """What this decoder knows besides: a NamedTuple of its own, arrays with B first."""
-
-
-class Selection(NamedTuple):
-    """best: Completions [B,T]; samples: Completions [B,n,T]; reward [B,n]."""
-
-    best: Completions
-    samples: Completions
-    reward: Array

@@ -90,10 +90,10 @@ def above(*, count: int, tries: int, threshold, tables=None, chunk: int = 4):
     return decoding.first_above(
         tree.policy(TREE),
         tree.reward(TREE),
-        {"policy": base, "reward": reward, "threshold": threshold},
+        {"policy": base, "reward": reward, "reward_threshold": threshold},
         jax.random.key(3),
         tree.prompts(count),
-        tries=tries,
+        max_tries=tries,
         chunk=chunk,
         max_new_tokens=3,
         eos_ids=(0,),
@@ -106,15 +106,15 @@ def test_best_of_n_first_above_is_the_base_conditioned_on_the_threshold():
     base, reward = exact.tables(TREE, 4)
     threshold = float(np.sort(np.asarray(reward))[10])
     found = above(count=20_000, tries=400, threshold=threshold)
-    assert found.accepted.all()
+    assert found.info.accepted.all()
     law = np.exp(np.asarray(tree.response_log_prob(TREE, base), np.float64))
     kept = np.asarray(reward) >= threshold
     index = index_of(TREE, found.completions)
     assert kept[index].all()
     assert chi_square(index, np.where(kept, law, 0)) < 56
-    assert_mean(found.accept_rate, law[kept].sum())
-    assert_mean(found.tries, 1 / law[kept].sum())
-    np.testing.assert_allclose(found.reward, np.asarray(reward)[index])
+    assert_mean(found.info.accept_rate, law[kept].sum())
+    assert_mean(found.info.tries, 1 / law[kept].sum())
+    np.testing.assert_allclose(found.info.reward, np.asarray(reward)[index])
     kl = exact.kl(np.log(np.where(kept, law, 1e-300) / law[kept].sum()), np.log(law))
     assert kl == pytest.approx(-math.log(law[kept].sum()), rel=1e-5)
 
@@ -123,20 +123,20 @@ def test_best_of_n_first_above_falls_back_on_the_best_of_its_tries():
     """A threshold that nothing reaches: best-of-6 in its exact law, whatever the chunk; one per prompt where wanted."""
     base, reward = exact.tables(TREE, 4)
     found = above(count=20_000, tries=6, threshold=1e9)
-    assert not found.accepted.any()
-    np.testing.assert_array_equal(found.tries, 6)
-    np.testing.assert_array_equal(found.accept_rate, 0)
+    assert not found.info.accepted.any()
+    np.testing.assert_array_equal(found.info.tries, 6)
+    np.testing.assert_array_equal(found.info.accept_rate, 0)
     law = np.exp(tree.best_of_n_law(tree.response_log_prob(TREE, base), score=reward, n=6))
     assert chi_square(index_of(TREE, found.completions), law) < 56
     runs = [above(count=64, tries=6, threshold=0.8, chunk=c) for c in (1, 4, 6)]
-    assert 0 < int(runs[0].accepted.sum()) < 64
+    assert 0 < int(runs[0].info.accepted.sum()) < 64
     for other in runs[1:]:
         for name in ("accepted", "tries", "reward"):
-            np.testing.assert_array_equal(getattr(other, name), getattr(runs[0], name))
+            np.testing.assert_array_equal(getattr(other.info, name), getattr(runs[0].info, name))
         np.testing.assert_array_equal(other.completions.tokens, runs[0].completions.tokens)
     mixed = above(count=64, tries=6, threshold=jnp.where(jnp.arange(64) < 32, -1e9, 1e9))
-    np.testing.assert_array_equal(mixed.accepted, np.arange(64) < 32)
-    np.testing.assert_array_equal(mixed.tries[:32], 1)
+    np.testing.assert_array_equal(mixed.info.accepted, np.arange(64) < 32)
+    np.testing.assert_array_equal(mixed.info.tries[:32], 1)
 
 
 def test_best_of_n_first_above_on_language_models_and_bad_requests():
@@ -144,20 +144,20 @@ def test_best_of_n_first_above_on_language_models_and_bad_requests():
     policy, reward, prompts = policies.language_model(lm), rewards.from_model(judge), padded(PROMPTS)
 
     def draw(reward=reward, arguments=None, **changes):
-        given = {"policy": params, "reward": judge_params, "threshold": 0.5, **(arguments or {})}
-        settings = {"tries": 6, "chunk": 4, "max_new_tokens": 4, "eos_ids": EOS} | changes
+        given = {"policy": params, "reward": judge_params, "reward_threshold": 0.5, **(arguments or {})}
+        settings = {"max_tries": 6, "chunk": 4, "max_new_tokens": 4, "eos_ids": EOS} | changes
         return decoding.first_above(policy, reward, given, jax.random.key(0), prompts, **settings)
 
     found = draw()
-    np.testing.assert_array_equal(found.accepted, np.asarray(found.reward) >= 0.5)
+    np.testing.assert_array_equal(found.info.accepted, np.asarray(found.info.reward) >= 0.5)
     score = reward(judge_params, *decoding.join(prompts, found.completions), jnp.arange(5))
-    np.testing.assert_allclose(found.reward, score, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="tries: expected at least 1 try"):
-        draw(tries=0)
-    with pytest.raises(ValueError, match="threshold: expected numbers"):
-        draw(arguments={"threshold": float("nan")})
-    with pytest.raises(ValueError, match=r"threshold: expected a scalar or shape \(5,\)"):
-        draw(arguments={"threshold": jnp.ones(3)})
+    np.testing.assert_allclose(found.info.reward, score, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="max_tries: expected at least 1, found 0"):
+        draw(max_tries=0)
+    with pytest.raises(ValueError, match="reward_threshold: expected numbers"):
+        draw(arguments={"reward_threshold": float("nan")})
+    with pytest.raises(ValueError, match=r"reward_threshold: expected a scalar or shape \(5,\)"):
+        draw(arguments={"reward_threshold": jnp.ones(3)})
     broken = rewards.from_numpy(lambda t, m, p, i: np.where(i == 2, np.nan, 0.0))
     with pytest.raises(ValueError, match=r"reward: expected numbers, found NaN for prompts \[2\]"):
         draw(reward=broken, arguments={"reward": None})

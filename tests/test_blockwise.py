@@ -46,10 +46,10 @@ def drawn_on_tree(base, q, *, kind="level", candidates=3, block=2, count=40_000,
         {"policy": base, "critic": q},
         jax.random.key(seed),
         tree.prompts(count),
-        candidates=candidates,
-        block=block,
+        num_samples=candidates,
+        block_size=block,
         **ARGUMENTS,
-    )
+    ).completions
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 4])
@@ -110,8 +110,8 @@ REWARD = rewards.from_model(JUDGE)
 
 def decoded(policy=POLICY, critic=ARGS, params=BOTH, rng=RNG, prompts=None, *, candidates=3, block=2, new=5, **changes):
     prompts = padded(PROMPTS) if prompts is None else prompts
-    arguments = {"candidates": candidates, "block": block, "max_new_tokens": new, "eos_ids": EOS} | changes
-    return decoding.blockwise(policy, critic, params, rng, prompts, **arguments)
+    arguments = {"num_samples": candidates, "block_size": block, "max_new_tokens": new, "eos_ids": EOS} | changes
+    return decoding.blockwise(policy, critic, params, rng, prompts, **arguments).completions
 
 
 def assert_same(found, expected, **tolerance):
@@ -130,14 +130,14 @@ def test_one_candidate_is_sampling():
 @functools.cache
 def best_of_three():
     both = {"policy": BASE, "reward": JUDGED}
-    return decoding.best_of_n(POLICY, REWARD, both, RNG, padded(PROMPTS), n=3, max_new_tokens=5, eos_ids=EOS)
+    return decoding.best_of_n(POLICY, REWARD, both, RNG, padded(PROMPTS), num_samples=3, max_new_tokens=5, eos_ids=EOS)
 
 
 @pytest.mark.parametrize("block", [5, 9])
 def test_a_block_as_long_as_the_limit_is_best_of_n(block):
     expected = best_of_three()
-    assert (np.asarray(expected.reward).argmax(1) > 0).any()
-    assert_same(decoded(block=block), expected.best, rtol=1e-5, atol=1e-5)
+    assert (np.asarray(expected.info.reward).argmax(1) > 0).any()
+    assert_same(decoded(block=block), expected.completions, rtol=1e-5, atol=1e-5)
 
 
 def reference(prompt: list[int], index: int, *, candidates: int, block: int, new: int) -> list[int]:
@@ -220,10 +220,10 @@ def test_every_kind_of_critic_selects_blocks(name):
         {"policy": BASE, "reward": None},
         RNG,
         prompts,
-        n=n,
+        num_samples=n,
         max_new_tokens=width,
         eos_ids=EOS,
-    ).samples
+    ).info.samples
     each = jax.jit(lambda tokens, mask: stepped(case, prompts, tokens, mask))
     score = np.stack([each(samples.tokens[:, j], samples.mask[:, j]) for j in range(n)], axis=1)
     kept = np.asarray(samples.tokens)[np.arange(5), score.argmax(axis=1)]
@@ -246,8 +246,15 @@ def test_an_early_end_is_scored_by_the_output_it_was_drawn_from():
     n = 16
     found = decoded(critic=critic, params=params, candidates=n, block=3, new=3, eos_ids=eos)
     samples = decoding.best_of_n(
-        POLICY, nothing, {"policy": BASE, "reward": None}, RNG, padded(PROMPTS), n=n, max_new_tokens=3, eos_ids=eos
-    ).samples
+        POLICY,
+        nothing,
+        {"policy": BASE, "reward": None},
+        RNG,
+        padded(PROMPTS),
+        num_samples=n,
+        max_new_tokens=3,
+        eos_ids=eos,
+    ).info.samples
     ended = np.asarray(samples.finished)
     last = np.take_along_axis(np.asarray(samples.log_prob), np.asarray(samples.mask).sum(-1, keepdims=True) - 1, -1)
     best = (100 * ended - last[..., 0]).argmax(axis=1)
@@ -289,14 +296,14 @@ def test_each_model_reads_its_own_template():
     """The critic's: a prompt that makes it prefer another candidate; the policy's is as before."""
     other = padded([[9, *row, 2] for row in PROMPTS], side="right")
     found = decoded(prompts={"policy": padded(PROMPTS), "critic": other}, block=5)
-    samples = best_of_three().samples
+    samples = best_of_three().info.samples
     joined = jax.jit(REWARD)
     scores = []
     for j in range(3):
         tokens, mask, length = mdp.concatenate(other, samples.tokens[:, j], samples.mask[:, j])
         scores.append(joined(JUDGED, tokens, mask, length, jnp.arange(5)))
     pick = np.argmax(np.stack(scores, axis=1), axis=1)
-    assert (pick != np.asarray(best_of_three().reward).argmax(axis=1)).any()
+    assert (pick != np.asarray(best_of_three().info.reward).argmax(axis=1)).any()
     np.testing.assert_array_equal(found.tokens, samples.tokens[jnp.arange(5), pick])
 
 
@@ -330,8 +337,8 @@ def test_the_loop_stops_when_every_row_is_finished():
     params = {"policy": table, "critic": table}
     critic = CRITICS["level"]._replace(check=None)
     found = decoding.blockwise(
-        policy, critic, params, RNG, tree.prompts(4), candidates=2, block=8, max_new_tokens=80, eos_ids=(0,)
-    )
+        policy, critic, params, RNG, tree.prompts(4), num_samples=2, block_size=8, max_new_tokens=80, eos_ids=(0,)
+    ).completions
     jax.block_until_ready(found)
     jax.effects_barrier()
     assert len(steps) == 2  # after the first token all stand still, and so does the winner
@@ -347,8 +354,8 @@ def test_bad_input_is_a_value_error_before_tracing():
     wide = tiny_lm(0, "reward", vocab_size=13, num_layers=1)
     prompts = padded(PROMPTS)
     bad = [
-        ({"candidates": 0}, "candidates: expected at least 1, found 0"),
-        ({"block": 0}, "block: expected at least 1, found 0"),
+        ({"candidates": 0}, "num_samples: expected at least 1, found 0"),
+        ({"block": 0}, "block_size: expected at least 1, found 0"),
         ({"new": 0}, "max_new_tokens: expected at least 1"),
         ({"new": 61}, "context of 64"),
         ({"critic": critics.args(wide[0])}, "one vocabulary, found 11 and 13"),

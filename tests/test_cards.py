@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxalign import decoding, policies, rewards, tree
-from jaxalign.decoding._segments import entropy as predictive_entropy
+from jaxalign.decoding.stopping import entropy as predictive_entropy
 from jaxalign.types import CheckedReward, TokenBatch
 from tests import exact
 from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_lm
@@ -34,7 +34,8 @@ WEIGHT = {"weight": jnp.array([0.3, 1.0, -0.7]), "length": jnp.asarray(0.1)}
 
 def run(*, count: int, entropy, threshold=1.0, beta=0.5, tries: int = 3, seed: int = 0, base=None, sizes=None, **more):
     base = exact.tables(TREE, 4)[0] if base is None else base
-    params = {"policy": base, "reward": WEIGHT, "beta": beta, "threshold": threshold, "entropy": entropy, **more}
+    params = {"policy": base, "reward": WEIGHT, "beta": beta, "reward_threshold": threshold}
+    params |= {"entropy_threshold": entropy, **more}
     return decoding.cards(
         tree.policy(TREE),
         REWARD,
@@ -43,7 +44,7 @@ def run(*, count: int, entropy, threshold=1.0, beta=0.5, tries: int = 3, seed: i
         exact.one_prompt(count)._replace(index=jnp.arange(count)),
         max_new_tokens=3,
         eos_ids=(0,),
-        tries=tries,
+        max_tries=tries,
         **(sizes or {}),
     )
 
@@ -114,12 +115,12 @@ def test_cards_draws_the_law_of_its_definition(entropy, start):
     if entropy == "between":  # of the two states after one token, one begins a segment
         entropy = float(level[2:4].mean())
         assert (level[2:4] >= entropy).sum() == 1
-    found = run(count=8000, entropy=jnp.asarray(entropy), start=jnp.asarray(start))
+    found = run(count=8000, entropy=jnp.asarray(entropy), reward_start=jnp.asarray(start))
     starts = set(np.flatnonzero(level >= entropy).tolist())
     index = index_of(TREE, found.completions)
     assert chi_square(index, segment_law(base, starts, threshold=1.0, beta=0.5, tries=3, start=start)) < 56
     assert chi_square(index, np.exp(tree.response_log_prob(TREE, base))) > 200
-    np.testing.assert_allclose(found.reward, response_reward()[index], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.info.reward, response_reward()[index], rtol=1e-5, atol=1e-6)
 
 
 def test_cards_counts_its_segments_tries_and_calls():
@@ -129,17 +130,17 @@ def test_cards_counts_its_segments_tries_and_calls():
     def length(found):
         return np.asarray(found.completions.mask).sum(1)
 
-    goal = {"start": jnp.asarray(-50.0)}
+    goal = {"reward_start": jnp.asarray(-50.0)}
     easy = run(count=8000, entropy=jnp.asarray(0.0), threshold=-50.0, **goal)
-    np.testing.assert_array_equal(easy.segments, length(easy))
-    np.testing.assert_array_equal(easy.tries, length(easy))
-    np.testing.assert_array_equal(easy.steps, length(easy))
-    assert (easy.capped == 0).all()
-    hard = run(count=8000, entropy=jnp.asarray(10.0), threshold=500.0, start=jnp.asarray(500.0))
-    np.testing.assert_array_equal(hard.segments, 1)
-    np.testing.assert_array_equal(hard.capped, 1)
-    np.testing.assert_array_equal(hard.tries, 3)
-    assert (np.asarray(hard.steps) >= length(hard)).all()
+    np.testing.assert_array_equal(easy.info.segments, length(easy))
+    np.testing.assert_array_equal(easy.info.tries, length(easy))
+    np.testing.assert_array_equal(easy.info.policy_steps, length(easy))
+    assert (easy.info.capped == 0).all()
+    hard = run(count=8000, entropy=jnp.asarray(10.0), threshold=500.0, reward_start=jnp.asarray(500.0))
+    np.testing.assert_array_equal(hard.info.segments, 1)
+    np.testing.assert_array_equal(hard.info.capped, 1)
+    np.testing.assert_array_equal(hard.info.tries, 3)
+    assert (np.asarray(hard.info.policy_steps) >= length(hard)).all()
     law = np.exp(
         tree.best_of_n_law(tree.response_log_prob(TREE, exact.tables(TREE, 4)[0]), score=response_reward(), n=3)
     )
@@ -148,11 +149,11 @@ def test_cards_counts_its_segments_tries_and_calls():
 
 def test_cards_segment_sizes():
     """At least two tokens where every token is uncertain; at most one where none is."""
-    fixed = {"threshold": -50.0, "start": jnp.asarray(-50.0)}
+    fixed = {"threshold": -50.0, "reward_start": jnp.asarray(-50.0)}
     found = run(count=500, entropy=jnp.asarray(0.0), sizes={"min_segment": 2}, **fixed)
-    np.testing.assert_array_equal(found.segments, (np.asarray(found.completions.mask).sum(1) + 1) // 2)
+    np.testing.assert_array_equal(found.info.segments, (np.asarray(found.completions.mask).sum(1) + 1) // 2)
     found = run(count=500, entropy=jnp.asarray(50.0), sizes={"max_segment": 1}, **fixed)
-    np.testing.assert_array_equal(found.segments, np.asarray(found.completions.mask).sum(1))
+    np.testing.assert_array_equal(found.info.segments, np.asarray(found.completions.mask).sum(1))
 
 
 # Language models ------------------------------------------------------------------------------------------------------
@@ -165,15 +166,15 @@ def models():
         "policy": base,
         "reward": judge_params,
         "beta": jnp.linspace(0.2, 1.0, 5),
-        "threshold": 1.0,
-        "start": 0.0,
-        "entropy": 2.2,  # some tokens of an almost uniform model begin a segment
+        "reward_threshold": 1.0,
+        "reward_start": 0.0,
+        "entropy_threshold": 2.2,  # some tokens of an almost uniform model begin a segment
     }
     return policies.language_model(lm), rewards.from_model(judge), params
 
 
 def generate(policy, reward, params, prompts, seed: int = 0, **changes):
-    arguments = {"max_new_tokens": 6, "eos_ids": EOS, "tries": 4} | changes
+    arguments = {"max_new_tokens": 6, "eos_ids": EOS, "max_tries": 4} | changes
     return decoding.cards(policy, reward, params, jax.random.key(seed), prompts, **arguments)
 
 
@@ -188,7 +189,7 @@ def test_cards_of_language_models_is_traced_once_and_rows_are_independent(prompt
 
     counted = policy._replace(init=init)
     found = generate(counted, reward, params, prompts)
-    generate(counted, reward, {**params, "beta": params["beta"] * 2, "entropy": 2.0}, prompts, 1)
+    generate(counted, reward, {**params, "beta": params["beta"] * 2, "entropy_threshold": 2.0}, prompts, 1)
     assert traces == [1]
     drawn = found.completions
     given = decoding.log_prob(policy, params["policy"], RNG, prompts, drawn.tokens, drawn.mask, eos_ids=EOS)
@@ -196,24 +197,24 @@ def test_cards_of_language_models_is_traced_once_and_rows_are_independent(prompt
     np.testing.assert_array_equal(drawn.finished, given.finished)
     np.testing.assert_array_equal(drawn.truncated, ~given.finished)
     score = reward(params["reward"], *decoding.join(prompts, drawn), jnp.arange(5))
-    np.testing.assert_allclose(found.reward, score, rtol=1e-4, atol=1e-5)
-    assert (found.tries >= found.segments).all()
+    np.testing.assert_allclose(found.info.reward, score, rtol=1e-4, atol=1e-5)
+    assert (found.info.tries >= found.info.segments).all()
     length = np.asarray(drawn.mask).sum(axis=1)
-    assert len(set((length - np.asarray(found.segments)).tolist())) > 1  # ragged: rows end their segments apart
-    assert (found.steps >= length).all()
+    assert len(set((length - np.asarray(found.info.segments)).tolist())) > 1  # ragged: rows end their segments apart
+    assert (found.info.policy_steps >= length).all()
     last = TokenBatch(prompts.tokens[3:4], prompts.mask[3:4], jnp.array([3]))
     alone = generate(policy, reward, {**params, "beta": params["beta"][3]}, last)
     np.testing.assert_array_equal(alone.completions.tokens[0], drawn.tokens[3])
-    for name in ("segments", "tries", "capped", "steps"):
-        assert int(getattr(alone, name)[0]) == int(getattr(found, name)[3])
+    for name in ("segments", "tries", "capped", "policy_steps"):
+        assert int(getattr(alone.info, name)[0]) == int(getattr(found.info, name)[3])
 
 
 def test_cards_refuses_what_is_no_request():
     policy, reward, params = models()
     prompts = padded(PROMPTS)
     for changes, message in (
-        ({"tries": 0}, "tries: expected at least 1, found 0"),
-        ({"min_segment": 0}, "min_segment, max_segment: expected 1 <= min_segment <= max_segment, found 0 and None"),
+        ({"max_tries": 0}, "max_tries: expected at least 1, found 0"),
+        ({"min_segment": 0}, "min_segment: expected at least 1, found 0"),
         ({"min_segment": 3, "max_segment": 2}, "min_segment, max_segment"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1"),
     ):
@@ -221,14 +222,14 @@ def test_cards_refuses_what_is_no_request():
             generate(policy, reward, params, prompts, **changes)
     for changes, message in (
         ({"beta": 0.0}, "beta: expected a value > 0"),
-        ({"threshold": float("nan")}, "threshold: expected finite numbers"),
-        ({"start": float("inf")}, "start: expected finite numbers"),
-        ({"entropy": -1.0}, "entropy: expected a value >= 0"),
-        ({"entropy": jnp.ones(3)}, r"entropy: expected a scalar or shape \(5,\)"),
+        ({"reward_threshold": float("nan")}, "reward_threshold: expected finite numbers"),
+        ({"reward_start": float("inf")}, "reward_start: expected finite numbers"),
+        ({"entropy_threshold": -1.0}, "entropy_threshold: expected a value >= 0"),
+        ({"entropy_threshold": jnp.ones(3)}, r"entropy_threshold: expected a scalar or shape \(5,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(policy, reward, {**params, **changes}, prompts)
-    for name in ("beta", "threshold", "entropy", "reward"):
+    for name in ("beta", "reward_threshold", "entropy_threshold", "reward"):
         with pytest.raises(ValueError, match=f"params: expected an entry '{name}'"):
             generate(policy, reward, {key: value for key, value in params.items() if key != name}, prompts)
     broken = rewards.from_numpy(lambda t, m, p, i: np.where(i == 2, np.nan, 0.0))
@@ -242,10 +243,10 @@ def test_cards_kl_bound_is_the_surprise_of_passing():
     found = run(count=8000, entropy=jnp.asarray(10.0), threshold=2.0, tries=400)
     base = np.exp(np.asarray(tree.response_log_prob(TREE, exact.tables(TREE, 4)[0])))
     share = (base * np.minimum(1, np.exp((response_reward() - 2.0) / 0.5))).sum()
-    bound = np.asarray(found.kl_bound)
-    assert (found.capped == 0).all()
+    bound = np.asarray(found.kl.value)
+    assert (found.info.capped == 0).all()
     assert abs(bound.mean() + np.log(share)) < 5 * bound.std() / np.sqrt(len(bound))
     law = np.bincount(index_of(TREE, found.completions), minlength=len(base)) / len(bound)
     assert np.where(law > 0, law * np.log(np.where(law > 0, law, 1) / base), 0).sum() < -np.log(share)
     hard = run(count=4, entropy=jnp.asarray(10.0), threshold=500.0)
-    np.testing.assert_allclose(hard.kl_bound, np.log(3) - 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(hard.kl.value, np.log(3) - 2 / 3, rtol=1e-6)

@@ -88,15 +88,17 @@ def test_best_of_n_samples_its_exact_law():
         {"policy": base, "reward": reward},
         jax.random.key(1),
         tree.prompts(n),
-        n=3,
+        num_samples=3,
         max_new_tokens=3,
         eos_ids=(0,),
     )
-    count = np.bincount(tree.response_index(t, chosen.best.tokens, chosen.best.mask), minlength=t.num_responses)
+    count = np.bincount(
+        tree.response_index(t, chosen.completions.tokens, chosen.completions.mask), minlength=t.num_responses
+    )
     expected = n * np.exp(tree.best_of_n_law(tree.response_log_prob(t, base), score=reward, n=3))
     assert ((count - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < 46  # 9 degrees of freedom: 45.1
-    best = np.asarray(chosen.reward).max(axis=1)
-    index = tree.response_index(t, chosen.best.tokens, chosen.best.mask)
+    best = np.asarray(chosen.info.reward).max(axis=1)
+    index = tree.response_index(t, chosen.completions.tokens, chosen.completions.mask)
     np.testing.assert_allclose(np.asarray(reward)[index], best)
 
 
@@ -111,12 +113,12 @@ def test_best_of_one_is_sampling():
         {"policy": params, "reward": reward_params},
         RNG,
         padded(PROMPTS),
-        n=1,
+        num_samples=1,
         **arguments,
     )
-    np.testing.assert_array_equal(one.best.tokens, one.samples.tokens[:, 0])
+    np.testing.assert_array_equal(one.completions.tokens, one.info.samples.tokens[:, 0])
     np.testing.assert_array_equal(
-        one.best.tokens, decoding.sample(policy, params, RNG, padded(PROMPTS), **arguments).tokens
+        one.completions.tokens, decoding.sample(policy, params, RNG, padded(PROMPTS), **arguments).tokens
     )
 
 
@@ -126,18 +128,18 @@ def test_best_of_n_rewards_are_those_of_the_texts_and_rows_are_independent():
         reward_lm, reward_params = tiny_lm(1, "reward", dtype="float64")
         reward, policy = rewards.from_model(reward_lm), policies.language_model(lm)
         both = {"policy": params, "reward": reward_params}
-        arguments = {"n": 3, "max_new_tokens": 4, "eos_ids": EOS}
+        arguments = {"num_samples": 3, "max_new_tokens": 4, "eos_ids": EOS}
         chosen = decoding.best_of_n(policy, reward, both, RNG, padded(PROMPTS), **arguments)
         score = jax.jit(reward)
         for b, prompt in enumerate(PROMPTS):
             for j in range(3):
-                y = np.asarray(chosen.samples.tokens)[b, j][np.asarray(chosen.samples.mask)[b, j]].tolist()
+                y = np.asarray(chosen.info.samples.tokens)[b, j][np.asarray(chosen.info.samples.mask)[b, j]].tolist()
                 text = padded([prompt + y], extra=9 - len(prompt + y))
                 found = score(reward_params, text.tokens, text.mask, jnp.array([len(prompt)]), jnp.array([b]))
-                np.testing.assert_allclose(chosen.reward[b, j], found[0], rtol=1e-9)
+                np.testing.assert_allclose(chosen.info.reward[b, j], found[0], rtol=1e-9)
         alone = padded([PROMPTS[3]])._replace(index=jnp.array([3]))
         single = decoding.best_of_n(policy, reward, both, RNG, alone, **arguments)
-        np.testing.assert_array_equal(single.samples.tokens[0], chosen.samples.tokens[3])
+        np.testing.assert_array_equal(single.info.samples.tokens[0], chosen.info.samples.tokens[3])
 
 
 # On models ------------------------------------------------------------------------------------------------------------
@@ -269,8 +271,10 @@ def test_a_rollout_can_be_continued():
     prompts = padded(PROMPTS)
     state, output = jax.jit(policy.init, static_argnums=3)(arguments, RNG, prompts, 5)
     whole = rollout.rollout(policy, arguments, RNG, state, output, steps=5, eos_ids=EOS)[2]
-    state, output, first = rollout.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=EOS)
-    _, _, second = rollout.rollout(policy, arguments, RNG, state, output, steps=3, eos_ids=EOS, finished=first.finished)
+    state, output, first, _ = rollout.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=EOS)
+    second = rollout.rollout(
+        policy, arguments, RNG, state, output, steps=3, eos_ids=EOS, finished=first.finished
+    ).completions
     np.testing.assert_array_equal(jnp.concatenate([first.tokens, second.tokens], 1), whole.tokens)
     np.testing.assert_array_equal(jnp.concatenate([first.mask, second.mask], 1), whole.mask)
     np.testing.assert_array_equal(second.finished, whole.finished)
@@ -352,7 +356,7 @@ def test_rollout_stops_each_row_at_its_own_limit():
     whole = rollout.rollout(policy, table, RNG, state, output, **shared)[2]
     for last_step in (True, False):
         steps.clear()
-        after, _, cut = rollout.rollout(
+        after, _, cut, _ = rollout.rollout(
             counted, table, RNG, state, output, limits=limits, last_step=last_step, **shared
         )
         jax.effects_barrier()

@@ -81,9 +81,16 @@ def test_bad_compositions_are_refused_when_built():
 def test_bad_arguments_of_the_other_decoders():
     lm, params = tiny_lm(0)
     policy = policies.language_model(lm)
-    with pytest.raises(ValueError, match="n: expected at least 1"):
+    with pytest.raises(ValueError, match="num_samples: expected at least 1"):
         decoding.best_of_n(
-            policy, None, {"policy": params, "reward": None}, RNG, padded(PROMPTS), n=0, max_new_tokens=2, eos_ids=EOS
+            policy,
+            None,
+            {"policy": params, "reward": None},
+            RNG,
+            padded(PROMPTS),
+            num_samples=0,
+            max_new_tokens=2,
+            eos_ids=EOS,
         )
     mask = jnp.array([[True, False, True]] * 5)
     with pytest.raises(ValueError, match="right-padded"):

@@ -137,7 +137,7 @@ def rejected(t, base, reward, *, count: int, tries: int, bound: float, beta: flo
         arguments,
         jax.random.key(2),
         tree.prompts(count),
-        tries=tries,
+        max_tries=tries,
         chunk=chunk,
         max_new_tokens=t.horizon,
         eos_ids=(0,),
@@ -152,7 +152,7 @@ def test_accepted_responses_follow_the_response_level_optimum():
     threshold = shaping.optimal_threshold(utility, log_base=log_base, gain=2.0)
     reward = shaping.threshold_reward(utility, threshold=threshold, bound=2.0)
     found = rejected(t, base, reward, count=30_000, tries=200, bound=2.0)
-    assert found.accepted.all()
+    assert found.info.accepted.all()
     drawn = found.completions
     count = np.bincount(tree.response_index(t, drawn.tokens, drawn.mask), minlength=t.num_responses)
     expected = 30_000 * np.exp(tree.optimal_log_prob(t, base, reward, beta=1.0))
@@ -160,9 +160,9 @@ def test_accepted_responses_follow_the_response_level_optimum():
     mix = shaping.mixture(utility, log_base=log_base, threshold=threshold, gain=2.0)
     rate = np.exp(mix.log_norm - 2.0)
     # The mean of 240,000 acceptance probabilities in [0, 1]: Hoeffding at 1e-6.
-    np.testing.assert_allclose(found.accept_rate.mean(), rate, atol=0.006)
-    np.testing.assert_allclose(1 / found.tries.mean(), rate, rtol=0.05)
-    np.testing.assert_allclose(found.reward, np.asarray(reward)[tree.response_index(t, drawn.tokens, drawn.mask)])
+    np.testing.assert_allclose(found.info.accept_rate.mean(), rate, atol=0.006)
+    np.testing.assert_allclose(1 / found.info.tries.mean(), rate, rtol=0.05)
+    np.testing.assert_allclose(found.info.reward, np.asarray(reward)[tree.response_index(t, drawn.tokens, drawn.mask)])
 
 
 def test_rejection_is_a_function_of_prompt_and_try_alone():
@@ -172,10 +172,10 @@ def test_rejection_is_a_function_of_prompt_and_try_alone():
     runs = [rejected(t, base, reward, count=64, tries=12, bound=bound, beta=0.4, chunk=c) for c in (1, 5, 12)]
     for other in runs[1:]:
         for name in ("accepted", "tries", "reward"):
-            np.testing.assert_array_equal(getattr(other, name), getattr(runs[0], name))
+            np.testing.assert_array_equal(getattr(other.info, name), getattr(runs[0].info, name))
         chex.assert_trees_all_equal(other.completions, runs[0].completions)
-    assert 0 < runs[0].accepted.sum() < 64
-    assert (np.asarray(runs[0].tries)[~np.asarray(runs[0].accepted)] == 12).all()
+    assert 0 < runs[0].info.accepted.sum() < 64
+    assert (np.asarray(runs[0].info.tries)[~np.asarray(runs[0].info.accepted)] == 12).all()
 
 
 def test_rejection_refuses_what_would_break_its_law():
@@ -198,14 +198,14 @@ def test_rejection_runs_on_language_models():
         {"policy": params, "reward": reward_params, "beta": jnp.full(5, 1.0), "bound": 2.0},
         RNG,
         padded(PROMPTS),
-        tries=6,
+        max_tries=6,
         chunk=4,
         max_new_tokens=4,
         eos_ids=EOS,
     )
     assert found.completions.tokens.shape == (5, 4)
     assert (np.asarray(found.completions.tokens) < VOCAB).all()
-    assert ((found.reward >= 0) & (found.reward <= 2)).all()
+    assert ((found.info.reward >= 0) & (found.info.reward <= 2)).all()
 
 
 @pytest.mark.parametrize("sharpness", [None, 2.0])

@@ -22,16 +22,15 @@ def test_every_token_is_tried_once_by_exhaustive_nudging():
         tree.policy(t),
         tree.reward(t),
         nudging.next_of_all,
-        {"policy": log_policy, "reward": reward, "gain": None},
+        {"policy": log_policy, "reward": reward, "gradient": None, "entropy_threshold": np.inf},
         jax.random.key(0),
         exact.one_prompt(1),
-        candidates=5,
-        threshold=np.inf,
+        num_samples=5,
         top_k=4,
         max_new_tokens=3,
         eos_ids=(0,),
     )
-    assert int(found.scored[0]) == 4
+    assert int(found.info.reward_passes[0]) == 4
     tokens, mask = t.responses
     table, nodes = np.asarray(log_policy), t.nodes
     greedy = table.argmax(axis=1)
@@ -40,12 +39,12 @@ def test_every_token_is_tried_once_by_exhaustive_nudging():
     ]
     # An end is text like any other here: the reward reads a response without its EOS where that names one.
     best = max(float(reward[i]) for i in range(len(tokens)) if follows[i])
-    np.testing.assert_allclose(found.reward[0], best, rtol=1e-5)
+    np.testing.assert_allclose(found.info.reward[0], best, rtol=1e-5)
 
 
 def test_passes_count_the_prompt_once_and_gradients_twice_more():
-    made = decoding.Nudged(*([None] * len(decoding.Nudged._fields)))
-    found = made._replace(tokens=np.array([10.0]), scored=np.array([4.0]), gradients=np.array([2.0]))
+    made = decoding.GGROInfo(*([None] * len(decoding.GGROInfo._fields)))
+    found = made._replace(policy_steps=np.array([10.0]), reward_passes=np.array([4.0]), gradient_passes=np.array([2.0]))
     np.testing.assert_allclose(nudging.nudging_passes(found, np.array([3])), [10 * 3 + 3])
 
 

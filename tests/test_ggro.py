@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from jaxalign import decoding, mdp, policies, rewards
-from jaxalign.decoding._segments import entropy
+from jaxalign.decoding.stopping import entropy
 from jaxalign.types import TokenBatch
 from tests.conftest import VOCAB, padded, tiny_lm
-from tests.nudged import (
+from tests.ggro_toy import (
     INF,
     MARKOV,
     PROMPTS,
@@ -23,12 +23,12 @@ from tests.nudged import (
     Plain,
     T,
     V,
-    _gain,
+    _gradient,
     _one_hot_reward,
     _reward,
     assert_completions_equal,
     greedy,
-    nudge,
+    guided,
     prompt_tokens,
     toy,
 )
@@ -41,15 +41,15 @@ def test_ggro_is_the_plain_algorithm_on_every_prompt(rule, threshold):
     nudged = 0
     for seed in range(3):
         params = toy(seed)
-        found = nudge(params, rule=rule, threshold=threshold)
+        found = guided(params, rule=rule, threshold=threshold)
         for b in range(B):
             plain = Plain(params, prompt_tokens(b), candidates=4, threshold=threshold, rule=rule)
             expected = plain.run()
             assert np.asarray(found.completions.tokens[b])[np.asarray(found.completions.mask[b])].tolist() == expected
-            assert int(found.segments[b]) == len(plain.segments)
-            assert int(found.scored[b]) == plain.scored
-            assert int(found.nudged[b].sum()) == plain.nudges
-            np.testing.assert_allclose(found.reward[b], plain.segments[-1][2][0], rtol=1e-4, atol=1e-5)
+            assert int(found.info.segments[b]) == len(plain.segments)
+            assert int(found.info.reward_passes[b]) == plain.scored
+            assert int(found.info.forced[b].sum()) == plain.nudges
+            np.testing.assert_allclose(found.info.reward[b], plain.segments[-1][2][0], rtol=1e-4, atol=1e-5)
             nudged += plain.nudges
     assert nudged > 10
 
@@ -57,33 +57,33 @@ def test_ggro_is_the_plain_algorithm_on_every_prompt(rule, threshold):
 @pytest.mark.parametrize("threshold", [0.0, 0.9, 1.4, INF])
 def test_ggro_G1_one_candidate_is_greedy_for_every_threshold(threshold):
     params = toy(1)
-    found = nudge(params, candidates=1, threshold=threshold)
+    found = guided(params, candidates=1, threshold=threshold)
     assert_completions_equal(found.completions, greedy(params))
-    assert not found.nudged.any()
-    assert not found.gradients.any()
+    assert not found.info.forced.any()
+    assert not found.info.gradient_passes.any()
 
 
 def test_ggro_G2_one_token_to_choose_from_is_greedy():
     params = toy(1)
-    assert_completions_equal(nudge(params, top_k=1, threshold=0.7).completions, greedy(params))
+    assert_completions_equal(guided(params, top_k=1, threshold=0.7).completions, greedy(params))
 
 
 @pytest.mark.parametrize("rule", ["difference", "code"])
 def test_ggro_G3_the_best_of_a_segment_rises_and_is_never_below_the_greedy_form(rule):
     params = toy(2)
-    chains = [nudge(params, candidates=s, rule=rule) for s in range(1, 7)]
+    chains = [guided(params, candidates=s, rule=rule) for s in range(1, 7)]
     for found in chains:
-        assert bool((found.kept >= found.floor - 1e-6).all())
-    first = np.stack([found.kept[:, 0] for found in chains])
+        assert bool((found.info.kept_reward >= found.info.greedy_reward - 1e-6).all())
+    first = np.stack([found.info.kept_reward[:, 0] for found in chains])
     assert (np.diff(first, axis=0) >= 0).all()
     assert (np.diff(first, axis=0) > 0).any()
 
 
 def test_ggro_G4_without_a_threshold_there_is_one_segment_and_the_reward_rises_with_the_candidates():
     params = toy(3)
-    chains = [nudge(params, candidates=s, threshold=INF) for s in (1, 2, 4, 8)]
-    final = np.stack([found.reward for found in chains])
-    assert all((found.segments == 1).all() for found in chains)
+    chains = [guided(params, candidates=s, threshold=INF) for s in (1, 2, 4, 8)]
+    final = np.stack([found.info.reward for found in chains])
+    assert all((found.info.segments == 1).all() for found in chains)
     assert (np.diff(final, axis=0) >= 0).all()
     assert final[-1].mean() > final[0].mean() + 0.1
     texts = [found.completions for found in chains]
@@ -93,13 +93,13 @@ def test_ggro_G4_without_a_threshold_there_is_one_segment_and_the_reward_rises_w
 
 @pytest.mark.parametrize("shortest", [3, 5])
 def test_ggro_G5_at_threshold_zero_segments_keep_the_fewest_tokens(shortest):
-    found = nudge(toy(4), threshold=0.0, shortest=shortest)
+    found = guided(toy(4), threshold=0.0, min_segment=shortest)
     for b in range(B):
-        lengths = np.bincount(np.asarray(found.segment[b])[np.asarray(found.completions.mask[b])])
-        assert len(lengths) == int(found.segments[b])
+        lengths = np.bincount(np.asarray(found.info.segment[b])[np.asarray(found.completions.mask[b])])
+        assert len(lengths) == int(found.info.segments[b])
         assert (lengths[:-1] == shortest).all()
-        assert (found.segment[b][~found.completions.mask[b]] == -1).all()
-    assert int(found.segments.max()) > 1
+        assert (found.info.segment[b][~found.completions.mask[b]] == -1).all()
+    assert int(found.info.segments.max()) > 1
 
 
 def test_ggro_G6_embedding_gain_is_the_one_hot_gradient_and_the_finite_difference():
@@ -155,7 +155,7 @@ def test_ggro_G7_the_gain_is_exact_for_linear_and_quadratic_rewards(kind):
     if kind == "quadratic":
         tokens, mask, length = batch.tokens, batch.mask, jnp.array([1, 1])
         every = jnp.broadcast_to(jnp.arange(V), (2, V))
-        np.testing.assert_allclose(_gain(params, tokens, mask, length, at[1], every), g, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(_gradient(params, tokens, mask, length, at[1], every), g, rtol=1e-5, atol=1e-6)
 
 
 def test_ggro_G8_a_constant_per_token_changes_the_rule_of_the_code_alone():
@@ -164,37 +164,37 @@ def test_ggro_G8_a_constant_per_token_changes_the_rule_of_the_code_alone():
     moved = params | {"reward": params["reward"] | {"c": jnp.asarray(-5.0)}}
     same = {"eos_ids": (), "threshold": INF}
     for rule, equal in (("difference", True), ("code", False)):
-        left, right = (nudge(p, rule=rule, **same).completions.tokens for p in (params, moved))
+        left, right = (guided(p, rule=rule, **same).completions.tokens for p in (params, moved))
         assert bool((left == right).all()) == equal, rule
 
 
 def test_ggro_G9_the_forced_token_stands_where_its_segment_begins():
     params = toy(8)
-    found = nudge(params)
-    text, before = found.completions, jnp.pad(found.segment[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    begins = found.segment > before
-    assert bool((begins | ~found.nudged).all())
-    assert int(found.nudged.sum()) > 5
+    found = guided(params)
+    text, before = found.completions, jnp.pad(found.info.segment[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    begins = found.info.segment > before
+    assert bool((begins | ~found.info.forced).all())
+    assert int(found.info.forced.sum()) > 5
     scored = decoding.log_prob(MARKOV, params["policy"], RNG, PROMPTS, text.tokens, text.mask)
     np.testing.assert_allclose(scored.log_prob, text.log_prob_ref, rtol=1e-5, atol=1e-5)
     # Elsewhere the most probable token stands; a forced one is another.
     only = decoding.log_prob(policies.top_k(MARKOV, 1), params["policy"], RNG, PROMPTS, text.tokens, text.mask)
-    assert (np.asarray(only.in_support) == ~np.asarray(found.nudged.any(axis=1))).all()
+    assert (np.asarray(only.in_support) == ~np.asarray(found.info.forced.any(axis=1))).all()
     np.testing.assert_allclose(
-        text.log_norm[~found.nudged & text.mask], text.log_prob_ref[~found.nudged & text.mask], rtol=1e-5
+        text.log_norm[~found.info.forced & text.mask], text.log_prob_ref[~found.info.forced & text.mask], rtol=1e-5
     )
 
 
 @pytest.mark.parametrize("rule", ["difference", "code"])
 def test_ggro_G10_a_repeated_candidate_stops_and_many_candidates_are_safe(rule):
     params = toy(9)
-    most = nudge(params, candidates=10**6, rule=rule)
-    few = nudge(params, candidates=3, rule=rule)
-    assert bool((most.scored <= 5 * most.segments).all())  # 5 tokens to begin with
-    assert bool((few.scored <= 3 * few.segments).all())
-    assert bool((few.gradients <= few.scored).all())
-    assert bool((most.scored < 5 * most.segments).any())
-    assert bool((few.tokens <= 3 * T).all())
+    most = guided(params, candidates=10**6, rule=rule)
+    few = guided(params, candidates=3, rule=rule)
+    assert bool((most.info.reward_passes <= 5 * most.info.segments).all())  # 5 tokens to begin with
+    assert bool((few.info.reward_passes <= 3 * few.info.segments).all())
+    assert bool((few.info.gradient_passes <= few.info.reward_passes).all())
+    assert bool((most.info.reward_passes < 5 * most.info.segments).any())
+    assert bool((few.info.policy_steps <= 3 * T).all())
 
 
 def test_ggro_G11_eos_is_never_dropped_and_the_limit_never_exceeded():
@@ -203,7 +203,7 @@ def test_ggro_G11_eos_is_never_dropped_and_the_limit_never_exceeded():
         params = toy(seed)
         sharp = params | {"policy": params["policy"].at[:, :, 0].add(1.5)}
         for eos_ids in ((0,), (0, 4)):
-            text = nudge(sharp, threshold=0.0, eos_ids=eos_ids).completions
+            text = guided(sharp, threshold=0.0, eos_ids=eos_ids).completions
             length = np.asarray(text.mask.sum(axis=1))
             last = np.asarray(text.tokens)[np.arange(B), length - 1]
             finished = np.isin(last, eos_ids)
@@ -218,7 +218,7 @@ def test_ggro_G11_eos_is_never_dropped_and_the_limit_never_exceeded():
 def test_ggro_G12_exhaustive_nudging_is_at_least_as_good_from_the_same_prefix():
     """Each candidate follows from one of the top_k first tokens, so the best of all of them is never worse."""
     params, better = toy(10), 0
-    found = nudge(params, candidates=8)
+    found = guided(params, candidates=8)
     for b in range(B):
         plain = Plain(params, prompt_tokens(b), candidates=8, threshold=1.0)
         plain.run()
@@ -228,7 +228,7 @@ def test_ggro_G12_exhaustive_nudging_is_at_least_as_good_from_the_same_prefix():
             assert all(form in each for form in seen)
             most = max(plain.reward(form) for form in each)
             assert best[0] <= most + 1e-6
-            np.testing.assert_allclose(found.kept[b, m], best[0], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found.info.kept_reward[b, m], best[0], rtol=1e-4, atol=1e-5)
             better += most > best[0] + 1e-3
     assert better > 0  # the gradient does not find all of it
 
@@ -241,10 +241,10 @@ def test_ggro_G13_entropy_of_uniform_and_certain_and_equality_triggers():
     uniform = params | {"policy": jnp.zeros((V, V, V))}
     # The same program computes both sides of the comparison.
     level = jax.jit(entropy)(jax.nn.log_softmax(jnp.zeros((1, V))))[0]
-    at = nudge(uniform, threshold=level, eos_ids=())
-    above = nudge(uniform, threshold=jnp.nextafter(level, jnp.float32(9)), eos_ids=())
-    assert bool((at.segments == -(-T // 3)).all())
-    assert bool((above.segments == 1).all())
+    at = guided(uniform, threshold=level, eos_ids=())
+    above = guided(uniform, threshold=jnp.nextafter(level, jnp.float32(9)), eos_ids=())
+    assert bool((at.info.segments == -(-T // 3)).all())
+    assert bool((above.info.segments == 1).all())
 
 
 def test_ggro_G14_the_final_reward_may_fall_with_more_candidates():
@@ -252,14 +252,14 @@ def test_ggro_G14_the_final_reward_may_fall_with_more_candidates():
     fell, gained = 0, 0.0
     for seed in range(20):
         params = toy(seed)
-        one, many = nudge(params, candidates=1), nudge(params, candidates=8)
-        fell += int((many.reward < one.reward - 1e-3).sum())
-        gained += float((many.reward - one.reward).sum())
+        one, many = guided(params, candidates=1), guided(params, candidates=8)
+        fell += int((many.info.reward < one.info.reward - 1e-3).sum())
+        gained += float((many.info.reward - one.info.reward).sum())
     assert fell > 0
     assert gained > 0.1 * 20 * B
 
 
-def test_ggro_G15_proposals_at_a_temperature_are_the_softmax_of_the_gain():
+def test_ggro_G15_proposals_at_a_temperature_are_the_softmax_of_the_gradient():
     """Any nudge pays more than none here, so the text shows each proposal; 4,000 prompts, 4.5 standard errors in each
     of ten frequencies: an error rate below 1e-4."""
     count, params = 4000, toy(0)
@@ -273,7 +273,7 @@ def test_ggro_G15_proposals_at_a_temperature_are_the_softmax_of_the_gain():
     def gain(params, tokens, mask, prompt_length, position, candidates):
         return params[candidates]
 
-    given = {"policy": params["policy"], "reward": None, "gain": g}
+    given = {"policy": params["policy"], "reward": None, "gradient": g, "entropy_threshold": INF}
     for rule in ("difference", "code"):
         score = np.asarray(g)[order] - (np.asarray(g)[order[0]] if rule == "difference" else 0)
         score[0] = 0
@@ -285,8 +285,7 @@ def test_ggro_G15_proposals_at_a_temperature_are_the_softmax_of_the_gain():
                 given,
                 RNG,
                 same,
-                candidates=2,
-                threshold=INF,
+                num_samples=2,
                 max_new_tokens=2,
                 eos_ids=(),
                 top_k=5,

@@ -310,7 +310,9 @@ def test_law_6_best_of_n_is_traced_once(all_policies, prompts):
     reward = rewards.from_model(lm)
     params = {"policy": all_policies["tilt_args_4"].params, "reward": reward_params}
     for seed in range(2):
-        decoding.best_of_n(policy, reward, params, jax.random.key(seed), prompts, n=3, max_new_tokens=T, eos_ids=EOS)
+        decoding.best_of_n(
+            policy, reward, params, jax.random.key(seed), prompts, num_samples=3, max_new_tokens=T, eos_ids=EOS
+        )
     assert traces == [1]
 
 
@@ -336,10 +338,10 @@ def test_every_policy_goes_into_best_of_n(case, prompts, drawn):
     _, _, _, drawn = drawn
     params = {"policy": case.params, "reward": cases.table(8)[0]}
     chosen = decoding.best_of_n(
-        case.policy, cases.weighted_tokens, params, RNG, prompts, n=3, max_new_tokens=T, eos_ids=EOS
+        case.policy, cases.weighted_tokens, params, RNG, prompts, num_samples=3, max_new_tokens=T, eos_ids=EOS
     )
-    assert chosen.samples.tokens.shape == (B, 3, T)
-    np.testing.assert_array_equal(chosen.samples.tokens[:, 0], drawn.tokens)
-    np.testing.assert_allclose(chosen.samples.log_prob[:, 0], drawn.log_prob, rtol=2e-4, atol=2e-5)
-    pick = np.asarray(chosen.reward).argmax(axis=1)
-    np.testing.assert_array_equal(chosen.best.tokens, np.asarray(chosen.samples.tokens)[np.arange(B), pick])
+    assert chosen.info.samples.tokens.shape == (B, 3, T)
+    np.testing.assert_array_equal(chosen.info.samples.tokens[:, 0], drawn.tokens)
+    np.testing.assert_allclose(chosen.info.samples.log_prob[:, 0], drawn.log_prob, rtol=2e-4, atol=2e-5)
+    pick = np.asarray(chosen.info.reward).argmax(axis=1)
+    np.testing.assert_array_equal(chosen.completions.tokens, np.asarray(chosen.info.samples.tokens)[np.arange(B), pick])

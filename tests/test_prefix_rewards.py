@@ -153,19 +153,21 @@ def test_ggro_with_a_kept_prefix_is_ggro_on_whole_texts():
     policy, gain = policies.language_model(lm), rewards.token_gradient(judge)
 
     def run(gain, side):
-        options = {"candidates": 4, "threshold": 1.3, "max_new_tokens": T, "top_k": 5, "eos_ids": EOS}
-        given = {"policy": params, "reward": judge_params}
+        options = {"num_samples": 4, "max_new_tokens": T, "top_k": 5, "eos_ids": EOS}
+        given = {"policy": params, "reward": judge_params, "entropy_threshold": 1.3}
         return decoding.ggro(policy, None, gain, given, RNG, padded(PROMPTS, side=side), **options)
 
     wanted, found = run(dataclasses.replace(gain, prefix=None), "left"), run(gain, "right")
-    assert int(wanted.nudged.sum()) > 1
-    assert int(wanted.segments.max()) > 2
+    assert int(wanted.info.forced.sum()) > 1
+    assert int(wanted.info.segments.max()) > 2
     for name in ("tokens", "mask", "finished"):
         np.testing.assert_array_equal(getattr(found.completions, name), getattr(wanted.completions, name))
-    for name in ("segment", "nudged", "segments", "tokens", "scored", "gradients"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
-    for name in ("reward", "floor", "kept"):
-        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-5, err_msg=name)
+    for name in ("segment", "forced", "segments", "policy_steps", "reward_passes", "gradient_passes"):
+        np.testing.assert_array_equal(getattr(found.info, name), getattr(wanted.info, name), err_msg=name)
+    for name in ("reward", "greedy_reward", "kept_reward"):
+        np.testing.assert_allclose(
+            getattr(found.info, name), getattr(wanted.info, name), rtol=1e-5, atol=1e-5, err_msg=name
+        )
 
 
 def test_transfer_q_with_a_kept_prefix_is_transfer_q_on_whole_texts():

@@ -48,8 +48,10 @@ def test_programs_are_short(path):
 
 def test_best_of_n_over_two_critics(judge, prompts):
     found = best_of_n_over_two_critics.main(model(0), judge, model(2, "value"), prompts, EOS)
-    assert found.samples.tokens.shape == (5, 3, 3)
-    np.testing.assert_allclose(rewards_of(judge, found.best, prompts), found.reward.max(axis=1), rtol=1e-4, atol=1e-4)
+    assert found.info.samples.tokens.shape == (5, 3, 3)
+    np.testing.assert_allclose(
+        rewards_of(judge, found.completions, prompts), found.info.reward.max(axis=1), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_calibrated_tilt(judge, prompts):
@@ -85,19 +87,21 @@ def test_beta_per_prompt(judge, prompts):
     mixed = beta_per_prompt.main(base, arm, judge, prompts, jnp.array([0.3, 1.0, 1e9, 0.3, 1e9]), EOS)
     same = beta_per_prompt.main(base, arm, judge, prompts, jnp.array([0.3, 0.2, 5.0, 9.0, 1e9]), EOS)
     for b in (0, 4):
-        np.testing.assert_array_equal(mixed.samples.tokens[b], same.samples.tokens[b])
-    assert (mixed.samples.tokens[1] != same.samples.tokens[1]).any()
-    np.testing.assert_allclose(mixed.samples.kl[2], 0, atol=1e-5)
-    assert mixed.samples.kl[0].sum() > 0.01
+        np.testing.assert_array_equal(mixed.info.samples.tokens[b], same.info.samples.tokens[b])
+    assert (mixed.info.samples.tokens[1] != same.info.samples.tokens[1]).any()
+    np.testing.assert_allclose(mixed.info.samples.kl[2], 0, atol=1e-5)
+    assert mixed.info.samples.kl[0].sum() > 0.01
 
 
 def test_numpy_reward(prompts):
     found = numpy_reward.main(model(0), prompts, EOS)
-    tokens, mask = np.asarray(found.samples.tokens), np.asarray(found.samples.mask)
+    tokens, mask = np.asarray(found.info.samples.tokens), np.asarray(found.info.samples.mask)
     for b in range(5):
         count = [len(set(tokens[b, j][mask[b, j]].tolist())) for j in range(4)]
-        assert found.reward[b].tolist() == count
-        assert len(set(np.asarray(found.best.tokens[b])[np.asarray(found.best.mask[b])].tolist())) == max(count)
+        assert found.info.reward[b].tolist() == count
+        assert len(set(np.asarray(found.completions.tokens[b])[np.asarray(found.completions.mask[b])].tolist())) == max(
+            count
+        )
 
 
 def test_gradient_into_a_reward_model(prompts):

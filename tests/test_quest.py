@@ -80,7 +80,7 @@ def run(moves: int, *, count: int, seed: int = 0, beta=BETA, prompts=None, table
         {"policy": base, "reward": reward, "beta": beta},
         jax.random.key(seed),
         tree.prompts(count) if prompts is None else prompts,
-        moves=moves,
+        num_steps=moves,
         max_new_tokens=3,
         eos_ids=(0,),
         **changes,
@@ -99,7 +99,7 @@ def test_quest_samples_its_exact_law_after_each_number_of_moves():
     start = np.exp(np.asarray(tree.response_log_prob(TREE, base), np.float64))
     move = transitions(TREE, base, acceptance(reward, BETA))
     without = transitions(TREE, base, acceptance(reward, BETA, lengths=False))
-    found = index_of(TREE, chains().states)
+    found = index_of(TREE, chains().info.states)
     for m in (0, 1, 2, 6):
         law = start @ np.linalg.matrix_power(move, m)
         assert chi_square(found[:, m], law) < 56
@@ -112,7 +112,7 @@ def test_quest_one_move_has_the_exact_transition_probabilities():
     164 of them, of which the 1 − 1e-6 quantile is 265."""
     base, reward = exact.tables(TREE, 4)
     move = transitions(TREE, base, acceptance(reward, BETA))
-    found = index_of(TREE, chains().states)
+    found = index_of(TREE, chains().info.states)
     count = np.zeros_like(move)
     np.add.at(count, (found[:, 0], found[:, 1]), 1)
     assert (count[move < 1e-12] == 0).all()
@@ -126,18 +126,20 @@ def test_quest_keeps_its_books():
     """Rewards are those of the states, a rejected move keeps the state, an accepted one keeps what was in front of the
     cut, and the records are those of teacher forcing."""
     chain, (base, reward) = chains(), exact.tables(TREE, 4)
-    found = index_of(TREE, chain.states)
-    np.testing.assert_allclose(chain.reward, np.asarray(reward)[found], rtol=1e-6)
-    np.testing.assert_array_equal(index_of(TREE, chain.last), found[:, -1])
-    assert (found[:, 1:] == found[:, :-1])[~np.asarray(chain.accepted)].all()
-    np.testing.assert_allclose(chain.accept_rate, np.asarray(chain.accepted).mean(1), rtol=1e-6)
-    each = np.where(chain.last.mask, np.asarray(base)[TREE.nodes, TREE.responses[0]][found[:, -1]], 0)
-    np.testing.assert_allclose(chain.last.log_prob, each, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(chain.last.finished, np.asarray(chain.last.mask & (chain.last.tokens == 0)).any(1))
+    found = index_of(TREE, chain.info.states)
+    np.testing.assert_allclose(chain.info.reward, np.asarray(reward)[found], rtol=1e-6)
+    np.testing.assert_array_equal(index_of(TREE, chain.completions), found[:, -1])
+    assert (found[:, 1:] == found[:, :-1])[~np.asarray(chain.info.accepted)].all()
+    np.testing.assert_allclose(chain.info.accept_rate, np.asarray(chain.info.accepted).mean(1), rtol=1e-6)
+    each = np.where(chain.completions.mask, np.asarray(base)[TREE.nodes, TREE.responses[0]][found[:, -1]], 0)
+    np.testing.assert_allclose(chain.completions.log_prob, each, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(
+        chain.completions.finished, np.asarray(chain.completions.mask & (chain.completions.tokens == 0)).any(1)
+    )
     short = run(2, count=20_000)
-    assert short.states is None
-    np.testing.assert_array_equal(index_of(TREE, short.last), found[:, 2])
-    np.testing.assert_array_equal(short.reward, chain.reward[:, :3])
+    assert short.info.states is None
+    np.testing.assert_array_equal(index_of(TREE, short.completions), found[:, 2])
+    np.testing.assert_array_equal(short.info.reward, chain.info.reward[:, :3])
 
 
 def test_quest_beta_and_tables_per_prompt():
@@ -145,12 +147,12 @@ def test_quest_beta_and_tables_per_prompt():
     tables = [jnp.stack(x) for x in zip(*(exact.tables(TREE, s) for s in (4, 5)), strict=True)]
     prompts = tree.prompts(2)
     chain = run(40, count=2, beta=jnp.array([1e6, 1e-6]), prompts=prompts, tables=tables, keep_states=True)
-    found = index_of(TREE, chain.states)
+    found = index_of(TREE, chain.info.states)
     np.testing.assert_allclose(
-        chain.reward, np.stack([np.asarray(tables[1])[b, found[b]] for b in range(2)]), rtol=1e-6
+        chain.info.reward, np.stack([np.asarray(tables[1])[b, found[b]] for b in range(2)]), rtol=1e-6
     )
-    assert (np.diff(np.asarray(chain.reward)[1]) >= 0).all()
-    assert float(chain.accept_rate[0]) > 0.6
+    assert (np.diff(np.asarray(chain.info.reward)[1]) >= 0).all()
+    assert float(chain.info.accept_rate[0]) > 0.6
 
 
 # Language models ------------------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def models():
 
 
 def generate(policy, reward, params, prompts, seed: int = 0, **changes):
-    arguments = {"moves": 5, "max_new_tokens": 4, "eos_ids": EOS, "keep_states": True} | changes
+    arguments = {"num_steps": 5, "max_new_tokens": 4, "eos_ids": EOS, "keep_states": True} | changes
     return decoding.quest(policy, reward, params, jax.random.key(seed), prompts, **arguments)
 
 
@@ -181,26 +183,26 @@ def test_quest_of_language_models_is_traced_once_and_its_records_are_those_of_it
     chain = generate(counted, reward, params, prompts)
     generate(counted, reward, {**params, "beta": params["beta"] * 2}, prompts, 1)
     assert traces == [1]
-    assert chain.states.tokens.shape == (5, 6, 4)
-    assert 0 < float(chain.accept_rate.mean()) < 1
+    assert chain.info.states.tokens.shape == (5, 6, 4)
+    assert 0 < float(chain.info.accept_rate.mean()) < 1
     for m in (0, 5):
-        drawn = jax.tree.map(lambda x, m=m: x[:, m], chain.states)
+        drawn = jax.tree.map(lambda x, m=m: x[:, m], chain.info.states)
         given = decoding.log_prob(policy, params["policy"], RNG, prompts, drawn.tokens, drawn.mask, eos_ids=EOS)
         np.testing.assert_allclose(drawn.log_prob, given.log_prob, rtol=2e-4, atol=2e-5)
         np.testing.assert_array_equal(drawn.finished, given.finished)
         score = reward(params["reward"], *decoding.join(prompts, drawn), jnp.arange(5))
-        np.testing.assert_allclose(chain.reward[:, m], score, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(chain.info.reward[:, m], score, rtol=1e-4, atol=1e-5)
     last = TokenBatch(prompts.tokens[3:4], prompts.mask[3:4], jnp.array([3]))
     alone = generate(policy, reward, {**params, "beta": params["beta"][3]}, last)
-    np.testing.assert_array_equal(alone.states.tokens[0], chain.states.tokens[3])
-    np.testing.assert_array_equal(alone.accepted[0], chain.accepted[3])
+    np.testing.assert_array_equal(alone.info.states.tokens[0], chain.info.states.tokens[3])
+    np.testing.assert_array_equal(alone.info.accepted[0], chain.info.accepted[3])
 
 
 def test_quest_refuses_what_is_no_request():
     policy, reward, params = models()
     prompts = padded(PROMPTS)
     for changes, message in (
-        ({"moves": -1}, "moves: expected at least 0, found -1"),
+        ({"num_steps": -1}, "num_steps: expected at least 0, found -1"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1"),
         ({"temperature": -1.0}, "temperature: expected a value >= 0"),
     ):

@@ -39,10 +39,10 @@ def test_an_index_given_once_holds_for_every_entry(prompts):
     lm, own = tiny_lm(0)
     base, reward = policies.language_model(lm), rewards.from_model(reward_lm)
     both = {"policy": own, "reward": reward_params}
-    plain = decoding.best_of_n(base, reward, both, RNG, prompts._replace(index=index), n=3, **SHARED)
+    plain = decoding.best_of_n(base, reward, both, RNG, prompts._replace(index=index), num_samples=3, **SHARED)
     for mirrored in ({"policy": prompts, "reward": prompts._replace(index=index)},):
-        found = decoding.best_of_n(base, reward, both, RNG, mirrored, n=3, **SHARED)
-        np.testing.assert_array_equal(found.samples.tokens, plain.samples.tokens)
+        found = decoding.best_of_n(base, reward, both, RNG, mirrored, num_samples=3, **SHARED)
+        np.testing.assert_array_equal(found.info.samples.tokens, plain.info.samples.tokens)
 
 
 def test_entries_that_disagree_are_refused(prompts):
@@ -108,7 +108,7 @@ def test_best_of_n_refuses_a_reward_that_does_not_fit(prompts):
 
     def select(reward, reward_params, inputs=prompts, **changes):
         both = {"policy": params, "reward": reward_params}
-        return decoding.best_of_n(base, reward, both, RNG, inputs, **{"n": 2, **SHARED, **changes})
+        return decoding.best_of_n(base, reward, both, RNG, inputs, **{"num_samples": 2, **SHARED, **changes})
 
     other, other_params = tiny_lm(1, "reward", vocab_size=VOCAB + 1)
     with pytest.raises(ValueError, match="reward: expected the policy's vocabulary of 11 tokens, found 12"):
@@ -132,13 +132,13 @@ def test_best_of_n_refuses_a_reward_that_does_not_fit(prompts):
     with pytest.raises(ValueError, match=r"prompts\['reward'\]: expected one TokenBatch, found list"):
         select(summed, {"rewards": [fit_params] * 2, "weights": jnp.ones(2)}, {"policy": prompts, "reward": [prompts]})
     with pytest.raises(ValueError, match="params: expected an entry 'reward'"):
-        decoding.best_of_n(base, summed, {"policy": params}, RNG, prompts, n=2, **SHARED)
+        decoding.best_of_n(base, summed, {"policy": params}, RNG, prompts, num_samples=2, **SHARED)
     broken = rewards.from_numpy(lambda t, m, p, i: np.where(i == 3, np.nan, 0.0))
     with pytest.raises(ValueError, match=r"reward: expected numbers, found NaN for prompts \[3\]"):
         select(broken, None)
     forbidden = rewards.from_numpy(lambda t, m, p, i: np.where(np.arange(len(i)) % 2 == 0, -np.inf, 1.0))
-    np.testing.assert_array_equal(select(forbidden, None).reward, [[-np.inf, 1]] * 5)
-    with pytest.raises(ValueError, match="chunk: expected a divisor of n = 2, found 3"):
+    np.testing.assert_array_equal(select(forbidden, None).info.reward, [[-np.inf, 1]] * 5)
+    with pytest.raises(ValueError, match="chunk: expected a divisor of num_samples = 2, found 3"):
         select(rewards.from_model(fits), fit_params, chunk=3)
 
 
@@ -179,10 +179,10 @@ def test_a_rollout_past_the_cache_is_nan(critic, prompts):
     policy = policies.tilt(policies.language_model(lm), getattr(critics, critic)(head), top_k=3)
     arguments = {"policy": params, "critic": head_params, "beta": jnp.asarray(1.0)}
     state, output = policy.init(arguments, RNG, prompts, 2)
-    state, output, inside = rollout.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=())
+    state, output, inside, _ = rollout.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=())
     assert np.isfinite(inside.log_prob).all()
     full = np.asarray(prompts.mask).sum(axis=1) == prompts.mask.shape[1]
-    _, _, beyond = rollout.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=())
+    beyond = rollout.rollout(policy, arguments, RNG, state, output, steps=2, eos_ids=()).completions
     assert np.isnan(np.asarray(beyond.log_prob)[full, 1]).all()
     assert np.isfinite(np.asarray(beyond.log_prob)[~full]).all()  # shorter prompts have slots left
 
@@ -195,18 +195,18 @@ def test_sample_j_depends_on_j_alone(prompts):
     reward_lm, reward_params = tiny_lm(1, "reward")
     base, reward = policies.language_model(lm), rewards.from_model(reward_lm)
     both = {"policy": params, "reward": reward_params}
-    six = decoding.best_of_n(base, reward, both, RNG, prompts, n=6, **SHARED)
+    six = decoding.best_of_n(base, reward, both, RNG, prompts, num_samples=6, **SHARED)
     for n in (1, 2, 3):
-        few = decoding.best_of_n(base, reward, both, RNG, prompts, n=n, **SHARED)
-        np.testing.assert_array_equal(few.samples.tokens, six.samples.tokens[:, :n])
+        few = decoding.best_of_n(base, reward, both, RNG, prompts, num_samples=n, **SHARED)
+        np.testing.assert_array_equal(few.info.samples.tokens, six.info.samples.tokens[:, :n])
     one = decoding.sample(base, params, RNG, prompts, **SHARED)
-    np.testing.assert_array_equal(one.tokens, six.samples.tokens[:, 0])
-    assert (np.asarray(six.samples.tokens[:, 0]) != np.asarray(six.samples.tokens[:, 1])).any()
+    np.testing.assert_array_equal(one.tokens, six.info.samples.tokens[:, 0])
+    assert (np.asarray(six.info.samples.tokens[:, 0]) != np.asarray(six.info.samples.tokens[:, 1])).any()
     for chunk in (1, 2):
-        parts = decoding.best_of_n(base, reward, both, RNG, prompts, n=6, chunk=chunk, **SHARED)
-        np.testing.assert_array_equal(parts.samples.tokens, six.samples.tokens)
-        np.testing.assert_array_equal(parts.best.tokens, six.best.tokens)
-        np.testing.assert_allclose(parts.reward, six.reward, rtol=1e-5, atol=1e-6)
+        parts = decoding.best_of_n(base, reward, both, RNG, prompts, num_samples=6, chunk=chunk, **SHARED)
+        np.testing.assert_array_equal(parts.info.samples.tokens, six.info.samples.tokens)
+        np.testing.assert_array_equal(parts.completions.tokens, six.completions.tokens)
+        np.testing.assert_allclose(parts.info.reward, six.info.reward, rtol=1e-5, atol=1e-6)
 
 
 def test_a_prompt_alone_draws_what_it_draws_in_a_batch(prompts):
@@ -214,8 +214,8 @@ def test_a_prompt_alone_draws_what_it_draws_in_a_batch(prompts):
     reward_lm, reward_params = tiny_lm(1, "reward")
     base, reward = policies.language_model(lm), rewards.from_model(reward_lm)
     both = {"policy": params, "reward": reward_params}
-    whole = decoding.best_of_n(base, reward, both, RNG, prompts, n=3, **SHARED)
+    whole = decoding.best_of_n(base, reward, both, RNG, prompts, num_samples=3, **SHARED)
     last = TokenBatch(prompts.tokens[4:], prompts.mask[4:], jnp.array([4]))
-    alone = decoding.best_of_n(base, reward, both, RNG, last, n=3, **SHARED)
-    np.testing.assert_array_equal(alone.samples.tokens[0], whole.samples.tokens[4])
+    alone = decoding.best_of_n(base, reward, both, RNG, last, num_samples=3, **SHARED)
+    np.testing.assert_array_equal(alone.info.samples.tokens[0], whole.info.samples.tokens[4])
     np.testing.assert_array_equal(padded([[1]]).tokens, [[1]])

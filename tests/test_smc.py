@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxalign import critics, decoding, policies, rewards, tree
-from jaxalign.decoding._smc import effective_size, systematic
+from jaxalign.decoding.resampling import effective_size, systematic_at
 from jaxalign.types import TokenBatch
 from tests import exact
 from tests.conftest import EOS, PROMPTS, needs_jit, padded, tiny_lm
@@ -52,13 +52,12 @@ def run(policy, params, reward, *, count: int, n: int, beta=BETA, seed: int = 0,
     return decoding.smc(
         policy,
         REWARD,
-        {"policy": params, "reward": reward, "beta": beta},
+        {"policy": params, "reward": reward, "beta": beta, "ess_threshold": below},
         jax.random.key(seed),
         tree.prompts(count) if prompts is None else prompts,
-        particles=n,
+        num_particles=n,
         max_new_tokens=TREE.horizon,
         eos_ids=(0,),
-        resample_below=below,
     )
 
 
@@ -73,14 +72,14 @@ def test_smc_systematic_resampling_gives_each_particle_its_share_of_children():
         log_weight = log_weight.at[0, 0].set(-jnp.inf).at[1, n - 1].set(-jnp.inf)
         share = np.asarray(jax.nn.softmax(log_weight, axis=1)) * n
         uniform = (jnp.arange(grid) + 0.5) / grid
-        index = jax.vmap(lambda u: systematic(log_weight, jnp.full(4, u)))(uniform)
+        index = jax.vmap(lambda u: systematic_at(log_weight, jnp.full(4, u)))(uniform)
         children = (np.asarray(index)[..., None] == np.arange(n)).sum(axis=2)
         np.testing.assert_allclose(children.mean(axis=0), share, atol=2 / grid)
         assert (np.abs(children - share) < 1 + 1e-9).all()
         np.testing.assert_array_equal(children[:, 3], 1)
         assert children[:, 0, 0].max() == children[:, 1, n - 1].max() == 0
         for u in (0.0, np.nextafter(1.0, 0.0)):
-            assert (np.diff(np.asarray(systematic(log_weight, jnp.full(4, u))), axis=1) >= 0).all()
+            assert (np.diff(np.asarray(systematic_at(log_weight, jnp.full(4, u))), axis=1) >= 0).all()
 
 
 def test_smc_effective_size_by_hand():
@@ -101,12 +100,12 @@ def test_smc_with_one_particle_is_importance_sampling_with_the_exact_weight(name
         found = run(policy, params, reward, count=64, n=1, below=1.0)
         log_ref, law = np.asarray(tree.response_log_prob(TREE, base)), exact.log_law(TREE, policy, params)
         weight = log_ref + np.asarray(reward) / BETA - law
-        np.testing.assert_allclose(found.log_weight, weight[index_of(TREE, found.completions)], atol=1e-12)
-        np.testing.assert_allclose(found.log_z, found.log_weight[:, 0], atol=1e-12)
-        assert (found.resamplings == 0).all()
-        assert not found.truncated_support.any()
+        np.testing.assert_allclose(found.info.log_weight, weight[index_of(TREE, found.info.samples)], atol=1e-12)
+        np.testing.assert_allclose(found.info.log_z, found.info.log_weight[:, 0], atol=1e-12)
+        assert (found.info.resamplings == 0).all()
+        assert not found.info.truncated_support.any()
         np.testing.assert_allclose(np.exp(law + weight).sum(), np.exp(log_ref + np.asarray(reward) / BETA).sum())
-        assert len(np.unique(index_of(TREE, found.completions))) > 5
+        assert len(np.unique(index_of(TREE, found.info.samples))) > 5
 
 
 @pytest.mark.parametrize("name", ["level", "increment"])
@@ -118,27 +117,27 @@ def test_smc_the_weight_is_log_norm_and_the_terminal_reward_less_what_was_promis
         policy, params = proposal(name, base)
         for below in (0.0, 1.0):
             found = run(policy, params, reward, count=64, n=4, below=below)
-            chosen, mask = index_of(TREE, found.completions), np.asarray(found.completions.mask)
+            chosen, mask = index_of(TREE, found.info.samples), np.asarray(found.info.samples.mask)
             each = np.where(mask, np.asarray(params["critic"])[TREE.nodes[chosen], TREE.responses[0][chosen]], 0)
             last = np.take_along_axis(each, mask.sum(-1, keepdims=True) - 1, axis=-1)[..., 0]
             promised = (last if name == "level" else each.sum(-1)) / params["beta"]
-            whole = np.asarray(found.completions.log_norm).sum(-1) + np.asarray(reward)[chosen] / BETA - promised
-            scored = found.completions.log_prob_ref - found.completions.log_prob
+            whole = np.asarray(found.info.samples.log_norm).sum(-1) + np.asarray(reward)[chosen] / BETA - promised
+            scored = found.info.samples.log_prob_ref - found.info.samples.log_prob
             np.testing.assert_allclose(
                 np.asarray(scored).sum(-1) + np.asarray(reward)[chosen] / BETA, whole, atol=1e-12
             )
             log_ref = np.asarray(tree.response_log_prob(TREE, base))
-            np.testing.assert_allclose(found.completions.log_prob_ref.sum(-1), log_ref[chosen], atol=1e-12)
-            np.testing.assert_allclose(found.reward, np.asarray(reward)[chosen])
+            np.testing.assert_allclose(found.info.samples.log_prob_ref.sum(-1), log_ref[chosen], atol=1e-12)
+            np.testing.assert_allclose(found.info.reward, np.asarray(reward)[chosen])
             if below == 0:
-                np.testing.assert_allclose(found.log_weight, whole, atol=1e-12)
-                assert (found.resamplings == 0).all()
+                np.testing.assert_allclose(found.info.log_weight, whole, atol=1e-12)
+                assert (found.info.resamplings == 0).all()
             else:
-                assert (found.resamplings > 0).any()
-                resampled = np.asarray(found.resamplings) > 0
-                assert (np.abs(np.asarray(found.log_weight) - whole)[resampled].max(axis=1) > 1e-3).all()
-            mean = np.log(np.exp(np.asarray(found.log_weight)).mean(axis=1))
-            np.testing.assert_allclose(found.log_z, mean, atol=1e-12)
+                assert (found.info.resamplings > 0).any()
+                resampled = np.asarray(found.info.resamplings) > 0
+                assert (np.abs(np.asarray(found.info.log_weight) - whole)[resampled].max(axis=1) > 1e-3).all()
+            mean = np.log(np.exp(np.asarray(found.info.log_weight)).mean(axis=1))
+            np.testing.assert_allclose(found.info.log_z, mean, atol=1e-12)
 
 
 def test_smc_with_the_exact_soft_value_every_weight_is_z():
@@ -148,11 +147,11 @@ def test_smc_with_the_exact_soft_value_every_weight_is_z():
         soft = tree.q_values(TREE, tree.soft_value(TREE, base, reward, beta=BETA), reward=reward)
         found = run(LEVEL, {"policy": base, "critic": soft, "beta": BETA}, reward, count=64, n=4, below=1 - 1e-9)
         log_z = jax.nn.logsumexp(tree.response_log_prob(TREE, base) + reward / BETA)
-        np.testing.assert_allclose(found.log_weight, np.full((64, 4), log_z), atol=1e-11)
-        np.testing.assert_allclose(found.log_z, np.full(64, log_z), atol=1e-11)
-        np.testing.assert_allclose(found.ess, 4, atol=1e-9)
-        assert (found.resamplings == 0).all()
-        np.testing.assert_allclose(found.kl, found.reward.mean(axis=1) / BETA - log_z, atol=1e-10)
+        np.testing.assert_allclose(found.info.log_weight, np.full((64, 4), log_z), atol=1e-11)
+        np.testing.assert_allclose(found.info.log_z, np.full(64, log_z), atol=1e-11)
+        np.testing.assert_allclose(found.info.ess, 4, atol=1e-9)
+        assert (found.info.resamplings == 0).all()
+        np.testing.assert_allclose(found.kl.value, found.info.reward.mean(axis=1) / BETA - log_z, atol=1e-10)
 
 
 # Expectations ---------------------------------------------------------------------------------------------------------
@@ -172,18 +171,18 @@ def estimates(name: str, below: float):
 def test_smc_estimates_z_without_bias(name, below):
     found, log_ref, reward = estimates(name, below)
     if name != "base":  # the base's steps carry no weight: everything is paid at the end
-        assert float((found.resamplings > 0).mean()) > 0.05
-    assert_mean(np.exp(found.log_z), float(np.exp(log_ref + reward / BETA).sum()))
+        assert float((found.info.resamplings > 0).mean()) > 0.05
+    assert_mean(np.exp(found.info.log_z), float(np.exp(log_ref + reward / BETA).sum()))
     # A biased one is told from it: the mean of log Z-hat is below log Z.
-    assert float(found.log_z.mean()) < np.log(float(np.exp(log_ref + reward / BETA).sum())) - 0.01
+    assert float(found.info.log_z.mean()) < np.log(float(np.exp(log_ref + reward / BETA).sum())) - 0.01
 
 
 @pytest.mark.parametrize(("name", "below"), [("level", 1.0), ("nested", 1.0)])
 def test_smc_weights_reproduce_the_gibbs_law_of_responses(name, below):
     """Mean over prompts of (1/N) Σ_j w_j·1[y_j = y] is pi_ref(y)·exp(r(y)/beta), for each of the 15 responses."""
     found, log_ref, reward = estimates(name, below)
-    each = np.asarray(found.completions.mask)[..., 0] * np.exp(np.asarray(found.log_weight, np.float64))
-    hit = index_of(TREE, found.completions)[..., None] == np.arange(TREE.num_responses)
+    each = np.asarray(found.info.samples.mask)[..., 0] * np.exp(np.asarray(found.info.log_weight, np.float64))
+    hit = index_of(TREE, found.info.samples)[..., None] == np.arange(TREE.num_responses)
     assert_mean((each[..., None] * hit).mean(axis=1), np.exp(np.asarray(log_ref) + np.asarray(reward) / BETA))
 
 
@@ -194,12 +193,14 @@ def test_smc_pick_is_drawn_by_the_weights():
     target = np.exp(tree.optimal_log_prob(TREE, base, reward, beta=BETA))
     soft = tree.q_values(TREE, tree.soft_value(TREE, base, reward, beta=BETA), reward=reward)
     found = run(LEVEL, {"policy": base, "critic": soft, "beta": BETA}, reward, count=6000, n=4, below=0.5)
-    assert chi_square(index_of(TREE, found.pick), target) < 56
+    assert chi_square(index_of(TREE, found.completions), target) < 56
     bad, _, _ = estimates("level", 1.0)
     law = np.exp(exact.log_law(TREE, *proposal("level", base)))
-    picked = np.bincount(index_of(TREE, bad.pick), minlength=TREE.num_responses) / 6000
+    picked = np.bincount(index_of(TREE, bad.completions), minlength=TREE.num_responses) / 6000
     assert np.abs(picked - target).sum() < 0.6 * np.abs(law - target).sum()
-    assert (np.asarray(found.pick.tokens)[:, None] == np.asarray(found.completions.tokens)).all(-1).any(-1).all()
+    assert (
+        (np.asarray(found.completions.tokens)[:, None] == np.asarray(found.info.samples.tokens)).all(-1).any(-1).all()
+    )
 
 
 def test_smc_of_a_truncated_proposal_aims_at_the_kept_responses_and_says_so():
@@ -210,11 +211,11 @@ def test_smc_of_a_truncated_proposal_aims_at_the_kept_responses_and_says_so():
     kept = np.isfinite(exact.log_law(TREE, TOP_2, params))
     mass = np.exp(np.asarray(tree.response_log_prob(TREE, base)) + np.asarray(reward) / BETA)
     assert 0 < kept.sum() < len(kept)
-    assert kept[index_of(TREE, found.completions)].all()
-    assert found.truncated_support.all()
-    assert_mean(np.exp(found.log_z), mass[kept].sum())
-    hit = index_of(TREE, found.completions)[..., None] == np.arange(TREE.num_responses)
-    assert_mean((np.exp(np.asarray(found.log_weight))[..., None] * hit).mean(axis=1), np.where(kept, mass, 0))
+    assert kept[index_of(TREE, found.info.samples)].all()
+    assert found.info.truncated_support.all()
+    assert_mean(np.exp(found.info.log_z), mass[kept].sum())
+    hit = index_of(TREE, found.info.samples)[..., None] == np.arange(TREE.num_responses)
+    assert_mean((np.exp(np.asarray(found.info.log_weight))[..., None] * hit).mean(axis=1), np.where(kept, mass, 0))
 
 
 def test_smc_beta_and_tables_per_prompt():
@@ -231,10 +232,10 @@ def test_smc_beta_and_tables_per_prompt():
 
 
 def log_z(params, reward, beta, prompts, key):
-    arguments = {"policy": params, "reward": reward, "beta": beta}
+    arguments = {"policy": params, "reward": reward, "beta": beta, "ess_threshold": 0.9}
     return decoding.smc(
-        LEVEL, REWARD, arguments, key, prompts, particles=4, max_new_tokens=3, eos_ids=(0,), resample_below=0.9
-    ).log_z
+        LEVEL, REWARD, arguments, key, prompts, num_particles=4, max_new_tokens=3, eos_ids=(0,)
+    ).info.log_z
 
 
 def test_smc_forbidden_responses_have_no_weight():
@@ -242,12 +243,12 @@ def test_smc_forbidden_responses_have_no_weight():
     allowed = TREE.responses[1].sum(1) == 3
     found = run(LEVEL, proposal("level", base)[1], jnp.where(allowed, reward, -jnp.inf), count=6000, n=4, below=1.0)
     mass = np.exp(np.asarray(tree.response_log_prob(TREE, base)) + np.asarray(reward) / BETA)
-    assert_mean(np.exp(found.log_z), mass[allowed].sum())
-    some = np.asarray(found.ess) > 0
+    assert_mean(np.exp(found.info.log_z), mass[allowed].sum())
+    some = np.asarray(found.info.ess) > 0
     assert 0 < (~some).sum() < 6000
-    assert allowed[index_of(TREE, found.pick)][some].all()
-    assert (np.asarray(found.log_z)[~some] == -np.inf).all()
-    assert np.isfinite(np.asarray(found.kl)[some]).all()
+    assert allowed[index_of(TREE, found.completions)][some].all()
+    assert (np.asarray(found.info.log_z)[~some] == -np.inf).all()
+    assert np.isfinite(np.asarray(found.kl.value)[some]).all()
 
 
 # Language models ------------------------------------------------------------------------------------------------------
@@ -268,7 +269,8 @@ def models():
 
 
 def generate(policy, reward, params, prompts, seed: int = 0, n: int = 4, **changes):
-    arguments = {"particles": n, "max_new_tokens": 4, "eos_ids": EOS, "resample_below": 1.0} | changes
+    params = {"ess_threshold": 1.0, **params}
+    arguments = {"num_particles": n, "max_new_tokens": 4, "eos_ids": EOS} | changes
     return decoding.smc(policy, reward, params, jax.random.key(seed), prompts, **arguments)
 
 
@@ -283,13 +285,13 @@ def test_smc_of_language_models_is_traced_once_and_its_weights_are_those_of_its_
 
     counted = policy._replace(init=init)
     found = generate(counted, reward, params, prompts)
-    generate(counted, reward, {**params, "beta": params["beta"] * 2}, prompts, 1, resample_below=0.3)
+    generate(counted, reward, {**params, "beta": params["beta"] * 2, "ess_threshold": 0.3}, prompts, 1)
     assert traces == [1]
-    assert found.completions.tokens.shape == (5, 4, 4)
-    assert (found.resamplings >= 2).all()
+    assert found.info.samples.tokens.shape == (5, 4, 4)
+    assert (found.info.resamplings >= 2).all()
     base_params, base = params["policy"]["policy"], policies.language_model(tiny_lm(0, num_layers=1)[0])
     for j in range(4):
-        drawn = jax.tree.map(lambda x, j=j: x[:, j], found.completions)
+        drawn = jax.tree.map(lambda x, j=j: x[:, j], found.info.samples)
         given = decoding.log_prob(policy, params["policy"], RNG, prompts, drawn.tokens, drawn.mask, eos_ids=EOS)
         for name in ("log_prob", "log_prob_ref", "log_norm", "kl"):
             np.testing.assert_allclose(getattr(drawn, name), getattr(given, name), rtol=2e-4, atol=2e-5, err_msg=name)
@@ -297,11 +299,11 @@ def test_smc_of_language_models_is_traced_once_and_its_weights_are_those_of_its_
         alone = decoding.log_prob(base, base_params, RNG, prompts, drawn.tokens, drawn.mask).log_prob
         np.testing.assert_allclose(drawn.log_prob_ref, alone, rtol=2e-4, atol=2e-5)
         score = reward(params["reward"], *decoding.join(prompts, drawn), jnp.arange(5))
-        np.testing.assert_allclose(found.reward[:, j], score, rtol=1e-4, atol=1e-5)
-    single = generate(policy, reward, params, prompts, n=4, resample_below=0.0)
-    scored = (single.completions.log_prob_ref - single.completions.log_prob).sum(-1)
+        np.testing.assert_allclose(found.info.reward[:, j], score, rtol=1e-4, atol=1e-5)
+    single = generate(policy, reward, {**params, "ess_threshold": 0.0}, prompts, n=4)
+    scored = (single.info.samples.log_prob_ref - single.info.samples.log_prob).sum(-1)
     np.testing.assert_allclose(
-        single.log_weight, scored + single.reward / params["beta"][:, None], rtol=1e-4, atol=1e-4
+        single.info.log_weight, scored + single.info.reward / params["beta"][:, None], rtol=1e-4, atol=1e-4
     )
 
 
@@ -322,14 +324,14 @@ def test_smc_of_a_model_with_a_reference_and_of_nested_candidates(prompts):
         (both, {"policy": tuned, "reference": reference}, reference, False),
         (nested, tilted, tuned, True),
     ):
-        arguments = {"policy": own, "reward": judge_params, "beta": 1.5}
-        found = generate(policy, reward, arguments, prompts, n=2, resample_below=0.0)
+        arguments = {"policy": own, "reward": judge_params, "beta": 1.5, "ess_threshold": 0.0}
+        found = generate(policy, reward, arguments, prompts, n=2)
         for j in range(2):
-            drawn = jax.tree.map(lambda x, j=j: x[:, j], found.completions)
+            drawn = jax.tree.map(lambda x, j=j: x[:, j], found.info.samples)
             ref = decoding.log_prob(base, below, RNG, prompts, drawn.tokens, drawn.mask).log_prob.sum(1)
-            weight = ref - drawn.log_prob.sum(1) + found.reward[:, j] / 1.5
-            np.testing.assert_allclose(found.log_weight[:, j], weight, rtol=1e-4, atol=1e-4)
-        np.testing.assert_array_equal(found.truncated_support, truncated)
+            weight = ref - drawn.log_prob.sum(1) + found.info.reward[:, j] / 1.5
+            np.testing.assert_allclose(found.info.log_weight[:, j], weight, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(found.info.truncated_support, truncated)
 
 
 def test_smc_of_a_prompt_alone_is_what_it_is_in_a_batch(prompts):
@@ -337,19 +339,16 @@ def test_smc_of_a_prompt_alone_is_what_it_is_in_a_batch(prompts):
     whole = generate(policy, reward, params, prompts)
     last = TokenBatch(prompts.tokens[3:4], prompts.mask[3:4], jnp.array([3]))
     alone = generate(policy, reward, {**params, "beta": params["beta"][3]}, last)
+    np.testing.assert_array_equal(alone.info.samples.tokens[0], whole.info.samples.tokens[3])
     np.testing.assert_array_equal(alone.completions.tokens[0], whole.completions.tokens[3])
-    np.testing.assert_array_equal(alone.pick.tokens[0], whole.pick.tokens[3])
-    np.testing.assert_allclose(alone.log_weight[0], whole.log_weight[3], rtol=1e-4, atol=1e-4)
-    assert int(alone.resamplings[0]) == int(whole.resamplings[3])
+    np.testing.assert_allclose(alone.info.log_weight[0], whole.info.log_weight[3], rtol=1e-4, atol=1e-4)
+    assert int(alone.info.resamplings[0]) == int(whole.info.resamplings[3])
 
 
 def test_smc_refuses_what_is_no_request(prompts):
     policy, reward, params = models()
     for changes, message in (
-        ({"n": 0}, "particles: expected at least 1, found 0"),
-        ({"resample_below": 1.5}, r"resample_below: expected a value in \[0, 1\], found 1.5"),
-        ({"resample_below": float("nan")}, "resample_below"),
-        ({"resample_below": jnp.ones(5)}, r"resample_below: expected a scalar, found shape \(5,\)"),
+        ({"n": 0}, "num_particles: expected at least 1, found 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1"),
         ({"eos_ids": (11,)}, "eos_ids"),
     ):
@@ -357,6 +356,13 @@ def test_smc_refuses_what_is_no_request(prompts):
             generate(policy, reward, params, prompts, **changes)
     with pytest.raises(ValueError, match="beta: expected a value > 0"):
         generate(policy, reward, {**params, "beta": 0.0}, prompts)
+    for below, message in (
+        (1.5, r"ess_threshold: expected a value in \[0, 1\], found 1.5"),
+        (float("nan"), "ess_threshold"),
+        (jnp.ones(4), r"ess_threshold: expected a scalar or shape \(5,\), one per prompt, found shape \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(policy, reward, {**params, "ess_threshold": below}, prompts)
     with pytest.raises(ValueError, match=r"beta: expected a scalar or shape \(5,\)"):
         generate(policy, reward, {**params, "beta": jnp.ones(4)}, prompts)
     with pytest.raises(ValueError, match="params: expected an entry 'beta'"):

@@ -259,14 +259,14 @@ def test_tables_that_do_not_fit_are_refused():
         decoding.sample(tree.policy(t), jnp.stack([base, base]), exact.RNG, tree.prompts(3), **arguments)
     both = {"policy": base, "reward": jnp.stack([reward, reward])}
     with pytest.raises(ValueError, match="reward: expected a table with a row for each prompt's index"):
-        decoding.best_of_n(tree.policy(t), tree.reward(t), both, exact.RNG, tree.prompts(3), n=2, **arguments)
+        decoding.best_of_n(tree.policy(t), tree.reward(t), both, exact.RNG, tree.prompts(3), num_samples=2, **arguments)
     both["reward"] = reward[1:]
     with pytest.raises(ValueError, match="reward: expected a table of shape"):
-        decoding.best_of_n(tree.policy(t), tree.reward(t), both, exact.RNG, tree.prompts(3), n=2, **arguments)
+        decoding.best_of_n(tree.policy(t), tree.reward(t), both, exact.RNG, tree.prompts(3), num_samples=2, **arguments)
     # A response that is cut short earns nothing that could be compared.
     both["reward"], arguments["max_new_tokens"] = reward, 1
     with pytest.raises(ValueError, match="reward: expected numbers, found NaN for prompts"):
-        decoding.best_of_n(tree.policy(t), tree.reward(t), both, exact.RNG, tree.prompts(8), n=2, **arguments)
+        decoding.best_of_n(tree.policy(t), tree.reward(t), both, exact.RNG, tree.prompts(8), num_samples=2, **arguments)
 
 
 def test_cd_T10_blockwise_law():

@@ -54,8 +54,8 @@ def run(config: Config) -> list[dict[str, Any]]:
                 both,
                 jax.random.key(seed),
                 inputs,
-                candidates=candidates,
-                block=config.block,
+                num_samples=candidates,
+                block_size=config.block,
                 max_new_tokens=config.new,
                 eos_ids=(),
             )

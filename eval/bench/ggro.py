@@ -59,21 +59,20 @@ def run(config: Config) -> list[dict[str, Any]]:
         singles = [TokenBatch(batch.tokens[i : i + 1], batch.mask[i : i + 1], jnp.array([i])) for i in range(size)]
         threshold = _threshold(lm, params, batch, config)
 
-        def decode(prompts: Any, threshold: Any = threshold) -> decoding.Nudged:
+        def decode(prompts: Any, threshold: Any = threshold) -> decoding.GGROInfo:
             found = decoding.ggro(
                 policy,
                 None,
                 gain,
-                {"policy": params, "reward": judge_params},
+                {"policy": params, "reward": judge_params, "entropy_threshold": threshold},
                 jax.random.key(1),
                 prompts,
-                candidates=config.candidates,
-                threshold=threshold,
+                num_samples=config.candidates,
                 max_new_tokens=config.new,
                 eos_ids=(),
                 top_k=min(config.k, lm.vocab_size),
             )
-            return jax.block_until_ready(found)
+            return jax.block_until_ready(found).info
 
         def together(inputs: Any = inputs, decode: Any = decode) -> None:
             decode(inputs)
@@ -87,8 +86,9 @@ def run(config: Config) -> list[dict[str, Any]]:
         found = decode(inputs)
         row: dict[str, Any] = {"batch": size} | {f"{name} s/prompt": s / size for name, s in seconds.items()}
         row["speed"] = seconds["alone"] / seconds["batch"]
-        means = {name: float(np.mean(getattr(found, name))) for name in ("segments", "tokens", "scored", "gradients")}
-        rows.append(row | means)
+        means = {"segments": found.segments, "tokens": found.policy_steps}
+        means |= {"scored": found.reward_passes, "gradients": found.gradient_passes}
+        rows.append(row | {name: float(np.mean(value)) for name, value in means.items()})
     common.report("ggro", rows, config.out)
     return rows
 

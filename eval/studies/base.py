@@ -72,10 +72,10 @@ def respond(
             {"policy": params, "reward": world.judge[1]},
             jax.random.key(seed),
             prompts,
-            n=n,
+            num_samples=n,
             max_new_tokens=opinions.MAX_NEW_TOKENS,
             eos_ids=world.base[0].config.eos_ids,
-        )
+        ).info
         assert drawn.samples.kl is not None
         kept = drawn.samples.tokens, drawn.samples.mask, drawn.reward, drawn.samples.kl.sum(-1)
         parts.append([np.asarray(x)[: len(part)] for x in kept])
@@ -137,14 +137,14 @@ def accepted(
             params,
             jax.random.key(1000 * seed + k),
             prompts,
-            tries=TRIES,
+            max_tries=TRIES,
             chunk=32,
             max_new_tokens=opinions.MAX_NEW_TOKENS,
             eos_ids=eos_ids,
         )
         kept = found.completions.tokens, found.completions.mask, score(world.judge[1], prompts, found.completions)
         drawn.append([np.asarray(x)[: len(rows)] for x in kept])
-        shares.append(np.asarray(found.accepted)[: len(rows)])
+        shares.append(np.asarray(found.info.accepted)[: len(rows)])
     tokens, mask, proxy = (np.stack(x, axis=1) for x in zip(*drawn, strict=True))
     return judge(world, rows, tokens, mask, proxy, np.zeros_like(proxy)), float(np.mean(shares))
 

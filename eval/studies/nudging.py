@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import commands, data, decoding, policies, rewards
-from jaxalign.types import Array, Completions, Params
+from jaxalign.types import Array, Completions, Decoded, Params
 from jaxalign.worlds import opinions
 
 from . import base, common
@@ -48,8 +48,10 @@ class Found(NamedTuple):
     passes: np.ndarray
 
 
-def next_of_all(params: Params, tokens: Array, mask: Array, length: Array, position: Array, candidates: Array) -> Array:
-    """A gain that proposes the candidate after the one that stands at `position`: nudging tries them all."""
+def next_of_all(
+    params: Params, tokens: Array, mask: Array, prompt_length: Array, position: Array, candidates: Array
+) -> Array:
+    """A token score that proposes the candidate after the one that stands at `position`: nudging tries them all."""
     stands = candidates == jnp.take_along_axis(tokens, position[:, None], axis=1)
     return jnp.roll(stands, 1, axis=1).at[:, 0].set(False).astype(jnp.float32)
 
@@ -89,11 +91,11 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
     both = {"policy": world.base[1], "reward": world.judge[1]}
     rng = jax.random.key(config.seed)
     options: dict[str, Any] = {"max_new_tokens": opinions.MAX_NEW_TOKENS, "eos_ids": eos_ids}
-    segments: dict[str, Any] = {"threshold": config.entropy, "top_k": config.top_k}
+    guided = both | {"entropy_threshold": config.entropy}
     score = jax.jit(lambda p, prompts, drawn: reward(p, *decoding.join(prompts, drawn), jnp.arange(len(world.ids))))
 
-    def first_above(params: Params, tries: int) -> decoding.Rejection:
-        return decoding.first_above(policy, reward, params, rng, prompts, tries=tries, chunk=1, **options)
+    def first_above(params: Params, tries: int) -> Decoded[decoding.RejectionInfo]:
+        return decoding.first_above(policy, reward, params, rng, prompts, max_tries=tries, chunk=1, **options)
 
     def judged(drawn: Completions, passes: np.ndarray) -> Found:
         proxy = np.asarray(score(world.judge[1], prompts, drawn))
@@ -113,41 +115,45 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
     # A sample: its tokens once through the model, prompt and response through the reward.
     each = float(length.mean()) + 2 * response
     for forms in config.forms:
-        found = decoding.ggro(policy, None, gain, both, rng, prompts, candidates=forms, **segments, **options)
-        passes = nudging_passes(found, length)
+        found = decoding.ggro(
+            policy, None, gain, guided, rng, prompts, num_samples=forms, top_k=config.top_k, **options
+        )
+        passes = nudging_passes(found.info, length)
         rows.append(row("GGRO", forms, judged(found.completions, passes)))
         n = max(round(float(passes.mean()) / each), 1)
-        best = decoding.best_of_n(policy, reward, both, rng, prompts, n=n, **options).best
+        best = decoding.best_of_n(policy, reward, both, rng, prompts, num_samples=n, **options).completions
         rows.append(row("best-of-n", forms, judged(best, np.full(len(length), n * each)), n))
-        limited = both | {"threshold": goal["proxy"]}
+        limited = both | {"reward_threshold": goal["proxy"]}
         # As many tries on average as the others have: rows that accept early leave theirs to those that do not. With a
         # higher limit the same draws go on, so that the tries for every limit are known from the highest.
         most = 4 * n
-        needed = np.asarray(first_above(limited, most).tries)
+        needed = np.asarray(first_above(limited, most).info.tries)
         tries = max(t for t in range(1, most + 1) if np.minimum(needed, t).mean() * each <= passes.mean() or t == 1)
         first = first_above(limited, tries)
-        cost = np.asarray(first.tries) * each
+        cost = np.asarray(first.info.tries) * each
         rows.append(row("rejection", forms, judged(first.completions, cost), tries))
     every_token = decoding.ggro(
         policy,
         reward,
         next_of_all,
-        both | {"gain": None},
+        guided | {"gradient": None},
         rng,
         prompts,
-        candidates=config.top_k + 1,
-        **segments,
+        num_samples=config.top_k + 1,
+        top_k=config.top_k,
         **options,
     )
-    rows.append(row("exhaustive", None, judged(every_token.completions, nudging_passes(every_token, length))))
+    rows.append(row("exhaustive", None, judged(every_token.completions, nudging_passes(every_token.info, length))))
     return rows
 
 
-def nudging_passes(found: decoding.Nudged, prompt: np.ndarray) -> np.ndarray:
+def nudging_passes(found: decoding.GGROInfo, prompt: np.ndarray) -> np.ndarray:
     """Tokens through models [B]: the policy's steps, the same tokens through the reward, and twice more of them for the
     share of the forms whose gradient is taken; the prompt once."""
-    tokens, scored, gradients = (np.asarray(getattr(found, name), float) for name in ("tokens", "scored", "gradients"))
-    return tokens * (2 + 2 * gradients / np.maximum(scored, 1)) + prompt
+    steps, scored, gradients = (
+        np.asarray(x, float) for x in (found.policy_steps, found.reward_passes, found.gradient_passes)
+    )
+    return steps * (2 + 2 * gradients / np.maximum(scored, 1)) + prompt
 
 
 STYLES = {

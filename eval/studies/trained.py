@@ -225,7 +225,9 @@ def _draw(config: Config, setting: Setting, params: Params) -> Drawn:
         # Another stream for the base than for the policies: equal draws would be ties.
         rng = jax.random.fold_in(jax.random.key(config.seed), int(params is setting.base))
         options: dict[str, Any] = {"max_new_tokens": config.limit, "eos_ids": setting.eos_ids}
-        found = decoding.best_of_n(setting.policy, setting.reward, both, rng, prompts, n=config.responses, **options)
+        found = decoding.best_of_n(
+            setting.policy, setting.reward, both, rng, prompts, num_samples=config.responses, **options
+        ).info
         assert found.samples.kl is not None
         kept = found.reward, found.samples.tokens, found.samples.mask, found.samples.kl.sum(-1)
         paid, tokens, mask, kl = (np.asarray(x)[: len(part)] for x in kept)

@@ -96,7 +96,7 @@ def draw(
     likely = is_supported(jnp.take_along_axis(below.log_prob, tokens, axis=1)).reshape(-1)
     lost = _unmoved(~(ended | likely), before, after)
     after, output, length, ended, lost = repeat_rows((after, output, length, ended, lost), n)
-    _, _, drawn = rollout.rollout(
+    drawn = rollout.rollout(
         baseline._replace(step=step),
         model,
         jax.random.key(0),  # the rows' streams tell the draws apart
@@ -108,7 +108,7 @@ def draw(
         rows=_streams(state, tokens, n),
         limits=limit - length - 1,
         last_step=False,
-    )
+    ).completions
     lost |= jnp.isnan(drawn.log_prob).any(axis=1)
     text, mask = (x.reshape(batch, count, n, steps) for x in (drawn.tokens, drawn.mask))
     return Drawn(text, mask, lost.reshape(batch, count, n))

@@ -1,20 +1,48 @@
-"""Decoders: from a Policy to responses."""
+"""Decoders: from a Policy to responses.
 
-from jaxalign.decoding._best_of_n import best_of_n, join
-from jaxalign.decoding._blockwise import blockwise
-from jaxalign.decoding._cards import Cards, cards
-from jaxalign.decoding._ggro import Nudged, ggro
-from jaxalign.decoding._quest import Chain, quest
-from jaxalign.decoding._rejection import Rejection, first_above, rejection
+`sample` and `log_prob` give Completions. Every other decoder gives `types.Decoded`: the response kept for each prompt,
+its KL with the kind of number that is, and an info of its own. Arguments come as (policy, reward or critic, params,
+rng, prompts, *, keywords). What may differ per prompt is an entry of params, a dict or the decoder's Params; what sets
+a shape or a count is a keyword:
+
+    num_samples     responses, continuations or candidates      max_new_tokens  T
+    num_particles   of smc                                      eos_ids         an id, ids, or the policy's own
+    num_steps       moves of quest                              block_size      tokens between two selections
+    max_tries       of rejection, first_above and cards         temperature     put on the policy from outside
+
+Parts of decoders are functions to pass: `resampling` schemes and rules for smc, `stopping` rules of segments for cards
+and ggro, `Cut` for quest.
+"""
+
+from jaxalign.decoding import resampling, stopping
+from jaxalign.decoding._best_of_n import BestOfNInfo, BestOfNParams, best_of_n
+from jaxalign.decoding._blockwise import BlockwiseInfo, BlockwiseParams, blockwise
+from jaxalign.decoding._cards import CardsInfo, CardsParams, cards
+from jaxalign.decoding._ggro import GGROInfo, GGROParams, ggro
+from jaxalign.decoding._kl import sum_of_steps, surprisal
+from jaxalign.decoding._quest import Cut, QuestInfo, QuestParams, quest, uniform_cut
+from jaxalign.decoding._rejection import FirstAboveParams, RejectionInfo, RejectionParams, first_above, rejection
+from jaxalign.decoding._request import join
 from jaxalign.decoding._sampling import log_prob, sample
-from jaxalign.decoding._smc import Particles, smc
+from jaxalign.decoding._smc import SMCInfo, SMCParams, smc
 
 __all__ = [
-    "Cards",
-    "Chain",
-    "Nudged",
-    "Particles",
-    "Rejection",
+    "BestOfNInfo",
+    "BestOfNParams",
+    "BlockwiseInfo",
+    "BlockwiseParams",
+    "CardsInfo",
+    "CardsParams",
+    "Cut",
+    "FirstAboveParams",
+    "GGROInfo",
+    "GGROParams",
+    "QuestInfo",
+    "QuestParams",
+    "RejectionInfo",
+    "RejectionParams",
+    "SMCInfo",
+    "SMCParams",
     "best_of_n",
     "blockwise",
     "cards",
@@ -24,6 +52,11 @@ __all__ = [
     "log_prob",
     "quest",
     "rejection",
+    "resampling",
     "sample",
     "smc",
+    "stopping",
+    "sum_of_steps",
+    "surprisal",
+    "uniform_cut",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,89 +11,166 @@ import numpy as np
 
 from jaxalign import rollout
 from jaxalign._arrays import where_rows
-from jaxalign._checks import entry, is_concrete
-from jaxalign.decoding._best_of_n import check_scores, open_request, score_completions
-from jaxalign.decoding._segments import entropy
+from jaxalign._checks import is_concrete
+from jaxalign.decoding import _kl
+from jaxalign.decoding._request import (
+    Decode,
+    EosIds,
+    Tokenizer,
+    check_scores,
+    count,
+    number,
+    open_params,
+    open_request,
+    optional_reward,
+    score_completions,
+    uniform_per_prompt,
+)
+from jaxalign.decoding.stopping import SegmentRule, entropy_reaches
 from jaxalign.prompts import prompt_index
-from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, Prompts, Reward, State, StepOutput
+from jaxalign.types import (
+    Array,
+    ArrayLike,
+    Completions,
+    Decoded,
+    Params,
+    Policy,
+    Prompts,
+    Reward,
+    State,
+    StepOutput,
+    TextReward,
+)
 
 
-class Cards(NamedTuple):
-    """completions: Completions [B,T]; reward [B], of the whole response; segments [B]: kept ones; tries [B]: proposed
-    ones, which is as many calls of the reward; capped [B]: segments kept without passing, after the last try; steps
-    [B]: tokens drawn, those thrown away included; kl_bound [B]: an estimate of a bound on the KL to the policy [nats],
-    whose mean over draws is Σ over segments of −log Pr(a proposal passes), or of log K − (K−1)/K for the best of K."""
+class CardsParams(NamedTuple):
+    """Parameters of `cards`; a dict of the same names is accepted. All but the first two are scalars or [B]."""
 
-    completions: Completions
+    policy: Params
+    """The policy's."""
+    reward: Params
+    """The reward's."""
+    beta: ArrayLike
+    """Softness of the test [reward], > 0."""
+    reward_threshold: ArrayLike
+    """The reward that a segment has to reach at the end of the response."""
+    entropy_threshold: ArrayLike
+    """The predictive entropy [nats] that ends a segment, >= 0; 0 makes every token a segment, infinity the whole
+    response."""
+    reward_start: ArrayLike | None = None
+    """The goal at the prompt, which rises from there to reward_threshold over the response; None: constant."""
+
+
+class CardsInfo(NamedTuple):
+    """What each response took."""
+
     reward: Array
+    """[B], of the whole response."""
     segments: Array
+    """[B], kept ones."""
     tries: Array
+    """[B], proposed segments, which is as many calls of the reward."""
     capped: Array
-    steps: Array
-    kl_bound: Array
+    """[B], segments kept without passing, after the last try."""
+    policy_steps: Array
+    """[B], tokens drawn, those thrown away included."""
 
 
 def cards(
     policy: Policy,
-    reward: Reward,
+    reward: Reward | TextReward,
     params: Params,
     rng: Array,
     prompts: Prompts,
     *,
     max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    tries: int = 20,
+    eos_ids: EosIds = None,
+    temperature: ArrayLike = 1.0,
+    max_tries: int = 20,
     min_segment: int = 1,
     max_segment: int | None = None,
-    temperature: ArrayLike = 1.0,
-) -> Cards:
-    """Segment by segment from the policy, each proposed until it passes (CARDS, arXiv 2406.16306). A segment ends
-    before the first token whose predictive entropy reaches `entropy`, with the response, or at max_segment tokens; with
-    the text so far it passes with probability
+    segment_rule: SegmentRule = entropy_reaches,
+    tokenizer: Tokenizer | Decode | None = None,
+) -> Decoded[CardsInfo]:
+    """Draws a response segment by segment from the policy, each proposed until it passes (CARDS, arXiv 2406.16306). A
+    segment ends before the first token whose predictive entropy reaches entropy_threshold, with the response, or at
+    max_segment tokens; with the text so far it passes with probability
 
         min(1, exp((r(x, y_1..y_n) − r*_n)/beta)),   r*_n = start + (threshold − start)·n/T.
 
-    After `tries` proposals the one of highest reward is kept, whatever it is (as the paper's code does). No law is
+    After max_tries proposals the one of highest reward is kept, whatever it is (as the paper's code does). No law is
     claimed: the reward of an unfinished text is no value, and the segments are accepted one at a time. The reward must
     be defined for unfinished text.
 
-    The rows go on by themselves; one round steps every row that is not done through one proposal and takes one reward
-    of each. Memory: three sets of B states (at the segment's start, of the proposal, and of the best proposal).
+    Rows do not wait for each other; one round steps every row that is not done through one proposal and takes one
+    reward of each. Memory: three sets of B states (at the segment's start, of the proposal, and of the best proposal).
 
     Args:
-      params: {"policy", "reward", "beta": scalar or [B] > 0, "threshold": scalar or [B], "entropy": scalar or [B] >= 0,
-        in nats; 0 makes every token a segment, infinity the whole response}, and if wanted {"start": scalar or [B]},
-        which lets the goal rise over the response; constant without it. The code's settings: entropy 3, beta 0.7,
-        segments of 4 to 64 tokens, start halfway from the prompt's own reward to the threshold, which is 8.5 for its
-        reward model.
+      params: CardsParams, or {"policy", "reward", "beta", "reward_threshold", "entropy_threshold"} and if wanted
+        {"reward_start"}. The code's settings: entropy 3, beta 0.7, segments of 4 to 64 tokens, start halfway from the
+        prompt's own reward to the threshold, which is 8.5 for its reward model.
       rng: consumed. A prompt's response depends on rng and its index alone.
-      tries: >= 1, for each segment.
+      max_tries: >= 1, for each segment.
       min_segment, max_segment: tokens; max_segment None for no limit but max_new_tokens.
+      segment_rule: where a segment ends, a function of `stopping`.
+      policy, reward, prompts, max_new_tokens, eos_ids, temperature, tokenizer: as `best_of_n`.
 
-    ValueError: sizes below 1 or in the wrong order, beta <= 0, entropy < 0, a threshold or start that is not a finite
-    number, a reward that is NaN, and those of `best_of_n`.
+    Returns:
+      Decoded: the responses [B,T]; as KL an estimate of a bound on the KL to the policy, whose mean over draws is Σ
+      over segments of −log Pr(a proposal passes), or of log K − (K−1)/K for the best of K; CardsInfo.
+
+    Raises:
+      ValueError: sizes below 1 or in the wrong order, beta <= 0, entropy_threshold < 0, a reward threshold or start
+        that is not a finite number, a reward that is NaN, and those of `best_of_n`.
     """
-    if tries < 1:
-        raise ValueError(f"tries: expected at least 1, found {tries}")
-    longest = max_new_tokens if max_segment is None else max_segment
-    if min_segment < 1 or (max_segment is not None and longest < min_segment):
-        raise ValueError(
-            f"min_segment, max_segment: expected 1 <= min_segment <= max_segment, found {min_segment} and {max_segment}"
-        )
-    goals = params if "start" in params else params | {"start": entry(params, "threshold")}
-    for name in ("threshold", "start"):
-        value = entry(goals, name)
+    max_tries = count("max_tries", max_tries)
+    max_new_tokens = count("max_new_tokens", max_new_tokens)
+    shortest = count("min_segment", min_segment)
+    longest = max_new_tokens if max_segment is None else count("max_segment", max_segment)
+    if max_segment is not None and longest < shortest:
+        raise ValueError(f"min_segment, max_segment: expected min_segment <= max_segment, found {shortest} > {longest}")
+    names = ("beta", "reward_threshold", "entropy_threshold", "reward_start")
+    given = open_params(params, ("policy", "reward", *names[:3]), {"reward_start": None, **optional_reward(reward)})
+    if given["reward_start"] is None:
+        given["reward_start"] = given["reward_threshold"]
+    for name in ("reward_threshold", "reward_start"):
+        value = number(name, given[name])
         if is_concrete(value) and not np.all(np.isfinite(np.asarray(value))):
             raise ValueError(f"{name}: expected finite numbers, found {np.asarray(value)}")
-    level = entry(params, "entropy")
+    level = number("entropy_threshold", given["entropy_threshold"])
     if is_concrete(level) and not np.all(np.asarray(level) >= 0):
-        raise ValueError(f"entropy: expected a value >= 0, found {np.asarray(level)}")
-    names = ("beta", "threshold", "entropy", "start")
-    asked = open_request(policy, reward, goals, prompts, max_new_tokens, eos_ids, temperature, per_prompt=names)
-    sizes = (tries, min_segment, longest)
-    found, nan = _cards(asked.policy, reward, asked.params, rng, asked.prompts, max_new_tokens, asked.eos_ids, sizes)
-    check_scores(jnp.where(nan, jnp.nan, found.reward)[:, None])
+        raise ValueError(f"entropy_threshold: expected a value >= 0, found {np.asarray(level)}")
+    request = open_request(
+        policy,
+        reward,
+        given,
+        prompts,
+        max_new_tokens,
+        eos_ids,
+        temperature,
+        per_prompt=names,
+        tokenizer=tokenizer,
+    )
+    found, nan = _cards(
+        request.policy,
+        request.reward,
+        request.params,
+        rng,
+        request.prompts,
+        max_new_tokens,
+        request.eos_ids,
+        _Sizes(max_tries, shortest, min(longest, max_new_tokens), request.tempered),
+        segment_rule,
+    )
+    check_scores(jnp.where(nan, jnp.nan, found.info.reward)[:, None])
     return found
+
+
+class _Sizes(NamedTuple):
+    max_tries: int
+    min_segment: int
+    max_segment: int
+    tempered: bool
 
 
 class _Draft(NamedTuple):
@@ -106,6 +183,16 @@ class _Draft(NamedTuple):
     records: dict[str, Array]  # each [B,T]
 
 
+class _Statistics(NamedTuple):
+    """Sums over the segments so far, [B]."""
+
+    kl_bound: Array
+    segments: Array
+    tries: Array
+    capped: Array
+    policy_steps: Array
+
+
 class _Round(NamedTuple):
     number: Array
     kept: _Draft
@@ -113,11 +200,11 @@ class _Round(NamedTuple):
     best_reward: Array
     attempt: Array  # [B], proposals of this segment so far
     reward: Array  # [B], of kept
-    statistics: dict[str, Array]
+    statistics: _Statistics
     nan: Array  # [B]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7, 8))
 def _cards(
     policy: Policy,
     reward: Reward,
@@ -126,92 +213,94 @@ def _cards(
     prompts: Prompts,
     limit: int,
     eos_ids: tuple[int, ...],
-    sizes: tuple[int, int, int],
-) -> tuple[Cards, Array]:
-    tries, min_segment, max_segment = sizes
-    harmonic = jnp.cumsum(jnp.concatenate([jnp.zeros(1), 1 / jnp.arange(1.0, tries + 1)]))
+    sizes: _Sizes,
+    segment_rule: SegmentRule,
+) -> tuple[Decoded[CardsInfo], Array]:
+    max_tries = sizes.max_tries
     start, draws, moves, coins = jax.random.split(rng, 4)
     index = prompt_index(prompts)
     batch = index.shape[0]
-    rows = jnp.arange(batch)
+    rows, columns = jnp.arange(batch), jnp.arange(sizes.max_segment)
+
+    def ends(t: Array, output: StepOutput) -> Array:
+        """Rows whose segment of t + 1 tokens ends here."""
+        cut = segment_rule(output, params["entropy_threshold"])
+        return (cut & (t + 1 >= sizes.min_segment)) | (t + 1 >= sizes.max_segment)
 
     def propose(number: Array, kept: _Draft) -> _Draft:
-        """One segment more for every row that is not finished. A row's rounds are numbered alike whatever is beside it:
-        all rows take part until they are finished."""
-        key, own = jax.random.fold_in(draws, number), jax.random.fold_in(moves, number)
-
-        def body(carry: tuple[Array, _Draft, Array]) -> tuple[Array, _Draft, Array]:
-            t, draft, ended = carry
-            token = rollout.draw_rows(draft.output.log_prob, jax.random.fold_in(key, t), index[:, None])
-            new = rollout.record(draft.output, token, ~ended)
-            slot = jnp.where(ended, limit, draft.length)
-            records = {
-                name: value.at[rows, slot].set(new[name].astype(value.dtype), mode="drop")
-                for name, value in draft.records.items()
-            }
-            length = draft.length + ~ended
-            finished = draft.finished | (~ended & (rollout.is_eos(token, eos_ids) | (length >= limit)))
-            still = ended | finished
-            step = jax.random.fold_in(own, t)
-            state, output = policy.step(params["policy"], step, draft.state, jnp.where(still, -1, token))
-            # A row that stands still has no output of its own; the next segment begins with the one it had.
-            output = where_rows(still, draft.output, output)
-            cut = entropy(output.log_prob) >= params["entropy"]
-            ended = still | (cut & (t + 1 >= min_segment)) | (t + 1 >= max_segment)
-            return t + 1, _Draft(state, output, finished, length, records), ended
-
-        carry = (jnp.zeros((), jnp.int32), kept, kept.finished)
-        return jax.lax.while_loop(lambda c: ~c[2].all(), body, carry)[1]
+        """One segment more for every row that is not finished. A row's rounds are numbered alike whatever the other
+        rows do: all take part until they are finished."""
+        rolled = rollout.rollout(
+            policy,
+            params["policy"],
+            jax.random.fold_in(draws, number),
+            kept.state,
+            kept.output,
+            steps=sizes.max_segment,
+            eos_ids=eos_ids,
+            finished=kept.finished,
+            rows=index[:, None],
+            limits=limit - kept.length,
+            step_rng=jax.random.fold_in(moves, number),
+            keep_output=True,
+            hooks=rollout.Hooks(after_step=ends),
+        )
+        drawn = rolled.completions
+        slots = jnp.where(drawn.mask, kept.length[:, None] + columns, limit)
+        records = {
+            name: value.at[rows[:, None], slots].set(getattr(drawn, name), mode="drop")
+            for name, value in kept.records.items()
+        }
+        length = kept.length + drawn.mask.sum(axis=1)
+        return _Draft(rolled.state, rolled.output, drawn.finished | (length >= limit), length, records)
 
     def score(draft: _Draft) -> Array:
         text = Completions(**draft.records, finished=draft.finished, truncated=~draft.finished)
         return score_completions(reward, params["reward"], prompts["reward"], text)
 
-    def uniform(number: Array) -> Array:
-        key = jax.random.fold_in(coins, number)
-        return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(index)
-
-    def round_(carry: _Round) -> _Round:
+    def attempt_segment(carry: _Round) -> _Round:
         kept, active = carry.kept, ~carry.kept.finished
         draft = propose(carry.number, kept)
         found = score(draft)
         share = draft.length / limit
-        goal = params["start"] + (params["threshold"] - params["start"]) * share
-        accept = jnp.log(uniform(carry.number)) < (found - goal) / params["beta"]
+        goal = params["reward_start"] + (params["reward_threshold"] - params["reward_start"]) * share
+        accept = jnp.log(uniform_per_prompt(coins, carry.number, index)) < (found - goal) / params["beta"]
         attempt = carry.attempt + 1
         better = (carry.attempt == 0) | (found > carry.best_reward)
         best, best_reward = where_rows(better, (draft, found), (carry.best, carry.best_reward))
-        forced = ~accept & (attempt >= tries)
-        chosen, paid = where_rows(accept, (draft, found), (best, best_reward))
+        forced = ~accept & (attempt >= max_tries)
+        chosen, chosen_reward = where_rows(accept, (draft, found), (best, best_reward))
         moved = active & (accept | forced)
-        # A segment that passes with probability a has KL <= −log a, and n tries have E[1 + 1/2 + … + 1/(n−1)] = −log a.
-        bound = jnp.where(forced, np.log(tries) - (tries - 1) / tries, harmonic[attempt - 1])
-        counts = {
-            "kl_bound": jnp.where(moved, bound, 0).astype(paid.dtype),
-            "segments": moved,
-            "tries": active,
-            "capped": active & forced,
-            "steps": jnp.where(active, draft.length - kept.length, 0),
-        }
+        # A segment that passes with probability a has KL <= −log a, which the tries estimate.
+        passed = _kl.surprise_of_tries(attempt, max_tries, found.dtype)
+        bound = jnp.where(forced, _kl.selection_bound(max_tries), passed)
+        counts = _Statistics(
+            kl_bound=jnp.where(moved, bound, 0).astype(found.dtype),
+            segments=moved,
+            tries=active,
+            capped=active & forced,
+            policy_steps=jnp.where(active, draft.length - kept.length, 0),
+        )
         return _Round(
             carry.number + 1,
             where_rows(moved, chosen, kept),
             best,
             best_reward,
             jnp.where(moved, 0, attempt),
-            jnp.where(moved, paid, carry.reward),
-            {name: carry.statistics[name] + value for name, value in counts.items()},
+            jnp.where(moved, chosen_reward, carry.reward),
+            jax.tree.map(lambda total, new: total + new, carry.statistics, counts),
             carry.nan | (active & jnp.isnan(found)),
         )
 
     state, output = policy.init(params["policy"], start, prompts["policy"], limit)
     none, no = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
     empty = _Draft(state, output, no, none, rollout.no_records((batch, limit), output.log_prob.dtype))
-    paid = jnp.zeros(batch, jax.eval_shape(lambda: score(empty)).dtype)
-    statistics: dict[str, Any] = dict.fromkeys(("segments", "tries", "capped", "steps"), none)
-    statistics["kl_bound"] = paid
-    carry = _Round(jnp.zeros((), jnp.int32), empty, empty, paid, none, paid, statistics, no)
-    carry = jax.lax.while_loop(lambda c: ~c.kept.finished.all(), round_, carry)
+    nothing = jnp.zeros(batch, jax.eval_shape(score, empty).dtype)
+    statistics = _Statistics(nothing, none, none, none, none)
+    carry = _Round(jnp.zeros((), jnp.int32), empty, empty, nothing, none, nothing, statistics, no)
+    carry = jax.lax.while_loop(lambda c: ~c.kept.finished.all(), attempt_segment, carry)
     ended = (carry.kept.records["mask"] & rollout.is_eos(carry.kept.records["tokens"], eos_ids)).any(axis=1)
     drawn = Completions(**carry.kept.records, finished=ended, truncated=~ended)
-    return Cards(drawn, carry.reward, **carry.statistics), carry.nan
+    kl_bound, *counts = carry.statistics
+    kl = _kl.segments_bound(kl_bound, tempered=sizes.tempered)
+    return Decoded(drawn, kl, CardsInfo(carry.reward, *counts)), carry.nan

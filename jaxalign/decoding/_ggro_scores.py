@@ -1,82 +1,117 @@
-"""A reward and a gain as one judge of segments, which goes along with the text that is accepted."""
+"""A reward and its token gradient as one scorer of segments, whose state moves with the text that is accepted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32
 from jaxalign.rewards import prefixes
+from jaxalign.rewards.models import TokenScore
+from jaxalign.shapes import Candidates, Choice
 from jaxalign.types import Array, Params, PrefixTokenGradient, Reward, State, TokenBatch
 
-Gain = Callable[..., Array]
-"""(params, tokens [N,L], mask [N,L], prompt_length [N], position [N], candidates [N,K]) -> [N,K]: the first-order score
-g_v of each candidate token v at column `position`, so that g_v − g_current is its gain over the token that stands
-there."""
+
+class ScorerInit(Protocol):
+    """The state of the prompts alone."""
+
+    def __call__(self, params: Params, prompts: TokenBatch, max_new_tokens: int) -> State: ...
 
 
-class Judge(NamedTuple):
-    """What GGRO asks of a segment, params {"reward", "gain"}.
+class ScorerScore(Protocol):
+    """(reward [B], first-order scores [B,k] of the choices in place of the first token, proposal) of segments [B,S];
+    choices [B,k], more []: False gives zeros for the scores."""
 
-    init(params, prompts, max_new_tokens) -> state
-    score(params, state, tokens [B,S], mask [B,S], choices [B,k], more []) -> (reward [B], gain [B,k] of the choices in
-        place of the first token, zeros where `more` is False, proposal)
-    commit(params, state, proposal, choice [B]) -> state: 0 accepts the segment, −1 does not."""
-
-    init: Callable[..., State]
-    score: Callable[..., tuple[Array, Array, State]]
-    commit: Callable[..., State]
+    def __call__(
+        self, params: Params, state: State, tokens: Array, mask: Array, choices: Candidates, more: Array
+    ) -> tuple[Array, Array, State]: ...
 
 
-def judge_of(reward: Reward | None, gain: Gain) -> Judge:
-    """The judge of a reward and a gain; reward None: the one behind the gain, in one pass with it."""
-    slope = prefixes.prefix_token_gradient(gain)
+class ScorerCommit(Protocol):
+    """The state after choice [B]: 0 accepts the segment, −1 does not."""
+
+    def __call__(self, params: Params, state: State, proposal: State, choice: Choice) -> State: ...
+
+
+class Scorer(NamedTuple):
+    """What GGRO asks of a segment, params {"reward", "gradient"}."""
+
+    init: ScorerInit
+    """init(params, prompts, max_new_tokens) -> state."""
+    score: ScorerScore
+    """score(params, state, tokens [B,S], mask [B,S], choices [B,k], more []) -> (reward, scores, proposal)."""
+    commit: ScorerCommit
+    """commit(params, state, proposal, choice [B]) -> state."""
+
+
+class _States(NamedTuple):
+    reward: State
+    gradient: State
+
+
+def scorer_of(reward: Reward | None, gradient: TokenScore) -> Scorer:
+    """The scorer of a reward and its token gradient; reward None: the one behind the gradient, in one pass with it."""
+    slope = prefixes.prefix_token_gradient(gradient)
     if reward is None:
-        return Judge(
-            lambda params, *rest: slope.reward.init(params["gain"], *rest),
-            lambda params, *rest: _both(slope, params["gain"], *rest),
-            lambda params, *rest: slope.reward.commit(params["gain"], *rest),
-        )
+
+        def init_one(params: Params, prompts: TokenBatch, max_new_tokens: int) -> State:
+            return slope.reward.init(params["gradient"], prompts, max_new_tokens)
+
+        def score_one(
+            params: Params, state: State, tokens: Array, mask: Array, choices: Candidates, more: Array
+        ) -> tuple[Array, Array, State]:
+            return _both(slope, params["gradient"], state, tokens, mask, choices, more)
+
+        def commit_one(params: Params, state: State, proposal: State, choice: Choice) -> State:
+            return slope.reward.commit(params["gradient"], state, proposal, choice)
+
+        return Scorer(init_one, score_one, commit_one)
     value = prefixes.prefix_reward(reward)
 
     def init(params: Params, prompts: TokenBatch, max_new_tokens: int) -> State:
-        return {
-            "reward": value.init(params["reward"], prompts, max_new_tokens),
-            "gain": slope.reward.init(params["gain"], prompts, max_new_tokens),
-        }
+        return _States(
+            value.init(params["reward"], prompts, max_new_tokens),
+            slope.reward.init(params["gradient"], prompts, max_new_tokens),
+        )
 
     def score(
-        params: Params, state: State, tokens: Array, mask: Array, choices: Array, more: Array
+        params: Params, state: State, tokens: Array, mask: Array, choices: Candidates, more: Array
     ) -> tuple[Array, Array, State]:
-        paid, own = value.score(params["reward"], state["reward"], tokens[:, None], mask[:, None])
-        _, scores, beside = _both(slope, params["gain"], state["gain"], tokens, mask, choices, more)
-        return at_least_float32(paid[:, 0]), scores, {"reward": own, "gain": beside}
+        found, proposal = value.score(params["reward"], state.reward, tokens[:, None], mask[:, None])
+        _, scores, other = _both(slope, params["gradient"], state.gradient, tokens, mask, choices, more)
+        return at_least_float32(found[:, 0]), scores, _States(proposal, other)
 
-    def commit(params: Params, state: State, proposal: State, choice: Array) -> State:
-        return {
-            "reward": value.commit(params["reward"], state["reward"], proposal["reward"], choice),
-            "gain": slope.reward.commit(params["gain"], state["gain"], proposal["gain"], choice),
-        }
+    def commit(params: Params, state: State, proposal: State, choice: Choice) -> State:
+        return _States(
+            value.commit(params["reward"], state.reward, proposal.reward, choice),
+            slope.reward.commit(params["gradient"], state.gradient, proposal.gradient, choice),
+        )
 
-    return Judge(init, score, commit)
+    return Scorer(init, score, commit)
 
 
 def _both(
-    slope: PrefixTokenGradient, params: Params, state: State, tokens: Array, mask: Array, choices: Array, more: Array
+    slope: PrefixTokenGradient,
+    params: Params,
+    state: State,
+    tokens: Array,
+    mask: Array,
+    choices: Candidates,
+    more: Array,
 ) -> tuple[Array, Array, State]:
-    """(reward [B], gain [B,k], proposal); without the pass back where `more` is False."""
+    """(reward [B], scores [B,k], proposal); without the pass back where `more` is False."""
 
     def with_scores() -> tuple[Array, Array, State]:
-        paid, scores, proposal = slope.score(params, state, tokens, mask, choices)
-        return at_least_float32(paid), at_least_float32(scores), proposal
+        found, scores, proposal = slope.score(params, state, tokens, mask, choices)
+        return at_least_float32(found), at_least_float32(scores), proposal
 
     kind = jax.eval_shape(with_scores)[1]
 
     def alone() -> tuple[Array, Array, State]:
-        paid, proposal = slope.reward.score(params, state, tokens[:, None], mask[:, None])
-        return at_least_float32(paid[:, 0]), jnp.zeros(kind.shape, kind.dtype), proposal
+        found, proposal = slope.reward.score(params, state, tokens[:, None], mask[:, None])
+        return at_least_float32(found[:, 0]), jnp.zeros(kind.shape, kind.dtype), proposal
 
-    return jax.lax.cond(more, with_scores, alone)
+    found: tuple[Array, Array, State] = jax.lax.cond(more, with_scores, alone)
+    return found

@@ -1,4 +1,4 @@
-"""The loop of GGRO: forms of a segment, the best of which is accepted, in all rows at once."""
+"""The loop of GGRO: candidates of a segment, the best of which is accepted, in all rows at once."""
 
 from __future__ import annotations
 
@@ -10,83 +10,118 @@ import jax.numpy as jnp
 
 from jaxalign._arrays import is_supported, where_rows
 from jaxalign.decoding import _segments
-from jaxalign.decoding._ggro_scores import Gain, judge_of
+from jaxalign.decoding._ggro_scores import scorer_of
+from jaxalign.decoding.stopping import SegmentRule
 from jaxalign.prompts import prompt_index
+from jaxalign.rewards.models import TokenScore
 from jaxalign.rollout import token_value
 from jaxalign.types import Array, Completions, Params, Policy, Prompts, Reward, State
 
 
-class Nudged(NamedTuple):
-    """completions: Completions [B,T]; reward [B] of each; segment [B,T]: the number of the segment of each token, −1
-    after the end; nudged [B,T]: True where a token was forced; segments [B]; floor, kept [B,M]: of each segment, the
-    reward with its greedy form and with the form that was kept (0 beyond the last).
+class GGROInfo(NamedTuple):
+    """The segments of each response and what they took. A batch scores its candidates in rounds, each of at least half
+    of the rows that are not done; the others write on."""
 
-    Costs of each row, [B]: tokens: policy steps, of all candidates; scored: reward passes; gradients: gain passes. A
-    batch judges its forms in rounds, each of at least half of the rows that are not done; the others write on."""
-
-    completions: Completions
     reward: Array
+    """[B] of each response."""
     segment: Array
-    nudged: Array
+    """[B,T]: the number of the segment of each token, −1 after the end."""
+    forced: Array
+    """[B,T] bool: a token that the gradient proposed and the policy would not have taken."""
     segments: Array
-    floor: Array
-    kept: Array
-    tokens: Array
-    scored: Array
-    gradients: Array
+    """[B]: how many."""
+    greedy_reward: Array
+    """[B,M] of each segment with its greedy candidate (0 beyond the last)."""
+    kept_reward: Array
+    """[B,M] of each segment with the candidate that was kept (0 beyond the last)."""
+    policy_steps: Array
+    """[B], of all candidates."""
+    reward_passes: Array
+    """[B]: candidates scored."""
+    gradient_passes: Array
+    """[B]: gradients taken."""
 
 
 class Plan(NamedTuple):
+    """What is static of a request."""
+
     steps: int
+    """T."""
     eos_ids: tuple[int, ...]
+    """The ids that end a response."""
     top_k: int
+    """Tokens that may be forced."""
     rule: str
-    shortest: int
+    """How a token is proposed."""
+    min_segment: int
+    """Tokens that a segment has at least."""
+    segment_rule: SegmentRule
+    """Where a segment ends."""
 
 
 class _State(NamedTuple):
-    """Where each row stands, all [B,...]. text: what is accepted, before the segment that is searched, and judge the
-    judge's state there; found: the form that is being written, token its next one to feed (−1: it was judged); best:
-    its best form so far, with the judge's proposal, score its reward, floor that of the greedy form, form the best's
-    number; made: forms so far; pick: the next form's first token, an index of the top_k; tried [B,k]: those that were;
-    bad: a NaN was seen; out: fields of `Nudged`. round []: number of the attempt."""
+    """Where each row is, all [B,...]."""
 
     round: Array
+    """[]: number of the attempt."""
     text: _segments.Text
-    judge: State
-    found: _segments.Text
+    """What is accepted, before the segment that is searched."""
+    scorer: State
+    """The scorer's state there."""
+    candidate: _segments.Text
+    """The candidate that is being written."""
     token: Array
+    """Its next token to feed; −1: it was scored."""
     best: _segments.Text
+    """The best candidate so far."""
     proposal: State
+    """The scorer's proposal of it."""
     score: Array
-    floor: Array
-    form: Array
+    """Its reward."""
+    greedy_reward: Array
+    """The greedy candidate's reward."""
+    best_number: Array
+    """The best candidate's number."""
     made: Array
+    """Candidates so far."""
     pick: Array
+    """The next candidate's first token, an index of the top_k."""
     tried: Array
-    bad: Array
-    out: dict[str, Array]
+    """[B,k]: first tokens that were tried."""
+    nan: Array
+    """Whether a NaN was seen."""
+    info: GGROInfo
+    """Of what is accepted."""
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 6))
 def search(
-    policy: Policy, reward: Reward | None, gain: Gain, params: Params, rng: Array, prompts: Prompts, plan: Plan
-) -> tuple[Nudged, Array]:
+    policy: Policy,
+    reward: Reward | None,
+    gradient: TokenScore,
+    params: Params,
+    rng: Array,
+    prompts: Prompts,
+    plan: Plan,
+) -> tuple[Completions, GGROInfo, Array]:
+    """(responses, info, whether a NaN was seen [B]). params: those of `ggro` and num_samples [], entropy_threshold
+    and temperature [B]."""
     start, moves, proposals = jax.random.split(rng, 3)
     index = prompt_index(prompts)
     batch, steps = index.shape[0], plan.steps
     rows, columns, zero = jnp.arange(batch), jnp.arange(steps), jnp.zeros(batch, jnp.int32)
-    most = -(-steps // plan.shortest)  # segments
-    judge = judge_of(reward, gain)
-    rules = _segments.Rules(params["threshold"], plan.shortest, plan.eos_ids)
+    most = -(-steps // plan.min_segment)  # segments
+    scorer = scorer_of(reward, gradient)
+    rules = _segments.Rules(plan.segment_rule, params["entropy_threshold"], plan.min_segment, plan.eos_ids)
 
-    def read(text: _segments.Text, found: _segments.Text) -> tuple[Array, Array]:
-        """The last segment of `found`, which begins where `text` ends: (tokens [B,T], mask [B,T])."""
-        places = jnp.minimum(text.length[:, None] + columns, steps - 1)
-        return jnp.take_along_axis(found.tokens, places, axis=1), columns < (found.length - text.length)[:, None]
+    def read(text: _segments.Text, candidate: _segments.Text) -> tuple[Array, Array]:
+        """The last segment of a candidate, which begins where `text` ends: (tokens [B,T], mask [B,T])."""
+        slots = jnp.minimum(text.length[:, None] + columns, steps - 1)
+        length = candidate.length - text.length
+        return jnp.take_along_axis(candidate.tokens, slots, axis=1), columns < length[:, None]
 
     def propose(scores: Array, allowed: Array, current: Array, made: Array, number: Array) -> Array:
-        """The index [B] that the gains [B,k] propose where `current` [B] stands; number [B] of the segment."""
+        """The index [B] that the scores [B,k] propose where `current` [B] stands; number [B] of the segment."""
         order = jnp.arange(scores.shape[1])
         stands = order == current[:, None]
         now = jnp.where(stands, scores, 0).sum(axis=1, keepdims=True)
@@ -101,17 +136,18 @@ def search(
         return jnp.argmax(value, axis=1).astype(jnp.int32)
 
     def attempt(carry: _State) -> _State:
-        """Writes until half of the rows have a form, and judges those; rows whose search is over accept their best."""
-        text, out, going = carry.text, carry.out, ~carry.text.done
+        """Writes until half of the rows have a candidate, and scores those; rows whose search is over accept their
+        best."""
+        text, info, going = carry.text, carry.info, ~carry.text.done
         top, choices = jax.lax.top_k(text.output.log_prob, carry.tried.shape[1])
         allowed, picked = is_supported(top), jnp.arange(top.shape[1]) == carry.pick[:, None]
         fresh = carry.token < 0
         begun, token = rules.write(text, text.length, token_value(choices, carry.pick), going & fresh)
-        found, token = _segments.proceed(
+        candidate, token = _segments.proceed(
             policy,
             params["policy"],
             jax.random.fold_in(moves, carry.round),
-            where_rows(fresh, begun, carry.found),
+            where_rows(fresh, begun, carry.candidate),
             text.length,
             jnp.where(fresh, token, carry.token),
             rules,
@@ -119,79 +155,88 @@ def search(
         )
         ready = going & (token < 0)
         made = carry.made + ready
-        more = ready & (made < params["candidates"])
-        segment, real = read(text, found)
-        value, scores, proposal = judge.score(params, carry.judge, segment, real & ready[:, None], choices, more.any())
+        more = ready & (made < params["num_samples"])
+        segment, real = read(text, candidate)
+        real = real & ready[:, None]
+        value, scores, proposal = scorer.score(params, carry.scorer, segment, real, choices, more.any())
         lost = jnp.isnan(value) | jnp.isnan(jnp.where(allowed, scores, 0)).any(axis=1)
         first = carry.made == 0
         better = ready & (first | (value > carry.score))
-        best, proposal = where_rows(better, (found, proposal), (carry.best, carry.proposal))
-        score, floor = jnp.where(better, value, carry.score), jnp.where(ready & first, value, carry.floor)
-        form = jnp.where(better, carry.made, carry.form)
+        best, proposal = where_rows(better, (candidate, proposal), (carry.best, carry.proposal))
+        score = jnp.where(better, value, carry.score)
+        greedy_reward = jnp.where(ready & first, value, carry.greedy_reward)
+        best_number = jnp.where(better, carry.made, carry.best_number)
         tried = carry.tried | (picked & ready[:, None])
-        pick = jnp.where(ready, propose(scores, allowed, carry.pick, made, out["segments"]), carry.pick)
+        pick = jnp.where(ready, propose(scores, allowed, carry.pick, made, info.segments), carry.pick)
         over = ready & (~more | jnp.take_along_axis(tried, pick[:, None], axis=1)[:, 0])
-        at = jnp.where(over, out["segments"], most)
+        at = jnp.where(over, info.segments, most)
         inside = over[:, None] & (columns >= text.length[:, None]) & (columns < best.length[:, None])
-        out = {
-            "reward": jnp.where(over, score, out["reward"]),
-            "segment": jnp.where(inside, out["segments"][:, None], out["segment"]),
-            "nudged": out["nudged"] | (inside & (columns == text.length[:, None]) & (form > 0)[:, None]),
-            "segments": out["segments"] + over,
-            "floor": out["floor"].at[rows, at].set(floor, mode="drop"),
-            "kept": out["kept"].at[rows, at].set(score, mode="drop"),
-            "tokens": out["tokens"] + jnp.where(ready, _segments.fed(text, found), 0),
-            "scored": out["scored"] + ready,
-            "gradients": out["gradients"] + more,
-        }
+        begins = inside & (columns == text.length[:, None])
+        info = GGROInfo(
+            reward=jnp.where(over, score, info.reward),
+            segment=jnp.where(inside, info.segments[:, None], info.segment),
+            forced=info.forced | (begins & (best_number > 0)[:, None]),
+            segments=info.segments + over,
+            greedy_reward=info.greedy_reward.at[rows, at].set(greedy_reward, mode="drop"),
+            kept_reward=info.kept_reward.at[rows, at].set(score, mode="drop"),
+            policy_steps=info.policy_steps + jnp.where(ready, _segments.fed(text, candidate), 0),
+            reward_passes=info.reward_passes + ready,
+            gradient_passes=info.gradient_passes + more,
+        )
         return _State(
-            carry.round + 1,
-            where_rows(over, best, text),
-            judge.commit(params, carry.judge, proposal, jnp.where(over, 0, -1)),
-            found,
-            token,
-            best,
-            proposal,
-            score,
-            floor,
-            form,
-            jnp.where(over, 0, made),
-            jnp.where(over, 0, pick),  # first the greedy form: the most probable token
-            tried & ~over[:, None],
-            carry.bad | (ready & lost),
-            out,
+            round=carry.round + 1,
+            text=where_rows(over, best, text),
+            scorer=scorer.commit(params, carry.scorer, proposal, jnp.where(over, 0, -1)),
+            candidate=candidate,
+            token=token,
+            best=best,
+            proposal=proposal,
+            score=score,
+            greedy_reward=greedy_reward,
+            best_number=best_number,
+            made=jnp.where(over, 0, made),
+            pick=jnp.where(over, 0, pick),  # first the greedy candidate: the most probable token
+            tried=tried & ~over[:, None],
+            nan=carry.nan | (ready & lost),
+            info=info,
         )
 
     state, output = policy.init(params["policy"], start, prompts["policy"], steps)
     text = _segments.empty(state, output, steps)
     k, no = min(plan.top_k, output.log_prob.shape[-1]), jnp.zeros(batch, bool)
     choice = jnp.zeros((batch, k), jnp.int32)
-    judged = judge.init(params, prompts["reward"], steps)
-    kinds = jax.eval_shape(judge.score, params, judged, *read(text, text), choice, jnp.asarray(True))
-    paid, _, proposal = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), kinds)
-    out = dict.fromkeys(("segments", "tokens", "scored", "gradients"), zero)
-    out |= dict.fromkeys(("floor", "kept"), jnp.zeros((batch, most), paid.dtype))
-    out |= {"reward": paid, "nudged": jnp.zeros((batch, steps), bool)}
-    out |= {"segment": jnp.full((batch, steps), -1, jnp.int32)}
-    tried = jnp.zeros((batch, k), bool)
-    begin = _State(
-        jnp.zeros((), jnp.int32),
-        text,
-        judged,
-        text,
-        zero - 1,
-        text,
-        proposal,
-        paid,
-        paid,
-        zero,
-        zero,
-        zero,
-        tried,
-        no,
-        out,
+    scored = scorer.init(params, prompts["reward"], steps)
+    shapes = jax.eval_shape(scorer.score, params, scored, *read(text, text), choice, jnp.asarray(True))
+    nothing, _, proposal = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    info = GGROInfo(
+        reward=nothing,
+        segment=jnp.full((batch, steps), -1, jnp.int32),
+        forced=jnp.zeros((batch, steps), bool),
+        segments=zero,
+        greedy_reward=jnp.zeros((batch, most), nothing.dtype),
+        kept_reward=jnp.zeros((batch, most), nothing.dtype),
+        policy_steps=zero,
+        reward_passes=zero,
+        gradient_passes=zero,
     )
-    # Rows are never in step: each is at its own token of its own form, and none waits for another's search.
+    begin = _State(
+        round=jnp.zeros((), jnp.int32),
+        text=text,
+        scorer=scored,
+        candidate=text,
+        token=zero - 1,
+        best=text,
+        proposal=proposal,
+        score=nothing,
+        greedy_reward=nothing,
+        best_number=zero,
+        made=zero,
+        pick=zero,
+        tried=jnp.zeros((batch, k), bool),
+        nan=no,
+        info=info,
+    )
+    # Rows are never in step: each is at its own token of its own candidate, and none waits for another's search.
     found = jax.lax.while_loop(lambda carry: ~carry.text.done.all(), attempt, begin)
     text = found.text
     mask, ref = columns < text.length[:, None], text.log_prob_ref
@@ -199,4 +244,4 @@ def search(
     completions = Completions(
         text.tokens, mask, jnp.zeros_like(ref), ref, text.log_norm, -ref, text.finished, ~text.finished
     )
-    return Nudged(completions, **found.out), found.bad
+    return completions, found.info, found.nan

@@ -3,45 +3,105 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign import rollout
 from jaxalign._arrays import where_rows
-from jaxalign.decoding._best_of_n import check_scores, open_request, score_completions
+from jaxalign.decoding import _kl
+from jaxalign.decoding._request import (
+    Decode,
+    EosIds,
+    Tokenizer,
+    check_scores,
+    count,
+    open_request,
+    score_completions,
+    uniform_per_prompt,
+)
 from jaxalign.prompts import prompt_index
-from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, Prompts, Reward, State, StepOutput
+from jaxalign.types import Array, ArrayLike, Completions, Decoded, Params, Policy, Prompts, Reward, TextReward
 
 
-class Chain(NamedTuple):
-    """last: Completions [B,T], the state after the last move; reward [B,M+1] of the states, the first response's in
-    front; accepted [B,M] bool; accept_rate [B], its mean; states: Completions [B,M+1,T], or None unless kept."""
+class QuestParams(NamedTuple):
+    """Parameters of `quest`; a dict of the same names is accepted."""
 
-    last: Completions
+    policy: Params
+    """The policy's."""
+    reward: Params
+    """The reward's."""
+    beta: ArrayLike
+    """The KL weight [reward], a scalar or [B], > 0."""
+
+
+class QuestInfo(NamedTuple):
+    """What happened along each chain."""
+
     reward: Array
+    """[B,M+1] of the states, that of the first response in front."""
     accepted: Array
+    """[B,M] bool: whether each move was made."""
     accept_rate: Array
+    """[B], the mean of accepted."""
     states: Completions | None
+    """[B,M+1,T], the states; None unless kept."""
+
+
+class CutDraw(Protocol):
+    """Tokens [B] that are kept, in [0, length), of responses of length [B] >= 1; uniform [B] in [0,1)."""
+
+    def __call__(self, uniform: Array, length: Array) -> Array: ...
+
+
+class CutLogProb(Protocol):
+    """The log-probability [B] of keeping `kept` [B] tokens of responses of length [B]."""
+
+    def __call__(self, kept: Array, length: Array) -> Array: ...
+
+
+class Cut(NamedTuple):
+    """Where a move of QUEST cuts a response: the proposal's first half. The probability of a cut enters the acceptance,
+    so that the stationary law does not depend on it, as long as every cut has some."""
+
+    draw: CutDraw
+    """draw(uniform [B], length [B]) -> tokens kept [B]."""
+    log_prob: CutLogProb
+    """log_prob(kept [B], length [B]) -> [B]."""
+
+
+def _uniform_draw(uniform: Array, length: Array) -> Array:
+    return jnp.minimum((uniform * length).astype(jnp.int32), length - 1)
+
+
+def _uniform_log_prob(kept: Array, length: Array) -> Array:
+    del kept
+    return -jnp.log(length)
+
+
+uniform_cut = Cut(_uniform_draw, _uniform_log_prob)
+"""The cut of QUEST: every place of the response is as likely."""
 
 
 def quest(
     policy: Policy,
-    reward: Reward,
+    reward: Reward | TextReward,
     params: Params,
     rng: Array,
     prompts: Prompts,
     *,
-    moves: int,
+    num_steps: int,
     max_new_tokens: int,
-    eos_ids: tuple[int, ...],
+    eos_ids: EosIds = None,
     temperature: ArrayLike = 1.0,
+    cut: Cut = uniform_cut,
     keep_states: bool = False,
-) -> Chain:
-    """M moves of QUEST from a response of the policy (QAlign, arXiv 2504.03790; QUEST, arXiv 2406.00049). A move cuts
-    y at a place i drawn uniformly from its |y| tokens, EOS included, draws the rest anew from the policy, and goes to
-    y' with probability
+    tokenizer: Tokenizer | Decode | None = None,
+) -> Decoded[QuestInfo]:
+    """Makes M moves of QUEST from a response of the policy (QAlign, arXiv 2504.03790; QUEST, arXiv 2406.00049). A move
+    cuts y at a place i drawn uniformly from its |y| tokens, EOS included, draws the rest anew from the policy, and goes
+    to y' with probability
 
         min(1, exp((r(y') − r(y))/beta)·|y|/|y'|),
 
@@ -53,107 +113,127 @@ def quest(
     states.
 
     Args:
-      params: {"policy", "reward", "beta": scalar or [B] > 0}.
+      params: QuestParams, or {"policy", "reward", "beta"}.
       rng: consumed. A prompt's chain depends on rng and its index alone, and its first m moves are those of a chain of
         m. A policy that draws does so with one key per position, the same in every move: it is one fixed policy.
-      moves: M >= 0; 0 is a draw from the policy.
-      keep_states: also gives every state.
+      num_steps: M >= 0, moves; 0 is a draw from the policy.
+      cut: where moves cut, `uniform_cut` or a law of your own; built once.
+      keep_states: whether to give every state.
+      policy, reward, prompts, max_new_tokens, eos_ids, temperature, tokenizer: as `best_of_n`.
 
-    ValueError: moves < 0, beta <= 0, a reward that is NaN (a response of −inf is left at once, and never gone to from
-    one that is not), and those of `best_of_n`.
+    Returns:
+      Decoded: the states after the last move [B,T], QuestInfo, and a KL of kind "unknown": the law after finitely many
+      moves is not known.
+
+    Raises:
+      ValueError: num_steps < 0, beta <= 0, a reward that is NaN (a response of −inf is left at once, and never moved to
+        from one that is not), and those of `best_of_n`.
     """
-    if moves < 0:
-        raise ValueError(f"moves: expected at least 0, found {moves}")
-    asked = open_request(policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, per_prompt=("beta",))
-    chain = _quest(
-        asked.policy, reward, asked.params, rng, asked.prompts, moves, max_new_tokens, asked.eos_ids, keep_states
+    num_steps = count("num_steps", num_steps, least=0)
+    if not isinstance(cut, Cut):
+        raise ValueError(f"cut: expected a Cut, found {type(cut).__name__}")
+    request = open_request(
+        policy,
+        reward,
+        params,
+        prompts,
+        max_new_tokens,
+        eos_ids,
+        temperature,
+        per_prompt=("beta",),
+        tokenizer=tokenizer,
     )
-    check_scores(chain.reward)
-    return chain
+    last, info = _quest(
+        request.policy,
+        request.reward,
+        request.params,
+        rng,
+        request.prompts,
+        num_steps,
+        request.max_new_tokens,
+        request.eos_ids,
+        bool(keep_states),
+        cut,
+    )
+    check_scores(info.reward)
+    return Decoded(last, _kl.unknown(info.accept_rate, tempered=request.tempered), info)
 
 
 def log_accept(reward: Array, proposed: Array, length: Array, proposed_length: Array, *, beta: ArrayLike) -> Array:
     """log of exp((r' − r)/beta)·|y|/|y'|, elementwise: the ratio of QAlign, whose minimum with 1 is the probability of
     going from y to y'. The lengths are there because i is one of |y| places on the way out, and one of |y'| on the way
     back. A state of reward −inf is always left."""
+    zero = jnp.zeros_like(length)
+    return _log_ratio(
+        reward, proposed, _uniform_log_prob(zero, length), _uniform_log_prob(zero, proposed_length), beta=beta
+    )
+
+
+def _log_ratio(reward: Array, proposed: Array, out: Array, back: Array, *, beta: ArrayLike) -> Array:
+    """log of exp((r' − r)/beta)·P(cut back)/P(cut out), out and back the log-probabilities of the cut."""
     gain = jnp.where(reward == -jnp.inf, jnp.inf, proposed - jnp.where(reward == -jnp.inf, 0, reward)) / beta
-    return gain + jnp.log(length) - jnp.log(proposed_length)
+    return gain - out + back
 
 
-class _Carry(NamedTuple):
-    t: Array
-    state: State
-    output: StepOutput
-    finished: Array
-    records: dict[str, Array]  # each [T,B]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7, 8, 9))
 def _quest(
     policy: Policy,
     reward: Reward,
     params: Params,
     rng: Array,
     prompts: Prompts,
-    moves: int,
-    steps: int,
+    num_steps: int,
+    max_new_tokens: int,
     eos_ids: tuple[int, ...],
     keep_states: bool,
-) -> Chain:
+    cut: Cut,
+) -> tuple[Completions, QuestInfo]:
     start, cuts, coins, draws, inside = jax.random.split(rng, 5)
     index = prompt_index(prompts)
     batch = index.shape[0]
-    state, output = policy.init(params["policy"], start, prompts["policy"], steps)
-
-    def uniform(key: Array, move: Array) -> Array:
-        """One number per prompt, of its own stream."""
-        key = jax.random.fold_in(key, move)
-        return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(index)
+    state, output = policy.init(params["policy"], start, prompts["policy"], max_new_tokens)
 
     def regrow(key: Array, tokens: Array, kept: Array) -> Completions:
         """The first `kept` [B] tokens of tokens [B,T], and the rest drawn anew."""
 
-        def choose(carry: _Carry) -> tuple[_Carry, Array]:
-            drawn = rollout.draw_rows(carry.output.log_prob, jax.random.fold_in(key, carry.t), index[:, None])
-            token = jnp.where(carry.t < kept, tokens[:, carry.t], drawn)
-            new = rollout.record(carry.output, token, ~carry.finished)
-            records = {
-                name: value.at[carry.t].set(new[name].astype(value.dtype)) for name, value in carry.records.items()
-            }
-            finished = carry.finished | rollout.is_eos(token, eos_ids)
-            return carry._replace(t=carry.t + 1, finished=finished, records=records), token
+        def keep(t: Array, drawn: Array) -> Array:
+            return jnp.where(t < kept, tokens[:, t], drawn)
 
-        def body(carry: _Carry) -> _Carry:
-            own = jax.random.fold_in(inside, carry.t)
-            carry, token = choose(carry)
-            new = policy.step(params["policy"], own, carry.state, jnp.where(carry.finished, -1, token))
-            return carry._replace(state=new[0], output=new[1])
+        return rollout.rollout(
+            policy,
+            params["policy"],
+            key,
+            state,
+            output,
+            steps=max_new_tokens,
+            eos_ids=eos_ids,
+            rows=index[:, None],
+            last_step=False,
+            step_rng=inside,
+            hooks=rollout.Hooks(choose_token=keep),
+        ).completions
 
-        records = rollout.no_records((steps, batch), output.log_prob.dtype)
-        carry = _Carry(jnp.zeros((), jnp.int32), state, output, jnp.zeros(batch, bool), records)
-        carry = jax.lax.while_loop(lambda c: (c.t < steps - 1) & ~c.finished.all(), body, carry)
-        carry, _ = choose(carry)
-        fields = {name: value.T for name, value in carry.records.items()}
-        return Completions(**fields, finished=carry.finished, truncated=~carry.finished)
+    def score(completions: Completions) -> Array:
+        return score_completions(reward, params["reward"], prompts["reward"], completions)
 
     def move(carry: tuple[Completions, Array], number: Array) -> tuple[Any, Any]:
-        current, paid = carry
+        current, current_reward = carry
         length = current.mask.sum(axis=1)
-        kept = jnp.minimum((uniform(cuts, number) * length).astype(jnp.int32), length - 1)
+        kept = cut.draw(uniform_per_prompt(cuts, number, index), length)
         proposed = regrow(jax.random.fold_in(draws, number), current.tokens, kept)
-        score = score_completions(reward, params["reward"], prompts["reward"], proposed)
-        ratio = log_accept(paid, score, length, proposed.mask.sum(axis=1), beta=params["beta"])
-        # Move 0 is the first response, of which nothing is kept. NaN is gone to, so that it shows.
-        accept = ~(jnp.log(uniform(coins, number)) >= ratio) | (number == 0)
-        current, paid = where_rows(accept, (proposed, score), (current, paid))
-        return (current, paid), (paid, accept, current if keep_states else None)
+        proposed_reward = score(proposed)
+        out, back = cut.log_prob(kept, length), cut.log_prob(kept, proposed.mask.sum(axis=1))
+        ratio = _log_ratio(current_reward, proposed_reward, out, back, beta=params["beta"])
+        # Move 0 is the first response, of which nothing is kept. NaN is accepted so that it surfaces.
+        accept = ~(jnp.log(uniform_per_prompt(coins, number, index)) >= ratio) | (number == 0)
+        current, current_reward = where_rows(accept, (proposed, proposed_reward), (current, current_reward))
+        return (current, current_reward), (current_reward, accept, current if keep_states else None)
 
-    empty = rollout.no_records((batch, steps), output.log_prob.dtype)
+    empty = rollout.no_records((batch, max_new_tokens), output.log_prob.dtype)
     none = Completions(**empty, finished=jnp.zeros(batch, bool), truncated=jnp.ones(batch, bool))
-    paid_type = jax.eval_shape(lambda: score_completions(reward, params["reward"], prompts["reward"], none)).dtype
-    first = (none, jnp.zeros(batch, paid_type))
-    (last, _), (paid, accept, states) = jax.lax.scan(move, first, jnp.arange(moves + 1))
+    first = (none, jnp.zeros(batch, jax.eval_shape(score, none).dtype))
+    (last, _), (each, accept, states) = jax.lax.scan(move, first, jnp.arange(num_steps + 1))
     accepted = accept[1:].T
-    rate = accepted.sum(axis=1) / max(moves, 1)
+    rate = accepted.sum(axis=1) / max(num_steps, 1)
     states = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), states)
-    return Chain(last, paid.T, accepted, rate, states)
+    return last, QuestInfo(each.T, accepted, rate, states)

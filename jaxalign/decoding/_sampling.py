@@ -6,14 +6,23 @@ import functools
 import math
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import policies, rollout
-from jaxalign._arrays import NEGATIVE, drop_weak_types, is_supported
-from jaxalign._checks import is_concrete, same_prompts
+from jaxalign import rollout
+from jaxalign._arrays import NEGATIVE, drop_weak_types, is_supported, repeat_rows
+from jaxalign._checks import is_concrete
+from jaxalign.decoding._request import (
+    Decode,
+    EosIds,
+    Tokenizer,
+    check_request,
+    count,
+    open_prompts,
+    streams,
+    with_temperature,
+)
 from jaxalign.prompts import any_prompts, prompt_index
 from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, Prompts, State, StepOutput
 
@@ -25,40 +34,59 @@ def sample(
     prompts: Prompts,
     *,
     max_new_tokens: int,
-    eos_ids: tuple[int, ...],
+    eos_ids: EosIds = None,
     temperature: ArrayLike = 1.0,
+    num_samples: int | None = None,
+    tokenizer: Tokenizer | Decode | None = None,
 ) -> Completions:
-    """Draws one response per prompt, y_t ~ pi(·|x,y_<t) at `temperature`.
+    """Draws one response per prompt, or several, y_t ~ pi(·|x,y_<t) at `temperature`.
 
     Args:
       policy: built once and reused; it is static under jit.
       params: its parameters.
-      rng: consumed. A prompt's response depends on rng and its index alone, not on the prompts beside it.
-      prompts: a TokenBatch [B,P] (left-padded by convention, either padding works), or a dict that mirrors params.
+      rng: consumed. A prompt's response depends on rng and its index alone, not on the other prompts.
+      prompts: a TokenBatch [B,P] (left-padded by convention, either padding works), a dict that mirrors params, or with
+        `tokenizer` a list of strings, which go into a `prompts.prompt_batch`.
       max_new_tokens: T >= 1, the limit of a response, its EOS included.
-      eos_ids: the ids that end a response.
-      temperature: scalar or [B], >= 0; the outermost transform, 0 is greedy. An array: values do not retrace (the
-        Python number 1.0 leaves the transform out, which is one trace of its own).
+      eos_ids: the ids that end a response, one or several; () for none; None for the policy's own.
+      temperature: scalar or [B], >= 0; the outermost transform, 0 is greedy. It is the one number that may differ per
+        prompt and is no entry of params: it is put on the policy from outside, so that the policy's own params serve
+        every decoder at every temperature, and the Python number 1.0 leaves the transform out (a trace of its own).
+        Arrays do not retrace.
+      num_samples: n >= 1 responses per prompt, which share its encoded state: sample j is that of `best_of_n`. None:
+        one response, without an axis for it.
+      tokenizer: needed for prompts that are strings.
 
     Returns:
-      Completions [B,T] of the distribution drawn from.
+      Completions [B,T], or [B,n,T], of the distribution drawn from. `sum_of_steps` gives its KL.
 
     Raises:
-      ValueError: on the host, before tracing: no new tokens, an empty prompt, a token outside the vocabulary, a prompt
-        that does not fit the context, a beta <= 0, …
+      ValueError: on the host, before tracing: counts below 1, an empty prompt, a token outside the vocabulary, a prompt
+        that does not fit the context, a beta <= 0, no EOS known.
     """
-    prompts, eos_ids = check_request(policy, params, prompts, max_new_tokens, eos_ids)
+    n = None if num_samples is None else count("num_samples", num_samples)
+    prompts = open_prompts(prompts, tokenizer)
+    prompts, max_new_tokens, ids = check_request(policy, params, prompts, max_new_tokens, eos_ids)
     policy, params, prompts = with_temperature(policy, params, prompts, temperature)
-    return _sample(policy, drop_weak_types(params), rng, prompts, max_new_tokens, eos_ids)
+    return _sample(policy, drop_weak_types(params), rng, prompts, max_new_tokens, ids, n)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
 def _sample(
-    policy: Policy, params: Params, rng: Array, prompts: Prompts, max_new_tokens: int, eos_ids: tuple[int, ...]
+    policy: Policy,
+    params: Params,
+    rng: Array,
+    prompts: Prompts,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    n: int | None = None,
 ) -> Completions:
+    """[B,T] where n is None, else [B,n,T]."""
     start, draws = jax.random.split(rng)
     state, output = policy.init(params, start, prompts, max_new_tokens)
-    return rollout.rollout(
+    if n is not None:
+        state, output = repeat_rows((state, output), n)
+    drawn = rollout.rollout(
         policy,
         params,
         draws,
@@ -66,53 +94,10 @@ def _sample(
         output,
         steps=max_new_tokens,
         eos_ids=eos_ids,
-        rows=streams(prompt_index(prompts), jnp.zeros(1, jnp.int32)),
+        rows=streams(prompt_index(prompts), jnp.arange(n or 1, dtype=jnp.int32)),
         last_step=False,
-    )[2]
-
-
-def streams(index: Array, sample: Array) -> Array:
-    """The random streams [B·n,2] of samples `sample` [n] of the prompts `index` [B]: what `rollout.rollout` takes as
-    rows."""
-    pairs = jnp.broadcast_arrays(index[:, None], sample[None, :])
-    return jnp.stack([pair.reshape(-1) for pair in pairs], axis=1)
-
-
-def with_temperature(
-    policy: Policy, params: Params, prompts: Prompts, temperature: ArrayLike
-) -> tuple[Policy, Params, Prompts]:
-    """The policy under `policies.temperature`; unchanged for the Python number 1."""
-    if isinstance(temperature, int | float) and temperature == 1:
-        return policy, params, prompts
-    if is_concrete(temperature) and not np.all(np.asarray(temperature) >= 0):
-        raise ValueError(f"temperature: expected a value >= 0, found {np.asarray(temperature)}")
-    params = {"policy": params, "temperature": jnp.asarray(temperature, jnp.result_type(float))}
-    if isinstance(prompts, dict):
-        prompts = {"policy": prompts}
-    return _tempered(policy), params, prompts
-
-
-@functools.lru_cache(maxsize=64)
-def _tempered(policy: Policy) -> Policy:
-    """One wrapped Policy per Policy: a new closure would be a new trace (law 6)."""
-    return policies.temperature(policy)
-
-
-def check_request(
-    policy: Policy, params: Params, prompts: Prompts, max_new_tokens: int, eos_ids: tuple[int, ...]
-) -> tuple[Prompts, tuple[int, ...]]:
-    """What every decoder checks on the host before tracing; gives the prompts with one index in every entry, and
-    eos_ids as a tuple of ints."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
-    eos_ids = tuple(int(i) for i in eos_ids)
-    vocab = policy.vocab_size
-    if any(i < 0 or (vocab is not None and i >= vocab) for i in eos_ids):
-        raise ValueError(f"eos_ids: expected ids in [0, {vocab}), found {eos_ids}")
-    prompts = same_prompts(prompts)
-    if policy.check is not None:
-        policy.check(params, prompts, max_new_tokens)
-    return prompts, eos_ids
+    ).completions
+    return drawn if n is None else jax.tree.map(lambda x: x.reshape((-1, n, *x.shape[1:])), drawn)
 
 
 def log_prob(
@@ -123,44 +108,68 @@ def log_prob(
     tokens: Array,
     mask: Array,
     *,
-    eos_ids: tuple[int, ...] = (),
+    eos_ids: EosIds = None,
 ) -> Completions:
-    """log pi(y_t|x,y_<t) of given responses under ANY policy, differentiable in every leaf of params.
+    """Scores given responses, log pi(y_t|x,y_<t) under ANY policy, differentiable in every leaf of params.
 
     A policy with a parallel form (a plain language model) uses it. Any other is stepped token by token: two nested
     scans, rematerialised, so that memory grows with the square root of T times one state.
 
     Args:
+      policy, params, prompts: as `sample`.
       rng: consumed, by policies that draw.
-      tokens [B,T] int32, mask [B,T] bool: right-padded responses (a ValueError on the host otherwise), EOS included.
-      eos_ids: only tells `finished` from `truncated`.
+      tokens: [B,T] ids of the responses, their EOS included.
+      mask: [B,T] bool, True on real tokens; responses are right-padded.
+      eos_ids: tells `finished` from `truncated` and nothing else; None for the policy's own, and none where it names
+        none.
 
     Returns:
       Completions. A response with a token of probability zero has in_support False: that token's log_prob is
       NEGATIVE (no gradient), and every entry after it is 0, since no policy is defined there.
+
+    Raises:
+      ValueError: tokens and mask of other shapes or types, a mask with holes, ids outside the vocabulary, and those of
+        `sample`.
     """
-    chex.assert_rank([tokens, mask], 2)
-    chex.assert_equal_shape([tokens, mask])
-    prompts, eos_ids = check_request(policy, params, prompts, tokens.shape[1], eos_ids)
+    if eos_ids is None and policy.eos_ids is None:
+        eos_ids = ()
+    _check_types(tokens, mask)
+    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
+    prompts, _, ids = check_request(policy, params, open_prompts(prompts, None), tokens.shape[1], eos_ids)
     if tokens.shape[0] != any_prompts(prompts).tokens.shape[0]:
         raise ValueError(
             f"tokens: expected one response per prompt, {any_prompts(prompts).tokens.shape[0]}, found {tokens.shape[0]}"
         )
+    _check_responses(policy, tokens, mask)
+    mask = mask.astype(bool)
+    completions = _log_prob(policy, drop_weak_types(params), rng, prompts, tokens, mask)
+    finished = (mask & rollout.is_eos(tokens, ids)).any(axis=1)
+    return completions._replace(finished=finished, truncated=~finished)
+
+
+def _check_types(tokens: Array, mask: Array) -> None:
+    """ValueErrors of given responses: shapes and types."""
+    if np.ndim(tokens) != 2 or np.shape(tokens) != np.shape(mask):
+        raise ValueError(f"tokens, mask: expected one shape [B,T], found {np.shape(tokens)} and {np.shape(mask)}")
+    if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+        raise ValueError(f"tokens: expected integer ids, found dtype {jnp.result_type(tokens)}")
+    if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_) and not jnp.issubdtype(jnp.result_type(mask), jnp.integer):
+        raise ValueError(f"mask: expected bool, found dtype {jnp.result_type(mask)}")
+
+
+def _check_responses(policy: Policy, tokens: Array, mask: Array) -> None:
+    """ValueErrors of given responses: holes, ids outside the vocabulary."""
+    if is_concrete(mask):
+        host = np.asarray(mask, bool)
+        holes = np.flatnonzero((host[:, 1:] & ~host[:, :-1]).any(axis=1))
+        if holes.size:
+            raise ValueError(f"mask: expected right-padded responses, found real tokens after padding in rows {holes}")
     if is_concrete(tokens, mask) and policy.vocab_size is not None:
         real = np.asarray(tokens)[np.asarray(mask, bool)]
         if real.size and (real.min() < 0 or real.max() >= policy.vocab_size):
             raise ValueError(
                 f"tokens: expected ids in [0, {policy.vocab_size}), found ids from {real.min()} to {real.max()}"
             )
-    if is_concrete(mask):
-        host = np.asarray(mask, bool)
-        holes = np.flatnonzero((host[:, 1:] & ~host[:, :-1]).any(axis=1))
-        if holes.size:
-            raise ValueError(f"mask: expected right-padded responses, found real tokens after padding in rows {holes}")
-    mask = mask.astype(bool)
-    completions = _log_prob(policy, drop_weak_types(params), rng, prompts, tokens, mask)
-    finished = (mask & rollout.is_eos(tokens, eos_ids)).any(axis=1)
-    return completions._replace(finished=finished, truncated=~finished)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -201,7 +210,7 @@ def _stepwise(policy: Policy, params: Params, rng: Array, prompts: Prompts, toke
     padding = -steps % segment
 
     def segments(x: Array) -> Array:
-        """[T,...] -> [T/segment, segment, ...], zeros (False: standing rows) at the end."""
+        """[T,...] -> [T/segment, segment, ...], zeros (False: frozen rows) at the end."""
         x = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
         return x.reshape((-1, segment, *x.shape[1:]))
 

@@ -7,23 +7,31 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import is_supported, where_rows
+from jaxalign._arrays import where_rows
+from jaxalign.decoding.stopping import SegmentRule
 from jaxalign.rollout import is_eos, token_value
 from jaxalign.types import Array, Params, Policy, State, StepOutput
 
 
 class Text(NamedTuple):
-    """What was written so far, and the policy after it. tokens, log_prob_ref, log_norm [B,T]; length, finished, done
-    [B]: done is ended, by an EOS (finished) or by the limit. state, output: before an EOS, where one was written."""
+    """What was written so far, and the policy after it."""
 
     state: State
+    """The policy's; before an EOS, where one was written."""
     output: StepOutput
+    """As state."""
     tokens: Array
+    """[B,T]."""
     log_prob_ref: Array
+    """[B,T] of each token under the base."""
     log_norm: Array
+    """[B,T], the policy's and log pi of the token."""
     length: Array
+    """[B]."""
     finished: Array
+    """[B]: ended by an EOS."""
     done: Array
+    """[B]: ended, by an EOS or by the limit."""
 
 
 def empty(state: State, output: StepOutput, steps: int) -> Text:
@@ -36,12 +44,17 @@ def empty(state: State, output: StepOutput, steps: int) -> Text:
 
 
 class Rules(NamedTuple):
-    """Where a segment ends: before the first token, after `shortest`, whose distribution has an entropy of at least
-    threshold [B] nats, unless that token is an EOS or the last that there is room for: those end the text."""
+    """Where a segment ends: before the first token, after `min_segment`, where the rule says so, unless that token is
+    an EOS or the last that there is room for: those end the text."""
 
+    rule: SegmentRule
+    """A function of `stopping`."""
     threshold: Array
-    shortest: int
+    """[B], the rule's [nats]."""
+    min_segment: int
+    """Tokens that a segment has at least."""
     eos_ids: tuple[int, ...]
+    """The ids that end a text."""
 
     def write(self, text: Text, begin: Array, forced: Array, going: Array) -> tuple[Text, Array]:
         """One more token in the rows of `going` [B] whose segment, begun at begin [B], goes on: the token forced [B],
@@ -50,7 +63,7 @@ class Rules(NamedTuple):
         output, steps = text.output, text.tokens.shape[1]
         token = jnp.where(forced >= 0, forced, jnp.argmax(output.log_prob, axis=-1).astype(jnp.int32))
         eos, last = is_eos(token, self.eos_ids), text.length + 1 >= steps
-        uncertain = (text.length - begin >= self.shortest) & (entropy(output.log_prob) >= self.threshold)
+        uncertain = (text.length - begin >= self.min_segment) & self.rule(output, self.threshold)
         writes = going & (~uncertain | eos | last)
         rows, slot = jnp.arange(token.shape[0]), jnp.where(writes, text.length, steps)
 
@@ -98,11 +111,3 @@ def proceed(
 def fed(before: Text, after: Text) -> Array:
     """Steps [B] of the policy between two texts: every token but one that ended the text."""
     return after.length - before.length - (after.done & ~before.done)
-
-
-def entropy(log_prob: Array) -> Array:
-    """−Σ_z pi(z)·log pi(z) [...] of log_prob [...,V], in nats; 0·log 0 = 0."""
-    inside = is_supported(log_prob)
-    finite = jnp.where(inside, log_prob, 0)
-    # Rounding may leave a little less than 0 of a distribution that is certain.
-    return jnp.maximum(-jnp.where(inside, jnp.exp(finite) * finite, 0).sum(axis=-1), 0)

@@ -10,46 +10,81 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import rollout
-from jaxalign._arrays import drop_weak_types, is_supported, repeat_rows, take_rows
+from jaxalign._arrays import is_supported, repeat_rows, take_rows
 from jaxalign._checks import is_concrete
-from jaxalign.decoding._best_of_n import check_scores, open_request, score_completions
-from jaxalign.decoding._sampling import streams
+from jaxalign.decoding import _kl, resampling
+from jaxalign.decoding._request import (
+    Decode,
+    EosIds,
+    Tokenizer,
+    check_scores,
+    check_values,
+    count,
+    number,
+    open_params,
+    open_request,
+    optional_reward,
+    score_completions,
+    streams,
+    uniform_per_prompt,
+)
 from jaxalign.prompts import prompt_index
-from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, Prompts, Reward, State, StepOutput
+from jaxalign.types import Array, ArrayLike, Completions, Decoded, Params, Policy, Prompts, Reward, TextReward
+
+_ESS_THRESHOLD = 0.5
 
 
-class Particles(NamedTuple):
-    """completions: Completions [B,N,T], each particle's own history; reward [B,N]; log_weight [B,N], whose mean in the
-    linear domain is the estimate of Z; log_z [B], its logarithm; ess [B] = (Σw)²/Σw², in [1, N], 0 where every weight
-    is 0; kl [B], E[r]/beta − log Z under the weights: the KL of the target to the base, estimated; resamplings [B];
-    truncated_support [B]: a particle met a token that the base can draw and the proposal cannot, so that Z and the
-    target are those of the kept responses alone; pick: Completions [B,T], one particle drawn by the weights."""
+class SMCParams(NamedTuple):
+    """Parameters of `smc`; a dict of the same names is accepted."""
 
-    completions: Completions
+    policy: Params
+    """The proposal's."""
+    reward: Params
+    """The reward's."""
+    beta: ArrayLike
+    """The target's KL weight [reward], a scalar or [B], > 0; a tilt's own may differ."""
+    ess_threshold: ArrayLike | None = None
+    """A prompt is resampled below this share of num_particles, a scalar or [B] in [0, 1]; None: 0.5. 0 never
+    resamples."""
+
+
+class SMCInfo(NamedTuple):
+    """The particles of each prompt and their weights."""
+
+    samples: Completions
+    """[B,N,T], each particle's own history."""
     reward: Array
+    """[B,N] of each."""
     log_weight: Array
+    """[B,N], whose mean in the linear domain is the estimate of Z."""
     log_z: Array
+    """[B], the logarithm of that mean."""
     ess: Array
-    kl: Array
+    """[B] = (Σw)²/Σw², in [1, N]; 0 where every weight is 0."""
     resamplings: Array
+    """[B]: how often the prompt was resampled."""
     truncated_support: Array
-    pick: Completions
+    """[B] bool: a particle met a token that the base can draw and the proposal cannot, so that Z and the target are
+    those of the kept responses alone."""
 
 
 def smc(
     policy: Policy,
-    reward: Reward,
+    reward: Reward | TextReward,
     params: Params,
     rng: Array,
     prompts: Prompts,
     *,
-    particles: int,
+    num_particles: int,
     max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    resample_below: ArrayLike = 0.5,
-) -> Particles:
-    """N weighted responses of pi*(y) ∝ pi_ref(y)·exp(r(y)/beta), proposed by any policy: a tilt, a nest of them, or the
-    base itself.
+    eos_ids: EosIds = None,
+    temperature: ArrayLike = 1.0,
+    scheme: resampling.Resampling = resampling.systematic,
+    when: resampling.ResamplingRule = resampling.ess_below,
+    tokenizer: Tokenizer | Decode | None = None,
+) -> Decoded[SMCInfo]:
+    """Gives N weighted responses of pi*(y) ∝ pi_ref(y)·exp(r(y)/beta), proposed by any policy: a tilt, a nest of them,
+    or the base itself.
 
     Over a whole response the weight is that of importance sampling,
 
@@ -57,74 +92,72 @@ def smc(
 
     and it comes in parts: log_norm of each step before its token is drawn (for a tilt, how much the candidates promise
     together), and at the end what Σ log_norm lacks, r/beta − q_T/beta for a level critic and r/beta − Σ q/beta for an
-    increment. Between the steps a prompt whose effective sample size falls below resample_below·N is resampled
-    (systematic). A finished particle stands still and stays in the population. E[exp(log_z)] = Z = E_ref[exp(r/beta)]
-    whatever the proposal, N and the resampling, as long as the proposal can draw what the base can; with the exact soft
-    value at this beta every weight is Z. Weighted means over particles tend to those of pi* as N grows; with N = 1 this
-    is importance sampling.
+    increment. Between the steps a prompt whose effective sample size falls below ess_threshold·N is resampled. A
+    finished particle draws nothing and stays in the population. E[exp(log_z)] = Z = E_ref[exp(r/beta)] whatever the
+    proposal, N and the resampling, as long as the proposal can draw what the base can; with the exact soft value at
+    this beta every weight is Z. Weighted means over particles tend to those of pi* as N grows; with N = 1 this is
+    importance sampling.
 
     Args:
       policy: the proposal; its log_prob_ref is the base (`policies.with_reference` for a DPO or RL model). With top-k,
         top-p or candidates the target is pi* on the kept responses, Z included, and truncated_support says so.
-      params: {"policy", "reward", "beta": scalar or [B] > 0}. This beta is the target's; a tilt's own may differ.
+      params: SMCParams, or {"policy", "reward", "beta"} and if wanted {"ess_threshold"}.
       rng: consumed. A prompt's particles depend on rng and its index alone.
       prompts: as `best_of_n`; encoded once, the state repeated N times. A resampling copies the N states.
-      particles: N >= 1.
-      resample_below: scalar in [0, 1]; 0 never resamples.
+      num_particles: N >= 1.
+      temperature: of the proposal. The weights account for it, so that the target is the same at each one.
+      scheme: how a population is resampled, a function of `resampling`: systematic, stratified, multinomial, residual.
+      when: whether it is, a function of `resampling`: ess_below, always, never.
+      reward, max_new_tokens, eos_ids, tokenizer: as `best_of_n`.
 
-    ValueError: particles < 1, beta <= 0, a fraction outside [0, 1], a reward that is NaN (−inf forbids a response), and
-    those of `best_of_n`.
+    Returns:
+      Decoded: one particle per prompt drawn by the weights [B,T]; as KL the estimate E[r]/beta − log Z under the
+      weights, that of the target to the base; SMCInfo.
+
+    Raises:
+      ValueError: num_particles < 1, beta <= 0, an ess_threshold outside [0, 1], a reward that is NaN (−inf forbids a
+        response), and those of `best_of_n`.
     """
-    if particles < 1:
-        raise ValueError(f"particles: expected at least 1, found {particles}")
-    if np.ndim(resample_below) != 0:
-        raise ValueError(f"resample_below: expected a scalar, found shape {np.shape(resample_below)}")
-    if is_concrete(resample_below) and not 0 <= float(np.asarray(resample_below)) <= 1:
-        raise ValueError(f"resample_below: expected a value in [0, 1], found {resample_below}")
-    asked = open_request(policy, reward, params, prompts, max_new_tokens, eos_ids, per_prompt=("beta",))
-    arrays = asked.params | {"resample_below": jnp.asarray(resample_below, jnp.result_type(float))}
-    found = _smc(policy, reward, drop_weak_types(arrays), rng, asked.prompts, particles, max_new_tokens, asked.eos_ids)
-    check_scores(found.reward)
+    n = count("num_particles", num_particles)
+    defaults = {"ess_threshold": _ESS_THRESHOLD}
+    given = open_params(params, ("policy", "reward", "beta"), {**defaults, **optional_reward(reward)})
+    below = number("ess_threshold", given["ess_threshold"])
+    if is_concrete(below) and not np.all((np.asarray(below) >= 0) & (np.asarray(below) <= 1)):
+        raise ValueError(f"ess_threshold: expected a value in [0, 1], found {np.asarray(below)}")
+    request = open_request(
+        policy,
+        reward,
+        given,
+        prompts,
+        max_new_tokens,
+        eos_ids,
+        temperature,
+        per_prompt=("beta", "ess_threshold"),
+        tokenizer=tokenizer,
+    )
+    found = _smc(
+        request.policy,
+        request.reward,
+        request.params,
+        rng,
+        request.prompts,
+        n,
+        request.max_new_tokens,
+        request.eos_ids,
+        scheme,
+        when,
+    )
+    check_scores(found.info.reward)
     return found
 
 
-def effective_size(log_weight: Array) -> Array:
-    """(Σw)²/Σw² [...] of log-weights [...,N]: N for equal ones, 1 where one has all the mass, 0 where none has any."""
-    weight = _relative(log_weight)
-    total, squares = weight.sum(axis=-1), (weight**2).sum(axis=-1)
-    return jnp.where(squares == 0, 0, total**2 / jnp.where(squares == 0, 1, squares))
-
-
-def systematic(log_weight: Array, uniform: Array) -> Array:
-    """Ancestors [B,N] of log-weights [B,N] by systematic resampling, uniform [B] in [0,1): a particle with share p of
-    the mass has ⌊N·p⌋ or ⌈N·p⌉ children, N·p in the mean; one without mass has none."""
-    weight = _relative(log_weight)
-    n = weight.shape[-1]
-    cumulative = jnp.cumsum(weight, axis=-1)
-    target = (jnp.arange(n) + uniform[:, None]) / n * cumulative[:, -1:]
-    index = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(cumulative, target)
-    last = jnp.where(weight > 0, jnp.arange(n), 0).max(axis=-1, keepdims=True)
-    return jnp.minimum(index, last).astype(jnp.int32)
-
-
-def _relative(log_weight: Array) -> Array:
-    """Weights up to a common factor, the largest 1; all 0 where no weight has mass."""
-    top = log_weight.max(axis=-1, keepdims=True)
-    return jnp.exp(log_weight - jnp.where(top == -jnp.inf, 0, top))
-
-
-class _Carry(NamedTuple):
-    t: Array
-    state: State
-    output: StepOutput
-    finished: Array  # [B·N]
+class _Memory(NamedTuple):
     log_weight: Array  # [B·N], the sum of log_norm since the last resampling, and the mean weight of all before
-    records: dict[str, Array]  # each [B·N,T]
     resamplings: Array  # [B]
     truncated: Array  # [B]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7, 8, 9))
 def _smc(
     policy: Policy,
     reward: Reward,
@@ -134,69 +167,70 @@ def _smc(
     n: int,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
-) -> Particles:
+    scheme: resampling.Resampling,
+    when: resampling.ResamplingRule,
+) -> Decoded[SMCInfo]:
     start, draws, moves, coins = jax.random.split(rng, 4)
     index = prompt_index(prompts)
     batch = index.shape[0]
-    rows = streams(index, jnp.arange(n, dtype=jnp.int32))
-
-    def uniform(number: ArrayLike) -> Array:
-        """One uniform number per prompt."""
-        key = jax.random.fold_in(coins, number)
-        return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(index)
 
     def each(x: Array) -> Array:
         return x.reshape((batch, n, *x.shape[1:]))
 
-    def choose(carry: _Carry) -> tuple[_Carry, Array]:
-        """The weight of the step, a resampling where it is due, and the next token of each particle."""
-        active = ~carry.finished
-        log_weight = each(carry.log_weight + jnp.where(active, carry.output.log_norm, 0))
-        lost = is_supported(carry.output.log_prob_ref) & ~is_supported(carry.output.log_prob)
-        truncated = carry.truncated | each(active & lost.any(axis=-1)).any(axis=1)
-        due = effective_size(log_weight) < params["resample_below"] * n
-        ancestor = jnp.where(due[:, None], systematic(log_weight, uniform(carry.t)), jnp.arange(n))
+    def resample(t: Array, frame: rollout.Frame, memory: _Memory) -> tuple[rollout.Frame, _Memory]:
+        """The weight of the step, and a resampling where it is due."""
+        output, active = frame.output, ~frame.finished
+        log_weight = each(memory.log_weight + jnp.where(active, output.log_norm, 0))
+        lost = is_supported(output.log_prob_ref) & ~is_supported(output.log_prob)
+        truncated = memory.truncated | each(active & lost.any(axis=-1)).any(axis=1)
+        due = when(t, log_weight, params["ess_threshold"])
+        key = jax.random.fold_in(coins, t)
+        ancestor = scheme(jax.vmap(lambda i: jax.random.fold_in(key, i))(index), log_weight)
+        check_values(ancestor, (batch, n), "scheme")
+        ancestor = jnp.where(due[:, None], ancestor, jnp.arange(n))
         mean = jax.nn.logsumexp(log_weight, axis=1, keepdims=True) - jnp.log(n)
         log_weight = jnp.where(due[:, None], mean, log_weight).reshape(-1)
         flat = (jnp.arange(batch)[:, None] * n + ancestor).reshape(-1)
-        population = (carry.state, carry.output, carry.finished, carry.records)
-        # A copy of every state: only where a prompt needs it.
-        state, output, finished, records = jax.lax.cond(
-            due.any(), lambda tree: take_rows(tree, flat), lambda tree: tree, population
-        )
-        token = rollout.draw_rows(output.log_prob, jax.random.fold_in(draws, carry.t), rows)
-        new = rollout.record(output, token, ~finished)
-        records = {name: value.at[:, carry.t].set(new[name].astype(value.dtype)) for name, value in records.items()}
-        finished = finished | rollout.is_eos(token, eos_ids)
-        resamplings = carry.resamplings + due
-        return _Carry(carry.t + 1, state, output, finished, log_weight, records, resamplings, truncated), token
 
-    def body(carry: _Carry) -> _Carry:
-        key = jax.random.fold_in(moves, carry.t)
-        carry, token = choose(carry)
-        state, output = policy.step(params["policy"], key, carry.state, jnp.where(carry.finished, -1, token))
-        return carry._replace(state=state, output=output)
+        def move(frame: rollout.Frame) -> rollout.Frame:
+            records = {name: value[:, flat] for name, value in frame.records.items()}
+            state, output, finished = take_rows((frame.state, frame.output, frame.finished), flat)
+            return rollout.Frame(state, output, finished, records)
+
+        # A copy of every state: only where a prompt needs it.
+        frame = jax.lax.cond(due.any(), move, lambda frame: frame, frame)
+        return frame, _Memory(log_weight, memory.resamplings + due, truncated)
 
     state, output = policy.init(params["policy"], start, prompts["policy"], max_new_tokens)
     state, output = repeat_rows((state, output), n)
-    dtype = output.log_prob.dtype
-    records = rollout.no_records((batch * n, max_new_tokens), dtype)
-    zero = jnp.zeros(batch * n, dtype)
-    none, no = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
-    carry = _Carry(jnp.zeros((), jnp.int32), state, output, zero > 0, zero, records, none, no)
-    carry = jax.lax.while_loop(lambda c: (c.t < max_new_tokens - 1) & ~c.finished.all(), body, carry)
-    carry, _ = choose(carry)  # the last token needs no further state; standing particles draw nothing
+    memory = _Memory(jnp.zeros(batch * n, output.log_prob.dtype), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
+    rolled = rollout.rollout(
+        policy,
+        params["policy"],
+        draws,
+        state,
+        output,
+        steps=max_new_tokens,
+        eos_ids=eos_ids,
+        rows=streams(index, jnp.arange(n, dtype=jnp.int32)),
+        last_step=False,
+        step_rng=moves,
+        hooks=rollout.Hooks(before_draw=resample),
+        memory=memory,
+    )
+    drawn, memory = rolled.completions, rolled.memory
 
-    drawn = Completions(**carry.records, finished=carry.finished, truncated=~carry.finished)
     score = each(score_completions(reward, params["reward"], repeat_rows(prompts["reward"], n), drawn))
-    paid = score / params["beta"][:, None]
+    scaled = score / params["beta"][:, None]
     rest = (drawn.log_prob_ref - drawn.log_prob - drawn.log_norm).sum(axis=1)
-    log_weight = each(carry.log_weight + rest) + paid
+    log_weight = each(memory.log_weight + rest) + scaled
     log_z = jax.nn.logsumexp(log_weight, axis=1) - jnp.log(n)
-    ess = effective_size(log_weight)
+    ess = resampling.effective_size(log_weight)
     share = jnp.where(ess[:, None] == 0, 0, jax.nn.softmax(log_weight, axis=1))
-    kl = jnp.where(share == 0, 0, share * paid).sum(axis=1) - log_z
-    drawn = jax.tree.map(each, drawn)
-    chosen = rollout.draw(jnp.where(ess[:, None] == 0, 0, log_weight), uniform(max_new_tokens))
-    pick: Completions = jax.tree.map(lambda x: x[jnp.arange(batch), chosen], drawn)
-    return Particles(drawn, score, log_weight, log_z, ess, kl, carry.resamplings, carry.truncated, pick)
+    kl = jnp.where(share == 0, 0, share * scaled).sum(axis=1) - log_z
+    samples: Completions = jax.tree.map(each, drawn)
+    coin = uniform_per_prompt(coins, max_new_tokens, index)
+    chosen = rollout.draw(jnp.where(ess[:, None] == 0, 0, log_weight), coin)
+    pick: Completions = jax.tree.map(lambda x: x[jnp.arange(batch), chosen], samples)
+    info = SMCInfo(samples, score, log_weight, log_z, ess, memory.resamplings, memory.truncated)
+    return Decoded(pick, _kl.gibbs_estimate(kl), info)

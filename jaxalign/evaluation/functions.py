@@ -11,7 +11,7 @@ A file my_method.py in the folder where the command runs, given as `--method my_
         params = {"policy": given.params, "reward": None}
         def draw(rng, prompts):
             n = int(given.strength)
-            return decoding.best_of_n(given.policy, length, params, rng, prompts, n=n, **given.limits).best
+            return decoding.best_of_n(given.policy, length, params, rng, prompts, num_samples=n, **given.limits)
         return draw
 """
 

@@ -10,24 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import decoding, gibbs, metrics, policies, rewards
+from jaxalign import decoding, gibbs, policies, rewards
 from jaxalign.evaluation import functions
 from jaxalign.evaluation.engine import Drawn, Forwards, Method
 from jaxalign.evaluation.loading import check_language_model
 from jaxalign.evaluation.settings import Setting, default_threshold
 from jaxalign.evaluation.specs import Spec
 from jaxalign.evaluation.tilts import summed, tilt, trained_beta
-from jaxalign.types import KL, Array, Completions, Decoded, Params, Policy, TokenBatch
+from jaxalign.types import KL, Array, Decoded, Params, Policy, TokenBatch
 
 
 def _check(policy: Policy, params: Params, max_new_tokens: int, prompts: TokenBatch) -> None:
     assert policy.check is not None
     policy.check(params, prompts, max_new_tokens)
-
-
-def _surprisal(drawn: Completions) -> KL:
-    """The KL of a deterministic decoder."""
-    return KL(-drawn.log_prob_ref.sum(axis=1), "surprisal")
 
 
 def _sampled(
@@ -42,10 +37,8 @@ def _sampled(
 
     def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
         drawn = decoding.sample(policy, params, rng, prompts, **setting.limits)
-        if setting.options.temperature == 0:
-            return Decoded(drawn, _surprisal(drawn), None)
-        assert drawn.kl is not None
-        return Decoded(drawn, KL(drawn.kl.sum(axis=1), "exact"), None)
+        greedy = setting.options.temperature == 0
+        return Decoded(drawn, decoding.surprisal(drawn) if greedy else decoding.sum_of_steps(drawn), None)
 
     check = functools.partial(_check, policy, params, setting.options.max_new_tokens)
     return Method(name, beta, draw, check, policy, lambda prompt, length, info: length * cost(prompt, length))
@@ -87,9 +80,7 @@ def _best_of_n(setting: Setting, spec: Spec) -> list[Method]:
 
     def at(n: int) -> Method:
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
-            found = decoding.best_of_n(setting.base, scorer.reward, both, rng, prompts, n=n, **setting.limits)
-            bound = jnp.full(found.reward.shape[0], metrics.best_of_n_kl_bound(n))
-            return Decoded(found.best, KL(bound, f"bound{setting.tempered}"), None)
+            return decoding.best_of_n(setting.base, scorer.reward, both, rng, prompts, num_samples=n, **setting.limits)
 
         return _of_base(
             setting,
@@ -104,28 +95,30 @@ def _best_of_n(setting: Setting, spec: Spec) -> list[Method]:
 
 
 def _blockwise(setting: Setting, spec: Spec) -> list[Method]:
-    """Blocks of the base, selected by a critic that steps beside it."""
+    """Blocks of the base, selected by a critic that steps with it."""
     part = summed(setting, spec.terms)
     both = {"policy": setting.params, "critic": part.params}
 
-    def at(candidates: int, block: int) -> Method:
+    def at(n: int, block_size: int) -> Method:
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
-            drawn = decoding.blockwise(
-                setting.base, part.critic, both, rng, prompts, candidates=candidates, block=block, **setting.limits
+            return decoding.blockwise(
+                setting.base,
+                part.critic,
+                both,
+                rng,
+                prompts,
+                num_samples=n,
+                block_size=block_size,
+                **setting.limits,
             )
-            bound = [
-                metrics.blockwise_kl_bound(row, block_size=block, num_samples=candidates)
-                for row in np.asarray(drawn.mask)
-            ]
-            return Decoded(drawn, KL(jnp.asarray(bound), f"bound{setting.tempered}"), None)
 
         return _of_base(
             setting,
-            f"blockwise_{candidates}x{block} {spec.name.partition(':')[2]}",
+            f"blockwise_{n}x{block_size} {spec.name.partition(':')[2]}",
             None,
             draw,
-            trace=("blockwise", part.critic, candidates, block),
-            forwards=lambda prompt, length, info: candidates * length * (1 + part.cost(prompt, length, 1)),
+            trace=("blockwise", part.critic, n, block_size),
+            forwards=lambda prompt, length, info: n * length * (1 + part.cost(prompt, length, 1)),
         )
 
     return [at(int(k), block) for block in setting.options.block_size for k in spec.strengths]
@@ -156,28 +149,21 @@ def _ggro(setting: Setting, spec: Spec) -> list[Method]:
         raise ValueError(
             f"reward: expected the folder of a reward model, whose gradient ggro reads, found {options.reward!r}"
         )
-    gain = rewards.token_gradient(lm)
-    both = {"policy": setting.params, "reward": scorer.params}
+    gradient = rewards.token_gradient(lm)
+    params = {
+        "policy": setting.params,
+        "reward": scorer.params,
+        "entropy_threshold": options.entropy_threshold,
+    }
     top_k = setting.lm.vocab_size if options.top_k == 0 else (options.top_k or 10)
 
-    def at(candidates: int) -> Method:
+    def at(n: int) -> Method:
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
-            found = decoding.ggro(
-                setting.base,
-                None,
-                gain,
-                both,
-                rng,
-                prompts,
-                candidates=candidates,
-                threshold=options.entropy_threshold,
-                top_k=top_k,
-                **setting.untempered,
+            return decoding.ggro(
+                setting.base, None, gradient, params, rng, prompts, num_samples=n, top_k=top_k, **setting.untempered
             )
-            info = {name: getattr(found, name) for name in ("segments", "tokens", "scored", "gradients")}
-            return Decoded(found.completions, _surprisal(found.completions), info)
 
-        return _of_base(setting, f"ggro_{candidates}", None, draw, trace=("ggro", gain, top_k), forwards=_ggro_forwards)
+        return _of_base(setting, f"ggro_{n}", None, draw, trace=("ggro", gradient, top_k), forwards=_ggro_forwards)
 
     return [at(int(n)) for n in spec.strengths]
 
@@ -185,8 +171,8 @@ def _ggro(setting: Setting, spec: Spec) -> list[Method]:
 def _ggro_forwards(prompt: int, length: int, info: Mapping[str, float], /) -> float:
     # The reward reads the prompt once and then each candidate text alone; the way back to one embedding costs about as
     # much as the way there.
-    share = info["gradients"] / max(info["scored"], 1)
-    return prompt + info["tokens"] * (2 + share)
+    share = info["gradient_passes"] / max(info["reward_passes"], 1)
+    return prompt + info["policy_steps"] * (2 + share)
 
 
 def _smc(setting: Setting, spec: Spec) -> list[Method]:
@@ -204,9 +190,7 @@ def _smc(setting: Setting, spec: Spec) -> list[Method]:
         three = {"policy": own, "reward": scorer.params, "beta": jnp.asarray(beta, jnp.float32)}
 
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
-            found = decoding.smc(proposal, scorer.reward, three, rng, prompts, particles=n, **setting.untempered)
-            info = {name: getattr(found, name) for name in ("ess", "log_z", "resamplings", "truncated_support")}
-            return Decoded(found.pick, KL(found.kl, "estimate"), info)
+            return decoding.smc(proposal, scorer.reward, three, rng, prompts, num_particles=n, **setting.untempered)
 
         return Method(
             spec.name,
@@ -223,7 +207,7 @@ def _smc(setting: Setting, spec: Spec) -> list[Method]:
 def _quest(setting: Setting, spec: Spec) -> list[Method]:
     """The last state of a chain of QUEST. Its law after finitely many moves is not known; the KL reported is that of
     the stationary law, E[r]/beta − log Z, both from the same weighted base samples: at most log of their number."""
-    scorer, moves, samples = setting.reward, setting.options.num_steps, setting.options.num_samples
+    scorer, num_steps, samples = setting.reward, setting.options.num_steps, setting.options.num_samples
     both = {"policy": setting.params, "reward": scorer.params}
     known: dict[bytes, Array] = {}  # rewards of base samples, which serve every beta
 
@@ -233,31 +217,32 @@ def _quest(setting: Setting, spec: Spec) -> list[Method]:
             chunk = 8 if samples % 8 == 0 else None
             key = jax.random.fold_in(rng, 2)
             drawn = decoding.best_of_n(
-                setting.base, scorer.reward, both, key, prompts, n=samples, chunk=chunk, **setting.limits
+                setting.base, scorer.reward, both, key, prompts, num_samples=samples, chunk=chunk, **setting.limits
             )
-            known[name] = drawn.reward
+            known[name] = drawn.info.reward
         return known[name]
 
     def at(beta: float) -> Method:
         three = both | {"beta": jnp.asarray(beta, jnp.float32)}
 
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
-            chain = decoding.quest(setting.base, scorer.reward, three, rng, prompts, moves=moves, **setting.limits)
-            unknown = KL(jnp.full(chain.accept_rate.shape, jnp.nan), "estimate")
-            return Decoded(chain.last, unknown, {"accept_rate": chain.accept_rate})
+            return decoding.quest(
+                setting.base, scorer.reward, three, rng, prompts, num_steps=num_steps, **setting.limits
+            )
 
         def measure(rng: Array, prompts: TokenBatch, drawn: Drawn, /) -> Drawn:
             even = jnp.full(samples, -np.log(samples))
             kl = gibbs.kl(gibbs.log_policy(even, base_rewards(rng, prompts), beta=beta), even)
-            return drawn._replace(kl=KL(kl, f"estimate, of the stationary law{setting.tempered}"))
+            formula = f"of the stationary law, from {samples} samples, at most log {samples}"
+            return drawn._replace(kl=KL(kl, "stationary_estimate", formula, drawn.kl.reference))
 
         made = _of_base(
             setting,
-            f"quest_{moves}",
+            f"quest_{num_steps}",
             beta,
             draw,
-            trace=("quest", moves),
-            forwards=lambda prompt, length, info: (moves + 1) * (prompt + 2 * length),
+            trace=("quest", num_steps),
+            forwards=lambda prompt, length, info: (num_steps + 1) * (prompt + 2 * length),
         )
         return made._replace(measure=measure)
 
@@ -269,18 +254,16 @@ def _cards(setting: Setting, spec: Spec) -> list[Method]:
     scorer, options = setting.reward, setting.options
     threshold = default_threshold(setting) if options.reward_threshold is None else options.reward_threshold
     params = {"policy": setting.params, "reward": scorer.params}
-    given = {"threshold": threshold, "entropy": options.entropy_threshold}
+    given = {"reward_threshold": threshold, "entropy_threshold": options.entropy_threshold}
     params |= {name: jnp.asarray(value, jnp.float32) for name, value in given.items()}
 
     def at(beta: float) -> Method:
         own = params | {"beta": jnp.asarray(beta, jnp.float32)}
 
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
-            found = decoding.cards(
-                setting.base, scorer.reward, own, rng, prompts, tries=options.max_tries, **setting.limits
+            return decoding.cards(
+                setting.base, scorer.reward, own, rng, prompts, max_tries=options.max_tries, **setting.limits
             )
-            info = {name: getattr(found, name) for name in ("segments", "tries", "capped", "steps")}
-            return Decoded(found.completions, KL(found.kl_bound, f"estimate of a bound{setting.tempered}"), info)
 
         return _of_base(
             setting,
@@ -288,7 +271,7 @@ def _cards(setting: Setting, spec: Spec) -> list[Method]:
             beta,
             draw,
             trace=("cards", options.max_tries),
-            forwards=lambda prompt, length, info: info["steps"] + info["tries"] * (prompt + length / 2),
+            forwards=lambda prompt, length, info: info["policy_steps"] + info["tries"] * (prompt + length / 2),
         )
 
     return [at(beta) for beta in spec.strengths]

@@ -21,7 +21,7 @@ class Numbers(NamedTuple):
     kl: np.ndarray
     """[B], in nats."""
     kl_kind: str
-    """As `types.KL.kind`."""
+    """As `types.KL.label`."""
     info: dict[str, np.ndarray]
     """The decoder's own numbers [B]."""
 
@@ -32,7 +32,7 @@ def on_host(drawn: Decoded[Any]) -> Numbers:
     rows = np.shape(host.completions.finished)
     info = host.info._asdict() if hasattr(host.info, "_asdict") else (host.info or {})
     own = {name: value for name, value in info.items() if isinstance(value, np.ndarray) and value.shape == rows}
-    return Numbers(host.completions, host.kl.value, host.kl.kind, own)
+    return Numbers(host.completions, host.kl.value, host.kl.label, own)
 
 
 def check_finite(name: str, numbers: Numbers, rows: Sequence[int]) -> None:

@@ -80,11 +80,6 @@ class Setting(NamedTuple):
         """Arguments of decoders without a temperature."""
         return {"max_new_tokens": self.options.max_new_tokens, "eos_ids": self.lm.config.eos_ids}
 
-    @property
-    def tempered(self) -> str:
-        """What follows the kind of a KL: at a temperature other than 1, a selection's KL is to the tempered base."""
-        return "" if self.options.temperature == 1 else ", to the tempered base"
-
     def candidates(self, *, whole: bool) -> int | None:
         """Candidates per token, None for the whole vocabulary; whole: of critics that give all scores at once."""
         if self.options.top_k is None:
@@ -103,7 +98,7 @@ def default_threshold(setting: Setting) -> float:
         {"policy": setting.params, "reward": scorer.params},
         jax.random.key(setting.options.seed),
         data.prompt_batch(ids),
-        n=-(-32 // len(ids)),
+        num_samples=-(-32 // len(ids)),
         **setting.limits,
     )
-    return float(np.quantile(np.asarray(found.reward)[: len(ids)], 0.9))
+    return float(np.quantile(np.asarray(found.info.reward)[: len(ids)], 0.9))

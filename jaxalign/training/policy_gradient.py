@@ -22,7 +22,7 @@ from jaxalign._arrays import at_least_float32, repeat_rows
 from jaxalign._builders import cached
 from jaxalign.training.objectives import cast
 from jaxalign.training.step import Loss, LossAux
-from jaxalign.types import Array, Params, Policy, Reward, Selection, TokenBatch
+from jaxalign.types import Array, Params, Policy, Reward, TokenBatch
 
 Read = Callable[[Params, Any], tuple[Array, Array | None]]
 """(params, rows) -> (log pi(y_t) [b,T], V(s_t) [b,T] before each token, or None)."""
@@ -127,11 +127,11 @@ def collect(
     samples: int,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
-) -> Selection:
+) -> decoding.BestOfNInfo:
     """n responses of each prompt from the policy as it is, with their rewards [B,n] and the log-probabilities that they
     were drawn with. params {"policy", "reward"}; rng: consumed. A reward may come out NaN: look before learning."""
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
-    return decoding.best_of_n(policy, reward, params, rng, prompts, n=samples, allow_nan=True, **options)
+    return decoding.best_of_n(policy, reward, params, rng, prompts, num_samples=samples, allow_nan=True, **options).info
 
 
 def prepare(
@@ -141,7 +141,7 @@ def prepare(
     params: Params,
     frozen: Params,
     prompts: TokenBatch,
-    drawn: Selection,
+    drawn: decoding.BestOfNInfo,
     beta: Array,
     *,
     both: ReadBoth | None = None,
@@ -247,7 +247,7 @@ def loss(method: Method, read: Read, both: ReadBoth | None = None) -> Loss:
     return measured
 
 
-def trim(drawn: Selection, length: int) -> Selection:
+def trim(drawn: decoding.BestOfNInfo, length: int) -> decoding.BestOfNInfo:
     """The first `length` tokens of every sample: columns that no response reaches cost a pass."""
     cut = lambda x: x[:, :, :length] if x is not None and x.ndim == 3 else x  # noqa: E731
     return drawn._replace(samples=jax.tree.map(cut, drawn.samples))

@@ -42,7 +42,7 @@ class Learner(NamedTuple):
 
 
 def draw(learner: Learner, params: Params, frozen: Params, rng: jax.Array, prompts: TokenBatch) -> Any:
-    """A Selection of the policy's own responses with their rewards."""
+    """The policy's own responses with their rewards, a `decoding.BestOfNInfo`."""
     own = weights(learner.lm, learner.assemble, params, frozen)
     both = {"policy": own, "reward": frozen["reward"]}
     config = learner.config

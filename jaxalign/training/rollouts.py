@@ -190,10 +190,10 @@ def write_shard(
             arguments,
             jax.random.key(config.seed),
             batch,
-            n=config.samples,
+            num_samples=config.samples,
             max_new_tokens=config.max_new_tokens,
             eos_ids=eos_ids,
-        )
+        ).info
         kept = drawn.samples.tokens, drawn.samples.mask, drawn.reward
         tokens, mask, paid = job.first_rows(kept, len(part))
         if not np.isfinite(paid).all():

@@ -16,7 +16,7 @@ def main(base, judge, value, prompts, eos_ids):
         {"policy": guided, "reward": judged},
         jax.random.key(0),
         prompts,
-        n=3,
+        num_samples=3,
         max_new_tokens=3,
         eos_ids=eos_ids,
     )

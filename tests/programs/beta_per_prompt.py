@@ -14,7 +14,7 @@ def main(base, arm, judge, prompts, beta, eos_ids):
         {"policy": guided, "reward": judge[1]},
         jax.random.key(0),
         prompts,
-        n=3,
+        num_samples=3,
         max_new_tokens=3,
         eos_ids=eos_ids,
     )

@@ -15,4 +15,4 @@ def main(base, prompts, eos_ids):
     policy, reward = policies.language_model(base[0]), rewards.from_numpy(distinct)
     params = {"policy": base[1], "reward": None}
     key = jax.random.key(0)
-    return decoding.best_of_n(policy, reward, params, key, prompts, n=4, max_new_tokens=5, eos_ids=eos_ids)
+    return decoding.best_of_n(policy, reward, params, key, prompts, num_samples=4, max_new_tokens=5, eos_ids=eos_ids)

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxalign import advantages, gibbs, infalign, losses, training, tree
+from jaxalign import advantages, decoding, gibbs, infalign, losses, training, tree
 from jaxalign.training import policy_gradient
-from jaxalign.types import Completions, Selection, TokenBatch
+from jaxalign.types import Completions, TokenBatch
 from tests import exact
 
 BETA = 0.5
@@ -212,7 +212,7 @@ def test_the_mean_gradient_of_the_exact_kl_is_that_of_the_regularised_reward_wit
     drawn = Completions(tokens, mask, log_p, zero, zero, zero, mask[:, 0], mask[:, 0])
     samples = jax.tree.map(lambda x: x[pair], drawn)
     asked = TokenBatch(jnp.zeros((M * M, 1), jnp.int32), jnp.ones((M * M, 1), bool))
-    chosen = Selection(drawn, samples, reward[pair])
+    chosen = decoding.BestOfNInfo(samples, reward[pair])
 
     def moments(kl: str) -> tuple[jax.Array, jax.Array]:
         """(mean, variance of a group summed over its entries) of the gradient."""

@@ -1,4 +1,4 @@
-"""A toy for nudging: a Markov policy with a reward that is linear in one-hot tokens, and the plain algorithm."""
+"""A toy for GGRO: a Markov policy with a reward that is linear in one-hot tokens, and the plain algorithm."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _reward(params, tokens, mask, prompt_length, index):
     return _one_hot_reward(params, jax.nn.one_hot(tokens, V), mdp.response_part(mask, prompt_length))
 
 
-def _gain(params, tokens, mask, prompt_length, position, candidates):
+def _gradient(params, tokens, mask, prompt_length, position, candidates):
     """The one-hot gradient at the position: the definition, with its [N,L,V]."""
     response = mdp.response_part(mask, prompt_length)
     one_hot = jax.nn.one_hot(tokens, V)
@@ -80,17 +80,16 @@ PROMPTS = padded([[a, b] if a != b else [3, a, b] for a in range(1, 4) for b in 
 B = PROMPTS.tokens.shape[0]
 
 
-def nudge(params, *, prompts=PROMPTS, candidates=4, threshold=1.0, eos_ids=EOS, **options):
+def guided(params, *, prompts=PROMPTS, candidates=4, threshold=1.0, eos_ids=EOS, **options):
     options = {"top_k": 5, "max_new_tokens": T} | options
     return decoding.ggro(
         MARKOV,
         _reward,
-        _gain,
-        params,
+        _gradient,
+        params | {"entropy_threshold": threshold},
         RNG,
         prompts,
-        candidates=candidates,
-        threshold=threshold,
+        num_samples=candidates,
         eos_ids=eos_ids,
         **options,
     )
@@ -174,4 +173,4 @@ class Plain:
 
 
 _JIT_REWARD = jax.jit(lambda params, *row: _reward(params, *row, None)[0])
-_JIT_GAIN = jax.jit(_gain)
+_JIT_GAIN = jax.jit(_gradient)

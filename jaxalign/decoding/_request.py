@@ -1,0 +1,370 @@
+"""What every decoder checks and prepares on the host before anything is traced."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import mdp, policies, rewards
+from jaxalign._arrays import drop_weak_types, per_row
+from jaxalign._builders import cached
+from jaxalign._checks import check_positive, is_concrete, same_prompts
+from jaxalign.prompts import any_prompts, prompt_batch, prompt_index, prompts_for
+from jaxalign.rewards.models import TokenScore
+from jaxalign.rewards.values import function_name
+from jaxalign.types import (
+    Array,
+    ArrayLike,
+    Completions,
+    Params,
+    Policy,
+    Prompts,
+    Reward,
+    TextReward,
+    TokenBatch,
+)
+
+EosIds: TypeAlias = int | Sequence[int] | None
+"""The ids that end a response: one, several, () for none, or None for the policy's own (`Policy.eos_ids`)."""
+
+
+class Tokenizer(Protocol):
+    """What decoders ask of a tokenizer: texts to ids and back, as the tokenizers of Hugging Face do."""
+
+    def __call__(self, text: str) -> Mapping[str, Any]:
+        """{"input_ids": ids} of a text."""
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        """The text of ids."""
+
+
+Decode: TypeAlias = Callable[[list[int]], str]
+"""Ids to text: takes the place of a tokenizer where no prompt is a string."""
+
+
+class Request(NamedTuple):
+    """What a decoder works on, checked."""
+
+    policy: Policy
+    """The policy, under its temperature."""
+    reward: Reward
+    """The reward of tokens; a reward of texts is wrapped."""
+    params: dict[str, Any]
+    """The entries of params; those that may differ per prompt as [B]."""
+    prompts: dict[str, Any]
+    """{"policy", "reward"}, with one index in every entry."""
+    max_new_tokens: int
+    """T."""
+    eos_ids: tuple[int, ...]
+    """The ids that end a response."""
+    tempered: bool
+    """Whether a temperature other than the number 1 was put on the policy."""
+
+
+def open_request(
+    policy: Policy,
+    reward: Reward | TextReward,
+    params: Params,
+    prompts: Prompts,
+    max_new_tokens: int,
+    eos_ids: EosIds,
+    temperature: ArrayLike = 1.0,
+    *,
+    per_prompt: tuple[str, ...] = (),
+    tokenizer: Tokenizer | Decode | None = None,
+) -> Request:
+    """Checks the arguments of a decoder that draws from a policy and compares by a reward.
+
+    Args:
+      per_prompt: entries of params that are scalars or [B] and become [B]; a "beta" must be > 0.
+
+    Raises:
+      ValueError: naming the argument, what was expected and what was found.
+    """
+    # A reward of texts has no parameters.
+    given = open_params(params, ("policy", "reward", *per_prompt), optional_reward(reward))
+    reward = open_reward(reward, tokenizer)
+    prompts = same_prompts(open_prompts(prompts, tokenizer))
+    inner, scored = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
+    if "beta" in per_prompt:
+        check_positive("beta", number("beta", given["beta"]))
+    inner, max_new_tokens, eos_ids = check_request(policy, given["policy"], inner, max_new_tokens, eos_ids)
+    check_reward(reward, given["reward"], scored, max_new_tokens, policy.vocab_size)
+    tempered, policy_params, inner = with_temperature(policy, given["policy"], inner, temperature)
+    batch = prompt_index(scored).shape[0]
+    arrays = {"policy": policy_params, "reward": given["reward"]}
+    arrays |= {name: per_row(number(name, given[name]), batch, name=name) for name in per_prompt}
+    both = {"policy": inner, "reward": scored}
+    changed = tempered is not policy
+    return Request(tempered, reward, drop_weak_types(arrays), both, max_new_tokens, eos_ids, changed)
+
+
+def check_request(
+    policy: Policy, params: Params, prompts: Prompts, max_new_tokens: int, eos_ids: EosIds
+) -> tuple[Prompts, int, tuple[int, ...]]:
+    """The checks that every decoder makes of its policy: (the prompts with one index in every entry, max_new_tokens,
+    eos_ids as a tuple of ints)."""
+    if not isinstance(policy, Policy):
+        raise ValueError(f"policy: expected a Policy, found {type(policy).__name__}")
+    max_new_tokens = count("max_new_tokens", max_new_tokens)
+    ids = open_eos_ids(policy, eos_ids)
+    prompts = same_prompts(prompts)
+    if policy.check is not None:
+        policy.check(params, prompts, max_new_tokens)
+    return prompts, max_new_tokens, ids
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def count(name: str, value: Any, *, least: int = 1) -> int:
+    """value as an int. ValueError for a bool, for what is no integer, and for less than `least`."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        found = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an int, found {value!r} ({type(value).__name__})") from None
+    if found < least:
+        raise ValueError(f"{name}: expected at least {least}, found {found}")
+    return found
+
+
+def number(name: str, value: ArrayLike) -> ArrayLike:
+    """value itself. ValueError unless it is real: an int or float, or an array of them."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        dtype = np.asarray(value).dtype
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise ValueError(f"{name}: expected real numbers, found {value!r}")
+    return value
+
+
+def open_params(
+    params: Params, required: tuple[str, ...], defaults: Mapping[str, ArrayLike | None] | None = None
+) -> dict[str, Any]:
+    """The entries of params, a dict or a NamedTuple: the required ones, and those of `defaults` that are given (in a
+    NamedTuple: are not None), else their default.
+
+    Raises:
+      ValueError: an entry is missing, or one that the decoder does not know.
+    """
+    defaults = defaults or {}
+    if isinstance(params, tuple) and hasattr(params, "_asdict"):
+        params = {name: value for name, value in params._asdict().items() if name not in defaults or value is not None}
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params: expected an entry {required[0]!r}, found {type(params).__name__}")
+    for name in required:
+        if name not in params and name not in defaults:
+            raise ValueError(f"params: expected an entry {name!r}, found {sorted(params)}")
+    surplus = sorted(set(params) - set(required) - set(defaults), key=str)
+    if surplus:
+        known = sorted({*required, *defaults})
+        raise ValueError(f"params: expected the entries {known}, found {surplus} besides")
+    return {**defaults, **params}
+
+
+def open_eos_ids(policy: Policy, eos_ids: EosIds) -> tuple[int, ...]:
+    """eos_ids as a tuple; None: the policy's own. ValueError where neither is known, and for ids outside the
+    vocabulary."""
+    if eos_ids is None:
+        if policy.eos_ids is None:
+            raise ValueError(
+                "eos_ids: expected an id or ids, since this policy does not name its own (Policy.eos_ids), found None; "
+                "() for responses that only the limit ends"
+            )
+        eos_ids = policy.eos_ids
+    if isinstance(eos_ids, str) or np.ndim(eos_ids) > 1:
+        raise ValueError(f"eos_ids: expected an int or a sequence of ints, found {eos_ids!r}")
+    given = [eos_ids] if np.ndim(eos_ids) == 0 else list(eos_ids)  # type: ignore[arg-type]
+    ids = tuple(count("eos_ids", i, least=-(2**62)) for i in given)
+    vocab = policy.vocab_size
+    if any(i < 0 or (vocab is not None and i >= vocab) for i in ids):
+        raise ValueError(f"eos_ids: expected ids in [0, {vocab}), found {ids}")
+    return ids
+
+
+def open_prompts(prompts: Any, tokenizer: Tokenizer | Decode | None) -> Prompts:
+    """prompts as they are, or a TokenBatch of a list of strings where a tokenizer is given.
+
+    Raises:
+      ValueError: strings without a tokenizer, or lists of ids, which `prompts.prompt_batch` makes a batch of.
+    """
+    if isinstance(prompts, TokenBatch | Mapping):
+        return prompts
+    texts = isinstance(prompts, str) or (isinstance(prompts, list | tuple) and any(isinstance(p, str) for p in prompts))
+    if not texts:
+        nested = isinstance(prompts, list | tuple) and all(isinstance(p, TokenBatch | Mapping) for p in prompts)
+        if nested and prompts:
+            return prompts
+        raise ValueError(
+            f"prompts: expected a TokenBatch, found {type(prompts).__name__}; prompts.prompt_batch makes one of lists "
+            "of ids, and tokenizer= takes a list of strings"
+        )
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"prompts: expected a list of strings, found {prompts!r:.80}")
+    if tokenizer is None or not hasattr(tokenizer, "decode"):
+        raise ValueError(
+            "prompts: expected a TokenBatch (prompts.prompt_batch) or strings with tokenizer=, found strings and "
+            + ("no tokenizer" if tokenizer is None else "a decode function")
+        )
+    return prompt_batch([_encode(tokenizer, text) for text in prompts])
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, with the special tokens that the tokenizer puts there."""
+    ids = [int(i) for i in tokenizer(text)["input_ids"]]
+    if not ids:
+        raise ValueError(f"prompts: expected at least one token in each, found none in {text!r}")
+    return ids
+
+
+def with_temperature(
+    policy: Policy, params: Params, prompts: Prompts, temperature: ArrayLike
+) -> tuple[Policy, Params, Prompts]:
+    """The policy under `policies.temperature`; unchanged for the Python number 1. ValueError: a temperature that is
+    negative, NaN or of another shape than () and [B]."""
+    number("temperature", temperature)
+    if isinstance(temperature, int | float) and temperature == 1:
+        return policy, params, prompts
+    if is_concrete(temperature) and not np.all(np.asarray(temperature) >= 0):
+        raise ValueError(f"temperature: expected a value >= 0, found {np.asarray(temperature)}")
+    per_row(temperature, any_prompts(prompts).tokens.shape[0], name="temperature")
+    params = {"policy": params, "temperature": jnp.asarray(temperature, jnp.result_type(float))}
+    if isinstance(prompts, dict):
+        prompts = {"policy": prompts}
+    return _tempered(policy), params, prompts
+
+
+@functools.lru_cache(maxsize=64)
+def _tempered(policy: Policy) -> Policy:
+    """One wrapped Policy per Policy: a new closure would be a new trace (law 6)."""
+    return policies.temperature(policy)
+
+
+# Rewards --------------------------------------------------------------------------------------------------------------
+
+
+def open_reward(reward: Reward | TextReward, tokenizer: Tokenizer | Decode | None) -> Reward:
+    """A reward of tokens: the reward itself, or a reward of texts f(prompts, responses) behind the tokenizer's decode.
+
+    Raises:
+      ValueError: what is no function, or a reward of texts without a tokenizer.
+    """
+    if not callable(reward):
+        raise ValueError(f"reward: expected a Reward, found {type(reward).__name__}")
+    if not _takes_texts(reward):
+        return reward  # type: ignore[return-value]  # its signature was just read
+    if tokenizer is None:
+        raise ValueError(f"reward: expected tokenizer= for {function_name(reward)}(prompts, responses), found none")
+    return _text_reward(reward, tokenizer)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=512)
+def _arity(function: Any) -> int | None:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
+
+
+def optional_reward(reward: Any) -> dict[str, None]:
+    """The default of params["reward"]: None for a reward of texts, which has no parameters."""
+    return {"reward": None} if _takes_texts(reward) else {}
+
+
+def _takes_texts(reward: Any) -> bool:
+    """Whether a reward takes (prompts, responses) and not (params, tokens, mask, prompt_length, index)."""
+    try:
+        return _arity(reward) == 2
+    except TypeError:  # not hashable
+        return _arity.__wrapped__(reward) == 2
+
+
+@cached
+def _text_reward(f: TextReward, tokenizer: Tokenizer | Decode) -> Reward:
+    """One Reward for equal arguments, so that an inline call is no new trace."""
+    plain: Any = getattr(tokenizer, "decode", None)
+
+    def decode(ids: Sequence[int]) -> str:
+        found: str
+        if plain is None:
+            function: Any = tokenizer
+            found = function(list(ids))
+        else:
+            found = plain(list(ids), skip_special_tokens=True)
+        return found
+
+    return rewards.from_text(decode, f)
+
+
+def check_reward(
+    reward: Reward | TokenScore, params: Params, prompts: TokenBatch, max_new_tokens: int, vocab_size: int | None
+) -> None:
+    """The host checks of a Reward for prompts [B] and responses over vocab_size tokens. ValueErrors."""
+    if not isinstance(prompts, TokenBatch):
+        raise ValueError(f"prompts['reward']: expected one TokenBatch, found {type(prompts).__name__}")
+    found = getattr(reward, "vocab_size", None)
+    if None not in (found, vocab_size) and found != vocab_size:
+        raise ValueError(
+            f"reward: expected the policy's vocabulary of {vocab_size} tokens, found {found} (models.match_vocabulary "
+            "cuts appended rows; rewards.from_text decodes and re-encodes)"
+        )
+    check = getattr(reward, "check", None)
+    if check is not None:
+        check(params, prompts, max_new_tokens)
+
+
+def check_scores(scores: Array) -> None:
+    """ValueError on the host where a reward is NaN: it would be chosen as the best, or never. −inf forbids a response
+    and is allowed."""
+    if is_concrete(scores) and bool(jnp.isnan(scores).any()):
+        rows = np.flatnonzero(np.isnan(np.asarray(scores)).any(axis=-1)).tolist()
+        raise ValueError(f"reward: expected numbers, found NaN for prompts {rows}")
+
+
+def check_values(found: Any, shape: tuple[int, ...], name: str) -> None:
+    """ValueError unless what a user's function gave is an array of real numbers of this shape. It runs while the
+    program is traced, before anything is computed."""
+    try:
+        actual, dtype = np.shape(found), jnp.result_type(found)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected an array of shape {shape}, found {type(found).__name__}") from None
+    if actual != shape:
+        raise ValueError(f"{name}: expected one number for each of {shape}, found shape {actual}")
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise ValueError(f"{name}: expected real numbers, found dtype {dtype}")
+
+
+def score_completions(reward: Reward, params: Params, prompts: TokenBatch, completions: Completions) -> Array:
+    """reward [N] of completions [N,T] after prompts [N,P], at least float32. ValueError naming the reward's function
+    where it gives another shape, or what are no real numbers."""
+    return rewards.call_reward(reward, params, *join(prompts, completions), prompt_index(prompts))
+
+
+def join(prompts: TokenBatch, completions: Completions) -> tuple[Array, Array, Array]:
+    """(tokens [B,P+T], mask [B,P+T], prompt_length [B]) of prompts and their responses: what a Reward takes."""
+    return mdp.concatenate(prompts, completions.tokens, completions.mask)
+
+
+def streams(index: Array, sample: Array) -> Array:
+    """The random streams [B·n,2] of samples `sample` [n] of the prompts `index` [B]: what `rollout.rollout` takes as
+    rows."""
+    pairs = jnp.broadcast_arrays(index[:, None], sample[None, :])
+    return jnp.stack([pair.reshape(-1) for pair in pairs], axis=1)
+
+
+def uniform_per_prompt(key: Array, number: ArrayLike, index: Array) -> Array:
+    """One uniform number for each prompt of index [B], of the stream of key and number."""
+    key = jax.random.fold_in(key, number)
+    return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(index)
