@@ -256,7 +256,7 @@ def fitted(params, truth, seed: int):
 def expected_table(t: tree.Tree, steps: int):
     critic = tree.critic(t, "level")
     # Row s holds state s; the critic's node follows the policy's.
-    rows = critic._replace(init=lambda p, r, b, n: {**critic.init(p, r, b, n), "node": jnp.arange(t.num_states)})
+    rows = critic._replace(init=lambda p, r, b, n: critic.init(p, r, b, n)._replace(node=jnp.arange(t.num_states)))
     policy = policies.re_control_expected(_states(t), unembed, rows, steps=steps)
 
     @jax.jit
