@@ -11,17 +11,15 @@ and its sampled reward and KL stand beside the exact law. Writes results.json an
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _io, commands, decoding, metrics, policies, tree
-from jaxalign.types import Array, Policy
-
-RAMP = {"exact soft value": "C0", "controlled decoding": "C1", "GenARM": "C2", "ARGS": "C3", "best of n": "C4"}
+from jaxalign.evaluation.exact_laws import METHODS, Point, critic_tables, exact_law, plot, print_table
+from jaxalign.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,41 +44,6 @@ class Config:
     """Seed of the process and of all draws."""
     config: str = ""
     """JSON or TOML file of defaults for these options."""
-
-
-class Point(NamedTuple):
-    """One method at one setting: exact and sampled reward with its 95 % half-width, exact and sampled KL [nats]."""
-
-    method: str
-    setting: float
-    reward: float
-    sampled_reward: float
-    sampled_reward_95: float
-    kl: float
-    sampled_kl: float
-    kl_kind: str
-
-
-def exact_law(t: tree.Tree, policy: Policy, params: Any) -> Array:
-    """log pi(y) [M] of any Policy: every response scored by `decoding.log_prob`."""
-    tokens, mask = (jnp.asarray(x) for x in t.responses)
-    scored = decoding.log_prob(policy, params, jax.random.key(0), tree.prompts(t.num_responses), tokens, mask)
-    return scored.log_prob.sum(axis=1)
-
-
-def critic_tables(
-    t: tree.Tree, config: Config, base: Array, reward: Array, beta: float
-) -> dict[str, tuple[str, Array]]:
-    """Method -> (kind of critic, its table q [S,V])."""
-    error = config.noise * jax.random.normal(jax.random.key(config.seed + 1), (t.num_states, t.vocab_size))
-    value = tree.q_values(t, tree.value(t, base, reward), reward=reward)
-    return {
-        "exact soft value": ("level", tree.q_values(t, tree.soft_value(t, base, reward, beta=beta), reward=reward)),
-        "controlled decoding": ("level", value),
-        # log pi_r is trained to r/beta_r + const with beta_r = 1; the guidance weight is then 1/beta.
-        "GenARM": ("increment", tree.policy_of(t, jax.nn.log_softmax(reward))),
-        "ARGS": ("level", jnp.where(jnp.asarray(t.leaf) >= 0, value, value + error)),
-    }
 
 
 def check(config: Config) -> None:
@@ -120,7 +83,7 @@ def run(config: Config) -> list[Point]:
     built = {kind: policies.tilt(tree.policy(t), tree.critic(t, kind)) for kind in ("level", "increment")}
     points = []
     for beta in config.betas:
-        for method, (kind, q) in critic_tables(t, config, base, reward, beta).items():
+        for method, (kind, q) in critic_tables(t, base, reward, beta, noise=config.noise, seed=config.seed).items():
             params = {"policy": base, "critic": q, "beta": jnp.asarray(beta)}
             drawn = decoding.sample(built[kind], params, rng, prompts, **shared)
             law = exact_law(t, built[kind], params)
@@ -132,7 +95,7 @@ def run(config: Config) -> list[Point]:
         law = tree.best_of_n_law(log_base, score=reward, n=n)
         drawn, kl = chosen.completions, chosen.kl
         points.append(point("best of n", n, law, drawn, float(kl.value.mean()), kl.formula))
-    points.sort(key=lambda p: (list(RAMP).index(p.method), p.kl))
+    points.sort(key=lambda p: (list(METHODS).index(p.method), p.kl))
     table = [p._asdict() for p in points]
     _io.write_json(
         out / "results.json", {"base_reward": float(tree.expected(log_base, values=reward)), "points": table}
@@ -141,51 +104,6 @@ def run(config: Config) -> list[Point]:
     print_table(points)
     print(f"wrote {out / 'results.json'} and {out / 'frontier.png'}")
     return points
-
-
-def print_table(points: list[Point]) -> None:
-    """Exact and sampled numbers side by side."""
-    print(f"{'method':20} {'beta or n':>9} {'reward':>8} {'sampled':>16} {'KL':>7} {'reported':>9}  kind of KL")
-    for p in points:
-        sampled = f"{p.sampled_reward:.3f} ± {p.sampled_reward_95:.3f}"
-        print(
-            f"{p.method:20} {p.setting:9g} {p.reward:8.3f} {sampled:>16} {p.kl:7.3f} {p.sampled_kl:9.3f}  {p.kl_kind}"
-        )
-
-
-def plot(t: tree.Tree, base: Array, reward: Array, points: list[Point], path: pathlib.Path) -> None:
-    """Reward against KL: exact laws as lines, sampled means with intervals as points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
-    log_base = tree.response_log_prob(t, base)
-    laws = [tree.optimal_log_prob(t, base, reward, beta=float(b)) for b in np.geomspace(30, 0.15, 60)]
-    frontier = [(float(tree.sequence_kl(law, log_base)), float(tree.expected(law, values=reward))) for law in laws]
-    axes.plot(*zip(*frontier, strict=True), color="0.75", lw=5, label="optimum at each KL", zorder=0)
-    for method, colour in RAMP.items():
-        mine = [p for p in points if p.method == method]
-        axes.plot([p.kl for p in mine], [p.reward for p in mine], color=colour, lw=1.3, label=method)
-        axes.errorbar(
-            [p.kl for p in mine],
-            [p.sampled_reward for p in mine],
-            [p.sampled_reward_95 for p in mine],
-            fmt="o",
-            ms=3.5,
-            color=colour,
-            capsize=2,
-        )
-    axes.set_xlabel("KL to the base [nats], exact")
-    axes.set_ylabel("expected reward")
-    axes.set_title(f"Exact laws (lines) and decoded samples (points), {t.num_responses} responses", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    axes.grid(alpha=0.25)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
-    pyplot.close(figure)
 
 
 def main(args: list[str] | None = None) -> None:

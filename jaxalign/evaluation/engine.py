@@ -97,7 +97,8 @@ def batches(ids: list[list[int]], *, batch_size: int, mesh: str) -> list[Batch]:
         rows = order[begin : begin + batch_size]
         prompts = data.prompt_batch([ids[i] for i in rows], index=rows, batch_size=batch_size)
         if devices is not None:
-            prompts = jax.device_put(prompts, NamedSharding(devices, PartitionSpec("data")))
+            spec = PartitionSpec("data")  # type: ignore[no-untyped-call, unused-ignore]
+            prompts = jax.device_put(prompts, NamedSharding(devices, spec))
         out.append(Batch(rows, prompts))
     return out
 
@@ -167,7 +168,8 @@ def decode(
                 if (k, j) in whole:
                     continue
                 begin = time.perf_counter()
-                drawn = jax.block_until_ready(decode_batch(method, keys[k], batch.prompts))
+                drawn = decode_batch(method, keys[k], batch.prompts)
+                jax.block_until_ready(drawn)  # type: ignore[no-untyped-call, unused-ignore]
                 seconds = time.perf_counter() - begin
                 if method.measure is not None:
                     drawn = method.measure(keys[k], batch.prompts, drawn)
