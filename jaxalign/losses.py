@@ -1,5 +1,8 @@
 """Training objectives, each a function on arrays that returns one number: the mean over the rows of the batch.
 
+The prediction comes first; targets, masks and references are keyword-only, since a swap of two arrays of one shape
+would go unnoticed. Pairs keep the field's order, chosen before rejected.
+
 Nothing needs [B,L,V] at once: log-probabilities of the tokens come in, or (for the Bellman target) one chunk of
 positions. Masks are double-where: an entry that is masked out may hold NaN and leaves value and gradient finite.
 """
@@ -28,7 +31,15 @@ def language_model(log_prob: Array, *, mask: Array, count: ArrayLike | None = No
 
 
 def bradley_terry(chosen: Array, rejected: Array) -> Array:
-    """mean −log sigmoid(r_w − r_l): the pairwise ranking loss of a reward model. chosen, rejected [B] rewards."""
+    """Gives the pairwise ranking loss of a reward model, mean −log sigmoid(r_w − r_l).
+
+    Args:
+      chosen: [B], rewards of the preferred responses.
+      rejected: [B], of the others.
+
+    Returns:
+      A scalar.
+    """
     chex.assert_equal_shape([chosen, rejected])
     return -jax.nn.log_sigmoid(at_least_float32(chosen) - at_least_float32(rejected)).mean()
 
@@ -52,8 +63,21 @@ def dpo(
     beta: ArrayLike,
     label_smoothing: float = 0.0,
 ) -> Array:
-    """mean −(1−e)·log sigmoid(beta·Δ) − e·log sigmoid(−beta·Δ), Δ the difference of the two log-ratios to the reference
-    (DPO, arXiv 2305.18290, eq. 7; e: label smoothing). All [B], summed over response tokens, in nats."""
+    """Gives the DPO loss, mean −(1−e)·log sigmoid(beta·Δ) − e·log sigmoid(−beta·Δ).
+
+    Δ is the difference of the two log-ratios to the reference (`log_ratio_difference`).
+
+    Args:
+      chosen_log_prob, rejected_log_prob: [B], of the policy, summed over response tokens, in nats.
+      chosen_log_prob_ref, rejected_log_prob_ref: [B], of the reference.
+      beta: > 0.
+      label_smoothing: e, the share of labels taken to be wrong.
+
+    Returns:
+      A scalar.
+
+    Source: DPO, arXiv 2305.18290, eq. 7.
+    """
     logit = beta * log_ratio_difference(
         chosen_log_prob, rejected_log_prob, chosen_ref=chosen_log_prob_ref, rejected_ref=rejected_log_prob_ref
     )
@@ -69,7 +93,18 @@ def ipo(
     rejected_log_prob_ref: Array,
     beta: ArrayLike,
 ) -> Array:
-    """mean (Δ − 1/(2·beta))²: IPO (arXiv 2310.12036, eq. 17), Δ as in `dpo`."""
+    """Gives the IPO loss, mean (Δ − 1/(2·beta))², Δ as in `dpo`.
+
+    Args:
+      chosen_log_prob, rejected_log_prob: [B], of the policy, summed over response tokens, in nats.
+      chosen_log_prob_ref, rejected_log_prob_ref: [B], of the reference.
+      beta: > 0.
+
+    Returns:
+      A scalar.
+
+    Source: IPO, arXiv 2310.12036, eq. 17.
+    """
     difference = log_ratio_difference(
         chosen_log_prob, rejected_log_prob, chosen_ref=chosen_log_prob_ref, rejected_ref=rejected_log_prob_ref
     )
@@ -84,10 +119,20 @@ def log_ratio_difference(chosen: Array, rejected: Array, *, chosen_ref: Array, r
 
 
 def fudge(value: Array, *, reward: Array, mask: Array) -> Array:
-    """mean_b ½ Σ_t m·(v_t − r)²: CD-FUDGE (arXiv 2310.17022), the same Monte-Carlo target for every prefix.
+    """Gives the CD-FUDGE loss, mean_b ½ Σ_t m·(v_t − r)²: the same Monte-Carlo target for every prefix.
 
-    value [B,T]: v([x, y_1..y_t]), after token t; reward [B]; mask [B,T], EOS included. A SUM over t: long responses
-    weigh more. Its expected gradient is that of the error to V of the policy that drew y (V_ref only for y ~ pi_ref).
+    It is a SUM over t: long responses weigh more. Its expected gradient is that of the error to V of the policy that
+    drew y (V_ref only for y ~ pi_ref).
+
+    Args:
+      value: [B,T], v([x, y_1..y_t]), after token t.
+      reward: [B].
+      mask: [B,T], EOS included.
+
+    Returns:
+      A scalar.
+
+    Source: arXiv 2310.17022.
     """
     return _squared(value, at_least_float32(reward)[:, None], mask)
 

@@ -4,6 +4,9 @@ Against any reward r in [0, B] the follower answers with pi ∝ base·exp(r/beta
 has the highest true utility u: B above a threshold that equals the utility delivered, 0 below. `threshold` solves and
 uses that, `leader` climbs the same objective by gradient where no closed form exists, `baselines` holds what else is
 done to rewards, `network` a shaping function that is learned.
+
+Arguments are in the order (log_base, reward); every other array is keyword-only, since a swap of two arrays of one
+shape would go unnoticed.
 """
 
 from jaxalign.shaping.baselines import (

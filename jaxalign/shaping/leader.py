@@ -17,33 +17,74 @@ from jaxalign.types import Array, ArrayLike
 
 
 def leader_utility(log_base: ArrayLike, reward: ArrayLike, *, utility: ArrayLike, beta: ArrayLike) -> Array:
-    """U(r) = E_{pi_r}[u], pi_r ∝ base·exp(r/beta): what the leader gets for paying r [...,n], [...].
+    """Gives what the leader gets for paying a reward: U(r) = E_{pi_r}[u], pi_r ∝ base·exp(r/beta).
 
-    With n base samples and log_base = zeros it is the self-normalised estimate of the same; see `effective_samples`.
+    With n base samples and log_base = zeros it is the self-normalised estimate of the same (`effective_samples`).
     Gradient: dU/dr = pi_r·(u − U)/beta.
+
+    Args:
+      log_base: [...,n], log weights of the base, normalised or not.
+      reward: [...,n], what the follower is paid.
+      utility: [...,n], the leader's true utility.
+      beta: > 0, scalar or [...].
+
+    Returns:
+      The utility delivered [...], in units of u.
+
+    Raises:
+      ValueError: beta <= 0.
     """
     return gibbs.utility(gibbs.log_policy(log_base, reward, beta=beta), utility)
 
 
 def effective_samples(reward: ArrayLike, *, beta: ArrayLike) -> Array:
-    """1/Σ w², w = softmax(r/beta) over n samples [...,n]: how many samples the estimate rests on, from 1 to n."""
+    """Gives the number of samples that an estimate rests on: 1/Σ w², w = softmax(r/beta).
+
+    Args:
+      reward: [...,n], of n base samples.
+      beta: > 0, scalar or [...].
+
+    Returns:
+      [...], from 1 to n.
+
+    Raises:
+      ValueError: beta <= 0.
+    """
     log_weight = gibbs.log_policy(jnp.zeros_like(at_least_float32(reward)), reward, beta=beta)
     return jnp.exp(-jax.nn.logsumexp(2 * log_weight, axis=-1))
 
 
 def excess_kl(log_base: ArrayLike, reward: ArrayLike, *, beta: ArrayLike, budget: ArrayLike) -> Array:
-    """max(KL(pi_r‖base) − budget, 0), [...] in nats, log_base normalised. As a penalty with a factor above the budget's
-    shadow price (in units of u per nat) it holds a leader to the budget exactly."""
+    """Gives the KL beyond a budget, max(KL(pi_r‖base) − budget, 0).
+
+    As a penalty with a factor above the budget's shadow price (in units of u per nat) it holds a leader to the budget
+    exactly.
+
+    Args:
+      log_base: [...,n], normalised.
+      reward: [...,n].
+      beta: > 0, scalar or [...].
+      budget: scalar or [...], in nats.
+
+    Returns:
+      [...], in nats.
+
+    Raises:
+      ValueError: beta <= 0.
+    """
     log_base = at_least_float32(log_base)
     return jnp.maximum(gibbs.kl(gibbs.log_policy(log_base, reward, beta=beta), log_base) - budget, 0)
 
 
 class Leader(NamedTuple):
-    """reward: the table found, within [0, bound]; objective []: what it delivers; history [steps]."""
+    """What `solve_leader` found."""
 
     reward: Array
+    """The table, in log_base's shape, within [0, bound]."""
     objective: Array
+    """[], the objective at that table."""
     history: Array
+    """[steps], the objective before each step."""
 
 
 def solve_leader(
@@ -56,16 +97,27 @@ def solve_leader(
     steps: int = 600,
     step_size: float = 0.05,
 ) -> Leader:
-    """Climbs an objective of the reward table by projected gradients; r starts at bound/2 and stays in [0, bound].
+    """Climbs an objective of the reward table by projected gradients.
 
-    objective(reward) -> a number; None: the mean over prompts of `leader_utility`, whose optimum is the threshold
-    reward. Constraints and other aims enter there: a KL budget (`excess_kl` as a penalty), a lower quantile or the
-    minimum over an ensemble or over groups of users (utility [G,...,n] and jnp.quantile over G), groups with bases of
-    their own. reward has the shape of utility and log_base together unless `objective` sees another use: it is passed
-    the table of shape log_base.
+    The reward starts at bound/2 and stays in [0, bound]. Constraints and other aims enter through `objective`: a KL
+    budget (`excess_kl` as a penalty), a lower quantile or the minimum over an ensemble or over groups of users (utility
+    [G,...,n] and jnp.quantile over G), groups with bases of their own.
 
-    log_base [...,n]; utility [...,n]; bound, beta > 0, scalars; step_size: the largest first step as a share of the
-    bound, falling to 0 on a cosine.
+    Args:
+      log_base: [...,n], log weights of the base.
+      utility: [...,n], read by the default objective alone.
+      bound: > 0, a scalar [reward].
+      beta: > 0, a scalar.
+      objective: objective(reward table, of log_base's shape) -> a number; None: the mean over prompts of
+        `leader_utility`, whose optimum is the threshold reward.
+      steps: of the ascent.
+      step_size: the largest first step as a share of the bound, falling to 0 on a cosine.
+
+    Returns:
+      A Leader.
+
+    Raises:
+      ValueError: bound or beta <= 0.
     """
     check_positive("bound", bound)
     check_positive("beta", beta)
@@ -92,10 +144,20 @@ def _mean_utility(reward: Array, *, utility: ArrayLike, log_base: Array, beta: A
 
 
 def score_function(log_prob: Array, *, utility: ArrayLike) -> Array:
-    """A number whose gradient is an unbiased estimate of the gradient of E_pi[u], from N >= 2 draws of pi, [...,N].
+    """Gives a number whose gradient is an unbiased estimate of the gradient of E_pi[u].
 
-    mean_i sg(u_i − mean of the others)·log pi(y_i): REINFORCE with the leave-one-out baseline. log_prob [...,N] of
-    whole responses under a policy that depends on the reward (`decoding.log_prob` of a tilt); utility [...,N].
+    It is mean_i sg(u_i − mean of the others)·log pi(y_i): REINFORCE with the leave-one-out baseline.
+
+    Args:
+      log_prob: [...,N], of N >= 2 whole responses drawn from a policy that depends on the reward (`decoding.log_prob`
+        of a tilt), in nats.
+      utility: [...,N].
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: fewer than 2 draws.
     """
     utility = at_least_float32(utility)
     n = utility.shape[-1]

@@ -23,22 +23,29 @@ ABSENT = -87.0
 def optimal_threshold(
     utility: ArrayLike, *, log_base: ArrayLike | None = None, gain: ArrayLike, max_gain: float | None = None
 ) -> Array:
-    """m* = max over r in [0, bound] of E_{pi_r}[u], [...]: the utility delivered, and the threshold that delivers it.
+    """Gives the threshold m* = max over r in [0, bound] of E_{pi_r}[u]: the utility delivered, and what delivers it.
 
-    The only root of F(m) = Σ p·w_m·(u − m), w_m = e^gain where u >= m, else 1 (theorem 2): an expectile of the utility.
-    Between the base's mean (gain 0) and the maximum (gain -> inf), non-decreasing in gain.
+    m* is the only root of F(m) = Σ p·w_m·(u − m), w_m = e^gain where u >= m, else 1 (theorem 2): an expectile of the
+    utility. It lies between the base's mean (gain 0) and the maximum (gain -> inf), and does not decrease in gain.
 
-    utility [...,n]; log_base [...,n], normalised or not (None: n samples of equal weight); gain >= 0, scalar or [...];
-    max_gain: an explicit cap on the gain, none by default. Responses of normalised log weight below −87 count as
-    absent, whatever their utility. In float32 right for gains from 0 to 1e4, to rounding of the utility's range, and
-    rounded down, so that `threshold_reward` pays whom it should; exact where all utilities are equal.
+    Args:
+      utility: [...,n], of one prompt's responses or samples.
+      log_base: [...,n], log weights, normalised or not; None: n samples of equal weight. Responses of normalised log
+        weight below −87 count as absent, whatever their utility.
+      gain: bound/beta >= 0, scalar or [...].
+      max_gain: a cap on the gain; None for no cap.
+
+    Returns:
+      [...], in units of u. In float32 right for gains from 0 to 1e4, to rounding of the utility's range, and rounded
+      down, so that `threshold_reward` pays whom it should; exact where all utilities are equal.
+
+    Raises:
+      ValueError: no samples; on concrete values also utilities that are not finite where they count, gain < 0, weights
+        that are all zero. Under jit such input gives NaN.
 
     F is convex and piecewise linear, so Newton's iteration from the mean climbs to the root and ends exactly, when the
-    set above the threshold no longer changes (5 to 11 passes of O(n); no sort). Differentiated through the envelope:
-    dm*/du = pi*, dm*/d log_base = pi*·(u − m*), dm*/dgain = Σ_{u >= m*} pi*·(u − m*).
-
-    ValueError (concrete values): no samples, utilities that are not finite where they count, gain < 0, weights that are
-    all zero. Under jit such input gives NaN.
+    set above the threshold no longer changes (5 to 11 passes of O(n); no sort). It is differentiated through the
+    envelope: dm*/du = pi*, dm*/d log_base = pi*·(u − m*), dm*/dgain = Σ_{u >= m*} pi*·(u − m*).
     """
     utility = at_least_float32(utility)
     # Behind a barrier: the compiler would fold sums over a constant of the samples' size, for seconds.
@@ -146,9 +153,22 @@ def _threshold_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> t
 
 
 def threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLike) -> Array:
-    """r = bound·1[u > m] (theorem 1), [...,n] from utility [...,n] and threshold [...]. Identical utilities equal their
-    threshold and get 0: no signal, no shaping. No gradient in u or m: differentiate `soft_threshold_reward`, or the
-    utility delivered. bound > 0, scalar or [...] (ValueError)."""
+    """Gives the threshold reward r = bound·1[u > m] (theorem 1).
+
+    Identical utilities equal their threshold and get 0: no signal, no shaping. There is no gradient in u or m:
+    differentiate `soft_threshold_reward`, or the utility delivered.
+
+    Args:
+      utility: [...,n].
+      threshold: scalar or [...].
+      bound: > 0, scalar or [...].
+
+    Returns:
+      [...,n]; NaN where the utility or its threshold is NaN.
+
+    Raises:
+      ValueError: bound <= 0.
+    """
     check_positive("bound", bound)
     utility, threshold, bound = map(at_least_float32, (utility, threshold, bound))
     unknown = jnp.isnan(utility) | jnp.isnan(column(threshold))  # a comparison with NaN would pay 0 in silence
@@ -156,8 +176,22 @@ def threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLi
 
 
 def soft_threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLike, sharpness: ArrayLike) -> Array:
-    """r = bound·sigmoid(sharpness·(u − m)), [...,n]; sharpness [1/units of u] -> inf gives `threshold_reward`, 0 a
-    constant. The threshold is the hard one, not solved again."""
+    """Gives the sigmoid form of the threshold reward, r = bound·sigmoid(sharpness·(u − m)).
+
+    The threshold is the hard one, not solved again.
+
+    Args:
+      utility: [...,n].
+      threshold: scalar or [...].
+      bound: > 0, scalar or [...].
+      sharpness: scalar or [...], in 1/units of u; -> inf gives `threshold_reward`, 0 a constant.
+
+    Returns:
+      [...,n].
+
+    Raises:
+      ValueError: bound <= 0.
+    """
     check_positive("bound", bound)
     utility, threshold, bound = map(at_least_float32, (utility, threshold, bound))
     return column(bound) * jax.nn.sigmoid(column(at_least_float32(sharpness)) * (utility - column(threshold)))
@@ -169,8 +203,19 @@ def column(x: Array) -> Array:
 
 
 def kl_bound(gain: ArrayLike) -> Array:
-    """z − 1 − ln z, z = L/(1 − e^−L), L = gain: the largest KL(pi_r‖base) over every base and every r in [0, bound], in
-    nats. At most min(L, L²/8); 0 at L = 0. ValueError for gain < 0, NaN under jit."""
+    """Gives the largest KL(pi_r‖base) over every base and every r in [0, bound].
+
+    It is z − 1 − ln z with z = L/(1 − e^−L), L = gain.
+
+    Args:
+      gain: bound/beta >= 0, any shape.
+
+    Returns:
+      In nats, in gain's shape; at most min(L, L²/8), 0 at L = 0. NaN under jit for gain < 0.
+
+    Raises:
+      ValueError: gain < 0.
+    """
     gain = at_least_float32(gain)
     _check_gain(gain)
     gain = jnp.where(gain >= 0, gain, jnp.nan)
@@ -182,15 +227,28 @@ def kl_bound(gain: ArrayLike) -> Array:
 
 
 class Mixture(NamedTuple):
-    """pi* = (1 − share)·base + share·base(· | u > m): share [...]; exceed [...]: base(u > m); log_norm [...]: log Z."""
+    """pi* = (1 − share)·base + share·base(· | u > m)."""
 
     share: Array
+    """[...], the weight of the best part."""
     exceed: Array
+    """[...], base(u > m)."""
     log_norm: Array
+    """[...], log Z in nats."""
 
 
 def mixture(utility: ArrayLike, *, log_base: ArrayLike | None = None, threshold: ArrayLike, gain: ArrayLike) -> Mixture:
-    """The follower's answer to the threshold reward as a mixture of the base and its best part."""
+    """Gives the follower's answer to the threshold reward as a mixture of the base and its best part.
+
+    Args:
+      utility: [...,n].
+      log_base: [...,n], log weights; None: n samples of equal weight.
+      threshold: scalar or [...].
+      gain: bound/beta, scalar or [...].
+
+    Returns:
+      A Mixture.
+    """
     utility, threshold, gain = map(at_least_float32, (utility, threshold, gain))
     log_base = jnp.zeros_like(utility) if log_base is None else at_least_float32(log_base)
     log_weight, present = _weights(jnp.broadcast_to(log_base, utility.shape))
@@ -203,33 +261,71 @@ def mixture(utility: ArrayLike, *, log_base: ArrayLike | None = None, threshold:
 
 
 def accept_log_prob(utility: ArrayLike, *, threshold: ArrayLike, gain: ArrayLike) -> Array:
-    """log of the probability with which a draw from the base is kept, so that those kept follow pi*: 0 above the
-    threshold, −gain elsewhere. [...,n]. See `decoding.rejection`."""
+    """Gives the log-probability of keeping a draw from the base, so that the draws kept follow pi*.
+
+    Args:
+      utility: [...,n].
+      threshold: scalar or [...].
+      gain: bound/beta, scalar or [...].
+
+    Returns:
+      [...,n]: 0 above the threshold, −gain elsewhere. See `decoding.rejection`.
+    """
     utility, threshold, gain = map(at_least_float32, (utility, threshold, gain))
     return jnp.where(utility > column(threshold), 0, -column(gain))
 
 
 def exceedance_log_weight(logit: ArrayLike, *, gain: ArrayLike) -> Array:
-    """log(1 + (e^gain − 1)·p), p = sigmoid(logit) = Pr_base(u > m | prefix): the follower's exact weight of a prefix.
+    """Gives the follower's exact weight of a prefix, log(1 + (e^gain − 1)·p), p = Pr_base(u > m | prefix).
 
     pi*(z|s) ∝ pi_ref(z|s)·(1 + (e^gain − 1)·p(sz)): as q of a tilt with beta 1 it gives the sequence optimum, which
     controlled decoding's q/beta = gain·p does not (it is the exponential's chord: equal at p = 0 and 1 only).
+
+    Args:
+      logit: of p, any shape.
+      gain: bound/beta, a shape that broadcasts.
+
+    Returns:
+      In nats.
     """
     logit, gain = at_least_float32(logit), at_least_float32(gain)
     return jnp.logaddexp(jax.nn.log_sigmoid(-logit), gain + jax.nn.log_sigmoid(logit))
 
 
 def exceedance_soft_value(p: ArrayLike, *, bound: ArrayLike, beta: ArrayLike) -> Array:
-    """V_soft = beta·log(1 + (e^(bound/beta) − 1)·p) of a prefix that exceeds with probability p, in units of reward.
-    For p strictly inside (0, 1) where it is differentiated."""
+    """Gives the soft value of a prefix that exceeds the threshold with probability p.
+
+    V_soft = beta·log(1 + (e^(bound/beta) − 1)·p).
+
+    Args:
+      p: in [0, 1], any shape; strictly inside where it is differentiated.
+      bound: of the reward.
+      beta: > 0.
+
+    Returns:
+      In units of reward.
+
+    Raises:
+      ValueError: beta <= 0.
+    """
     check_positive("beta", beta)
     p, bound, beta = map(at_least_float32, (p, bound, beta))
     return beta * jnp.logaddexp(jnp.log1p(-p), bound / beta + jnp.log(p))
 
 
 def expectile_loss(prediction: ArrayLike, *, utility: ArrayLike, gain: ArrayLike) -> Array:
-    """½·w·(u − m̂)² elementwise, w = 1 where u >= m̂, else e^−gain: its minimiser over u ~ base is the optimal threshold,
-    so that m(x) can be learned from one sample a prompt. prediction, utility: one shape."""
+    """Gives the loss ½·w·(u − m̂)², w = 1 where u >= m̂, else e^−gain, elementwise.
+
+    Its minimiser over u ~ base is the optimal threshold, so that m(x) can be learned from one sample a prompt.
+
+    Args:
+      prediction: m̂, any shape.
+      utility: of that shape.
+      gain: bound/beta.
+
+    Returns:
+      The loss, in that shape.
+    """
     prediction, utility, gain = map(at_least_float32, (prediction, utility, gain))
     weight = jnp.where(utility >= prediction, 1.0, jnp.exp(-gain))
     return 0.5 * jax.lax.stop_gradient(weight) * (utility - prediction) ** 2
