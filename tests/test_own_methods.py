@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from eval import decode
 from jaxalign import decoding
-from jaxalign.evaluation import MethodInputs, OwnDraw
+from jaxalign.evaluation import MethodInputs, OwnDraw, functions
 from jaxalign.evaluation.functions import check_decoded
 from jaxalign.types import KL, Completions, Decoded, TokenBatch
 from tests.test_eval_decode import arguments, folders, methods, read, rows_of
 
 __all__ = ["folders"]  # a fixture
-
-
-def longest(given: MethodInputs) -> OwnDraw:
-    """The longest of `strength` draws, as the documentation shows it."""
-
-    def length(params, tokens, mask, prompt_length, index):
-        return mask.sum(axis=1).astype(jnp.float32)
-
-    def draw(rng, prompts):
-        params = {"policy": given.params, "reward": None}
-        assert given.strength is not None
-        n = int(given.strength)
-        return decoding.best_of_n(given.policy, length, params, rng, prompts, n=n, **given.limits).best
-
-    return draw
 
 
 def again(given: MethodInputs) -> OwnDraw:
@@ -53,25 +40,31 @@ def text(given: MethodInputs):
 HERE = __name__
 
 
-def test_a_method_of_ones_own_stands_beside_the_others(folders, tmp_path):
-    given = methods(f"{HERE}:longest@2,4", f"{HERE}:again", "best_of_n@2")
+def test_a_method_of_ones_own_stands_beside_the_others(folders, tmp_path, monkeypatch):
+    # The module that the documentation shows, as a file of the user's.
+    shown = (functions.__doc__ or "").partition(":\n\n")[2]
+    (tmp_path / "my_method.py").write_text(textwrap.dedent(shown))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    given = methods("my_method:longest@2,4", f"{HERE}:again", "best_of_n@2")
     decode.main(arguments(folders, tmp_path / "out", *given, "--reward", folders["reward"]))
     rows = {(row["method"], row["beta"]): row for row in rows_of(tmp_path / "out")}
     assert list(rows) == [
         ("base", None),
-        (f"{HERE}:longest", 2.0),
-        (f"{HERE}:longest", 4.0),
+        ("my_method:longest", 2.0),
+        ("my_method:longest", 4.0),
         (f"{HERE}:again", None),
         ("best_of_2", None),
     ]
     assert (
-        rows[f"{HERE}:longest", 4.0]["tokens"] >= rows[f"{HERE}:longest", 2.0]["tokens"] >= rows["base", None]["tokens"]
+        rows["my_method:longest", 4.0]["tokens"]
+        >= rows["my_method:longest", 2.0]["tokens"]
+        >= rows["base", None]["tokens"]
     )
     own = rows[f"{HERE}:again", None]
     assert (own["kl"], own["kl_kind"]) == (0.25, "bound")
     assert own["win_rate"] is not None
     assert "forwards" not in own
-    assert rows[f"{HERE}:longest", 2.0]["kl_kind"] == "exact"
+    assert rows["my_method:longest", 2.0]["kl_kind"] == "bound"
     for record in read(tmp_path / "out"):
         if record["method"] == f"{HERE}:again":
             assert record["info"] == {"length": len(record["tokens"])}
