@@ -16,9 +16,18 @@ from jaxalign.types import Array, ArrayLike
 
 
 def token_rewards(reward: Array, *, log_ratio: Array, mask: Array, beta: ArrayLike) -> Array:
-    """The KL-regularised reward of each token, [b,T]: −beta·log(pi/pi_ref)(y_t), and r(x,y) on the last one.
+    """Gives the KL-regularised reward of each token: −beta·log(pi/pi_ref)(y_t), and r(x,y) on the last one.
 
-    Its sum is r − beta·log(pi/pi_ref)(y), whose mean under pi is E[r] − beta·KL(pi‖pi_ref). reward [b].
+    Its sum is r − beta·log(pi/pi_ref)(y), whose mean under pi is E[r] − beta·KL(pi‖pi_ref).
+
+    Args:
+      reward: [b], of whole responses.
+      log_ratio: [b,T], log pi − log pi_ref of each token, in nats.
+      mask: [b,T], EOS included.
+      beta: the KL weight.
+
+    Returns:
+      [b,T].
     """
     chex.assert_equal_shape([log_ratio, mask])
     paid = -jnp.where(mask, beta * at_least_float32(log_ratio), 0)
@@ -27,23 +36,46 @@ def token_rewards(reward: Array, *, log_ratio: Array, mask: Array, beta: ArrayLi
 
 
 def following(kl: Array, *, mask: Array) -> Array:
-    """k_{t+1} [b,T] from the KL k_t = KL(pi(·|s_t)‖pi_ref(·|s_t)) [b,T, nats] of the states that tokens of mask [b,T]
-    are drawn from: what the draw of y_t leads to at once; 0 after the last token (arXiv 2504.10637)."""
+    """Gives the KL of the next state, k_{t+1}: what the draw of y_t leads to at once (arXiv 2504.10637).
+
+    Args:
+      kl: [b,T], KL(pi(·|s_t)‖pi_ref(·|s_t)) of the states that the tokens are drawn from, in nats.
+      mask: [b,T], EOS included.
+
+    Returns:
+      [b,T], in nats; 0 after the last token.
+    """
     return jnp.pad(jnp.where(mask, at_least_float32(kl), 0)[:, 1:], ((0, 0), (0, 1)))
 
 
 def to_come(cost: Array) -> Array:
-    """Σ_{t' >= t} cost_t' [b,T], in the units of cost [b,T]: the undiscounted cost-to-go."""
+    """Gives the undiscounted cost-to-go, Σ_{t' >= t} cost_t'.
+
+    Args:
+      cost: [b,T].
+
+    Returns:
+      [b,T], in the units of cost.
+    """
     return jnp.cumsum(cost[:, ::-1], axis=1)[:, ::-1]
 
 
 def gae(reward: Array, *, value: Array, mask: Array, discount: float = 1.0, decay: float = 0.95) -> tuple[Array, Array]:
-    """Generalised advantage estimates and the returns that a value is fitted to, both [b,T] (arXiv 1506.02438, eq. 16):
+    """Gives generalised advantage estimates and the returns that a value is fitted to.
 
-        δ_t = r_t + discount·V(s_{t+1}) − V(s_t),   A_t = Σ_k (discount·decay)^k·δ_{t+k},   return_t = A_t + V(s_t)
+    δ_t = r_t + discount·V(s_{t+1}) − V(s_t),   A_t = Σ_k (discount·decay)^k·δ_{t+k},   return_t = A_t + V(s_t)
 
-    reward [b,T] of each token; value [b,T]: V(s_t), BEFORE token t is drawn; the value after the last token is 0.
-    decay 1: the return minus the value, without bias for any value; 0: one-step differences.
+    Args:
+      reward: [b,T], of each token.
+      value: [b,T], V(s_t) BEFORE token t is drawn; the value after the last token is 0.
+      mask: [b,T], EOS included.
+      discount: of later rewards.
+      decay: 1 gives the return minus the value, without bias for any value; 0 one-step differences.
+
+    Returns:
+      (advantage [b,T], return [b,T]).
+
+    Source: arXiv 1506.02438, eq. 16.
     """
     chex.assert_equal_shape([reward, value, mask])
     value = jnp.where(mask, at_least_float32(value), 0)
@@ -84,6 +116,17 @@ def group_relative(reward: Array, *, epsilon: float = 1e-4) -> Array:
 
 
 def adapt_beta(beta: ArrayLike, *, kl: ArrayLike, target: float, rate: float = 0.1) -> Array:
-    """beta·(1 + rate·clip(kl/target − 1, ±0.2)): larger where the measured KL is above its target, smaller below
-    (arXiv 1909.08593, section 2.2)."""
+    """Adapts the KL weight to a target: beta·(1 + rate·clip(kl/target − 1, ±0.2)).
+
+    Args:
+      beta: the weight so far.
+      kl: measured, in nats.
+      target: the KL aimed at, in nats.
+      rate: of the adaptation.
+
+    Returns:
+      The new weight: larger where the measured KL is above its target, smaller below.
+
+    Source: arXiv 1909.08593, section 2.2.
+    """
     return jnp.asarray(beta) * (1 + rate * jnp.clip(jnp.asarray(kl) / target - 1, -0.2, 0.2))

@@ -88,7 +88,8 @@ def match_kl(log_base: ArrayLike, reward: ArrayLike, *, kl: ArrayLike) -> Array:
     log_base, reward, kl = at_least_float32(log_base), at_least_float32(reward), at_least_float32(kl)
     kl = jnp.broadcast_to(kl, jnp.broadcast_shapes(log_base.shape, reward.shape)[:-1])
     log_base, reward = jnp.broadcast_arrays(log_base, reward)
-    return _match_kl(log_base, reward, kl)
+    result: Array = _match_kl(log_base, reward, kl)
+    return result
 
 
 def _kl_of(log_base: Array, reward: Array, t: Array) -> Array:

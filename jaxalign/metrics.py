@@ -40,7 +40,8 @@ def blockwise_kl_bound(mask: np.ndarray, *, block_size: int, num_samples: int) -
         raise ValueError(f"block_size: expected at least 1, found {block_size}")
     if num_samples < 1:
         raise ValueError(f"num_samples: expected at least 1, found {num_samples}")
-    return -(-np.asarray(mask, np.int64).sum(axis=-1) // block_size) * best_of_n_kl_bound(num_samples)
+    result: np.ndarray = -(-np.asarray(mask, np.int64).sum(axis=-1) // block_size) * best_of_n_kl_bound(num_samples)
+    return result
 
 
 def best_of_n_curve(reward: np.ndarray, *, value: np.ndarray | None = None) -> np.ndarray:
@@ -102,7 +103,8 @@ def selection_win_rates(reward: np.ndarray, *, base_reward: np.ndarray) -> Selec
     most = min(len(left), len(right))
 
     def both(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        return ((left[:most] @ won) * right[:most]).sum(axis=-1)
+        result: np.ndarray = ((left[:most] @ won) * right[:most]).sum(axis=-1)
+        return result
 
     return SelectionWinRates(both(left, right), both(left[:, ::-1], right[:, ::-1]))
 
@@ -134,4 +136,5 @@ def coherence(prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
     """Cosine of sentence embeddings [...,D] of prompt and response; 1 for identical ones. Any embedding model."""
     prompt, response = np.asarray(prompt, np.float64), np.asarray(response, np.float64)
     norm = np.linalg.norm(prompt, axis=-1) * np.linalg.norm(response, axis=-1)
-    return (prompt * response).sum(axis=-1) / norm
+    result: np.ndarray = (prompt * response).sum(axis=-1) / norm
+    return result

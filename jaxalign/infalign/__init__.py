@@ -4,6 +4,9 @@ A reward is calibrated to its quantile under the base (`calibration`), transform
 KL penalty by any method: RLHF with the transformed reward. `procedures` names what runs on top. `curves` gives win
 rates against KL for rewards without ties, which hold for every base and reward; `levels` gives them for finitely many
 outcomes, with ties and for any rule; `fixed_point` solves for the optimal transformation in both.
+
+The law that is judged comes first; bases, ranks, references and betas are keyword-only, since a swap of two arrays of
+one shape would go unnoticed.
 """
 
 from jaxalign.infalign.calibration import calibrate, calibration_table

@@ -25,21 +25,27 @@ def calibrate(
     smooth: bool = False,
     is_sorted: bool = False,
 ) -> Array:
-    """Ĉ = (1/K)·Σ_i (1[s_i < r] + ½·1[s_i = r]) (eq. 12), [...,n] in [0, 1]: the mean win of a reward against K base
-    samples of its prompt.
+    """Gives the calibrated reward Ĉ = (1/K)·Σ_i (1[s_i < r] + ½·1[s_i = r]): the mean win against K base samples.
 
-    reward [...,n]; reference [...,K], K >= 2, in any order: it is sorted inside. What stands before the last axis is
-    prompts, and broadcasts; n may be absent where reference is [K].
+    Args:
+      reward: [...,n]; n may be absent where reference is [K].
+      reference: [...,K], K >= 2 rewards of base samples of the same prompt, in any order: it is sorted inside. What
+        stands before the last axis is prompts, and broadcasts.
+      width: None for the mid-rank step, by binary search: unbiased, ties count half, the gradient is zero. A width > 0,
+        in units of reward, gives mean_i sigmoid((r − s_i)/width), differentiable in all three; it is
+        `shaping.preference_as_reward` at 1 and tends to the step as it falls to 0.
+      smooth: (K·Ĉ + ½)/(K + 1) in place of Ĉ, strictly inside (0, 1), so that log Ĉ is finite.
+      is_sorted: the reference is a sorted table already.
 
-    width None: the mid-rank step, by binary search; unbiased, ties count half, the gradient is zero. A width > 0, in
-    units of reward: mean_i sigmoid((r − s_i)/width), differentiable in all three; it is `shaping.preference_as_reward`
-    at 1 and tends to the step as it falls to 0.
+    Returns:
+      [...,n] in [0, 1]. A NaN in a reward gives NaN, one in the reference NaN for its prompt; so does, under jit, a
+      table that is said to be sorted and is not.
 
-    smooth: (K·Ĉ + ½)/(K + 1) in place of Ĉ, strictly inside (0, 1), so that log Ĉ is finite. is_sorted: the reference
-    is a sorted table already.
+    Raises:
+      ValueError: K < 2; on concrete values also a NaN in the reference, width <= 0, a table that is said to be sorted
+        and is not.
 
-    A NaN in a reward gives NaN, one in the reference NaN for its prompt. ValueError: K < 2; on concrete values also a
-    NaN in the reference, width <= 0, a table that is said to be sorted and is not.
+    Source: arXiv 2412.19792, eq. 12.
     """
     reward, reference = at_least_float32(reward), at_least_float32(reference)
     _check(reference, is_sorted=is_sorted)
@@ -49,12 +55,22 @@ def calibrate(
         check_positive("width", width)
         found = _sigmoids(reward, reference, at_least_float32(width))
     count = reference.shape[-1]
-    return (found * count + 0.5) / (count + 1) if smooth else found
+    result: Array = (found * count + 0.5) / (count + 1) if smooth else found
+    return result
 
 
 def calibration_table(reference: ArrayLike) -> Array:
-    """The rewards [...,K] of base samples, sorted along the last axis: what is kept per prompt for
-    `calibrate(..., is_sorted=True)`. Errors as there."""
+    """Gives the table that is kept per prompt for `calibrate(..., is_sorted=True)`.
+
+    Args:
+      reference: [...,K], K >= 2 rewards of base samples.
+
+    Returns:
+      [...,K], ascending along the last axis.
+
+    Raises:
+      ValueError: K < 2, or a NaN.
+    """
     reference = at_least_float32(reference)
     _check(reference, is_sorted=False)
     return jnp.sort(reference, axis=-1)

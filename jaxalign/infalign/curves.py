@@ -27,20 +27,25 @@ _REACH = 24.0
 
 
 class Grid(NamedTuple):
-    """c [M]: quantiles in (0, 1), increasing; log_base [M]: log of their weights, which add to 1."""
+    """Points of the integrals over quantiles."""
 
     c: Array
+    """[M], quantiles in (0, 1), increasing."""
     log_base: Array
+    """[M], log of their weights, which add to 1."""
 
 
 class Curve(NamedTuple):
-    """Of a tilted policy against its base, [...]: kl [nats]; win_rate, without a procedure; best_of_n and worst_of_n:
-    win rates when the procedure runs on both sides."""
+    """A tilted policy against its base."""
 
     kl: Array
+    """[...], in nats."""
     win_rate: Array
+    """[...], without a procedure."""
     best_of_n: Array
+    """[...], the win rate when best-of-n runs on both sides."""
     worst_of_n: Array
+    """[...], the win rate when worst-of-n runs on both sides."""
 
 
 @functools.cache
@@ -97,12 +102,22 @@ def curve_kl(log_policy: ArrayLike) -> Array:
 
 
 def tilted_curve(transform: Transform, *, beta: ArrayLike, n: int = 4) -> Curve:
-    """KL and win rates of pi ∝ base·exp(Phi(C)/beta), each of beta's shape [...]: f(c) = exp(Phi(c)/beta)/∫, F its
-    integral; W = 1 − ∫ F, W_BoN = 1 − N·∫ c^(N−1)·F^N, W_WoN = N·∫ (1 − c)^(N−1)·(1 − F)^N.
+    """Gives KL and win rates of the policy pi ∝ base·exp(Phi(C)/beta).
 
-    transform: Phi, called once on the grid's quantiles [M]; beta > 0 [units of Phi per nat]; n: the N of both
-    procedures. Differentiable in beta and in what Phi depends on, vmap-able in beta. The reward must have no atoms:
-    for few outcomes see `levels`. ValueError (concrete values): beta <= 0, n < 1.
+    f(c) = exp(Phi(c)/beta)/∫, F its integral; W = 1 − ∫ F, W_BoN = 1 − N·∫ c^(N−1)·F^N,
+    W_WoN = N·∫ (1 − c)^(N−1)·(1 − F)^N. Differentiable in beta and in what Phi depends on, vmap-able in beta. The
+    reward must have no atoms: for few outcomes see `levels`.
+
+    Args:
+      transform: Phi, called once on the grid's quantiles [M].
+      beta: > 0, any shape [...], in units of Phi per nat.
+      n: the N of both procedures.
+
+    Returns:
+      A Curve of beta's shape.
+
+    Raises:
+      ValueError: a transform that changes the shape; on concrete values beta <= 0; n < 1.
     """
     beta = at_least_float32(beta)
     c, log_base = grid(beta.dtype)
@@ -112,7 +127,8 @@ def tilted_curve(transform: Transform, *, beta: ArrayLike, n: int = 4) -> Curve:
 
 def curve(log_policy: ArrayLike, *, n: int = 4) -> Curve:
     """The `Curve` of any policy on the grid, from log masses [...,M]."""
-    return _curve(at_least_float32(log_policy), best_of(n), worst_of(n))
+    result: Curve = _curve(at_least_float32(log_policy), best_of(n), worst_of(n))
+    return result
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -121,13 +137,21 @@ def _curve(log_policy: Array, best: Procedure, worst: Procedure) -> Curve:
 
 
 def match_kl(transform: Transform, *, kl: ArrayLike) -> Array:
-    """The beta [...] at which the policy tilted by Phi(C) has this KL [nats] to its base, differentiable in kl and in
-    what Phi depends on.
+    """Gives the beta at which the policy tilted by Phi(C) has a given KL to its base.
 
-    Bisected over many decades, and differentiated through one Newton step at the root: steep transforms for worst-of-N
-    need a tiny beta, since they hardly tell the upper quantiles apart. A KL that no beta of the grid's reach gives (a
-    transform that is flat at its top, or a KL above 20) is a ValueError on concrete values, NaN under jit. ValueError:
-    kl <= 0.
+    Differentiable in kl and in what Phi depends on: bisected over many decades, then one Newton step at the root. Steep
+    transforms for worst-of-N need a tiny beta, since they hardly tell the upper quantiles apart.
+
+    Args:
+      transform: Phi, called once on the grid's quantiles [M].
+      kl: > 0, any shape [...], in nats.
+
+    Returns:
+      beta [...]; NaN under jit for a KL that no beta of the grid's reach gives (a transform that is flat at its top, or
+      a KL above 20).
+
+    Raises:
+      ValueError: kl <= 0, a transform that changes the shape; on concrete values a KL that is not reached.
     """
     check_positive("kl", kl)
     kl = at_least_float32(kl)
@@ -135,7 +159,8 @@ def match_kl(transform: Transform, *, kl: ArrayLike) -> Array:
     beta, reached = _beta_of(log_base, transformed(transform, c).astype(kl.dtype), kl)
     if is_concrete(reached) and not bool(np.all(np.asarray(reached))):
         raise ValueError(f"kl: expected a KL that the transform reaches in {kl.dtype}, found {np.asarray(kl)}")
-    return beta
+    result: Array = beta
+    return result
 
 
 @jax.jit

@@ -30,14 +30,18 @@ WinRate = Callable[..., Array]
 
 
 class FixedPoint(NamedTuple):
-    """reward [...,M]: R, with its largest value 0; log_policy [...,M]: pi; objective [...]: W^P − beta·KL; residual
-    [...]: the largest |log pi − log(base·exp(R/beta)/Z)| in nats; steps [...]: taken."""
+    """A solution of (a) and (b)."""
 
     reward: Array
+    """[...,M], R, with its largest value 0."""
     log_policy: Array
+    """[...,M], log pi."""
     objective: Array
+    """[...], W^P − beta·KL."""
     residual: Array
+    """[...], the largest |log pi − log(base·exp(R/beta)/Z)| in nats."""
     steps: Array
+    """[...], steps taken."""
 
 
 def solve(
@@ -75,7 +79,8 @@ def solve(
     one = lambda beta: _solve(win_rate, limit, steps, log_base, first, beta, *arguments)  # noqa: E731
     for _ in range(beta.ndim):
         one = jax.vmap(one)
-    return one(beta.astype(dtype))
+    result: FixedPoint = one(beta.astype(dtype))
+    return result
 
 
 class _State(NamedTuple):

@@ -179,10 +179,12 @@ def _tuples(count: int, n: int) -> np.ndarray:
 
 
 class Sampled(NamedTuple):
-    """mean, and the half-width of its 95 % interval."""
+    """A win rate estimated from samples."""
 
     mean: Array
+    """The estimate."""
     half_width: Array
+    """Of its 95 % interval."""
 
 
 def sampled_win_rate(

@@ -62,7 +62,8 @@ def optimal_threshold(
     batch = jnp.broadcast_shapes(utility.shape[:-1], gain.shape)
     utility, log_base = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (utility, log_base))
     gain = jnp.broadcast_to(gain, batch)
-    return _threshold(utility.astype(dtype), log_base.astype(dtype), gain.astype(dtype))
+    result: Array = _threshold(utility.astype(dtype), log_base.astype(dtype), gain.astype(dtype))
+    return result
 
 
 def _check_gain(gain: Array) -> None:

@@ -164,7 +164,8 @@ def best_of_n_law(log_prob: Array, *, score: Array, n: ArrayLike) -> Array:
 @jax.jit
 def worst_of_n_law(log_prob: Array, *, score: Array, n: ArrayLike) -> Array:
     """log-law [M] of the worst of n: the best by the negated score."""
-    return best_of_n_law(log_prob, score=-score, n=n)
+    result: Array = best_of_n_law(log_prob, score=-score, n=n)
+    return result
 
 
 def best_of_n_bound(n: ArrayLike) -> Array:
@@ -187,7 +188,8 @@ def blockwise_law(
     check_table(tree, "log_ref", log_ref, "SV")
     check_table(tree, "state_score", state_score, "S")
     check_table(tree, "reward", reward, "M")
-    return _blockwise(tree, log_ref, state_score, reward, num_samples, block_size)
+    result: Array = _blockwise(tree, log_ref, state_score, reward, num_samples, block_size)
+    return result
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -225,4 +227,5 @@ def blockwise_bound(tree: Tree, log_prob: Array, *, num_samples: int, block_size
     is needed (arXiv 2310.17022 has it; without it the bound is violated)."""
     check_table(tree, "log_prob", log_prob, "M")
     blocks = -(-jnp.asarray(tree.responses[1]).sum(axis=-1) // block_size)
-    return expected(log_prob, values=blocks) * best_of_n_bound(num_samples)
+    result: Array = expected(log_prob, values=blocks) * best_of_n_bound(num_samples)
+    return result

@@ -41,7 +41,8 @@ class Tree:
     @property
     def num_states(self) -> int:
         """S."""
-        return (self.vocab_size**self.horizon - 1) // (self.vocab_size - 1)
+        result: int = (self.vocab_size**self.horizon - 1) // (self.vocab_size - 1)
+        return result
 
     @property
     def num_responses(self) -> int:

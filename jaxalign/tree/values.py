@@ -76,12 +76,14 @@ def tilted_policy(log_policy: Array, q: Array, *, beta: ArrayLike) -> Array:
 def optimal_policy(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
     """The token-level factors [S,V] of the Gibbs optimum: pi*(z|s) = pi_ref(z|s)·exp((V_soft(sz) − V_soft(s))/beta)."""
     q = q_values(tree, soft_value(tree, log_ref, reward, beta=beta), reward=reward)
-    return tilted_policy(log_ref, q, beta=beta)
+    result: Array = tilted_policy(log_ref, q, beta=beta)
+    return result
 
 
 def transfer_value(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
     """V_TQ(s) = E_{pi*_beta}[r | s], [S]: the value of the Gibbs optimum itself."""
-    return value(tree, optimal_policy(tree, log_ref, reward, beta=beta), reward)
+    result: Array = value(tree, optimal_policy(tree, log_ref, reward, beta=beta), reward)
+    return result
 
 
 @functools.partial(jax.jit, static_argnums=0)
