@@ -59,7 +59,7 @@ def test_baselines_by_hand(name):
     np.testing.assert_allclose(shape(U, reference=REFERENCE), expected, rtol=1e-12, atol=1e-14)
     # Two prompts, in float32.
     rows = [np.stack([x, x]).astype(np.float32) for x in (U, REFERENCE)]
-    np.testing.assert_allclose(jax.jit(shape)(*rows), [expected] * 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(shape)(rows[0], reference=rows[1]), [expected] * 2, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -67,11 +67,11 @@ def test_baselines_are_finite_where_all_samples_are_the_same(name):
     with jax.enable_x64(False):
         for value in (0.0, 0.3, 7e4):
             reference = np.full((2, 10), value, np.float32)
-            reward = BASELINES[name][0](reference[:, :3], reference)
+            reward = BASELINES[name][0](reference[:, :3], reference=reference)
             assert reward.dtype == "float32"
             assert np.isfinite(reward).all()
             assert (reward == reward[0, 0]).all()
-            assert np.isfinite(BASELINES[name][0](reference[:, :3] + 1, reference)).all()
+            assert np.isfinite(BASELINES[name][0](reference[:, :3] + 1, reference=reference)).all()
 
 
 def test_bounds_may_differ_over_prompts():
