@@ -18,14 +18,20 @@ TRIES = 4096  # draws of the rejection sampler before it gives up
 
 
 class World(NamedTuple):
-    """A finished quickstart. base, judge: (model, parameters); prompts: the held-out texts; ids: their tokens."""
+    """A finished quickstart."""
 
     folder: pathlib.Path
+    """The run's folder."""
     tokenizer: Any
+    """The base's."""
     base: tuple[models.LanguageModel, Params]
-    judge: tuple[models.LanguageModel, Params]
+    """The base model and its parameters."""
+    reward_model: tuple[models.LanguageModel, Params]
+    """The reward model and its parameters."""
     prompts: list[str]
+    """The held-out texts."""
     ids: list[list[int]]
+    """Their tokens."""
 
 
 class Responses(NamedTuple):
@@ -45,8 +51,8 @@ def load(run: str) -> World:
         raise ValueError(f"run: expected the folder of a finished train.quickstart, found no results.json in {folder}")
     tokenizer = models.tokenizer(str(folder / "sft" / "model"))
     prompts = data.tokenize_prompts(str(folder / "data" / "held_out.jsonl"), tokenizer)
-    base, judge = (models.load(str(folder / name / "model")) for name in ("sft", "reward_model"))
-    return World(folder, tokenizer, base, judge, [p.text for p in prompts], [p.tokens for p in prompts])
+    base, reward_model = (models.load(str(folder / name / "model")) for name in ("sft", "reward_model"))
+    return World(folder, tokenizer, base, reward_model, [p.text for p in prompts], [p.tokens for p in prompts])
 
 
 def political(world: World) -> np.ndarray:
@@ -59,7 +65,7 @@ def respond(
 ) -> Responses:
     """n responses per prompt (of the given rows) by any Policy."""
     chosen = np.arange(len(world.ids)) if rows is None else rows
-    reward = rewards.from_model(world.judge[0])
+    reward = rewards.from_model(world.reward_model[0])
     size = max(PER_BATCH // n, 1)
     parts = []
     for begin in range(0, len(chosen), size):
@@ -69,7 +75,7 @@ def respond(
         drawn = decoding.best_of_n(
             policy,
             reward,
-            {"policy": params, "reward": world.judge[1]},
+            {"policy": params, "reward": world.reward_model[1]},
             jax.random.key(seed),
             prompts,
             num_samples=n,
@@ -80,10 +86,10 @@ def respond(
         kept = drawn.samples.tokens, drawn.samples.mask, drawn.reward, drawn.samples.kl.sum(-1)
         parts.append([np.asarray(x)[: len(part)] for x in kept])
     tokens, mask, proxy, kl = (np.concatenate(x) for x in zip(*parts, strict=True))
-    return judge(world, chosen, tokens, mask, proxy, kl)
+    return measure(world, chosen, tokens, mask, proxy, kl)
 
 
-def judge(
+def measure(
     world: World, rows: np.ndarray, tokens: np.ndarray, mask: np.ndarray, proxy: np.ndarray, kl: np.ndarray
 ) -> Responses:
     """The world's own measures of responses [rows, n, T]."""
@@ -127,7 +133,7 @@ def accepted(
     policy, eos_ids = policies.language_model(world.base[0]), world.base[0].config.eos_ids
     prompts = data.prompt_batch([world.ids[i] for i in rows], index=rows.tolist())
     params = {"policy": world.base[1], "reward": reward_params, "beta": beta, "bound": bound}
-    proxy_of = rewards.from_model(world.judge[0])
+    proxy_of = rewards.from_model(world.reward_model[0])
     score = jax.jit(lambda p, prompts, drawn: proxy_of(p, *decoding.join(prompts, drawn), prompts.index))
     drawn, shares = [], []
     for k in range(n):
@@ -142,11 +148,15 @@ def accepted(
             max_new_tokens=opinions.MAX_NEW_TOKENS,
             eos_ids=eos_ids,
         )
-        kept = found.completions.tokens, found.completions.mask, score(world.judge[1], prompts, found.completions)
+        kept = (
+            found.completions.tokens,
+            found.completions.mask,
+            score(world.reward_model[1], prompts, found.completions),
+        )
         drawn.append([np.asarray(x)[: len(rows)] for x in kept])
         shares.append(np.asarray(found.info.accepted)[: len(rows)])
     tokens, mask, proxy = (np.stack(x, axis=1) for x in zip(*drawn, strict=True))
-    return judge(world, rows, tokens, mask, proxy, np.zeros_like(proxy)), float(np.mean(shares))
+    return measure(world, rows, tokens, mask, proxy, np.zeros_like(proxy)), float(np.mean(shares))
 
 
 def train_head(

@@ -102,7 +102,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             sweep.append(row | {"effective_samples": float(jnp.exp(-jax.nn.logsumexp(2 * policy, axis=-1)).mean())})
     table = np.zeros(len(world.prompts), np.float32)
     table[chosen] = np.asarray(threshold, np.float32)
-    proxy = rewards.from_model(world.judge[0])
+    proxy = rewards.from_model(world.reward_model[0])
     cut = np.asarray(threshold)[:, None]
     kl_of = {
         "raw": lambda u: u / beta - log_z["raw"],
@@ -110,10 +110,10 @@ def run(config: Config) -> list[dict[str, Any]]:
     }
     exact = {
         # Margin over the highest of many samples; a draw above the bound would be an error, not a silent cut.
-        "raw": (proxy, world.judge[1], float(found.proxy.max()) + 0.7),
+        "raw": (proxy, world.reward_model[1], float(found.proxy.max()) + 0.7),
         "threshold": (
             rewards.shaped(proxy),
-            {"reward": world.judge[1], "map": {"threshold": jnp.asarray(table), "bound": config.bound}},
+            {"reward": world.reward_model[1], "map": {"threshold": jnp.asarray(table), "bound": config.bound}},
             config.bound,
         ),
     }

@@ -66,8 +66,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         "new topics": world._replace(prompts=[p.text for p in drift], ids=[p.tokens for p in drift]),
     }
     rows = []
-    for name, asked in sets.items():
-        rows += [{"prompts": name} | row for row in compare(config, asked)]
+    for name, chosen in sets.items():
+        rows += [{"prompts": name} | row for row in compare(config, chosen)]
     out = common.report("nudging", config, rows)
     _picture(config, rows, out)
     return rows
@@ -87,8 +87,8 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
 
     prompts = data.prompt_batch(world.ids)
     policy, eos_ids = policies.language_model(world.base[0]), world.base[0].config.eos_ids
-    reward, gain = rewards.from_model(world.judge[0]), rewards.token_gradient(world.judge[0])
-    both = {"policy": world.base[1], "reward": world.judge[1]}
+    reward, gain = rewards.from_model(world.reward_model[0]), rewards.token_gradient(world.reward_model[0])
+    both = {"policy": world.base[1], "reward": world.reward_model[1]}
     rng = jax.random.key(config.seed)
     options: dict[str, Any] = {"max_new_tokens": opinions.MAX_NEW_TOKENS, "eos_ids": eos_ids}
     guided = both | {"entropy_threshold": config.entropy}
@@ -97,8 +97,8 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
     def first_above(params: Params, tries: int) -> Decoded[decoding.RejectionInfo]:
         return decoding.first_above(policy, reward, params, rng, prompts, max_tries=tries, chunk=1, **options)
 
-    def judged(drawn: Completions, passes: np.ndarray) -> Found:
-        proxy = np.asarray(score(world.judge[1], prompts, drawn))
+    def measured(drawn: Completions, passes: np.ndarray) -> Found:
+        proxy = np.asarray(score(world.reward_model[1], prompts, drawn))
         tokens, mask = np.asarray(drawn.tokens), np.asarray(drawn.mask)
         pairs = zip(tokens, mask, strict=True)
         texts = [world.tokenizer.decode(t[m].tolist(), skip_special_tokens=True) for t, m in pairs]
@@ -110,7 +110,7 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
     length = np.asarray(prompts.mask).sum(axis=1)
     rows = []
     for name, drawn in (("base", sampled), ("greedy", greedy)):
-        rows.append(row(name, None, judged(drawn, np.asarray(drawn.mask).sum(axis=1))))
+        rows.append(row(name, None, measured(drawn, np.asarray(drawn.mask).sum(axis=1))))
     response = float(np.asarray(sampled.mask).sum(axis=1).mean())
     # A sample: its tokens once through the model, prompt and response through the reward.
     each = float(length.mean()) + 2 * response
@@ -119,10 +119,10 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
             policy, None, gain, guided, rng, prompts, num_samples=forms, top_k=config.top_k, **options
         )
         passes = nudging_passes(found.info, length)
-        rows.append(row("GGRO", forms, judged(found.completions, passes)))
+        rows.append(row("GGRO", forms, measured(found.completions, passes)))
         n = max(round(float(passes.mean()) / each), 1)
         best = decoding.best_of_n(policy, reward, both, rng, prompts, num_samples=n, **options).completions
-        rows.append(row("best-of-n", forms, judged(best, np.full(len(length), n * each)), n))
+        rows.append(row("best-of-n", forms, measured(best, np.full(len(length), n * each)), n))
         limited = both | {"reward_threshold": goal["proxy"]}
         # As many tries on average as the others have: rows that accept early leave theirs to those that do not. With a
         # higher limit the same draws go on, so that the tries for every limit are known from the highest.
@@ -131,7 +131,7 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
         tries = max(t for t in range(1, most + 1) if np.minimum(needed, t).mean() * each <= passes.mean() or t == 1)
         first = first_above(limited, tries)
         cost = np.asarray(first.info.tries) * each
-        rows.append(row("rejection", forms, judged(first.completions, cost), tries))
+        rows.append(row("rejection", forms, measured(first.completions, cost), tries))
     every_token = decoding.ggro(
         policy,
         reward,
@@ -143,7 +143,7 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
         top_k=config.top_k,
         **options,
     )
-    rows.append(row("exhaustive", None, judged(every_token.completions, nudging_passes(every_token.info, length))))
+    rows.append(row("exhaustive", None, measured(every_token.completions, nudging_passes(every_token.info, length))))
     return rows
 
 

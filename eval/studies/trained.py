@@ -164,8 +164,10 @@ def _plan(config: Config, own: np.ndarray) -> list[Run]:
     middle = sorted(config.kls)[len(config.kls) // 2]
     for label in config.ablation:
         transform = label.removeprefix("raw").strip()
-        paid = np.asarray(infalign.parse_transform(transform)(1 / (1 + np.exp(-own))) if transform else own, np.float64)
-        plan.append(Run(label, middle, predictions.beta_for(paid, middle), False, transform))
+        scores = np.asarray(
+            infalign.parse_transform(transform)(1 / (1 + np.exp(-own))) if transform else own, np.float64
+        )
+        plan.append(Run(label, middle, predictions.beta_for(scores, middle), False, transform))
     return plan
 
 
@@ -196,32 +198,32 @@ class Setting(NamedTuple):
     policy: Policy
     reward: Reward
     base: Params
-    judge: Params
+    reward_params: Params
     tokenizer: Any
     eos_ids: tuple[int, ...]
-    asked: list[data.Prompt]
+    prompts: list[data.Prompt]
 
 
 def _setting(config: Config, folders: dict[str, str]) -> Setting:
     lm, base = models.load(folders["sft"])
-    judge_lm, judge = models.load(folders["reward_model"])
+    reward_lm, reward_params = models.load(folders["reward_model"])
     tokenizer, plain = models.tokenizer(folders["sft"]), policies.language_model(lm)
-    asked = data.tokenize_prompts(str(pathlib.Path(config.run) / "data" / "held_out.jsonl"), tokenizer)
-    beside, reward = policies.with_reference(plain, plain), rewards.from_model(judge_lm)
-    return Setting(beside, reward, base, judge, tokenizer, lm.config.eos_ids, asked)
+    prompts = data.tokenize_prompts(str(pathlib.Path(config.run) / "data" / "held_out.jsonl"), tokenizer)
+    referenced, reward = policies.with_reference(plain, plain), rewards.from_model(reward_lm)
+    return Setting(referenced, reward, base, reward_params, tokenizer, lm.config.eos_ids, prompts)
 
 
 def _draw(config: Config, setting: Setting, params: Params) -> Drawn:
     """Responses of a model to the held-out prompts, beside the base."""
-    asked, tokenizer = setting.asked, setting.tokenizer
+    every, tokenizer = setting.prompts, setting.tokenizer
     gold = rewards.program(config.gold) if config.gold else None
     size = max(PER_BATCH // config.responses, 1)
     parts: list[Drawn] = []
-    for begin in range(0, len(asked), size):
-        part = asked[begin : begin + size]
+    for begin in range(0, len(every), size):
+        part = every[begin : begin + size]
         index = list(range(begin, begin + len(part)))
         prompts = data.prompt_batch([p.tokens for p in part], index=index, batch_size=size)
-        both: Params = {"policy": {"policy": params, "reference": setting.base}, "reward": setting.judge}
+        both: Params = {"policy": {"policy": params, "reference": setting.base}, "reward": setting.reward_params}
         # Another stream for the base than for the policies: equal draws would be ties.
         rng = jax.random.fold_in(jax.random.key(config.seed), int(params is setting.base))
         options: dict[str, Any] = {"max_new_tokens": config.limit, "eos_ids": setting.eos_ids}
@@ -230,13 +232,13 @@ def _draw(config: Config, setting: Setting, params: Params) -> Drawn:
         ).info
         assert found.samples.kl is not None
         kept = found.reward, found.samples.tokens, found.samples.mask, found.samples.kl.sum(-1)
-        paid, tokens, mask, kl = (np.asarray(x)[: len(part)] for x in kept)
-        true = np.zeros(paid.shape)
+        scores, tokens, mask, kl = (np.asarray(x)[: len(part)] for x in kept)
+        true = np.zeros(scores.shape)
         if gold is not None:
             texts = [tokenizer.decode(t[m].tolist(), skip_special_tokens=True) for t, m in _pairs(tokens, mask)]
             each = [p.text for p in part for _ in range(config.responses)]
-            true = np.asarray(gold(each, texts), np.float64).reshape(paid.shape)
-        parts.append(Drawn(paid.astype(np.float64), true, kl))
+            true = np.asarray(gold(each, texts), np.float64).reshape(scores.shape)
+        parts.append(Drawn(scores.astype(np.float64), true, kl))
     return Drawn(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
 

@@ -115,13 +115,20 @@ def by_tokens(config: Config, world: base.World) -> list[dict[str, Any]]:
     for beta in config.decode_betas:
         runs.append(("raw", "CD value head", beta, critics.value(raw_head[0]), raw_head[1], None))
         runs.append(("soft threshold", "CD value head", beta, critics.value(shaped_head[0]), shaped_head[1], None))
-        args = critics.args(world.judge[0])
-        runs.append(("raw", "ARGS", beta, args, world.judge[1], 10))
+        args = critics.args(world.reward_model[0])
+        runs.append(("raw", "ARGS", beta, args, world.reward_model[1], 10))
         over = critics.shaped_over_candidates(
             args, beta=beta, sharpness=config.sharpness, range_factor=1.01, max_gain=float(np.log(2))
         )
         runs.append(
-            ("soft threshold", "ARGS", beta, over, {"critic": world.judge[1], "map": jnp.asarray(config.bound)}, 10)
+            (
+                "soft threshold",
+                "ARGS",
+                beta,
+                over,
+                {"critic": world.reward_model[1], "map": jnp.asarray(config.bound)},
+                10,
+            )
         )
     for head in sorted(world.folder.glob("exceedance_*")):
         model, head_params = models.load(str(head / "model"))
