@@ -113,6 +113,10 @@ def test_bad_requests_name_their_argument(name):
         ({"eos_ids": 0.0}, "eos_ids: expected an int, found 0.0"),
         ({"prompts": PROMPTS}, "prompts: expected a TokenBatch, found list; prompts.prompt_batch"),
         ({"prompts": np.ones((2, 3), np.int32)}, "prompts: expected a TokenBatch, found ndarray"),
+        (
+            {"prompts": padded(PROMPTS)._replace(index=jnp.arange(5.0))},
+            r"expected an index of integers \[B\], found dtype float32",
+        ),
         ({"prompts": TEXTS}, r"prompt_batch\) or strings with tokenizer="),
         ({"prompts": TEXTS[0], "tokenizer": TOKENIZER}, "prompts: expected a list of strings"),
         ({"prompts": [*TEXTS, 3], "tokenizer": TOKENIZER}, "prompts: expected a list of strings"),

@@ -259,7 +259,7 @@ def test_ggro_G14_the_final_reward_may_fall_with_more_candidates():
     assert gained > 0.1 * 20 * B
 
 
-def test_ggro_G15_proposals_at_a_temperature_are_the_softmax_of_the_gradient():
+def test_ggro_G15_proposals_at_a_temperature_are_the_softmax_of_the_gain():
     """Any nudge pays more than none here, so the text shows each proposal; 4,000 prompts, 4.5 standard errors in each
     of ten frequencies: an error rate below 1e-4."""
     count, params = 4000, toy(0)

@@ -89,7 +89,7 @@ def best_of_n(
     if n % chunk:
         raise ValueError(f"chunk: expected a divisor of num_samples = {n}, found {chunk}")
     request = open_request(policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, tokenizer=tokenizer)
-    found = _best_of_n(
+    found: Decoded[BestOfNInfo] = _best_of_n(
         request.policy,
         request.reward,
         request.params,

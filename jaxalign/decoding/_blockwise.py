@@ -101,6 +101,7 @@ def blockwise(
         critic.check(given["critic"], scored, max_new_tokens)
     tempered, own, inner = with_temperature(policy, given["policy"], inner, temperature)
     both, arrays = {"policy": inner, "critic": scored}, {"policy": own, "critic": given["critic"]}
+    found: Decoded[BlockwiseInfo]
     found, broken = _blockwise(
         tempered,
         critic,

@@ -151,6 +151,7 @@ def cards(
         per_prompt=names,
         tokenizer=tokenizer,
     )
+    found: Decoded[CardsInfo]
     found, nan = _cards(
         request.policy,
         request.reward,

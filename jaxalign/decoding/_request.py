@@ -116,6 +116,9 @@ def check_request(
     max_new_tokens = count("max_new_tokens", max_new_tokens)
     ids = open_eos_ids(policy, eos_ids)
     prompts = same_prompts(prompts)
+    index = jnp.result_type(prompt_index(prompts))
+    if not jnp.issubdtype(index, jnp.integer):
+        raise ValueError(f"prompts: expected an index of integers [B], found dtype {index}")
     if policy.check is not None:
         policy.check(params, prompts, max_new_tokens)
     return prompts, max_new_tokens, ids

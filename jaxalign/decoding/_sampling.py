@@ -68,7 +68,8 @@ def sample(
     prompts = open_prompts(prompts, tokenizer)
     prompts, max_new_tokens, ids = check_request(policy, params, prompts, max_new_tokens, eos_ids)
     policy, params, prompts = with_temperature(policy, params, prompts, temperature)
-    return _sample(policy, drop_weak_types(params), rng, prompts, max_new_tokens, ids, n)
+    drawn: Completions = _sample(policy, drop_weak_types(params), rng, prompts, max_new_tokens, ids, n)
+    return drawn
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
@@ -142,7 +143,7 @@ def log_prob(
         )
     _check_responses(policy, tokens, mask)
     mask = mask.astype(bool)
-    completions = _log_prob(policy, drop_weak_types(params), rng, prompts, tokens, mask)
+    completions: Completions = _log_prob(policy, drop_weak_types(params), rng, prompts, tokens, mask)
     finished = (mask & rollout.is_eos(tokens, ids)).any(axis=1)
     return completions._replace(finished=finished, truncated=~finished)
 

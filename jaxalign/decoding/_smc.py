@@ -135,7 +135,7 @@ def smc(
         per_prompt=("beta", "ess_threshold"),
         tokenizer=tokenizer,
     )
-    found = _smc(
+    found: Decoded[SMCInfo] = _smc(
         request.policy,
         request.reward,
         request.params,
