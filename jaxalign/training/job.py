@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxalign import _io, models, training
 from jaxalign.data import batches, bucket, preferences
 from jaxalign.models import sharding
+from jaxalign.training.measure import check_rows, checked_collate
 from jaxalign.training.step import Loss
 from jaxalign.types import Params
 
@@ -207,7 +208,11 @@ def run(
         frozen = None if frozen is None else sharding.shard(frozen, mesh)
         place = lambda batch: jax.device_put(batch, by_row)  # noqa: E731
     source = batches.batches(
-        data.train, collate, batch_size=config.batch_size, seed=config.seed, accumulate=config.accumulate
+        data.train,
+        checked_collate(collate),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        accumulate=config.accumulate,
     )
     position = {"seed": config.seed, "batch_size": config.batch_size, "rows": batches.fingerprint(data.train)}
     final = training.fit(
@@ -231,10 +236,11 @@ def evaluate(
     f: Callable[[Params, Any], Any], params: Params, rows: Sequence[Any], collate: Callable[[list[Any]], Any], size: int
 ) -> Any:
     """f(params, batch), a tree of arrays [b,...], of all rows, in batches of `size` filled up with the last row."""
-    compiled = jax.jit(f)
+    compiled, pad = jax.jit(f), checked_collate(collate)
     parts = []
     for part in iterate(rows, size):
-        found = compiled(params, collate(part + [part[-1]] * (size - len(part))))
+        found = compiled(params, pad(part + [part[-1]] * (size - len(part))))
+        check_rows(getattr(f, "__name__", "f"), found, size)
         parts.append(first_rows(found, len(part)))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
