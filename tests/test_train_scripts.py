@@ -174,7 +174,7 @@ def test_an_adapter_is_trained_alone_and_its_run_goes_on_to_the_same_weights(fil
     named = last.partition("next: python -m eval.decode ")[2].split()
     given = {"BASE": str(files / "base/model"), "FILE": str(files / "prompts.jsonl"), "DIR": str(tmp_path / "decoded")}
     decode.main([*(given.get(word, word) for word in named), "--max-new-tokens", "2", "--batch-size", "6"])
-    assert (tmp_path / "decoded/summary.json").exists()
+    assert (tmp_path / "decoded/results.json").exists()
 
 
 def test_the_first_loss_of_an_adapter_is_the_bases_and_its_gradient_the_adapters(files, tmp_path):

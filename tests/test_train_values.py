@@ -122,7 +122,9 @@ def test_head_of_another_kind_is_replaced_and_a_classifier_is_no_language_model(
 def test_a_frozen_body_stays_and_its_value_head_is_for_editing(files, tmp_path, capsys):
     head = ("--objective", "td", "--frozen", "--activation", "relu", "--head-layers", "2", "--head-size", "12")
     value.main([*options("value", files), *head, "--weight-decay", "0.1", "--out", str(tmp_path / "out")])
-    assert "next: policies.re_control" in capsys.readouterr().out.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "next: python -m eval.decode" in last
+    assert f"--method re_control:{tmp_path / 'out' / 'model'}@1" in last
     lm, params = models.load(tmp_path / "out/model")
     base, base_params = models.load(files / "base/model")
     chex.assert_trees_all_equal(params["transformer"], base_params["transformer"])
