@@ -1,0 +1,23 @@
+"""A reward of one's own on texts: best-of-8 for the number of different words, as a plain Python function."""
+
+import jax
+
+from jaxalign import decoding, models, policies, prompt_batch
+from jaxalign.data import tokenizers
+
+tokenizer = tokenizers.word_level("the a cat dog sat ran on under mat tree and".split())
+shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
+lm = models.LanguageModel(models.Config(vocab_size=len(tokenizer), max_length=64, eos_ids=(1,), **shape))
+
+
+def variety(prompts: list[str], responses: list[str]) -> list[float]:
+    return [len(set(response.split())) for response in responses]
+
+
+prompts = prompt_batch([tokenizer.encode(text) for text in ("the cat", "a dog ran")])
+params, rng = {"policy": lm.init(jax.random.key(0))}, jax.random.key(1)
+best = decoding.best_of_n(
+    policies.language_model(lm), variety, params, rng, prompts, num_samples=8, max_new_tokens=8, tokenizer=tokenizer
+)
+print([tokenizer.decode(row[mask]) for row, mask in zip(best.completions.tokens, best.completions.mask)])
+print(best.info.reward.max(axis=1))

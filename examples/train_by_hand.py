@@ -1,0 +1,24 @@
+"""Training by hand: DPO on one pair with jax.value_and_grad and optax, without the library's loop."""
+
+import jax
+import optax
+
+from jaxalign import losses, models
+
+shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
+lm = models.LanguageModel(models.Config(vocab_size=64, max_length=64, eos_ids=(0,), **shape))
+reference = params = lm.init(jax.random.key(0))
+pair = jax.numpy.array([[5, 6, 7, 0], [5, 6, 9, 0]])  # chosen, rejected; the first two tokens are the prompt
+
+
+def loss(params):
+    log_probs = [jax.nn.log_softmax(lm.apply(p, pair).logits[:, 1:-1]) for p in (params, reference)]
+    picked = [jax.numpy.take_along_axis(l, pair[:, 2:, None], axis=2).sum(axis=(1, 2)) for l in log_probs]
+    return losses.dpo(*picked[0][:, None], *picked[1][:, None], beta=0.1)
+
+
+state = (optimizer := optax.adam(1e-2)).init(params)
+for _ in range(5):
+    (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, state = optimizer.update(gradient, state)
+    params = optax.apply_updates(params, updates)
