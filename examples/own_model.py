@@ -1,4 +1,4 @@
-"""A model of one's own: a table of bigrams becomes a policy, a second table guides it, and given responses are scored."""
+"""A model of one's own: a table of bigrams becomes a policy, and a second table guides it."""
 
 import dataclasses
 
@@ -15,12 +15,10 @@ class Bigrams:  # what types.LanguageModel asks for; params are a table [V,V], a
     step = staticmethod(lambda params, last, token: (params[new := jnp.where(token < 0, last, token)], new))
 
     def prefill(self, params, tokens, mask, capacity):
-        last = tokens[jnp.arange(len(tokens)), mdp.last_index(mask)]
-        return params[last], last
+        return self.step(params, tokens[:, 0], tokens[jnp.arange(len(tokens)), mdp.last_index(mask)])
 
 
 base, guide = jax.random.normal(jax.random.key(0), (2, 11, 11))
 policy = policies.tilt(policies.language_model(Bigrams()), critics.genarm(Bigrams()))
 params, prompts = policies.TiltParams(base, guide, beta=2.0), prompt_batch([[3, 4], [5]])
 drawn = decoding.sample(policy, params, jax.random.key(1), prompts, max_new_tokens=6)
-print(drawn.tokens, drawn.log_prob.sum(axis=1), drawn.kl.sum(axis=1))

@@ -5,7 +5,7 @@ import jax
 from jaxalign import decoding, models, policies, prompt_batch
 from jaxalign.data import tokenizers
 
-tokenizer = tokenizers.word_level("the a cat dog sat ran on under mat tree and".split())
+tokenizer = tokenizers.word_level(["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and"])
 shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
 lm = models.LanguageModel(models.Config(vocab_size=len(tokenizer), max_length=64, eos_ids=(1,), **shape))
 
@@ -19,5 +19,5 @@ params, rng = {"policy": lm.init(jax.random.key(0))}, jax.random.key(1)
 best = decoding.best_of_n(
     policies.language_model(lm), variety, params, rng, prompts, num_samples=8, max_new_tokens=8, tokenizer=tokenizer
 )
-print([tokenizer.decode(row[mask]) for row, mask in zip(best.completions.tokens, best.completions.mask)])
-print(best.info.reward.max(axis=1))
+for row, mask, reward in zip(best.completions.tokens, best.completions.mask, best.info.reward, strict=True):
+    print(f"{reward.max():.0f} words:", tokenizer.decode(row[mask], skip_special_tokens=True))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxalign import mdp, models, prompt_batch, rewards
 from jaxalign.data import tokenizers
 
-tokenizer = tokenizers.word_level("the a cat dog sat ran on under mat tree and".split())
+tokenizer = tokenizers.word_level(["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and"])
 shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
 config = models.Config(vocab_size=len(tokenizer), max_length=64, head=models.Head("reward"), **shape)
 lm = models.LanguageModel(config)

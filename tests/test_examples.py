@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import decoding, prompt_batch, rewards, testing
+
 ROOT = pathlib.Path(__file__).parent.parent
+HERE = pathlib.Path(__file__).read_text()
 FILES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -29,9 +32,9 @@ def test_examples_are_short_and_say_what_they_show(path):
     assert "tests" not in path.read_text()
 
 
-def test_every_example_is_run_here():
-    here = pathlib.Path(__file__).read_text()
-    assert [path.stem for path in FILES if f'run("{path.stem}")' not in here] == []
+@pytest.mark.parametrize("path", [path for path in FILES if f'run("{path.stem}")' not in HERE], ids=lambda p: p.stem)
+def test_an_example_without_a_test_of_its_own_runs(path):
+    run(path.stem)
 
 
 def test_gradient_through_shaping():
@@ -41,3 +44,105 @@ def test_gradient_through_shaping():
     gradient = jax.grad(lambda u: names["delivered"](names["logits"], u)[1])(names["utility"])
     weight = jax.nn.softmax(names["logits"]) * jnp.where(names["utility"] > names["threshold"], jnp.exp(3.0), 1.0)
     np.testing.assert_allclose(gradient, weight / weight.sum(), rtol=1e-4)
+
+
+def test_compose_policies():
+    """The reward of the kept response is the largest, and is the reward model's."""
+    names = run("compose_policies")
+    best, reward = names["best"], names["reward"]
+    whole = decoding.join(names["prompts"], best.completions)
+    again = rewards.from_model(reward)(names["reward_params"], *whole, jnp.arange(2))
+    np.testing.assert_allclose(again, best.info.reward.max(axis=1), rtol=1e-4, atol=1e-5)
+    assert best.info.samples.tokens.shape == (2, 4, 12)
+
+
+def test_own_critic():
+    """A large beta is the base; a small one ends sooner; the critic keeps the laws."""
+    names = run("own_critic")
+    prompts = prompt_batch([[1, 2], [3], [2, 3, 1]])
+    testing.check_critic(names["critic"], None, prompts, vocab_size=4)
+    assert names["length"][1] < names["length"][0] - 0.5
+
+
+def test_own_text_reward():
+    names = run("own_text_reward")
+    best, tokenizer = names["best"], names["tokenizer"]
+    tokens, mask = np.asarray(best.info.samples.tokens), np.asarray(best.info.samples.mask)
+    for b in range(2):
+        texts = [tokenizer.decode(tokens[b, j][mask[b, j]], skip_special_tokens=True) for j in range(8)]
+        assert best.info.reward[b].tolist() == names["variety"]([], texts)
+
+
+def test_own_decoder():
+    """Both halves are drawn, the better second half is kept, and two halves are one draw of the policy."""
+    names = run("own_decoder")
+    assert names["found"].shape == (5, 6)
+    assert ((names["found"] >= 0) & (names["found"] < 4)).all()
+    _, output = names["policy"].init(names["table"], None, names["prompts"], 6)
+    many = jax.vmap(lambda key: names["better_of_two"](names["table"], key))(jax.random.split(jax.random.key(2), 1000))
+    twos = (many.reshape(-1, 6) == 2).mean(axis=0)
+    first = jnp.exp(output.log_prob[0, 2])
+    assert abs(twos[0] - first) < 4 * jnp.sqrt(first * (1 - first) / 5000)  # 6e-5
+    assert twos[3:].mean() > 0
+
+
+def test_own_model():
+    """Each token has the probability of the product of both tables."""
+    names = run("own_model")
+    drawn, base, guide = names["drawn"], names["base"], names["guide"]
+    for b, last in enumerate((4, 5)):
+        for t in range(int(drawn.mask[b].sum())):
+            law = jax.nn.log_softmax(jax.nn.log_softmax(base[last]) + jax.nn.log_softmax(guide[last]) / 2)
+            last = int(drawn.tokens[b, t])
+            np.testing.assert_allclose(drawn.log_prob[b, t], law[last], rtol=1e-4, atol=1e-5)
+
+
+def test_train_by_hand():
+    """The loss starts at log 2, where the model is its reference, and falls."""
+    names = run("train_by_hand")
+    start = names["loss"](names["reference"])
+    np.testing.assert_allclose(start, np.log(2), rtol=1e-6)
+    assert names["loss"](names["params"]) < names["value"] < start
+
+
+def test_beta_per_prompt():
+    """The KL falls as beta rises, and a prompt's response does not depend on the other prompts' betas."""
+    names = run("beta_per_prompt")
+    kl = names["drawn"].kl.sum(axis=1)
+    np.testing.assert_allclose(kl[3], 0, atol=1e-5)
+    assert kl[0] > 0.01
+    params = names["params"]._replace(beta=jnp.array([0.1, 3.0, 3.0, 1.0]))
+    again = decoding.sample(names["policy"], params, jax.random.key(2), names["prompts"], max_new_tokens=12)
+    np.testing.assert_array_equal(again.tokens[0], names["drawn"].tokens[0])
+    assert (again.log_prob[1:3] != names["drawn"].log_prob[1:3]).any()
+
+
+def test_reward_of_texts():
+    names = run("reward_of_texts")
+    alone = names["total"](names["params"]._replace(weights=jnp.array([0.0, 0.5])), *names["whole"], jnp.arange(3))
+    np.testing.assert_allclose(alone, [0, 0.5, 0.5], atol=1e-6)
+    assert np.isfinite(np.asarray(names["found"])).all()
+
+
+def test_generate_text(capsys):
+    """The pieces that were streamed add up to the texts, which have the probability that the policy gives them."""
+    names = run("generate_text")
+    printed = [line.partition(" ")[::2] for line in capsys.readouterr().out.splitlines()[:-1]]
+    for row, text in enumerate(names["out"].texts):
+        assert "".join(piece for number, piece in printed if number == str(row)) == text
+    assert (names["out"].completions.kl.sum(axis=1) > 0).all()
+
+
+def test_evaluate_own_method(tmp_path, monkeypatch):
+    """A row per method and strength; best-of-4 is ahead of the base; two tokens cost more KL than eight."""
+    monkeypatch.chdir(tmp_path)
+    rows = {(row["method"], row["beta"]): row for row in run("evaluate_own_method")["rows"]}
+    assert len(rows) == 4
+    by_name = {f"{method}@{beta}": row for (method, beta), row in rows.items()}
+    wide, narrow = (next(row for name, row in by_name.items() if name.startswith("__main__:top@" + k)) for k in "82")
+    assert narrow["kl"] > wide["kl"] > 0
+    assert (tmp_path / "runs/own/run/results.json").exists()
+
+
+def test_check_own_reward():
+    assert run("check_own_reward")["fault"].startswith("law 15")
