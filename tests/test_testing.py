@@ -7,7 +7,7 @@ import pytest
 
 from jaxalign import rewards, testing
 from jaxalign.types import TokenBatch
-from tests import cases
+from tests import cases, faulty_parts
 from tests.cases import tiny_lm
 from tests.conftest import PROMPTS, VOCAB, padded
 
@@ -54,3 +54,92 @@ def test_every_reward_of_the_library_keeps_the_laws(name, prompts):
         ),
     }[name]
     testing.check_reward(reward, given, prompts, vocab_size=VOCAB)
+
+
+# Planted faults ------------------------------------------------------------------------------------------------------
+
+
+def check_policy(prompts, fault=""):
+    testing.check_policy(
+        faulty_parts.policy(fault),
+        faulty_parts.policy_params(),
+        prompts,
+        max_new_tokens=3,
+        increments=faulty_parts.policy_increments,
+    )
+
+
+def check_critic(prompts, kind, fault=""):
+    testing.check_critic(
+        faulty_parts.critic(kind, fault),
+        faulty_parts.critic_params(),
+        prompts,
+        max_new_tokens=3,
+        text_score=faulty_parts.text_score(kind),
+        per_prompt=("scale",),
+    )
+
+
+def check_reward(prompts, fault=""):
+    testing.check_reward(faulty_parts.reward(fault), faulty_parts.reward_params(), prompts, vocab_size=VOCAB)
+
+
+def assert_named(law, check, *arguments):
+    """The check raises an AssertionError that begins with the law's number and name, and says what was seen."""
+    with pytest.raises(AssertionError) as caught:
+        check(*arguments)
+    message = str(caught.value)
+    start = f"law {law} ({testing.LAWS[law]}): "
+    assert message.startswith(start)
+    assert len(message) > len(start) + 10
+    assert "\n" not in message
+
+
+def test_sound_parts_keep_the_laws(prompts):
+    check_policy(prompts)
+    check_critic(prompts, "level")
+    check_critic(prompts, "increment")
+    check_reward(prompts)
+
+
+@pytest.mark.parametrize("fault", faulty_parts.POLICY_FAULTS)
+def test_a_fault_of_a_policy_is_named(fault, prompts):
+    assert_named(faulty_parts.POLICY_FAULTS[fault], check_policy, prompts, fault)
+
+
+@pytest.mark.parametrize("fault", faulty_parts.CRITIC_FAULTS)
+def test_a_fault_of_a_critic_is_named(fault, prompts):
+    kind = "increment" if fault == "sums in place of increments" else "level"
+    assert_named(faulty_parts.CRITIC_FAULTS[fault], check_critic, prompts, kind, fault)
+
+
+@pytest.mark.parametrize("fault", faulty_parts.REWARD_FAULTS)
+def test_a_fault_of_a_reward_is_named(fault, prompts):
+    assert_named(faulty_parts.REWARD_FAULTS[fault], check_reward, prompts, fault)
+
+
+def test_every_law_has_a_planted_fault():
+    found = [*faulty_parts.POLICY_FAULTS.values(), *faulty_parts.CRITIC_FAULTS.values()]
+    assert {*found, *faulty_parts.REWARD_FAULTS.values()} == set(testing.LAWS)
+
+
+def test_a_wrong_kind_needs_the_score_of_a_text(prompts):
+    """The wrong kind is taken at its word without `text_score`, and found with it."""
+    wrong = faulty_parts.critic("level")._replace(kind="increment")
+    params = faulty_parts.critic_params()
+    testing.check_critic(wrong, params, prompts, max_new_tokens=3)
+    with pytest.raises(AssertionError, match="law 12"):
+        testing.check_critic(wrong, params, prompts, max_new_tokens=3, text_score=faulty_parts.text_score("level"))
+
+
+def test_what_cannot_be_checked_is_named(prompts):
+    part, params = faulty_parts.policy(), faulty_parts.policy_params()
+    one = TokenBatch(prompts.tokens[:1], prompts.mask[:1])
+    with pytest.raises(ValueError, match="prompts: expected at least two"):
+        testing.check_policy(part, params, one)
+    with pytest.raises(ValueError, match="max_new_tokens: expected at least 3"):
+        testing.check_policy(part, params, prompts, max_new_tokens=2)
+    with pytest.raises(ValueError, match="vocab_size: expected V"):
+        testing.check_critic(
+            faulty_parts.critic("level")._replace(vocab_size=None), faulty_parts.critic_params(), prompts
+        )

@@ -188,9 +188,10 @@ def check_critic(
     check.forms()
     check.candidates(num_candidates)
     check.values_per_prompt(per_prompt)
-    check.mixed_rows()
-    check.frozen_rows()
+    check.mixed_rows(repeat=False)
     check.prompts_in_other_forms(per_prompt)
+    check.mixed_rows(repeat=True)
+    check.frozen_rows()
     if text_score is not None:
         check.kind(text_score)
     check.tilts(num_candidates, gradients)
@@ -211,6 +212,7 @@ class _Checks:
             state, output = made.below.step(made.policy_params, state, tokens[-1])
         self.tokens = jnp.stack(tokens, axis=1)
         self.outputs = made.outputs(batch, self.tokens)
+        self.listed: State = None  # the proposal of token 0 among candidates
         with errors_break(1, "the critic"):
             self.expected = self.walk()
 
@@ -226,7 +228,7 @@ class _Checks:
     def forms(self) -> None:
         """Laws 1, 6 and 13."""
         for t, q in enumerate(self.expected.scores):
-            _laws.assert_finite(13, f"the scores of token {t}", q)
+            _laws.assert_finite(13, f"the scores of token {t}", q, "q")
         for t, (state, proposal) in enumerate(zip(self.expected.states, self.expected.proposals, strict=True)):
             _laws.assert_no_keys("state", state)
             _laws.assert_no_keys("proposal", proposal)
@@ -240,6 +242,7 @@ class _Checks:
         given = (self.tokens[..., None] + jnp.where(place == place[1], 0, place - place[1])) % vocab
         with errors_break(11, "candidates [B,K]"):
             found = self.walk(candidates=given)
+        self.listed = found.proposals[0]
         for t, (q, every) in enumerate(zip(found.scores, self.expected.scores, strict=True)):
             when = f"the scores of candidates for token {t}"
             self.same(11, when, q, jnp.take_along_axis(every, given[:, t], axis=1))
@@ -275,25 +278,24 @@ class _Checks:
         found: Array = self.made.score(self.params, self.made.advance(self.params, proposal, choice), output, None)[0]
         return found
 
-    def mixed_rows(self) -> None:
-        """Law 1: rows of a proposal are taken and repeated."""
-        batch = self.tokens.shape[0]
-        proposal = self.expected.proposals[0]
-        for when, index in (("take_rows", _laws.other_rows(batch)), ("repeat_rows", [b // 2 for b in range(batch)])):
-            order = jnp.asarray(index)
-            mixed = take_rows(proposal, order) if when == "take_rows" else repeat_rows(proposal, 2)
-            mixed = mixed if when == "take_rows" else take_rows(mixed, jnp.arange(batch))
-            found = self.after(mixed, self.tokens[order, 0], order)
-            self.same(1, f"scores after {when} of a proposal", found, self.expected.scores[1][order])
+    def mixed_rows(self, *, repeat: bool) -> None:
+        """Law 1: rows of a proposal are taken in another order, or repeated, as for a policy."""
+        rows, proposal = jnp.arange(self.tokens.shape[0]), self.expected.proposals[0]
+        order = rows // 2 if repeat else rows[::-1]
+        mixed = take_rows(repeat_rows(proposal, 2), rows) if repeat else take_rows(proposal, order)
+        when = "repeat_rows(proposal, 2)" if repeat else "take_rows of a proposal in reverse order"
+        found = self.after(mixed, self.tokens[order, 0], order)
+        self.same(1, f"scores after {when}", found, self.expected.scores[1][order])
 
     def frozen_rows(self) -> None:
-        """Law 2: all rows frozen, and every second one."""
-        for every in (True, False):
-            frozen = (jnp.arange(self.tokens.shape[0]) % 2 == 0) | every
-            found = self.after(self.expected.proposals[0], jnp.where(frozen, -1, self.tokens[:, 0]))
-            held, moved = (np.flatnonzero(np.asarray(rows)).tolist() for rows in (frozen, ~frozen))
-            self.same(2, "scores of a frozen row (choice -1)", found, self.expected.scores[0], held)
-            self.same(2, "scores of a row that moves beside frozen ones", found, self.expected.scores[1], moved)
+        """Law 2: all rows frozen, and every second one; choices of the vocabulary and of candidates."""
+        for proposal, move in ((self.expected.proposals[0], self.tokens[:, 0]), (self.listed, 1)):
+            for every in (True, False):
+                frozen = (jnp.arange(self.tokens.shape[0]) % 2 == 0) | every
+                found = self.after(proposal, jnp.where(frozen, -1, move))
+                held, moved = (np.flatnonzero(np.asarray(rows)).tolist() for rows in (frozen, ~frozen))
+                self.same(2, "scores of a frozen row (choice -1)", found, self.expected.scores[0], held)
+                self.same(2, "scores of a row that moves beside frozen ones", found, self.expected.scores[1], moved)
 
     def prompts_in_other_forms(self, names: Sequence[str]) -> None:
         """Laws 4, 7 and 8."""

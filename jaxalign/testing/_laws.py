@@ -87,7 +87,7 @@ def assert_same(
     """
     pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, left), right in pairs:
-        name, a, b = leaf_name(path, whole), np.asarray(left, np.float64), np.asarray(right, np.float64)
+        name, a, b = leaf_name(path, whole) or "the number", np.asarray(left, np.float64), np.asarray(right, np.float64)
         if a.shape != b.shape:
             raise broken(law, f"{when}: {name} has shape {a.shape} in place of {b.shape}")
         differs = ~np.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
@@ -99,12 +99,17 @@ def assert_same(
             with np.errstate(invalid="ignore"):
                 worst = np.where(differs, np.nan_to_num(np.abs(a - b), nan=np.inf), -1).argmax()
             row, *rest = (int(i) for i in np.unravel_index(worst, a.shape))
-            place = f", entry {rest[0] if len(rest) == 1 else rest}" if rest else ""
+            place = _entry(rest)
             at = (row, *rest)
-            raise broken(law, f"{when}: {name} of row {row}{place} is {a[at]:.6g} in place of {b[at]:.6g}")
+            # Adding 0 makes −0 a 0.
+            raise broken(law, f"{when}: {name} of row {row}{place} is {a[at] + 0.0:.6g} in place of {b[at] + 0.0:.6g}")
 
 
-def assert_finite(law: int, when: str, tree: Any) -> None:
+def _entry(place: Sequence[int]) -> str:
+    return f", entry {place[0] if len(place) == 1 else list(place)}" if place else ""
+
+
+def assert_finite(law: int, when: str, tree: Any, name: str) -> None:
     """AssertionError naming the leaf of a tree with an infinity or NaN, and its row."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
@@ -112,7 +117,7 @@ def assert_finite(law: int, when: str, tree: Any) -> None:
         values = np.asarray(leaf, np.float64)
         if not np.isfinite(values).all():
             at = np.argwhere(~np.isfinite(values))[0].tolist()
-            raise broken(law, f"{when}: {leaf_name(path, '')} has {values[tuple(at)]} at {at}")
+            raise broken(law, f"{when}: {leaf_name(path, name)} is {values[tuple(at)]} in row {at[0]}{_entry(at[1:])}")
 
 
 def assert_same_form(when: str, found: Any, expected: Any, name: str) -> None:

@@ -66,7 +66,7 @@ def check_reward(
         expected = values(params, tokens, mask, length, index)
     if not jnp.issubdtype(expected.dtype, jnp.floating):
         raise broken(14, f"the rewards are {expected.dtype} in place of floating-point numbers")
-    _laws.assert_finite(13, "the rewards", expected)
+    _laws.assert_finite(13, "random texts", expected, "the reward")
     for fill in (0, vocab_size - 1):
         found = values(params, jnp.where(mask, tokens, fill), mask, length, index)
         same(15, f"id {fill} in every column beyond the mask", found, expected)
