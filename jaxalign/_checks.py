@@ -3,15 +3,15 @@ was found. Values of tracers are not looked at; shapes always are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.prompts import prompts_for
-from jaxalign.types import Array, ArrayLike, Critic, Params, Policy, Prompts, State, StepOutput, TokenBatch
+from jaxalign.prompts import any_prompts, prompts_for
+from jaxalign.types import Array, ArrayLike, Critic, HostCheck, Params, Policy, Prompts, State, StepOutput, TokenBatch
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
@@ -67,7 +67,20 @@ def fields_of(params: Params, fields: Callable[..., Fields], *, required: Sequen
     if isinstance(fields, type) and isinstance(params, fields):
         return cast(Fields, params)
     names: tuple[str, ...] = fields._fields  # type: ignore[attr-defined]  # a NamedTuple class
-    optional = set(getattr(fields, "_field_defaults", {})) - set(required)
+    return fields(**named_entries(params, names, set(getattr(fields, "_field_defaults", {})) - set(required)))
+
+
+def named_entries(params: Params, names: Sequence[str], optional: Collection[str] = ()) -> dict[str, Params]:
+    """The entries of a Mapping or NamedTuple by name.
+
+    Args:
+      params: what a user gave.
+      names: all the entries that there may be.
+      optional: those of them that may be missing.
+
+    Raises:
+      ParamsError: an entry is missing, or there is one that `names` does not list.
+    """
     entries = entries_of(params)
     required = [name for name in names if name not in optional]
     if entries is None or not set(required) <= set(entries) <= set(names):
@@ -76,7 +89,7 @@ def fields_of(params: Params, fields: Callable[..., Fields], *, required: Sequen
         )
         found = type(params).__name__ if entries is None else _listed(entries)
         raise ParamsError(f"expected {expected}; found {found}{_difference(required, names, entries)}")
-    return fields(**entries)
+    return entries
 
 
 def _listed(entries: Mapping[str, Any]) -> str:
@@ -94,7 +107,9 @@ def _difference(required: Sequence[str], names: Sequence[str], entries: Mapping[
 
 def check_prompts(prompts: TokenBatch, *, name: str = "prompts") -> None:
     """Shapes always, values where they are concrete: tokens and mask [B,P], B and P at least 1, at least one real token
-    in each row, index [B]."""
+    in each row, index [B] of integers in [0, 2^31 − 1): a table is looked up by it, and random streams are named by it.
+    Padding may lie on either side of the real tokens and between them: every reader moves the real tokens together
+    (`mdp.compact`)."""
     tokens, mask, index = prompts
     if np.ndim(tokens) != 2 or np.shape(tokens) != np.shape(mask):
         raise ValueError(
@@ -104,6 +119,12 @@ def check_prompts(prompts: TokenBatch, *, name: str = "prompts") -> None:
         raise ValueError(f"{name}: expected at least one prompt and one token, found shape {np.shape(tokens)}")
     if index is not None and np.shape(index) != np.shape(tokens)[:1]:
         raise ValueError(f"{name}: expected index of shape {np.shape(tokens)[:1]}, found {np.shape(index)}")
+    if index is not None and not jnp.issubdtype(jnp.result_type(index), jnp.integer):
+        raise ValueError(f"{name}: expected an index of integers [B], found dtype {jnp.result_type(index)}")
+    if index is not None and is_concrete(index):
+        numbers = np.asarray(index)
+        if numbers.min() < 0 or numbers.max() >= 2**31 - 1:
+            raise ValueError(f"{name}: expected an index in [0, 2^31 - 1), found {numbers.tolist()}")
     if is_concrete(mask):
         empty = np.flatnonzero(~np.asarray(mask, bool).any(axis=1))
         if empty.size:
@@ -192,10 +213,15 @@ def check_part(part: Policy | Critic, params: Params, prompts: Prompts, max_new_
 
 def check_below(part: Policy | Critic, params: Params, prompts: Prompts, max_new_tokens: int, path: str) -> None:
     """Runs the host checks of a part whose params lie at `path`, such as "['critics'][1]", of the whole."""
-    if part.check is None:
+    run_check(part.check, params, prompts, max_new_tokens, path)
+
+
+def run_check(check: HostCheck | None, params: Params, prompts: Prompts, max_new_tokens: int, path: str) -> None:
+    """Runs the host check of a part whose params lie at `path` of the whole, and lets its ParamsError say so."""
+    if check is None:
         return
     try:
-        part.check(params, prompts, max_new_tokens)
+        check(params, prompts, max_new_tokens)
     except ParamsError as error:
         raise ParamsError(error.complaint, path + error.path) from None
 
@@ -288,13 +314,31 @@ def check_batch_first(name: str, state: State, batch: int) -> None:
             )
 
 
+def check_same_types(name: str, what: str, before: Any, after: Any) -> None:
+    """ValueError unless a step kept the structure, shapes and dtypes of the state (or output) that it was given, as a
+    loop needs. A leaf of weak type takes the type of what replaces it."""
+    left: Any = jax.tree.structure(before)
+    right: Any = jax.tree.structure(after)
+    if left != right:
+        raise ValueError(f"{name}: expected the {what} to keep its structure {left}, found {right}")
+    new = jax.tree.leaves(after)
+    for (path, old), leaf in zip(jax.tree_util.tree_leaves_with_path(before), new, strict=True):
+        weak = getattr(old, "weak_type", False)
+        expected, found = (np.shape(old), jnp.result_type(old)), (np.shape(leaf), jnp.result_type(leaf))
+        if expected[0] != found[0] or (expected[1] != found[1] and not weak):
+            raise ValueError(
+                f"{name}: expected the {what} to keep shape {expected[0]} and dtype {expected[1]} at "
+                f"{jax.tree_util.keystr(path) or 'its array'}, found {found[0]} and {found[1]}"
+            )
+
+
 def start_policy(
     policy: Policy, params: Params, rng: Array, prompts: Prompts, max_new_tokens: int
 ) -> tuple[State, StepOutput]:
     """policy.init, whose result is checked while it is traced."""
     name = f"policy.init ({called(policy.init)})"
     state, output = pair(name, policy.init(params, rng, prompts, max_new_tokens), "(state, StepOutput)")
-    check_output(name, output)
+    check_output(name, output, any_prompts(prompts).tokens.shape[0])
     check_batch_first(name, state, output.log_prob.shape[0])
     return state, output
 
@@ -303,6 +347,7 @@ def step_policy(policy: Policy, params: Params, rng: Array, state: State, token:
     """policy.step, whose result is checked while it is traced."""
     name = f"policy.step ({called(policy.step)})"
     moved, output = pair(name, policy.step(params, rng, state, token), "(state, StepOutput)")
+    check_same_types(name, "state", state, moved)
     return moved, check_output(name, output, token.shape[0])
 
 

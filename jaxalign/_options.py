@@ -63,7 +63,8 @@ def parse(config: type[C], *, description: str, args: Sequence[str] | None = Non
     groups_flat, printed = (tyro.conf.OmitArgPrefixes,), io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(config, args=arguments, description=description, prog=prog, config=groups_flat, **extra)
+            found: C = tyro.cli(config, args=arguments, description=description, prog=prog, config=groups_flat, **extra)
+            return found
     except SystemExit as stop:
         if stop.code:
             # The sentence within tyro's frame; the option's help follows it.

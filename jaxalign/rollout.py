@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import is_supported, where_rows
+from jaxalign._checks import called, check_same_types, step_policy
 from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, State, StepOutput
 
 _BLOCK = 128  # tokens per block of the two-level inverse CDF: about the square root of usual vocabularies
@@ -235,7 +236,8 @@ def rollout(
         t = carry.t
         key = step_key(rng, begin + t) if step_rng is None else jax.random.fold_in(step_rng, t)
         carry, token = choose(carry)
-        state, output = policy.step(params, key, carry.frame.state, token)
+        state, output = step_policy(policy, params, key, carry.frame.state, token)
+        check_same_types(f"policy.step ({called(policy.step)})", "output", carry.frame.output, output)
         if keep_output:
             output = where_rows(token >= 0, output, carry.frame.output)
         carry = carry._replace(frame=carry.frame._replace(state=state, output=output))

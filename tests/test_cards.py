@@ -230,7 +230,7 @@ def test_cards_refuses_what_is_no_request():
         with pytest.raises(ValueError, match=message):
             generate(policy, reward, {**params, **changes}, prompts)
     for name in ("beta", "reward_threshold", "entropy_threshold", "reward"):
-        with pytest.raises(ValueError, match=f"params: expected an entry '{name}'"):
+        with pytest.raises(ValueError, match=rf"params: expected entries .*\(missing {name}\)"):
             generate(policy, reward, {key: value for key, value in params.items() if key != name}, prompts)
     broken = rewards.from_numpy(lambda t, m, p, i: np.where(i == 2, np.nan, 0.0))
     with pytest.raises(ValueError, match=r"reward: expected numbers, found NaN for prompts \[2\]"):

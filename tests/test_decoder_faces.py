@@ -121,7 +121,7 @@ def test_bad_requests_name_their_argument(name):
         ({"prompts": TEXTS[0], "tokenizer": TOKENIZER}, "prompts: expected a list of strings"),
         ({"prompts": [*TEXTS, 3], "tokenizer": TOKENIZER}, "prompts: expected a list of strings"),
         ({"params": {"policy": BASE, "reward": None, "betta": 1.0}}, "params: expected"),
-        ({"params": [BASE]}, "params: expected an entry 'policy', found list"),
+        ({"params": [BASE]}, "params: expected entries policy, .*; found list"),
         ({"reward": words}, r"reward: expected tokenizer= for .*words\(prompts, responses\)"),
         ({"reward": 3}, "reward: expected a Reward, found int"),
     ]
@@ -129,7 +129,7 @@ def test_bad_requests_name_their_argument(name):
         with pytest.raises(ValueError, match=message):
             call(name, **changes)
     entries = {entry: BOUNDS[entry] for entry in CALLS[name][0]}
-    with pytest.raises(ValueError, match=r"params: expected the entries .*, found \['extra'\] besides"):
+    with pytest.raises(ValueError, match=r"params: expected entries .*; found .*unknown extra"):
         call(name, params={"policy": BASE, "reward": None, "extra": 1.0} | entries)
 
 
@@ -222,7 +222,5 @@ def test_blockwise_gives_its_bound_and_refuses_scores_of_another_shape():
         lambda p, proposal, c: proposal,
         "level",
     )
-    with pytest.raises(
-        ValueError, match=r"critic.score: expected one number for each of \(15, 1\), found shape \(15,\)"
-    ):
+    with pytest.raises(ValueError, match=r"critic\.score .*: q: expected shape \(15, 1\), .*, found \(15,\)"):
         decoding.blockwise(POLICY, wrong, {"policy": BASE, "critic": None}, RNG, padded(PROMPTS), **options)

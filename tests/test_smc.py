@@ -365,7 +365,7 @@ def test_smc_refuses_what_is_no_request(prompts):
             generate(policy, reward, {**params, "ess_threshold": below}, prompts)
     with pytest.raises(ValueError, match=r"beta: expected a scalar or shape \(5,\)"):
         generate(policy, reward, {**params, "beta": jnp.ones(4)}, prompts)
-    with pytest.raises(ValueError, match="params: expected an entry 'beta'"):
+    with pytest.raises(ValueError, match=r"params: expected entries .*\(missing beta\)"):
         generate(policy, reward, {name: params[name] for name in ("policy", "reward")}, prompts)
     broken = rewards.from_numpy(lambda t, m, p, i: np.where(i == 3, np.nan, 0.0))
     with pytest.raises(ValueError, match=r"reward: expected numbers, found NaN for prompts \[3\]"):

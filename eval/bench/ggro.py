@@ -72,7 +72,8 @@ def run(config: Config) -> list[dict[str, Any]]:
                 eos_ids=(),
                 top_k=min(config.k, lm.vocab_size),
             )
-            return jax.block_until_ready(found).info
+            info: decoding.GGROInfo = jax.block_until_ready(found).info
+            return info
 
         def together(inputs: Any = inputs, decode: Any = decode) -> None:
             decode(inputs)

@@ -8,6 +8,7 @@ shapings scaled to the threshold's KL, or to the largest that they reach; what c
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxalign import commands, gibbs, infalign, shaping
 
 from . import common
 
-ERRORS = {
+ERRORS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
     "Gaussian": lambda rng, shape: rng.normal(size=shape),
     "Student t(2)": lambda rng, shape: rng.standard_t(2, shape),
     "Cauchy": lambda rng, shape: rng.standard_cauchy(shape),

@@ -153,7 +153,8 @@ def nudging_passes(found: decoding.GGROInfo, prompt: np.ndarray) -> np.ndarray:
     steps, scored, gradients = (
         np.asarray(x, float) for x in (found.policy_steps, found.reward_passes, found.gradient_passes)
     )
-    return steps * (2 + 2 * gradients / np.maximum(scored, 1)) + prompt
+    passes: np.ndarray = steps * (2 + 2 * gradients / np.maximum(scored, 1)) + prompt
+    return passes
 
 
 STYLES = {

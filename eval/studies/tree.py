@@ -120,7 +120,9 @@ def decoders(config: Config, t: tree.Tree, log_ref: Array, utility: Array, log_b
             law = tree.response_log_prob(t, tree.tilted_policy(w, q, beta=1.0))
             return tree.expected(law, values=u), tree.sequence_kl(law, p)
 
-        cd = lambda r: token_rule(tree.q_values(t, tree.value(t, w, r), reward=r))  # noqa: E731
+        def cd(r: Array) -> tuple[Array, Array]:
+            return token_rule(tree.q_values(t, tree.value(t, w, r), reward=r))
+
         m = shaping.optimal_threshold(u, log_base=p, gain=gain)
         exceeds = shaping.threshold_reward(u, threshold=m, bound=1.0)
         share = tree.q_values(t, tree.value(t, w, exceeds), reward=exceeds)

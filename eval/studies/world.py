@@ -93,7 +93,11 @@ def by_samples(config: Config, found: base.Responses) -> list[dict[str, Any]]:
 
 def error_of(found: base.Responses) -> list[dict[str, Any]]:
     """How the learned reward errs: what is left of it, within prompts, after its best line in gold."""
-    inside = lambda x: (x - x.mean(axis=1, keepdims=True)).ravel()  # noqa: E731
+
+    def inside(x: np.ndarray) -> np.ndarray:
+        centred: np.ndarray = (x - x.mean(axis=1, keepdims=True)).ravel()
+        return centred
+
     proxy, gold = inside(found.proxy), inside(found.gold)
     left = proxy - gold * (proxy @ gold) / (gold @ gold)
     left = left / left.std()

@@ -22,9 +22,9 @@ from jaxalign.decoding._ggro import GGROInfo, GGROParams, ggro
 from jaxalign.decoding._kl import sum_of_steps, surprisal
 from jaxalign.decoding._quest import Cut, QuestInfo, QuestParams, quest, uniform_cut
 from jaxalign.decoding._rejection import FirstAboveParams, RejectionInfo, RejectionParams, first_above, rejection
-from jaxalign.decoding._request import join
 from jaxalign.decoding._sampling import log_prob, sample
 from jaxalign.decoding._smc import SMCInfo, SMCParams, smc
+from jaxalign.decoding.requests import join
 
 __all__ = [
     "BestOfNInfo",

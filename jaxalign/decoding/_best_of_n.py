@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jaxalign import rollout
 from jaxalign._arrays import repeat_rows
+from jaxalign._checks import start_policy
 from jaxalign.decoding import _kl
-from jaxalign.decoding._request import (
+from jaxalign.decoding.requests import (
     Decode,
     EosIds,
     Tokenizer,
@@ -121,7 +122,7 @@ def _best_of_n(
 ) -> Decoded[BestOfNInfo]:
     start, draws = jax.random.split(rng)
     index = prompt_index(prompts)
-    state, output = policy.init(params["policy"], start, prompts["policy"], max_new_tokens)
+    state, output = start_policy(policy, params["policy"], start, prompts["policy"], max_new_tokens)
     state, output = repeat_rows((state, output), chunk)
     scored = repeat_rows(prompts["reward"], chunk)
 
@@ -139,7 +140,10 @@ def _best_of_n(
             last_step=False,
         ).completions
         score = score_completions(reward, params["reward"], scored, drawn)
-        return jax.tree.map(lambda x: x.reshape((-1, chunk, *x.shape[1:])), (drawn, score))
+        chunked: tuple[Completions, Array] = jax.tree.map(
+            lambda x: x.reshape((-1, chunk, *x.shape[1:])), (drawn, score)
+        )
+        return chunked
 
     if chunk == n:
         samples, score = draw(jnp.arange(n, dtype=jnp.int32))

@@ -11,14 +11,22 @@ import numpy as np
 
 from jaxalign import mdp, rollout
 from jaxalign._arrays import at_least_float32, drop_weak_types, repeat_rows, take_rows, where_rows
-from jaxalign._checks import check_same_vocabulary, is_concrete, same_prompts
+from jaxalign._checks import (
+    check_below,
+    check_same_vocabulary,
+    is_concrete,
+    same_prompts,
+    score_critic,
+    start_policy,
+    step_policy,
+)
 from jaxalign.decoding import _kl
-from jaxalign.decoding._request import (
+from jaxalign.decoding.requests import (
+    POLICY,
     Decode,
     EosIds,
     Tokenizer,
     check_request,
-    check_values,
     count,
     open_params,
     open_prompts,
@@ -96,9 +104,8 @@ def blockwise(
     given = open_params(params, BlockwiseParams._fields)
     prompts = same_prompts(open_prompts(prompts, tokenizer))
     inner, scored = prompts_for(prompts, "policy"), prompts_for(prompts, "critic")
-    inner, max_new_tokens, ids = check_request(policy, given["policy"], inner, max_new_tokens, eos_ids)
-    if critic.check is not None:
-        critic.check(given["critic"], scored, max_new_tokens)
+    inner, max_new_tokens, ids = check_request(policy, given["policy"], inner, max_new_tokens, eos_ids, path=POLICY)
+    check_below(critic, given["critic"], scored, max_new_tokens, "['critic']")
     tempered, own, inner = with_temperature(policy, given["policy"], inner, temperature)
     both, arrays = {"policy": inner, "critic": scored}, {"policy": own, "critic": given["critic"]}
     found: Decoded[BlockwiseInfo]
@@ -190,7 +197,7 @@ def _blockwise(
         ends, proposal, drawn, token = taken
         frozen = drawn.finished | (begin + block >= max_new_tokens)
         scorer = critic.advance(params["critic"], proposal, jnp.where(frozen, -1, 0))
-        inner, output = policy.step(params["policy"], key, ends.policy, jnp.where(frozen, -1, token))
+        inner, output = step_policy(policy, params["policy"], key, ends.policy, jnp.where(frozen, -1, token))
         total = jnp.take_along_axis(score, best[:, None], axis=1)[:, 0].astype(carry.state.score.dtype)
         kept = {
             name: jax.lax.dynamic_update_slice(old, getattr(drawn, name), (0, begin))
@@ -220,8 +227,9 @@ def _blockwise(
 def _score(critic: Critic, params: Params, key: Array, state: _Pair, token: Array) -> tuple[Array, State]:
     """(q [B] of one token a row, proposal)."""
     rng = jax.random.fold_in(key, _CRITIC)
-    q, proposal = critic.score(params["critic"], rng, state.critic, state.output, jnp.maximum(token, 0)[:, None])
-    check_values(q, (token.shape[0], 1), "critic.score")
+    q, proposal = score_critic(
+        critic, params["critic"], rng, state.critic, state.output, jnp.maximum(token, 0)[:, None]
+    )
     return at_least_float32(q[:, 0]), proposal
 
 
@@ -229,7 +237,7 @@ def _paired(policy: Policy, critic: Critic) -> Policy:
     """The policy, unchanged, in one state with the critic's."""
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[_Pair, StepOutput]:
-        inner, output = policy.init(params["policy"], rng, prompts["policy"], max_new_tokens)
+        inner, output = start_policy(policy, params["policy"], rng, prompts["policy"], max_new_tokens)
         key = jax.random.fold_in(rng, _CRITIC)
         scorer = critic.init(params["critic"], key, prompts["critic"], max_new_tokens)
         return _Pair(inner, scorer, output, jnp.zeros_like(at_least_float32(output.log_norm))), output
@@ -238,7 +246,7 @@ def _paired(policy: Policy, critic: Critic) -> Policy:
         frozen = token < 0
         q, proposal = _score(critic, params, rng, state, token)
         scorer = critic.advance(params["critic"], proposal, jnp.where(frozen, -1, 0))
-        inner, output = policy.step(params["policy"], rng, state.policy, token)
+        inner, output = step_policy(policy, params["policy"], rng, state.policy, token)
         # The output of a frozen row is undefined, and its last token is still to be scored.
         output = where_rows(frozen, state.output, output)
         score = state.score

@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxalign import rollout
 from jaxalign._arrays import where_rows
-from jaxalign._checks import is_concrete
+from jaxalign._checks import is_concrete, start_policy
 from jaxalign.decoding import _kl
-from jaxalign.decoding._request import (
+from jaxalign.decoding.requests import (
     Decode,
     EosIds,
     Tokenizer,
@@ -293,7 +293,7 @@ def _cards(
             carry.nan | (active & jnp.isnan(found)),
         )
 
-    state, output = policy.init(params["policy"], start, prompts["policy"], limit)
+    state, output = start_policy(policy, params["policy"], start, prompts["policy"], limit)
     none, no = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
     empty = _Draft(state, output, no, none, rollout.no_records((batch, limit), output.log_prob.dtype))
     nothing = jnp.zeros(batch, jax.eval_shape(score, empty).dtype)

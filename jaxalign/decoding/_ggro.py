@@ -12,7 +12,8 @@ from jaxalign._checks import is_concrete, same_prompts
 from jaxalign.decoding._ggro_search import GGROInfo as GGROInfo
 from jaxalign.decoding._ggro_search import Plan, search
 from jaxalign.decoding._kl import surprisal
-from jaxalign.decoding._request import (
+from jaxalign.decoding.requests import (
+    POLICY,
     Decode,
     EosIds,
     Tokenizer,
@@ -127,11 +128,12 @@ def ggro(
         raise ValueError("entropy_threshold: expected numbers, found NaN")
     prompts = same_prompts(open_prompts(prompts, tokenizer))
     inner, scored = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
-    inner, max_new_tokens, ids = check_request(policy, given["policy"], inner, max_new_tokens, eos_ids)
+    inner, max_new_tokens, ids = check_request(policy, given["policy"], inner, max_new_tokens, eos_ids, path=POLICY)
     score = None if reward is None else open_reward(reward, tokenizer)
     if score is not None:
         check_reward(score, given["reward"], scored, max_new_tokens, policy.vocab_size)
-    check_reward(gradient, gradient_params, scored, max_new_tokens, policy.vocab_size)
+    where = "['gradient']" if own else "['reward']"
+    check_reward(gradient, gradient_params, scored, max_new_tokens, policy.vocab_size, path=where)
     batch = prompt_index(scored).shape[0]
     arrays = {
         "policy": given["policy"],

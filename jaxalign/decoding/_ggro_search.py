@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import is_supported, where_rows
+from jaxalign._checks import start_policy
 from jaxalign.decoding import _segments
 from jaxalign.decoding._ggro_scores import scorer_of
 from jaxalign.decoding.stopping import SegmentRule
@@ -201,7 +202,7 @@ def search(
             info=info,
         )
 
-    state, output = policy.init(params["policy"], start, prompts["policy"], steps)
+    state, output = start_policy(policy, params["policy"], start, prompts["policy"], steps)
     text = _segments.empty(state, output, steps)
     k, no = min(plan.top_k, output.log_prob.shape[-1]), jnp.zeros(batch, bool)
     choice = jnp.zeros((batch, k), jnp.int32)

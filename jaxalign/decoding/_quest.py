@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jaxalign import rollout
 from jaxalign._arrays import where_rows
+from jaxalign._checks import start_policy
 from jaxalign.decoding import _kl
-from jaxalign.decoding._request import (
+from jaxalign.decoding.requests import (
     Decode,
     EosIds,
     Tokenizer,
@@ -191,7 +192,7 @@ def _quest(
     start, cuts, coins, draws, inside = jax.random.split(rng, 5)
     index = prompt_index(prompts)
     batch = index.shape[0]
-    state, output = policy.init(params["policy"], start, prompts["policy"], max_new_tokens)
+    state, output = start_policy(policy, params["policy"], start, prompts["policy"], max_new_tokens)
 
     def regrow(key: Array, tokens: Array, kept: Array) -> Completions:
         """The first `kept` [B] tokens of tokens [B,T], and the rest drawn anew."""

@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxalign import rollout
 from jaxalign._arrays import repeat_rows, where_rows
-from jaxalign._checks import is_concrete
+from jaxalign._checks import is_concrete, start_policy
 from jaxalign.decoding import _kl
-from jaxalign.decoding._request import (
+from jaxalign.decoding.requests import (
     Decode,
     EosIds,
     Request,
@@ -190,7 +190,7 @@ def _run(
     fall_back: bool,
 ) -> tuple[Decoded[RejectionInfo], Array]:
     max_tries, chunk = count("max_tries", max_tries), count("chunk", chunk)
-    return _rejection(
+    found: tuple[Decoded[RejectionInfo], Array] = _rejection(
         request.policy,
         request.reward,
         request.params,
@@ -203,11 +203,13 @@ def _run(
         acceptance,
         fall_back,
     )
+    return found
 
 
 def _exponential(params: Params, score: Array) -> Array:
     """log of the acceptance probability [B,n] of rewards [B,n]."""
-    return (score - params["bound"][:, None]) / params["beta"][:, None]
+    log_accept: Array = (score - params["bound"][:, None]) / params["beta"][:, None]
+    return log_accept
 
 
 def _above(params: Params, score: Array) -> Array:
@@ -241,7 +243,7 @@ def _rejection(
     start, draws, coins = jax.random.split(rng, 3)
     index = prompt_index(prompts)
     batch = index.shape[0]
-    state, output = policy.init(params["policy"], start, prompts["policy"], max_new_tokens)
+    state, output = start_policy(policy, params["policy"], start, prompts["policy"], max_new_tokens)
     state, output = repeat_rows((state, output), chunk)
     scored = repeat_rows(prompts["reward"], chunk)
 
@@ -264,8 +266,10 @@ def _rejection(
         return jax.tree.map(lambda x: x.reshape((batch, chunk, *x.shape[1:])), drawn), score, log_accept
 
     def coin(number: Array) -> Array:
-        keys = jax.vmap(lambda i: jax.vmap(lambda j: jax.random.fold_in(jax.random.fold_in(coins, i), j))(number))
-        return jax.vmap(jax.vmap(jax.random.uniform))(keys(index))
+        def keys(i: Array) -> Array:
+            return jax.vmap(lambda j: jax.random.fold_in(jax.random.fold_in(coins, i), j))(number)
+
+        return jax.vmap(jax.vmap(jax.random.uniform))(jax.vmap(keys)(index))
 
     def attempt(carry: _Carry) -> _Carry:
         """One chunk of draws for every prompt that has accepted none."""

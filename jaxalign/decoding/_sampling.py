@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxalign import rollout
 from jaxalign._arrays import NEGATIVE, drop_weak_types, is_supported, repeat_rows
-from jaxalign._checks import is_concrete
-from jaxalign.decoding._request import (
+from jaxalign._checks import is_concrete, start_policy, step_policy
+from jaxalign.decoding.requests import (
     Decode,
     EosIds,
     Tokenizer,
@@ -84,7 +84,7 @@ def _sample(
 ) -> Completions:
     """[B,T] where n is None, else [B,n,T]."""
     start, draws = jax.random.split(rng)
-    state, output = policy.init(params, start, prompts, max_new_tokens)
+    state, output = start_policy(policy, params, start, prompts, max_new_tokens)
     if n is not None:
         state, output = repeat_rows((state, output), n)
     drawn = rollout.rollout(
@@ -184,7 +184,7 @@ def _log_prob(policy: Policy, params: Params, rng: Array, prompts: Prompts, toke
 def _stepwise(policy: Policy, params: Params, rng: Array, prompts: Prompts, tokens: Array, mask: Array) -> Completions:
     batch, steps = tokens.shape
     start, moves = jax.random.split(rng)
-    state, output = policy.init(params, start, prompts, steps)
+    state, output = start_policy(policy, params, start, prompts, steps)
     # The last token of a row is scored but never fed: nothing is read after it.
     feed = mask & jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
 
@@ -204,7 +204,7 @@ def _stepwise(policy: Policy, params: Params, rng: Array, prompts: Prompts, toke
         }
         supported = supported & (inside | ~real)
         token = jnp.where(fed & supported, token, -1)
-        state, output = policy.step(params, jax.random.fold_in(moves, t), state, token)
+        state, output = step_policy(policy, params, jax.random.fold_in(moves, t), state, token)
         return (state, output, supported), record
 
     segment = math.isqrt(steps - 1) + 1

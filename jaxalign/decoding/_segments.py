@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import where_rows
+from jaxalign._checks import step_policy
 from jaxalign.decoding.stopping import SegmentRule
 from jaxalign.rollout import is_eos, token_value
 from jaxalign.types import Array, Params, Policy, State, StepOutput
@@ -99,7 +100,7 @@ def proceed(
 
     def body(carry: Any) -> Any:
         j, text, token = carry
-        state, output = policy.step(params, jax.random.fold_in(rng, j), text.state, token)
+        state, output = step_policy(policy, params, jax.random.fold_in(rng, j), text.state, token)
         text = text._replace(state=state, output=where_rows(token >= 0, output, text.output))
         return j + 1, *rules.write(text, begin, free, token >= 0)
 

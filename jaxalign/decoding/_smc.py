@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxalign import rollout
 from jaxalign._arrays import is_supported, repeat_rows, take_rows
-from jaxalign._checks import is_concrete
+from jaxalign._checks import is_concrete, start_policy
 from jaxalign.decoding import _kl, resampling
-from jaxalign.decoding._request import (
+from jaxalign.decoding.requests import (
     Decode,
     EosIds,
     Tokenizer,
@@ -201,7 +201,7 @@ def _smc(
         frame = jax.lax.cond(due.any(), move, lambda frame: frame, frame)
         return frame, _Memory(log_weight, memory.resamplings + due, truncated)
 
-    state, output = policy.init(params["policy"], start, prompts["policy"], max_new_tokens)
+    state, output = start_policy(policy, params["policy"], start, prompts["policy"], max_new_tokens)
     state, output = repeat_rows((state, output), n)
     memory = _Memory(jnp.zeros(batch * n, output.log_prob.dtype), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
     rolled = rollout.rollout(

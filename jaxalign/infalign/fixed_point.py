@@ -76,10 +76,15 @@ def solve(
         raise ValueError(f"win_rate {name}: expected one real number, found {found}")
     limit = (1e-10 if dtype == jnp.float64 else 1e-4) if tolerance is None else tolerance
     first = log_base if start is None else jnp.where(is_supported(log_base), jax.nn.log_softmax(start), NEGATIVE)
-    one = lambda beta: _solve(win_rate, limit, steps, log_base, first, beta, *arguments)  # noqa: E731
+
+    def one(beta: Array) -> FixedPoint:
+        found: FixedPoint = _solve(win_rate, limit, steps, log_base, first, beta, *arguments)
+        return found
+
+    solve: Callable[[Array], FixedPoint] = one
     for _ in range(beta.ndim):
-        one = jax.vmap(one)
-    result: FixedPoint = one(beta.astype(dtype))
+        solve = jax.vmap(solve)
+    result = solve(beta.astype(dtype))
     return result
 
 

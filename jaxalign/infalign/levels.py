@@ -52,8 +52,11 @@ def _pooled(prob: ArrayLike, rank: ArrayLike) -> tuple[Array, Array]:
         raise ValueError(f"rank: expected whole numbers (`ranks` makes them of scores), found {rank.dtype}")
     if is_concrete(rank) and not bool(np.all((np.asarray(rank) >= 0) & (np.asarray(rank) < count))):
         raise ValueError(f"rank: expected ranks from 0 to {count - 1}, found {np.asarray(rank)}")
-    each = jax.vmap(lambda p, k: jax.ops.segment_sum(p, k, num_segments=count))
-    mass = each(prob.reshape(-1, count), rank.reshape(-1, count)).reshape(prob.shape)
+
+    def mass_of_levels(p: Array, k: Array) -> Array:
+        return jax.ops.segment_sum(p, k, num_segments=count)
+
+    mass = jax.vmap(mass_of_levels)(prob.reshape(-1, count), rank.reshape(-1, count)).reshape(prob.shape)
     return jnp.where((rank < 0).any(axis=-1, keepdims=True), jnp.nan, mass), rank
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxalign import infalign, shaping
 from jaxalign._arrays import at_least_float32, look_up
 from jaxalign._builders import cached
-from jaxalign._checks import ParamsError, fields_of, is_concrete
+from jaxalign._checks import fields_of, is_concrete, run_check
 from jaxalign._tables import check_index
 from jaxalign.prompts import prompt_index
 from jaxalign.rewards import prefixes
@@ -34,16 +34,6 @@ def _vocab_size(rewards: Sequence[Reward]) -> int | None:
     if len(sizes) > 1:
         raise ValueError(f"rewards: expected one vocabulary, found {sizes} tokens")
     return sizes[0] if sizes else None
-
-
-def _check_part(check: HostCheck | None, params: Params, prompts: TokenBatch, max_new_tokens: int, path: str) -> None:
-    """Runs the host checks of a part whose params lie at `path` of the whole."""
-    if check is None:
-        return
-    try:
-        check(params, prompts, max_new_tokens)
-    except ParamsError as error:
-        raise ParamsError(error.complaint, path + error.path) from None
 
 
 def _check_of(reward: Reward) -> HostCheck | None:
@@ -98,7 +88,7 @@ def _weighted_sum(rewards: tuple[Reward, ...]) -> Reward:
         if is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights))):
             raise ValueError(f"weights: expected finite numbers, found {np.asarray(weights)}")
         for i, (r, p) in enumerate(zip(rewards, each, strict=True)):
-            _check_part(_check_of(r), p, prompts, max_new_tokens, f"['rewards'][{i}]")
+            run_check(_check_of(r), p, prompts, max_new_tokens, f"['rewards'][{i}]")
 
     kept = prefixes.combined_prefix(rewards, lambda params: read(params)[0], add)
     return CheckedReward(reward, check, vocab_size, kept)
@@ -137,8 +127,8 @@ def _mapped(reward: Reward, f: RewardMap, check_map: HostCheck | None) -> Reward
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
         given = read(params)
-        _check_part(check_map, given.map, prompts, max_new_tokens, "['map']")
-        _check_part(_check_of(reward), given.reward, prompts, max_new_tokens, "['reward']")
+        run_check(check_map, given.map, prompts, max_new_tokens, "['map']")
+        run_check(_check_of(reward), given.reward, prompts, max_new_tokens, "['reward']")
 
     kept = prefixes.combined_prefix(
         [reward],

@@ -125,8 +125,10 @@ def solve_leader(
     if objective is None:
         objective = functools.partial(_mean_utility, utility=utility, log_base=log_base, beta=beta)
     optimizer = optax.adam(optax.cosine_decay_schedule(step_size, steps), b1=0.9, b2=0.99, eps=1e-20)
-    # In units of the bound, so that one step size serves all.
-    scaled = lambda share: objective(share * bound)  # noqa: E731
+
+    def scaled(share: Array) -> Array:
+        """In units of the bound, so that one step size serves all."""
+        return objective(share * bound)
 
     def step(carry: tuple[Array, optax.OptState], _: None) -> tuple[tuple[Array, optax.OptState], Array]:
         share, state = carry

@@ -14,7 +14,7 @@ from jaxalign import policies, rollout
 from jaxalign._arrays import drop_weak_types, repeat_rows
 from jaxalign.data import tokens as tokenization
 from jaxalign.data.tokens import Tokenizer
-from jaxalign.decoding._request import check_request, streams, with_temperature
+from jaxalign.decoding.requests import check_request, streams, with_temperature
 from jaxalign.prompts import prompt_index
 from jaxalign.text._requests import (
     Batch,

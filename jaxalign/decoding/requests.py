@@ -15,7 +15,7 @@ import numpy as np
 from jaxalign import mdp, policies, rewards
 from jaxalign._arrays import drop_weak_types, per_row
 from jaxalign._builders import cached
-from jaxalign._checks import check_positive, is_concrete, same_prompts
+from jaxalign._checks import check_below, check_positive, is_concrete, named_entries, run_check, same_prompts
 from jaxalign.prompts import any_prompts, prompt_batch, prompt_index, prompts_for
 from jaxalign.rewards.models import TokenScore
 from jaxalign.rewards.values import function_name
@@ -33,6 +33,9 @@ from jaxalign.types import (
 
 EosIds: TypeAlias = int | Sequence[int] | None
 """The ids that end a response: one, several, () for none, or None for the policy's own (`Policy.eos_ids`)."""
+
+POLICY = "['policy']"
+"""Where the policy's params lie in those of a decoder."""
 
 
 class Tokenizer(Protocol):
@@ -95,7 +98,7 @@ def open_request(
     inner, scored = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
     if "beta" in per_prompt:
         check_positive("beta", number("beta", given["beta"]))
-    inner, max_new_tokens, eos_ids = check_request(policy, given["policy"], inner, max_new_tokens, eos_ids)
+    inner, max_new_tokens, eos_ids = check_request(policy, given["policy"], inner, max_new_tokens, eos_ids, path=POLICY)
     check_reward(reward, given["reward"], scored, max_new_tokens, policy.vocab_size)
     tempered, policy_params, inner = with_temperature(policy, given["policy"], inner, temperature)
     batch = prompt_index(scored).shape[0]
@@ -107,20 +110,25 @@ def open_request(
 
 
 def check_request(
-    policy: Policy, params: Params, prompts: Prompts, max_new_tokens: int, eos_ids: EosIds
+    policy: Policy, params: Params, prompts: Prompts, max_new_tokens: int, eos_ids: EosIds, *, path: str = ""
 ) -> tuple[Prompts, int, tuple[int, ...]]:
-    """The checks that every decoder makes of its policy: (the prompts with one index in every entry, max_new_tokens,
-    eos_ids as a tuple of ints)."""
+    """The checks that every decoder makes of its policy.
+
+    Args:
+      path: where the policy's params lie in the decoder's, as "['policy']", for the error texts.
+
+    Returns:
+      (the prompts with one index in every entry, max_new_tokens, eos_ids as a tuple of ints).
+
+    Raises:
+      ValueError: naming the argument, what was expected and what was found.
+    """
     if not isinstance(policy, Policy):
         raise ValueError(f"policy: expected a Policy, found {type(policy).__name__}")
     max_new_tokens = count("max_new_tokens", max_new_tokens)
     ids = open_eos_ids(policy, eos_ids)
     prompts = same_prompts(prompts)
-    index = jnp.result_type(prompt_index(prompts))
-    if not jnp.issubdtype(index, jnp.integer):
-        raise ValueError(f"prompts: expected an index of integers [B], found dtype {index}")
-    if policy.check is not None:
-        policy.check(params, prompts, max_new_tokens)
+    check_below(policy, params, prompts, max_new_tokens, path)
     return prompts, max_new_tokens, ids
 
 
@@ -157,21 +165,13 @@ def open_params(
     NamedTuple: are not None), else their default.
 
     Raises:
-      ValueError: an entry is missing, or one that the decoder does not know.
+      ParamsError: an entry is missing, or there is one that the decoder does not know.
     """
     defaults = defaults or {}
-    if isinstance(params, tuple) and hasattr(params, "_asdict"):
-        params = {name: value for name, value in params._asdict().items() if name not in defaults or value is not None}
+    given = named_entries(params, list(dict.fromkeys((*required, *defaults))), defaults)
     if not isinstance(params, Mapping):
-        raise ValueError(f"params: expected an entry {required[0]!r}, found {type(params).__name__}")
-    for name in required:
-        if name not in params and name not in defaults:
-            raise ValueError(f"params: expected an entry {name!r}, found {sorted(params)}")
-    surplus = sorted(set(params) - set(required) - set(defaults), key=str)
-    if surplus:
-        known = sorted({*required, *defaults})
-        raise ValueError(f"params: expected the entries {known}, found {surplus} besides")
-    return {**defaults, **params}
+        given = {name: value for name, value in given.items() if name not in defaults or value is not None}
+    return {**defaults, **given}
 
 
 def open_eos_ids(policy: Policy, eos_ids: EosIds) -> tuple[int, ...]:
@@ -312,9 +312,16 @@ def _text_reward(f: TextReward, tokenizer: Tokenizer | Decode) -> Reward:
 
 
 def check_reward(
-    reward: Reward | TokenScore, params: Params, prompts: TokenBatch, max_new_tokens: int, vocab_size: int | None
+    reward: Reward | TokenScore,
+    params: Params,
+    prompts: TokenBatch,
+    max_new_tokens: int,
+    vocab_size: int | None,
+    *,
+    path: str = "['reward']",
 ) -> None:
-    """The host checks of a Reward for prompts [B] and responses over vocab_size tokens. ValueErrors."""
+    """The host checks of a Reward, whose params lie at `path` of the decoder's, for prompts [B] and responses over
+    vocab_size tokens. ValueErrors."""
     if not isinstance(prompts, TokenBatch):
         raise ValueError(f"prompts['reward']: expected one TokenBatch, found {type(prompts).__name__}")
     found = getattr(reward, "vocab_size", None)
@@ -323,9 +330,7 @@ def check_reward(
             f"reward: expected the policy's vocabulary of {vocab_size} tokens, found {found} (models.match_vocabulary "
             "cuts appended rows; rewards.from_text decodes and re-encodes)"
         )
-    check = getattr(reward, "check", None)
-    if check is not None:
-        check(params, prompts, max_new_tokens)
+    run_check(getattr(reward, "check", None), params, prompts, max_new_tokens, path)
 
 
 def check_scores(scores: Array) -> None:
