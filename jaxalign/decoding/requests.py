@@ -200,8 +200,8 @@ def open_prompts(prompts: Any, tokenizer: Tokenizer | Decode | None) -> Prompts:
     Raises:
       ValueError: strings without a tokenizer, or lists of ids, which `prompts.prompt_batch` makes a batch of.
     """
-    if isinstance(prompts, TokenBatch | Mapping):
-        return prompts
+    if isinstance(prompts, TokenBatch | Mapping) or (isinstance(prompts, tuple) and hasattr(prompts, "_asdict")):
+        return prompts  # a NamedTuple is that of the params, filled with prompts
     texts = isinstance(prompts, str) or (isinstance(prompts, list | tuple) and any(isinstance(p, str) for p in prompts))
     if not texts:
         nested = isinstance(prompts, list | tuple) and all(isinstance(p, TokenBatch | Mapping) for p in prompts)
