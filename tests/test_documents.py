@@ -46,16 +46,7 @@ def folders(tmp_path_factory) -> pathlib.Path:
     return root
 
 
-# Pages written for names that are about to land.
-AWAITED = ["README.md", "docs/concepts.md", "docs/models.md", *(page for page in PAGES if "methods" in page)]
-
-
-def awaited(pages: list[str]) -> list:
-    mark = pytest.mark.xfail(reason="written for names that are about to land", strict=False)
-    return [pytest.param(page, marks=mark) if page in AWAITED else page for page in pages]
-
-
-@pytest.mark.parametrize("page", awaited([page for page in PAGES if blocks(page, "python")]))
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_programs_of_a_page_run(page, folders, monkeypatch):
     """In order, as one program; a block that ends in comments prints them."""
     monkeypatch.chdir(folders)
@@ -136,7 +127,7 @@ def test_the_commands_of_a_page_have_options_that_exist(page):
             commands.parse(module.Config, description="", args=words)
 
 
-@pytest.mark.parametrize("page", awaited(TEXTS))
+@pytest.mark.parametrize("page", TEXTS)
 def test_jobs_and_options_that_a_page_mentions_exist(page):
     for command in re.findall(r"`((?:python -m (?:train|eval)\.|jaxalign )[^`]+)`", (ROOT / page).read_text()):
         words = command.split()
