@@ -227,7 +227,7 @@ def _train(
         by_row = NamedSharding(mesh, PartitionSpec(None, "data"))
         place = lambda batch: jax.device_put(batch, by_row)  # noqa: E731
     source = batches.batches(rows, pad, batch_size=config.batch_size, seed=config.seed)
-    return training.fit(
+    ended: State = training.fit(
         make_iteration(learner, update),
         state,
         source,
@@ -241,6 +241,7 @@ def _train(
         save_every=config.save_every,
         log_every=config.log_every,
     )
+    return ended
 
 
 def measure(learner: Learner, params: Params, frozen: Params, rows: Sequence[Ask], pad: Any) -> dict[str, Any]:

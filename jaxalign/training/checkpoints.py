@@ -30,7 +30,8 @@ def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.Checkp
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
     """Optimizer steps of the newest whole checkpoint, None without one."""
-    return manager.latest_step()
+    newest: int | None = manager.latest_step()
+    return newest
 
 
 def save(manager: ocp.CheckpointManager, state: Any, position: dict[str, Any]) -> None:

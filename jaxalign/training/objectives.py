@@ -197,7 +197,8 @@ def value(
 def values_of(lm: Any, params: Params, hidden: Array, tokens: Array) -> Array:
     """V([x,y^t]) at the position of y_t, [b,L] in float32, from hidden [b,L,D]; position 0 of a Q head is 0."""
     if lm.config.head.kind != "q":
-        return lm.head(params, hidden)[..., 0]
+        scalar: Array = lm.head(params, hidden)[..., 0]
+        return scalar
 
     def read(hidden: Array, following: Array) -> Array:
         return jnp.take_along_axis(lm.head(params, hidden), following[..., None], axis=-1)[..., 0]
@@ -249,7 +250,8 @@ def rewards_of(lm: Any, params: Params, batch: Any) -> Array:
     """r(x,y) [b] at the last real token."""
     last = mdp.last_index(batch["mask"])[:, None]
     hidden = lm.hidden(params, batch["tokens"], mask=batch["mask"], at=last)
-    return lm.head(params, hidden)[:, 0, 0]
+    reward: Array = lm.head(params, hidden)[:, 0, 0]
+    return reward
 
 
 def log_likelihoods(lm: Any, params: Params, batch: Any) -> Array:

@@ -156,7 +156,10 @@ def prepare(
     _check_both(method, both)
     samples, paid = drawn.samples, at_least_float32(drawn.reward)
     count, n = paid.shape
-    flat = lambda x: x.reshape(count * n, *x.shape[2:])  # noqa: E731
+
+    def flat(x: Array) -> Array:
+        return x.reshape(count * n, *x.shape[2:])
+
     beside = repeat_rows(prompts, n)
     mask = flat(samples.mask)
     rows = {"prompt_tokens": beside.tokens, "prompt_mask": beside.mask, "tokens": flat(samples.tokens), "mask": mask}
