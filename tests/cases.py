@@ -106,7 +106,7 @@ def critic_cases(dtype: str = "float32") -> dict[str, CriticCase]:
                 policies.language_model(arm_lm),
                 rewards.from_model(reward_lm),
                 eos_ids=EOS,
-                rollouts=2,
+                num_samples=2,
                 baseline_reward=weighted_tokens,
             ),
             {"baseline": arm_params, "reward": reward_params, "baseline_reward": table(8)[1], "beta": BETA},
@@ -116,7 +116,7 @@ def critic_cases(dtype: str = "float32") -> dict[str, CriticCase]:
 
 def tabular_transfer() -> CriticCase:
     """Transfer Q* on a table: the critic alone is held to its laws with a model's states, a tilt by it with these."""
-    critic = critics.transfer_q(tree.policy(TREE), weighted_tokens, eos_ids=EOS, rollouts=2)
+    critic = critics.transfer_q(tree.policy(TREE), weighted_tokens, eos_ids=EOS, num_samples=2)
     return CriticCase(critic, {"baseline": table(9), "reward": table(8)[0]})
 
 
@@ -138,12 +138,12 @@ def policy_cases(dtype: str = "float32") -> dict[str, Case]:
     }
     value_lm, value_params = tiny_lm(2, "value", dtype)
     cases["edit"] = Case(
-        policies.re_control(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, policies.head_value(value_lm), steps=3),
+        policies.re_control(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, policies.head_value(value_lm), num_steps=3),
         {"policy": lm.params, "value": value_params, "step_size": BETA / 20},
     )
     q_lm, q_params = tiny_lm(3, "q", dtype)
     cases["edit_expected"] = Case(
-        policies.re_control_expected(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, critics.value(q_lm), steps=3),
+        policies.re_control_expected(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, critics.value(q_lm), num_steps=3),
         {"policy": lm.params, "critic": q_params, "step_size": BETA / 20},
     )
     for name, case in (critic_cases(dtype) | {"transfer_q": tabular_transfer()}).items():

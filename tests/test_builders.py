@@ -56,15 +56,15 @@ POLICIES = {
     ),
     "adapters": lambda: (policies.adapters(LM, 2), cases.stacked_adapters().params),
     "re_control": lambda: (
-        policies.re_control(base(), LM.logits, policies.head_value(VALUE), steps=1),
+        policies.re_control(base(), LM.logits, policies.head_value(VALUE), num_steps=1),
         policies.ReControlParams(PARAMS, VALUE_PARAMS, 0.1),
     ),
     "re_control_expected": lambda: (
-        policies.re_control_expected(base(), LM.logits, critics.value(Q), steps=1),
+        policies.re_control_expected(base(), LM.logits, critics.value(Q), num_steps=1),
         policies.ReControlExpectedParams(PARAMS, Q_PARAMS, 0.1),
     ),
     "head_value": lambda: (
-        policies.re_control(base(), LM.logits, policies.head_value(VALUE), steps=1, max_norm=0.5),
+        policies.re_control(base(), LM.logits, policies.head_value(VALUE), num_steps=1, max_norm=0.5),
         policies.ReControlParams(PARAMS, VALUE_PARAMS, 0.1),
     ),
 }
@@ -87,7 +87,7 @@ CRITICS = {
         critics.ShapedParams(REWARD_PARAMS, 1.0),
     ),
     "transfer_q": lambda: (
-        critics.transfer_q(base(), cases.weighted_tokens, eos_ids=list(EOS), rollouts=1),
+        critics.transfer_q(base(), cases.weighted_tokens, eos_ids=list(EOS), num_samples=1),
         critics.TransferQParams(reward=cases.table(8)[0], baseline=PARAMS),
     ),
 }
@@ -170,10 +170,10 @@ def test_a_tree_knows_its_eos():
 
 def test_transfer_q_ends_its_roll_outs_at_the_baselines_eos():
     reward = rewards.from_model(REWARD)
-    own = critics.transfer_q(base(), reward, rollouts=1)
-    assert own is critics.transfer_q(base(), reward, rollouts=1, eos_ids=LM.config.eos_ids)
-    assert critics.transfer_q(base(), reward, rollouts=1, eos_ids=3) is critics.transfer_q(
-        base(), reward, rollouts=1, eos_ids=[3]
+    own = critics.transfer_q(base(), reward, num_samples=1)
+    assert own is critics.transfer_q(base(), reward, num_samples=1, eos_ids=LM.config.eos_ids)
+    assert critics.transfer_q(base(), reward, num_samples=1, eos_ids=3) is critics.transfer_q(
+        base(), reward, num_samples=1, eos_ids=[3]
     )
     with pytest.raises(ValueError, match="eos_ids: expected the ids that end a response"):
-        critics.transfer_q(base()._replace(eos_ids=None), reward, rollouts=1)
+        critics.transfer_q(base()._replace(eos_ids=None), reward, num_samples=1)

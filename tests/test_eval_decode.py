@@ -296,7 +296,7 @@ def test_a_transfer_critic_rolls_out_its_model_and_scores_by_the_reward(folders,
     assert {record["method"] for record in records} == {spec}
     (lm, base), (other_lm, other), (reward_lm, judge) = (models.load(folders[n]) for n in ("base", "arm", "reward"))
     critic = critics.transfer_q(
-        policies.language_model(other_lm), rewards.from_model(reward_lm), eos_ids=(0,), rollouts=2, lookahead=2
+        policies.language_model(other_lm), rewards.from_model(reward_lm), eos_ids=(0,), num_samples=2, lookahead=2
     )
     policy = policies.tilt(policies.language_model(lm), critic, top_k=3)
     params = {"policy": base, "critic": {"baseline": other, "reward": judge}, "beta": jnp.asarray(0.2)}

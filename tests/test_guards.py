@@ -49,10 +49,13 @@ def sample(policy, params):
         (lambda: policies.top_p(LEVEL), "policy: expected a Policy, found a Critic"),
         (lambda: policies.temperature(LEVEL), "policy: expected a Policy, found a Critic"),
         (lambda: policies.with_reference(BASE, LEVEL), "reference: expected a Policy, found a Critic"),
-        (lambda: policies.re_control(BASE, LM, policies.linear_value, steps=1), "unembed: expected a function"),
-        (lambda: policies.re_control(BASE, LM.logits, LEVEL, steps=1), "value: expected a function, found Critic"),
-        (lambda: policies.re_control(BASE, LM.logits, policies.linear_value, steps=1.5), "steps: expected an integer"),
-        (lambda: policies.re_control_expected(BASE, LM.logits, BASE, steps=1), "critic: expected a Critic"),
+        (lambda: policies.re_control(BASE, LM, policies.linear_value, num_steps=1), "unembed: expected a function"),
+        (lambda: policies.re_control(BASE, LM.logits, LEVEL, num_steps=1), "value: expected a function, found Critic"),
+        (
+            lambda: policies.re_control(BASE, LM.logits, policies.linear_value, num_steps=1.5),
+            "steps: expected an integer",
+        ),
+        (lambda: policies.re_control_expected(BASE, LM.logits, BASE, num_steps=1), "critic: expected a Critic"),
         (lambda: policies.language_model(BASE), "language_model: expected a language model, found Policy"),
         (lambda: policies.language_model("gpt2"), "language_model: expected a language model, found gpt2"),
         (lambda: policies.language_model(LM.config), "language_model: expected a model with .*, found none of prefill"),
@@ -64,9 +67,9 @@ def sample(policy, params):
         (lambda: critics.map_scores(LEVEL, 2.0), "f: expected a function, found 2.0"),
         (lambda: critics.shaped_over_candidates(BASE, beta=1.0), "critic: expected a Critic, found a Policy"),
         (lambda: critics.hidden_value(LM), "head: expected a function"),
-        (lambda: critics.transfer_q(LEVEL, tree.reward(TREE), rollouts=1), "baseline: expected a Policy"),
-        (lambda: critics.transfer_q(BASE, "reward", rollouts=1), "reward: expected a function, found 'reward'"),
-        (lambda: critics.transfer_q(BASE, tree.reward(TREE), rollouts=1.5), "rollouts: expected an integer"),
+        (lambda: critics.transfer_q(LEVEL, tree.reward(TREE), num_samples=1), "baseline: expected a Policy"),
+        (lambda: critics.transfer_q(BASE, "reward", num_samples=1), "reward: expected a function, found 'reward'"),
+        (lambda: critics.transfer_q(BASE, tree.reward(TREE), num_samples=1.5), "rollouts: expected an integer"),
         (lambda: Critic(LEVEL.init, LEVEL.score, LEVEL.advance, "levels"), "kind: expected 'level' or 'increment'"),
         (lambda: LEVEL._replace(kind="sum"), "kind: expected 'level' or 'increment', found 'sum'"),
     ],
@@ -302,9 +305,9 @@ def test_heads_and_unembeddings_are_checked():
         start(policies.tilt(base, critics.hidden_value(my_head)), {"policy": LM_PARAMS, "critic": None, "beta": 1.0})
     params = {"policy": LM_PARAMS, "value": jnp.ones(16), "step_size": 0.1}
     with pytest.raises(ValueError, match=r"unembed \(my_unembed\): expected shape \(5, 11\).*found \(5, 16\)"):
-        start(policies.re_control(base, my_unembed, policies.linear_value, steps=1), params)
+        start(policies.re_control(base, my_unembed, policies.linear_value, num_steps=1), params)
     with pytest.raises(ValueError, match=r"value \(my_unembed\): expected shape \(5,\), one number per row"):
-        start(policies.re_control(base, LM.logits, my_unembed, steps=1), params)
+        start(policies.re_control(base, LM.logits, my_unembed, num_steps=1), params)
 
 
 def columns(params, tokens, mask, prompt_length, index):
@@ -312,7 +315,7 @@ def columns(params, tokens, mask, prompt_length, index):
 
 
 def test_transfer_q_refuses_a_reward_that_is_not_one_number_per_text():
-    policy = policies.tilt(BASE, critics.transfer_q(BASE, columns, rollouts=2, lookahead=1))
+    policy = policies.tilt(BASE, critics.transfer_q(BASE, columns, num_samples=2, lookahead=1))
     with pytest.raises(ValueError, match="columns"):
         start(policy, {"policy": TABLE, "critic": {"baseline": TABLE, "reward": TABLE[0]}, "beta": 1.0})
 

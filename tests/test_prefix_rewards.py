@@ -188,7 +188,7 @@ def test_transfer_q_with_a_kept_prefix_is_transfer_q_on_whole_texts():
         return critic.score(params, RNG, state, blank, candidates)[0]
 
     def critic(*parts):
-        return critics.transfer_q(baseline, parts[0], eos_ids=EOS, rollouts=3, baseline_reward=parts[1])
+        return critics.transfer_q(baseline, parts[0], eos_ids=EOS, num_samples=3, baseline_reward=parts[1])
 
     wanted = scores(critic(*(dataclasses.replace(part, prefix=None) for part in (reward, below))), "left", given)
     found = scores(critic(reward, below), "right", given)
@@ -205,7 +205,7 @@ def test_transfer_q_rolls_nothing_out_in_rows_that_stand_still():
         jax.debug.callback(lambda found: stepped.append(int((found >= 0).sum())), token)
         return policy.step(params, rng, state, token)
 
-    critic = critics.transfer_q(policy._replace(step=step), weighted_tokens, eos_ids=(), rollouts=2)
+    critic = critics.transfer_q(policy._replace(step=step), weighted_tokens, eos_ids=(), num_samples=2)
     given = {"baseline": params, "reward": jnp.linspace(-1.0, 1.0, VOCAB)}
     prompts = padded(PROMPTS[:2])
     candidates = jnp.array([[1, 2, 3], [4, 5, 6]], jnp.int32)

@@ -71,7 +71,7 @@ def relu_params(seed: int, width: int = 32):
 @functools.cache
 def edited(t: tree.Tree, value, steps: int, max_norm: float | None = None):
     """edit(params, value params, step_size) -> (log pi' [S,V], KL to the base [S]), every state at once."""
-    policy = policies.re_control(_states(t), unembed, value, steps=steps, max_norm=max_norm)
+    policy = policies.re_control(_states(t), unembed, value, num_steps=steps, max_norm=max_norm)
 
     @jax.jit
     def table(params, weights, step_size):
@@ -99,7 +99,7 @@ def test_re_control_R2_a_linear_value_is_one_constant_bias_of_the_logits(t, floa
     """Static editing: pi_ref·exp(n·eta·(W a)_z)/Z in every state, with the log_norm of that tilt (law 5)."""
     params, log_ref, _ = problem(t, 0)
     direction = jax.random.normal(jax.random.key(9), (WIDTH,))
-    policy = policies.re_control(featured(t), unembed, policies.linear_value, steps=7)
+    policy = policies.re_control(featured(t), unembed, policies.linear_value, num_steps=7)
     found = exact.completions(t, policy, {"policy": params, "value": direction, "step_size": 0.11})
     bias = 0.77 * direction @ params["W"]
     tilted = exact.tilt(t, tree.critic(t, "increment"))
@@ -257,7 +257,7 @@ def expected_table(t: tree.Tree, steps: int):
     critic = tree.critic(t, "level")
     # Row s holds state s; the critic's node follows the policy's.
     rows = critic._replace(init=lambda p, r, b, n: critic.init(p, r, b, n)._replace(node=jnp.arange(t.num_states)))
-    policy = policies.re_control_expected(_states(t), unembed, rows, steps=steps)
+    policy = policies.re_control_expected(_states(t), unembed, rows, num_steps=steps)
 
     @jax.jit
     def table(params, q, step_size):
@@ -299,7 +299,7 @@ def test_re_control_expected_q_follows_the_tree_and_its_law_is_better(float64):
     """Through decoding on the whole tree: the critic moves with the text, and the reward of the law rises."""
     params, log_ref, reward = problem(RAGGED, 7)
     q = tree.q_values(RAGGED, tree.value(RAGGED, log_ref, reward), reward=reward)
-    policy = policies.re_control_expected(featured(RAGGED), unembed, tree.critic(RAGGED, "level"), steps=3)
+    policy = policies.re_control_expected(featured(RAGGED), unembed, tree.critic(RAGGED, "level"), num_steps=3)
     law = exact.log_law(RAGGED, policy, {"policy": params, "critic": q, "step_size": 0.3})
     np.testing.assert_allclose(np.exp(law).sum(), 1, rtol=1e-12)
     # By hand: ∇g = W^T (pi ⊙ (Q − g)).

@@ -21,7 +21,7 @@ LM, LM_PARAMS = tiny_lm(0, num_layers=1)
 VALUE_LM, VALUE_PARAMS = tiny_lm(2, "value", num_layers=1)
 HEAD = policies.head_value(VALUE_LM)
 BASE = policies.language_model(LM)
-EDIT = policies.re_control(BASE, LM.logits, HEAD, steps=4)
+EDIT = policies.re_control(BASE, LM.logits, HEAD, num_steps=4)
 VALUES = jax.jit(lambda params, tokens, mask: VALUE_LM.head(params, VALUE_LM.hidden(params, tokens, mask=mask))[..., 0])
 LM_GIVEN = {"policy": LM_PARAMS, "value": VALUE_PARAMS, "step_size": jnp.asarray(0.3)}
 
@@ -47,7 +47,7 @@ def base_walk():
 
 @pytest.mark.parametrize("no", ["steps", "step_size"])
 def test_re_control_R1_no_steps_or_no_step_size_is_the_base_bit_for_bit(no, base_walk):
-    policy = policies.re_control(BASE, LM.logits, HEAD, steps=0) if no == "steps" else EDIT
+    policy = policies.re_control(BASE, LM.logits, HEAD, num_steps=0) if no == "steps" else EDIT
     params = LM_GIVEN | ({"step_size": jnp.asarray(0.0)} if no == "step_size" else {})
     _, outputs = walk(policy, params, padded(PROMPTS), TOKENS)
     chex.assert_trees_all_equal(outputs, base_walk[1])
@@ -99,7 +99,7 @@ def test_re_control_R8_rows_are_independent():
             np.testing.assert_allclose(alone[t].log_prob[0], together[t].log_prob[b], rtol=1e-5, atol=1e-5)
     # A row whose value is NaN spoils no other row.
     nan = jnp.where(jnp.arange(5) == 2, jnp.nan, 1)
-    spoilt = policies.re_control(BASE, LM.logits, lambda p, h: HEAD(p, h) * nan, steps=4)
+    spoilt = policies.re_control(BASE, LM.logits, lambda p, h: HEAD(p, h) * nan, num_steps=4)
     _, found = walk(spoilt, params, padded(PROMPTS), TOKENS)
     rows = np.array([0, 1, 3, 4])
     np.testing.assert_allclose(found[1].log_prob[rows], together[1].log_prob[rows], rtol=1e-6, atol=1e-6)
@@ -109,7 +109,7 @@ def test_re_control_R8_rows_are_independent():
 def test_re_control_expected_q_of_a_q_head_on_the_policys_hidden_states():
     q_lm, q_params = tiny_lm(3, "q", num_layers=1)
     critic = critics.hidden_value(q_lm.head, vocab_size=q_lm.vocab_size)
-    policy = policies.re_control_expected(BASE, LM.logits, critic, steps=3)
+    policy = policies.re_control_expected(BASE, LM.logits, critic, num_steps=3)
     given = {"policy": LM_PARAMS, "critic": q_params, "step_size": jnp.asarray(0.02)}
     _, outputs = walk(policy, given, padded(PROMPTS), TOKENS)
     for output in outputs:
@@ -137,7 +137,7 @@ def test_re_control_gradients_reach_the_step_size_and_the_value():
 def test_re_control_over_a_tilt_reads_the_models_parameters_inside():
     arm, arm_params = tiny_lm(4, num_layers=1)
     tilted = policies.tilt(BASE, critics.genarm(arm))
-    policy = policies.re_control(tilted, lambda p, h: LM.logits(p["policy"], h), HEAD, steps=4)
+    policy = policies.re_control(tilted, lambda p, h: LM.logits(p["policy"], h), HEAD, num_steps=4)
     inner = {"policy": LM_PARAMS, "critic": arm_params, "beta": jnp.asarray(1.0)}
     above = walk(policy, LM_GIVEN | {"policy": inner}, padded(PROMPTS), TOKENS)[1]
     below = walk(tilted, inner, padded(PROMPTS), TOKENS)[1]
@@ -152,7 +152,7 @@ def test_re_control_small_steps_count_in_bfloat16():
     """Hidden states of 8 bits: a step of 1e-4 of them is kept in float32, and so is V."""
     lm, params = tiny_lm(0, dtype="bfloat16", num_layers=1)
     value_lm, value_params = tiny_lm(2, "value", dtype="bfloat16", num_layers=1)
-    policy = policies.re_control(policies.language_model(lm), lm.logits, policies.head_value(value_lm), steps=4)
+    policy = policies.re_control(policies.language_model(lm), lm.logits, policies.head_value(value_lm), num_steps=4)
     given = {"policy": params, "value": value_params}
     output = [
         walk(policy, given | {"step_size": jnp.asarray(size)}, padded(PROMPTS), TOKENS[:, :1])[1][0]
@@ -167,14 +167,14 @@ def test_re_control_small_steps_count_in_bfloat16():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: policies.re_control(BASE, LM.logits, HEAD, steps=-1), "steps: expected at least 0"),
+        (lambda: policies.re_control(BASE, LM.logits, HEAD, num_steps=-1), "num_steps: expected at least 0"),
         (
-            lambda: policies.re_control(BASE, LM.logits, HEAD, steps=1, max_norm=0.0),
+            lambda: policies.re_control(BASE, LM.logits, HEAD, num_steps=1, max_norm=0.0),
             "max_norm: expected a finite value > 0",
         ),
         (lambda: policies.head_value(LM), "head_value: expected a model with a value head"),
         (
-            lambda: policies.re_control_expected(BASE, LM.logits, critics.genarm(LM), steps=1),
+            lambda: policies.re_control_expected(BASE, LM.logits, critics.genarm(LM), num_steps=1),
             "critic: expected a level critic",
         ),
         (lambda: draw(EDIT, LM_GIVEN | {"step_size": -0.1}), "step_size: expected a finite value >= 0"),
@@ -188,12 +188,12 @@ def test_re_control_small_steps_count_in_bfloat16():
             r"\(missing step_size\)",
         ),
         (
-            lambda: draw(policies.re_control(BASE, LM.logits, lambda p, h: h, steps=1), LM_GIVEN),
+            lambda: draw(policies.re_control(BASE, LM.logits, lambda p, h: h, num_steps=1), LM_GIVEN),
             r"value \(.*lambda.*\): expected shape \(2,\), one number per row, found \(2, 16\)",
         ),
         (
             lambda: draw(
-                policies.re_control(tree.policy(RAGGED), unembed, HEAD, steps=1),
+                policies.re_control(tree.policy(RAGGED), unembed, HEAD, num_steps=1),
                 LM_GIVEN | {"policy": jnp.zeros((13, 3))},
             ),
             "re_control: expected a policy that gives hidden states",

@@ -129,7 +129,7 @@ def test_a_frozen_body_stays_and_its_value_head_is_for_editing(files, tmp_path, 
     base, base_params = models.load(files / "base/model")
     chex.assert_trees_all_equal(params["transformer"], base_params["transformer"])
     assert lm.config.head == models.Head("value", hidden_size=12, num_hidden=2, activation="relu")
-    edited = policies.re_control(policies.language_model(base), base.logits, policies.head_value(lm), steps=2)
+    edited = policies.re_control(policies.language_model(base), base.logits, policies.head_value(lm), num_steps=2)
     given = {"policy": base_params, "value": params, "step_size": 1e5}  # weights of two steps are small
     prompts = data.prompt_batch([[5, 6], [7]])
     drawn = decoding.sample(edited, given, jax.random.key(0), prompts, max_new_tokens=2, eos_ids=())

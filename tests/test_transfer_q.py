@@ -30,14 +30,14 @@ def _float64():
 @functools.cache
 def direct(t: tree.Tree, rollouts: int) -> Critic:
     eos = () if t.eos_id is None else (t.eos_id,)
-    return critics.transfer_q(tree.policy(t), tree.reward(t), eos_ids=eos, rollouts=rollouts)
+    return critics.transfer_q(tree.policy(t), tree.reward(t), eos_ids=eos, num_samples=rollouts)
 
 
 @functools.cache
 def indirect(t: tree.Tree, rollouts: int) -> Critic:
     eos = () if t.eos_id is None else (t.eos_id,)
     reward = tree.reward(t)
-    return critics.transfer_q(tree.policy(t), reward, eos_ids=eos, rollouts=rollouts, baseline_reward=reward)
+    return critics.transfer_q(tree.policy(t), reward, eos_ids=eos, num_samples=rollouts, baseline_reward=reward)
 
 
 def rows(count: int, index: int | None = None) -> TokenBatch:
@@ -138,7 +138,7 @@ def test_transfer_q_Q1_a_tilted_policy_as_the_baseline():
     log_ref, reward = exact.tables(TREE, 3)
     soft = tree.q_values(TREE, tree.soft_value(TREE, log_ref, reward, beta=0.6), reward=reward)
     tilted = exact.tilt(TREE, tree.critic(TREE, "level"))
-    critic = critics.transfer_q(tilted, tree.reward(TREE), eos_ids=(0,), rollouts=20)
+    critic = critics.transfer_q(tilted, tree.reward(TREE), eos_ids=(0,), num_samples=20)
     params = {"baseline": {"policy": log_ref, "critic": soft, "beta": jnp.asarray(0.6)}, "reward": reward}
     _, found = at_all_states(TREE, critic, params)
     table = tree.optimal_policy(TREE, log_ref, reward, beta=0.6)

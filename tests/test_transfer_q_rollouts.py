@@ -51,7 +51,7 @@ def test_transfer_q_equals_a_loop_over_candidates_that_encodes_each_text_anew(lo
     lm, base = tiny_lm(4)
     reward_lm, judge = tiny_lm(1, "reward")
     critic = critics.transfer_q(
-        greedy_baseline()[0], rewards.from_model(reward_lm), eos_ids=EOS, rollouts=1, lookahead=lookahead
+        greedy_baseline()[0], rewards.from_model(reward_lm), eos_ids=EOS, num_samples=1, lookahead=lookahead
     )
     params = {"baseline": greedy_baseline()[1], "reward": judge}
     found = walked(critic, params, padded(PROMPTS), PREFIX, T, CANDIDATES)[0]
@@ -83,7 +83,7 @@ def test_transfer_q_equals_a_loop_over_candidates_that_encodes_each_text_anew(lo
 def test_transfer_q_without_lookahead_is_args():
     reward_lm, judge = tiny_lm(1, "reward")
     transfer = critics.transfer_q(
-        greedy_baseline()[0], rewards.from_model(reward_lm), eos_ids=EOS, rollouts=5, lookahead=0
+        greedy_baseline()[0], rewards.from_model(reward_lm), eos_ids=EOS, num_samples=5, lookahead=0
     )
     params = {"baseline": greedy_baseline()[1], "reward": judge}
     found = walked(transfer, params, padded(PROMPTS), PREFIX, T, CANDIDATES)[0]
@@ -96,7 +96,7 @@ def test_transfer_q_without_lookahead_is_args():
 def sampling() -> tuple[Policy, dict]:
     """A base model tilted by transfer from another model, three roll-outs for each of 4 candidates."""
     (lm, base), (other_lm, other) = tiny_lm(0), tiny_lm(4)
-    critic = critics.transfer_q(policies.language_model(other_lm), weighted_tokens, eos_ids=EOS, rollouts=3)
+    critic = critics.transfer_q(policies.language_model(other_lm), weighted_tokens, eos_ids=EOS, num_samples=3)
     weights = jax.random.normal(jax.random.key(5), (VOCAB,))
     params = {"policy": base, "critic": {"baseline": other, "reward": weights}, "beta": jnp.asarray(0.5)}
     return policies.tilt(policies.language_model(lm), critic, top_k=4), params
@@ -123,7 +123,7 @@ def test_transfer_q_prompts_have_streams_of_their_own():
 
 @functools.cache
 def tabular(**options):
-    return critics.transfer_q(tree.policy(TREE), tree.reward(TREE), eos_ids=(0,), **{"rollouts": 2} | options)
+    return critics.transfer_q(tree.policy(TREE), tree.reward(TREE), eos_ids=(0,), **{"num_samples": 2} | options)
 
 
 def test_transfer_q_tilts_to_one_policy_for_each_key():
@@ -169,7 +169,7 @@ def test_transfer_q_cost_in_steps_of_the_baseline(lookahead, depths):
     one of B: k·n·T²/2 tokens a response, no prefix anew."""
     t = tree.Tree(3, 4, eos_id=None)
     baseline, begun, stepped = counted(tree.policy(t))
-    critic = critics.transfer_q(baseline, weighted_tokens, eos_ids=(), rollouts=5, lookahead=lookahead)
+    critic = critics.transfer_q(baseline, weighted_tokens, eos_ids=(), num_samples=5, lookahead=lookahead)
     base = exact.tables(t, 0)[0]
     policy = policies.tilt(tree.policy(t), critic, top_k=2)
     params = {"policy": base, "critic": {"baseline": base, "reward": jnp.ones(3)}, "beta": jnp.asarray(1.0)}
@@ -193,7 +193,7 @@ def test_transfer_q_is_traced_once():
         traces[0] += 1
         return baseline.init(*arguments)
 
-    critic = critics.transfer_q(baseline._replace(init=init), tree.reward(TREE), eos_ids=(0,), rollouts=2)
+    critic = critics.transfer_q(baseline._replace(init=init), tree.reward(TREE), eos_ids=(0,), num_samples=2)
     policy = policies.tilt(tree.policy(TREE), critic)
     for seed in range(2):
         base, reward = exact.tables(TREE, seed)
@@ -206,7 +206,7 @@ def test_transfer_q_stops_where_every_roll_out_has_ended():
     """A baseline that ends at once: one token each, drawn without a further step."""
     t = tree.Tree(3, 4, eos_id=0)
     baseline, _, stepped = counted(tree.policy(t))
-    critic = critics.transfer_q(baseline, weighted_tokens, eos_ids=(0,), rollouts=2)
+    critic = critics.transfer_q(baseline, weighted_tokens, eos_ids=(0,), num_samples=2)
     ends = jnp.broadcast_to(jnp.array([0.0, -1e20, -1e20]), (t.num_states, 3))
     params = {"baseline": ends, "reward": jnp.ones(3)}
     nothing = jnp.zeros((2, 0), jnp.int32)
@@ -225,7 +225,7 @@ def test_transfer_q_a_candidate_that_the_baseline_cannot_follow_is_nan():
     nothing = jnp.zeros((2, 0), jnp.int32)
     outside = np.asarray(base[0]) == float(base[0].min())
     for baseline, arguments in ((tilted, params), (policies.top_k(tree.policy(TREE), 2), base)):
-        critic = critics.transfer_q(baseline, weighted_tokens, eos_ids=(), rollouts=2)
+        critic = critics.transfer_q(baseline, weighted_tokens, eos_ids=(), num_samples=2)
         q = walked(critic, {"baseline": arguments, "reward": jnp.ones(3)}, tree.prompts(2), nothing, 3)[0]
         lost = np.isnan(np.asarray(q))
         np.testing.assert_array_equal(lost, np.broadcast_to(outside & (baseline is tilted), (2, 3)))
@@ -250,7 +250,7 @@ def test_transfer_q_a_candidate_beyond_the_limit_is_nan():
 def test_transfer_q_each_model_reads_its_own_template():
     """The reward's prompt is longer than the baseline's: the same roll-outs, scored after it."""
     base = exact.tables(TREE, 5)[0]
-    critic = critics.transfer_q(tree.policy(TREE), weighted_tokens, eos_ids=(0,), rollouts=2)
+    critic = critics.transfer_q(tree.policy(TREE), weighted_tokens, eos_ids=(0,), num_samples=2)
     params = {"baseline": base, "reward": jnp.array([0.3, -1.0, 2.0])}
     nothing, short = jnp.zeros((1, 0), jnp.int32), padded([[1, 1]])
     alone = walked(critic, params, {"baseline": short, "reward": padded([[2, 1, 1]])}, nothing, 3)[0]
@@ -263,7 +263,7 @@ def test_transfer_q_gradients_reach_the_rewards():
     """d log pi/d reward = the roll-outs' counts: finite differences agree; the baseline gets none."""
     t = tree.Tree(2, 2, eos_id=0)
     base, reward = exact.tables(t, 6)
-    critic = critics.transfer_q(tree.policy(t), tree.reward(t), eos_ids=(0,), rollouts=3)
+    critic = critics.transfer_q(tree.policy(t), tree.reward(t), eos_ids=(0,), num_samples=3)
     policy = policies.tilt(tree.policy(t), critic)
     tokens, mask = jnp.array([[1, 1], [1, 0]], jnp.int32), jnp.ones((2, 2), bool)
 
@@ -288,7 +288,7 @@ def test_transfer_q_gradients_reach_the_rewards():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"rollouts": 0}, "rollouts: expected at least 1, found 0"),
+        ({"num_samples": 0}, "num_samples: expected at least 1, found 0"),
         ({"lookahead": -1}, "lookahead: expected at least 0, found -1"),
         ({"chunk": 0}, "chunk: expected at least 1"),
         ({"eos_ids": (3,)}, r"eos_ids: expected ids in \[0, 3\), found \(3,\)"),
@@ -297,13 +297,13 @@ def test_transfer_q_gradients_reach_the_rewards():
 )
 def test_transfer_q_refuses_bad_settings(options, match):
     with pytest.raises(ValueError, match=match):
-        critics.transfer_q(tree.policy(TREE), tree.reward(TREE), **{"eos_ids": (0,), "rollouts": 1} | options)
+        critics.transfer_q(tree.policy(TREE), tree.reward(TREE), **{"eos_ids": (0,), "num_samples": 1} | options)
 
 
 def test_transfer_q_refuses_bad_params_before_tracing():
     base, reward = exact.tables(TREE, 0)
     critic = critics.transfer_q(
-        tree.policy(TREE), tree.reward(TREE), eos_ids=(0,), rollouts=1, baseline_reward=tree.reward(TREE)
+        tree.policy(TREE), tree.reward(TREE), eos_ids=(0,), num_samples=1, baseline_reward=tree.reward(TREE)
     )
     whole = {"baseline": base, "reward": reward, "baseline_reward": reward, "beta": jnp.asarray(1.0)}
     policy = policies.tilt(tree.policy(TREE), critic)

@@ -52,7 +52,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         value_lm = models.with_head(lm, models.Head("value", hidden_size=times * config.width, activation="relu"))
         value_params = common.place({"head": value_lm.init_head(jax.random.key(1))}, mesh)
         value = policies.head_value(value_lm)
-        edited = policies.re_control(base, lm.logits, value, steps=config.steps)
+        edited = policies.re_control(base, lm.logits, value, num_steps=config.steps)
         arguments = {"policy": params, "value": value_params, "step_size": jnp.asarray(0.5)}
         passes = _passes(value, config.steps * config.new)
         for size in config.batch:

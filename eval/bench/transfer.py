@@ -65,7 +65,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         torch_loop = _torch_loop(twins, k, new, ahead, weight, config.dtype)
     params, other, reward_params = common.place((params, other, reward_params), mesh)
     greedy = policies.temperature(policies.language_model(other_lm))
-    critic = critics.transfer_q(greedy, rewards.from_model(reward_lm), eos_ids=(), rollouts=1, lookahead=ahead)
+    critic = critics.transfer_q(greedy, rewards.from_model(reward_lm), eos_ids=(), num_samples=1, lookahead=ahead)
     policy = policies.temperature(policies.tilt(policies.language_model(lm), critic, top_k=k))
     zero = jnp.asarray(0.0)
     scored = {"baseline": {"policy": other, "temperature": zero}, "reward": reward_params}

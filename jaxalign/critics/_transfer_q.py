@@ -49,7 +49,7 @@ def transfer_q(
     baseline: Policy,
     reward: Reward,
     *,
-    rollouts: int,
+    num_samples: int,
     eos_ids: int | Sequence[int] | None = None,
     lookahead: int | None = None,
     baseline_reward: Reward | None = None,
@@ -59,7 +59,7 @@ def transfer_q(
 
     Direct transfer, the baseline is aligned with r: q = mean_i r(x, s·z·y_i). Indirect transfer, it is the optimum
     pi_BL ∝ pi_ref·exp(r_BL/beta) of another reward: q = Σ_i w_i·r_i with w = softmax_i((r_i − r_BL,i)/beta),
-    normalised for each (s,z); consistent, with a bias of O(1/rollouts). `effective_rollouts` tells what is left of
+    normalised for each (s,z); consistent, with a bias of O(1/num_samples). `effective_rollouts` tells what is left of
     them. The optimum's own value V_TQ exceeds the soft value by beta·KL of the future: the tilt at the same beta is
     greedier than the optimum.
 
@@ -71,7 +71,7 @@ def transfer_q(
         and is repeated for candidates and roll-outs.
       reward: of the whole text [prompt, prefix, z, roll-out]. One that keeps a prefix (`rewards.from_model`) reads
         prompt and prefix once, and then [z, roll-out] alone; others read the whole text.
-      rollouts: n per candidate. Roll-out i of a candidate depends on the rng of `init`, the prompt's index, the
+      num_samples: n per candidate. Roll-out i of a candidate depends on the rng of `init`, the prompt's index, the
         position, the candidate's token and i alone: a tilt by this critic is one fixed policy for each rng.
       eos_ids: a candidate among them ends the text, which is scored as it is; None: the baseline's own.
       lookahead: tokens of a roll-out at most, after which the partial text is scored: a biased value. None: up to
@@ -85,8 +85,8 @@ def transfer_q(
       reach the rewards' parameters and beta, not the drawn tokens.
 
     Raises:
-      ValueError: an argument of another kind, rollouts or chunk < 1, lookahead < 0, an EOS outside the vocabulary, no
-        eos_ids where the baseline has none, two vocabularies; on the host before tracing, missing params, beta <= 0,
+      ValueError: an argument of another kind, num_samples or chunk < 1, lookahead < 0, an EOS outside the vocabulary,
+        no eos_ids where the baseline has none, two vocabularies; on the host before tracing, missing params, beta <= 0,
         and what baseline and rewards check; while tracing, a reward of another shape than one number per text.
     """
     check_policy_argument("baseline", baseline)
@@ -98,7 +98,7 @@ def transfer_q(
             raise ValueError("eos_ids: expected the ids that end a response, since the baseline's are unknown")
         eos_ids = baseline.eos_ids
     ends = (int(eos_ids),) if isinstance(eos_ids, int) else tuple(int(i) for i in eos_ids)
-    return _transfer_q(baseline, reward, ends, rollouts, lookahead, baseline_reward, chunk)
+    return _transfer_q(baseline, reward, ends, num_samples, lookahead, baseline_reward, chunk)
 
 
 @cached
@@ -106,7 +106,7 @@ def _transfer_q(
     baseline: Policy,
     reward: Reward,
     eos_ids: tuple[int, ...],
-    rollouts: int,
+    num_samples: int,
     lookahead: int | None,
     baseline_reward: Reward | None,
     chunk: int | None,
@@ -114,7 +114,7 @@ def _transfer_q(
     rewards = {"reward": reward} if baseline_reward is None else {"reward": reward, "baseline_reward": baseline_reward}
     kept = {name: prefixes.prefix_reward(one) for name, one in rewards.items()}
     indirect = baseline_reward is not None
-    vocab_size = _check_arguments(baseline, rewards, eos_ids, rollouts, lookahead, chunk)
+    vocab_size = _check_arguments(baseline, rewards, eos_ids, num_samples, lookahead, chunk)
 
     required = ("baseline",) * (lookahead != 0) + ("baseline_reward", "beta") * indirect
 
@@ -209,7 +209,7 @@ def _transfer_q(
         batch, count = tokens.shape
         limit = state.response.shape[1]
         steps = limit - 1 if lookahead is None else min(lookahead, limit - 1)
-        n = rollouts if steps else 1
+        n = num_samples if steps else 1
         lost = jnp.broadcast_to((state.length >= limit)[:, None, None], (batch, count, n))
         text, real = tokens[:, :, None, None], jnp.broadcast_to(~known[:, None, None, None], (batch, count, 1, 1))
         if steps:
@@ -290,13 +290,13 @@ def _check_arguments(
     baseline: Policy,
     rewards: dict[str, Reward],
     eos_ids: tuple[int, ...],
-    rollouts: int,
+    num_samples: int,
     lookahead: int | None,
     chunk: int | None,
 ) -> int | None:
     """The one vocabulary of all parts, None where none has one."""
-    for name, value, least in (("rollouts", rollouts, 1), ("lookahead", lookahead, 0), ("chunk", chunk, 1)):
-        if value is not None or name == "rollouts":
+    for name, value, least in (("num_samples", num_samples, 1), ("lookahead", lookahead, 0), ("chunk", chunk, 1)):
+        if value is not None or name == "num_samples":
             check_count(name, value, least=least)
     parts = [baseline, *rewards.values()]
     sizes = sorted({size for size in (getattr(part, "vocab_size", None) for part in parts) if size is not None})

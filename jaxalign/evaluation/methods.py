@@ -133,7 +133,7 @@ def _re_control(setting: Setting, spec: Spec) -> list[Method]:
             f"{spec.name}: expected a head on the base's own hidden states (train.value --frozen), found another model"
         )
     value = policies.head_value(lm)
-    edited = policies.re_control(setting.base, setting.lm.logits, value, steps=setting.options.gradient_steps)
+    edited = policies.re_control(setting.base, setting.lm.logits, value, num_steps=setting.options.gradient_steps)
 
     def params_at(size: float) -> Params:
         return {"policy": setting.params, "value": params, "step_size": jnp.asarray(size, jnp.float32)}

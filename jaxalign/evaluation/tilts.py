@@ -76,7 +76,7 @@ def _transfer(setting: Setting, term: Term) -> Part:
         policies.language_model(lm),
         reward,
         eos_ids=setting.lm.config.eos_ids,
-        rollouts=options.rollouts,
+        num_samples=options.rollouts,
         lookahead=options.lookahead,
     )
 

@@ -90,9 +90,9 @@ class ReControlExpectedState(NamedTuple):
 
 @cached
 def re_control(
-    policy: Policy, unembed: Unembed, value: HiddenValue, *, steps: int, max_norm: float | None = None
+    policy: Policy, unembed: Unembed, value: HiddenValue, *, num_steps: int, max_norm: float | None = None
 ) -> Policy:
-    """RE-Control: h' = h + d, where d is `steps` steps of gradient ascent on V (arXiv 2406.05954, section 4.3):
+    """RE-Control: h' = h + d, where d is `num_steps` steps of gradient ascent on V (arXiv 2406.05954, section 4.3):
 
         d_0 = 0     d_{j+1} = d_j + step_size·∇V(h + d_j)
         log pi'(z|s) = log pi(z|s) + q_z − log Σ_z pi(z|s)·exp(q_z)     q = unembed(h + d) − unembed(h)
@@ -113,19 +113,19 @@ def re_control(
         `policies.language_model(lm)`. Over a tilt it reads the tilt's params: lambda p, h: lm.logits(p["policy"], h).
       value: f(params of the value, hidden [B,D]) -> [B] or [B,1]; `head_value(lm)` for a value head that
         `train.value --objective td --frozen` trained on the base's hidden states. `linear_value` is static editing:
-        the constant step steps·step_size·direction.
-      steps: >= 0.
+        the constant step num_steps·step_size·direction.
+      num_steps: >= 0.
       max_norm: the edit is scaled back to |d| <= max_norm·|h| after each step; None: no cap.
 
     Raises:
-      ValueError: an argument of another kind, steps < 0, max_norm <= 0; on the host before tracing, a step_size that is
-        negative, not finite or of another shape; while tracing, a policy without hidden states, or a function that
-        returns another shape.
+      ValueError: an argument of another kind, num_steps < 0, max_norm <= 0; on the host before tracing, a step_size
+        that is negative, not finite or of another shape; while tracing, a policy without hidden states, or a
+        function that returns another shape.
     """
     check_policy_argument("policy", policy)
     check_function_argument("unembed", unembed)
     check_function_argument("value", value)
-    _check_steps(steps, max_norm)
+    _check_steps(num_steps, max_norm)
 
     def shift(params: ReControlParams, step_size: Array, output: StepOutput) -> Array:
         weights = jax.tree.map(_widened, params.value)
@@ -137,10 +137,10 @@ def re_control(
             check_array(name, found, (*rows, 1) if np.shape(found)[1:] == (1,) else rows, "one number per row")
             return at_least_float32(found).sum()  # rows are independent: the gradient of a sum is each row's own
 
-        return _ascend(jax.grad(total), _hidden_of("re_control", output), step_size, steps, max_norm)
+        return _ascend(jax.grad(total), _hidden_of("re_control", output), step_size, num_steps, max_norm)
 
     def output_of(params: ReControlParams, step_size: Array, output: StepOutput) -> StepOutput:
-        if steps == 0:
+        if num_steps == 0:
             return output
         return _edited(unembed, params.policy, output, shift(params, step_size, output))
 
@@ -164,7 +164,7 @@ def re_control(
 
 @cached
 def re_control_expected(
-    policy: Policy, unembed: Unembed, critic: Critic, *, steps: int, max_norm: float | None = None
+    policy: Policy, unembed: Unembed, critic: Critic, *, num_steps: int, max_norm: float | None = None
 ) -> Policy:
     """RE-Control on the expected Q of the edited policy, with Q(s,·) held fixed:
 
@@ -178,7 +178,7 @@ def re_control_expected(
       unembed: as in `re_control`.
       critic: a level critic that scores the whole vocabulary: `tree.critic`, or a Q head (`critics.value`,
         `critics.hidden_value`).
-      steps: >= 0.
+      num_steps: >= 0.
       max_norm: as in `re_control`.
 
     Raises:
@@ -187,7 +187,7 @@ def re_control_expected(
     check_policy_argument("policy", policy)
     check_function_argument("unembed", unembed)
     check_critic_argument("critic", critic)
-    _check_steps(steps, max_norm)
+    _check_steps(num_steps, max_norm)
     check_same_vocabulary("re_control_expected", policy, critic)
     if critic.kind != "level":
         raise ValueError(f"critic: expected a level critic, whose scores are values, found kind {critic.kind!r}")
@@ -200,7 +200,7 @@ def re_control_expected(
             logits = _logits(unembed, params.policy, moved, output)
             return (jax.nn.softmax(output.log_prob + logits - below) * q).sum()
 
-        return _ascend(jax.grad(total), hidden, step_size, steps, max_norm)
+        return _ascend(jax.grad(total), hidden, step_size, num_steps, max_norm)
 
     def propose(
         params: ReControlExpectedParams,
@@ -214,7 +214,7 @@ def re_control_expected(
         if frozen is not None:
             q = where_rows(frozen, state.q, q)
         state = state._replace(critic=proposal, q=q)
-        if steps == 0:
+        if num_steps == 0:
             return state, output
         return state, _edited(unembed, params.policy, output, shift(params, state.step_size, output, q))
 
@@ -265,14 +265,14 @@ def head_value(lm: models.LanguageModel) -> HiddenValue:
 
 def linear_value(direction: Array, hidden: Array, /) -> Array:
     """The value V(h) = a·h [B] of a direction a [D]: its edit is the same for every state, which is static editing.
-    The policy is then pi(z|s)·exp(steps·step_size·(W a)_z)/Z."""
+    The policy is then pi(z|s)·exp(num_steps·step_size·(W a)_z)/Z."""
     return hidden @ direction
 
 
 def _ascend(
-    gradient: Callable[[Array], Array], hidden: Array, step_size: Array, steps: int, max_norm: float | None
+    gradient: Callable[[Array], Array], hidden: Array, step_size: Array, num_steps: int, max_norm: float | None
 ) -> Array:
-    """d [B,D] after `steps` steps from 0."""
+    """d [B,D] after `num_steps` steps from 0."""
 
     def move(_: Array, d: Array) -> Array:
         d = d + step_size[:, None] * gradient(hidden + d)
@@ -283,7 +283,7 @@ def _ascend(
         scale = jnp.where(over, jnp.sqrt(limit / jnp.where(over, size, 1)), 1)
         return d * scale[:, None]
 
-    edit: Array = jax.lax.fori_loop(0, steps, move, jnp.zeros_like(hidden))
+    edit: Array = jax.lax.fori_loop(0, num_steps, move, jnp.zeros_like(hidden))
     return edit
 
 
@@ -312,8 +312,8 @@ def _hidden_of(name: str, output: StepOutput) -> Array:
     return at_least_float32(output.hidden)
 
 
-def _check_steps(steps: int, max_norm: float | None) -> None:
-    check_count("steps", steps, least=0)
+def _check_steps(num_steps: int, max_norm: float | None) -> None:
+    check_count("num_steps", num_steps, least=0)
     if max_norm is not None and not 0 < max_norm < np.inf:
         raise ValueError(f"max_norm: expected a finite value > 0 or None, found {max_norm}")
 
