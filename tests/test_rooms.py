@@ -30,6 +30,8 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.spli
 NOT_YET = {  # imports that still stand: between train and eval, and one of a circle
     ("eval.bench.rl", "train.rl"),
 }
+PAGE_LINES, TOPIC_LINES = 120, 400
+LONGER = {"train/quickstart.py", "train/rl.py", "train/world.py"}  # pages that are longer still
 
 
 def modules(root: pathlib.Path = ROOT) -> dict[str, pathlib.Path]:
@@ -120,6 +122,19 @@ def test_no_name_of_a_package_hides_a_module(package):
         elif isinstance(node, ast.ImportFrom) and node.module != package:
             bound |= {alias.asname or alias.name for alias in node.names}
     assert not bound & below
+
+
+def too_long(files: Iterable[pathlib.Path], limit: int) -> dict[str, int]:
+    """Path from the repository's root -> lines, of the files that have more than `limit`."""
+    lines = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files}
+    return {path: count for path, count in lines.items() if count > limit}
+
+
+def test_launch_scripts_are_pages_and_files_of_training_keep_to_a_topic():
+    pages = [path for top in ("train", "eval") for path in (ROOT / top).glob("*.py")]
+    assert len(pages) > 10
+    assert set(too_long(pages, PAGE_LINES)) <= LONGER
+    assert not too_long((ROOT / "jaxalign/training").glob("*.py"), TOPIC_LINES)
 
 
 def test_contributing_draws_this_order():

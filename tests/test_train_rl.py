@@ -14,7 +14,7 @@ import pytest
 
 from jaxalign import advantages, data, decoding, models, policies, shaping
 from jaxalign.data import preferences
-from jaxalign.training import logging, objectives, rl_rewards, rollouts, tables
+from jaxalign.training import distillation, logging, objectives, rl_rewards, rollouts, tables
 from jaxalign.worlds import opinions
 from tests.conftest import on_devices, tiny_lm
 from train import calibrate, distil, dpo, rl, sft, world
@@ -350,13 +350,13 @@ def test_bonbon_is_the_likelihood_of_the_best_and_ipo_at_its_margin():
     """By hand from the log-likelihoods of a tiny model and of its reference, best and worst told apart."""
     (lm, params), (_, reference) = tiny_lm(0), tiny_lm(1)
     rows = [rollouts.Rollout([4, 5], [6, 7, 0], 1.0, 0), rollouts.Rollout([4, 5], [8, 0], 0.0, 0)]
-    (pair,) = distil.best_and_worst(rows, 2)
+    (pair,) = distillation.best_and_worst(rows, 2)
     batch = preferences.pad_pairs([pair], length=8)
-    found, _ = distil.bonbon(lm, n=2, sft_weight=0.25)(params, batch, reference)
+    found, _ = distillation.bonbon(lm, n=2, sft_weight=0.25)(params, batch, reference)
     best, worst, best_ref, worst_ref = (
         float(objectives.log_likelihoods(lm, p, batch[side])[0]) for p in (params, reference) for side in batch
     )
-    ipo = ((best - best_ref) - (worst - worst_ref) - distil.margin(2)) ** 2
+    ipo = ((best - best_ref) - (worst - worst_ref) - distillation.best_of_n_margin(2)) ** 2
     assert float(found) == pytest.approx(0.75 * ipo - 0.25 * best, rel=1e-5)
     assert pair.chosen == [6, 7, 0]
 
@@ -366,13 +366,13 @@ def test_the_margin_of_distillation_is_that_of_the_best_of_n_policy():
     for n in (2, 4, 8):
         c = np.random.default_rng(n).random((400_000, n))
         drawn = (n - 1) * (np.log(c.max(axis=1)) - np.log(c.min(axis=1)))
-        assert abs(drawn.mean() - distil.margin(n)) < 4 * drawn.std() / np.sqrt(len(c))
-    assert distil.margin(4) == pytest.approx(5.5)
+        assert abs(drawn.mean() - distillation.best_of_n_margin(n)) < 4 * drawn.std() / np.sqrt(len(c))
+    assert distillation.best_of_n_margin(4) == pytest.approx(5.5)
 
 
 def test_distillation_keeps_the_best_and_the_worst_of_each_group_and_refuses_another_base(files, tmp_path):
     found = [rollouts.Rollout([1], [i], float(r), 0) for i, r in enumerate((3, 1, 2, 5, 5, 5))]
-    kept = list(distil.best_and_worst(found, 3))
+    kept = list(distillation.best_and_worst(found, 3))
     assert [(pair.chosen, pair.rejected) for pair in kept] == [([0], [1])]
     lm, params = models.load(files / "base/model")
     params["transformer"]["norm"] = jax.tree.map(lambda x: x + 1, params["transformer"]["norm"])

@@ -14,15 +14,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from jaxalign import _io, commands
 from jaxalign.data import preferences
-from jaxalign.training import adapters, job, objectives, pairs, rollouts, tables
-from jaxalign.training.step import Loss
+from jaxalign.training import adapters, distillation, job, objectives, pairs, rollouts, tables
 
 from . import calibrate
 
@@ -41,35 +39,6 @@ class Config(adapters.Options):
     """With bonbon: weight of the likelihood, the rest is IPO's, in (0, 1)."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW; small models take more."""
-
-
-def margin(n: int) -> float:
-    """E[log pi_n/pi_ref(best) − log pi_n/pi_ref(worst)] of n samples, pi_n the best-of-n policy, (n−1)·H_{n−1} nats
-    without ties: E of (n−1)·(log max − log min) of n uniforms."""
-    return (n - 1) * sum(1 / k for k in range(1, n))
-
-
-def bonbon(lm: Any, *, n: int, sft_weight: float) -> Loss:
-    """weight·(−log pi(best)) + (1 − weight)·IPO(best, worst) with the target `margin(n)`; batch {"chosen", "rejected"},
-    the reference is frozen. Metrics: of the log-ratios, accuracy and margin."""
-    return objectives.dpo(lm, beta=1 / (2 * margin(n)), objective="ipo", likelihood_weight=sft_weight)
-
-
-def likelihood(lm: Any) -> Loss:
-    """−log pi(best), the mean over rows; batch as `bonbon`."""
-    sft = objectives.language_model(lm)
-    return lambda params, batch, frozen: sft(params, batch["chosen"], frozen)
-
-
-def best_and_worst(found: list[rollouts.Rollout], n: int) -> Iterator[preferences.PairTokens]:
-    """A pair for each group of n samples of a prompt, in the order that they were drawn; groups of one reward have no
-    best and are left out."""
-    for rows in rollouts.by_prompt(found).values():
-        for begin in range(0, len(rows) - n + 1, n):
-            group = sorted(rows[begin : begin + n], key=lambda row: row.reward)
-            if group[0].reward < group[-1].reward:
-                where = f"prompt {group[0].row}, samples {begin} to {begin + n - 1}"
-                yield preferences.PairTokens(group[0].prompt, group[-1].response, group[0].response, where)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -92,13 +61,16 @@ def run(config: Config) -> dict[str, Any]:
         return done
     begin = job.start(config, lambda _: None)
     found = rollouts.roll_out(source, pathlib.Path(config.calibration), begin.tokenizer, stage="distil")
-    rows = list(best_and_worst(found, config.n))
+    rows = list(distillation.best_and_worst(found, config.n))
     if not rows:
         raise ValueError(f"calibration: expected samples of different rewards in {config.calibration}, found none")
     data = job.split(preferences.Loaded(rows, 0, []), config)
 
     collate = pairs.padding(config)
-    loss = likelihood(begin.lm) if config.loss == "sft" else bonbon(begin.lm, n=config.n, sft_weight=config.sft_weight)
+    if config.loss == "sft":
+        loss = distillation.likelihood(begin.lm)
+    else:
+        loss = distillation.bonbon(begin.lm, n=config.n, sft_weight=config.sft_weight)
     reference = adapters.reference(config, begin)
     params = adapters.run(config, begin, data, loss, collate, stage="distil", out=out, frozen=reference)
 
@@ -108,7 +80,7 @@ def run(config: Config) -> dict[str, Any]:
         return jnp.stack([objectives.implicit_rewards(begin.lm, own, reference, side, beta=1.0) for side in sides], -1)
 
     summary = pairs.accuracy(score, (params, reference), data, collate, config.batch_size)
-    summary |= {"wanted_margin": margin(config.n), "pairs": len(rows)}
+    summary |= {"wanted_margin": distillation.best_of_n_margin(config.n), "pairs": len(rows)}
     return job.finish(out, begin, params, data, summary, following)
 
 

@@ -1,0 +1,67 @@
+"""Best-of-n distillation: pairs from the samples of a calibration table, and the losses of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from jaxalign import models
+from jaxalign.data import preferences
+from jaxalign.training import objectives, rollouts
+from jaxalign.training.step import Loss
+
+
+def best_of_n_margin(n: int) -> float:
+    """Gives E[log pi_n/pi_ref(best) − log pi_n/pi_ref(worst)] of n samples, pi_n the best-of-n policy.
+
+    Args:
+      n: samples of a group, at least 1.
+
+    Returns:
+      (n−1)·H_{n−1} [nats], without ties: E of (n−1)·(log max − log min) of n uniforms.
+    """
+    return (n - 1) * sum(1 / k for k in range(1, n))
+
+
+def bonbon(lm: models.LanguageModel, *, n: int, sft_weight: float) -> Loss:
+    """Makes the loss weight·(−log pi(best)) + (1 − weight)·IPO(best, worst), IPO's target being `best_of_n_margin(n)`.
+
+    Args:
+      lm: the model that is trained; the loss takes its reference as `frozen`.
+      n: samples of a group.
+      sft_weight: weight of the likelihood [1], in (0, 1).
+
+    Returns:
+      A loss of batches {"chosen", "rejected"}, with metrics of the log-ratios: accuracy and margin.
+    """
+    return objectives.dpo(lm, beta=1 / (2 * best_of_n_margin(n)), objective="ipo", likelihood_weight=sft_weight)
+
+
+def likelihood(lm: models.LanguageModel) -> Loss:
+    """Makes the loss −log pi(best), the mean over rows.
+
+    Args:
+      lm: the model that is trained.
+
+    Returns:
+      A loss of the batches of `bonbon`.
+    """
+    sft = objectives.language_model(lm)
+    return lambda params, batch, frozen: sft(params, batch["chosen"], frozen)
+
+
+def best_and_worst(found: list[rollouts.Rollout], n: int) -> Iterator[preferences.PairTokens]:
+    """Pairs the best and the worst of each group of n samples of a prompt, in the order that they were drawn.
+
+    Args:
+      found: scored samples.
+      n: samples of a group; what is left over of a prompt's samples is not used.
+
+    Returns:
+      A pair for each group; groups of one reward have no best and are left out.
+    """
+    for rows in rollouts.by_prompt(found).values():
+        for begin in range(0, len(rows) - n + 1, n):
+            group = sorted(rows[begin : begin + n], key=lambda row: row.reward)
+            if group[0].reward < group[-1].reward:
+                where = f"prompt {group[0].row}, samples {begin} to {begin + n - 1}"
+                yield preferences.PairTokens(group[0].prompt, group[-1].response, group[0].response, where)

@@ -1,0 +1,156 @@
+"""Leaders of Stackelberg shaping: a reward model, a shaping network, a threshold head, and what each delivers."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.flax import save_file
+
+from jaxalign import _io, models, shaping
+from jaxalign.training import LossAux, job, objectives
+from jaxalign.training.shaping_data import ShapingOptions, collate_groups, collate_prompts
+from jaxalign.training.step import Loss
+from jaxalign.types import Array, Params
+
+NETWORK = "network.safetensors"
+
+
+def prompt_thresholds(lm: models.LanguageModel, params: Params, batch: Any) -> jax.Array:
+    """m(x) [b] of a threshold head at the last token of each prompt, in units of utility."""
+    return objectives.rewards_of(lm, objectives.cast(lm, params), batch)
+
+
+def amortised_loss(lm: models.LanguageModel, *, gain: float) -> Loss:
+    """The expectile loss of the head's threshold over all roll-outs of each prompt."""
+
+    def loss(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
+        found = prompt_thresholds(lm, params, batch)
+        exact = shaping.optimal_threshold(batch["utility"], gain=gain)
+        each = shaping.expectile_loss(
+            jnp.broadcast_to(found[:, None], batch["utility"].shape), utility=batch["utility"], gain=gain
+        )
+        error = jnp.abs(found - exact).mean()
+        return each.mean(), LossAux(jnp.asarray(found.shape[0]), {"error": error})
+
+    return loss
+
+
+def compare_leaders(config: ShapingOptions, delivered: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Mean utility delivered on held-out prompts per leader, and the first one's gain over each other, paired."""
+    out: dict[str, Any] = {}
+    names = list(delivered)
+    for name in names:
+        mean, half = job.interval(delivered[name])
+        out |= {f"utility_{name}": mean, f"utility_{name}_95": half}
+    for name in names[1:]:
+        mean, half = job.interval(delivered[names[0]] - delivered[name])
+        out |= {f"gain_over_{name}": mean, f"gain_over_{name}_95": half}
+    return out
+
+
+def delivered_utilities(
+    config: ShapingOptions, rewards: dict[str, np.ndarray], utility: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Utility delivered [prompts] by each reward table [prompts,n] at the same beta, over the roll-outs of a prompt;
+    beside it the base's mean and the threshold on the true utility, the most that any reward within the bound gives."""
+    base = np.zeros_like(utility)
+    found = {
+        name: np.asarray(shaping.leader_utility(base, reward, utility=utility, beta=config.beta))
+        for name, reward in rewards.items()
+    }
+    best = shaping.optimal_threshold(utility, gain=config.bound / config.beta)
+    return found | {"base": utility.mean(axis=-1), "optimum": np.asarray(best)}
+
+
+def _validation(config: ShapingOptions, data: job.Data) -> np.ndarray:
+    """Utilities [prompts,n] of the held-out prompts' roll-outs. ValueError where there are none."""
+    if len(data.validation) < 2:
+        raise ValueError(f"validation: expected at least 2 held-out prompts, found {len(data.validation)}")
+    return np.asarray([row.utility for row in data.validation], np.float32)
+
+
+def train_reward_model(
+    config: ShapingOptions, out: pathlib.Path, begin: job.Start, data: job.Data, following: str
+) -> dict[str, Any]:
+    utility = _validation(config, data)
+    pad = lambda rows: collate_groups(config, rows)  # noqa: E731
+    score = lambda params, batch: objectives.group_rewards(begin.lm, objectives.cast(begin.lm, params), batch)  # noqa: E731
+    before = job.evaluate(score, begin.params, data.validation, pad, config.batch_size)
+    loss = objectives.stackelberg(begin.lm, beta=config.beta)
+    params = job.run(config, begin, data, loss, pad, stage="leader", out=out)
+    after = job.evaluate(score, params, data.validation, pad, config.batch_size)
+    # The start is bound·sigmoid(score); the score itself, spread over [0, bound] by the range of a prompt's roll-outs:
+    share = np.clip(before / config.bound, 1e-6, 1 - 1e-6)
+    raw = np.log(share / (1 - share))
+    spread = np.asarray(shaping.minmax(raw, reference=raw, bound=config.bound))
+    delivered = delivered_utilities(config, {"leader": after, "start": before, "start_minmax": spread}, utility)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    ess = np.asarray(shaping.effective_samples(after, beta=config.beta))
+    summary = compare_leaders(config, delivered) | {"parameters": size, "effective_samples": float(ess.mean())}
+    return job.finish(out, begin, params, data, summary, following)
+
+
+def train_network(
+    config: ShapingOptions, out: pathlib.Path, begin: job.Start, data: job.Data, following: str
+) -> dict[str, Any]:
+    """Half of a prompt's roll-outs serve as reference for the statistics, the other half is weighed."""
+    utility = _validation(config, data)
+    network = shaping.MonotoneShaping(config.bound)
+    reference, weighed = utility[:, ::2], utility[:, 1::2]
+    start = network.init(jax.random.key(config.seed), weighed, reference=reference)
+
+    def loss(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
+        known, asked = batch["utility"][:, ::2], batch["utility"][:, 1::2]
+        reward = network.apply(params, asked, reference=known)
+        assert isinstance(reward, jax.Array)
+        delivered = shaping.leader_utility(jnp.zeros_like(asked), reward, utility=asked, beta=config.beta)
+        ess = shaping.effective_samples(reward, beta=config.beta)
+        metrics = {"utility": delivered.mean(), "effective_samples": ess.mean()}
+        return -delivered.mean(), LossAux(jnp.asarray(asked.shape[0]), metrics)
+
+    pad = lambda rows: collate_prompts(config, rows)  # noqa: E731
+    params = job.run(config, begin._replace(params=start), data, loss, pad, stage="leader", out=out)
+    reward = np.asarray(network.apply(params, weighed, reference=reference))
+    gain = config.bound / config.beta
+    sampled = shaping.threshold_reward(
+        weighed, threshold=shaping.optimal_threshold(reference, gain=gain), bound=config.bound
+    )
+    delivered = delivered_utilities(config, {"leader": reward, "sampled_threshold": np.asarray(sampled)}, weighed)
+    ess = np.asarray(shaping.effective_samples(reward, beta=config.beta))
+    flat = {"/".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    temporary = out / f".{NETWORK}"
+    save_file(flat, temporary, metadata={"bound": str(config.bound), "beta": str(config.beta)})
+    temporary.replace(out / NETWORK)
+    summary = {"rows": len(data.train), "validation_rows": len(data.validation)} | compare_leaders(config, delivered)
+    summary["effective_samples"] = float(ess.mean())
+    _io.write_json(out / "summary.json", summary)
+    job.report(out, summary, following, product=NETWORK)
+    return summary
+
+
+def train_threshold(
+    config: ShapingOptions, out: pathlib.Path, begin: job.Start, data: job.Data, following: str
+) -> dict[str, Any]:
+    utility = _validation(config, data)
+    gain = config.bound / config.beta
+    pad = lambda rows: collate_prompts(config, rows)  # noqa: E731
+    params = job.run(config, begin, data, amortised_loss(begin.lm, gain=gain), pad, stage="threshold", out=out)
+    score = lambda params, batch: prompt_thresholds(begin.lm, params, batch)  # noqa: E731
+    found = job.evaluate(score, params, data.validation, pad, config.batch_size)
+    exact = np.asarray(shaping.optimal_threshold(utility, gain=gain))
+    constant = np.median(shaping.optimal_threshold(np.asarray([row.utility for row in data.train]), gain=gain))
+    paid = {
+        name: np.asarray(shaping.threshold_reward(utility, threshold=m, bound=config.bound))
+        for name, m in (("leader", found), ("constant", np.full_like(found, constant)))
+    }
+    error, half = job.interval(np.abs(found - exact))
+    summary = compare_leaders(config, delivered_utilities(config, paid, utility)) | {
+        "threshold_error": error,
+        "threshold_error_95": half,
+        "threshold_error_of_a_constant": float(np.abs(constant - exact).mean()),
+    }
+    return job.finish(out, begin, params, data, summary, following)
