@@ -144,10 +144,5 @@ def test_evaluate_own_method(tmp_path, monkeypatch):
     assert (tmp_path / "runs/own/run/results.json").exists()
 
 
-def test_check_own_reward():
-    assert run("check_own_reward")["fault"].startswith("law 15")
-
-
-def test_own_parts():
-    """The sound critic passes, and the fault is named."""
-    assert run("own_parts")["message"].startswith("law 2 (frozen rows): scores of a frozen row (choice -1): q of row ")
+def test_there_are_twelve():
+    assert len(FILES) == 12
