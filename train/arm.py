@@ -16,12 +16,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxalign import _io, commands
-from jaxalign.training import adapters, job, objectives, pairs
+from jaxalign import commands
+from jaxalign.training import adapters, objectives, pairs
+from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(adapters.Options):
+class Config(adapters.AdapterOptions):
     """Options of train.arm."""
 
     data: str
@@ -32,27 +33,31 @@ class Config(adapters.Options):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
-    job.check(config)
     if not config.beta_r > 0:
         raise ValueError(f"beta_r: expected a value > 0, found {config.beta_r}")
     adapters.spec_of(config)
-    out = _io.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
-    following = f"python -m eval.decode --model BASE --method genarm:{out / 'model'}@1 --prompts FILE --out DIR"
-    done = job.finished(out)
+    job = Job.open(
+        config,
+        stage="arm",
+        inputs=[config.data, config.model, config.architecture, config.tokenizer],
+        following=lambda out: (
+            f"python -m eval.decode --model BASE --method genarm:{out / 'model'}@1 --prompts FILE --out DIR"
+        ),
+    )
+    done = job.finished()
     if done is not None:
-        job.report(out, done, following)
         return done
-    begin = job.start(config, lambda _: None)
+    begin = job.start(lambda _: None)
     data, collate = pairs.load(config, begin.tokenizer)
     loss = objectives.autoregressive_reward(begin.lm, beta_r=config.beta_r)
-    params = adapters.run(config, begin, data, loss, collate, stage="arm", out=out)
+    params = job.fit(begin, data, loss, collate)
 
     def score(params: Any, batch: Any) -> Any:
         cast = objectives.cast(begin.lm, params)
         return jnp.stack([objectives.log_likelihoods(begin.lm, cast, batch[s]) for s in ("chosen", "rejected")], -1)
 
     summary = pairs.accuracy(score, params, data, collate, config.batch_size)
-    return job.finish(out, begin, params, data, summary, following)
+    return job.finish(begin, params, data, summary)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -18,15 +18,17 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxalign import _io, commands
+from jaxalign import commands
 from jaxalign.data import preferences
-from jaxalign.training import adapters, distillation, job, objectives, pairs, rollouts, tables
+from jaxalign.training import adapters, distillation, objectives, pairs, rollouts, tables
+from jaxalign.training.job import check_training_options, split
+from jaxalign.training.training_job import Job
 
 from . import calibrate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(adapters.Options):
+class Config(adapters.AdapterOptions):
     """Options of train.distil."""
 
     calibration: str
@@ -43,28 +45,31 @@ class Config(adapters.Options):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
-    job.check(config)
+    check_training_options(config)
     adapters.spec_of(config)
     if config.n < 2:
         raise ValueError(f"n: expected at least 2, found {config.n}")
     if not 0 < config.sft_weight < 1:
         raise ValueError(f"sft_weight: expected a share in (0, 1), found {config.sft_weight}")
     source = _source(config)
-    out = _io.open_run(config.out, config, inputs=[config.model, config.architecture, f"{config.calibration}/rollouts"])
-    following = (
-        f"python -m eval.decode --model {config.model} --reward REWARD --prompts FILE "
-        f"--method policy:{out / 'model'} --out DIR"
+    job = Job.open(
+        config,
+        stage="distil",
+        inputs=[config.model, config.architecture, f"{config.calibration}/rollouts"],
+        following=lambda out: (
+            f"python -m eval.decode --model {config.model} --reward REWARD --prompts FILE "
+            f"--method policy:{out / 'model'} --out DIR"
+        ),
     )
-    done = job.finished(out)
+    done = job.finished()
     if done is not None:
-        job.report(out, done, following)
         return done
-    begin = job.start(config, lambda _: None)
+    begin = job.start(lambda _: None)
     found = rollouts.roll_out(source, pathlib.Path(config.calibration), begin.tokenizer, stage="distil")
     rows = list(distillation.best_and_worst(found, config.n))
     if not rows:
         raise ValueError(f"calibration: expected samples of different rewards in {config.calibration}, found none")
-    data = job.split(preferences.Loaded(rows, 0, []), config)
+    data = split(preferences.Loaded(rows, 0, []), config)
 
     collate = pairs.padding(config)
     if config.loss == "sft":
@@ -72,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
     else:
         loss = distillation.bonbon(begin.lm, n=config.n, sft_weight=config.sft_weight)
     reference = adapters.reference(config, begin)
-    params = adapters.run(config, begin, data, loss, collate, stage="distil", out=out, frozen=reference)
+    params = job.fit(begin, data, loss, collate, frozen=reference)
 
     def score(both: Any, batch: Any) -> Any:
         own, reference = both
@@ -81,7 +86,7 @@ def run(config: Config) -> dict[str, Any]:
 
     summary = pairs.accuracy(score, (params, reference), data, collate, config.batch_size)
     summary |= {"wanted_margin": distillation.best_of_n_margin(config.n), "pairs": len(rows)}
-    return job.finish(out, begin, params, data, summary, following)
+    return job.finish(begin, params, data, summary)
 
 
 def _source(config: Config) -> calibrate.Config:

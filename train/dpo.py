@@ -17,12 +17,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxalign import _io, commands
-from jaxalign.training import adapters, job, objectives, pairs
+from jaxalign import commands
+from jaxalign.training import adapters, objectives, pairs
+from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(adapters.Options):
+class Config(adapters.AdapterOptions):
     """Options of train.dpo."""
 
     data: str
@@ -39,7 +40,6 @@ class Config(adapters.Options):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
-    job.check(config)
     adapters.spec_of(config)
     if not 0 < config.beta < math.inf:
         raise ValueError(f"beta: expected a finite value > 0, found {config.beta}")
@@ -48,20 +48,23 @@ def run(config: Config) -> dict[str, Any]:
             f"label_smoothing: expected a share in [0, 0.5), and 0 for ipo, found {config.label_smoothing} for "
             f"{config.loss}"
         )
-    out = _io.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
-    following = (
-        f"python -m eval.decode --model {config.model or 'BASE'} --method transfer:{out / 'model'}@1 "
-        "--reward REWARD_DIR --prompts FILE --out DIR"
+    job = Job.open(
+        config,
+        stage="dpo",
+        inputs=[config.data, config.model, config.architecture, config.tokenizer],
+        following=lambda out: (
+            f"python -m eval.decode --model {config.model or 'BASE'} --method transfer:{out / 'model'}@1 "
+            "--reward REWARD_DIR --prompts FILE --out DIR"
+        ),
     )
-    done = job.finished(out)
+    done = job.finished()
     if done is not None:
-        job.report(out, done, following)
         return done
-    begin = job.start(config, lambda _: None)
+    begin = job.start(lambda _: None)
     data, collate = pairs.load(config, begin.tokenizer)
     loss = objectives.dpo(begin.lm, beta=config.beta, objective=config.loss, label_smoothing=config.label_smoothing)
     reference = adapters.reference(config, begin)
-    params = adapters.run(config, begin, data, loss, collate, stage="dpo", out=out, frozen=reference)
+    params = job.fit(begin, data, loss, collate, frozen=reference)
 
     def score(both: Any, batch: Any) -> Any:
         params, reference = both
@@ -72,7 +75,7 @@ def run(config: Config) -> dict[str, Any]:
         return jnp.stack(sides, -1)
 
     summary = pairs.accuracy(score, (params, reference), data, collate, config.batch_size)
-    return job.finish(out, begin, params, data, summary, following)
+    return job.finish(begin, params, data, summary)
 
 
 def main(args: list[str] | None = None) -> None:

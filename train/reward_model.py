@@ -14,12 +14,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxalign import _io, commands, models
-from jaxalign.training import job, objectives, pairs
+from jaxalign import commands, models
+from jaxalign.training import objectives, pairs
+from jaxalign.training.job import TrainingOptions
+from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(job.Options):
+class Config(TrainingOptions):
     """Options of train.reward_model."""
 
     data: str
@@ -28,23 +30,27 @@ class Config(job.Options):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
-    job.check(config)
-    out = _io.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
-    following = f"python -m eval.decode --model BASE --method args:{out / 'model'}@1 --prompts FILE --out DIR"
-    done = job.finished(out)
+    job = Job.open(
+        config,
+        stage="reward_model",
+        inputs=[config.data, config.model, config.architecture, config.tokenizer],
+        following=lambda out: (
+            f"python -m eval.decode --model BASE --method args:{out / 'model'}@1 --prompts FILE --out DIR"
+        ),
+    )
+    done = job.finished()
     if done is not None:
-        job.report(out, done, following)
         return done
-    begin = job.start(config, lambda _: models.Head("reward"))
+    begin = job.start(lambda _: models.Head("reward"))
     data, collate = pairs.load(config, begin.tokenizer)
-    params = job.run(config, begin, data, objectives.bradley_terry(begin.lm), collate, stage="reward_model", out=out)
+    params = job.fit(begin, data, objectives.bradley_terry(begin.lm), collate)
 
     def score(params: Any, batch: Any) -> Any:
         cast = objectives.cast(begin.lm, params)
         return jnp.stack([objectives.rewards_of(begin.lm, cast, batch[side]) for side in ("chosen", "rejected")], -1)
 
     summary = pairs.accuracy(score, params, data, collate, config.batch_size)
-    return job.finish(out, begin, params, data, summary, following)
+    return job.finish(begin, params, data, summary)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -34,7 +34,7 @@ from jaxalign.types import Array, Params, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(rl_rewards.Options, adapters.Options):
+class Config(rl_rewards.Options, adapters.AdapterOptions):
     """Options of train.rl."""
 
     prompts: str
@@ -81,7 +81,7 @@ class Ask(NamedTuple):
 
 def check(config: Config) -> None:
     """ValueErrors that name the option."""
-    job.check(dataclasses.replace(config, accumulate=1))
+    job.check_training_options(dataclasses.replace(config, accumulate=1))
     for name in ("beta", "ratio_clip"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name}: expected a finite value > 0, found {getattr(config, name)}")

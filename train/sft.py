@@ -15,13 +15,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _io, commands
+from jaxalign import commands
 from jaxalign.data import preferences
-from jaxalign.training import job, objectives
+from jaxalign.training import objectives
+from jaxalign.training.job import TrainingOptions, eos_of, row_length, split
+from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(job.Options):
+class Config(TrainingOptions):
     """Options of train.sft."""
 
     data: str
@@ -30,28 +32,30 @@ class Config(job.Options):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
-    job.check(config)
-    out = _io.open_run(config.out, config, inputs=[config.data, config.model, config.architecture, config.tokenizer])
-    following = f"python -m eval.decode --model {out / 'model'} --prompts FILE --out DIR"
-    done = job.finished(out)
+    job = Job.open(
+        config,
+        stage="sft",
+        inputs=[config.data, config.model, config.architecture, config.tokenizer],
+        following=lambda out: f"python -m eval.decode --model {out / 'model'} --prompts FILE --out DIR",
+    )
+    done = job.finished()
     if done is not None:
-        job.report(out, done, following)
         return done
-    begin = job.start(config, lambda _: None)
+    begin = job.start(lambda _: None)
     loaded = preferences.tokenize_texts(
         config.data,
         begin.tokenizer,
-        eos_id=job.eos_of(begin.tokenizer),
+        eos_id=eos_of(begin.tokenizer),
         max_length=config.max_length,
         skip_bad=config.skip_bad,
     )
-    data = job.split(loaded, config)
+    data = split(loaded, config)
 
     def collate(rows: list[preferences.TextTokens]) -> dict[str, np.ndarray]:
-        length = job.row_length(config, [len(row.prompt) + len(row.response) for row in rows])
+        length = row_length(config, [len(row.prompt) + len(row.response) for row in rows])
         return preferences.pad_texts(rows, length=length)
 
-    params = job.run(config, begin, data, objectives.language_model(begin.lm), collate, stage="sft", out=out)
+    params = job.fit(begin, data, objectives.language_model(begin.lm), collate)
 
     def score(params: Any, batch: Any) -> tuple[Any, Any]:
         cast = objectives.cast(begin.lm, params)
@@ -59,10 +63,10 @@ def run(config: Config) -> dict[str, Any]:
 
     summary: dict[str, Any] = {}
     if data.validation:
-        total, count = job.evaluate(score, params, data.validation, collate, config.batch_size)
+        total, count = job.evaluate(score, params, data.validation, collate)
         loss = -float(total.sum() / count.sum())
         summary = {"validation_loss": loss, "validation_perplexity": float(np.exp(loss))}
-    return job.finish(out, begin, params, data, summary, following)
+    return job.finish(begin, params, data, summary)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -17,9 +17,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxalign import _io, commands, models
+from jaxalign import commands, models
 from jaxalign.data import preferences
-from jaxalign.training import job, leaders, rollouts, shaping_data
+from jaxalign.training import leaders, rollouts, shaping_data
+from jaxalign.training.job import split
+from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,27 +34,31 @@ def run(config: Config) -> dict[str, Any]:
     if not (config.model or config.architecture):
         config = dataclasses.replace(config, model=config.base)
     shaping_data.check_shaping_options(config)
-    out = _io.open_run(config.out, config, inputs=rollouts.inputs(config))
-    following = (
-        f"python -m eval.decode --model {config.base} --reward {out / 'model'} --method best_of_n@16 "
-        "--prompts FILE --out DIR"
+    network = config.leader == "network" and not config.amortise
+    decode = f"python -m eval.decode --model {config.base}"
+    job = Job.open(
+        config,
+        stage="threshold" if config.amortise else "leader",
+        inputs=rollouts.inputs(config),
+        following=lambda out: (
+            "docs/stackelberg.md"
+            if config.amortise or network
+            else f"{decode} --reward {out / 'model'} --method best_of_n@16 --prompts FILE --out DIR"
+        ),
+        product=leaders.NETWORK if network else "model",
     )
-    if config.amortise or config.leader != "reward_model":
-        following = "docs/stackelberg.md"
-    done = job.finished(out)
+    done = job.finished()
     if done is not None:
-        network = config.leader == "network" and not config.amortise
-        job.report(out, done, following, product=leaders.NETWORK if network else "model")
         return done
     bound = config.bound if config.leader == "reward_model" and not config.amortise else None
-    begin = job.start(config, lambda _: models.Head("reward", bound=bound))
-    found = shaping_data.prompt_groups(rollouts.roll_out(config, out, begin.tokenizer, stage="shaping"))
-    data = job.split(preferences.Loaded(found, 0, []), config)
+    begin = job.start(lambda _: models.Head("reward", bound=bound))
+    found = shaping_data.prompt_groups(rollouts.roll_out(config, job.out, begin.tokenizer, stage="shaping"))
+    data = split(preferences.Loaded(found, 0, []), config)
     if config.amortise:
-        return leaders.train_threshold(config, out, begin, data, following)
-    if config.leader == "network":
-        return leaders.train_network(config, out, begin, data, following)
-    return leaders.train_reward_model(config, out, begin, data, following)
+        return leaders.train_threshold(job, begin, data)
+    if network:
+        return leaders.train_network(job, begin, data)
+    return leaders.train_reward_model(job, begin, data)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -29,11 +29,14 @@ python -m train.value --objective td --frozen --activation relu --head-layers 2 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Any
 
-from jaxalign import _io, commands, models
+from jaxalign import commands, models
 from jaxalign.data import preferences
-from jaxalign.training import job, objectives, responses, rollouts, values
+from jaxalign.training import objectives, responses, rollouts, values
+from jaxalign.training.job import eos_of, split
+from jaxalign.training.training_job import Job
 from jaxalign.types import Params
 
 
@@ -47,23 +50,23 @@ def run(config: Config) -> dict[str, Any]:
     if not (config.model or config.architecture):
         config = dataclasses.replace(config, model=config.base)
     values.check_value_options(config)
-    out = _io.open_run(config.out, config, inputs=[*rollouts.inputs(config), config.responses])
-    method = f"follower:{out / 'model'}" if values.log_weight(config) else f"value:{out / 'model'}@1"
-    if config.frozen:
-        method = f"re_control:{out / 'model'}@1"
-    following = f"python -m eval.decode --model {config.base} --method {method} --prompts FILE --out DIR"
-    done = job.finished(out)
+    job = Job.open(
+        config,
+        stage="value",
+        inputs=[*rollouts.inputs(config), config.responses],
+        following=lambda out: _following(config, out),
+    )
+    done = job.finished()
     if done is not None:
-        job.report(out, done, following)
         return done
-    begin = job.start(config, lambda body: values.value_head(config, body))
+    begin = job.start(lambda body: values.value_head(config, body))
     if config.responses:
-        eos_id = job.eos_of(begin.tokenizer)
+        eos_id = eos_of(begin.tokenizer)
         found = responses.scored(config, config.responses, begin.tokenizer, eos_id=eos_id)
     else:
-        found = preferences.Loaded(rollouts.roll_out(config, out, begin.tokenizer, stage="value"), 0, [])
+        found = preferences.Loaded(rollouts.roll_out(config, job.out, begin.tokenizer, stage="value"), 0, [])
     rows = values.value_rows(config, found.rows)
-    split = job.split(found._replace(rows=rows), config)
+    data = split(found._replace(rows=rows), config)
 
     collate = values.collate_values(config)
     base: Any = None
@@ -83,13 +86,20 @@ def run(config: Config) -> dict[str, Any]:
         frozen = {"transformer": begin.params["transformer"]}
         train = lambda params, batch, frozen: loss({**frozen, **params}, batch, None)  # noqa: E731
         alone = begin._replace(params={"head": begin.params["head"]})
-        params = job.run(config, alone, split, train, collate, stage="value", out=out, frozen=frozen)
+        params = job.fit(alone, data, train, collate, frozen=frozen)
         params = {**frozen, **params}
     else:
-        params = job.run(config, begin, split, loss, collate, stage="value", out=out, frozen=frozen)
+        params = job.fit(begin, data, loss, collate, frozen=frozen)
 
-    summary = values.measure_values(config, begin.lm, params, rows, split)
-    return job.finish(out, begin, params, split, summary, following)
+    summary = values.measure_values(config, begin.lm, params, rows, data)
+    return job.finish(begin, params, data, summary)
+
+
+def _following(config: Config, out: pathlib.Path) -> str:
+    method = f"follower:{out / 'model'}" if values.log_weight(config) else f"value:{out / 'model'}@1"
+    if config.frozen:
+        method = f"re_control:{out / 'model'}@1"
+    return f"python -m eval.decode --model {config.base} --method {method} --prompts FILE --out DIR"
 
 
 def main(args: list[str] | None = None) -> None:

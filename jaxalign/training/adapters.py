@@ -18,7 +18,7 @@ from jaxalign.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(job.Options):
+class AdapterOptions(job.TrainingOptions):
     """Options of a training script that can train an adapter."""
 
     lora_rank: int = 0
@@ -29,12 +29,12 @@ class Options(job.Options):
     """With --lora-rank: the projections that get an adapter."""
 
 
-def spec_of(config: Options) -> models.Lora | None:
+def spec_of(config: AdapterOptions) -> models.Lora | None:
     """The adapter that the options ask for, None for all weights. ValueErrors name the option."""
     if config.lora_rank < 0:
         raise ValueError(f"lora_rank: expected at least 0, found {config.lora_rank}")
     if config.lora_rank == 0:
-        given = {field.name: field.default for field in dataclasses.fields(Options)}
+        given = {field.name: field.default for field in dataclasses.fields(AdapterOptions)}
         for name in ("lora_alpha", "lora_targets"):
             if getattr(config, name) != given[name]:
                 raise ValueError(f"{name}: expected with --lora-rank, and only there")
@@ -46,7 +46,7 @@ def spec_of(config: Options) -> models.Lora | None:
 
 
 def run(
-    config: Options,
+    config: AdapterOptions,
     begin: job.Start,
     data: job.Data,
     loss: Loss,
@@ -78,7 +78,9 @@ def run(
     return merged(config, masters, begin.params, found, out)
 
 
-def merged(config: Options, lm: models.LanguageModel, params: Params, adapter: Params, out: pathlib.Path) -> Params:
+def merged(
+    config: AdapterOptions, lm: models.LanguageModel, params: Params, adapter: Params, out: pathlib.Path
+) -> Params:
     """Writes a trained adapter to adapter/ and gives the float32 weights `params` with it merged in, on the host."""
     spec = spec_of(config)
     assert spec is not None
@@ -86,7 +88,7 @@ def merged(config: Options, lm: models.LanguageModel, params: Params, adapter: P
     return jax.device_get(models.lora.merge(params, adapter, spec))
 
 
-def reference(config: Options, begin: job.Start) -> Params:
+def reference(config: AdapterOptions, begin: job.Start) -> Params:
     """The model that a run starts from, to be compared with: the weights under an adapter themselves, else a copy in
     the type that it is used in, since a training step gives the state's own arrays away."""
     if config.lora_rank:

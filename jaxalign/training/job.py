@@ -23,7 +23,7 @@ from jaxalign.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class TrainingOptions:
     """Options of every training script."""
 
     out: str
@@ -87,7 +87,7 @@ class Data(NamedTuple):
     reasons: Sequence[str]
 
 
-def check(config: Options) -> None:
+def check_training_options(config: TrainingOptions) -> None:
     """Value checks that need no file. ValueErrors name the option."""
     for name in ("epochs", "learning_rate", "clip"):
         if not 0 < getattr(config, name) < math.inf:
@@ -116,7 +116,7 @@ def check(config: Options) -> None:
         )
 
 
-def start(config: Options, head: Callable[[models.Config], models.Head | None]) -> Start:
+def start(config: TrainingOptions, head: Callable[[models.Config], models.Head | None]) -> Start:
     """The model of --model or --architecture with the head that `head` gives for it: its own weights where it has them,
     else new ones from the seed. ValueError: a tokenizer that does not fit, a context shorter than --max-length."""
     rng, head_rng = jax.random.split(jax.random.key(config.seed))
@@ -164,7 +164,7 @@ def eos_of(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def split(loaded: preferences.Loaded, config: Options) -> Data:
+def split(loaded: preferences.Loaded, config: TrainingOptions) -> Data:
     """Train and validation rows; --validation 0 leaves the second empty."""
     if config.validation == 0:
         return Data(loaded.rows, [], loaded.skipped, loaded.reasons)
@@ -172,13 +172,13 @@ def split(loaded: preferences.Loaded, config: Options) -> Data:
     return Data(train, validation, loaded.skipped, loaded.reasons)
 
 
-def row_length(config: Options, lengths: Sequence[int]) -> int:
+def row_length(config: TrainingOptions, lengths: Sequence[int]) -> int:
     """Tokens that a batch's rows are padded to: the bucket of the longest, so that few shapes are compiled."""
     return min(bucket(max(lengths), smallest=32), config.max_length)
 
 
 def run(
-    config: Options,
+    config: TrainingOptions,
     begin: Start,
     data: Data,
     loss: Loss,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import jax
@@ -11,9 +10,11 @@ import numpy as np
 from safetensors.flax import save_file
 
 from jaxalign import _io, models, shaping
-from jaxalign.training import LossAux, job, objectives
+from jaxalign.training import LossAux, objectives
+from jaxalign.training import job as functions
 from jaxalign.training.shaping_data import ShapingOptions, collate_groups, collate_prompts
 from jaxalign.training.step import Loss
+from jaxalign.training.training_job import Job
 from jaxalign.types import Array, Params
 
 NETWORK = "network.safetensors"
@@ -39,15 +40,15 @@ def amortised_loss(lm: models.LanguageModel, *, gain: float) -> Loss:
     return loss
 
 
-def compare_leaders(config: ShapingOptions, delivered: dict[str, np.ndarray]) -> dict[str, Any]:
+def compare_leaders(delivered: dict[str, np.ndarray]) -> dict[str, Any]:
     """Mean utility delivered on held-out prompts per leader, and the first one's gain over each other, paired."""
     out: dict[str, Any] = {}
     names = list(delivered)
     for name in names:
-        mean, half = job.interval(delivered[name])
+        mean, half = functions.interval(delivered[name])
         out |= {f"utility_{name}": mean, f"utility_{name}_95": half}
     for name in names[1:]:
-        mean, half = job.interval(delivered[names[0]] - delivered[name])
+        mean, half = functions.interval(delivered[names[0]] - delivered[name])
         out |= {f"gain_over_{name}": mean, f"gain_over_{name}_95": half}
     return out
 
@@ -66,23 +67,34 @@ def delivered_utilities(
     return found | {"base": utility.mean(axis=-1), "optimum": np.asarray(best)}
 
 
-def _validation(config: ShapingOptions, data: job.Data) -> np.ndarray:
+def _validation(data: functions.Data) -> np.ndarray:
     """Utilities [prompts,n] of the held-out prompts' roll-outs. ValueError where there are none."""
     if len(data.validation) < 2:
         raise ValueError(f"validation: expected at least 2 held-out prompts, found {len(data.validation)}")
     return np.asarray([row.utility for row in data.validation], np.float32)
 
 
-def train_reward_model(
-    config: ShapingOptions, out: pathlib.Path, begin: job.Start, data: job.Data, following: str
-) -> dict[str, Any]:
-    utility = _validation(config, data)
+def train_reward_model(job: Job[ShapingOptions], begin: functions.Start, data: functions.Data) -> dict[str, Any]:
+    """Trains a transformer's reward in [0, bound] as the leader.
+
+    Args:
+      job: its folder is written, its options say how to train.
+      begin: the reward model, which is written with its new parameters.
+      data: prompts with their roll-outs; at least two held-out prompts.
+
+    Returns:
+      The summary: utility that it delivers, beside its start, the base and the optimum.
+
+    Raises:
+      ValueError: fewer than two held-out prompts.
+    """
+    config, utility = job.config, _validation(data)
     pad = lambda rows: collate_groups(config, rows)  # noqa: E731
     score = lambda params, batch: objectives.group_rewards(begin.lm, objectives.cast(begin.lm, params), batch)  # noqa: E731
-    before = job.evaluate(score, begin.params, data.validation, pad, config.batch_size)
+    before = job.evaluate(score, begin.params, data.validation, pad)
     loss = objectives.stackelberg(begin.lm, beta=config.beta)
-    params = job.run(config, begin, data, loss, pad, stage="leader", out=out)
-    after = job.evaluate(score, params, data.validation, pad, config.batch_size)
+    params = job.fit(begin, data, loss, pad)
+    after = job.evaluate(score, params, data.validation, pad)
     # The start is bound·sigmoid(score); the score itself, spread over [0, bound] by the range of a prompt's roll-outs:
     share = np.clip(before / config.bound, 1e-6, 1 - 1e-6)
     raw = np.log(share / (1 - share))
@@ -90,15 +102,27 @@ def train_reward_model(
     delivered = delivered_utilities(config, {"leader": after, "start": before, "start_minmax": spread}, utility)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     ess = np.asarray(shaping.effective_samples(after, beta=config.beta))
-    summary = compare_leaders(config, delivered) | {"parameters": size, "effective_samples": float(ess.mean())}
-    return job.finish(out, begin, params, data, summary, following)
+    summary = compare_leaders(delivered) | {"parameters": size, "effective_samples": float(ess.mean())}
+    return job.finish(begin, params, data, summary)
 
 
-def train_network(
-    config: ShapingOptions, out: pathlib.Path, begin: job.Start, data: job.Data, following: str
-) -> dict[str, Any]:
-    """Half of a prompt's roll-outs serve as reference for the statistics, the other half is weighed."""
-    utility = _validation(config, data)
+def train_network(job: Job[ShapingOptions], begin: functions.Start, data: functions.Data) -> dict[str, Any]:
+    """Trains a monotone shaping function of the utility as the leader.
+
+    Half of a prompt's roll-outs serve as reference for the statistics, the other half is weighed.
+
+    Args:
+      job: its folder is written, its options say how to train.
+      begin: its parameters are not used.
+      data: prompts with their roll-outs; at least two held-out prompts.
+
+    Returns:
+      The summary: utility that the network delivers, beside a sampled threshold, the base and the optimum.
+
+    Raises:
+      ValueError: fewer than two held-out prompts.
+    """
+    config, utility = job.config, _validation(data)
     network = shaping.MonotoneShaping(config.bound)
     reference, weighed = utility[:, ::2], utility[:, 1::2]
     start = network.init(jax.random.key(config.seed), weighed, reference=reference)
@@ -113,7 +137,7 @@ def train_network(
         return -delivered.mean(), LossAux(jnp.asarray(asked.shape[0]), metrics)
 
     pad = lambda rows: collate_prompts(config, rows)  # noqa: E731
-    params = job.run(config, begin._replace(params=start), data, loss, pad, stage="leader", out=out)
+    params = job.fit(begin._replace(params=start), data, loss, pad)
     reward = np.asarray(network.apply(params, weighed, reference=reference))
     gain = config.bound / config.beta
     sampled = shaping.threshold_reward(
@@ -122,35 +146,46 @@ def train_network(
     delivered = delivered_utilities(config, {"leader": reward, "sampled_threshold": np.asarray(sampled)}, weighed)
     ess = np.asarray(shaping.effective_samples(reward, beta=config.beta))
     flat = {"/".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    temporary = out / f".{NETWORK}"
+    temporary = job.out / f".{NETWORK}"
     save_file(flat, temporary, metadata={"bound": str(config.bound), "beta": str(config.beta)})
-    temporary.replace(out / NETWORK)
-    summary = {"rows": len(data.train), "validation_rows": len(data.validation)} | compare_leaders(config, delivered)
+    temporary.replace(job.out / NETWORK)
+    summary = {"rows": len(data.train), "validation_rows": len(data.validation)} | compare_leaders(delivered)
     summary["effective_samples"] = float(ess.mean())
-    _io.write_json(out / "summary.json", summary)
-    job.report(out, summary, following, product=NETWORK)
+    _io.write_json(job.out / "summary.json", summary)
+    functions.report(job.out, summary, job.following, product=job.product)
     return summary
 
 
-def train_threshold(
-    config: ShapingOptions, out: pathlib.Path, begin: job.Start, data: job.Data, following: str
-) -> dict[str, Any]:
-    utility = _validation(config, data)
+def train_threshold(job: Job[ShapingOptions], begin: functions.Start, data: functions.Data) -> dict[str, Any]:
+    """Trains a head that gives each prompt's threshold from its last token.
+
+    Args:
+      job: its folder is written, its options say how to train.
+      begin: the model with the head, which is written with its new parameters.
+      data: prompts with their roll-outs; at least two held-out prompts.
+
+    Returns:
+      The summary: utility that its thresholds deliver, beside those of a constant, and its error.
+
+    Raises:
+      ValueError: fewer than two held-out prompts.
+    """
+    config, utility = job.config, _validation(data)
     gain = config.bound / config.beta
     pad = lambda rows: collate_prompts(config, rows)  # noqa: E731
-    params = job.run(config, begin, data, amortised_loss(begin.lm, gain=gain), pad, stage="threshold", out=out)
+    params = job.fit(begin, data, amortised_loss(begin.lm, gain=gain), pad)
     score = lambda params, batch: prompt_thresholds(begin.lm, params, batch)  # noqa: E731
-    found = job.evaluate(score, params, data.validation, pad, config.batch_size)
+    found = job.evaluate(score, params, data.validation, pad)
     exact = np.asarray(shaping.optimal_threshold(utility, gain=gain))
     constant = np.median(shaping.optimal_threshold(np.asarray([row.utility for row in data.train]), gain=gain))
     paid = {
         name: np.asarray(shaping.threshold_reward(utility, threshold=m, bound=config.bound))
         for name, m in (("leader", found), ("constant", np.full_like(found, constant)))
     }
-    error, half = job.interval(np.abs(found - exact))
-    summary = compare_leaders(config, delivered_utilities(config, paid, utility)) | {
+    error, half = functions.interval(np.abs(found - exact))
+    summary = compare_leaders(delivered_utilities(config, paid, utility)) | {
         "threshold_error": error,
         "threshold_error_95": half,
         "threshold_error_of_a_constant": float(np.abs(constant - exact).mean()),
     }
-    return job.finish(out, begin, params, data, summary, following)
+    return job.finish(begin, params, data, summary)

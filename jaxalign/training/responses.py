@@ -12,7 +12,7 @@ from jaxalign.data import preferences
 from jaxalign.training import job, rollouts
 
 
-def scored(config: rollouts.Options, path: str, tokenizer: Any, *, eos_id: int) -> preferences.Loaded:
+def scored(config: rollouts.RolloutOptions, path: str, tokenizer: Any, *, eos_id: int) -> preferences.Loaded:
     """The texts of a file (`preferences.tokenize_texts`) as rows of `rollouts.Rollout`, each with the reward of
     --reward; row: its prompt's number in order of appearance. ValueErrors: a row without a prompt, a reward that is not
     finite."""

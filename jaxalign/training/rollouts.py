@@ -51,7 +51,7 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Source, job.Options):
+class RolloutOptions(Source, job.TrainingOptions):
     """Options of scripts that train on roll-outs; --model defaults to --base."""
 
 
@@ -64,9 +64,9 @@ class Rollout(NamedTuple):
     row: int
 
 
-def check(config: Options) -> None:
+def check(config: RolloutOptions) -> None:
     """ValueErrors that name the option."""
-    job.check(config)
+    job.check_training_options(config)
     check_source(config)
 
 
@@ -80,7 +80,7 @@ def check_source(config: Source) -> None:
 def inputs(config: Source) -> list[str]:
     """The files and folders that a run reads."""
     folders = [config.base, config.prompts, *reward_inputs(config.reward)]
-    if isinstance(config, job.Options):
+    if isinstance(config, job.TrainingOptions):
         folders += [config.model, config.architecture, config.tokenizer]
     # The shards alone: the folder around them is written anew each time its own command is repeated.
     return [*folders, str(pathlib.Path(config.rollouts) / "rollouts") if config.rollouts else ""]

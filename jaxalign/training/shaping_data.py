@@ -13,7 +13,7 @@ from jaxalign.training import job, rollouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShapingOptions(rollouts.Options):
+class ShapingOptions(rollouts.RolloutOptions):
     """Options of a job that trains a leader or a threshold."""
 
     leader: Literal["reward_model", "network"] = "reward_model"

@@ -17,7 +17,7 @@ from jaxalign.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ValueOptions(rollouts.Options):
+class ValueOptions(rollouts.RolloutOptions):
     """Options of a job that trains a value model."""
 
     prompts: str = ""
