@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import pathlib
 import re
@@ -188,3 +189,19 @@ def test_every_test_of_the_properties_is_collected():
     assert found.returncode == 0, found.stdout + found.stderr
     collected = set(re.findall(r"^(tests/[\w/]+\.py::\w+)", found.stdout, re.MULTILINE))
     assert [row for row in rows if row not in collected] == []
+
+
+LISTED = "types policies critics rewards decoding models data shaping infalign tree training evaluation text testing"
+
+
+@pytest.mark.parametrize("package", LISTED.split())
+def test_every_public_name_is_listed_with_its_parameters(package):
+    """docs/api.md ends with the names of each package's `__all__`; a function's line names all its parameters."""
+    module = importlib.import_module(f"jaxalign.{package}")
+    section = (ROOT / "docs/api.md").read_text().split(f"### jaxalign.{package}\n\n```text\n")[1].split("```")[0]
+    lines = {re.split(r"\W", line)[0]: line for line in section.splitlines() if not line.startswith(" ")}
+    assert set(lines) == set(module.__all__)
+    for name, line in lines.items():
+        if inspect.isfunction(getattr(module, name)):
+            for parameter in inspect.signature(getattr(module, name)).parameters:
+                assert re.search(rf"\b{parameter}: ", line), (name, parameter)
