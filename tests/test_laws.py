@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import decoding, policies, rewards
-from jaxalign._arrays import NEGATIVE, is_supported, repeat_rows, take_rows, where_rows
+from jaxalign import decoding, policies, rewards, testing
+from jaxalign._arrays import NEGATIVE, is_supported, take_rows
 from jaxalign.types import Policy, TokenBatch
 from tests import cases
 from tests.cases import tiny_lm
@@ -34,12 +34,6 @@ def case(request, all_policies) -> cases.Case:
 @pytest.fixture(scope="module")
 def prompts() -> TokenBatch:
     return padded(PROMPTS)
-
-
-@pytest.fixture(scope="module")
-def started(case, prompts):
-    """`start` of the case."""
-    return start(case, prompts)
 
 
 @pytest.fixture(scope="module")
@@ -79,50 +73,14 @@ def assert_outputs_equal(left, right, **tolerance):
         np.testing.assert_allclose(getattr(left, name), getattr(right, name), rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-# Law 1 ---------------------------------------------------------------------------------------------------------------
+# Laws 1, 2, 4, 5 and more, as for a user's own parts ------------------------------------------------------------------
 
 
-def check_batch_first(state) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        assert leaf.shape[:1] == (B,), f"{jax.tree_util.keystr(path)}: shape {leaf.shape} has no batch axis first"
-        assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key), f"{jax.tree_util.keystr(path)}: a key in a state"
-
-
-def test_law_1_every_policy_leaf_has_the_batch_first(started):
-    state, output, step = started
-    check_batch_first((state, output))
-    check_batch_first(step(state, supported_tokens(output)))
-
-
-def test_law_1_rows_can_be_taken_and_repeated(started):
-    state, output, step = started
-    token = supported_tokens(output)
-    _, expected = step(state, token)
-    index = jnp.array([4, 0, 0, 3, 1])
-    _, found = step(take_rows(state, index), token[index])
-    assert_outputs_equal(found, take_rows(expected, index))
-    # As many rows as before, which step is compiled for; more of them are in best-of-n below.
-    some = jnp.arange(B)
-    _, found = step(take_rows(repeat_rows(state, 2), some), jnp.repeat(token, 2)[:B])
-    assert_outputs_equal(found, take_rows(repeat_rows(expected, 2), some))
+def test_every_policy_keeps_the_laws_of_testing(case, prompts):
+    testing.check_policy(case.policy, case.params, prompts, max_new_tokens=T, rtol=1e-5, atol=1e-5)
 
 
 # Law 2 ---------------------------------------------------------------------------------------------------------------
-
-
-def test_law_2_a_row_with_token_minus_one_stands_still(started):
-    state, output, step = started
-    token = supported_tokens(output)
-    once, first = step(state, token)
-    _, second = step(once, supported_tokens(first))
-    still = jnp.array([True, False, True, False, True])
-    paused, _ = step(state, jnp.where(still, -1, token))
-    # The rows that stood still move now, the others stand still.
-    resumed, output_resumed = step(paused, jnp.where(still, token, -1))
-    assert_outputs_equal(take_rows(output_resumed, jnp.flatnonzero(still)), take_rows(first, jnp.flatnonzero(still)))
-    mixed = where_rows(still, output_resumed, first)
-    _, found = step(resumed, supported_tokens(mixed))
-    assert_outputs_equal(found, second)
 
 
 def test_law_2_tilt_sends_minus_one_down_for_a_token_outside_its_candidates(all_policies, prompts):
@@ -177,32 +135,6 @@ def test_law_3_values_do_not_retrace(all_policies, prompts):
 # Law 4 ---------------------------------------------------------------------------------------------------------------
 
 
-def mirrored(params, prompts):
-    """One TokenBatch at each model of params: the most detailed form of prompts."""
-    if not isinstance(params, dict):
-        return prompts
-    out = {}
-    if "policy" in params:
-        out["policy"] = mirrored(params["policy"], prompts)
-    if "reference" in params:
-        out["reference"] = prompts
-    if "adapters" in params:
-        out["adapters"] = [prompts] * len(jax.tree.leaves(params["adapters"])[0])
-    if "critic" in params:
-        out["critic"] = mirrored(params["critic"], prompts)
-    if "critics" in params:
-        out["critics"] = [mirrored(p, prompts) for p in params["critics"]]
-    return out or prompts
-
-
-def test_law_4_one_batch_or_one_for_each_model(case, prompts, started):
-    state, output, step = started
-    token = supported_tokens(output)
-    state_m, output_m, _ = start(case, mirrored(case.params, prompts))
-    assert_outputs_equal(output_m, output)
-    assert_outputs_equal(step(state_m, token)[1], step(state, token)[1])
-
-
 def test_law_4_each_model_reads_its_own_template(prompts):
     base, arm = tiny_lm(0), tiny_lm(4)
     policy = policies.tilt(policies.language_model(base[0]), cases.critics.genarm(arm[0]))
@@ -230,14 +162,6 @@ def scored(case, prompts):
 def increments(completions) -> np.ndarray:
     """Σ_t (log pi − log pi_ref + log_norm): what the tilts added to the base, before any normalisation."""
     return np.asarray((completions.log_prob - completions.log_prob_ref + completions.log_norm).sum(axis=1))
-
-
-def test_law_5_probabilities_are_normalised_and_finite(started):
-    state, output, step = started
-    for _ in range(2):
-        np.testing.assert_allclose(jax.nn.logsumexp(output.log_prob, axis=-1), 0, atol=2e-5)
-        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(output))
-        state, output = step(state, supported_tokens(output))
 
 
 @pytest.mark.parametrize("name", ["language_model", "tabular", "top_k", "top_p"])

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import decoding, policies, tree
+from jaxalign import decoding, policies, testing, tree
 from jaxalign._arrays import where_rows
 from jaxalign.types import TokenBatch
 from tests import cases
 from tests.conftest import EOS, PROMPTS, VOCAB, padded
-from tests.test_laws import RESPONSES, RNG, B, T, check_batch_first, increments, scored, start
+from tests.test_laws import RESPONSES, RNG, B, T, increments, scored, start
 
 CANDIDATES = jnp.array([[5, 1, 9], [0, 2, 3], [10, 8, 7], [4, 1, 6], [3, 9, 2]], jnp.int32)
 
@@ -76,9 +76,19 @@ def walk(critic_case, prompts, base, candidates, choice=None):
     return state, q, proposal, moved, score(critic, params, moved, after, candidates)[0]
 
 
-def test_law_1_every_critic_leaf_has_the_batch_first(critic_case, prompts, base):
-    for candidates in (None, CANDIDATES):
-        check_batch_first(walk(critic_case, prompts, base, candidates))
+def test_every_critic_keeps_the_laws_of_testing(critic_case, prompts):
+    critic, params, needs_hidden = critic_case
+    below = cases.base_lm() if needs_hidden else cases.Case(None, None)
+    testing.check_critic(
+        critic,
+        params,
+        prompts,
+        policy=below.policy,
+        policy_params=below.params,
+        vocab_size=VOCAB,
+        max_new_tokens=T,
+        per_prompt=("weights", "beta"),
+    )
 
 
 def test_critics_score_candidates_as_they_score_the_vocabulary(critic_case, prompts, base):

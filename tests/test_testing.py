@@ -7,7 +7,7 @@ import pytest
 
 from jaxalign import rewards, testing
 from jaxalign.types import TokenBatch
-from tests import cases, faulty_parts
+from tests import faulty_parts
 from tests.cases import tiny_lm
 from tests.conftest import PROMPTS, VOCAB, padded
 
@@ -15,27 +15,6 @@ from tests.conftest import PROMPTS, VOCAB, padded
 @pytest.fixture(scope="module")
 def prompts() -> TokenBatch:
     return padded(PROMPTS)
-
-
-@pytest.fixture(scope="module")
-def all_critics() -> dict[str, cases.CriticCase]:
-    return cases.critic_cases()
-
-
-@pytest.mark.parametrize("name", cases.CRITICS)
-def test_every_critic_of_the_library_keeps_the_laws(name, all_critics, prompts):
-    critic, params, needs_hidden = all_critics[name]
-    below = cases.base_lm() if needs_hidden else cases.Case(None, None)
-    testing.check_critic(
-        critic,
-        params,
-        prompts,
-        policy=below.policy,
-        policy_params=below.params,
-        vocab_size=VOCAB,
-        max_new_tokens=3,
-        per_prompt=("weights", "beta"),
-    )
 
 
 @pytest.mark.parametrize("name", ["from_model", "weighted_sum", "map_reward"])

@@ -158,7 +158,7 @@ def _check_walk(run: Compiled, params: Params, prompts: Prompts, close: _Close) 
     tokens: list[Array] = []
     for t in range(run.steps):
         when = f"before token {t}"
-        _laws.assert_finite(13, when, numbers(output), "output")
+        _laws.assert_finite(13, when, output, "output")
         for name in ("log_prob", "log_prob_ref"):
             total = jax.nn.logsumexp(getattr(output, name), axis=-1)
             close(5, f"{when}, logsumexp of {name} over the vocabulary", total, jnp.zeros_like(total))
