@@ -4,6 +4,7 @@ of tests/properties.toml is collected."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxalign import commands, decoding, models, policies, tree
+from jaxalign import _options, commands, decoding, models, policies, tree
 from jaxalign.data import tokenizers
 from tests.conftest import EOS, VOCAB, tiny_lm
 
@@ -205,3 +206,30 @@ def test_every_public_name_is_listed_with_its_parameters(package):
         if inspect.isfunction(getattr(module, name)):
             for parameter in inspect.signature(getattr(module, name)).parameters:
                 assert re.search(rf"\b{parameter}: ", line), (name, parameter)
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if page != "CHANGELOG.md"])
+def test_options_in_backticks_are_some_jobs(page):
+    """`--lora-rank`, `eval.decode --top-k`: an option belongs to the job named before it, or to some job."""
+    for code in re.findall(r"`([^`\n]*--[a-z][^`\n]*)`", (ROOT / page).read_text()):
+        if re.search(r"\b(pip|git|pytest|ruff)\b", code):
+            continue
+        job = re.search(r"\b(train|eval)\.(\w+)", code)
+        names = every_option() if job is None else options_of(importlib.import_module(job[0]))
+        wrong = {option for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code) if option not in names}
+        assert not wrong - {"--help", "--debug", "--version", "--skip-bad"}, code
+
+
+def options_of(module) -> set[str]:
+    """The options of a job, and of every job of a group."""
+    if hasattr(module, "Config"):
+        return {f"--{name.replace('_', '-')}" for name in _options._options(module.Config)}
+    return every_option()
+
+
+@functools.cache
+def every_option() -> set[str]:
+    names = [f"{folder}.{path.stem}" for folder in ("train", "eval") for path in (ROOT / folder).glob("[a-z]*.py")]
+    names += [f"eval.{path.parent.name}.{path.stem}" for path in (ROOT / "eval").glob("*/[a-z]*.py")]
+    found = [importlib.import_module(name) for name in names]
+    return set().union(*(options_of(module) for module in found if hasattr(module, "Config")))
