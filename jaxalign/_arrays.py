@@ -16,17 +16,41 @@ temperature. `is_supported` tests for it."""
 
 
 def take_rows(tree: Any, index: Array) -> Any:
-    """Rows `index` [M] of every leaf [B,...] of a state: [M,...]."""
+    """Takes rows of every leaf of a state.
+
+    Args:
+      tree: leaves [B,...].
+      index: [M] integers in [0, B).
+
+    Returns:
+      The same tree with leaves [M,...].
+    """
     return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), tree)
 
 
 def repeat_rows(tree: Any, n: int) -> Any:
-    """Every row n times, neighbours together: leaf [B,...] -> [B·n,...]."""
+    """Repeats every row of every leaf of a state.
+
+    Args:
+      tree: leaves [B,...].
+      n: copies of each row, which come one after the other.
+
+    Returns:
+      The same tree with leaves [B·n,...].
+    """
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), tree)
 
 
 def where_rows(condition: Array, new: Any, old: Any) -> Any:
-    """Row-wise choice between two trees of one structure; condition [B] bool, True takes `new`."""
+    """Chooses row by row between two trees of one structure.
+
+    Args:
+      condition: [B] bool; True takes `new`.
+      new, old: leaves [B,...].
+
+    Returns:
+      A tree of the same structure and shapes.
+    """
 
     def choose(a: Array, b: Array) -> Array:
         return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b)
@@ -35,8 +59,19 @@ def where_rows(condition: Array, new: Any, old: Any) -> Any:
 
 
 def per_row(value: ArrayLike, batch: int, *, name: str) -> Array:
-    """A scalar or [B] value as float [B]: what is per prompt survives repeated rows (law 3). ValueError on other
-    shapes."""
+    """Broadcasts a value that may differ per prompt, so that it survives repeated rows (law 3).
+
+    Args:
+      value: a scalar or [B].
+      batch: B.
+      name: of the argument, for the error text.
+
+    Returns:
+      [B], in at least float32.
+
+    Raises:
+      ValueError: another shape.
+    """
     array = at_least_float32(jnp.asarray(value))
     if array.shape not in ((), (batch,)):
         raise ValueError(f"{name}: expected a scalar or shape ({batch},), one per prompt, found shape {array.shape}")
@@ -44,18 +79,39 @@ def per_row(value: ArrayLike, batch: int, *, name: str) -> Array:
 
 
 def at_least_float32(x: ArrayLike) -> Array:
-    """float16, bfloat16 and integers to float32; float32 and float64 as they are."""
+    """Converts float16, bfloat16 and integers to float32.
+
+    Args:
+      x: numbers of any shape.
+
+    Returns:
+      The same numbers and shape; float32 and float64 keep their type.
+    """
     array = jnp.asarray(x)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def is_supported(log_prob: Array) -> Array:
-    """True where a log-probability is not the stand-in for log 0. NaN counts as inside, so that it shows."""
+    """Tells which log-probabilities are not the stand-in for log 0.
+
+    Args:
+      log_prob: of any shape.
+
+    Returns:
+      bool of the same shape. NaN counts as supported, so that it surfaces in what is computed from it.
+    """
     return ~(log_prob <= NEGATIVE / 2)
 
 
 def drop_weak_types(tree: Any) -> Any:
-    """A tree without weakly typed leaves: jnp.asarray(0.5) and np.float32(0.5) would otherwise be two traces."""
+    """Gives weakly typed leaves their type, since jnp.asarray(0.5) and np.float32(0.5) would otherwise be two traces.
+
+    Args:
+      tree: arrays and other leaves.
+
+    Returns:
+      The same tree; leaves that are no weakly typed arrays are unchanged.
+    """
 
     def strengthen(leaf: Any) -> Any:
         return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
@@ -64,10 +120,18 @@ def drop_weak_types(tree: Any) -> Any:
 
 
 def look_up(table: ArrayLike, index: ArrayLike, *, name: str = "table") -> Array:
-    """Rows `index` [B] of a table [N,...] of numbers, in at least float32: [B,...].
+    """Looks rows of a table up by the prompts' index.
 
     Plain indexing of a jax array takes the last row in silence where the index is past the end. Here that is a
     ValueError where the index is known on the host, and NaN where it is traced.
+
+    Args:
+      table: [N,...] numbers.
+      index: [B] integers in [0, N).
+      name: of the table, for the error text.
+
+    Returns:
+      [B,...], in at least float32.
 
     Raises:
       ValueError: a table without an axis, or an index outside [0, N) that is known on the host.

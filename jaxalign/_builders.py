@@ -14,9 +14,15 @@ MAXSIZE = 512  # kept objects per builder: closures over configurations, never o
 
 
 def cached(builder: Callable[P, T]) -> Callable[P, T]:
-    """`builder`, whose results are kept and given again for equal arguments; 1 and 1.0 are different arguments.
+    """Makes a builder give the same object for equal arguments.
 
     A call with an argument that is not hashable (a list of critics, an array) builds anew, as without the cache.
+
+    Args:
+      builder: a function without side effects; 1 and 1.0 are different arguments.
+
+    Returns:
+      A function of the same signature, which keeps the `MAXSIZE` results used last.
     """
     kept = functools.lru_cache(maxsize=MAXSIZE, typed=True)(builder)
 

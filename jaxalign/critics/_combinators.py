@@ -184,8 +184,8 @@ def map_scores(critic: Critic, f: ScoreMap) -> Critic:
     check_function_argument("f", f)
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> State:
-        below = fields_of(params, MapScoresParams).critic
-        state = critic.init(below, rng, prompts_for(prompts, "critic"), max_new_tokens)
+        critic_params = fields_of(params, MapScoresParams).critic
+        state = critic.init(critic_params, rng, prompts_for(prompts, "critic"), max_new_tokens)
         return MapScoresState(state, prompt_index(prompts))
 
     def score(
@@ -198,8 +198,8 @@ def map_scores(critic: Critic, f: ScoreMap) -> Critic:
         return mapped, state._replace(critic=proposal)
 
     def advance(params: Params, proposal: MapScoresState, choice: Array) -> State:
-        below = fields_of(params, MapScoresParams).critic
-        return proposal._replace(critic=critic.advance(below, proposal.critic, choice))
+        critic_params = fields_of(params, MapScoresParams).critic
+        return proposal._replace(critic=critic.advance(critic_params, proposal.critic, choice))
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
         fields_of(params, MapScoresParams)

@@ -86,14 +86,14 @@ def draw(
     length, known = repeat_rows((state.length, known), count)
     ended = known | rollout.is_eos(token, eos_ids) | (length + 1 >= limit)
     # Drawn tokens carry no gradient, and the loop that draws them has none.
-    model, below = jax.lax.stop_gradient((params, state.baseline))
-    before, key = repeat_rows(below.state, count), step_key(state)
+    model, base = jax.lax.stop_gradient((params, state.baseline))
+    before, key = repeat_rows(base.state, count), step_key(state)
 
     def step(params: Params, rng: Array, state: State, token: Array) -> tuple[State, StepOutput]:
         return baseline.step(params, jax.random.fold_in(key, jax.random.bits(rng)), state, token)
 
     after, output = step_policy(baseline, model, key, before, jnp.where(ended, -1, token))
-    likely = is_supported(jnp.take_along_axis(below.log_prob, tokens, axis=1)).reshape(-1)
+    likely = is_supported(jnp.take_along_axis(base.log_prob, tokens, axis=1)).reshape(-1)
     lost = _unmoved(~(ended | likely), before, after)
     after, output, length, ended, lost = repeat_rows((after, output, length, ended, lost), n)
     drawn = rollout.rollout(
@@ -131,15 +131,15 @@ def _streams(state: TransferQState, tokens: Array, n: int) -> Array:
     return jnp.stack(words, axis=-1).reshape(-1, len(words))
 
 
-def _unmoved(asked: Array, before: State, after: State) -> Array:
-    """Where `asked` [N], whether no leaf of the row's state has changed; the states are read if any row asks."""
+def _unmoved(eligible: Array, before: State, after: State) -> Array:
+    """Where `eligible` [N], whether no leaf of the row's state has changed; the states are read if any is."""
 
     def compare() -> Array:
         unmoved = [
             (old == new).reshape(old.shape[0], -1).all(axis=1)
             for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
         ]
-        return asked & jnp.stack(unmoved).all(axis=0) if unmoved else asked
+        return eligible & jnp.stack(unmoved).all(axis=0) if unmoved else eligible
 
-    found: Array = jax.lax.cond(asked.any(), compare, lambda: jnp.zeros_like(asked))
+    found: Array = jax.lax.cond(eligible.any(), compare, lambda: jnp.zeros_like(eligible))
     return found

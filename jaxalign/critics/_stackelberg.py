@@ -117,21 +117,21 @@ def shaped_over_candidates(
         return bound[:, None] * above
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> State:
-        below, bound = fields_of(params, ShapedParams)
-        state = critic.init(below, rng, prompts_for(prompts, "critic"), max_new_tokens)
+        critic_params, bound = fields_of(params, ShapedParams)
+        state = critic.init(critic_params, rng, prompts_for(prompts, "critic"), max_new_tokens)
         return ShapedState(state, per_row(bound, prompt_index(prompts).shape[0], name="bound"))
 
     def score(
         params: Params, rng: Array, state: ShapedState, output: StepOutput, candidates: Candidates | None
     ) -> tuple[Scores, State]:
-        below = fields_of(params, ShapedParams).critic
-        q, proposal = score_critic(critic, below, rng, state.critic, output, candidates)
+        critic_params = fields_of(params, ShapedParams).critic
+        q, proposal = score_critic(critic, critic_params, rng, state.critic, output, candidates)
         q = shape(state.bound, at_least_float32(q), gather(output.log_prob, candidates))
         return q, ShapedState(proposal, state.bound)
 
     def advance(params: Params, proposal: ShapedState, choice: Array) -> State:
-        below = fields_of(params, ShapedParams).critic
-        return proposal._replace(critic=critic.advance(below, proposal.critic, choice))
+        critic_params = fields_of(params, ShapedParams).critic
+        return proposal._replace(critic=critic.advance(critic_params, proposal.critic, choice))
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
         bound = fields_of(params, ShapedParams).bound

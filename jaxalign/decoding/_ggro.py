@@ -121,8 +121,8 @@ def ggro(
         params, ("policy", "reward", "entropy_threshold"), {"gradient": None, **optional_reward(reward)}
     )
     # A dict that names "gradient" means it, None included: a function without parameters.
-    own = given["gradient"] is not None or (isinstance(params, dict) and "gradient" in params)
-    gradient_params = given["gradient"] if own else given["reward"]
+    has_gradient_params = given["gradient"] is not None or (isinstance(params, dict) and "gradient" in params)
+    gradient_params = given["gradient"] if has_gradient_params else given["reward"]
     threshold = number("entropy_threshold", given["entropy_threshold"])
     if is_concrete(threshold) and np.any(np.isnan(np.asarray(threshold))):
         raise ValueError("entropy_threshold: expected numbers, found NaN")
@@ -132,7 +132,7 @@ def ggro(
     score = None if reward is None else open_reward(reward, tokenizer)
     if score is not None:
         check_reward(score, given["reward"], scored, max_new_tokens, policy.vocab_size)
-    where = "['gradient']" if own else "['reward']"
+    where = "['gradient']" if has_gradient_params else "['reward']"
     check_reward(gradient, gradient_params, scored, max_new_tokens, policy.vocab_size, path=where)
     batch = prompt_index(scored).shape[0]
     arrays = {

@@ -283,8 +283,8 @@ def _ascend(
         scale = jnp.where(over, jnp.sqrt(limit / jnp.where(over, size, 1)), 1)
         return d * scale[:, None]
 
-    edit: Array = jax.lax.fori_loop(0, num_steps, move, jnp.zeros_like(hidden))
-    return edit
+    shift: Array = jax.lax.fori_loop(0, num_steps, move, jnp.zeros_like(hidden))
+    return shift
 
 
 def _edited(unembed: Unembed, params: Params, output: StepOutput, d: Array) -> StepOutput:

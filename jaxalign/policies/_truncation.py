@@ -92,12 +92,12 @@ def top_p(policy: Policy) -> Policy:
 
     def apply(value: Array, output: StepOutput) -> StepOutput:
         vocab = output.log_prob.shape[-1]
-        few = min(vocab, _NUCLEUS)
-        covered = jnp.exp(jax.lax.top_k(output.log_prob, few)[0]).sum(axis=-1) >= value
+        width = min(vocab, _NUCLEUS)
+        covered = jnp.exp(jax.lax.top_k(output.log_prob, width)[0]).sum(axis=-1) >= value
         # Sorting a whole vocabulary costs more than a step of a small model, and is rarely needed.
         keep = jax.lax.cond(
-            covered.all() | (few == vocab),
-            lambda: _nucleus(output.log_prob, value, few),
+            covered.all() | (width == vocab),
+            lambda: _nucleus(output.log_prob, value, width),
             lambda: _wide_nucleus(output.log_prob, value),
         )
         # The whole mass may round to less than 1, and to more before the last token.
@@ -192,8 +192,8 @@ def _per_prompt(
     name = fields._fields[1]
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[State, StepOutput]:
-        own, value = fields_of(params, fields)
-        inner, output = start_policy(policy, own, rng, prompts_for(prompts, "policy"), max_new_tokens)
+        policy_params, value = fields_of(params, fields)
+        inner, output = start_policy(policy, policy_params, rng, prompts_for(prompts, "policy"), max_new_tokens)
         value = per_row(value, output.log_prob.shape[0], name=name)
         return TransformState(inner, value), apply(value, output)
 

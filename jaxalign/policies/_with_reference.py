@@ -52,27 +52,27 @@ def with_reference(policy: Policy, reference: Policy) -> Policy:
     check_same_vocabulary("with_reference", policy, reference)
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[State, StepOutput]:
-        own, base_params = fields_of(params, ReferenceParams)
+        policy_params, base_params = fields_of(params, ReferenceParams)
         one, other = jax.random.split(rng)
-        inner, output = start_policy(policy, own, one, prompts_for(prompts, "policy"), max_new_tokens)
-        beside, base = start_policy(reference, base_params, other, prompts_for(prompts, "reference"), max_new_tokens)
-        return ReferenceState(inner, beside), output._replace(log_prob_ref=base.log_prob)
+        inner, output = start_policy(policy, policy_params, one, prompts_for(prompts, "policy"), max_new_tokens)
+        inner_ref, base = start_policy(reference, base_params, other, prompts_for(prompts, "reference"), max_new_tokens)
+        return ReferenceState(inner, inner_ref), output._replace(log_prob_ref=base.log_prob)
 
     def step(params: Params, rng: Array, state: ReferenceState, token: Array) -> tuple[State, StepOutput]:
-        own, base_params = fields_of(params, ReferenceParams)
+        policy_params, base_params = fields_of(params, ReferenceParams)
         one, other = jax.random.split(rng)
-        inner, output = step_policy(policy, own, one, state.policy, token)
-        beside, base = step_policy(reference, base_params, other, state.reference, token)
-        return ReferenceState(inner, beside), output._replace(log_prob_ref=base.log_prob)
+        inner, output = step_policy(policy, policy_params, one, state.policy, token)
+        inner_ref, base = step_policy(reference, base_params, other, state.reference, token)
+        return ReferenceState(inner, inner_ref), output._replace(log_prob_ref=base.log_prob)
 
     def log_prob(params: Params, prompts: Prompts, tokens: Array, mask: Array) -> Completions:
         assert policy.log_prob is not None
         assert reference.log_prob is not None
         parts = fields_of(params, ReferenceParams)
-        own = policy.log_prob(parts.policy, prompts_for(prompts, "policy"), tokens, mask)
+        completions = policy.log_prob(parts.policy, prompts_for(prompts, "policy"), tokens, mask)
         base = reference.log_prob(parts.reference, prompts_for(prompts, "reference"), tokens, mask)
         # The exact KL needs both distributions at every position; the parallel form keeps neither.
-        return own._replace(log_prob_ref=base.log_prob, kl=None)
+        return completions._replace(log_prob_ref=base.log_prob, kl=None)
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
         fields_of(params, ReferenceParams)
