@@ -14,7 +14,9 @@ import pytest
 
 from jaxalign import advantages, data, decoding, models, policies, shaping
 from jaxalign.data import preferences
-from jaxalign.training import distillation, logging, objectives, rl_rewards, rollouts, tables
+from jaxalign.training import distillation, job, logging, objectives, rl_rewards, rollouts, tables
+from jaxalign.training import rl as rl_parts
+from jaxalign.training.rl import PromptRow, collate_prompts
 from jaxalign.worlds import opinions
 from tests.conftest import on_devices, tiny_lm
 from train import calibrate, distil, dpo, rl, sft, world
@@ -173,7 +175,7 @@ def test_a_run_writes_a_language_model_and_says_reward_and_kl_before_and_after(n
 def test_a_run_that_goes_on_is_the_uninterrupted_one(files, tmp_path, monkeypatch):
     command = options(files, "--steps", "3", "--save-every", "1")
     rl.main([*command, "--out", str(tmp_path / "whole")])
-    kept = rl.make_iteration
+    kept = rl_parts.make_iteration
 
     def stops(*arguments, **named):
         step = kept(*arguments, **named)
@@ -185,7 +187,7 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(files, tmp_path, monkeypatc
 
         return once
 
-    monkeypatch.setattr(rl, "make_iteration", stops)
+    monkeypatch.setattr(rl_parts, "make_iteration", stops)
     with pytest.raises(KeyboardInterrupt):
         rl.main([*command, "--out", str(tmp_path / "cut")])
     monkeypatch.undo()
@@ -262,7 +264,7 @@ def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(fi
     lm, params = models.load(files / "base/model")
     tokenizer = models.tokenizer(str(files / "base/model"))
     asked = [tokenizer(p)["input_ids"] for p in opinions.prompts()[:PROMPTS]]
-    begin = rl.job.Start(lm, params, tokenizer)
+    begin = job.Start(lm, params, tokenizer)
     prompts = data.prompt_batch(asked, length=12)
     drawn = decoding.sample(
         policies.language_model(lm), params, jax.random.key(5), prompts, max_new_tokens=LIMIT, eos_ids=lm.config.eos_ids
@@ -288,8 +290,13 @@ def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(fi
 
 
 def test_a_prompt_that_comes_again_in_a_batch_draws_something_else():
-    rows = [rl.Ask([5, 6], 3), rl.Ask([7], 1), rl.Ask([5, 6], 3), rl.Ask([5, 6], 3)]
-    found = rl.collate(rows, length=4, count=10)
+    rows = [
+        PromptRow([5, 6], 3),
+        PromptRow([7], 1),
+        PromptRow([5, 6], 3),
+        PromptRow([5, 6], 3),
+    ]
+    found = collate_prompts(rows, length=4, count=10)
     np.testing.assert_array_equal(found["index"], [3, 1, 13, 23])
     np.testing.assert_array_equal(found["row"], [3, 1, 3, 3])
 

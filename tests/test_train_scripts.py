@@ -16,6 +16,7 @@ from eval import decode
 from jaxalign import models, training
 from jaxalign.data import preferences
 from jaxalign.training import adapters, logging, rollouts
+from jaxalign.worlds import files as files_of
 from jaxalign.worlds import opinions
 from tests.conftest import on_devices, tiny_lm
 from train import arm, dpo, quickstart, reward_model, sft, value, world
@@ -305,8 +306,7 @@ def test_four_devices_give_the_losses_of_one(files, tmp_path):
 
 def test_the_tasks_of_the_world_hold_no_prompt_twice(tmp_path):
     for task in ("opinions", "summaries"):
-        config = world.Config(out=str(tmp_path / task), task=task, texts=80, pairs=40, held_out=16)
-        found = world.rows(config)
+        found = files_of.world_rows(task, texts=80, pairs=40, held_out=16, seed=0)
         asked = {name: {row["prompt"] for row in rows} for name, rows in found.items()}
         seen = asked["texts"] | asked["pairs"] | asked["prompts"]
         assert not seen & (asked["held_out"] | asked["drift"])

@@ -15,12 +15,10 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
-from typing import Any, Literal
 
 from jaxalign import _io, commands, models
 from jaxalign.data import tokenizers
-from jaxalign.worlds import opinions, summaries
+from jaxalign.worlds import files, opinions, summaries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +27,7 @@ class Config:
 
     out: str
     """Folder of the files, new or empty."""
-    task: Literal["opinions", "summaries"] = "opinions"
+    task: files.Task = "opinions"
     """opinions: loaded and neutral views, readers like flattery; summaries: of news items, readers like length."""
     texts: int = 12_000
     """Texts of the base."""
@@ -47,50 +45,6 @@ class Config:
     """JSON or TOML file of defaults for these options."""
 
 
-def rows(config: Config) -> dict[str, list[dict[str, str]]]:
-    """Rows of each file, by its name."""
-    if config.task == "opinions":
-        asked = opinions.prompts()
-        kept, held = [p for i, p in enumerate(asked) if i % 5], asked[::5]
-        drift = opinions.prompts("held_out")
-        world: Any = opinions
-    else:
-        kept = summaries.items(3_000, seed=config.seed)
-        known = set(kept)
-        held = [p for p in summaries.items(2 * config.held_out, seed=config.seed + 1) if p not in known]
-        drift = summaries.items(config.held_out, seed=config.seed, split="held_out")
-        world = summaries
-    return {
-        "texts": world.corpus(config.texts, seed=config.seed, prompt_pool=kept),
-        "pairs": world.preferences(config.pairs, seed=config.seed, prompt_pool=kept),
-        "prompts": _prompts(kept, len(kept)),
-        "held_out": _prompts(held, config.held_out),
-        "drift": _prompts(drift, config.held_out),
-    }
-
-
-def _prompts(asked: Sequence[str], n: int) -> list[dict[str, str]]:
-    """n prompts spread over all (over the topics, that is), each once at most."""
-    n = min(n, len(asked))
-    return [{"prompt": asked[i * len(asked) // n]} for i in range(n)]
-
-
-def architecture(config: Config, vocabulary: Any) -> models.Config:
-    """A small Llama for the words of the task."""
-    return models.Config(
-        vocab_size=len(vocabulary),
-        hidden_size=config.width,
-        num_layers=config.layers,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=config.width // 4,
-        intermediate_size=3 * config.width,
-        max_length=128,
-        eos_ids=(vocabulary.eos_token_id,),
-        tie_embeddings=True,
-    )
-
-
 def run(config: Config) -> pathlib.Path:
     """Writes the files, whole or not at all; gives their folder."""
     for name in ("texts", "pairs", "held_out", "layers"):
@@ -104,12 +58,14 @@ def run(config: Config) -> pathlib.Path:
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, found in rows(config).items():
+    sizes = {name: getattr(config, name) for name in ("texts", "pairs", "held_out", "seed")}
+    for name, found in files.world_rows(config.task, **sizes).items():
         (temporary / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
         print(f"{name}.jsonl: {len(found)} rows")
     vocabulary = tokenizers.word_level((opinions if config.task == "opinions" else summaries).words())
     vocabulary.save_pretrained(temporary / "tokenizer")
-    _io.write_json(temporary / "config.json", models.config_to_hf(architecture(config, vocabulary)))
+    architecture = files.small_llama(vocabulary, layers=config.layers, width=config.width)
+    _io.write_json(temporary / "config.json", models.config_to_hf(architecture))
     if out.exists():
         out.rmdir()
     temporary.rename(out)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import commands, models, training
-from jaxalign.training import job, policy_gradient, rl_iteration, rl_rewards
+from jaxalign.training import job, policy_gradient, rl, rl_iteration, rl_rewards
 from jaxalign.types import Array
 
 from . import common
@@ -98,8 +98,7 @@ def even_share(params: Any, tokens: Array, mask: Array, prompt_length: Array, in
 def _ours(lm: models.LanguageModel, params: Any, config: Config) -> list[dict[str, float]]:
     """Seconds of roll-out and update of each timed iteration."""
     count = config.batch // config.samples
-    rl = commands.load("rl")
-    options = rl.Config(
+    options = rl.RLOptions(
         out="",
         model="x",
         prompts="",
