@@ -162,7 +162,7 @@ def _adapted(spec: models.Lora) -> Callable[[Params, Params], Params]:
 def train_policy(
     config: RLOptions, learner: Learner, trained: Params, frozen: Params, rows: Any, out: pathlib.Path, pad: Any
 ) -> State:
-    """Trains from the run folder\'s last checkpoint, if there is one, to the last step; gives the final state."""
+    """Trains from the run folder's last checkpoint, if there is one, to the last step; gives the final state."""
     steps = config.steps or max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
     optimizer, schedule = adamw(
         learning_rate=config.learning_rate,
