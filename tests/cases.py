@@ -90,7 +90,7 @@ def critic_cases(dtype: str = "float32") -> dict[str, CriticCase]:
         "value_scalar": CriticCase(value, value_params),
         "value_q": CriticCase(critics.value(q_lm), q_params),
         "hidden_value": CriticCase(critics.hidden_value(q_lm.head, vocab_size=VOCAB), q_params, True),
-        "autoregressive": CriticCase(arm, arm_params),
+        "genarm": CriticCase(arm, arm_params),
         "weighted_levels": CriticCase(
             critics.weighted_sum([args, value]),
             {"critics": (reward_params, value_params), "weights": jnp.array([0.7, -0.4])},
@@ -137,12 +137,12 @@ def policy_cases(dtype: str = "float32") -> dict[str, Case]:
         "adapters": stacked_adapters(dtype),
     }
     value_lm, value_params = tiny_lm(2, "value", dtype)
-    cases["edit"] = Case(
+    cases["re_control"] = Case(
         policies.re_control(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, policies.head_value(value_lm), num_steps=3),
         {"policy": lm.params, "value": value_params, "step_size": BETA / 20},
     )
     q_lm, q_params = tiny_lm(3, "q", dtype)
-    cases["edit_expected"] = Case(
+    cases["re_control_expected"] = Case(
         policies.re_control_expected(lm.policy, tiny_lm(0, dtype=dtype)[0].logits, critics.value(q_lm), num_steps=3),
         {"policy": lm.params, "critic": q_params, "step_size": BETA / 20},
     )
@@ -152,12 +152,12 @@ def policy_cases(dtype: str = "float32") -> dict[str, Case]:
             cases[f"tilt_{name}_{k or 'all'}"] = Case(
                 tilted, {"policy": lm.params, "critic": case.params, "beta": BETA}
             )
-    inner, outer = cases["tilt_value_q_all"], critic_cases(dtype)["autoregressive"]
+    inner, outer = cases["tilt_value_q_all"], critic_cases(dtype)["genarm"]
     cases["nested"] = Case(
         policies.tilt(inner.policy, outer.critic),
         {"policy": inner.params, "critic": outer.params, "beta": jnp.asarray(2.0)},
     )
-    inner = cases["tilt_autoregressive_4"]
+    inner = cases["tilt_genarm_4"]
     level = critic_cases(dtype)["args"]
     cases["nested_candidates"] = Case(
         policies.tilt(inner.policy, level.critic, top_k=3),
@@ -171,7 +171,7 @@ CRITICS = [
     "value_scalar",
     "value_q",
     "hidden_value",
-    "autoregressive",
+    "genarm",
     "weighted_levels",
     "weighted_increments",
     "map_scores",
@@ -187,8 +187,8 @@ POLICIES = [
     "top_p",
     "with_reference",
     "adapters",
-    "edit",
-    "edit_expected",
+    "re_control",
+    "re_control_expected",
     *(f"tilt_{name}_{k}" for name in CRITICS for k in ("all", 4)),
     "nested",
     "nested_candidates",
@@ -199,6 +199,5 @@ CHECKED = [
     name
     for name in POLICIES
     if not name.startswith("tilt_")
-    or name
-    in ("tilt_args_4", "tilt_value_q_all", "tilt_autoregressive_all", "tilt_transfer_q_4", "tilt_map_scores_all")
+    or name in ("tilt_args_4", "tilt_value_q_all", "tilt_genarm_all", "tilt_transfer_q_4", "tilt_map_scores_all")
 ]

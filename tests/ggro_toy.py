@@ -119,7 +119,7 @@ class Plain:
         self.log_prob = table - np.log(np.exp(table).sum(-1, keepdims=True))
         self.params, self.prompt, self.eos, self.k, self.rule = params["reward"], prompt, eos, k, rule
         self.candidates, self.threshold = candidates, threshold
-        self.scored, self.nudges, self.segments = 0, 0, []
+        self.scored, self.forced, self.segments = 0, 0, []
 
     def padded(self, tokens):
         row = np.zeros((1, len(self.prompt) + T), np.int32)
@@ -166,7 +166,7 @@ class Plain:
                 current = choices.tolist().index(found[len(prefix)])
                 score = g - g[current] if self.rule == "difference" else np.where(np.arange(len(g)) == current, 0, g)
                 forced = int(choices[score.argmax()])
-            self.nudges += best[3] > 0
+            self.forced += best[3] > 0
             self.segments.append((list(prefix), seen, best))
             prefix, done = best[1], best[2]
         return prefix[len(self.prompt) :]

@@ -207,7 +207,7 @@ def nothing(params, tokens, mask, prompt_length, index):
     return jnp.zeros(len(tokens))
 
 
-@pytest.mark.parametrize("name", ["hidden_value", "autoregressive", "map_scores"])
+@pytest.mark.parametrize("name", ["hidden_value", "genarm", "map_scores"])
 def test_every_kind_of_critic_selects_blocks(name):
     """The kept block scores highest by the critic itself, stepped over each candidate's tokens from the start."""
     case = cases.critic_cases()[name]

@@ -322,7 +322,7 @@ def test_the_compiled_step_costs_the_same_at_every_position_and_copies_no_cache(
 
 
 @needs_jit
-@pytest.mark.parametrize("name", ["language_model", "args", "autoregressive"])
+@pytest.mark.parametrize("name", ["language_model", "args", "genarm"])
 def test_the_compiled_loop_copies_no_cache(name):
     """No instruction of the compiled sampling loop copies an array of the cache's shape."""
     (lm, base), (reward_lm, reward), (arm_lm, arm) = tiny_lm(0), tiny_lm(1, "reward"), tiny_lm(4)
@@ -330,7 +330,7 @@ def test_the_compiled_loop_copies_no_cache(name):
     if name == "args":
         policy = policies.tilt(policy, critics.args(reward_lm), top_k=3)
         params = {"policy": base, "critic": reward, "beta": jnp.float32(1)}
-    elif name == "autoregressive":
+    elif name == "genarm":
         policy = policies.tilt(policy, critics.genarm(arm_lm))
         params = {"policy": base, "critic": arm, "beta": jnp.float32(1)}
     program = _sampling._sample.lower(policy, params, RNG, padded(PROMPTS), 29, EOS).compile().as_text()

@@ -29,9 +29,9 @@ def folders(tmp_path_factory) -> dict[str, str]:
     models.save(root / "exceedance_2", models.with_head(lm, head), params, tokenizer=tokenizer())
     # The base's own body under a value head: its hidden states are edited.
     body, (value_lm, value) = tiny_lm(0, num_layers=1)[1], tiny_lm(5, "value", num_layers=1)
-    models.save(root / "edit", value_lm, value | {"transformer": body["transformer"]}, tokenizer=tokenizer())
+    models.save(root / "re_control", value_lm, value | {"transformer": body["transformer"]}, tokenizer=tokenizer())
     (root / "prompts.txt").write_text("the cat\na dog ran on the mat\nthe dog and the cat sat\n")
-    return {name: str(root / name) for name in [*heads, "exceedance_2", "edit", "prompts.txt"]}
+    return {name: str(root / name) for name in [*heads, "exceedance_2", "re_control", "prompts.txt"]}
 
 
 def command(folders, out, *methods: str, options: tuple[str, ...] = ()) -> list[str]:
@@ -65,7 +65,7 @@ def every_method(folders) -> list[str]:
         f"policy:{folders['dpo']}",
         f"transfer:{folders['dpo']}@1",
         f"blockwise:value:{folders['q']}@2",
-        f"re_control:{folders['edit']}@0.5",
+        f"re_control:{folders['re_control']}@0.5",
         "ggro@2",
         f"smc:value:{folders['q']}@1",
         "smc@1",

@@ -36,9 +36,9 @@ from tests.ggro_toy import (
 
 @pytest.mark.parametrize(("rule", "threshold"), [("difference", 1.0), ("code", 1.3), ("difference", 0.0)])
 def test_ggro_is_the_plain_algorithm_on_every_prompt(rule, threshold):
-    """Batched, ragged, repeats found before they are decoded: tokens, segments, nudges and reward calls are those of
-    the plain form, which scores a repeat no more often."""
-    nudged = 0
+    """Batched, ragged, repeats found before they are decoded: tokens, segments, forced tokens and reward calls are
+    those of the plain form, which scores a repeat no more often."""
+    forced = 0
     for seed in range(3):
         params = toy(seed)
         found = guided(params, rule=rule, threshold=threshold)
@@ -48,10 +48,10 @@ def test_ggro_is_the_plain_algorithm_on_every_prompt(rule, threshold):
             assert np.asarray(found.completions.tokens[b])[np.asarray(found.completions.mask[b])].tolist() == expected
             assert int(found.info.segments[b]) == len(plain.segments)
             assert int(found.info.reward_passes[b]) == plain.scored
-            assert int(found.info.forced[b].sum()) == plain.nudges
+            assert int(found.info.forced[b].sum()) == plain.forced
             np.testing.assert_allclose(found.info.reward[b], plain.segments[-1][2][0], rtol=1e-4, atol=1e-5)
-            nudged += plain.nudges
-    assert nudged > 10
+            forced += plain.forced
+    assert forced > 10
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.9, 1.4, INF])
@@ -102,7 +102,7 @@ def test_ggro_G5_at_threshold_zero_segments_keep_the_fewest_tokens(shortest):
     assert int(found.info.segments.max()) > 1
 
 
-def test_ggro_G6_embedding_gain_is_the_one_hot_gradient_and_the_finite_difference():
+def test_ggro_G6_token_gradient_is_the_one_hot_gradient_and_the_finite_difference():
     with jax.enable_x64(True):
         lm, params = tiny_lm(5, "reward", "float64", num_layers=1)
         batch = padded([[4, 5, 6, 2, 7], [7, 1, 9], [8, 9, 10, 3]], side="right")
@@ -215,7 +215,7 @@ def test_ggro_G11_eos_is_never_dropped_and_the_limit_never_exceeded():
     assert ended > 10
 
 
-def test_ggro_G12_exhaustive_nudging_is_at_least_as_good_from_the_same_prefix():
+def test_ggro_G12_trying_every_token_is_at_least_as_good_from_the_same_prefix():
     """Each candidate follows from one of the top_k first tokens, so the best of all of them is never worse."""
     params, better = toy(10), 0
     found = guided(params, candidates=8)
@@ -260,8 +260,8 @@ def test_ggro_G14_the_final_reward_may_fall_with_more_candidates():
 
 
 def test_ggro_G15_proposals_at_a_temperature_are_the_softmax_of_the_gain():
-    """Any nudge pays more than none here, so the text shows each proposal; 4,000 prompts, 4.5 standard errors in each
-    of ten frequencies: an error rate below 1e-4."""
+    """Any forced token pays more than none here, so the text shows each proposal; 4,000 prompts, 4.5 standard errors in
+    each of ten frequencies: an error rate below 1e-4."""
     count, params = 4000, toy(0)
     g = jnp.array([0.4, -0.3, 1.2, 0.1, 0.8, -0.5])
     same = TokenBatch(jnp.tile(jnp.array([[2, 3]]), (count, 1)), jnp.ones((count, 2), bool))

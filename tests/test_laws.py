@@ -97,7 +97,7 @@ def test_law_2_tilt_sends_minus_one_down_for_a_token_outside_its_candidates(all_
 # Law 3 ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tilt_args_4", "tilt_autoregressive_all", "temperature", "top_p", "edit"])
+@pytest.mark.parametrize("name", ["tilt_args_4", "tilt_genarm_all", "temperature", "top_p", "re_control"])
 def test_law_3_a_value_per_prompt_is_that_prompts_own(all_policies, prompts, name):
     case = all_policies[name]
     key = next(k for k in ("beta", "temperature", "top_p", "step_size") if k in case.params)
@@ -179,13 +179,13 @@ def test_law_5_a_truncation_adds_nothing_but_its_kept_mass(all_policies, prompts
 def test_law_5_nested_tilts_add_up(all_policies, prompts):
     inner, outer = all_policies["tilt_value_q_all"], all_policies["nested"]
     nested = increments(scored(outer, prompts))
-    arm = cases.critic_cases()["autoregressive"]
+    arm = cases.critic_cases()["genarm"]
     log_reward = scored(cases.Case(policies.language_model(tiny_lm(4)[0]), arm.params), prompts).log_prob.sum(axis=1)
     np.testing.assert_allclose(nested, increments(scored(inner, prompts)) + log_reward / 2, rtol=1e-4, atol=1e-4)
 
 
 def test_law_5_temperature_tempers_the_increments_too(all_policies, prompts):
-    inner = all_policies["tilt_autoregressive_all"]
+    inner = all_policies["tilt_genarm_all"]
     case = cases.Case(policies.temperature(inner.policy), {"policy": inner.params, "temperature": cases.BETA})
     below, above = scored(inner, prompts), scored(case, prompts)
     target = (np.asarray(below.log_prob_ref.sum(axis=1)) + increments(below)) / cases.BETA

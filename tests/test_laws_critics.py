@@ -154,7 +154,7 @@ def test_every_critic_tilts_a_tabular_policy(all_critics, prompts):
         params = {"policy": cases.table(0), "critic": critic_params, "beta": jnp.asarray(1.0)}
         draw = functools.partial(decoding.sample, policy, params, prompts=prompts, max_new_tokens=3, eos_ids=EOS)
         assert jax.eval_shape(draw, RNG).tokens.shape == (B, 3), name
-        if name in ("value_q", "autoregressive"):
+        if name in ("value_q", "genarm"):
             drawn = draw(RNG)
             assert VOCAB > int(drawn.tokens.max()) >= 0
             assert bool(jnp.isfinite(drawn.log_prob).all())

@@ -1,8 +1,8 @@
-"""python -m eval.studies nudging: GGRO against best-of-n, rejection and exhaustive nudging at equal forward passes
+"""python -m eval.studies nudging: GGRO against best-of-n, rejection and an exhaustive search at equal forward passes
 
-Reads the folder of a finished train.quickstart. For each number of forms per segment, the tokens that GGRO sends
+Reads the folder of a finished train.quickstart. For each number of candidates per segment, the tokens that GGRO sends
 through models are counted; best-of-n and rejection (the first response above the base's 90 % quantile, or the best of
-its tries) get as many on average. Exhaustive nudging tries every token that may be forced, whatever it costs. On the
+its tries) get as many on average. The exhaustive search tries every token that may be forced, whatever it costs. On the
 world's held-out prompts and on topics that no model was trained on: gold, proxy, coverage (the share of prompts whose
 response lies above the 90 % quantile of the base's own, by gold and by proxy) and -log pi_ref.
 """
@@ -51,7 +51,7 @@ class Found(NamedTuple):
 def next_of_all(
     params: Params, tokens: Array, mask: Array, prompt_length: Array, position: Array, candidates: Array
 ) -> Array:
-    """A token score that proposes the candidate after the one that stands at `position`: nudging tries them all."""
+    """A token score that proposes the candidate after the one that stands at `position`, so that GGRO tries each."""
     stands = candidates == jnp.take_along_axis(tokens, position[:, None], axis=1)
     return jnp.roll(stands, 1, axis=1).at[:, 0].set(False).astype(jnp.float32)
 
@@ -149,7 +149,7 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
 
 def nudging_passes(found: decoding.GGROInfo, prompt: np.ndarray) -> np.ndarray:
     """Tokens through models [B]: the policy's steps, the same tokens through the reward, and twice more of them for the
-    share of the forms whose gradient is taken; the prompt once."""
+    share of the candidates whose gradient is taken; the prompt once."""
     steps, scored, gradients = (
         np.asarray(x, float) for x in (found.policy_steps, found.reward_passes, found.gradient_passes)
     )

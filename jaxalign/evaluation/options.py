@@ -44,7 +44,7 @@ class ResponseOptions:
     entropy_threshold: float = 2.0
     """Entropy at which ggro and cards begin a new segment [nats]."""
     reward_threshold: float | None = None
-    """Reward that cards asks of a segment [units of reward]. Default: the 0.9 quantile of 32 base responses."""
+    """Reward that a segment of cards has to reach [units of reward]. Default: the 0.9 quantile of 32 base responses."""
     max_tries: int = 20
     """Proposals per segment of cards."""
     max_new_tokens: int = 128

@@ -88,8 +88,8 @@ class Setting(NamedTuple):
 
 
 def default_threshold(setting: Setting) -> float:
-    """The reward that cards asks of a segment by default: the 0.9 quantile of the proxy over 32 base responses, one for
-    each of up to 32 prompts."""
+    """The default reward that a segment of cards has to reach: the 0.9 quantile of the proxy over 32 base responses,
+    one for each of up to 32 prompts."""
     scorer = setting.reward
     ids = setting.prompts.ids[:: max(len(setting.prompts.ids) // 32, 1)][:32]
     found = decoding.best_of_n(

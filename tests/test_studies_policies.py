@@ -1,4 +1,4 @@
-"""What the studies of trained policies and of nudging compute: cases whose answers are known, and one small run."""
+"""What the studies of trained policies and of GGRO compute: cases whose answers are known, and one small run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import exact
 from train import reward_model, sft, world
 
 
-def test_every_token_is_tried_once_by_exhaustive_nudging():
+def test_every_token_is_tried_once_by_the_exhaustive_search():
     """One segment on a tree: the best over the first tokens of what greedy decoding makes of each."""
     t = tree.Tree(4, 3, eos_id=0)
     log_policy, reward = exact.tables(t, 2)
