@@ -31,7 +31,7 @@ class Config(common.Options):
     batch: int = 16
     """Responses of an iteration."""
     samples: int = 4
-    """Of them, per prompt."""
+    """Responses per prompt."""
     prompt: int = 32
     """Prompt length [tokens]."""
     new: int = 64
@@ -41,9 +41,9 @@ class Config(common.Options):
     layers: tuple[int, ...] = (8, 2)
     """Layers of the model of each row."""
     width: tuple[int, ...] = (512, 128)
-    """Its width, a multiple of 64; heads of 64."""
+    """Width of that model, a multiple of 64; heads of 64."""
     vocab: tuple[int, ...] = (8192, 384)
-    """Its vocabulary; 2, 128 and 384 is about the embedded world's model."""
+    """Vocabulary of that model; 2, 128 and 384 is about the embedded world's model."""
     torch: bool = True
     """Run TRL's trainer beside ours (needs torch and trl); without it only our figures are printed."""
 

@@ -31,7 +31,7 @@ class World(NamedTuple):
     prompts: list[str]
     """The held-out texts."""
     ids: list[list[int]]
-    """Their tokens."""
+    """The token ids of each prompt."""
 
 
 class Responses(NamedTuple):

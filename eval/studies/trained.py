@@ -38,12 +38,12 @@ class Config(common.Options):
     ablation: tuple[str, ...] = ("raw", "raw exp:5")
     """Rewards without calibration, trained at the middle KL: raw, or raw and a transform (of its sigmoid)."""
     baselines: tuple[str, ...] = ("dpo", "ipo", "bonbon", "vbon")
-    """Of dpo, ipo (from the pairs), bonbon (from the table's samples, best of --n) and vbon (RL with the logarithm at
-    the beta of best of --n), at one strength each."""
+    """Names among dpo, ipo (from the pairs), bonbon (from the table's samples, best of --n) and vbon (RL with the
+    logarithm at the beta of best of --n), at one strength each."""
     table: int = 100
     """Base samples per prompt in the calibration table."""
     n: int = 4
-    """Of best-of-n and worst-of-n."""
+    """n of best-of-n and worst-of-n."""
     responses: int = 32
     """Responses per held-out prompt, of the base and of each policy."""
     steps: int = 80
@@ -63,7 +63,7 @@ class Config(common.Options):
 
 
 class Drawn(NamedTuple):
-    """Of each held-out prompt, [prompts, responses]: reward, gold, kl (summed over steps, exact at each)."""
+    """Reward, gold and KL (summed over steps, exact at each) of responses [prompts, responses] to held-out prompts."""
 
     reward: np.ndarray
     gold: np.ndarray

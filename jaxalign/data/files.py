@@ -18,9 +18,9 @@ class Prompt(NamedTuple):
     """A prompt of a file."""
 
     text: str
-    """What the model reads; of a chat, what its template wrote."""
+    """The text that the model reads; of a chat, the text that its template wrote."""
     tokens: list[int]
-    """Its ids, at least one."""
+    """The ids of the text, at least one."""
 
 
 class _Line(NamedTuple):

@@ -29,7 +29,7 @@ class Pair(NamedTuple):
     """Text of a preference."""
 
     prompt: str
-    """What both responses answer."""
+    """The prompt that both responses answer."""
     chosen: str
     """The preferred response."""
     rejected: str
@@ -42,9 +42,9 @@ class Text(NamedTuple):
     """A text to learn."""
 
     prompt: str
-    """What comes before the response; "" where there is none."""
+    """The text before the response; "" where there is none."""
     response: str
-    """What is learned."""
+    """The text to learn."""
     templated: bool = False
     """Whether a chat template has written the special tokens."""
 
@@ -53,11 +53,11 @@ class PairTokens(NamedTuple):
     """A preference as token ids."""
 
     prompt: list[int]
-    """Of the prompt, cut at its beginning where it is too long."""
+    """Ids of the prompt, cut at its beginning where it is too long."""
     chosen: list[int]
-    """Of the preferred response, EOS included."""
+    """Ids of the preferred response, EOS included."""
     rejected: list[int]
-    """Of the other response, EOS included."""
+    """Ids of the other response, EOS included."""
     where: str
     """File and line."""
     split_key: str = ""
@@ -68,9 +68,9 @@ class TextTokens(NamedTuple):
     """A text to learn as token ids."""
 
     prompt: list[int]
-    """Of the prompt, cut at its beginning where it is too long."""
+    """Ids of the prompt, cut at its beginning where it is too long."""
     response: list[int]
-    """Of the response, EOS included."""
+    """Ids of the response, EOS included."""
     where: str
     """File and line."""
     split_key: str = ""

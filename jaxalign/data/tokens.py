@@ -11,7 +11,7 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer; those of transformers offer it.
+    """The methods of a tokenizer that the library calls; those of transformers offer it.
 
     A chat needs its `chat_template` and `apply_chat_template` too, an appended end its `eos_token_id`.
     """

@@ -49,7 +49,7 @@ class BlockwiseParams(NamedTuple):
 
 
 class BlockwiseInfo(NamedTuple):
-    """What the critic said of each response."""
+    """The score and the number of blocks of each response."""
 
     score: Array
     """[B], the critic's of the whole response."""

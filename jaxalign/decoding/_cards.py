@@ -62,7 +62,7 @@ class CardsParams(NamedTuple):
 
 
 class CardsInfo(NamedTuple):
-    """What each response took."""
+    """The reward of each response, and the segments and tries that it took."""
 
     reward: Array
     """[B], of the whole response."""

@@ -213,7 +213,8 @@ def _exponential(params: Params, score: Array) -> Array:
 
 
 def _above(params: Params, score: Array) -> Array:
-    """As `_exponential`, of a threshold: certain from it on, never below. NaN is accepted so that it surfaces."""
+    """log of the acceptance probability [B,n] of a threshold: 0 from the threshold on, −inf below. NaN is accepted so
+    that it surfaces."""
     return jnp.where(score < params["reward_threshold"][:, None], -jnp.inf, 0).astype(score.dtype)
 
 

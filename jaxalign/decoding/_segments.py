@@ -15,12 +15,12 @@ from jaxalign.types import Array, Params, Policy, State, StepOutput
 
 
 class Text(NamedTuple):
-    """What was written so far, and the policy after it."""
+    """The text written so far, and the policy after it."""
 
     state: State
-    """The policy's; before an EOS, where one was written."""
+    """The state of the policy after the text; before an EOS, where one was written."""
     output: StepOutput
-    """As state."""
+    """The output of the policy at that state."""
     tokens: Array
     """[B,T]."""
     log_prob_ref: Array
@@ -58,9 +58,9 @@ class Rules(NamedTuple):
     """The ids that end a text."""
 
     def write(self, text: Text, begin: Array, forced: Array, going: Array) -> tuple[Text, Array]:
-        """One more token in the rows of `going` [B] whose segment, begun at begin [B], goes on: the token forced [B],
-        the most probable one where that is −1. (text, the token to feed [B], −1 where nothing follows in the
-        segment)."""
+        """Writes one more token in the rows of `going` [B] whose segment, begun at begin [B], continues: the token
+        forced [B], or the most probable one where that is −1. Gives (text, the token to feed [B]), −1 where nothing
+        follows in the segment."""
         output, steps = text.output, text.tokens.shape[1]
         token = jnp.where(forced >= 0, forced, jnp.argmax(output.log_prob, axis=-1).astype(jnp.int32))
         eos, last = is_eos(token, self.eos_ids), text.length + 1 >= steps

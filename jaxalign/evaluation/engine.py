@@ -53,9 +53,9 @@ class Method(NamedTuple):
     """One row group of the results."""
 
     name: str
-    """Its name in tables."""
+    """The name of the method in tables."""
     beta: float | None
-    """Its strength, None where the name says all."""
+    """The strength of the method; None where the name says it."""
     draw: Draw
     """draw(rng, prompts) -> Decoded."""
     check: Check
@@ -63,7 +63,7 @@ class Method(NamedTuple):
     trace: Hashable
     """Methods with equal traces share their compiled program, so that the first batch of each is not timed."""
     forwards: Forwards | None = None
-    """What a response costs; None: unknown."""
+    """The tokens that pass through models for a response; None: unknown."""
     measure: Measure | None = None
     """measure(rng, prompts, drawn) -> Decoded, after the clock has stopped."""
 
@@ -72,11 +72,11 @@ class Texts(NamedTuple):
     """The prompts of a run."""
 
     texts: list[str]
-    """As given."""
+    """The prompts as given."""
     ids: list[list[int]]
-    """Their tokens."""
+    """The token ids of each prompt."""
     tokenizer: Any
-    """The base's."""
+    """The tokenizer of the base."""
 
 
 class Batch(NamedTuple):

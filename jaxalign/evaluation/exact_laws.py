@@ -22,7 +22,7 @@ class Point(NamedTuple):
     """One method at one setting."""
 
     method: str
-    """Its name among METHODS."""
+    """The name of the method among METHODS."""
     setting: float
     """beta, or n of best-of-n."""
     reward: float
@@ -30,13 +30,13 @@ class Point(NamedTuple):
     sampled_reward: float
     """Mean reward of the responses drawn."""
     sampled_reward_95: float
-    """Its 95 % half-width."""
+    """Half the width of the 95 % interval of sampled_reward."""
     kl: float
     """KL of the exact law to the base [nats]."""
     sampled_kl: float
     """The KL that the decoder reports, averaged [nats]."""
     kl_kind: str
-    """What kind of number that is."""
+    """The kind of number that sampled_kl is."""
 
 
 def exact_law(t: tree.Tree, policy: Policy, params: Params) -> Array:

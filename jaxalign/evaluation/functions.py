@@ -31,18 +31,18 @@ from jaxalign.types import KL, Array, Completions, Decoded, Params, Policy, Rewa
 
 
 class MethodInputs(NamedTuple):
-    """What a method of your own receives."""
+    """The models, rewards and limits that a method of your own receives."""
 
     policy: Policy
     """The base; a Policy for every decoder and combinator of the library."""
     params: Params
-    """Its parameters."""
+    """The parameters of the policy."""
     reward: Reward | None
     """The reward of --reward; None without one."""
     reward_params: Params
-    """Its parameters; None for a program."""
+    """The parameters of the reward; None for a program."""
     tokenizer: Any
-    """The base's."""
+    """The tokenizer of the base."""
     limits: Limits
     """max_new_tokens, eos_ids and temperature: keyword arguments of every decoder."""
     strength: float | None

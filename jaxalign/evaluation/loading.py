@@ -24,7 +24,7 @@ class Scorer(NamedTuple):
     reward: Reward
     """The Reward, compiled where it is a model."""
     params: Params
-    """Its parameters; None for a program."""
+    """The parameters of the reward; None for a program."""
 
 
 def load(folders: dict[str, str], *, dtype: str, mesh: str, batch_size: int) -> tuple[Any, dict[str, Model]]:

@@ -17,11 +17,11 @@ class Numbers(NamedTuple):
     """A decoded batch on the host."""
 
     completions: Completions
-    """Of numpy arrays [B,T]; rows beyond the batch's own are padding."""
+    """Numpy arrays [B,T]; rows beyond those of the batch are padding."""
     kl: np.ndarray
     """[B], in nats."""
     kl_kind: str
-    """As `types.KL.label`."""
+    """The label of the KL in tables, `types.KL.label`."""
     info: dict[str, np.ndarray]
     """The decoder's own numbers [B]."""
 
@@ -59,7 +59,7 @@ def check_finite(name: str, numbers: Numbers, rows: Sequence[int]) -> None:
 
 
 def record_of(numbers: Numbers, b: int) -> Record:
-    """What row b of a batch knows of itself."""
+    """Gives the record of row b of a batch."""
     completions = numbers.completions
     real = completions.mask[b]
     log_prob, log_ref = completions.log_prob[b][real], completions.log_prob_ref[b][real]

@@ -29,10 +29,10 @@ class Limits(Untempered):
 
 
 class Setting(NamedTuple):
-    """What the methods of a run share."""
+    """The options, models, rewards and prompts that the methods of a run share."""
 
     options: ResponseOptions
-    """Of the run."""
+    """The options of the run."""
     loaded: dict[str, Model]
     """Models by role: "model", the base, the folders of methods (`Spec.folders`) and of rewards."""
     scorer: Scorer | None

@@ -15,18 +15,18 @@ from jaxalign import rewards
 
 
 class Kind(NamedTuple):
-    """What a method takes."""
+    """What a kind of method takes, as DIR, as strengths and as options."""
 
     takes: Literal["nothing", "folder", "critics", "critics or nothing", "function"]
-    """What stands behind KIND and a colon."""
+    """The text after KIND and a colon."""
     strengths: Literal["none", "any", "beta", "count", "choice"]
-    """What stands behind @: nothing; anything or nothing; positive numbers; whole ones; whole ones of at least 2."""
+    """The text after @: nothing; anything or nothing; positive numbers; integers; integers of at least 2."""
     reads: tuple[str, ...] = ()
     """Options that this kind alone reads; every kind reads the others."""
     needs_reward: bool = False
-    """Whether it maximises --reward."""
+    """Whether the method maximises --reward."""
     draws: Literal["any", "several", "untempered"] = "any"
-    """Temperatures: any; > 0, since it keeps one of several draws; 1."""
+    """Temperatures that it allows: any; > 0, since it keeps one of several draws; 1 alone."""
 
 
 KINDS: dict[str, Kind] = {
@@ -61,7 +61,7 @@ class Term(NamedTuple):
     """A critic of a weighted sum."""
 
     weight: float
-    """Its weight [1]."""
+    """The weight of the critic [1]."""
     critic: str
     """A name among CRITICS."""
     folder: str
@@ -77,13 +77,13 @@ class Spec(NamedTuple):
     """A method, read from its text."""
 
     text: str
-    """As given."""
+    """The text as given."""
     kind: str
     """A name among KINDS."""
     terms: tuple[Term, ...]
-    """Its critics; () for kinds without."""
+    """The critics of the method; () for kinds without."""
     target: str
-    """Its own folder, or the MODULE:FUNCTION of a user's method; "" for neither."""
+    """The folder of the method, or the MODULE:FUNCTION of a user's method; "" for neither."""
     strengths: tuple[float, ...]
     """beta, K, n, …; () for none."""
 
@@ -105,7 +105,7 @@ class Spec(NamedTuple):
 
     @property
     def needs_reward(self) -> bool:
-        """Whether it maximises --reward."""
+        """Whether the method maximises --reward."""
         return any(kind.needs_reward for kind in self._parts)
 
     @property
