@@ -68,6 +68,10 @@ def test_a_method_of_ones_own_stands_beside_the_others(folders, tmp_path, monkey
     for record in read(tmp_path / "out"):
         if record["method"] == f"{HERE}:again":
             assert record["info"] == {"length": len(record["tokens"])}
+    # Edited code is another method: its old responses are not taken for its own.
+    (tmp_path / "my_method.py").write_text(textwrap.dedent(shown) + "\n# edited\n")
+    with pytest.raises(ValueError, match=r"inputs: .* my_method|inputs: .*my_method.py.* changed"):
+        decode.main(arguments(folders, tmp_path / "out", *given, "--reward", folders["reward"]))
 
 
 def test_what_is_no_decoder_is_named(folders, tmp_path):

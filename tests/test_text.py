@@ -231,6 +231,20 @@ def test_scores_of_texts_in_any_batches(words):
         np.testing.assert_array_equal(found, 10.0 * (lengths + 1) + np.arange(5) + 0.5)
     found = text.score(counted, jnp.float32(0.5), words, TEXTS, responses, append_eos=False)
     np.testing.assert_array_equal(found, 10.0 * lengths + np.arange(5) + 0.5)
+    # A model may end at once: an empty response is its EOS alone.
+    np.testing.assert_array_equal(text.score(counted, jnp.float32(0.5), words, TEXTS[:2], ["", "a"]), [10.5, 21.5])
+
+
+def test_a_function_of_texts_scores_them_without_special_tokens(words):
+    seen = []
+
+    def letters(prompts: list[str], responses: list[str]) -> list[float]:
+        seen.extend(zip(prompts, responses, strict=True))
+        return [float(len(response)) for response in responses]
+
+    found = text.score(letters, None, words, ["a", "b"], ["c d", "e"], batch_size=2)
+    np.testing.assert_array_equal(found, [3.0, 1.0])
+    assert set(seen) == {("a", "c d"), ("b", "e")}
 
 
 def test_a_reward_model_scores_a_text_as_it_scores_its_tokens(words):
@@ -332,7 +346,7 @@ def test_bad_responses_are_named(words):
     for match, call in {
         "responses: expected a list of texts, found 'a'": lambda: score(["a"], "a"),
         "responses: expected one for each of 2 prompts, found 1": lambda: score(["a", "b"], ["a"]),
-        r"responses\[1\]: expected a response token": lambda: score(["a", "b"], ["a", ""]),
+        r"responses\[1\]: expected a response token": lambda: score(["a", "b"], ["a", ""], append_eos=False),
         "batch_size": lambda: score(["a"], ["a"], batch_size=0),
         "expected one real number per text": lambda: text.score(
             lambda p, t, m, n, i: jnp.ones((1, 1)), None, words, ["a"], ["b"]

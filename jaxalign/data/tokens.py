@@ -81,13 +81,17 @@ def prompt_ids(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
     return [int(i) for i in tokenizer(text, add_special_tokens=not templated)["input_ids"]]
 
 
-def response_ids(tokenizer: Any, text: str, eos_id: int | None, *, templated: bool) -> list[int]:
+def response_ids(
+    tokenizer: Any, text: str, eos_id: int | None, *, templated: bool, allow_empty: bool = False
+) -> list[int]:
     """Token ids of a response that ends in one EOS; eos_id None: nothing is appended.
 
-    In a rendered chat (templated) the response ends at its first EOS: some templates write a newline after it.
+    In a rendered chat (templated) the response ends at its first EOS: some templates write a newline after it. An empty
+    response that ends in an EOS is one that a model may give; allow_empty takes it, which data to learn from may not
+    hold.
 
     Raises:
-      ValueError: no token besides EOS.
+      ValueError: no token besides EOS, or with allow_empty no token at all.
     """
     ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     while eos_id is not None and ids[-2:] == [eos_id, eos_id]:
@@ -98,7 +102,7 @@ def response_ids(tokenizer: Any, text: str, eos_id: int | None, *, templated: bo
         closed = ids[: ids.index(eos_id) + 1]
     else:
         closed = [*ids, eos_id]
-    if not [i for i in ids if i != eos_id]:
+    if not (closed if allow_empty else [i for i in ids if i != eos_id]):
         raise ValueError("expected a response token, found none")
     return closed
 

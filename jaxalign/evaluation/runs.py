@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from jaxalign import _io, data, rewards
@@ -144,6 +145,8 @@ def _decode(
     inputs = [options.model, *spec.folders.values()]
     for name, value in (("reward", options.reward), ("gold", options.gold)):
         inputs += rewards.reward_roles(value, name=name).values()
+    if spec.kind == "function":  # responses of a method of one's own belong to its code as it was
+        inputs.append(getattr(sys.modules[spec.target.partition(":")[0]], "__file__", None) or "")
     stored = _MethodOptions(**shared, method=spec.text)
     folder = _io.open_run(str(pathlib.Path(options.out) / spec.slug), stored, inputs=inputs)
     final = folder / "responses.jsonl"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxalign import mdp, models
 from jaxalign._arrays import at_least_float32
 from jaxalign._builders import cached
-from jaxalign._checks import check_has_logits, check_prompt_fits
+from jaxalign._checks import check_has_logits, check_model, check_prompt_fits
 from jaxalign.rewards import prefixes
 from jaxalign.shapes import Candidates, RewardValues, Scores, TextIndex, TextLength, TextMask, TextTokens
 from jaxalign.types import (
@@ -206,10 +206,11 @@ def log_likelihood(lm: SequenceModel) -> Reward:
       A Reward in nats, with the model's params.
 
     Raises:
-      ValueError: a model without vocabulary logits.
+      ValueError: a model without vocabulary logits, or without `hidden`.
 
     Source: GenARM, arXiv 2410.08193, eq. 4.
     """
+    check_model("log_likelihood", lm, ("hidden", "logits", "vocab_size", "max_length"))
     check_has_logits("log_likelihood", lm)
 
     def reward(

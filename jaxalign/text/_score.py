@@ -13,6 +13,7 @@ import numpy as np
 from jaxalign import decoding, mdp, rewards
 from jaxalign.data import tokens as tokenization
 from jaxalign.data.tokens import Tokenizer
+from jaxalign.decoding.requests import open_reward
 from jaxalign.prompts import bucket, prompt_index
 from jaxalign.text._requests import (
     Batch,
@@ -26,11 +27,11 @@ from jaxalign.text._requests import (
     key_of,
     prompt_ids,
 )
-from jaxalign.types import Array, Completions, Params, Policy, Reward, TokenBatch
+from jaxalign.types import Array, Completions, Params, Policy, Reward, TextReward, TokenBatch
 
 
 def score(
-    reward: Reward,
+    reward: Reward | TextReward,
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
@@ -44,8 +45,8 @@ def score(
     """The reward of each response to its prompt.
 
     Args:
-      reward: any Reward over the tokenizer's ids.
-      params: its parameters.
+      reward: any Reward over the tokenizer's ids, or a function of texts f(prompts, responses) -> numbers.
+      params: its parameters; None for a function of texts.
       tokenizer: a tokenizer.
       prompts: texts, or chats as lists of messages; a prompt's number in the list is its index.
       responses: one text for each prompt. After a chat it is written as the template writes an assistant's message.
@@ -58,10 +59,13 @@ def score(
       [N] rewards, at least float32.
 
     Raises:
-      ValueError: prompts as in `generate`; other than one response for each, an empty one (its row is named), no EOS to
-        append, a tokenizer with ids beyond the reward's, values that are not one real number for each text.
+      ValueError: prompts as in `generate`; other than one response for each, one without tokens and without EOS (its
+        row is named), no EOS to append, a tokenizer with ids beyond the reward's, values that are not one real number
+        for each text.
     """
     items = check_prompts(prompts)
+    decoder: Any = tokenizer
+    reward = open_reward(reward, decoder)
     check_tokenizer(tokenizer, getattr(reward, "vocab_size", None))
     pairs = _pairs(tokenizer, items, responses, append_eos, eos_id, chat_template_kwargs)
     check_count("batch_size", batch_size)
@@ -149,7 +153,8 @@ def _pairs(
             if not isinstance(prompt, str):
                 message = {"role": "assistant", "content": response}
                 response = tokenization.render_response(tokenizer, prompt, [message], options=options)[1]
-            ids = tokenization.response_ids(tokenizer, response, end if append_eos else None, templated=chat)
+            closing = end if append_eos else None
+            ids = tokenization.response_ids(tokenizer, response, closing, templated=chat, allow_empty=True)
         except ValueError as error:
             raise ValueError(f"responses[{row}]: {error}") from error
         out.append((begun[row], ids))
