@@ -314,19 +314,23 @@ def check_batch_first(name: str, state: State, batch: int) -> None:
             )
 
 
+class ChangedTypesError(ValueError):
+    """A step gave a state or output of another structure, shape or dtype than it was given."""
+
+
 def check_same_types(name: str, what: str, before: Any, after: Any) -> None:
-    """ValueError unless a step kept the structure, shapes and dtypes of the state (or output) that it was given, as a
-    loop needs. A leaf of weak type takes the type of what replaces it."""
+    """ChangedTypesError unless a step kept the structure, shapes and dtypes of the state (or output) that it was given,
+    as a loop needs. A leaf of weak type takes the type of what replaces it."""
     left: Any = jax.tree.structure(before)
     right: Any = jax.tree.structure(after)
     if left != right:
-        raise ValueError(f"{name}: expected the {what} to keep its structure {left}, found {right}")
+        raise ChangedTypesError(f"{name}: expected the {what} to keep its structure {left}, found {right}")
     new = jax.tree.leaves(after)
     for (path, old), leaf in zip(jax.tree_util.tree_leaves_with_path(before), new, strict=True):
         weak = getattr(old, "weak_type", False)
         expected, found = (np.shape(old), jnp.result_type(old)), (np.shape(leaf), jnp.result_type(leaf))
         if expected[0] != found[0] or (expected[1] != found[1] and not weak):
-            raise ValueError(
+            raise ChangedTypesError(
                 f"{name}: expected the {what} to keep shape {expected[0]} and dtype {expected[1]} at "
                 f"{jax.tree_util.keystr(path) or 'its array'}, found {found[0]} and {found[1]}"
             )

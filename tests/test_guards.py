@@ -69,7 +69,7 @@ def sample(policy, params):
         (lambda: critics.hidden_value(LM), "head: expected a function"),
         (lambda: critics.transfer_q(LEVEL, tree.reward(TREE), num_samples=1), "baseline: expected a Policy"),
         (lambda: critics.transfer_q(BASE, "reward", num_samples=1), "reward: expected a function, found 'reward'"),
-        (lambda: critics.transfer_q(BASE, tree.reward(TREE), num_samples=1.5), "rollouts: expected an integer"),
+        (lambda: critics.transfer_q(BASE, tree.reward(TREE), num_samples=1.5), "num_samples: expected an integer"),
         (lambda: Critic(LEVEL.init, LEVEL.score, LEVEL.advance, "levels"), "kind: expected 'level' or 'increment'"),
         (lambda: LEVEL._replace(kind="sum"), "kind: expected 'level' or 'increment', found 'sum'"),
     ],

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._checks import entries_of, same_prompts
+from jaxalign._checks import ChangedTypesError, entries_of, same_prompts
 from jaxalign.prompts import any_prompts
 from jaxalign.types import Array, Params, Prompts, TokenBatch
 
@@ -53,6 +53,8 @@ def errors_break(law: int, doing: str, *kinds: type[Exception]) -> Iterator[None
         if not isinstance(error, kinds or ValueError):
             raise
         first = str(error).strip().splitlines() or [""]
+        if isinstance(error, ChangedTypesError):  # a loop around the step could not be compiled once
+            law = 6
         raise broken(law, f"{doing} raised {type(error).__name__}: {first[0]}") from error
 
 
