@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import os
 import pathlib
 import re
 import sys
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Job", "Repeated", "choose", "execute", "from_fields", "jobs", "load", "main", "parse", "run", "start"]
 
 FOLDERS = {"train": "Training", "eval": "Decoding and evaluation"}
-USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
+USAGE, FAILED, INTERRUPTED, CLOSED = 2, 1, 130, 141  # exit codes
 
 
 class Job(Protocol):
@@ -165,7 +166,7 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
 
     An error is one line on stderr; --debug, anywhere among the arguments, shows the traceback as well. Exit codes: 0;
     2 for usage (a ValueError, which names what is wrong with an option or an input); 1 for a run that failed otherwise;
-    130 after an interrupt.
+    130 after an interrupt; 141 where the reader of stdout has gone.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -174,6 +175,9 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails as well
+        sys.exit(CLOSED)
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -102,6 +102,12 @@ def test_help_and_version_import_no_jax():
     assert found.stdout.splitlines()[-1] == "[]"
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -u -m jaxalign --help | true"
+    found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+
+
 def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, capsys):
     out = str(tmp_path / "out")
     for words, named in (
