@@ -192,12 +192,15 @@ def test_every_test_of_the_properties_is_collected():
     assert [row for row in rows if row not in collected] == []
 
 
-LISTED = "types policies critics rewards decoding models data shaping infalign tree training evaluation text testing"
+LISTED = (
+    "types policies critics rewards decoding models data shaping infalign tree training evaluation tokens text testing"
+)
 
 
 @pytest.mark.parametrize("package", LISTED.split())
 def test_every_public_name_is_listed_with_its_parameters(package):
-    """docs/api.md ends with the names of each package's `__all__`; a function's line names all its parameters."""
+    """docs/api.md ends with the names of each package's `__all__`, as `python -m tests.write_api` writes them; a
+    function's line names all its parameters."""
     module = importlib.import_module(f"jaxalign.{package}")
     section = (ROOT / "docs/api.md").read_text().split(f"### jaxalign.{package}\n\n```text\n")[1].split("```")[0]
     lines = {re.split(r"\W", line)[0]: line for line in section.splitlines() if not line.startswith(" ")}

@@ -253,7 +253,7 @@ def test_a_reward_model_scores_a_text_as_it_scores_its_tokens(words):
     for value, written in zip(found, ["a b d <eos>", "c e f <eos>"], strict=True):
         hidden = lm.hidden(params, jnp.asarray([words(written)["input_ids"]]))
         np.testing.assert_allclose(value, lm.head(params, hidden)[0, -1, 0], rtol=1e-4, atol=1e-5)
-    chat = [{"role": "user", "content": "a"}]  # "a h", then "b <eos>"; what the template writes after it is left out
+    chat = [{"role": "user", "content": "a"}]  # "a h", then "b <eos>"; what the template writes after it is read too
     template = words.chat_template
     words.chat_template = template.replace(
         "{{ m.content }}", "{% if m.role == 'assistant' %}h {% endif %}{{ m.content }}"
@@ -262,7 +262,8 @@ def test_a_reward_model_scores_a_text_as_it_scores_its_tokens(words):
         one = text.score(rewards.from_model(lm), params, words, [chat], ["b"])
     finally:
         words.chat_template = template
-    np.testing.assert_allclose(one, text.score(rewards.from_model(lm), params, words, ["a h"], ["b"]), rtol=1e-5)
+    hidden = lm.hidden(params, jnp.asarray([words("a h b <eos> h")["input_ids"]]))
+    np.testing.assert_allclose(one, lm.head(params, hidden)[:, -1, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_log_prob_of_texts_is_that_of_their_tokens(model, words):

@@ -7,7 +7,7 @@ import tokenizers
 import transformers
 
 from jaxalign import text
-from jaxalign.data import tokens as tokenization
+from jaxalign import tokens as tokenization
 from jaxalign.data.tokenizers import byte_level
 from tests.conftest import tiny_lm
 

@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
-Messages: TypeAlias = Sequence[Mapping[str, Any]]
-"""A chat: [{"role": …, "content": …}, …], as a tokenizer's chat template reads it."""
-
-
-class Tokenizer(Protocol):
-    """The methods of a tokenizer that the library calls; those of transformers offer it.
-
-    A chat needs its `chat_template` and `apply_chat_template` too, an appended end its `eos_token_id`.
-    """
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]:
-        """{"input_ids": ids} of a text."""
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-        """The text of ids."""
-
-    def get_vocab(self) -> Mapping[str, int]:
-        """Token -> id, of all that the tokenizer may give."""
+from jaxalign.tokens import Messages
 
 
 def render_chat(
@@ -105,32 +87,3 @@ def response_ids(
     if not (closed if allow_empty else [i for i in ids if i != eos_id]):
         raise ValueError("expected a response token, found none")
     return closed
-
-
-def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of ids without special tokens; spaces stay as the tokens have them."""
-    # Cleaning spaces changes text that stands already ("do n" and "'t" to "don't"), which a stream cannot take back.
-    options = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
-    return str(tokenizer.decode([int(i) for i in ids], skip_special_tokens=True, **options))
-
-
-def byte_tokens(tokenizer: Any) -> frozenset[int]:
-    """Ids of the tokens that stand for one byte each, as <0xE2>: a vocabulary's way out for unknown characters."""
-    return frozenset(i for token, i in tokenizer.get_vocab().items() if re.fullmatch("<0x[0-9A-F]{2}>", token))
-
-
-def settled_text(tokenizer: Any, ids: Sequence[int], byte_ids: frozenset[int]) -> str:
-    """The beginning of the text of ids that no further token changes.
-
-    Left out are a run of byte tokens at the end, whose characters are decided where it ends, and the replacement
-    characters of a character that is not whole.
-
-    Args:
-      tokenizer: the tokenizer.
-      ids: of a response so far.
-      byte_ids: `byte_tokens` of the tokenizer.
-    """
-    end = len(ids)
-    while end and ids[end - 1] in byte_ids:
-        end -= 1
-    return decode_text(tokenizer, ids[:end]).rstrip("\ufffd")

@@ -12,8 +12,6 @@ import numpy as np
 
 from jaxalign import policies, rollout
 from jaxalign._arrays import drop_weak_types, repeat_rows
-from jaxalign.data import tokens as tokenization
-from jaxalign.data.tokens import Tokenizer
 from jaxalign.decoding.requests import check_request, streams, with_temperature
 from jaxalign.prompts import prompt_index
 from jaxalign.text._requests import (
@@ -21,13 +19,14 @@ from jaxalign.text._requests import (
     Prompt,
     batches,
     check_count,
-    check_options,
     check_prompts,
     check_tokenizer,
+    format_of,
     in_order,
     key_of,
     prompt_ids,
 )
+from jaxalign.tokens import Tokenizer, byte_tokens, decode_text, settled_text
 from jaxalign.types import Array, ArrayLike, Completions, LanguageModel, Params, Policy, Prompts, State, StepOutput
 
 Watch: TypeAlias = Callable[[Completions, bool], None]
@@ -66,6 +65,7 @@ def generate(
     batch_size: int = 32,
     stream: Stream | None = None,
     stream_every: int = 8,
+    system: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Generated:
     """Draws a response to each prompt. The draws are those of `decoding.sample` with the same key.
@@ -89,6 +89,7 @@ def generate(
       stream: called as stream(row, text) while the texts grow; the pieces of a row add up to its text. A character is
         given when no further token changes it.
       stream_every: tokens between two calls of `stream`.
+      system: a system turn for chats that have none.
       chat_template_kwargs: further arguments of the chat template, for instance {"enable_thinking": False}.
 
     Returns:
@@ -101,14 +102,14 @@ def generate(
     """
     items = check_prompts(prompts)
     check_tokenizer(tokenizer, lm.vocab_size)
-    check_options(items, chat_template_kwargs)
+    form = format_of(tokenizer, items, chat_template_kwargs, system)
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("stream_every", stream_every)):
         check_count(name, value)
     if num_samples is not None:
         check_count("num_samples", num_samples)
         if stream is not None:
             raise ValueError(f"stream: expected None with num_samples, found one with num_samples = {num_samples}")
-    sequences = prompt_ids(tokenizer, items, chat_template_kwargs)
+    sequences = prompt_ids(form, items)
     _check_room(sequences, lm.max_length, max_new_tokens)
     if policy is None:
         policy = policies.language_model(lm)
@@ -293,7 +294,7 @@ def _texts(tokenizer: Tokenizer, completions: Completions, eos_ids: tuple[int, .
     tokens, mask = np.asarray(completions.tokens), np.asarray(completions.mask)
     return [
         [
-            tokenization.decode_text(tokenizer, _without_end(row[real].tolist(), eos_ids))
+            decode_text(tokenizer, _without_end(row[real].tolist(), eos_ids))
             for row, real in zip(samples, valid, strict=True)
         ]
         for samples, valid in zip(tokens, mask, strict=True)
@@ -302,7 +303,7 @@ def _texts(tokenizer: Tokenizer, completions: Completions, eos_ids: tuple[int, .
 
 def _watch(stream: Stream, tokenizer: Tokenizer, eos_ids: tuple[int, ...], batch: Batch) -> Watch:
     """Gives the caller's stream what is settled of each row's text, and at its end the rest."""
-    byte_ids = tokenization.byte_tokens(tokenizer)
+    byte_ids = byte_tokens(tokenizer)
     ids: list[list[int]] = [[] for _ in batch.rows]
     given = [""] * len(batch.rows)
 
@@ -314,10 +315,7 @@ def _watch(stream: Stream, tokenizer: Tokenizer, eos_ids: tuple[int, ...], batch
             if not new and not last:
                 continue
             text = _without_end(ids[b], eos_ids)
-            if last or finished[b]:
-                now = tokenization.decode_text(tokenizer, text)
-            else:
-                now = tokenization.settled_text(tokenizer, text, byte_ids)
+            now = decode_text(tokenizer, text) if last or finished[b] else settled_text(tokenizer, text, byte_ids)
             if len(now) > len(given[b]) and now.startswith(given[b]):
                 stream(row, now[len(given[b]) :])
                 given[b] = now

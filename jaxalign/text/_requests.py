@@ -8,9 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from jaxalign.data import tokens as tokenization
-from jaxalign.data.tokens import Messages, Tokenizer
 from jaxalign.prompts import prompt_batch
+from jaxalign.tokens import Messages, TextFormat, Tokenizer, encode_prompt, text_format
 from jaxalign.types import Array, TokenBatch
 
 Prompt: TypeAlias = str | Messages
@@ -59,10 +58,18 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int | None) -> None:
         )
 
 
-def check_options(prompts: Sequence[Prompt], options: Mapping[str, Any] | None) -> None:
-    """ValueError for arguments of a chat template where no prompt is a chat."""
-    if options and all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"chat_template_kwargs: expected chats among the prompts, found texts alone and {options!r}")
+def format_of(
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    options: Mapping[str, Any] | None,
+    system: str | None,
+    closing: Sequence[int] | None = None,
+) -> TextFormat:
+    """The format of the texts. ValueError for what concerns chats alone where no prompt is a chat."""
+    for name, value in (("chat_template_kwargs", options), ("system", system)):
+        if value and all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"{name}: expected chats among the prompts, found texts alone and {value!r}")
+    return text_format(tokenizer, closing=closing, system=system, template_options=options)
 
 
 def check_count(name: str, value: Any) -> None:
@@ -82,21 +89,14 @@ def key_of(rng: Array | None, seed: int | None) -> Array:
     return rng
 
 
-def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[Prompt], options: Mapping[str, Any] | None) -> list[list[int]]:
-    """Token ids of each prompt; a chat ends in the template's opening of the response. ValueError naming the row."""
+def prompt_ids(form: TextFormat, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt, by `tokens.encode_prompt`. ValueError naming the row."""
     out = []
     for row, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            text = prompt
-        else:
-            try:
-                text = tokenization.render_chat(tokenizer, prompt, add_generation_prompt=True, options=options)
-            except ValueError as error:
-                raise ValueError(f"prompts[{row}]: {error}") from error
-        ids = tokenization.prompt_ids(tokenizer, text, templated=not isinstance(prompt, str))
-        if not ids:
-            raise ValueError(f"prompts[{row}]: expected at least one token, found none in {text!r:.80}")
-        out.append(ids)
+        try:
+            out.append(encode_prompt(form, prompt).ids)
+        except ValueError as error:
+            raise ValueError(f"prompts[{row}]: {error}") from error
     return out
 
 

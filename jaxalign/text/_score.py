@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import decoding, mdp, rewards
-from jaxalign.data import tokens as tokenization
-from jaxalign.data.tokens import Tokenizer
 from jaxalign.decoding.requests import open_reward
 from jaxalign.prompts import bucket, prompt_index
 from jaxalign.text._requests import (
@@ -20,13 +18,13 @@ from jaxalign.text._requests import (
     Prompt,
     batches,
     check_count,
-    check_options,
     check_prompts,
     check_tokenizer,
+    format_of,
     in_order,
     key_of,
-    prompt_ids,
 )
+from jaxalign.tokens import TextFormat, Tokenizer, encode_pair, encode_prompt
 from jaxalign.types import Array, Completions, Params, Policy, Reward, TextReward, TokenBatch
 
 
@@ -40,6 +38,7 @@ def score(
     append_eos: bool = True,
     eos_id: int | None = None,
     batch_size: int = 32,
+    system: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """The reward of each response to its prompt.
@@ -49,10 +48,12 @@ def score(
       params: its parameters; None for a function of texts.
       tokenizer: a tokenizer.
       prompts: texts, or chats as lists of messages; a prompt's number in the list is its index.
-      responses: one text for each prompt. After a chat it is written as the template writes an assistant's message.
-      append_eos: whether a response ends in an EOS, as a finished one does.
-      eos_id: that EOS; the tokenizer's when None.
+      responses: one text for each prompt. After a chat it is written as the template writes an assistant's turn, with
+        all that the template writes after it: that is the text that a reward model's author scores.
+      append_eos: whether a response ends as a finished one does, in its EOS or in the template's end.
+      eos_id: the EOS of a response in plain text; the tokenizer's when None.
       batch_size: texts that are read together.
+      system: a system turn for chats that have none.
       chat_template_kwargs: further arguments of the chat template.
 
     Returns:
@@ -67,7 +68,8 @@ def score(
     decoder: Any = tokenizer
     reward = open_reward(reward, decoder)
     check_tokenizer(tokenizer, getattr(reward, "vocab_size", None))
-    pairs = _pairs(tokenizer, items, responses, append_eos, eos_id, chat_template_kwargs)
+    form = _format(tokenizer, items, append_eos, eos_id, chat_template_kwargs, system)
+    pairs = _pairs(form, items, responses, append_eos, tail=True)
     check_count("batch_size", batch_size)
     check = getattr(reward, "check", None)
     parts, found = [], list(batches([prompt for prompt, _ in pairs], batch_size))
@@ -96,6 +98,7 @@ def log_prob(
     append_eos: bool = True,
     eos_id: int | None = None,
     batch_size: int = 32,
+    system: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Completions:
     """log pi(y_t|x,y_<t) of each token of the responses under a policy, as `decoding.log_prob` gives it.
@@ -103,7 +106,8 @@ def log_prob(
     Args:
       policy: any Policy over the tokenizer's ids.
       params: its parameters. Values per prompt in them need all prompts in one batch.
-      tokenizer, prompts, responses, append_eos, eos_id, batch_size, chat_template_kwargs: as in `score`.
+      tokenizer, prompts, responses, append_eos, eos_id, batch_size, system, chat_template_kwargs: as in `score`, but
+        for what a template writes after the end of a response, which no policy draws.
       rng: a key, consumed by policies that draw.
       seed: makes the key where rng is None; 0 when both are.
 
@@ -115,7 +119,8 @@ def log_prob(
     """
     items = check_prompts(prompts)
     check_tokenizer(tokenizer, policy.vocab_size)
-    pairs = _pairs(tokenizer, items, responses, append_eos, eos_id, chat_template_kwargs)
+    form = _format(tokenizer, items, append_eos, eos_id, chat_template_kwargs, system)
+    pairs = _pairs(form, items, responses, append_eos, tail=False)
     check_count("batch_size", batch_size)
     key = key_of(rng, seed)
     ends = tuple({pair[-1] for _, pair in pairs}) if append_eos else ()
@@ -128,36 +133,43 @@ def log_prob(
     return joined
 
 
-def _pairs(
+def _format(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
-    responses: Sequence[str],
     append_eos: bool,
     eos_id: int | None,
     options: Mapping[str, Any] | None,
+    system: str | None,
+) -> TextFormat:
+    """The format of given texts. ValueError for a response in plain text whose EOS is not known."""
+    closing = None if eos_id is None else (eos_id,)
+    form = format_of(tokenizer, prompts, options, system, closing)
+    if append_eos and not form.closing and any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("eos_id: expected an id, since the tokenizer has no EOS, found None (append_eos=False: none)")
+    return form
+
+
+def _pairs(
+    form: TextFormat, prompts: Sequence[Prompt], responses: Sequence[str], append_eos: bool, *, tail: bool
 ) -> list[tuple[list[int], list[int]]]:
-    """(prompt, response) as token ids, for each row. ValueError naming the row."""
+    """(prompt, response) as token ids, for each row; tail: with what the template writes after the end. ValueError
+    naming the row."""
     if not isinstance(responses, list | tuple) or not all(isinstance(text, str) for text in responses):
         raise ValueError(f"responses: expected a list of texts, found {responses!r:.80}")
     if len(responses) != len(prompts):
         raise ValueError(f"responses: expected one for each of {len(prompts)} prompts, found {len(responses)}")
-    check_options(prompts, options)
-    end = eos_id if eos_id is not None else getattr(tokenizer, "eos_token_id", None)
-    if append_eos and end is None:
-        raise ValueError("eos_id: expected an id, since the tokenizer has no EOS, found None (append_eos=False: none)")
-    begun = prompt_ids(tokenizer, prompts, options)
     out = []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        chat = not isinstance(prompt, str)
         try:
-            if not isinstance(prompt, str):
-                message = {"role": "assistant", "content": response}
-                response = tokenization.render_response(tokenizer, prompt, [message], options=options)[1]
-            closing = end if append_eos else None
-            ids = tokenization.response_ids(tokenizer, response, closing, templated=chat, allow_empty=True)
+            encode_prompt(form, prompt)
+        except ValueError as error:  # the prompt's fault, not the response's
+            raise ValueError(f"prompts[{row}]: {error}") from error
+        try:
+            found = encode_pair(form, prompt, response, allow_empty=append_eos)
         except ValueError as error:
             raise ValueError(f"responses[{row}]: {error}") from error
-        out.append((begun[row], ids))
+        end = [*found.closing, *(found.tail if tail else [])] if append_eos else []
+        out.append((found.prompt, [*found.response, *end]))
     return out
 
 

@@ -1,0 +1,58 @@
+"""Writes the listings of docs/api.md anew, from the packages' `__all__`, signatures and docstrings:
+
+python -m tests.write_api
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pathlib
+import re
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs/api.md"
+
+
+def entry(name: str, found: object) -> str:
+    """The lines of one name: its parameters, and the first paragraph of its docstring where it has one of its own."""
+    if not (inspect.isfunction(found) or inspect.isclass(found)) or not found.__module__.startswith("jaxalign"):
+        return name  # a type alias
+    own = found.__doc__ if inspect.isfunction(found) else vars(found).get("__doc__")
+    text = " ".join((own or "").strip().split("\n\n")[0].split())
+    generated = text.startswith(f"{name}(")  # what a NamedTuple or dataclass without a docstring is given
+    return name + signature(found) + (f"\n    {text}" if text and not generated else "")
+
+
+def signature(found: object) -> str:
+    """The parameters as a reader writes them: annotations without quotes. A Protocol is listed as it is called."""
+    if getattr(found, "_is_protocol", False):
+        if "__call__" not in vars(found):
+            return ""
+        found = vars(found)["__call__"]
+    if inspect.isclass(found) and issubclass(found, BaseException):
+        return ""
+    text = re.sub(r"\((self|_cls), ", "(", str(inspect.signature(found)))  # type: ignore[arg-type]
+    text = re.sub(r"ForwardRef\('([^']*)'\)", r"\1", text)
+    text = re.sub(r"(?<=: )('|\")(.*?)\1(?=[,) ])", r"\2", text)
+    text = re.sub(r"(?<=-> )'([^']*)'", r"\1", text)
+    text = re.sub(r"<function ([\w.]+) at 0x[0-9a-f]+>", r"\1", text)
+    return text.removesuffix(" -> None")
+
+
+def listing(package: str) -> str:
+    module = importlib.import_module(f"jaxalign.{package}")
+    return "\n".join(entry(name, getattr(module, name)) for name in module.__all__)
+
+
+def written(page: str) -> str:
+    """The page with every listing as it is now."""
+
+    def fresh(match: re.Match[str]) -> str:
+        return f"### jaxalign.{match[1]}\n\n```text\n{listing(match[1])}\n```"
+
+    return re.sub(r"### jaxalign\.(\w+)\n\n```text\n.*?```", fresh, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text()))
+    print(f"wrote {PAGE}")
