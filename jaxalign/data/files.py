@@ -10,17 +10,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxalign.data import tokens
+from jaxalign.data.encoded import Prompt
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
-
-
-class Prompt(NamedTuple):
-    """A prompt of a file."""
-
-    text: str
-    """The text that the model reads; of a chat, the text that its template wrote."""
-    tokens: list[int]
-    """The ids of the text, at least one."""
 
 
 class _Line(NamedTuple):

@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.data import tokens as tokenization
+from jaxalign.data.encoded import Loaded as Loaded
+from jaxalign.data.encoded import PairTokens as PairTokens
+from jaxalign.data.encoded import TextTokens as TextTokens
 from jaxalign.data.files import raw_lines
 
 TURN = "\n\nAssistant:"
@@ -47,45 +50,6 @@ class Text(NamedTuple):
     """The text to learn."""
     templated: bool = False
     """Whether a chat template has written the special tokens."""
-
-
-class PairTokens(NamedTuple):
-    """A preference as token ids."""
-
-    prompt: list[int]
-    """Ids of the prompt, cut at its beginning where it is too long."""
-    chosen: list[int]
-    """Ids of the preferred response, EOS included."""
-    rejected: list[int]
-    """Ids of the other response, EOS included."""
-    where: str
-    """File and line."""
-    split_key: str = ""
-    """The uncut text by which rows are split (`split_by_prompt`)."""
-
-
-class TextTokens(NamedTuple):
-    """A text to learn as token ids."""
-
-    prompt: list[int]
-    """Ids of the prompt, cut at its beginning where it is too long."""
-    response: list[int]
-    """Ids of the response, EOS included."""
-    where: str
-    """File and line."""
-    split_key: str = ""
-    """The uncut text by which rows are split (`split_by_prompt`)."""
-
-
-class Loaded(NamedTuple):
-    """The rows of a file."""
-
-    rows: list[Any]
-    """The good rows."""
-    skipped: int
-    """How many bad rows were left out."""
-    reasons: list[str]
-    """"file:line: reason" of the first 20 of them."""
 
 
 class _BadRow(Exception):
@@ -213,7 +177,8 @@ def pad_texts(rows: Sequence[TextTokens], *, length: int) -> dict[str, np.ndarra
       length: L.
 
     Returns:
-      {"tokens" [B,L] int32, "mask" [B,L] True on real tokens, "loss_mask" [B,L] True on the response's}.
+      {"tokens" [B,L] int32, "mask" [B,L] True on real tokens, "loss_mask" [B,L] True on what is learned
+      of the response}.
 
     Raises:
       ValueError: a row that is longer than length, or one without a response token that is predicted from another,
@@ -228,15 +193,18 @@ def pad_texts(rows: Sequence[TextTokens], *, length: int) -> dict[str, np.ndarra
         if not row.response or len(both) < 2:
             raise ValueError(f"{row.where}: expected a response token after another token, found an empty loss mask")
         tokens[b, : len(both)], mask[b, : len(both)] = both, True
-        loss_mask[b, len(row.prompt) : len(both)] = True
+        loss_mask[b, len(row.prompt) : len(both)] = True if row.learned is None else row.learned
     return {"tokens": tokens, "mask": mask, "loss_mask": loss_mask}
 
 
 def pad_pairs(rows: Sequence[PairTokens], *, length: int) -> dict[str, dict[str, np.ndarray]]:
     """Pairs as right-padded arrays: {"chosen", "rejected"}, each as `pad_texts` makes it. ValueErrors as there."""
     return {
-        side: pad_texts([TextTokens(row.prompt, getattr(row, side), row.where) for row in rows], length=length)
-        for side in ("chosen", "rejected")
+        side: pad_texts(
+            [TextTokens(row.prompt, getattr(row, side), row.where, learned=row.learned[i]) for row in rows],
+            length=length,
+        )
+        for i, side in enumerate(("chosen", "rejected"))
     }
 
 

@@ -13,6 +13,7 @@ from jaxalign.tokens._encode import (
     encode_pair,
     encode_prompt,
     encode_text,
+    prompt_text,
 )
 from jaxalign.tokens._format import Messages, Text, TextFormat, Tokenizer, text_format
 from jaxalign.tokens._show import show_row
@@ -31,6 +32,7 @@ __all__ = [
     "encode_pair",
     "encode_prompt",
     "encode_text",
+    "prompt_text",
     "settled_text",
     "show_row",
     "text_format",

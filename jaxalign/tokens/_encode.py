@@ -93,6 +93,12 @@ def encode_prompt(form: TextFormat, prompt: Text) -> PromptTokens:
     return PromptTokens(ids, header)
 
 
+def prompt_text(form: TextFormat, prompt: Text) -> str:
+    """The text of a prompt: a plain text as it is, of a chat what its template writes. ValueErrors as of
+    `encode_prompt`."""
+    return prompt if isinstance(prompt, str) else _chat.render_prompt(form, prompt)
+
+
 def encode_pair(form: TextFormat, prompt: Text, response: Text, *, allow_empty: bool = False) -> Encoded:
     """Token ids of a prompt and a response.
 
