@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from jaxalign import _io, data, rewards
@@ -144,9 +143,12 @@ def _decode(
     # Not the prompts: their texts are compared with those of the responses.
     inputs = [options.model, *spec.folders.values()]
     for name, value in (("reward", options.reward), ("gold", options.gold)):
-        inputs += rewards.reward_roles(value, name=name).values()
-    if spec.kind == "function":  # responses of a method of one's own belong to its code as it was
-        inputs.append(getattr(sys.modules[spec.target.partition(":")[0]], "__file__", None) or "")
+        inputs += rewards.reward_inputs(value, name=name)
+    # Responses and their numbers belong to the code as it was.
+    if spec.kind == "function":
+        inputs += rewards.program_files(spec.target, name="method")
+    if options.embedding:
+        inputs += rewards.program_files(options.embedding, name="embedding")
     stored = _MethodOptions(**shared, method=spec.text)
     folder = _io.open_run(str(pathlib.Path(options.out) / spec.slug), stored, inputs=inputs)
     final = folder / "responses.jsonl"

@@ -9,7 +9,16 @@ from jaxalign.rewards.combinators import RewardMap, calibrated, map_reward, shap
 from jaxalign.rewards.models import TokenGradient, from_model, log_likelihood, token_gradient
 from jaxalign.rewards.params import CalibratedParams, MapParams, ShapedParams, WeightedSumParams
 from jaxalign.rewards.programs import from_numpy, from_text
-from jaxalign.rewards.specs import Term, build_reward, is_program, parse_reward, program, reward_roles
+from jaxalign.rewards.specs import (
+    Term,
+    build_reward,
+    is_program,
+    parse_reward,
+    program,
+    program_files,
+    reward_inputs,
+    reward_roles,
+)
 from jaxalign.rewards.values import call_reward, check_values
 
 __all__ = [
@@ -32,6 +41,8 @@ __all__ = [
     "map_reward",
     "parse_reward",
     "program",
+    "program_files",
+    "reward_inputs",
     "reward_roles",
     "shaped",
     "token_gradient",

@@ -3,9 +3,12 @@ MODULE:FUNCTION". The one place that reads and builds them."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -52,6 +55,28 @@ def program(spec: str, *, name: str = "reward") -> Callable[..., Any]:
         raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r}, a {type(found).__name__}")
     function_found: Callable[..., Any] = found
     return function_found
+
+
+def program_files(spec: str, *, name: str = "reward") -> tuple[str, ...]:
+    """Names the source files of a program, on which everything that it computed depends.
+
+    Args:
+      spec: "MODULE:FUNCTION".
+      name: the field that errors name.
+
+    Returns:
+      The file of MODULE, and that of the function's own module where MODULE only imports it; () for what has no file,
+      as a builtin or a function typed at the prompt.
+
+    Raises:
+      ValueError: of `program`.
+    """
+    function: Any = program(spec, name=name)
+    while isinstance(function, functools.partial):
+        function = function.func
+    modules = (spec.partition(":")[0], getattr(inspect.unwrap(function), "__module__", None))
+    found = (getattr(sys.modules.get(module or ""), "__file__", None) for module in modules)
+    return tuple(dict.fromkeys(str(file) for file in found if file))
 
 
 def is_program(spec: str) -> bool:
@@ -117,6 +142,24 @@ def reward_roles(spec: str, *, name: str = "reward") -> dict[str, str]:
     """
     terms = parse_reward(spec, name=name) if spec else ()
     return {_role(terms, term.source, name): term.source for term in terms if not is_program(term.source)}
+
+
+def reward_inputs(spec: str, *, name: str = "reward") -> tuple[str, ...]:
+    """Names what the numbers of a reward depend on: the inputs of each run that reads it.
+
+    Args:
+      spec: as `parse_reward` reads it; "" for none.
+      name: the field that errors name.
+
+    Returns:
+      The folders of its models and the source files of its programs, in the order of the terms.
+
+    Raises:
+      ValueError: of `parse_reward` and `program`.
+    """
+    terms = parse_reward(spec, name=name) if spec else ()
+    files = (program_files(t.source, name=name) if is_program(t.source) else (t.source,) for t in terms)
+    return tuple(file for found in files for file in found)
 
 
 def build_reward(

@@ -69,7 +69,7 @@ def check(config: Any) -> None:
 
 def inputs(config: Any) -> list[str]:
     """The files and folders that the reward reads."""
-    return [*rollouts.reward_inputs(config.reward), config.calibration]
+    return [*rewards.reward_inputs(config.reward), config.calibration]
 
 
 def build(config: Any, begin: job.Start, asked: Sequence[Sequence[int]]) -> Composed:

@@ -79,16 +79,11 @@ def check_source(config: Source) -> None:
 
 def inputs(config: Source) -> list[str]:
     """The files and folders that a run reads."""
-    folders = [config.base, config.prompts, *reward_inputs(config.reward)]
+    folders = [config.base, config.prompts, *rewards.reward_inputs(config.reward)]
     if isinstance(config, job.TrainingOptions):
         folders += [config.model, config.architecture, config.tokenizer]
     # The shards alone: the folder around them is written anew each time its own command is repeated.
     return [*folders, str(pathlib.Path(config.rollouts) / "rollouts") if config.rollouts else ""]
-
-
-def reward_inputs(spec: str) -> list[str]:
-    """The terms of --reward: those that are folders are inputs of a run."""
-    return [term.source for term in rewards.parse_reward(spec)]
 
 
 def judge(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) -> tuple[Reward, Params]:
@@ -148,7 +143,7 @@ def _check_same(config: Source, paths: list[pathlib.Path]) -> None:
             )
     # By their time of change: other weights under the same name made other roll-outs.
     changed = _io.changed_inputs(
-        pathlib.Path(config.rollouts), inputs=[config.base, config.prompts, *reward_inputs(config.reward)]
+        pathlib.Path(config.rollouts), inputs=[config.base, config.prompts, *rewards.reward_inputs(config.reward)]
     )
     if changed:
         raise ValueError(f"rollouts: expected those of the files as they are now, found {changed} changed since")

@@ -47,8 +47,8 @@ def made_with(
     temperature: float = 1.0,
 ) -> dict[str, Any]:
     """What a table depends on. base: folder of the model; reward: as `rewards.parse_reward` reads it, MODULE:FUNCTION
-    by its name; prompts: token ids. Weights count, names of folders do not."""
-    terms = sorted((folder_digest(name), weight) for weight, name in rewards.parse_reward(reward))
+    by its name and the text of its source files; prompts: token ids. Weights count, names of folders do not."""
+    terms = sorted((_source_digest(name), weight) for weight, name in rewards.parse_reward(reward))
     return {
         "base": folder_digest(base),
         "reward": " + ".join(name if weight == 1 else f"{weight!r} * {name}" for name, weight in terms),
@@ -107,6 +107,14 @@ def folder_digest(folder: str | pathlib.Path) -> str:
                 while part := source.read(1 << 24):
                     digest.update(part)
     return digest.hexdigest()
+
+
+def _source_digest(source: str) -> str:
+    """What a term of a reward is, in short: the hash of a folder, or a program's name and the hash of its files."""
+    if not rewards.is_program(source):
+        return folder_digest(source)
+    files = [pathlib.Path(file).read_bytes() for file in rewards.program_files(source)]
+    return " ".join([source, *map(_digest, files)])
 
 
 def _digest(text: bytes) -> str:
