@@ -34,6 +34,7 @@ class Lora:
       rank: of each product a·b.
       alpha: the scale is alpha/rank.
       targets: the projections that have one, names of `TARGETS`.
+      rslora: whether the scale is alpha/sqrt(rank) in its place (rank-stabilised LoRA, arXiv 2312.03732).
 
     Raises:
       ValueError: a rank below 1, an alpha that is not finite and > 0, no target or an unknown one.
@@ -42,6 +43,7 @@ class Lora:
     rank: int
     alpha: float = 16.0
     targets: tuple[str, ...] = tuple(TARGETS)
+    rslora: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))  # hashable, as jit wants a static argument
@@ -54,8 +56,8 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """alpha/rank, by which a·b is multiplied."""
-        return self.alpha / self.rank
+        """alpha/rank, or alpha/sqrt(rank) with `rslora`, by which a·b is multiplied."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -107,5 +108,7 @@ def split_sizes(config: Config, sizes: str) -> tuple[int, ...]:
 def is_harmless(config: Config, key: str) -> bool:
     """Whether a checkpoint may hold this tensor beyond the table.
 
-    Rotary buffers of old files are of that kind, and the copy of a tied lm_head."""
-    return key.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and key == "lm_head.weight")
+    Buffers of rotary positions are of that kind, which a config gives, and the copy of a tied lm_head."""
+    if config.tie_embeddings and key == "lm_head.weight":
+        return True
+    return re.search(r"(^|\.)rotary_emb\.(original_)?inv_freq$|\.rotary_emb\.(cos|sin)_cached$", key) is not None

@@ -8,7 +8,8 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -38,15 +39,19 @@ def whole_folder(path: str | pathlib.Path, *, overwrite: bool) -> Iterator[pathl
         raise
 
 
-def local_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder of a path, or of a model on the hub by its name, which is downloaded. ValueError: no such folder."""
+def local_folder(path: str | pathlib.Path, *, revision: str | None = None) -> pathlib.Path:
+    """The folder of a path, or of a model on the hub by its name, which is downloaded. ValueError: no such folder.
+
+    revision: of a model on the hub; None is its main one.
+    """
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         return folder
     if isinstance(path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not folder.parent.is_dir():
         from huggingface_hub import snapshot_download  # needed for models on the hub alone
 
-        return pathlib.Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+        return pathlib.Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     raise ValueError(f"path: expected a folder with config.json and safetensors, found none at {folder}")
 
 
@@ -66,3 +71,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     """Writes indented JSON."""
     path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def named(names: Iterable[str]) -> str:
+    """At most ten names in their order and how many there are, for messages; "none" without names."""
+    found = list(names)
+    if len(found) <= 10:
+        return str(found) if found else "none"
+    return f"{found[:10]} and {len(found) - 10} more"
+
+
+def tell(message: str) -> None:
+    """Tells what was passed over or changed while a folder was read, as a warning of one line."""
+    warnings.warn(message, stacklevel=4)

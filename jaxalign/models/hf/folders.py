@@ -15,18 +15,27 @@ from jax.typing import DTypeLike
 from jaxalign.models import sharding
 from jaxalign.models.hf import tensors
 from jaxalign.models.hf.config import config_from_hf, config_to_hf, id_set
-from jaxalign.models.hf.files import local_folder, read_json, whole_folder, write_json
+from jaxalign.models.hf.files import read_json, whole_folder, write_json
+from jaxalign.models.hf.sources import find_source, merge_plan
 from jaxalign.models.language_model import LanguageModel, dtype_name
 from jaxalign.types import Params
 
 
 def load(
-    path: str | pathlib.Path, *, dtype: DTypeLike = "float32", mesh: jax.sharding.Mesh | None = None
+    path: str | pathlib.Path,
+    *,
+    base: str | pathlib.Path | None = None,
+    dtype: DTypeLike = "float32",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[LanguageModel, Params]:
     """Loads a model from a folder, or from the hub by its name.
 
+    An adapter's folder gives the whole model: its base with the adapter merged in float32, tensor by tensor.
+
     Args:
-      path: a folder with config.json and model.safetensors (or its index and shards), or "owner/model".
+      path: a folder with config.json and model.safetensors (or its index and shards), or "owner/model"; a folder of an
+        adapter (peft's adapter_config.json), or "ADAPTER_DIR@BASE_DIR".
+      base: with an adapter, the model that it changes, in place of the base that its folder names.
       dtype: of the parameters, whatever the files hold, in any form that jax takes.
       mesh: where the parameters are placed, by the table of logical axes (`sharding.shard`); None: on one device.
 
@@ -35,20 +44,22 @@ def load(
 
     Raises:
       ValueError: another dtype or mesh; an unsupported field of config.json; tensors that are missing, surplus or
-        misshapen, by name; a folder or file that is missing, by path.
+        misshapen, by name; a folder or file that is missing, by path; an adapter with a field that is not supported.
     """
     name = dtype_name(dtype)
     if name == "float64" and jax.dtypes.canonicalize_dtype(name) != name:
         raise ValueError("dtype: expected float64 under jax.enable_x64, found it off")
     sharding.check_mesh(mesh)
-    folder = local_folder(path)
+    source = find_source(path, base=base)
+    folder = source.base
     config = config_from_hf(read_json(folder / "config.json"))
     generation = folder / "generation_config.json"
     if generation.exists():
         eos = id_set(read_json(generation).get("eos_token_id"))
         config = dataclasses.replace(config, eos_ids=eos or config.eos_ids)
+    config, edits = merge_plan(source, config)
     lm = LanguageModel(config, name)
-    params = tensors.read_params(folder, lm)
+    params = tensors.read_params(folder, lm, edits)
     return lm, params if mesh is None else sharding.shard(params, mesh)
 
 

@@ -7,9 +7,10 @@ adapter of the same rank; others are set side by side, `b` block by block, and t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,28 +18,17 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.flax import save_file
 
+from jaxalign._arrays import at_least_float32
 from jaxalign.models.config import Config
 from jaxalign.models.families import Rule, split_sizes
-from jaxalign.models.hf.files import read_json, whole_folder, write_json
-from jaxalign.models.hf.tensors import rules_of
+from jaxalign.models.hf.adapter_fields import MUST_BE, SCORES, check_fields, module_scale, targets
+from jaxalign.models.hf.files import local_folder, named, read_json, whole_folder, write_json
+from jaxalign.models.hf.tensors import plain_name, rules_of
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.models.lora import TARGETS, Lora, check_fits, pad_rank, pairs
 from jaxalign.types import Array, Params
 
 _PREFIX = "base_model.model."
-_MUST_BE: dict[str, Any] = {
-    "peft_type": "LORA",
-    "use_dora": False,
-    "use_rslora": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-    "layer_replication": None,
-}
-"""Fields of adapter_config.json that change the computation, with the only values that are supported."""
 
 
 def save_adapter(
@@ -68,30 +58,83 @@ def save_adapter(
     check_fits(_shapes(lm.config), adapter)
     # peft has one rank; zeros up to the largest change nothing, and alpha keeps the scale.
     rank = max(a.shape[1] for a, _ in found.values())
-    tensors, names = {}, set()
+    tensors, modules, absent = {}, [], set()
     for place, rule in _projections(lm.config).items():
         if place not in found:
+            absent |= {_short(key) for key in rule.theirs}
             continue
         a, b = pad_rank(*found[place], rank)
         widths = split_sizes(lm.config, rule.sizes) if rule.sizes else (b.shape[1],)
         for key, part in zip(rule.theirs, jnp.split(b, np.cumsum(widths)[:-1].tolist(), axis=1), strict=True):
             module = key.removesuffix(".weight")
-            names.add(module.rpartition(".")[2])
+            modules.append(module)
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.T
             tensors[f"{_PREFIX}{module}.lora_B.weight"] = part.T
-    alpha = spec.scale * rank
-    values = _MUST_BE | {
+    alpha = spec.scale * (math.sqrt(rank) if spec.rslora else rank)
+    values = {name: allowed[0] for name, allowed in MUST_BE.items()} | {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base or None,
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "use_rslora": spec.rslora,
         "lora_dropout": 0.0,
-        "target_modules": sorted(names),
+        # A short name stands for the modules of all layers.
+        "target_modules": sorted({m if _short(m) in absent else _short(m) for m in modules}),
         "inference_mode": True,
     }
     with whole_folder(path, overwrite=overwrite) as temporary:
         write_json(temporary / "adapter_config.json", values)
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+class AdapterFile(NamedTuple):
+    """An adapter as its folder holds it, by the names of the checkpoint's tensors."""
+
+    products: dict[str, tuple[Array, Array, float]]
+    """Name of a weight [out,in] -> (A [r,in], B [out,r], the scale of B·A), in the file's dtype."""
+    saved: dict[str, Array]
+    """Name of a tensor -> what stands in its place: "score.weight", "lm_head.weight"."""
+    config: dict[str, Any]
+    """The values of adapter_config.json."""
+
+
+def read_adapter(folder: pathlib.Path, config: Config) -> AdapterFile:
+    """Reads an adapter's folder.
+
+    Args:
+      folder: holds adapter_config.json and adapter_model.safetensors.
+      config: of the model that it belongs to.
+
+    Raises:
+      ValueError: a field that is not supported (`adapter_fields.check_fields`); tensors that are missing, surplus or
+        misshapen, by name; a missing file.
+    """
+    path = folder / "adapter_config.json"
+    values = read_json(path)
+    check_fields(values, path)
+    tensors = _read_tensors(folder)
+    products = {}
+    for place, rule in _projections(config).items():
+        inside, outside = _shapes(config)[place]
+        widths = split_sizes(config, rule.sizes) if rule.sizes else (outside,)
+        for key, width in zip(rule.theirs, widths, strict=True):
+            found = _product(values, key.removesuffix(".weight"), inside, width, tensors)
+            if found is not None:
+                products[key] = found
+    names = {*SCORES, "lm_head"} & set(values.get("modules_to_save") or [])
+    saved = {key: tensors.pop(key) for key in [f"{name}.weight" for name in sorted(names)] if key in tensors}
+    embedding = [name for name in tensors if "embed_tokens" in name]
+    if embedding:
+        raise ValueError(
+            f"embed_tokens: expected an adapter of projections, found {named(sorted(embedding))} in {folder}: trained "
+            "embeddings are not read; merge the adapter in peft (merge_and_unload) and load the whole model"
+        )
+    if tensors or not (products or saved):
+        raise ValueError(
+            f"adapter_model.safetensors: expected adapters of the projections of a {config.family} model with "
+            f"{config.num_layers} layers, found {named(sorted(tensors))} in {folder}"
+        )
+    return AdapterFile(products, saved, values)
 
 
 def load_adapter(path: str | pathlib.Path, lm: LanguageModel) -> tuple[Lora, Params]:
@@ -102,64 +145,100 @@ def load_adapter(path: str | pathlib.Path, lm: LanguageModel) -> tuple[Lora, Par
       lm: the model that the adapter belongs to.
 
     Returns:
-      (spec, adapter in the model's dtype). Projections and parts that the file leaves out are zero.
+      (spec, adapter in the model's dtype). Projections and parts that the file leaves out are zero. Where a pattern
+      gives parts ranks or scales of their own, the ratio to the spec's scale is in their `b`.
 
     Raises:
-      ValueError: a field of adapter_config.json that changes the computation and is not supported (DoRA, rsLoRA,
-        biases, patterns of ranks), tensors of another model (by name), a missing file.
+      ValueError: a field of adapter_config.json that changes the computation and is not supported (DoRA, PiSSA,
+        biases, …), tensors of another model (by name), a missing file; whole modules beside the products (a score, an
+        lm_head), which `models.load` of the folder merges.
     """
-    folder = pathlib.Path(path).expanduser()
-    config = read_json(folder / "adapter_config.json")
-    for name, expected in _MUST_BE.items():
-        found = config.get(name, expected)
-        if (found or None) != (expected or None):
-            raise ValueError(f"{name}: expected {expected!r} in {folder}/adapter_config.json, found {found!r}")
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float) or not 0 < config[name] < math.inf:
-            raise ValueError(f"{name}: expected a value > 0 in {folder}/adapter_config.json, found {config.get(name)}")
-    file = folder / "adapter_model.safetensors"
-    if not file.exists():
-        raise ValueError(f"{file.name}: expected in the folder, found no file {file}")
-    with safe_open(file, framework="flax") as handle:
-        tensors = {key: handle.get_tensor(key).astype(lm.dtype) for key in handle.keys()}  # noqa: SIM118
-    flat, targets = {}, []
+    folder = local_folder(path)
+    found = read_adapter(folder, lm.config)
+    if found.saved:
+        raise ValueError(
+            f"modules_to_save: expected low-rank products alone, found {named(found.saved)} in {folder}; "
+            "models.load of the folder gives the merged model"
+        )
+    rank = int(found.config["r"])
+    rslora = bool(found.config.get("use_rslora"))
+    spec = Lora(rank, float(found.config["lora_alpha"]), rslora=rslora)
+    flat, used = {}, set()
     for place, rule in _projections(lm.config).items():
-        joined = _join(lm.config, place, rule, tensors)
+        joined = _join(lm, place, rule, found.products, spec.scale)
         if joined is not None:
             flat[f"{place}/a"], flat[f"{place}/b"] = joined
-            targets.append(next(name for name, end in TARGETS.items() if place.endswith(f"/{end}")))
-    if tensors or not flat:
-        raise ValueError(
-            f"{file.name}: expected adapters of the projections of a {lm.config.family} model with "
-            f"{lm.config.num_layers} layers, found {sorted(tensors) or 'none'}"
-        )
-    spec = Lora(int(config["r"]), float(config["lora_alpha"]), tuple(name for name in TARGETS if name in targets))
-    return spec, traverse_util.unflatten_dict(flat, sep="/")
+            used.add(next(name for name, end in TARGETS.items() if place.endswith(f"/{end}")))
+    return dataclasses.replace(spec, targets=tuple(n for n in TARGETS if n in used)), traverse_util.unflatten_dict(
+        flat, sep="/"
+    )
 
 
-def _join(config: Config, place: str, rule: Rule, tensors: dict[str, Array]) -> tuple[Array, Array] | None:
-    """Our (a, b) from the parts of a projection, taken out of `tensors`; None where the file has none of them."""
-    inside, outside = _shapes(config)[place]
-    widths = split_sizes(config, rule.sizes) if rule.sizes else (outside,)
+def _read_tensors(folder: pathlib.Path) -> dict[str, Array]:
+    """Name of a tensor in the model, wrappers left out -> the tensor, in the file's dtype."""
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        pickled = sorted(path.name for path in folder.glob("adapter_model*.bin"))
+        beside = f" but {named(pickled)}; load and save it in peft, which writes safetensors" if pickled else ""
+        raise ValueError(f"{file.name}: expected in the folder, found no file {file}{beside}")
+    tensors = {}
+    with safe_open(file, framework="flax") as handle:
+        for key in handle.keys():  # noqa: SIM118
+            name = plain_name(key)
+            if not name.startswith(_PREFIX):
+                raise ValueError(f"{file.name}: expected names that begin with {_PREFIX!r}, found {key} in {folder}")
+            tensors[name.removeprefix(_PREFIX)] = handle.get_tensor(key)
+    return tensors
+
+
+def _product(
+    config: dict[str, Any], module: str, inside: int, outside: int, tensors: dict[str, Array]
+) -> tuple[Array, Array, float] | None:
+    """(A, B, scale) of a module, taken out of `tensors`; None where the adapter does not change it."""
+    a, b = (tensors.pop(f"{module}.lora_{side}.weight", None) for side in "AB")
+    wanted = targets(config, module)
+    if (a is None) != (b is None):
+        raise ValueError(f"{_PREFIX}{module}: expected lora_A and lora_B, found one without the other")
+    if a is None or b is None:
+        if wanted:
+            raise ValueError(f"target_modules: expected lora_A and lora_B of {module}, which it names, found neither")
+        return None
+    if wanted is False:
+        raise ValueError(f"target_modules: expected to name {module}, which has lora_A and lora_B, found it left out")
+    rank, scale, ranked_by = module_scale(config, module)
+    if a.shape[:1] != (rank,):
+        raise ValueError(f"{ranked_by}: expected {a.shape[0]} as {module}.lora_A.weight has it, found {rank}")
+    for side, tensor, shape in (("A", a, (rank, inside)), ("B", b, (outside, rank))):
+        if tensor.shape != shape:
+            raise ValueError(f"{module}.lora_{side}.weight: expected shape {shape}, found {tensor.shape}")
+    return a, b, scale
+
+
+def _join(
+    lm: LanguageModel, place: str, rule: Rule, products: dict[str, tuple[Array, Array, float]], scale: float
+) -> tuple[Array, Array] | None:
+    """Our (a, b) from the parts of a projection; None where the file has none of them."""
+    _, outside = _shapes(lm.config)[place]
+    widths = split_sizes(lm.config, rule.sizes) if rule.sizes else (outside,)
     parts, blocks, start = [], [], 0
     for key, width in zip(rule.theirs, widths, strict=True):
-        name = _PREFIX + key.removesuffix(".weight")
-        a, b = (tensors.pop(f"{name}.lora_{side}.weight", None) for side in "AB")
-        if (a is None) != (b is None):
-            raise ValueError(f"{name}: expected lora_A and lora_B, found one without the other")
-        if a is not None and b is not None:
-            rank = a.shape[0]
-            for side, tensor, shape in (("A", a, (rank, inside)), ("B", b, (width, rank))):
-                if tensor.shape != shape:
-                    raise ValueError(f"{name}.lora_{side}.weight: expected shape {shape}, found {tensor.shape}")
-            parts.append(a.T)
-            blocks.append(jnp.pad(b.T, ((0, 0), (start, outside - start - width))))
+        if key in products:
+            a, b, own = products[key]
+            if own != scale:  # in float32: bfloat16 may not hold the ratio
+                b = at_least_float32(b) * (own / scale)
+            parts.append(a.T.astype(lm.dtype))
+            blocks.append(jnp.pad(b.T.astype(lm.dtype), ((0, 0), (start, outside - start - width))))
         start += width
     if not parts:
         return None
     if all(a.shape == parts[0].shape and bool((a == parts[0]).all()) for a in parts):
         return parts[0], sum(blocks[1:], blocks[0])
     return jnp.concatenate(parts, axis=1), jnp.concatenate(blocks)
+
+
+def _short(module: str) -> str:
+    """ "q_proj" of "model.layers.0.self_attn.q_proj", or of the name of its weight."""
+    return module.removesuffix(".weight").rpartition(".")[2]
 
 
 def _projections(config: Config) -> dict[str, Rule]:

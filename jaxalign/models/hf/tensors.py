@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.flax import save_file
 
+from jaxalign._arrays import at_least_float32
 from jaxalign.models import sharding
 from jaxalign.models.config import Config
 from jaxalign.models.families import FAMILIES, Rule, is_harmless, split_sizes, write_out
-from jaxalign.models.hf.files import read_json, write_json
+from jaxalign.models.hf.files import named, read_json, tell, write_json
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.types import Params
 
@@ -30,33 +32,86 @@ def rules_of(config: Config) -> list[Rule]:
     return write_out(FAMILIES[config.family], config)
 
 
-def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Tensor name -> the file that holds it, from the files themselves: an index may say otherwise."""
+class Edits(NamedTuple):
+    """What adapters make of a checkpoint's tensors while they are read."""
+
+    products: Mapping[str, Sequence[tuple[jax.Array, jax.Array, float]]] = {}
+    """Name of a tensor [out,in] -> (A [r,in], B [out,r], scale) of each adapter; scale·B·A is added in float32."""
+    replaced: Mapping[str, jax.Array] = {}
+    """Name of a tensor -> what stands in its place; the checkpoint need not hold it."""
+
+
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of a name that torch.compile, DataParallel and FSDP put around a model or its layers."""
+
+
+def plain_name(key: str) -> str:
+    """A tensor's name without the wrappers that training put around the model."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files of a folder. model.safetensors is read where an index stands beside it, as transformers
+    does, and that is told."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
-    elif single.exists():
-        files = [single]
-    else:
-        raise ValueError(f"model.safetensors: expected in the folder, or its index, found neither in {folder}")
-    found: dict[str, pathlib.Path] = {}
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"{file.name}: expected by {index.name}, found no file {file}")
+    if single.exists():
+        if index.exists():
+            tell(f"{folder}: both model.safetensors and {index.name}: model.safetensors is read, the index is not")
+        return [single]
+    if not index.exists():
+        raise ValueError(no_weights(folder))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index.name}: expected a weight_map of tensors to files, found {weight_map!r} in {index}")
+    files = sorted(set(weight_map.values()))
+    missing = [name for name in files if not (folder / name).exists()]
+    if missing:
+        raise ValueError(f"{index.name}: expected its {len(files)} files in {folder}, found no {named(missing)}")
+    return [folder / name for name in files]
+
+
+def no_weights(folder: pathlib.Path) -> str:
+    """The message for a folder without safetensors: what it holds in their place, and how that is converted."""
+    expected = f"model.safetensors: expected in the folder, or its index, found neither in {folder}"
+    pickles = sorted({*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")})
+    if not pickles:
+        return expected
+    architecture = (read_json(folder / "config.json").get("architectures") or ["LlamaForCausalLM"])[0]
+    return (
+        f"{expected} but {named(path.name for path in pickles)}, which torch pickled and which are not opened here; "
+        f'where you trust them, this writes safetensors (it needs torch): python -c "import transformers as t; '
+        f"t.{architecture}.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')\""
+    )
+
+
+def _files(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
+    """Plain name of a tensor -> (the file that holds it, its name there), from the files themselves: an index may say
+    otherwise."""
+    found: dict[str, tuple[pathlib.Path, str]] = {}
+    for file in _weight_files(folder):
         with safe_open(file, framework="flax") as handle:
-            found |= dict.fromkeys(handle.keys(), file)
+            for key in handle.keys():  # noqa: SIM118
+                name = plain_name(key)
+                if name in found and found[name][1] != key:
+                    raise ValueError(f"{file}: expected one tensor {name}, found {found[name][1]} and {key}")
+                found[name] = file, key
     return found
 
 
-def read_params(folder: pathlib.Path, lm: LanguageModel) -> Params:
+def read_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits = Edits()) -> Params:  # noqa: B008
+    """The parameters of a folder's safetensors, with the edits of adapters, in the model's dtype."""
     table = rules_of(lm.config)
     files = _files(folder)
     wanted = [key for rule in table for key in rule.theirs]
-    missing = [key for key in wanted if key not in files]
+    missing = [key for key in wanted if key not in files and key not in edits.replaced]
     surplus = [key for key in sorted(set(files) - set(wanted)) if not is_harmless(lm.config, key)]
+    surplus += sorted((set(edits.products) | set(edits.replaced)) - set(wanted))
+    if not lm.has_lm_head and "lm_head.weight" in surplus and "lm_head.weight" not in edits.replaced:
+        surplus.remove("lm_head.weight")
+        tell(f"{folder}: lm_head.weight is passed over: a sequence classifier has no logits")
     if missing or surplus:
         raise ValueError(
-            f"tensors of {folder}: missing {missing or 'none'}; surplus {surplus or 'none'} "
+            f"tensors of {folder}: missing {named(missing)}; surplus {named(surplus)} "
             f"for a {lm.config.family} model with head {lm.config.head}"
         )
     shapes = jax.eval_shape(lm.init, jax.random.key(0))
@@ -64,11 +119,30 @@ def read_params(folder: pathlib.Path, lm: LanguageModel) -> Params:
     if sorted(flat) != sorted(rule.ours for rule in table):
         raise AssertionError("jaxalign.models.families and the transformer name different parameters")
     with contextlib.ExitStack() as stack:
-        handles = {file: stack.enter_context(safe_open(file, "flax")) for file in sorted(set(files.values()))}
+        handles = {
+            file: stack.enter_context(safe_open(file, "flax")) for file in sorted({f for f, _ in files.values()})
+        }
+
+        def read(key: str) -> jax.Array:
+            if key in edits.replaced:
+                return edits.replaced[key]
+            file, name = files[key]
+            return _added(key, handles[file].get_tensor(name), edits.products.get(key, ()))
+
         for rule in table:
-            parts = [handles[files[key]].get_tensor(key) for key in rule.theirs]
+            parts = [read(key) for key in rule.theirs]
             flat[rule.ours] = _join(lm.config, rule, parts, flat[rule.ours].shape).astype(lm.dtype)
     return jax.tree_util.tree_map_with_path(lambda path, _: flat[sharding.path_name(path)], shapes)
+
+
+def _added(key: str, tensor: jax.Array, products: Sequence[tuple[jax.Array, jax.Array, float]]) -> jax.Array:
+    """A checkpoint's tensor [out,in] and the products of adapters, summed in float32."""
+    for a, b, scale in products:
+        shape = (b.shape[0], a.shape[1])
+        if tensor.shape != shape:
+            raise ValueError(f"{key}: expected shape {shape} as its adapter has it, found {tensor.shape}")
+        tensor = at_least_float32(tensor) + scale * jnp.matmul(b, a, precision="highest")
+    return tensor
 
 
 def _join(config: Config, rule: Rule, parts: list[Any], shape: tuple[int, ...]) -> jax.Array:
@@ -88,8 +162,8 @@ def to_checkpoint(lm: LanguageModel, params: Params) -> dict[str, jax.Array]:
     expected = {sharding.path_name(path): leaf.shape for path, leaf in shapes}
     if set(flat) != set(expected):
         raise ValueError(
-            f"params: missing {sorted(set(expected) - set(flat)) or 'none'}; "
-            f"surplus {sorted(set(flat) - set(expected)) or 'none'}"
+            f"params: missing {named(sorted(set(expected) - set(flat)))}; "
+            f"surplus {named(sorted(set(flat) - set(expected)))}"
         )
     tensors = {}
     for rule in rules_of(lm.config):

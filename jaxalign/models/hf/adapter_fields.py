@@ -1,0 +1,190 @@
+"""The fields of peft's adapter_config.json: what each means here, and the modules, ranks and scales that they give.
+
+Denied by default: a field that is not in one of the tables below is refused by name, unless it is empty.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+NEUTRAL = (
+    "auto_mapping",  # which class of transformers the base was
+    "base_model_name_or_path",  # read by `sources.find_source`
+    "inference_mode",
+    "lora_dropout",  # of training
+    "megatron_core",  # the name of a package, used with megatron_config alone
+    "peft_version",
+    "qalora_group_size",  # used with use_qalora alone
+    "revision",  # read by `sources.find_source`
+    "task_type",  # SEQ_CLS asks for a score, which the tensors then hold
+)
+"""Fields that change nothing in what a trained adapter computes."""
+
+SUPPORTED = (
+    "alpha_pattern",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "modules_to_save",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_rslora",
+)
+"""Fields that are read as peft reads them."""
+
+MUST_BE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    # All other initialisations (pissa, olora, corda, loftq, …) may change the base's weights too.
+    "init_lora_weights": (True, False, None, "gaussian"),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "ensure_weight_tying": (False, None),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "corda_config": (None,),
+    "eva_config": (None,),
+    "kasa_config": (None,),
+    "layer_replication": (None, []),
+    "loftq_config": ({}, None),
+    "lora_ga_config": (None,),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (None,),
+    "velora_config": (None,),
+}
+"""Fields that change what an adapter computes, and the values under which they do not: all others are refused."""
+
+SCORES = ("score", "classifier")
+"""What peft puts into modules_to_save of every sequence classifier, whichever of them the model has."""
+
+
+class ModuleScale(NamedTuple):
+    """What an adapter is at one module."""
+
+    rank: int
+    """r, of this module."""
+    scale: float
+    """What B·A is multiplied by."""
+    ranked_by: str
+    """The field that gives the rank, for messages: "r" or "rank_pattern"."""
+
+
+def check_fields(config: dict[str, Any], file: pathlib.Path) -> None:
+    """Checks every field of an adapter_config.json.
+
+    Args:
+      config: its values.
+      file: named in messages.
+
+    Raises:
+      ValueError: a field that changes the computation in a way that is not supported, or that is not known and is not
+        empty; the field and its value are named.
+    """
+    for name, value in config.items():
+        if name in NEUTRAL or name in SUPPORTED:
+            continue
+        if name not in MUST_BE:
+            if not _is_empty(value):
+                raise ValueError(
+                    f"{name}: expected a field of adapter_config.json that is known, or an empty one, found "
+                    f"{value!r} in {file}"
+                )
+        elif not any(value is one or (type(value) is type(one) and value == one) for one in MUST_BE[name]):
+            raise ValueError(f"{name}: expected {MUST_BE[name][0]!r} in {file}, found {value!r}")
+    if config.get("peft_type") is None:
+        raise ValueError(f"peft_type: expected 'LORA' in {file}, found nothing")
+    for name in ("r", "lora_alpha"):
+        if not _is_positive(config.get(name)):
+            raise ValueError(f"{name}: expected a value > 0 in {file}, found {config.get(name)}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key, value in (config.get(name) or {}).items():
+            if not _is_positive(value):
+                raise ValueError(f"{name}: expected values > 0 in {file}, found {value!r} for {key!r}")
+            _compiled(name, key, file)
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), str):
+            _compiled(name, config[name], file)
+    saved = config.get("modules_to_save") or []
+    unknown = sorted(set(saved) - {*SCORES, "lm_head"})
+    if unknown:
+        raise ValueError(f"modules_to_save: expected some of {(*SCORES, 'lm_head')} in {file}, found {unknown}")
+
+
+def module_scale(config: dict[str, Any], module: str) -> ModuleScale:
+    """The rank and the scale of a module: r and lora_alpha, or what the first key that matches in a pattern says.
+
+    Args:
+      config: of an adapter_config.json that `check_fields` took.
+      module: its name in the model, "model.layers.0.self_attn.q_proj".
+    """
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    by_rank, by_alpha = _first_match(ranks, module), _first_match(alphas, module)
+    rank = int(config["r"] if by_rank is None else ranks[by_rank])
+    alpha = float(config["lora_alpha"] if by_alpha is None else alphas[by_alpha])
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return ModuleScale(rank, scale, "r" if by_rank is None else "rank_pattern")
+
+
+def targets(config: dict[str, Any], module: str) -> bool | None:
+    """Whether an adapter changes a module, by the rules of peft; None where the file leaves it open.
+
+    A list holds ends of names, a string is a regular expression of a whole name, "all-linear" means every linear
+    projection of the layers.
+
+    Args:
+      config: of an adapter_config.json that `check_fields` took.
+      module: the name of a linear projection of a layer.
+    """
+    excluded, wanted = config.get("exclude_modules"), config.get("target_modules")
+    if excluded and (re.fullmatch(excluded, module) if isinstance(excluded, str) else _ends(module, excluded)):
+        return False
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        return wanted.lower() == "all-linear" or re.fullmatch(wanted, module) is not None
+    return _ends(module, wanted) and _in_layers(config, module)
+
+
+def _ends(module: str, names: list[str]) -> bool:
+    return module in names or any(module.endswith(f".{name}") for name in names)
+
+
+def _in_layers(config: dict[str, Any], module: str) -> bool:
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is None or layers == []:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = None
+    for pattern in patterns or [r"[^.]*"]:
+        found = found or re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+    wanted = layers if isinstance(layers, list) else [layers]
+    return found is not None and int(found[1]) in wanted
+
+
+def _first_match(pattern: dict[str, Any], module: str) -> str | None:
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _compiled(name: str, pattern: str, file: pathlib.Path) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: expected a regular expression in {file}, found {pattern!r} ({error})") from error

@@ -1,0 +1,141 @@
+"""Where a model comes from: a folder, a hub name, or an adapter's folder, which names the base that it changes.
+
+ADAPTER_DIR@BASE_DIR names an adapter and the base in place of the one that its adapter_config.json names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import NamedTuple
+
+from jaxalign.models.config import Config, Head
+from jaxalign.models.hf.files import local_folder, read_json
+from jaxalign.models.hf.peft import AdapterFile, read_adapter
+from jaxalign.models.hf.tensors import Edits
+from jaxalign.types import Array
+
+ADAPTER = "adapter_config.json"
+
+
+class Source(NamedTuple):
+    """The folders that a model is read from."""
+
+    base: pathlib.Path
+    """The folder of config.json and of the weights."""
+    adapters: tuple[pathlib.Path, ...]
+    """Folders of adapters, in the order in which they are merged; () for a whole model."""
+
+    @property
+    def folders(self) -> tuple[pathlib.Path, ...]:
+        """All folders, the one that was named first."""
+        return (*self.adapters[::-1], self.base)
+
+
+def split_source(text: str) -> tuple[str, str]:
+    """Reads a model's place, "DIR", "owner/model" or "ADAPTER_DIR@BASE_DIR".
+
+    Args:
+      text: as given. A folder whose own name holds an @ is taken as it is.
+
+    Returns:
+      (the folder or hub name, the base that is to replace an adapter's own; "" for none).
+    """
+    if pathlib.Path(text).expanduser().exists():
+        return text, ""
+    signs = [i for i, sign in enumerate(text) if sign == "@"]
+    for i in signs:
+        if pathlib.Path(text[:i]).expanduser().is_dir():
+            return text[:i], text[i + 1 :]
+    return (text[: signs[0]], text[signs[0] + 1 :]) if signs else (text, "")
+
+
+def find_source(path: str | pathlib.Path, *, base: str | pathlib.Path | None = None) -> Source:
+    """Finds the folders of a model.
+
+    Args:
+      path: as `split_source` reads it.
+      base: in place of the base that an adapter names.
+
+    Returns:
+      The base and the adapters on it. An adapter's base may itself be an adapter's folder.
+
+    Raises:
+      ValueError: no such folder; a base beside a whole model; an adapter that names no base, or one that is not there;
+        a folder that holds both an adapter and a whole model; adapters that name each other.
+    """
+    name, own = split_source(str(path))
+    if own and base:
+        raise ValueError(f"base: expected one base, found {own!r} in {str(path)!r} and {str(base)!r}")
+    base = base or own or None
+    folder, found, wanted = local_folder(name), list[pathlib.Path](), base
+    while (folder / ADAPTER).exists():
+        if any((folder / weights).exists() for weights in ("model.safetensors", "model.safetensors.index.json")):
+            raise ValueError(f"path: expected a model or an adapter, found the weights of both in {folder}")
+        if folder in found:
+            raise ValueError(f"base_model_name_or_path: expected a model at the end, found {folder} again")
+        found.append(folder)
+        folder = _base_of(folder, wanted)
+        wanted = None
+    if wanted is not None:
+        raise ValueError(
+            f"base: expected with an adapter's folder, found {str(wanted)!r} for a whole model in {folder}"
+        )
+    return Source(folder, tuple(found[::-1]))
+
+
+def _base_of(adapter: pathlib.Path, given: str | pathlib.Path | None) -> pathlib.Path:
+    """The folder of an adapter's base: the given one, or what adapter_config.json names, from the working directory or
+    from the adapter's folder."""
+    values = read_json(adapter / ADAPTER)
+    name, revision = given or values.get("base_model_name_or_path"), values.get("revision")
+    if not name:
+        raise ValueError(
+            f"base_model_name_or_path: expected a base in {adapter / ADAPTER}, found {name!r}; name it as "
+            f"{adapter}@BASE_DIR or with base="
+        )
+    if given is None:
+        for place in (pathlib.Path(name).expanduser(), adapter / name):
+            if place.is_dir():
+                return place
+    try:
+        return local_folder(name, revision=None if given else revision)
+    except ValueError as error:
+        raise ValueError(
+            f"base_model_name_or_path: expected the folder of a model or a hub name in {adapter / ADAPTER}, found "
+            f"{str(name)!r}, which is neither from the working directory nor from the adapter's folder; name the base "
+            f"as {adapter}@BASE_DIR or with base="
+        ) from error
+
+
+def merge_plan(source: Source, config: Config) -> tuple[Config, Edits]:
+    """What the adapters of a source make of its base: the config of the whole model, and the edits of its tensors.
+
+    A score among an adapter's saved modules makes a reward model of a language model, as a …ForSequenceClassification
+    class of transformers does it; an lm_head unties tied embeddings.
+    """
+    products: dict[str, list[tuple[Array, Array, float]]] = {}
+    replaced: dict[str, Array] = {}
+    for folder in source.adapters:
+        found = read_adapter(folder, config)
+        config = _config_with(config, found, folder)
+        for key, product in found.products.items():
+            products.setdefault(key, []).append(product)
+        replaced |= found.saved
+    return config, Edits(products, replaced)
+
+
+def _config_with(config: Config, adapter: AdapterFile, folder: pathlib.Path) -> Config:
+    """The config of a model after an adapter's saved modules have taken their places."""
+    task, labels = adapter.config.get("task_type"), adapter.saved.get("score.weight")
+    if task not in (None, "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"):
+        raise ValueError(f"task_type: expected 'CAUSAL_LM' or 'SEQ_CLS' in {folder / ADAPTER}, found {task!r}")
+    if config.head is None and labels is not None:
+        config = dataclasses.replace(config, head=Head("reward", num_labels=labels.shape[0]))
+    if task == "SEQ_CLS" and config.head is None:
+        raise ValueError(
+            f"modules_to_save: expected a score in {folder}, whose task_type is 'SEQ_CLS', or in its base, found none"
+        )
+    if "lm_head.weight" in adapter.saved and config.tie_embeddings:
+        config = dataclasses.replace(config, tie_embeddings=False)
+    return config
