@@ -306,6 +306,8 @@ class CheckedReward:
     """V, compared with the policy's; None: any."""
     prefix: PrefixReward | None = None
     """Its form for texts that share a beginning; None: `rewards.prefixes.whole_text`."""
+    on_host: bool = False
+    """Whether it runs programs of its own on the device, so that it is called outside compiled programs."""
 
     def __call__(
         self, params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex

@@ -35,7 +35,8 @@ def signature(found: object) -> str:
     text = re.sub(r"ForwardRef\('([^']*)'\)", r"\1", text)
     text = re.sub(r"(?<=: )('|\")(.*?)\1(?=[,) ])", r"\2", text)
     text = re.sub(r"(?<=-> )'([^']*)'", r"\1", text)
-    text = re.sub(r"<function ([\w.]+) at 0x[0-9a-f]+>", r"\1", text)
+    text = re.sub(r"<function ([\w.<>]+) at 0x[0-9a-f]+>", r"\1", text)
+    text = re.sub(r"<([\w.]+) object at 0x[0-9a-f]+>", r"\1", text)
     return text.removesuffix(" -> None")
 
 

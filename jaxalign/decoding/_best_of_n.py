@@ -8,13 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign import rollout
+from jaxalign import rewards, rollout
 from jaxalign._arrays import repeat_rows
 from jaxalign._checks import start_policy
 from jaxalign.decoding import _kl
 from jaxalign.decoding.requests import (
     Decode,
     EosIds,
+    Request,
     Tokenizer,
     check_scores,
     count,
@@ -89,10 +90,13 @@ def best_of_n(
     chunk = n if chunk is None else count("chunk", chunk)
     if n % chunk:
         raise ValueError(f"chunk: expected a divisor of num_samples = {n}, found {chunk}")
-    request = open_request(policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, tokenizer=tokenizer)
+    request = open_request(
+        policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, tokenizer=tokenizer, whole_responses=True
+    )
+    host = rewards.on_host(request.reward)
     found: Decoded[BestOfNInfo] = _best_of_n(
         request.policy,
-        request.reward,
+        _no_reward if host else request.reward,
         request.params,
         rng,
         request.prompts,
@@ -102,9 +106,29 @@ def best_of_n(
         chunk,
         request.tempered,
     )
+    if host:
+        found = _scored_on_host(request, found, chunk)
     if not allow_nan:
         check_scores(found.info.reward)
     return found
+
+
+def _no_reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
+    return jnp.zeros(prompt_length.shape, jnp.float32)
+
+
+def _scored_on_host(request: Request, drawn: Decoded[BestOfNInfo], chunk: int) -> Decoded[BestOfNInfo]:
+    """The decoded samples with the scores of a reward that runs programs of its own, `chunk` samples at a time."""
+    samples = drawn.info.samples
+    batch, n = samples.mask.shape[:2]
+    prompts = repeat_rows(request.prompts["reward"], chunk)
+    parts = []
+    for start in range(0, n, chunk):
+        flat = jax.tree.map(lambda x, s=start: x[:, s : s + chunk].reshape((-1, *x.shape[2:])), samples)
+        parts.append(score_completions(request.reward, request.params["reward"], prompts, flat).reshape(batch, chunk))
+    score = jnp.concatenate(parts, axis=1)
+    best: Completions = jax.tree.map(lambda x: x[jnp.arange(batch), jnp.argmax(score, axis=1)], samples)
+    return Decoded(best, drawn.kl, BestOfNInfo(samples, score))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7, 8, 9))

@@ -82,11 +82,13 @@ def open_request(
     *,
     per_prompt: tuple[str, ...] = (),
     tokenizer: Tokenizer | Decode | None = None,
+    whole_responses: bool = False,
 ) -> Request:
     """Checks the arguments of a decoder that draws from a policy and compares by a reward.
 
     Args:
       per_prompt: entries of params that are scalars or [B] and become [B]; a "beta" must be > 0.
+      whole_responses: whether the decoder scores finished responses alone, outside its compiled program.
 
     Raises:
       ValueError: naming the argument, what was expected and what was found.
@@ -94,6 +96,11 @@ def open_request(
     # A reward of texts has no parameters.
     given = open_params(params, ("policy", "reward", *per_prompt), optional_reward(reward))
     reward = open_reward(reward, tokenizer)
+    if rewards.on_host(reward) and not whole_responses:
+        raise ValueError(
+            "reward: expected one over the policy's vocabulary, which scores tokens as they are drawn, found one that "
+            "reads whole texts through its own tokenizer; decoding.best_of_n, training and scoring take it"
+        )
     prompts = same_prompts(open_prompts(prompts, tokenizer))
     inner, scored = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
     if "beta" in per_prompt:

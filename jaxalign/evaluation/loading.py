@@ -104,7 +104,7 @@ def scorers(
             read = functools.partial(_text, tokenizer)
             reward, params = rewards.build_reward(spec, load=load_role, decode=read, name=name)
             # Compiled as a whole: on a mesh a program's numbers do not lie as a model's do. A program alone is not.
-            out[name] = Scorer(reward if params is None else jax.jit(reward), params)
+            out[name] = Scorer(reward if params is None else rewards.compiled(reward), params)
     return out
 
 

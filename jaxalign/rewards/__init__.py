@@ -1,8 +1,9 @@
 """Rewards of whole responses: (params, tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> reward [N].
 
-`models` makes them of reward models, `programs` of functions of text or numpy arrays, `combinators` of other Rewards,
-`specs` of what a command line names. Each keeps a prefix (`PrefixReward`) where all its parts do. All come out in at
-least float32, and whatever a function of the user's returns is checked where it is traced.
+`models` makes them of reward models, `text_models` of those with a tokenizer of their own, `programs` of functions of
+text or numpy arrays, `combinators` of other Rewards, `specs` of what a command line names. Each keeps a prefix
+(`PrefixReward`) where all its parts do. All come out in at least float32, and whatever a function of the user's returns
+is checked where it is traced.
 """
 
 from jaxalign.rewards.combinators import RewardMap, calibrated, map_reward, shaped, weighted_sum
@@ -19,13 +20,15 @@ from jaxalign.rewards.specs import (
     reward_inputs,
     reward_roles,
 )
-from jaxalign.rewards.values import call_reward, check_values
+from jaxalign.rewards.text_models import SourceReward, text_model
+from jaxalign.rewards.values import call_reward, check_values, compiled, on_host
 
 __all__ = [
     "CalibratedParams",
     "MapParams",
     "RewardMap",
     "ShapedParams",
+    "SourceReward",
     "Term",
     "TokenGradient",
     "WeightedSumParams",
@@ -33,18 +36,21 @@ __all__ = [
     "calibrated",
     "call_reward",
     "check_values",
+    "compiled",
     "from_model",
     "from_numpy",
     "from_text",
     "is_program",
     "log_likelihood",
     "map_reward",
+    "on_host",
     "parse_reward",
     "program",
     "program_files",
     "reward_inputs",
     "reward_roles",
     "shaped",
+    "text_model",
     "token_gradient",
     "weighted_sum",
 ]

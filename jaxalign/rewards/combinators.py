@@ -17,7 +17,7 @@ from jaxalign._tables import check_index
 from jaxalign.prompts import prompt_index
 from jaxalign.rewards import prefixes
 from jaxalign.rewards.params import CalibratedParams, MapParams, ShapedParams, WeightedSumParams
-from jaxalign.rewards.values import call_reward, check_values
+from jaxalign.rewards.values import call_reward, check_values, compiled, on_host
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
 from jaxalign.types import Array, ArrayLike, CheckedReward, HostCheck, Params, Reward, TokenBatch
 
@@ -62,6 +62,8 @@ def _weighted_sum(rewards: tuple[Reward, ...]) -> Reward:
     if not rewards:
         raise ValueError("rewards: expected at least one reward, found none")
     vocab_size = _vocab_size(rewards)
+    host = any(on_host(r) for r in rewards)
+    parts = tuple(compiled(r) for r in rewards) if host else rewards
 
     def read(params: Params) -> tuple[Sequence[Params], Array]:
         given = fields_of(params, WeightedSumParams)
@@ -77,7 +79,7 @@ def _weighted_sum(rewards: tuple[Reward, ...]) -> Reward:
         params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
     ) -> RewardValues:
         each, _ = read(params)  # its errors before those of the parts
-        found = [call_reward(r, p, tokens, mask, prompt_length, index) for r, p in zip(rewards, each, strict=True)]
+        found = [call_reward(r, p, tokens, mask, prompt_length, index) for r, p in zip(parts, each, strict=True)]
         return add(params, jnp.stack(found), index)
 
     def add(params: Params, values: Array, index: TextIndex) -> RewardValues:
@@ -90,8 +92,8 @@ def _weighted_sum(rewards: tuple[Reward, ...]) -> Reward:
         for i, (r, p) in enumerate(zip(rewards, each, strict=True)):
             run_check(_check_of(r), p, prompts, max_new_tokens, f"['rewards'][{i}]")
 
-    kept = prefixes.combined_prefix(rewards, lambda params: read(params)[0], add)
-    return CheckedReward(reward, check, vocab_size, kept)
+    kept = None if host else prefixes.combined_prefix(rewards, lambda params: read(params)[0], add)
+    return CheckedReward(reward, check, vocab_size, kept, host)
 
 
 @cached
@@ -130,12 +132,15 @@ def _mapped(reward: Reward, f: RewardMap, check_map: HostCheck | None) -> Reward
         run_check(check_map, given.map, prompts, max_new_tokens, "['map']")
         run_check(_check_of(reward), given.reward, prompts, max_new_tokens, "['reward']")
 
-    kept = prefixes.combined_prefix(
-        [reward],
-        lambda params: [read(params).reward],
-        lambda params, values, index: apply(params, values[0], index),
-    )
-    return CheckedReward(mapped, check, _vocab_size([reward]), kept)
+    host = on_host(reward)
+    kept = None
+    if not host:
+        kept = prefixes.combined_prefix(
+            [reward],
+            lambda params: [read(params).reward],
+            lambda params, values, index: apply(params, values[0], index),
+        )
+    return CheckedReward(mapped, check, _vocab_size([reward]), kept, host)
 
 
 @cached

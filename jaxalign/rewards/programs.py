@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._builders import cached
-from jaxalign.rewards.values import host_values
+from jaxalign._checks import is_concrete
+from jaxalign.rewards.values import function_name, host_values, on_host
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
-from jaxalign.types import Array, Params, Reward, TextReward
+from jaxalign.tokens import Text
+from jaxalign.types import Array, CheckedReward, Params, Reward, TextReward
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -65,27 +68,84 @@ def _from_numpy(f: NumpyReward, named: NumpyReward | TextReward) -> Reward:
 
 
 @cached
-def from_text(decode: Callable[[Sequence[int]], str], f: TextReward) -> Reward:
-    """Builds a Reward of a program on text.
+def from_text(
+    decode: Callable[[Sequence[int]], str],
+    f: TextReward,
+    *,
+    sources: Sequence[Text] | None = None,
+    rendered: Callable[[Sequence[int]], str] | None = None,
+) -> Reward:
+    """Builds a Reward of a program on text, or of a reward model with another tokenizer (`text_model`).
 
-    This is also the explicit path for a reward model with another tokenizer: decode here, encode again inside f.
+    What f receives in place of the prompts goes by the name of its first parameter:
+
+    - `messages`: chats; a plain text is one user's turn;
+    - `sources`: the prompts as they were given, texts or chats;
+    - `rendered`: the prompts' text with its special tokens, as the model reads it;
+    - any other name: the prompts' text without special tokens.
 
     Args:
-      decode: turns token ids into text (a tokenizer's decode).
-      f: f(prompts: list[str], responses: list[str]) -> one number per response.
+      decode: turns token ids into text without special tokens.
+      f: f(prompts, responses) -> one number per response; responses are text without special tokens.
+      sources: the prompts as they were given, which a prompt's index counts; f's that ask for them need it.
+      rendered: turns token ids into text with special tokens, for f's that ask for it.
 
     Returns:
       A Reward whose params are None.
 
     Raises:
-      ValueError: when it is used, f returns anything but one real number per response.
+      ValueError: f asks for what was not given; when it is used, a prompt's index outside `sources`, or f returns
+        anything but one real number per response.
     """
+    wants = _first_parameter(f)
+    if wants in ("messages", "sources") and sources is None:
+        raise ValueError(f"sources: expected the prompts as they were given, which {function_name(f)} asks for")
+    if wants == "rendered" and rendered is None:
+        raise ValueError(f"rendered: expected a function that keeps special tokens, which {function_name(f)} asks for")
+
+    def prompts_of(rows: list[list[int]], lengths: list[int], index: Ints) -> list[Any]:
+        if wants in ("messages", "sources"):
+            assert sources is not None
+            outside = sorted({int(i) for i in index if not 0 <= i < len(sources)})
+            if outside:
+                raise ValueError(f"index: expected below {len(sources)}, one of the prompts given, found {outside}")
+            given = [sources[int(i)] for i in index]
+            if wants == "sources":
+                return given
+            return [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in given]
+        read = rendered if wants == "rendered" and rendered is not None else decode
+        return [read(row[:n]) for row, n in zip(rows, lengths, strict=True)]
 
     def score(tokens: Ints, mask: Bools, prompt_length: Ints, index: Ints) -> Numbers:
         rows = [row[real].tolist() for row, real in zip(tokens, mask.astype(bool), strict=True)]
-        prompts = [decode(row[:n]) for row, n in zip(rows, prompt_length.tolist(), strict=True)]
-        responses = [decode(row[n:]) for row, n in zip(rows, prompt_length.tolist(), strict=True)]
-        found: Numbers = host_values(f(prompts, responses), prompt_length.shape, function=f)
+        lengths = prompt_length.tolist()
+        responses = [decode(row[n:]) for row, n in zip(rows, lengths, strict=True)]
+        found: Numbers = host_values(f(prompts_of(rows, lengths, index), responses), prompt_length.shape, function=f)
         return found
 
-    return _from_numpy(score, f)
+    return _called_on_host(score, f) if on_host(f) else _from_numpy(score, f)
+
+
+def _called_on_host(f: NumpyReward, named: TextReward) -> Reward:
+    """A Reward of a host function that runs programs of its own on the device."""
+
+    def reward(
+        params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
+    ) -> RewardValues:
+        if not is_concrete(tokens, mask, prompt_length, index):
+            raise ValueError(
+                f"reward: expected to be called outside jit, since {function_name(named)} reads texts by programs of "
+                "its own; decoding.best_of_n, text.score and the commands do so"
+            )
+        arrays = (np.asarray(a) for a in (tokens, mask, prompt_length, index))
+        return jnp.asarray(host_values(f(*arrays), np.shape(prompt_length), function=named), dtype=float)
+
+    return CheckedReward(reward, on_host=True)
+
+
+def _first_parameter(f: TextReward) -> str:
+    try:
+        parameters = inspect.signature(f).parameters
+    except (TypeError, ValueError):  # of a builtin
+        return ""
+    return next(iter(parameters), "")

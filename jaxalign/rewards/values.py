@@ -59,6 +59,17 @@ def _as_array(values: Any) -> Any:
     return jnp.asarray(values) if traced else np.asarray(values)
 
 
+def on_host(reward: Any) -> bool:
+    """Whether a reward runs programs of its own on the device: a callback inside a compiled program would wait for the
+    device that waits for it, so it is called between programs."""
+    return bool(getattr(reward, "on_host", False))
+
+
+def compiled(reward: Reward) -> Reward:
+    """The reward under jit; a reward that is called on the host as it is."""
+    return reward if on_host(reward) else jax.jit(reward)
+
+
 def call_reward(
     reward: Reward,
     params: Params,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,13 +76,16 @@ def score(
         tokens, mask = _responses(pairs, batch, bucket(max(len(pairs[row][1]) for row in batch.rows)))
         if check is not None:
             check(params, batch.prompts, max(len(pairs[row][1]) for row in batch.rows))
-        parts.append(_score(reward, params, batch.prompts, tokens, mask))
+        score = _score_texts if rewards.on_host(reward) else _score
+        parts.append(score(reward, params, batch.prompts, tokens, mask))
     return np.asarray(in_order(parts, found))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score(reward: Reward, params: Params, prompts: TokenBatch, tokens: Array, mask: Array) -> Array:
+def _score_texts(reward: Reward, params: Params, prompts: TokenBatch, tokens: Array, mask: Array) -> Array:
     return rewards.call_reward(reward, params, *mdp.concatenate(prompts, tokens, mask), prompt_index(prompts))
+
+
+_score = jax.jit(_score_texts, static_argnums=0)
 
 
 def log_prob(

@@ -90,7 +90,7 @@ def _by_row(reward: Reward, count: int) -> Reward:
         if isinstance(reward, CheckedReward) and reward.check is not None:
             reward.check(params, prompts._replace(index=prompt_index(prompts) % count), max_new_tokens)
 
-    return CheckedReward(read, check, getattr(reward, "vocab_size", None))
+    return CheckedReward(read, check, getattr(reward, "vocab_size", None), on_host=rewards.on_host(reward))
 
 
 def _compose(config: Any, begin: job.Start, asked: Sequence[Sequence[int]]) -> Composed:
