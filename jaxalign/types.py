@@ -371,8 +371,11 @@ class HeadModel(Protocol):
 class CandidateModel(HeadModel, Protocol):
     """What a model offers to score K candidate tokens in one pass over a shared prefix (ARGS, scalar value heads)."""
 
-    def prefill(self, params: Params, tokens: PromptTokens, mask: PromptMask, capacity: int) -> tuple[Array, State]:
-        """As LanguageModel.prefill."""
+    def prefill(
+        self, params: Params, tokens: PromptTokens, mask: PromptMask, capacity: int, *, at: TextLength | None = None
+    ) -> tuple[Array, State]:
+        """As LanguageModel.prefill; `at` [B], given to a model with a `reward_pad_id` alone, says which of its real
+        tokens, from 0, each row's hidden state is asked of."""
 
     def step(self, params: Params, cache: State, token: NextToken) -> tuple[Array, State]:
         """As LanguageModel.step."""

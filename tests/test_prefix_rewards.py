@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, decoding, mdp, policies, rewards
+from jaxalign import critics, decoding, mdp, models, policies, rewards
 from jaxalign._arrays import take_rows, where_rows
 from jaxalign.rewards import prefixes
 from jaxalign.types import TokenBatch
@@ -25,12 +25,20 @@ FEW = jnp.array([[3, 0], [2, 4], [5, 5], [1, 3], [0, 2]])
 MANY = jnp.array([[T, 3], [2, T], [0, 9], [1, T], [7, T - 1]])
 
 
-def model(seed: int):
+def model(seed: int, **changes):
     return (
-        tiny_lm(seed, "reward", num_layers=1, windows=(3,), family="mistral")
+        tiny_lm(seed, "reward", num_layers=1, windows=(3,), family="mistral", **changes)
         if seed % 2
-        else tiny_lm(seed, "reward", num_layers=1)
+        else tiny_lm(seed, "reward", num_layers=1, **changes)
     )
+
+
+def classifier(pad_id: int | None = None):
+    """A reward model with three labels."""
+    lm, params = tiny_lm(5, "value", num_layers=1, pad_id=pad_id)
+    lm = models.with_head(lm, models.Head("reward", num_labels=3, labels=("good", "true", "long")))
+    head = {"score": {"kernel": jax.random.normal(jax.random.key(6), (16, 3))}}
+    return lm, {"transformer": {k: v for k, v in params["transformer"].items() if k != "lm_head"}, "head": head}
 
 
 def reward_cases() -> dict:
@@ -38,8 +46,14 @@ def reward_cases() -> dict:
     one, other = rewards.from_model(left), rewards.from_model(right)
     both = {"rewards": (left_params, right_params), "weights": jnp.array([0.7, -1.3])}
     table = jnp.linspace(-1.0, 1.0, B)
+    (padded_lm, padded_params), (three, three_params) = model(1, pad_id=2), classifier(pad_id=EOS[0])
+    weights = jnp.array([0.5, -1.0, 2.0])
     return {
         "from_model": (one, left_params),
+        "own_pad": (rewards.from_model(padded_lm), padded_params),
+        "pad_is_eos": (rewards.from_model(model(1, pad_id=EOS[0])[0]), left_params),
+        "label": (rewards.from_model(three, label="true"), three_params),
+        "weighted_labels": (rewards.from_model(three, weighted=True), rewards.LabelParams(three_params, weights)),
         "shaped": (
             # map_reward of a weighted_sum
             rewards.shaped(rewards.weighted_sum([one, other]), sharpness=2.0),
@@ -49,7 +63,7 @@ def reward_cases() -> dict:
     }
 
 
-REWARDS = ("from_model", "shaped", "whole_text")
+REWARDS = ("from_model", "own_pad", "pad_is_eos", "label", "weighted_labels", "shaped", "whole_text")
 
 
 @functools.cache

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32, where_rows
 from jaxalign._checks import Sized, check_array, check_model, check_prompt_fits
-from jaxalign.shapes import Candidates, PromptMask, PromptTokens, Scores
+from jaxalign.rewards import prefixes
+from jaxalign.rewards.reading import Reading, reading_of
+from jaxalign.shapes import Candidates, PerPrompt, PromptMask, PromptTokens, Scores
 from jaxalign.types import (
     Array,
     CandidateModel,
@@ -35,6 +37,10 @@ class CandidateCriticState(NamedTuple):
     entries: State | None = None
     """In a proposal, the keys and values of the candidates; None in a state, and where the whole vocabulary was
     scored."""
+    reward: PerPrompt | None = None
+    """[B], the score of the text so far, which a pad id does not change; None where the model has no such id."""
+    q: Scores | None = None
+    """In a proposal, the scores of the candidates; None where `entries` or `reward` is."""
 
 
 class VocabularyCriticState(NamedTuple):
@@ -80,35 +86,69 @@ def chosen_token(candidates: Candidates | None, choice: Array) -> Array:
 
 
 def candidate_critic(
-    name: str, lm: CandidateModel, weigh: Callable[[Array], Array] = at_least_float32, beta: float | None = None
+    name: str,
+    lm: CandidateModel,
+    weigh: Callable[[Array], Array] = at_least_float32,
+    beta: float | None = None,
+    reading: Reading | None = None,
 ) -> Critic:
     """A level critic that reads a scalar head at each candidate: K tokens at one position over the shared prefix.
 
     Over the whole vocabulary (candidates None) the tokens are scored in blocks, and the chosen one is read once more:
-    neither the activations nor the keys and values of V tokens a row are ever held.
+    neither the activations nor the keys and values of V tokens a row are ever held. A reward head is read as
+    `rewards.from_model` reads the text that a candidate ends: the pad id, also where it is an EOS, has the score of the
+    text before it, and an end has that of its tail.
 
     Args:
       name: of the builder, for error texts.
       lm: a model with a scalar head.
       weigh: the score of a head's value, elementwise.
       beta: the critic's own `beta`.
+      reading: which label is read, and the tail; None: the only one, without a tail.
 
     Raises:
       ValueError: a model without a scalar head.
     """
-    check_model(name, lm, ("vocab_size", "max_length", "head_width", "prefill", "step", "head", "candidates", "commit"))
-    if lm.head_width != 1:
-        found = "no head" if lm.head_width == 0 else f"a head of width {lm.head_width}"
-        raise ValueError(f"{name}: expected a model with a scalar head, found {found}")
+    needs = ("vocab_size", "max_length", "head_width", "prefill", "step", "head", "candidates", "commit")
+    check_model(name, lm, needs)
+    read_as = reading_of(name, lm) if reading is None else reading
+    kept = lm if isinstance(lm, prefixes.PrefixModel) else None  # what reads several tokens after a cache
+    if read_as.tail and kept is None:
+        raise ValueError(f"{name}: tail: expected a model that reads segments (rewards.prefixes.PrefixModel)")
+    passes_over = read_as.pad_id is not None
 
     def read(params: Params, hidden: Array) -> Array:
         found = lm.head(params, hidden)
-        check_array(f"{name}: lm.head", found, (*hidden.shape[:-1], 1), "one number per hidden state")
-        return weigh(found[..., 0])
+        check_array(f"{name}: lm.head", found, (*hidden.shape[:-1], lm.head_width), "the labels of each hidden state")
+        return weigh(found[..., read_as.label])
 
     def init(params: Params, rng: Array, prompts: TokenBatch, max_new_tokens: int) -> State:
         capacity = prompts.tokens.shape[1] + max_new_tokens
-        return CandidateCriticState(lm.prefill(params, prompts.tokens, prompts.mask, capacity)[1])
+        if not passes_over:
+            return CandidateCriticState(lm.prefill(params, prompts.tokens, prompts.mask, capacity)[1])
+        cache, reward = prefixes.prefilled(lm, read_as, params, prompts, capacity)
+        return CandidateCriticState(cache, reward=weigh(reward))
+
+    def at_ends(params: Params, state: CandidateCriticState, tokens: Candidates, q: Scores) -> Scores:
+        """The scores of candidates [B,K] where those that a text is not read at, and ends, have their own."""
+        if state.reward is not None:
+            q = jnp.where(tokens == read_as.pad_id, state.reward[:, None], q)
+        if not read_as.tail or kept is None:
+            return q
+        ends = jnp.asarray(read_as.ends, tokens.dtype)
+        each = tokens[..., None] == ends
+        batch = tokens.shape[0]
+
+        def with_tail() -> Scores:
+            before = jnp.zeros(batch) if state.reward is None else state.reward
+            text = jnp.broadcast_to(ends[None, :, None], (batch, len(read_as.ends), 1))
+            prefix = prefixes.ModelPrefix(state.cache, before)
+            found = prefixes.read_segments(kept, read_as, params, prefix, text, jnp.ones(text.shape, bool))[0]
+            tailed = jnp.take_along_axis(weigh(found), jnp.argmax(each, axis=-1), axis=1)
+            return jnp.where(each.any(axis=-1), tailed, q).astype(q.dtype)
+
+        found: Scores = jax.lax.cond(each.any(), with_tail, lambda: q)
+        return found
 
     def score(
         params: Params,
@@ -127,16 +167,27 @@ def candidate_critic(
                 return read(params, lm.candidates(params, state.cache, jnp.broadcast_to(tokens, (batch, width)))[0])
 
             q = jnp.moveaxis(jax.lax.map(block, ids), 0, 1).reshape(batch, -1)[:, :vocab]
-            return q, CandidateCriticState(state.cache)
+            every = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32), (batch, vocab))
+            return at_ends(params, state, every, q), CandidateCriticState(state.cache, reward=state.reward)
         hidden, entries = lm.candidates(params, state.cache, candidates)
-        return read(params, hidden), CandidateCriticState(state.cache, entries)
+        q = at_ends(params, state, candidates, read(params, hidden))
+        return q, CandidateCriticState(state.cache, entries, state.reward, q if passes_over else None)
 
     def advance(params: Params, proposal: CandidateCriticState, choice: Array) -> State:
+        before = proposal.reward
         if proposal.entries is None:  # the choice is a token of the whole vocabulary
-            return CandidateCriticState(lm.step(params, proposal.cache, choice)[1])
-        return CandidateCriticState(lm.commit(proposal.cache, proposal.entries, choice))
+            hidden, cache = lm.step(params, proposal.cache, choice)
+            if before is None:
+                return CandidateCriticState(cache)
+            moves = (choice >= 0) & (choice != read_as.pad_id)
+            return CandidateCriticState(cache, reward=jnp.where(moves, read(params, hidden), before))
+        cache = lm.commit(proposal.cache, proposal.entries, choice)
+        if before is None or proposal.q is None:
+            return CandidateCriticState(cache)
+        picked = jnp.take_along_axis(proposal.q, jnp.maximum(choice, 0)[:, None], axis=1)[:, 0]
+        return CandidateCriticState(cache, reward=jnp.where(choice >= 0, picked, before))
 
-    return Critic(init, score, advance, "level", prompt_check(lm), lm.vocab_size, beta)
+    return Critic(init, score, advance, "level", prompt_check(lm, len(read_as.tail)), lm.vocab_size, beta)
 
 
 def vocabulary_critic(
@@ -174,10 +225,10 @@ def vocabulary_critic(
     return Critic(init, score, advance, kind, prompt_check(lm), lm.vocab_size, beta)
 
 
-def prompt_check(lm: Sized) -> HostCheck:
-    """The host checks of a critic that reads the prompts with a model."""
+def prompt_check(lm: Sized, tail: int = 0) -> HostCheck:
+    """The host checks of a critic that reads the prompts with a model, and so many tokens after the response."""
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
-        check_prompt_fits(lm, prompts, max_new_tokens)
+        check_prompt_fits(lm, prompts, max_new_tokens + tail)
 
     return check

@@ -10,6 +10,7 @@ from jaxalign.models.hf.tokenizers import tokenizer
 from jaxalign.models.language_model import LanguageModel, ModelOutput, with_head
 from jaxalign.models.log_prob import chunked, response_hidden, token_log_prob
 from jaxalign.models.lora import Lora
+from jaxalign.models.pooling import last_read_index, read_index
 from jaxalign.models.vocabulary import check_tokens, cut_vocabulary, match_vocabulary
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "config_from_hf",
     "config_to_hf",
     "cut_vocabulary",
+    "last_read_index",
     "load",
     "load_adapter",
     "lora",
     "match_vocabulary",
+    "read_index",
     "response_hidden",
     "save",
     "save_adapter",

@@ -47,6 +47,11 @@ class Follower:
             _check_positive(name, getattr(self, name))
 
 
+def default_labels(count: int) -> tuple[str, ...]:
+    """The names that transformers gives to labels without one."""
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
 @dataclasses.dataclass(frozen=True)
 class Head:
     """What reads the hidden states beside the vocabulary.
@@ -55,6 +60,7 @@ class Head:
       kind: "reward": linear, num_labels wide, without a bias (…ForSequenceClassification); "value": to one number; "q":
         to one number per token.
       num_labels: the width of a reward head.
+      labels: the names of a reward head's labels, in the order of its columns; () for LABEL_0, LABEL_1, …
       hidden_size: the width of the hidden layers of a value or Q head; None: linear with a bias.
       num_hidden: how many such layers (RE-Control's value nets have one or two, with "relu").
       activation: between the layers.
@@ -72,6 +78,7 @@ class Head:
     activation: Literal["silu", "relu", "gelu", "tanh"] = "silu"
     bound: float | None = None
     follower: Follower | None = None
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in HEAD_KINDS:
@@ -94,6 +101,25 @@ class Head:
             raise ValueError(f"num_labels: expected 1 for a {self.kind} head, found {self.num_labels}")
         for name in ("num_labels", "num_hidden"):
             _check_integer(name, getattr(self, name), 1)
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        if not isinstance(self.labels, tuple | list) or not all(isinstance(name, str) for name in self.labels):
+            raise ValueError(f"labels: expected a tuple of names, found {self.labels!r}")
+        labels = tuple(self.labels)
+        if labels and self.kind != "reward":
+            raise ValueError(f"labels: expected none of a {self.kind} head, found {labels}")
+        if labels and len(labels) != self.num_labels:
+            raise ValueError(f"labels: expected {self.num_labels} names, found {labels}")
+        # One spelling of transformers' own names, so that equal heads are equal.
+        object.__setattr__(self, "labels", () if labels == default_labels(self.num_labels) else labels)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The name of each label of a reward head; () of another head."""
+        if self.kind != "reward":
+            return ()
+        return self.labels or default_labels(self.num_labels)
 
     @property
     def hidden_layers(self) -> tuple[str, ...]:
@@ -155,7 +181,8 @@ class Config:
       qk_norm: whether queries and keys have norms.
       eos_ids: the ids that end a response; one id is taken as a tuple of one.
       bos_id: the id that begins a text, or None.
-      pad_id: the id of padding, or None; it may lie outside the vocabulary.
+      pad_id: the id of padding, or None; it may lie outside the vocabulary. A reward head is not read at it
+        (`models.read_index`).
       head: what reads the hidden states beside the vocabulary, or None.
 
     Raises:
@@ -217,6 +244,16 @@ class Config:
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer [tokens], None for full attention."""
         return self.windows[layer] if self.windows else None
+
+    @property
+    def reward_pad_id(self) -> int | None:
+        """The pad id of a model with a reward head, which is not read at it; None of other heads and without one."""
+        return self.pad_id if self.head is not None and self.head.kind == "reward" else None
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of a reward head's labels; () of other heads and without one."""
+        return () if self.head is None else self.head.label_names
 
     @property
     def head_width(self) -> int:

@@ -95,6 +95,16 @@ class LanguageModel:
         return self.config.head_width
 
     @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of a reward head's labels; () of other heads and without one."""
+        return self.config.label_names
+
+    @property
+    def reward_pad_id(self) -> int | None:
+        """The id that a reward head is not read at (`models.read_index`): its pad id; None of other heads."""
+        return self.config.reward_pad_id
+
+    @property
     def _module(self) -> Transformer:
         return Transformer(self.config, jnp.dtype(self.dtype))
 
@@ -233,7 +243,9 @@ class LanguageModel:
         found: Array = module.apply({"params": params["head"]}, hidden)
         return found
 
-    def prefill(self, params: Params, tokens: Array, mask: Array, capacity: int) -> tuple[Array, Cache]:
+    def prefill(
+        self, params: Params, tokens: Array, mask: Array, capacity: int, *, at: Array | None = None
+    ) -> tuple[Array, Cache]:
         """Encodes prompts once. Rows are compacted first, so that slot = position and padding takes no slot.
 
         Args:
@@ -241,9 +253,10 @@ class LanguageModel:
           tokens: [B,P] integers.
           mask: [B,P], True on real tokens, under either padding.
           capacity: slots of each row, at least P.
+          at: [B], which of its real tokens, from 0, each row's hidden state is given of; None: the last.
 
         Returns:
-          (hidden [B,D] at the last real token, cache).
+          (hidden [B,D], cache).
 
         Raises:
           ValueError: arrays of another rank or type, ids outside the vocabulary where they are concrete, or a capacity
@@ -254,7 +267,7 @@ class LanguageModel:
             raise ValueError(f"capacity: expected at least the prompt's {tokens.shape[1]} slots, found {capacity}")
         tokens, mask = mdp.compact(tokens, mask)
         last = mdp.last_index(mask)
-        hidden, entries = self._encode(params, tokens, mask, at=last[:, None])
+        hidden, entries = self._encode(params, tokens, mask, at=(last if at is None else at)[:, None])
         return hidden[:, 0], caches.filled(entries, last + 1, capacity)
 
     def candidates(self, params: Params, cache: Cache, tokens: Array) -> tuple[Array, tuple[KeyValue, ...]]:

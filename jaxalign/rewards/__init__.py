@@ -8,7 +8,7 @@ is checked where it is traced.
 
 from jaxalign.rewards.combinators import RewardMap, calibrated, map_reward, shaped, weighted_sum
 from jaxalign.rewards.models import TokenGradient, from_model, log_likelihood, token_gradient
-from jaxalign.rewards.params import CalibratedParams, MapParams, ShapedParams, WeightedSumParams
+from jaxalign.rewards.params import CalibratedParams, LabelParams, MapParams, ShapedParams, WeightedSumParams
 from jaxalign.rewards.programs import from_numpy, from_text
 from jaxalign.rewards.specs import (
     Term,
@@ -25,6 +25,7 @@ from jaxalign.rewards.values import call_reward, check_values, compiled, on_host
 
 __all__ = [
     "CalibratedParams",
+    "LabelParams",
     "MapParams",
     "RewardMap",
     "ShapedParams",

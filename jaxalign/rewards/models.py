@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import mdp, models
 from jaxalign._arrays import at_least_float32
 from jaxalign._builders import cached
-from jaxalign._checks import check_has_logits, check_model, check_prompt_fits
+from jaxalign._checks import Sized, check_has_logits, check_model, check_prompt_fits, is_concrete
 from jaxalign.rewards import prefixes
+from jaxalign.rewards import reading as readings
+from jaxalign.rewards.reading import Reading, reading_of
 from jaxalign.shapes import Candidates, RewardValues, Scores, TextIndex, TextLength, TextMask, TextTokens
 from jaxalign.types import (
     Array,
@@ -54,30 +58,53 @@ class SequenceModel(LanguageModel, Protocol):
         """As HeadModel.hidden."""
 
 
-@cached
-def from_model(lm: HeadModel) -> Reward:
-    """Builds the reward of a reward model: its scalar at the last real token, under either padding.
+def from_model(
+    lm: HeadModel,
+    *,
+    label: str | int | None = None,
+    weighted: bool = False,
+    tail: Sequence[int] = (),
+    ends: int | Sequence[int] | None = None,
+) -> Reward:
+    """Builds the reward of a reward model: its score of the whole text, read where transformers reads it.
+
+    The score stands at the last real token that is not the model's pad id, under either padding. With a pad id that is
+    also an EOS (TRL's trainer makes these models) that is the token before the end of a finished response. A model
+    without a pad id is read at the last real token, and so is a value head. A text of pads alone is read at its first
+    token. See `rewards.reading`.
 
     Args:
-      lm: a model with a scalar head. One that offers `prefixes.PrefixModel` keeps a prefix in its cache.
+      lm: a model with a scalar head, or a classifier with several labels. One that offers `prefixes.PrefixModel` keeps
+        a prefix in its cache. A model of your own may offer `reward_pad_id`, `label_names` and `eos_ids`.
+      label: which label is the reward, by name or number; the score is its logit. Needed where there are several.
+      weighted: the reward is Σ_l w_l·logit_l over the labels, and params are `LabelParams`. Of a classifier of two
+        labels the weights (−1, 1) give the log odds of the second.
+      tail: ids that follow a response that has ended, as a chat template writes them after a turn (Qwen: the newline
+        after <|im_end|>). An unfinished response gets none.
+      ends: the ids that end a response; None: the model's EOS ids.
 
     Returns:
-      A Reward with the model's params.
+      A Reward with the model's params, or `LabelParams` where the labels are weighted.
 
     Raises:
-      ValueError: a model without a scalar head.
+      ValueError: a model without a head of scalars; several labels of which none is named (they are listed); a label
+        that there is not; a tail outside the vocabulary, or one without an id that ends a response.
     """
-    if lm.head_width != 1:
-        raise ValueError(f"from_model: expected a model with a scalar head, found head_width = {lm.head_width}")
+    return _from_model(lm, reading_of("from_model", lm, label=label, weighted=weighted, tail=tail, ends=ends))
 
+
+@cached
+def _from_model(lm: HeadModel, reading: Reading) -> Reward:
     def reward(
         params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
     ) -> RewardValues:
-        hidden = lm.hidden(params, tokens, mask=mask, at=mdp.last_index(mask)[:, None])
-        return lm.head(params, hidden)[:, 0, 0]
+        tokens, mask = readings.whole(reading, tokens, mask, prompt_length)
+        at = models.read_index(tokens, mask, reading.pad_id)[:, None]
+        hidden = lm.hidden(readings.model_params(reading, params), tokens, mask=mask, at=at)
+        return readings.value(reading, lm, params, hidden)[:, 0]
 
-    kept = prefixes.model_prefix(lm) if isinstance(lm, prefixes.PrefixModel) else None
-    return CheckedReward(reward, _model_check(lm), lm.vocab_size, kept)
+    kept = prefixes.model_prefix(lm, reading) if isinstance(lm, prefixes.PrefixModel) else None
+    return CheckedReward(reward, _model_check(lm, reading), lm.vocab_size, kept)
 
 
 class TokenScore(Protocol):
@@ -137,27 +164,38 @@ class TokenGradient:
         return self.score(params, tokens, mask, prompt_length, position, candidates)
 
 
-@cached
-def token_gradient(lm: EmbeddingModel) -> TokenGradient:
+def token_gradient(
+    lm: EmbeddingModel,
+    *,
+    label: str | int | None = None,
+    weighted: bool = False,
+    tail: Sequence[int] = (),
+    ends: int | Sequence[int] | None = None,
+) -> TokenGradient:
     """Builds the token gradient of a reward model: g_v = E[v]·∂r/∂e for each candidate token v at one position.
 
-    e is the input embedding [D] at column `position`, r the reward of `from_model(lm)`, E the embedding table. The
-    difference g_v − g_current estimates, to first order, what replacing the token that stands there adds to the reward.
-    The gradient is one vector [D] a row, with the numbers of the one-hot gradient, of which nothing [N,L,V] is made.
+    e is the input embedding [D] at column `position`, r the reward of `from_model` of the same arguments, E the
+    embedding table. The difference g_v − g_current estimates, to first order, what replacing the token that stands
+    there adds to the reward. The gradient is one vector [D] a row, with the numbers of the one-hot gradient, of which
+    nothing [N,L,V] is made. It is 0 at a token behind the one that the model is read at.
 
     Args:
       lm: a model with a scalar head.
+      label, weighted, tail, ends: as in `from_model`.
 
     Returns:
-      A TokenGradient with the model's params.
+      A TokenGradient with the params of `from_model`.
 
     Raises:
-      ValueError: a model without a scalar head.
+      ValueError: as in `from_model`.
 
     Source: GGRO, arXiv 2606.09635.
     """
-    reward = from_model(lm)
+    return _token_gradient(lm, reading_of("token_gradient", lm, label=label, weighted=weighted, tail=tail, ends=ends))
 
+
+@cached
+def _token_gradient(lm: EmbeddingModel, reading: Reading) -> TokenGradient:
     def with_reward(
         params: Params,
         tokens: TextTokens,
@@ -166,17 +204,18 @@ def token_gradient(lm: EmbeddingModel) -> TokenGradient:
         position: TextLength,
         candidates: Candidates,
     ) -> tuple[RewardValues, Scores]:
-        del prompt_length
-        rows, last = jnp.arange(tokens.shape[0]), mdp.last_index(mask)[:, None]
-        embeddings = lm.embed(params, jnp.where(mask, tokens, 0))
+        given, rows = readings.model_params(reading, params), jnp.arange(tokens.shape[0])
+        tokens, mask = readings.whole(reading, tokens, mask, prompt_length)
+        at = models.read_index(tokens, mask, reading.pad_id)[:, None]
+        embeddings = lm.embed(given, jnp.where(mask, tokens, 0))
 
         def total(e: Array) -> tuple[Array, Array]:
-            hidden = lm.hidden(params, tokens, mask=mask, embeddings=embeddings.at[rows, position].set(e), at=last)
-            found = lm.head(params, hidden)[:, 0, 0]
+            hidden = lm.hidden(given, tokens, mask=mask, embeddings=embeddings.at[rows, position].set(e), at=at)
+            found = readings.value(reading, lm, params, hidden)[:, 0]
             return found.sum(), found
 
         gradient, found = jax.grad(total, has_aux=True)(embeddings[rows, position])
-        table = at_least_float32(lm.embed(params, candidates))
+        table = at_least_float32(lm.embed(given, candidates))
         return found, jnp.einsum("nkd,nd->nk", table, at_least_float32(gradient))
 
     def score(
@@ -189,8 +228,9 @@ def token_gradient(lm: EmbeddingModel) -> TokenGradient:
     ) -> Scores:
         return with_reward(params, tokens, mask, prompt_length, position, candidates)[1]
 
-    kept = prefixes.model_token_gradient(lm) if isinstance(lm, prefixes.PrefixModel) else None
-    return TokenGradient(score, reward, with_reward, _model_check(lm), lm.vocab_size, kept)
+    kept = prefixes.model_token_gradient(lm, reading) if isinstance(lm, prefixes.PrefixModel) else None
+    reward = _from_model(lm, reading)
+    return TokenGradient(score, reward, with_reward, _model_check(lm, reading), lm.vocab_size, kept)
 
 
 @cached
@@ -222,11 +262,24 @@ def log_likelihood(lm: SequenceModel) -> Reward:
         value = models.token_log_prob(lm, params, hidden[:, :-1], tokens[:, 1:])
         return jnp.where(response, value, 0).sum(axis=-1)
 
-    return CheckedReward(reward, _model_check(lm), lm.vocab_size)
+    return CheckedReward(reward, _prompt_check(lm), lm.vocab_size)
 
 
-def _model_check(lm: HeadModel | SequenceModel) -> HostCheck:
+def _prompt_check(lm: Sized) -> HostCheck:
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
         check_prompt_fits(lm, prompts, max_new_tokens, name="reward's prompts")
+
+    return check
+
+
+def _model_check(lm: HeadModel, reading: Reading) -> HostCheck:
+    """The host checks of the prompts, whose response and tail must fit, and of the labels' weights."""
+
+    def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        check_prompt_fits(lm, prompts, max_new_tokens + len(reading.tail), name="reward's prompts")
+        if reading.label is None:
+            weights = readings.label_weights(lm, params)
+            if is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights))):
+                raise ValueError(f"weights: expected finite numbers, found {np.asarray(weights)}")
 
     return check

@@ -1,4 +1,4 @@
-"""Parameters of the combinators of rewards. A dict with the same keys is taken as well."""
+"""Parameters of rewards. A dict with the same keys is taken as well."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxalign.types import ArrayLike, Params
+
+
+class LabelParams(NamedTuple):
+    """Parameters of `from_model` and `token_gradient` of a weighted sum of the model's labels."""
+
+    model: Params
+    """The parameters of the model."""
+    weights: ArrayLike
+    """[W], a weight for each label of the model, in the order of its `label_names`."""
 
 
 class WeightedSumParams(NamedTuple):

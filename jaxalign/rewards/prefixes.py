@@ -6,15 +6,18 @@ ask: the reward's own `prefix`, or a form that keeps the text and reads it whole
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign import mdp
+from jaxalign import mdp, models
 from jaxalign._arrays import at_least_float32, repeat_rows
 from jaxalign.prompts import prompt_index
+from jaxalign.rewards import reading as readings
+from jaxalign.rewards.reading import Reading
 from jaxalign.rewards.values import call_reward, check_values
 from jaxalign.shapes import (
     Candidates,
@@ -32,7 +35,17 @@ from jaxalign.shapes import (
     TextMask,
     TextTokens,
 )
-from jaxalign.types import Array, HeadModel, Params, PrefixReward, PrefixTokenGradient, Reward, State, TokenBatch
+from jaxalign.types import (
+    Array,
+    CandidateModel,
+    HeadModel,
+    Params,
+    PrefixReward,
+    PrefixTokenGradient,
+    Reward,
+    State,
+    TokenBatch,
+)
 
 
 @runtime_checkable
@@ -42,8 +55,10 @@ class PrefixModel(HeadModel, Protocol):
     def embed(self, params: Params, tokens: Array) -> Array:
         """Input embeddings [...,D] of tokens [...]."""
 
-    def prefill(self, params: Params, tokens: PromptTokens, mask: PromptMask, capacity: int) -> tuple[Hidden, State]:
-        """As LanguageModel.prefill."""
+    def prefill(
+        self, params: Params, tokens: PromptTokens, mask: PromptMask, capacity: int, *, at: TextLength | None = None
+    ) -> tuple[Hidden, State]:
+        """As CandidateModel.prefill."""
 
     def segments(
         self,
@@ -84,7 +99,7 @@ class ModelPrefix(NamedTuple):
     cache: State
     """The model's cache of the prefix."""
     reward: PerPrompt
-    """[N], of the prefix."""
+    """[N], of the prefix, its tail included where it has ended."""
 
 
 class ModelProposal(NamedTuple):
@@ -98,18 +113,20 @@ class ModelProposal(NamedTuple):
     """[N,M]."""
 
 
-def model_prefix(lm: PrefixModel) -> PrefixReward:
-    """Builds the prefix form of a reward model's scalar at the last real token: the prefix is in its cache, and only
-    the segment is read, in as narrow a pass as holds it (`_sizes`)."""
+def model_prefix(lm: PrefixModel, reading: Reading) -> PrefixReward:
+    """Builds the prefix form of a reward model's scalar: the prefix is in its cache, and only the segment is read, with
+    the tail of one that has ended, in as narrow a pass as holds it (`_sizes`).
+
+    A segment without a token that the model is read at (`reading`) has the prefix's reward. The tail is never written
+    to the cache: no token other than the pad id may follow an end.
+    """
 
     def init(params: Params, prompts: TokenBatch, max_new_tokens: int) -> ModelPrefix:
         capacity = prompts.tokens.shape[1] + max_new_tokens
-        hidden, cache = lm.prefill(params, prompts.tokens, prompts.mask.astype(bool), capacity)
-        return ModelPrefix(cache, lm.head(params, hidden)[:, 0])
+        return ModelPrefix(*prefilled(lm, reading, params, prompts, capacity))
 
     def score(params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]:
-        found, proposal = _sized(_read, False, lm, params, state, tokens, mask)
-        return found, proposal
+        return read_segments(lm, reading, params, state, tokens, mask)
 
     def commit(params: Params, state: State, proposal: State, choice: Choice) -> ModelPrefix:
         cache = lm.append(state.cache, proposal.entries, proposal.mask, choice)
@@ -119,7 +136,30 @@ def model_prefix(lm: PrefixModel) -> PrefixReward:
     return PrefixReward(init, score, commit)
 
 
-def model_token_gradient(lm: PrefixModel) -> PrefixTokenGradient:
+def read_segments(
+    lm: PrefixModel, reading: Reading, params: Params, state: ModelPrefix, tokens: Array, mask: Array
+) -> tuple[Array, ModelProposal]:
+    """(reward [N,M], proposal) of segments [N,M,S] after a prefix, with the tail of those that have ended."""
+    read = functools.partial(_read, lm, reading, params, state)
+    found, proposal = _sized(read, False, reading, tokens, mask)
+    return found, proposal
+
+
+def prefilled(
+    lm: PrefixModel | CandidateModel, reading: Reading, params: Params, prompts: TokenBatch, capacity: int
+) -> tuple[State, PerPrompt]:
+    """The cache of the prompts, and their rewards [N]."""
+    given = readings.model_params(reading, params)
+    if reading.pad_id is None:
+        hidden, cache = lm.prefill(given, prompts.tokens, prompts.mask.astype(bool), capacity)
+    else:
+        tokens, mask = mdp.compact(prompts.tokens, prompts.mask)
+        place = models.read_index(tokens, mask, reading.pad_id)
+        hidden, cache = lm.prefill(given, tokens, mask, capacity, at=place)
+    return cache, readings.value(reading, lm, params, hidden)
+
+
+def model_token_gradient(lm: PrefixModel, reading: Reading) -> PrefixTokenGradient:
     """Builds the prefix form of `rewards.token_gradient`: nothing before the segment depends on its first token, so the
     backward pass, too, goes through the segment alone."""
 
@@ -127,15 +167,17 @@ def model_token_gradient(lm: PrefixModel) -> PrefixTokenGradient:
         params: Params, state: State, tokens: ResponseTokens, mask: ResponseMask, candidates: Candidates
     ) -> tuple[RewardValues, Scores, State]:
         segment = (tokens[:, None], mask[:, None])
-        found, gradient, proposal = _sized(_read_and_slope, True, lm, params, state, *segment)
-        table = at_least_float32(lm.embed(params, candidates))
+        read = functools.partial(_read_and_slope, lm, reading, params, state)
+        found, gradient, proposal = _sized(read, True, reading, *segment)
+        table = at_least_float32(lm.embed(readings.model_params(reading, params), candidates))
         return found[:, 0], jnp.einsum("nkd,nd->nk", table, gradient), proposal
 
-    return PrefixTokenGradient(model_prefix(lm), score)
+    return PrefixTokenGradient(model_prefix(lm, reading), score)
 
 
 def _read(
     lm: PrefixModel,
+    reading: Reading,
     params: Params,
     state: ModelPrefix,
     tokens: Array,
@@ -144,21 +186,27 @@ def _read(
     embeddings: Array | None = None,
 ) -> tuple[Array, ModelProposal]:
     """(reward [N,M], proposal) of segments [N,M,S] in a pass of `packed` tokens."""
-    last = mdp.last_index(mask)
-    hidden, entries = lm.segments(params, state.cache, tokens, mask, packed=packed, at=last, embeddings=embeddings)
-    found = jnp.where(last >= 0, lm.head(params, hidden)[..., 0], state.reward[:, None])
+    given, last = readings.model_params(reading, params), models.last_read_index(tokens, mask, reading.pad_id)
+    hidden, entries = lm.segments(given, state.cache, tokens, mask, packed=packed, at=last, embeddings=embeddings)
+    found = jnp.where(last >= 0, readings.value(reading, lm, params, hidden), state.reward[:, None])
     return found, ModelProposal(entries, mask, found)
 
 
 def _read_and_slope(
-    lm: PrefixModel, params: Params, state: ModelPrefix, tokens: Array, mask: Array, packed: int
+    lm: PrefixModel,
+    reading: Reading,
+    params: Params,
+    state: ModelPrefix,
+    tokens: Array,
+    mask: Array,
+    packed: int,
 ) -> tuple[Array, Array, ModelProposal]:
     """(reward [N,1], its gradient [N,D] in the embedding of the first token, proposal) of segments [N,1,S]."""
-    embeddings = lm.embed(params, jnp.where(mask, tokens, 0))
+    embeddings = lm.embed(readings.model_params(reading, params), jnp.where(mask, tokens, 0))
 
     def total(e: Array) -> tuple[Array, tuple[Array, ModelProposal]]:
-        given = embeddings.at[:, 0, 0].set(e)
-        found, proposal = _read(lm, params, state, tokens, mask, packed, embeddings=given)
+        replaced = embeddings.at[:, 0, 0].set(e)
+        found, proposal = _read(lm, reading, params, state, tokens, mask, packed, embeddings=replaced)
         return found.sum(), (found, proposal)
 
     gradient, (found, proposal) = jax.grad(total, has_aux=True)(embeddings[:, 0, 0])
@@ -180,31 +228,26 @@ def _sizes(rows: int, width: int, *, ragged: bool) -> list[tuple[int, int]]:
     return [*sizes, (width, rows * width)]
 
 
-def _sized(
-    read: Callable[..., Any],
-    ragged: bool,
-    lm: PrefixModel,
-    params: Params,
-    state: ModelPrefix,
-    tokens: Array,
-    mask: Array,
-) -> Any:
-    """read(lm, params, state, tokens, mask, packed) in the first of the `_sizes` that holds the real tokens."""
-    rows, width = mask.shape[0] * mask.shape[1], mask.shape[2]
-    sizes, last = _sizes(rows, width, ragged=ragged), mdp.last_index(mask)
+def _sized(read: Callable[..., Any], ragged: bool, reading: Reading, tokens: Array, mask: Array) -> Any:
+    """read(tokens, mask, packed) of segments [N,M,S], with the tail of those that have ended, in the first of the
+    `_sizes` that holds the real tokens; the entries of its proposal are those of the S columns."""
+    room = mask.shape[2]
+    tokens, real = readings.follow(reading, tokens, mask, readings.has_ended(reading, tokens, mask))
+    rows, width = real.shape[0] * real.shape[1], real.shape[2]
+    sizes, last = _sizes(rows, width, ragged=ragged), mdp.last_index(real)
 
     def at(columns: int, packed: int) -> Callable[[], Any]:
         def run() -> Any:
-            *found, proposal = read(lm, params, state, tokens[..., :columns], mask[..., :columns], packed)
-            room = ((0, 0), (0, 0), (0, 0), (0, width - columns), (0, 0))
-            entries = jax.tree.map(lambda x: jnp.pad(x, room), proposal.entries)
+            *found, proposal = read(tokens[..., :columns], real[..., :columns], packed)
+            more = ((0, 0), (0, 0), (0, 0), (0, max(0, room - columns)), (0, 0))
+            entries = jax.tree.map(lambda x: jnp.pad(x[..., :room, :], more), proposal.entries)
             return (*found, proposal._replace(entries=entries, mask=mask))
 
         return run
 
     if len(sizes) == 1:
         return at(*sizes[0])()
-    longest, total = last.max() + 1, mask.sum()
+    longest, total = last.max() + 1, real.sum()
     fits = jnp.stack([(longest <= columns) & (total <= packed) for columns, packed in sizes])
     return jax.lax.switch(jnp.argmax(fits), [at(*size) for size in sizes])
 

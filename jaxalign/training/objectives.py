@@ -39,8 +39,8 @@ def language_model(lm: Any) -> Loss:
 
 @cached
 def bradley_terry(lm: Any) -> Loss:
-    """`losses.bradley_terry` of a scalar head at the last real token; batch {"chosen", "rejected"} of batches as above.
-    Metrics: accuracy (ties half), margin."""
+    """`losses.bradley_terry` of the rewards of a scalar head (`rewards_of`); batch {"chosen", "rejected"} of batches as
+    above. Metrics: accuracy (ties half), margin."""
 
     def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         chosen, rejected = jnp.split(rewards_of(lm, cast(lm, params), _joined(batch)), 2)
@@ -247,9 +247,12 @@ def group_rewards(lm: Any, params: Params, batch: Any) -> Array:
 
 
 def rewards_of(lm: Any, params: Params, batch: Any) -> Array:
-    """r(x,y) [b] at the last real token."""
-    last = mdp.last_index(batch["mask"])[:, None]
-    hidden = lm.hidden(params, batch["tokens"], mask=batch["mask"], at=last)
+    """r(x,y) [b], at the token at which `rewards.from_model` and transformers read the model once it is saved.
+    ValueError for a head that is not a scalar."""
+    if lm.head_width != 1:
+        raise ValueError(f"reward: expected a model with a scalar head, found head_width = {lm.head_width}")
+    at = models.read_index(batch["tokens"], batch["mask"], lm.reward_pad_id)[:, None]
+    hidden = lm.hidden(params, batch["tokens"], mask=batch["mask"], at=at)
     reward: Array = lm.head(params, hidden)[:, 0, 0]
     return reward
 

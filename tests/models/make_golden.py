@@ -1,7 +1,8 @@
 """python -m tests.models.make_golden: writes tests/models/golden, tiny checkpoints by transformers and their outputs.
 
 Needs torch. Weights are random with a seed, larger than usual so that an error in any part shows in the logits, and
-stored as bfloat16, which halves the files; the outputs are those of the same values in float32.
+stored as bfloat16, which halves the files; the outputs are those of the same values in float32. Logits and rewards are
+what the model's own `forward` gives: which token a classifier is read at is transformers' to say.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pathlib
 
 import numpy as np
 
-from tests.models.families import CHECKPOINTS, COMMON, LIVE, PADDINGS, ROWS, inputs
+from tests.models.families import CHECKPOINTS, COMMON, LIVE, PADDINGS, PADS, ROWS, inputs, reward_batches
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -35,25 +36,45 @@ def build(name: str):
 
 
 def outputs(model, padding: str, rows: list[list[int]] = ROWS) -> np.ndarray:
-    """Logits [B,L,V] of real positions (zeros at padding), or rewards [B]."""
+    """Logits [B,L,V] of real positions (zeros at padding)."""
     import torch
 
     tokens, mask = (torch.tensor(x) for x in inputs(padding, rows))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        if hasattr(model, "score"):
-            hidden = model.model(tokens, attention_mask=mask, position_ids=positions).last_hidden_state
-            last = (torch.arange(mask.shape[1]) * mask).argmax(1)
-            return model.score(hidden[torch.arange(len(last)), last])[:, 0].numpy()
         logits = model(tokens, attention_mask=mask, position_ids=positions).logits
     return (logits * mask[..., None]).numpy()
+
+
+def scores(model, pad: str) -> dict[str, np.ndarray]:
+    """Padding -> the labels' scores [B,W] of a classifier whose config has that pad id, by its own `forward`."""
+    import torch
+
+    model.config.pad_token_id = PADS[pad]
+    found = {}
+    with torch.no_grad():
+        for padding, (tokens, mask) in reward_batches(pad).items():
+            logits = model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits.numpy()
+            found.setdefault(padding.split()[0], []).append(logits)
+    return {padding: np.concatenate(parts) for padding, parts in found.items()}
+
+
+def everything(model) -> dict[str, np.ndarray]:
+    """What outputs.npz holds: padding -> logits, or "pad id, padding" -> scores of a classifier."""
+    if not hasattr(model, "score"):
+        return {padding: outputs(model, padding) for padding in PADDINGS}
+    before = model.config.pad_token_id
+    found = {f"{pad}, {padding}": x for pad in PADS for padding, x in scores(model, pad).items()}
+    model.config.pad_token_id = before
+    return found
 
 
 def main() -> None:
     for name in CHECKPOINTS:
         model = build(name)
         folder = GOLDEN / name
-        np.savez_compressed(folder / "outputs.npz", **{p: outputs(model, p).astype(np.float32) for p in PADDINGS})
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(folder / "outputs.npz", **{k: x.astype(np.float32) for k, x in everything(model).items()})
         model.bfloat16().save_pretrained(folder)
         # Written by version: keep what the computation depends on, drop the version string.
         config = json.loads((folder / "config.json").read_text())

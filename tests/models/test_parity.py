@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import mdp, models
+from jaxalign import models, rewards
 from tests.models import families, make_golden
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="live comparison needs torch")
@@ -22,10 +22,31 @@ def ours(folder, padding: str, rows: list[list[int]] = families.ROWS) -> np.ndar
     lm, params = models.load(folder)
     tokens, mask = (jnp.asarray(x) for x in families.inputs(padding, rows))
     mask = mask.astype(bool)
-    out = apply(lm, params, tokens, mask)
-    if lm.config.head is None:
-        return np.asarray(jnp.where(mask[..., None], out.logits, 0))
-    return np.asarray(jnp.take_along_axis(out.head[..., 0], mdp.last_index(mask)[:, None], axis=1)[:, 0])
+    return np.asarray(jnp.where(mask[..., None], apply(lm, params, tokens, mask).logits, 0))
+
+
+def our_scores(folder, pad: str) -> dict[str, np.ndarray]:
+    """Padding -> the scores [B,W] of every label of a classifier whose config.json has that pad id."""
+    values = json.loads((folder / "config.json").read_text()) | {"pad_token_id": families.PADS[pad]}
+    lm, params = models.LanguageModel(models.config_from_hf(values)), models.load(folder)[1]
+    found: dict[str, list[np.ndarray]] = {}
+    for padding, (tokens, mask) in families.reward_batches(pad).items():
+        found.setdefault(padding.split()[0], []).append(label_scores(lm, params, tokens, mask))
+    return {padding: np.concatenate(parts) for padding, parts in found.items()}
+
+
+def label_scores(lm, params, tokens, mask, filler: int = 0) -> np.ndarray:
+    """rewards.from_model of every label, [B,W]; what stands in the padding is another id than transformers'."""
+    mask = jnp.asarray(mask, bool)
+    tokens = jnp.where(mask, jnp.asarray(tokens), filler)
+    length = jnp.ones(len(tokens), jnp.int32)
+    each = [score(rewards.from_model(lm, label=i), params, tokens, mask, length) for i in range(lm.head_width)]
+    return np.stack(each, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(reward, params, tokens, mask, length):
+    return reward(params, tokens, mask, length, jnp.arange(len(tokens)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -39,10 +60,31 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("padding", families.PADDINGS)
-@pytest.mark.parametrize("name", families.CHECKPOINTS)
+@pytest.mark.parametrize("name", [name for name in families.CHECKPOINTS if name not in families.classifiers()])
 def test_parity_with_transformers(name, padding):
     folder = make_golden.GOLDEN / name
     assert_close(ours(folder, padding), np.load(folder / "outputs.npz")[padding])
+
+
+@pytest.mark.parametrize("pad", families.PADS)
+@pytest.mark.parametrize("name", families.classifiers())
+def test_a_reward_model_is_read_at_the_token_that_transformers_reads(name, pad):
+    """Every label, under either padding, whatever the pad id: none, an EOS, one of its own."""
+    golden = np.load(make_golden.GOLDEN / name / "outputs.npz")
+    found = our_scores(make_golden.GOLDEN / name, pad)
+    assert set(found) == ({"none"} if families.PADS[pad] is None else set(families.PADDINGS))
+    for padding, scores in found.items():
+        assert_close(scores, golden[f"{pad}, {padding}"])
+
+
+def test_the_rows_of_the_golden_rewards_tell_the_rules_apart():
+    """A pad id moves the score of the rows that end in it; all tokens of a row of pads alone have one hidden state."""
+    golden = np.load(make_golden.GOLDEN / "llama_reward" / "outputs.npz")
+    plain = golden["no pad, none"][:, 0]
+    for pad, moved in {"pad is EOS": [0, 3], "own pad": [4]}.items():
+        difference = np.abs(golden[f"{pad}, none"][:, 0] - plain)
+        assert np.flatnonzero(difference > 1e-2).tolist() == moved
+        assert difference[[b for b in range(len(plain)) if b not in moved]].max() < 1e-5
 
 
 @needs_torch
@@ -50,8 +92,29 @@ def test_parity_with_transformers(name, padding):
 def test_parity_live(name, tmp_path):
     model = make_golden.build(name)
     model.save_pretrained(tmp_path / "model")
-    for padding in families.PADDINGS:
-        assert_close(ours(tmp_path / "model", padding), make_golden.outputs(model, padding))
+    assert_same_outputs(tmp_path / "model", make_golden.everything(model))
+
+
+def assert_same_outputs(folder, expected: dict[str, np.ndarray]) -> None:
+    """Ours of a folder, against what `make_golden.everything` gives."""
+    if "none" in expected:
+        found = {padding: ours(folder, padding) for padding in families.PADDINGS}
+    else:
+        found = {f"{pad}, {padding}": x for pad in families.PADS for padding, x in our_scores(folder, pad).items()}
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        assert_close(values, expected[name])
+
+
+@needs_torch
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mistral", "Qwen3"])
+def test_parity_live_of_classifiers(family, count, tmp_path, monkeypatch):
+    fields = {"num_labels": count, "num_hidden_layers": 1, "head_dim": 8}
+    monkeypatch.setitem(families.LIVE, "classifier", (family, "ForSequenceClassification", fields))
+    model = make_golden.build("classifier")
+    model.save_pretrained(tmp_path / "model")
+    assert_same_outputs(tmp_path / "model", make_golden.everything(model))
 
 
 @needs_torch
@@ -59,6 +122,9 @@ def test_parity_live(name, tmp_path):
 def test_parity_live_of_larger_models(name, tmp_path):
     model = make_golden.build(name)
     model.save_pretrained(tmp_path / "model")
+    if hasattr(model, "score"):
+        assert_same_outputs(tmp_path / "model", make_golden.everything(model))
+        return
     for padding in families.PADDINGS:
         expected = make_golden.outputs(model, padding, families.LONG_ROWS)
         assert_close(ours(tmp_path / "model", padding, families.LONG_ROWS), expected)
@@ -75,8 +141,10 @@ def test_transformers_reads_what_we_save(name, tmp_path):
     family, kind, _ = families.CHECKPOINTS[name]
     model = getattr(transformers, f"{family}{kind}").from_pretrained(tmp_path / "model").eval()
     expected = np.load(make_golden.GOLDEN / name / "outputs.npz")
-    for padding in families.PADDINGS:
-        assert_close(make_golden.outputs(model, padding), expected[padding])
+    found = make_golden.everything(model)
+    assert found.keys() == set(expected)
+    for key, values in found.items():
+        assert_close(values, expected[key])
 
 
 def test_windows_and_scalings_change_the_outputs():

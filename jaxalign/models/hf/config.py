@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxalign.models.config import Config, Follower, Head, Rope
+from jaxalign.models.config import Config, Follower, Head, Rope, default_labels
 from jaxalign.models.families import FAMILIES, Family
 
 # Fields of other families or options that change what a layer computes, and the values under which they do nothing.
@@ -185,12 +185,22 @@ def _head(values: dict[str, Any]) -> Head | None:
     if code:
         raise ValueError(f"auto_map: expected a model without code of its own, found {code}")
     if architecture.endswith("ForSequenceClassification"):
-        labels = values.get("id2label")
-        count = len(labels) if labels is not None else values.get("num_labels", 2)
-        return Head("reward", num_labels=count, bound=values.get("jaxalign_bound"))
+        labels = _labels(values)
+        return Head("reward", num_labels=len(labels), bound=values.get("jaxalign_bound"), labels=labels)
     if architecture and not architecture.endswith("ForCausalLM"):
         raise ValueError(f"architectures: expected …ForCausalLM or …ForSequenceClassification, found {architecture!r}")
     return None
+
+
+def _labels(values: dict[str, Any]) -> tuple[str, ...]:
+    """The names of a classifier's labels: id2label, or as many as num_labels says (2 where it is absent)."""
+    named = values.get("id2label")
+    if named is None:
+        return default_labels(values.get("num_labels") or 2)
+    if not isinstance(named, dict) or sorted(map(str, named)) != sorted(map(str, range(len(named)))):
+        raise ValueError(f"id2label: expected a name for each id 0, 1, …, found {named!r}")
+    names = {int(i): name for i, name in named.items()}
+    return tuple(str(names[i]) for i in range(len(names)))
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
@@ -244,7 +254,8 @@ def config_to_hf(config: Config) -> dict[str, Any]:
             "full_attention" if config.window(i) is None else "sliding_attention" for i in range(config.num_layers)
         ]
     if reward and config.head is not None:
-        values["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.head.num_labels)}
+        values["id2label"] = {str(i): name for i, name in enumerate(config.head.label_names)}
+        values["label2id"] = {name: i for i, name in enumerate(config.head.label_names)}
         if config.head.bound is not None:
             values["jaxalign_bound"] = config.head.bound
     elif config.head is not None:
