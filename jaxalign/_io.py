@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import importlib.metadata
 import json
 import os
@@ -72,8 +73,31 @@ def changed_inputs(folder: pathlib.Path, *, inputs: Sequence[str]) -> list[str]:
 
 def _stamps(inputs: Sequence[str]) -> dict[str, list[int]]:
     """File -> [size in bytes, time of change in ns], for files and the files directly in folders."""
-    files = [path for name in inputs if name for path in _files(pathlib.Path(name))]
+    files = [path for name in inputs if name for part in expand_names(name) for path in _files(_without_split(part))]
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def expand_names(source: str | os.PathLike[str]) -> list[str]:
+    """The names in a list with commas between them; a glob stands for the files that it matches, in alphabetical order.
+
+    What exists under the whole name is one name; a glob that matches nothing stays as it is.
+    """
+    whole = os.fspath(source)
+    if os.path.exists(whole):
+        return [whole]
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in whole.split(","))):
+        if os.path.exists(part) or not glob.has_magic(part.partition("@")[0]):
+            names.append(part)
+            continue
+        names += sorted(glob.glob(part, recursive=True)) or [part]
+    return names
+
+
+def _without_split(name: str) -> pathlib.Path:
+    """The folder of FOLDER@SPLIT."""
+    folder = pathlib.Path(name.rpartition("@")[0] or name)
+    return folder if folder.is_dir() and not os.path.exists(name) else pathlib.Path(name)
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:

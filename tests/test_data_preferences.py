@@ -151,7 +151,6 @@ BAD = [
     (r'{"chosen": "a\n\nAssistant: b", "rejected": "c\n\nAssistant: d"}', "found two prompts"),
     (json.dumps({"chosen": [USER, RUNS], "rejected": [RUNS, SITS]}), "found two prompts"),
     (json.dumps({"chosen": [RUNS], "rejected": [SITS]}), "found an empty or another one"),
-    (json.dumps({"prompt": "the", "chosen": [RUNS], "rejected": [SITS]}), "found an empty or another one"),
     (json.dumps({"prompt": [RUNS], "chosen": [RUNS], "rejected": [SITS]}), "the user speaks first"),
     (json.dumps({"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": [SITS]}), "messages as"),
     (json.dumps({"prompt": [USER], "chosen": [{**RUNS, "content": ""}], "rejected": [SITS]}), "an empty message"),
@@ -207,8 +206,8 @@ def test_bad_files_are_named(tmp_path, tokenizer):
         pairs(file(tmp_path, ["{", "{"]), tokenizer, skip_bad=True)
     with pytest.raises(ValueError, match=r"^data: .* found no such file at .*none\.jsonl"):
         pairs(tmp_path / "none.jsonl", tokenizer)
-    with pytest.raises(ValueError, match=r"^data: .* found suffix '\.csv'"):
-        pairs(file(tmp_path, b"the", "d.csv"), tokenizer)
+    with pytest.raises(ValueError, match=r"^data: .* found suffix '\.xml'"):
+        pairs(file(tmp_path, b"the", "d.xml"), tokenizer)
     with pytest.raises(ValueError, match=r"^data: expected a Parquet file, found .*d\.parquet"):
         pairs(file(tmp_path, b"the cat", "d.parquet"), tokenizer)
     pa = pytest.importorskip("pyarrow")

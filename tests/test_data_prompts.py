@@ -11,6 +11,7 @@ import tokenizers
 import transformers
 
 from jaxalign import data
+from jaxalign.data.tokenizers import word_level
 
 WORDS = ["<s>", "the", "cat", "dog", "user", "assistant"]
 TEMPLATE = (
@@ -39,23 +40,31 @@ def file(tmp_path, text: str | bytes, name: str = "p.jsonl"):
     return path
 
 
+def texts(prompts):
+    return [prompt.text for prompt in prompts]
+
+
+def read(path):
+    return [row.prompt for row in data.read_prompts(path).rows]
+
+
 def test_every_form(tmp_path, tokenizer):
     rows = "\n".join([json.dumps({"prompt": "the cat", "id": 3}), "", json.dumps({"messages": MESSAGES})]) + "\n"
     expected = ["the cat", "<s> user the dog assistant"]
-    assert data.read_prompts(file(tmp_path, rows), tokenizer=tokenizer) == expected
+    assert texts(data.tokenize_prompts(file(tmp_path, rows), tokenizer)) == expected
     assert (
-        data.read_prompts(file(tmp_path, gzip.compress(rows.encode()), "p.jsonl.gz"), tokenizer=tokenizer) == expected
+        texts(data.tokenize_prompts(file(tmp_path, gzip.compress(rows.encode()), "p.jsonl.gz"), tokenizer)) == expected
     )
     for text in ("the cat\nthe dog\n", "the cat\nthe dog", "the cat\r\nthe dog\r\n", "\ufeffthe cat\nthe dog"):
-        assert data.read_prompts(file(tmp_path, text, "p.txt")) == ["the cat", "the dog"]
+        assert read(file(tmp_path, text, "p.txt")) == ["the cat", "the dog"]
 
 
 def test_only_newlines_part_lines(tmp_path):
     """U+2028 and its kind may stand inside JSON text; str.splitlines would cut there."""
     prompts = ["the\u2028cat", "the\x85dog", "a\x0bb\x0cc\x1dd", "é"]
     text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
-    assert data.read_prompts(file(tmp_path, text)) == prompts
-    assert data.read_prompts(file(tmp_path, "the\u2028cat\nthe dog\n", "p.txt")) == ["the\u2028cat", "the dog"]
+    assert read(file(tmp_path, text)) == prompts
+    assert read(file(tmp_path, "the\u2028cat\nthe dog\n", "p.txt")) == ["the\u2028cat", "the dog"]
 
 
 def test_special_tokens_come_from_the_tokenizer_or_from_the_template(tmp_path, tokenizer):
@@ -86,7 +95,7 @@ def test_a_bad_line_is_named(line, reason, tmp_path, tokenizer):
     line = line.encode() if isinstance(line, str) else line
     path = file(tmp_path, b'{"prompt": "the cat"}\n\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"p\.jsonl:3: .*{reason}"):
-        data.read_prompts(path, tokenizer=tokenizer)
+        data.tokenize_prompts(path, tokenizer)
 
 
 def test_bad_files_are_named(tmp_path):
@@ -98,14 +107,14 @@ def test_bad_files_are_named(tmp_path):
             data.read_prompts(file(tmp_path, text, name))
     with pytest.raises(ValueError, match=r"^prompts: .* found no such file"):
         data.read_prompts(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match=r"^prompts: .* found suffix '\.csv'"):
-        data.read_prompts(file(tmp_path, "the cat\n", "p.csv"))
+    with pytest.raises(ValueError, match=r"^prompts: .* found suffix '\.xml'"):
+        data.read_prompts(file(tmp_path, "the cat\n", "p.xml"))
     whole = gzip.compress(b'{"prompt": "the cat"}\n')
     for broken in (b"the cat", whole[:-9], whole[:12] + b"\xff\xff" + whole[14:]):
         with pytest.raises(ValueError, match=r"^prompts: expected gzip"):
             data.read_prompts(file(tmp_path, broken, "p.jsonl.gz"))
     with pytest.raises(ValueError, match=r"p\.jsonl:1: .*chat template"):
-        data.read_prompts(file(tmp_path, json.dumps({"messages": MESSAGES})))
+        data.tokenize_prompts(file(tmp_path, json.dumps({"messages": MESSAGES})), word_level(WORDS))
 
 
 def test_a_prompt_without_tokens_is_named(tmp_path):

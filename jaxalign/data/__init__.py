@@ -1,11 +1,28 @@
-"""Data from files, as token ids and arrays.
+"""Data from files: rows as text or chats, and as token ids and arrays.
 
-`files` reads prompts, `preferences` pairs and texts; `batches` puts rows in an order that is a function of the seed;
-`tokenizers` makes tokenizers of text, and `tokens` is the one place that decides on special tokens and templates.
+`read_pairs`, `read_examples` and `read_prompts` read data as it is found (`sources` opens it, `forms` knows its fields)
+without a tokenizer; `preferences` and `tokenize_prompts` make token ids; `batches` puts rows in an order that is a
+function of the seed; `tokenizers` makes tokenizers of text.
 """
 
 from jaxalign.data.encoded import Prompt
-from jaxalign.data.files import read_prompts, tokenize_prompts
+from jaxalign.data.files import tokenize_prompts
+from jaxalign.data.forms import parse_columns
+from jaxalign.data.readers import read_examples, read_pairs, read_prompts
+from jaxalign.data.rows import Example, Pair, PromptText, Rows
 from jaxalign.prompts import bucket, prompt_batch
 
-__all__ = ["Prompt", "bucket", "prompt_batch", "read_prompts", "tokenize_prompts"]
+__all__ = [
+    "Example",
+    "Pair",
+    "Prompt",
+    "PromptText",
+    "Rows",
+    "bucket",
+    "parse_columns",
+    "prompt_batch",
+    "read_examples",
+    "read_pairs",
+    "read_prompts",
+    "tokenize_prompts",
+]

@@ -1,0 +1,422 @@
+"""From the fields of a row, as data sets have them, to what it holds: a prompt, and responses with their order.
+
+Each function reads one form; `read_content` finds the form by the names of the fields. docs/data.md has the table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxalign.data import chats
+from jaxalign.data.rows import Content, RowError
+from jaxalign.tokens import Text
+
+PROMPTS = ("prompt", "instruction", "question")
+RESPONSES = ("response", "completion", "output", "answer")
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "response",
+    "messages",
+    "text",
+    "system",
+    "score",
+    "score_chosen",
+    "score_rejected",
+)
+"""The fields that `columns` may name."""
+
+RawRow = Mapping[str, Any]
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """The columns of a command line.
+
+    Args:
+      text: "prompt=FIELD,chosen=FIELD,…"; a FIELD with dots goes into fields and lists: "info.post", "answers.0.text".
+
+    Returns:
+      Field of COLUMNS -> field of the files. {} for "".
+
+    Raises:
+      ValueError: another form, or a name that is none of COLUMNS.
+    """
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, field = (each.strip() for each in part.partition("="))
+        if not equals or not field or name in found:
+            raise ValueError(f"columns: expected prompt=FIELD,chosen=FIELD,…, found {text!r}")
+        found[name] = field
+    return check_columns(found)
+
+
+def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
+    """The columns themselves. ValueError for a name that is none of COLUMNS."""
+    for name in columns or {}:
+        if name not in COLUMNS:
+            raise ValueError(f"columns: expected names among {', '.join(COLUMNS)}, found {name!r}")
+    return dict(columns or {})
+
+
+def rename(row: RawRow, columns: Mapping[str, str]) -> RawRow:
+    """The row under the names of COLUMNS.
+
+    Where columns name a response, messages or a text, the row holds what they name and nothing else; where they name a
+    side of a pair, the rest of the pair besides; where they name the prompt alone, all other fields.
+    """
+    if not columns:
+        return row
+    named = {name: _at(row, path) for name, path in columns.items()}
+    if named.keys() & {"response", "messages", "text"}:
+        return named
+    pair = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "system")
+    kept = pair if named.keys() & {"chosen", "rejected"} else row.keys() - set(PROMPTS if "prompt" in named else ())
+    return {name: row[name] for name in kept if name in row} | named
+
+
+def _at(row: RawRow, path: str) -> Any:
+    if path in row:
+        return row[path]
+    value: Any = row
+    for step in path.split("."):
+        if isinstance(value, Mapping) and step in value:
+            value = value[step]
+        elif isinstance(value, Sequence) and not isinstance(value, str) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            value = None
+        if value is None:
+            raise RowError("column not there", f"expected the field {path} of columns, found fields {sorted(row)}")
+    return value
+
+
+def read_content(row: RawRow, *, safer: bool = False, score: str = "helpfulness") -> Content:
+    """Finds the form of a row and reads it.
+
+    Args:
+      row: without fields that are None.
+      safer: of PKU-SafeRLHF the safer response is the preferred one, not the better one.
+      score: the field by which rows of one prompt are compared.
+
+    Returns:
+      Content.
+
+    Raises:
+      RowError: a form that is not known, or a field that does not hold what the form has there.
+    """
+    fields = row.keys()
+    if "chosen" in fields:
+        return pair(row)
+    if {"conversation_a", "conversation_b"} <= fields:
+        return arena(row)
+    if {"human_ref_A", "human_ref_B"} <= fields:
+        return shp(row)
+    if {"response_0", "response_1"} <= fields:
+        return safe_rlhf(row, "safer_response_id" if safer else "better_response_id")
+    if {"response1", "response2"} <= fields:
+        return helpsteer3(row)
+    if "answers" in fields and "prompt" in fields:
+        return nectar(row)
+    if "summaries" in fields:
+        return summaries(row)
+    if "completions" in fields and "instruction" in fields:
+        return ultrafeedback(row)
+    if "messages" in fields or "conversations" in fields:
+        return conversation(row)
+    if "data" in fields and not fields & {*PROMPTS, "text"}:
+        return dialogue(row)
+    return text(row, score)
+
+
+def pair(row: RawRow) -> Content:
+    """chosen and rejected, with or without a prompt; texts or messages on either side. A row without rejected holds
+    one response, which is not compared."""
+    sides = {name: _text_or_chat(row[name], name) for name in ("chosen", "rejected") if name in row}
+    prompt = _prompt(row)
+    if "conversations" in row and prompt is None:
+        prompt = chats.read_chat(_list(row, "conversations"), "conversations")
+    prompt = _with_system(row, prompt)
+    prompt, responses = _join(prompt, sides)
+    if len(sides) < 2:
+        return Content(prompt, responses, (), tuple(sides))
+    margin = [row.get(f"score_{name}") for name in sides]
+    if all(isinstance(each, int | float | str) for each in margin):
+        # The order is that of the sides, whatever the scores say: theirs is the difference.
+        high, low = (_number(each, f"score_{name}") for name, each in zip(sides, margin, strict=True))
+        return Content(prompt, responses, (1.0, 0.0), tuple(sides), margin=high - low)
+    return Content(prompt, responses, (1.0, 0.0), tuple(sides))
+
+
+def _join(prompt: Text | None, sides: Mapping[str, Text]) -> tuple[Text, tuple[Text, ...]]:
+    """(prompt, responses) in one form, texts or messages, whose common beginning belongs to the prompt."""
+    if all(isinstance(side, str) for side in sides.values()) and (prompt is None or isinstance(prompt, str)):
+        texts = {name: str(side) for name, side in sides.items()}
+        if prompt is not None:
+            return str(prompt), _unrepeated(str(prompt), texts)
+        start, ends = chats.part_transcripts(texts)
+        return start, tuple(ends)
+    lists = [[dict(message) for message in side] for side in sides.values() if not isinstance(side, str)]
+    given = _given(prompt, lists)
+    for repeated in (given[at:] for at in range(len(given))):  # the lists may repeat the prompt, or its last turns
+        if all(chats.starts_with(chat, repeated) and len(chat) > len(repeated) for chat in lists):
+            lists = [chat[len(repeated) :] for chat in lists]
+            break
+    if given and given[-1]["role"] == "user" and any(chat[0]["role"] == "user" for chat in lists):
+        raise RowError(
+            "prompt beside other messages", "expected messages that go on after the prompt, found another user's turn"
+        )
+    if not given and prompt is None and len(lists) < len(sides):
+        given, lists = lists[0][:-1], [lists[0][-1:]]  # a text beside messages stands in the place of their last turn
+    rest = iter(lists)
+    answers = [[{"role": "assistant", "content": s}] if isinstance(s, str) else next(rest) for s in sides.values()]
+    if given and given[-1]["role"] == "assistant":
+        return given, tuple(answers)  # the prompt is the beginning of the response
+    found, responses = chats.part_chats([chats.after_system(given, answer) for answer in answers])
+    return found, tuple(responses)
+
+
+def _given(prompt: Text | None, lists: Sequence[chats.Chat]) -> chats.Chat:
+    """The prompt as messages; [] where the lists hold it themselves, or there is none."""
+    if not isinstance(prompt, str):
+        return [dict(message) for message in prompt or ()]
+    asked = [[(m["content"] or "").strip() for m in chat if m["role"] == "user"] for chat in lists]
+    if not lists or not any(asked):
+        return chats.prompt_chat(prompt)
+    if all(asked) and (not prompt.strip() or all(prompt.strip() in said for said in asked)):
+        return []
+    raise RowError(
+        "prompt beside other messages",
+        "expected the prompt to be a user's message of the chats beside it, found another text",
+    )
+
+
+def _unrepeated(prompt: str, texts: Mapping[str, str]) -> tuple[str, ...]:
+    """The responses without the prompt, where both are transcripts that begin with it."""
+    if not all(chats.is_transcript(side) for side in texts.values()):
+        return tuple(texts.values())
+    if all(side.startswith(prompt) for side in texts.values()) and chats.is_transcript(prompt):
+        return tuple(side[len(prompt) :] for side in texts.values())
+    raise RowError(
+        "prompt beside other transcripts", "expected transcripts that begin with the prompt, found another beginning"
+    )
+
+
+def arena(row: RawRow) -> Content:
+    """Chatbot Arena: conversation_a, conversation_b, winner."""
+    names = ("conversation_a", "conversation_b")
+    prompt, rest = chats.part_chats([chats.read_chat(_list(row, name), name) for name in names])
+    winner = row.get("winner")
+    if not isinstance(winner, str) or not (winner in ("model_a", "model_b") or winner.startswith(("tie", "both"))):
+        raise RowError("label", f'expected "model_a", "model_b" or "tie…" in winner, found {winner!r}')
+    return Content(prompt, tuple(rest), (float(winner == "model_a"), float(winner == "model_b")), names)
+
+
+def shp(row: RawRow) -> Content:
+    """Stanford Human Preferences: history, human_ref_A, human_ref_B, labels (1: A is preferred)."""
+    names = ("human_ref_A", "human_ref_B")
+    first = _label(row, "labels", (0, 1))
+    return Content(_string(row, "history"), tuple(_string(row, n) for n in names), (first, 1 - first), names)
+
+
+def safe_rlhf(row: RawRow, label: str) -> Content:
+    """PKU-SafeRLHF: prompt, response_0, response_1 and which of them is better or safer."""
+    names = ("response_0", "response_1")
+    second = _label(row, label, (0, 1))
+    return Content(_string(row, "prompt"), tuple(_string(row, n) for n in names), (1 - second, second), names)
+
+
+def helpsteer3(row: RawRow) -> Content:
+    """HelpSteer3: context, response1, response2, overall_preference from -3 (the first) to 3 (the second)."""
+    names = ("response1", "response2")
+    second = _label(row, "overall_preference", range(-3, 4))
+    prompt = chats.read_chat(_list(row, "context"), "context")
+    replies = [[{"role": "assistant", "content": _string(row, name)}] for name in names]
+    return Content(prompt, tuple(replies), (-second / 2, second / 2), names, scaled=True)
+
+
+def nectar(row: RawRow) -> Content:
+    """Nectar: prompt, and answers with their ranks, of which 1 is the best."""
+    answers = _dicts(row, "answers")
+    ranks = tuple(-_number(answer.get("rank"), f"answers.{i}.rank") for i, answer in enumerate(answers))
+    found = tuple(_string(answer, "answer", f"answers.{i}.") for i, answer in enumerate(answers))
+    return Content(_string(row, "prompt"), found, ranks, tuple(f"answers.{i}" for i in range(len(found))))
+
+
+def ultrafeedback(row: RawRow) -> Content:
+    """UltraFeedback before it was made pairs: instruction, and completions with response and overall_score."""
+    answers = _dicts(row, "completions")
+    scores = tuple(
+        _number(answer.get("overall_score"), f"completions.{i}.overall_score") for i, answer in enumerate(answers)
+    )
+    found = tuple(_string(answer, "response", f"completions.{i}.") for i, answer in enumerate(answers))
+    names = tuple(f"completions.{i}" for i in range(len(found)))
+    return Content(_string(row, "instruction"), found, scores, names, scaled=True)
+
+
+def summaries(row: RawRow) -> Content:
+    """Summarize from feedback: info.post (or info.article), summaries with a text, choice. The prompt is written as its
+    authors did: SUBREDDIT, TITLE and POST where they are given, and "TL;DR:"."""
+    info = row.get("info")
+    if not isinstance(info, Mapping):
+        raise RowError("type", f"expected fields in info, found {type(info).__name__}")
+    names = ("subreddit", "title", "post" if info.get("post") is not None else "article")
+    heads = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: ", "post": "POST: ", "article": "Article: "}
+    parts = [heads[name] + info[name] for name in names if isinstance(info.get(name), str)]
+    if not isinstance(info.get(names[-1]), str):
+        raise RowError("type", f"expected text in info.post or info.article, found fields {sorted(info)}")
+    both = _dicts(row, "summaries")
+    found = tuple(_string(each, "text", f"summaries.{i}.") for i, each in enumerate(both))
+    chosen = _label(row, "choice", range(len(found)))
+    scores = tuple(float(i == chosen) for i in range(len(found)))
+    return Content("\n\n".join([*parts, "TL;DR:"]), found, scores, tuple(f"summaries.{i}" for i in range(len(found))))
+
+
+def conversation(row: RawRow) -> Content:
+    """A whole conversation: messages (beside a prompt: its first user message), or ShareGPT's conversations."""
+    name = "messages" if "messages" in row else "conversations"
+    if "prompt" in row and not row[name]:
+        raise RowError("fields", f"expected messages beside the prompt, found fields {sorted(row)} without one")
+    chat = chats.read_chat(_list(row, name), name)
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        chat = chats.after_system([{"role": "system", "content": row["system"]}], chat)
+    if "prompt" not in row or name != "messages":
+        return Content(None, (chat,), (), (name,))
+    first = next((i for i, message in enumerate(chat) if message["role"] == "user"), None)
+    asked = row["prompt"]
+    if first is None or not isinstance(asked, str) or (chat[first]["content"] or "").strip() != asked.strip():
+        raise RowError(
+            "prompt beside other messages",
+            f"expected the prompt to be the first user message of messages, found fields {sorted(row)} that disagree",
+        )
+    return Content(chat[: first + 1], (chat,), (), (name,))
+
+
+def dialogue(row: RawRow) -> Content:
+    """UltraChat before it was made messages: data, a list of texts of the user and the assistant in turn."""
+    turns = _list(row, "data")
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise RowError("type", "expected a list of texts in data")
+    roles = ("user", "assistant")
+    return Content(None, ([{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)],), (), ("data",))
+
+
+def text(row: RawRow, score: str) -> Content:
+    """A prompt with or without a response, or a text; with a score, one of several responses to its prompt."""
+    prompt = _prompt(row)
+    names = [name for name in RESPONSES if name in row]
+    if prompt is None and names == [] and "text" in row:
+        whole = row["text"]
+        if not isinstance(whole, str):
+            raise RowError("type", f"expected text in text, found {type(whole).__name__}")
+        return Content(None, (whole,), (), ("text",))
+    if prompt is None:
+        raise RowError("fields", f"expected a row of a known form, found fields {sorted(row)}")
+    if len(names) != 1 or "text" in row:
+        return Content(_with_system(row, prompt))  # the prompt is clear, what answers it is not
+    value = row[names[0]]
+    if not isinstance(value, str | list | tuple):
+        raise RowError(
+            "type", f"expected text in prompt and response, or messages, found {type(value).__name__} in {names[0]}"
+        )
+    given, answers = _join_reply(_with_system(row, prompt) or "", _text_or_chat(value, names[0]))
+    name = next((name for name in (score, "score") if name in row), None)
+    if name is None:
+        return Content(given, (answers,), (), (names[0],))
+    return Content(given, (answers,), (_number(row[name], name),), (names[0],), scaled=True, grouped=True)
+
+
+def _join_reply(prompt: Text, response: Text) -> tuple[Text, Text]:
+    if isinstance(prompt, str) and isinstance(response, str):
+        return prompt, response
+    found, (rest,) = _join(prompt, {"response": response})
+    return found, rest
+
+
+# Fields ---------------------------------------------------------------------------------------------------------------
+
+
+def _prompt(row: RawRow) -> Text | None:
+    """The prompt, under one of its names; Alpaca's instruction is followed by its input."""
+    names = [name for name in PROMPTS if name in row]
+    if len(names) > 1:
+        raise RowError("fields", f"expected one prompt (columns say which), found fields {sorted(row)}")
+    if not names:
+        return None
+    prompt = _text_or_chat(row[names[0]], names[0])
+    more = next((row[name] for name in ("input", "context") if names[0] == "instruction" and name in row), "")
+    if not isinstance(more, str) or (more and not isinstance(prompt, str)):
+        raise RowError("type", "expected text in instruction and input")
+    return f"{prompt}\n\n{more}" if more.strip() else prompt
+
+
+def _text_or_chat(value: Any, name: str) -> Text:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return chats.read_chat([value], name)
+    if isinstance(value, list | tuple):
+        if value and not isinstance(value[0], Mapping):
+            raise RowError("type", f"expected messages or text in {name}, found list of {type(value[0]).__name__}")
+        if not value:
+            raise RowError(
+                "messages", f"expected messages in {name}, found an empty or another one than a list of messages"
+            )
+        return chats.read_chat(value, name)
+    raise RowError("type", f"expected messages or text in {name}, found {type(value).__name__}")
+
+
+def _with_system(row: RawRow, prompt: Text | None) -> Text | None:
+    """The prompt with the row's system text, where there is one, as its first message."""
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return prompt
+    if prompt is None and any(isinstance(row.get(name), str) for name in ("chosen", "rejected")):
+        raise RowError("system beside transcripts", "expected a prompt beside the system text, found transcripts")
+    first = [{"role": "system", "content": system}]
+    return chats.after_system(first, chats.prompt_chat(prompt) if isinstance(prompt, str) else prompt or ())
+
+
+def _string(row: RawRow, name: str, before: str = "") -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        found = "no such field" if value is None else type(value).__name__
+        raise RowError("type", f"expected text in {before}{name}, found {found}")
+    return value
+
+
+def _list(row: RawRow, name: str) -> Any:
+    """A field that holds a list; tables hold it as JSON."""
+    value = row.get(name)
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise RowError("type", f"expected a list in {name}, found text that is no JSON ({error})") from error
+    return value
+
+
+def _dicts(row: RawRow, name: str) -> list[RawRow]:
+    value = _list(row, name)
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(each, Mapping) for each in value):
+        raise RowError("type", f"expected a list of fields in {name}, found {type(value).__name__}")
+    return list(value)
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        found = float("nan" if isinstance(value, bool) or value is None else value)
+    except (TypeError, ValueError):
+        found = float("nan")
+    if found - found != 0:  # NaN and infinity
+        raise RowError("score", f"expected a finite number in {name}, found {value!r}")
+    return found
+
+
+def _label(row: RawRow, name: str, allowed: Sequence[int]) -> float:
+    found = _number(row.get(name), name)
+    if found not in allowed:
+        raise RowError("label", f"expected a label among {list(allowed)} in {name}, found {row.get(name)!r}")
+    return found

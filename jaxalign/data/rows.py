@@ -1,0 +1,89 @@
+"""Rows of data in their normal form, as text or chats: what the readers give and what tokenizing takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from jaxalign.tokens import Text
+
+Row = TypeVar("Row")
+
+
+class Pair(NamedTuple):
+    """A preference between two responses."""
+
+    where: str
+    """File and line."""
+    prompt: Text
+    """The prompt that both responses answer: a text, or messages."""
+    chosen: Text
+    """The preferred response: a text that goes on where the prompt ends; messages where the prompt is messages."""
+    rejected: Text
+    """The other response, of the same kind."""
+    margin: float | None = None
+    """The chosen response's score minus the rejected one's, None where the row has no scores."""
+
+
+class Example(NamedTuple):
+    """A text to learn."""
+
+    where: str
+    """File and line."""
+    prompt: Text
+    """The prompt: a text, "" for none; or messages, [] where the response is a whole conversation."""
+    response: Text
+    """What is learned: a text where the prompt is one, else messages, of which the assistant's turns count."""
+
+
+class PromptText(NamedTuple):
+    """A prompt."""
+
+    where: str
+    """File and line."""
+    prompt: Text
+    """The prompt: a text, or messages."""
+
+
+class Rows(NamedTuple, Generic[Row]):
+    """What a reader found."""
+
+    rows: list[Row]
+    """The good rows, in the order of the files."""
+    skipped: int = 0
+    """How many bad rows were left out."""
+    reasons: Sequence[str] = ()
+    """"file:line: reason" of the first 20 of them."""
+    counts: Mapping[str, int] = {}
+    """Kind of reason -> number, of bad rows and of what makes no row: "tie" and "single response"."""
+
+
+class RowError(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+      kind: a few words under which rows of this fault are counted.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Content(NamedTuple):
+    """What a row of any form holds."""
+
+    prompt: Text | None
+    """The prompt, None where the row has none."""
+    responses: tuple[Text, ...] = ()
+    """The responses, all of the prompt's kind."""
+    scores: tuple[float, ...] = ()
+    """A score for each response that is compared, higher is better; () where the row compares nothing."""
+    names: tuple[str, ...] = ()
+    """The fields that hold the responses, for messages."""
+    margin: float | None = None
+    """The first score minus the second on the scale of the file, where it gives both."""
+    scaled: bool = False
+    """Whether differences of scores are the margin."""
+    grouped: bool = False
+    """Whether the response is compared with those of other rows that have the same prompt."""
