@@ -2,9 +2,11 @@
 
 python -m train.reward_model --data pairs.jsonl --model DIR --out runs/reward
 
-A scalar head is read at the last token of prompt and response (its EOS included). The data is JSON lines (or .jsonl.gz,
-.parquet) with {"prompt", "chosen", "rejected"}, transcripts {"chosen", "rejected"} in the form of hh-rlhf, or lists of
-chat messages. summary.json holds the accuracy on held-out pairs with its 95 % interval.
+A scalar head is read where transformers reads it: at the last token of prompt and response, EOS included, that is not
+the tokenizer's pad id. Where the pad id is the EOS that is the token before it. The pad id is written to config.json.
+The data is JSON lines (or .jsonl.gz, .parquet) with {"prompt", "chosen", "rejected"}, transcripts {"chosen",
+"rejected"} in the form of hh-rlhf, or lists of chat messages. summary.json holds the accuracy on held-out pairs with
+its 95 % interval.
 """
 
 from __future__ import annotations

@@ -141,7 +141,29 @@ def start(config: TrainingOptions, head: Callable[[models.Config], models.Head |
         raise ValueError(
             f"max_length: expected at most the model's context of {lm.max_length}, found {config.max_length}"
         )
-    return Start(models.LanguageModel(lm.config, config.dtype), params, tokenizer)
+    reads = with_tokenizer_pad(lm.config, tokenizer)
+    return Start(models.LanguageModel(reads, config.dtype), params, tokenizer)
+
+
+def with_tokenizer_pad(config: models.Config, tokenizer: Any) -> models.Config:
+    """The config of a reward model with the pad id that its texts are padded with: the tokenizer's, or its own where
+    the tokenizer has none. A model without a reward head keeps its config.
+
+    A reward model is trained at the token at which transformers reads it by that id (`models.read_index`), so that the
+    saved folder has one meaning: with an EOS as pad id that is the token before the end of a response. Where neither
+    has a pad id none is written: transformers then scores one text at a time, at its last token. What comes of it is
+    told in one line.
+    """
+    if config.head is None or config.head.kind != "reward":
+        return config
+    pad = config.pad_id if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    if pad is None:
+        print("reward model: no pad id in tokenizer and config; transformers will score one text at a time")
+    elif pad in {*config.eos_ids, tokenizer.eos_token_id}:
+        print(f"reward model: the pad id {pad} is an EOS; the model is trained and read at the token before it")
+    elif config.pad_id not in (None, pad):
+        print(f"reward model: the tokenizer's pad id {pad} takes the place of the config's {config.pad_id}")
+    return dataclasses.replace(config, pad_id=pad)
 
 
 def replace_head(
