@@ -6,8 +6,8 @@ function of the seed; `tokenizers` makes tokenizers of text.
 """
 
 from jaxalign.data.encoded import Prompt
+from jaxalign.data.fields import parse_columns
 from jaxalign.data.files import tokenize_prompts
-from jaxalign.data.forms import parse_columns
 from jaxalign.data.readers import read_examples, read_pairs, read_prompts
 from jaxalign.data.rows import Example, Pair, PromptText, Rows
 from jaxalign.prompts import bucket, prompt_batch

@@ -5,92 +5,15 @@ Each function reads one form; `read_content` finds the form by the names of the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxalign.data import chats
+from jaxalign.data.fields import PROMPTS, RawRow, dicts_in, label_in, list_in, number_in, string_in
 from jaxalign.data.rows import Content, RowError
 from jaxalign.tokens import Text
 
-PROMPTS = ("prompt", "instruction", "question")
 RESPONSES = ("response", "completion", "output", "answer")
-COLUMNS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "response",
-    "messages",
-    "text",
-    "system",
-    "score",
-    "score_chosen",
-    "score_rejected",
-)
-"""The fields that `columns` may name."""
-
-RawRow = Mapping[str, Any]
-
-
-def parse_columns(text: str) -> dict[str, str]:
-    """The columns of a command line.
-
-    Args:
-      text: "prompt=FIELD,chosen=FIELD,…"; a FIELD with dots goes into fields and lists: "info.post", "answers.0.text".
-
-    Returns:
-      Field of COLUMNS -> field of the files. {} for "".
-
-    Raises:
-      ValueError: another form, or a name that is none of COLUMNS.
-    """
-    found: dict[str, str] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, field = (each.strip() for each in part.partition("="))
-        if not equals or not field or name in found:
-            raise ValueError(f"columns: expected prompt=FIELD,chosen=FIELD,…, found {text!r}")
-        found[name] = field
-    return check_columns(found)
-
-
-def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
-    """The columns themselves. ValueError for a name that is none of COLUMNS."""
-    for name in columns or {}:
-        if name not in COLUMNS:
-            raise ValueError(f"columns: expected names among {', '.join(COLUMNS)}, found {name!r}")
-    return dict(columns or {})
-
-
-def rename(row: RawRow, columns: Mapping[str, str]) -> RawRow:
-    """The row under the names of COLUMNS.
-
-    Where columns name a response, messages or a text, the row holds what they name and nothing else; where they name a
-    side of a pair, the rest of the pair besides; where they name the prompt alone, all other fields.
-    """
-    if not columns:
-        return row
-    named = {name: _at(row, path) for name, path in columns.items()}
-    if named.keys() & {"response", "messages", "text"}:
-        return named
-    pair = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "system")
-    kept = pair if named.keys() & {"chosen", "rejected"} else row.keys() - set(PROMPTS if "prompt" in named else ())
-    return {name: row[name] for name in kept if name in row} | named
-
-
-def _at(row: RawRow, path: str) -> Any:
-    if path in row:
-        return row[path]
-    value: Any = row
-    for step in path.split("."):
-        if isinstance(value, Mapping) and step in value:
-            value = value[step]
-        elif isinstance(value, Sequence) and not isinstance(value, str) and step.isdecimal() and int(step) < len(value):
-            value = value[int(step)]
-        else:
-            value = None
-        if value is None:
-            raise RowError("column not there", f"expected the field {path} of columns, found fields {sorted(row)}")
-    return value
 
 
 def read_content(row: RawRow, *, safer: bool = False, score: str = "helpfulness") -> Content:
@@ -137,7 +60,7 @@ def pair(row: RawRow) -> Content:
     sides = {name: _text_or_chat(row[name], name) for name in ("chosen", "rejected") if name in row}
     prompt = _prompt(row)
     if "conversations" in row and prompt is None:
-        prompt = chats.read_chat(_list(row, "conversations"), "conversations")
+        prompt = chats.read_chat(list_in(row, "conversations"), "conversations")
     prompt = _with_system(row, prompt)
     prompt, responses = _join(prompt, sides)
     if len(sides) < 2:
@@ -145,7 +68,7 @@ def pair(row: RawRow) -> Content:
     margin = [row.get(f"score_{name}") for name in sides]
     if all(isinstance(each, int | float | str) for each in margin):
         # The order is that of the sides, whatever the scores say: theirs is the difference.
-        high, low = (_number(each, f"score_{name}") for name, each in zip(sides, margin, strict=True))
+        high, low = (number_in(each, f"score_{name}") for name, each in zip(sides, margin, strict=True))
         return Content(prompt, responses, (1.0, 0.0), tuple(sides), margin=high - low)
     return Content(prompt, responses, (1.0, 0.0), tuple(sides))
 
@@ -207,7 +130,7 @@ def _unrepeated(prompt: str, texts: Mapping[str, str]) -> tuple[str, ...]:
 def arena(row: RawRow) -> Content:
     """Chatbot Arena: conversation_a, conversation_b, winner."""
     names = ("conversation_a", "conversation_b")
-    prompt, rest = chats.part_chats([chats.read_chat(_list(row, name), name) for name in names])
+    prompt, rest = chats.part_chats([chats.read_chat(list_in(row, name), name) for name in names])
     winner = row.get("winner")
     if not isinstance(winner, str) or not (winner in ("model_a", "model_b") or winner.startswith(("tie", "both"))):
         raise RowError("label", f'expected "model_a", "model_b" or "tie…" in winner, found {winner!r}')
@@ -217,43 +140,43 @@ def arena(row: RawRow) -> Content:
 def shp(row: RawRow) -> Content:
     """Stanford Human Preferences: history, human_ref_A, human_ref_B, labels (1: A is preferred)."""
     names = ("human_ref_A", "human_ref_B")
-    first = _label(row, "labels", (0, 1))
-    return Content(_string(row, "history"), tuple(_string(row, n) for n in names), (first, 1 - first), names)
+    first = label_in(row, "labels", (0, 1))
+    return Content(string_in(row, "history"), tuple(string_in(row, n) for n in names), (first, 1 - first), names)
 
 
 def safe_rlhf(row: RawRow, label: str) -> Content:
     """PKU-SafeRLHF: prompt, response_0, response_1 and which of them is better or safer."""
     names = ("response_0", "response_1")
-    second = _label(row, label, (0, 1))
-    return Content(_string(row, "prompt"), tuple(_string(row, n) for n in names), (1 - second, second), names)
+    second = label_in(row, label, (0, 1))
+    return Content(string_in(row, "prompt"), tuple(string_in(row, n) for n in names), (1 - second, second), names)
 
 
 def helpsteer3(row: RawRow) -> Content:
     """HelpSteer3: context, response1, response2, overall_preference from -3 (the first) to 3 (the second)."""
     names = ("response1", "response2")
-    second = _label(row, "overall_preference", range(-3, 4))
-    prompt = chats.read_chat(_list(row, "context"), "context")
-    replies = [[{"role": "assistant", "content": _string(row, name)}] for name in names]
+    second = label_in(row, "overall_preference", range(-3, 4))
+    prompt = chats.read_chat(list_in(row, "context"), "context")
+    replies = [[{"role": "assistant", "content": string_in(row, name)}] for name in names]
     return Content(prompt, tuple(replies), (-second / 2, second / 2), names, scaled=True)
 
 
 def nectar(row: RawRow) -> Content:
     """Nectar: prompt, and answers with their ranks, of which 1 is the best."""
-    answers = _dicts(row, "answers")
-    ranks = tuple(-_number(answer.get("rank"), f"answers.{i}.rank") for i, answer in enumerate(answers))
-    found = tuple(_string(answer, "answer", f"answers.{i}.") for i, answer in enumerate(answers))
-    return Content(_string(row, "prompt"), found, ranks, tuple(f"answers.{i}" for i in range(len(found))))
+    answers = dicts_in(row, "answers")
+    ranks = tuple(-number_in(answer.get("rank"), f"answers.{i}.rank") for i, answer in enumerate(answers))
+    found = tuple(string_in(answer, "answer", f"answers.{i}.") for i, answer in enumerate(answers))
+    return Content(string_in(row, "prompt"), found, ranks, tuple(f"answers.{i}" for i in range(len(found))))
 
 
 def ultrafeedback(row: RawRow) -> Content:
     """UltraFeedback before it was made pairs: instruction, and completions with response and overall_score."""
-    answers = _dicts(row, "completions")
+    answers = dicts_in(row, "completions")
     scores = tuple(
-        _number(answer.get("overall_score"), f"completions.{i}.overall_score") for i, answer in enumerate(answers)
+        number_in(answer.get("overall_score"), f"completions.{i}.overall_score") for i, answer in enumerate(answers)
     )
-    found = tuple(_string(answer, "response", f"completions.{i}.") for i, answer in enumerate(answers))
+    found = tuple(string_in(answer, "response", f"completions.{i}.") for i, answer in enumerate(answers))
     names = tuple(f"completions.{i}" for i in range(len(found)))
-    return Content(_string(row, "instruction"), found, scores, names, scaled=True)
+    return Content(string_in(row, "instruction"), found, scores, names, scaled=True)
 
 
 def summaries(row: RawRow) -> Content:
@@ -267,9 +190,9 @@ def summaries(row: RawRow) -> Content:
     parts = [heads[name] + info[name] for name in names if isinstance(info.get(name), str)]
     if not isinstance(info.get(names[-1]), str):
         raise RowError("type", f"expected text in info.post or info.article, found fields {sorted(info)}")
-    both = _dicts(row, "summaries")
-    found = tuple(_string(each, "text", f"summaries.{i}.") for i, each in enumerate(both))
-    chosen = _label(row, "choice", range(len(found)))
+    both = dicts_in(row, "summaries")
+    found = tuple(string_in(each, "text", f"summaries.{i}.") for i, each in enumerate(both))
+    chosen = label_in(row, "choice", range(len(found)))
     scores = tuple(float(i == chosen) for i in range(len(found)))
     return Content("\n\n".join([*parts, "TL;DR:"]), found, scores, tuple(f"summaries.{i}" for i in range(len(found))))
 
@@ -279,7 +202,7 @@ def conversation(row: RawRow) -> Content:
     name = "messages" if "messages" in row else "conversations"
     if "prompt" in row and not row[name]:
         raise RowError("fields", f"expected messages beside the prompt, found fields {sorted(row)} without one")
-    chat = chats.read_chat(_list(row, name), name)
+    chat = chats.read_chat(list_in(row, name), name)
     if isinstance(row.get("system"), str) and row["system"].strip():
         chat = chats.after_system([{"role": "system", "content": row["system"]}], chat)
     if "prompt" not in row or name != "messages":
@@ -296,7 +219,7 @@ def conversation(row: RawRow) -> Content:
 
 def dialogue(row: RawRow) -> Content:
     """UltraChat before it was made messages: data, a list of texts of the user and the assistant in turn."""
-    turns = _list(row, "data")
+    turns = list_in(row, "data")
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise RowError("type", "expected a list of texts in data")
     roles = ("user", "assistant")
@@ -325,7 +248,7 @@ def text(row: RawRow, score: str) -> Content:
     name = next((name for name in (score, "score") if name in row), None)
     if name is None:
         return Content(given, (answers,), (), (names[0],))
-    return Content(given, (answers,), (_number(row[name], name),), (names[0],), scaled=True, grouped=True)
+    return Content(given, (answers,), (number_in(row[name], name),), (names[0],), scaled=True, grouped=True)
 
 
 def _join_reply(prompt: Text, response: Text) -> tuple[Text, Text]:
@@ -377,46 +300,3 @@ def _with_system(row: RawRow, prompt: Text | None) -> Text | None:
         raise RowError("system beside transcripts", "expected a prompt beside the system text, found transcripts")
     first = [{"role": "system", "content": system}]
     return chats.after_system(first, chats.prompt_chat(prompt) if isinstance(prompt, str) else prompt or ())
-
-
-def _string(row: RawRow, name: str, before: str = "") -> str:
-    value = row.get(name)
-    if not isinstance(value, str):
-        found = "no such field" if value is None else type(value).__name__
-        raise RowError("type", f"expected text in {before}{name}, found {found}")
-    return value
-
-
-def _list(row: RawRow, name: str) -> Any:
-    """A field that holds a list; tables hold it as JSON."""
-    value = row.get(name)
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except ValueError as error:
-            raise RowError("type", f"expected a list in {name}, found text that is no JSON ({error})") from error
-    return value
-
-
-def _dicts(row: RawRow, name: str) -> list[RawRow]:
-    value = _list(row, name)
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(each, Mapping) for each in value):
-        raise RowError("type", f"expected a list of fields in {name}, found {type(value).__name__}")
-    return list(value)
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        found = float("nan" if isinstance(value, bool) or value is None else value)
-    except (TypeError, ValueError):
-        found = float("nan")
-    if found - found != 0:  # NaN and infinity
-        raise RowError("score", f"expected a finite number in {name}, found {value!r}")
-    return found
-
-
-def _label(row: RawRow, name: str, allowed: Sequence[int]) -> float:
-    found = _number(row.get(name), name)
-    if found not in allowed:
-        raise RowError("label", f"expected a label among {list(allowed)} in {name}, found {row.get(name)!r}")
-    return found

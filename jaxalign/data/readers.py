@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
-from jaxalign.data import chats, forms, sources
+from jaxalign.data import chats, fields, forms, sources
 from jaxalign.data.rows import Content, Example, Pair, PromptText, RowError, Rows
 from jaxalign.tokens import Text
 
@@ -38,7 +38,7 @@ def read_pairs(
 
     Args:
       source: files, folders or data sets, as `sources.raw_rows` takes them.
-      columns: field of `forms.COLUMNS` -> field of the files, with dots into fields and lists.
+      columns: field of `fields.COLUMNS` -> field of the files, with dots into fields and lists.
       skip_bad: leaves bad rows out and counts them.
       as_messages: makes turns of plain text: transcripts are parted at "Human:" and "Assistant:"; another prompt is a
         user's turn and a response an assistant's. Else text stays text.
@@ -194,7 +194,7 @@ def _before_reply(found: Content) -> Text:
 def _read(
     source: Source,
     make: Callable[[str, Content], list[Made]],
-    read: Callable[[forms.RawRow], Content],
+    read: Callable[[fields.RawRow], Content],
     name: str,
     columns: Mapping[str, str] | None,
     skip_bad: bool,
@@ -202,7 +202,7 @@ def _read(
     counts: collections.Counter[str],
     rest: Callable[[], Iterable[Made]] = tuple,
 ) -> Rows[Made]:
-    named = forms.check_columns(columns)
+    named = fields.check_columns(columns)
     rows: list[Made] = []
     reasons: list[str] = []
     skipped = 0
@@ -210,7 +210,7 @@ def _read(
         try:
             if isinstance(row, RowError):
                 raise row
-            found = read(forms.rename(row, named))
+            found = read(fields.rename(row, named))
             rows += make(where, _as_messages(found) if as_messages else found)
         except RowError as error:
             reason = str(error)

@@ -141,11 +141,17 @@ def _bytes(path: pathlib.Path, name: str) -> bytes:
             import zstandard
         except ImportError as error:
             raise ValueError(f"{name}: expected zstandard for {path} (pip install 'jaxalign[zst]')") from error
-        try:
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-                return bytes(stream.read())
-        except zstandard.ZstdError as error:
-            raise ValueError(f"{name}: expected zstandard data, found {error} in {path}") from error
+        parts = []
+        while raw:  # frames one after the other
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            try:
+                parts.append(frame.decompress(raw))
+            except zstandard.ZstdError as error:
+                raise ValueError(f"{name}: expected zstandard data, found {error} in {path}") from error
+            if not frame.eof:
+                raise ValueError(f"{name}: expected zstandard data, found an end within it in {path}")
+            raw = frame.unused_data
+        return b"".join(parts)
     return raw
 
 

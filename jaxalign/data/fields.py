@@ -1,0 +1,140 @@
+"""The fields of a row: columns by name, and values of one type. RowErrors name the field and what it holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from jaxalign.data.rows import RowError
+
+PROMPTS = ("prompt", "instruction", "question")
+"""The names under which rows have their prompt."""
+
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "response",
+    "messages",
+    "text",
+    "system",
+    "score",
+    "score_chosen",
+    "score_rejected",
+)
+"""The fields that `columns` may name."""
+
+RawRow: TypeAlias = Mapping[str, Any]
+"""A row as the file has it."""
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """The columns of a command line.
+
+    Args:
+      text: "prompt=FIELD,chosen=FIELD,…"; a FIELD with dots goes into fields and lists: "info.post", "answers.0.text".
+
+    Returns:
+      Field of COLUMNS -> field of the files. {} for "".
+
+    Raises:
+      ValueError: another form, or a name that is none of COLUMNS.
+    """
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, field = (each.strip() for each in part.partition("="))
+        if not equals or not field or name in found:
+            raise ValueError(f"columns: expected prompt=FIELD,chosen=FIELD,…, found {text!r}")
+        found[name] = field
+    return check_columns(found)
+
+
+def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
+    """The columns themselves. ValueError for a name that is none of COLUMNS."""
+    for name in columns or {}:
+        if name not in COLUMNS:
+            raise ValueError(f"columns: expected names among {', '.join(COLUMNS)}, found {name!r}")
+    return dict(columns or {})
+
+
+def rename(row: RawRow, columns: Mapping[str, str]) -> RawRow:
+    """The row under the names of COLUMNS.
+
+    Where columns name a response, messages or a text, the row holds what they name and nothing else; where they name a
+    side of a pair, the rest of the pair besides; where they name the prompt alone, all other fields.
+    """
+    if not columns:
+        return row
+    named = {name: _at(row, path) for name, path in columns.items()}
+    if named.keys() & {"response", "messages", "text"}:
+        return named
+    pair = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "system")
+    kept = pair if named.keys() & {"chosen", "rejected"} else row.keys() - set(PROMPTS if "prompt" in named else ())
+    return {name: row[name] for name in kept if name in row} | named
+
+
+def _at(row: RawRow, path: str) -> Any:
+    if path in row:
+        return row[path]
+    value: Any = row
+    for step in path.split("."):
+        if isinstance(value, Mapping) and step in value:
+            value = value[step]
+        elif isinstance(value, Sequence) and not isinstance(value, str) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            value = None
+        if value is None:
+            raise RowError("column not there", f"expected the field {path} of columns, found fields {sorted(row)}")
+    return value
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+def string_in(row: RawRow, name: str, before: str = "") -> str:
+    """A field that holds text. before: the path to the row, for errors."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        found = "no such field" if value is None else type(value).__name__
+        raise RowError("type", f"expected text in {before}{name}, found {found}")
+    return value
+
+
+def list_in(row: RawRow, name: str) -> Any:
+    """A field that holds a list; tables hold it as JSON."""
+    value = row.get(name)
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise RowError("type", f"expected a list in {name}, found text that is no JSON ({error})") from error
+    return value
+
+
+def dicts_in(row: RawRow, name: str) -> list[RawRow]:
+    """A field that holds a list of rows, at least one."""
+    value = list_in(row, name)
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(each, Mapping) for each in value):
+        raise RowError("type", f"expected a list of fields in {name}, found {type(value).__name__}")
+    return list(value)
+
+
+def number_in(value: Any, name: str) -> float:
+    """A finite number; tables hold it as text."""
+    try:
+        found = float("nan" if isinstance(value, bool) or value is None else value)
+    except (TypeError, ValueError, OverflowError):
+        found = float("nan")
+    if found - found != 0:  # NaN and infinity
+        raise RowError("score", f"expected a finite number in {name}, found {value!r}")
+    return found
+
+
+def label_in(row: RawRow, name: str, allowed: Sequence[int]) -> float:
+    """A field that holds one of a few whole numbers."""
+    found = number_in(row.get(name), name)
+    if found not in allowed:
+        raise RowError("label", f"expected a label among {list(allowed)} in {name}, found {row.get(name)!r}")
+    return found

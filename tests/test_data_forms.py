@@ -1,0 +1,171 @@
+"""Every form of data that is known, with columns and without, and the table of docs/data.md that shows them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jaxalign import data
+from jaxalign.data import fields
+from tests import forms
+
+IDS = [case.name for case in forms.CASES]
+
+
+def file(tmp_path, rows, name: str = "d.jsonl"):
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def options(case, *names):
+    return {name: case.options[name] for name in names if name in case.options}
+
+
+@pytest.mark.parametrize("case", forms.CASES, ids=IDS)
+def test_every_form_gives_pairs_texts_and_prompts(case, tmp_path):
+    path = file(tmp_path, case.rows)
+    shared = options(case, "columns", "as_messages")
+    choice = options(case, "safer", "score")
+    for read, more, expected in (
+        (data.read_pairs, choice | options(case, "compare"), case.pairs),
+        (data.read_examples, choice, case.examples),
+        (data.read_prompts, {}, case.prompts),
+    ):
+        if expected is None:
+            with pytest.raises(ValueError, match=r"d\.jsonl:1: expected .*, found fields \["):
+                read(path, **shared, **more)
+            continue
+        found = read(path, **shared, **more)
+        parts = [row.prompt if read is data.read_prompts else tuple(row[1:4]) for row in found.rows]
+        assert parts == [part if read is data.read_prompts else tuple(part) for part in expected]
+        assert all(row.where.startswith(f"{path}:") for row in found.rows)
+        assert (found.skipped, list(found.reasons)) == (0, [])
+        if read is data.read_pairs:
+            assert found.counts == case.counts
+
+
+def test_the_page_of_data_has_the_table_of_these_cases():
+    page = forms.PAGE.read_text()
+    assert forms.written(page) == page, "python -m tests.forms writes the table anew"
+
+
+@pytest.mark.parametrize("case", forms.CASES, ids=IDS)
+def test_messages_and_text_are_not_mixed(case, tmp_path):
+    """Of a row all parts are text or all are messages; with as_messages all are messages."""
+    path = file(tmp_path, case.rows)
+    for as_messages in (False, True):
+        shared = options(case, "columns") | {"as_messages": as_messages, "skip_bad": True}
+        for read, expected in ((data.read_pairs, case.pairs), (data.read_examples, case.examples)):
+            if expected is None or (as_messages and case.name == "text"):
+                continue
+            for row in read(path, **shared).rows:
+                parts = [row.prompt, row.response] if read is data.read_examples else list(row[1:4])
+                assert {isinstance(part, str) for part in parts} in ({False}, {as_messages is False})
+
+
+def test_margins_are_differences_of_scores(tmp_path):
+    rows = {
+        "UltraFeedback (binarized)": [2.5],
+        "UltraFeedback (as first published)": [5.5],
+        "HelpSteer2: scores of rows with one prompt": [3.0, 3.0],
+        "HelpSteer3": [2.0],
+        "Nectar: ranked list": [None] * 3,
+        "SHP": [None],
+        "explicit prompt, text": [None],
+    }
+    for case in forms.CASES:
+        if case.name in rows:
+            found = data.read_pairs(file(tmp_path, case.rows)).rows
+            assert [pair.margin for pair in found] == rows[case.name], case.name
+
+
+def test_columns_take_the_place_of_the_fields_of_their_names(tmp_path):
+    path = file(tmp_path, [{"prompt": "id-7", "q": "Hi", "chosen": "Yes", "rejected": "No"}])
+    assert data.read_pairs(path, columns={"prompt": "q"}).rows[0][1:4] == ("Hi", "Yes", "No")
+    swapped = data.read_pairs(path, columns={"prompt": "q", "chosen": "rejected", "rejected": "chosen"})
+    assert swapped.rows[0][1:4] == ("Hi", "No", "Yes")
+    scored = [{"q": "Hi", "a": answer, "s": {"all": score}} for answer, score in (("No", 1), ("Yes", 2))]
+    columns = data.parse_columns("prompt=q, response=a, score=s.all")
+    assert data.read_pairs(file(tmp_path, scored), columns=columns).rows[0][1:] == ("Hi", "Yes", "No", 1.0)
+    chats = [{"log": {"turns": [forms.HI, forms.YES]}, "text": "?"}]
+    assert data.read_examples(file(tmp_path, chats), columns={"messages": "log.turns"}).rows[0].prompt == []
+    dotted = [{"a.b": "Hi", "a": {"b": "?"}, "r": "Yes"}]
+    assert data.read_examples(file(tmp_path, dotted), columns={"prompt": "a.b", "response": "r"}).rows[0].prompt == "Hi"
+
+
+@pytest.mark.parametrize("text", ["prompt", "prompt=", "prompt=a,prompt=b", "winner=a", "=a"])
+def test_columns_that_are_none_are_named(text):
+    with pytest.raises(ValueError, match=r"^columns: expected"):
+        data.parse_columns(text)
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    path = file(tmp_path, [{"prompt": "Hi", "answers": [{"text": "Yes"}]}])
+    for field in ("a", "answers.1.text", "answers.0.other", "answers.text", "prompt.0"):
+        with pytest.raises(ValueError, match=rf"d\.jsonl:1: expected the field {field} of columns, found fields"):
+            data.read_examples(path, columns={"prompt": "prompt", "response": field})
+    with pytest.raises(ValueError, match=r"^columns: expected names among prompt"):
+        data.read_pairs(path, columns={"promt": "prompt"})
+    assert data.parse_columns("") == {}
+    assert set(fields.COLUMNS) > {"prompt", "chosen", "rejected", "response", "messages"}
+
+
+def test_ties_are_counted_and_make_no_pair(tmp_path):
+    arena = {"conversation_a": [forms.HI, forms.NO], "conversation_b": [forms.HI, forms.YES]}
+    rows = [
+        *({**arena, "winner": winner} for winner in ("tie", "tie (bothbad)", "both_bad", "model_a")),
+        {"context": [forms.HI], "response1": "a", "response2": "b", "overall_preference": 0},
+        {"prompt": "Hi", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 1}]},
+        {"prompt": "alone", "response": "a", "helpfulness": 1},
+    ]
+    path = file(tmp_path, rows)
+    pairs, examples, prompts = data.read_pairs(path), data.read_examples(path), data.read_prompts(path)
+    assert (len(pairs.rows), pairs.skipped, pairs.counts) == (1, 0, {"tie": 5, "single response": 1})
+    assert (len(examples.rows), examples.counts) == (2, {"tie": 5})
+    assert len(prompts.rows) == 7
+    with pytest.raises(ValueError, match=r"found none in .* \(0 bad\), 3 tie$"):
+        data.read_pairs(file(tmp_path, rows[:3]))
+    with pytest.raises(ValueError, match=r"^compare: expected one of"):
+        data.read_pairs(path, compare="some")
+
+
+def test_rows_of_one_prompt_are_compared_wherever_they_stand(tmp_path):
+    rows = [{"prompt": p, "response": r, "helpfulness": s} for p, r, s in ("ax1", "by2", "az3", "bw5", "av3")]
+    rows = [{**row, "helpfulness": int(row["helpfulness"])} for row in rows]
+    found = data.read_pairs(file(tmp_path, rows))
+    sides = [(pair.prompt, pair.chosen, pair.rejected, pair.where.rpartition(":")[2]) for pair in found.rows]
+    assert sides == [("a", "z", "x", "3"), ("a", "v", "x", "5"), ("b", "w", "y", "4")]
+    assert found.counts == {"tie": 1}
+    best = data.read_pairs(file(tmp_path, rows), compare="best").rows
+    assert [(pair.chosen, pair.rejected) for pair in best] == [("z", "x"), ("w", "y")]
+    other = [{**row, "coherence": -row["helpfulness"]} for row in rows]
+    assert data.read_pairs(file(tmp_path, other), score="coherence").rows[0].chosen == "x"
+
+
+def test_text_becomes_turns_where_that_is_wanted(tmp_path):
+    def turns(row, read=data.read_pairs):
+        return read(file(tmp_path, [row]), as_messages=True).rows[0][1:]
+
+    later = " Yes\n\nHuman: So?\n\nAssistant: Fine"
+    hh = {"chosen": forms.HH + later, "rejected": forms.HH + " No"}
+    assert turns(hh)[:3] == ([forms.HI], [forms.YES, forms.MORE, forms.FINE], [forms.NO])
+    assert turns({"prompt": "Hi", "chosen": "Yes", "rejected": "No"})[:3] == ([forms.HI], [forms.YES], [forms.NO])
+    whole = {"text": forms.HH + later}
+    assert turns(whole, data.read_examples) == ([], [forms.HI, forms.YES, forms.MORE, forms.FINE])
+    assert turns(whole, data.read_prompts) == ([forms.HI, forms.YES, forms.MORE],)
+    assert turns({"prompt": "\n\nHuman: Hi\n\nAssistant: Ye"}, data.read_prompts) == (
+        [forms.HI, forms.assistant("Ye")],
+    )
+    extra = {"prompt": "Hi\n<extra_id_1>Assistant\nYes\n<extra_id_1>User\nSo?", "response": "Fine"}
+    assert turns(extra, data.read_examples) == ([forms.HI, forms.YES, forms.MORE], [forms.FINE])
+    assert turns({"prompt": "What does Human: mean?\n\nHuman: x"}, data.read_prompts)[0][0]["role"] == "user"
+    with pytest.raises(ValueError, match=r"expected turns, .* found plain text"):
+        data.read_examples(file(tmp_path, [{"text": "plain"}]), as_messages=True)
+
+
+def test_rows_of_several_forms_stand_in_one_file(tmp_path):
+    cases = [case for case in forms.CASES if not case.options and case.pairs and not case.counts]
+    path = file(tmp_path, [row for case in cases for row in case.rows])
+    assert [tuple(pair[1:4]) for pair in data.read_pairs(path).rows] == [p for case in cases for p in case.pairs]
