@@ -32,7 +32,8 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
     rl.check_rl_options(config)
     inputs = [config.prompts, config.model, config.architecture, config.tokenizer, *rl_rewards.inputs(config)]
-    out = _io.open_run(config.out, config, inputs=inputs)
+    read = [folder for name in inputs for folder in models.source_folders(name)]
+    out = _io.open_run(config.out, config, inputs=read)
     following = (
         f"python -m eval.decode --model {config.model or 'BASE'} --reward REWARD --prompts FILE "
         f"--method policy:{out / 'model'} --out DIR"

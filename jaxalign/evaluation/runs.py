@@ -7,7 +7,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from jaxalign import _io, data, rewards
+from jaxalign import _io, data, models, rewards
 from jaxalign.evaluation import engine, loading, plots, results
 from jaxalign.evaluation.engine import Method, Texts
 from jaxalign.evaluation.methods import METHODS
@@ -150,7 +150,8 @@ def _decode(
     if options.embedding:
         inputs += rewards.program_files(options.embedding, name="embedding")
     stored = _MethodOptions(**shared, method=spec.text)
-    folder = _io.open_run(str(pathlib.Path(options.out) / spec.slug), stored, inputs=inputs)
+    read = [folder for name in inputs for folder in models.source_folders(name)]
+    folder = _io.open_run(str(pathlib.Path(options.out) / spec.slug), stored, inputs=read)
     final = folder / "responses.jsonl"
     speed = engine.decode(
         plan,

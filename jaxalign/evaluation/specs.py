@@ -12,6 +12,7 @@ import re
 from typing import Literal, NamedTuple
 
 from jaxalign import rewards
+from jaxalign.models import split_source
 
 
 class Kind(NamedTuple):
@@ -124,14 +125,16 @@ class Spec(NamedTuple):
 
 
 def _short(folder: str) -> str:
-    path = pathlib.PurePath(folder)
+    path = pathlib.PurePath(split_source(folder)[0])
     return path.parent.name if path.name == "model" else path.name
 
 
 def _halves(text: str) -> tuple[str, str]:
-    """What stands before and after the last @; a folder's name may hold one, if it has a separator behind it."""
+    """What stands before and after the last @. The one of ADAPTER_DIR@BASE_DIR, or of a folder's own name, is not
+    followed by strengths: there is a separator behind it, or a folder of that name."""
     head, at, tail = text.rpartition("@")
-    return (head, tail) if at and "/" not in tail else (text, "")
+    folder = "/" in tail or (pathlib.Path(tail).is_dir() and not re.fullmatch(r"[\d.,e+-]+", tail))
+    return (head, tail) if at and not folder else (text, "")
 
 
 def parse_method(text: str) -> Spec:

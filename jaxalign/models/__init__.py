@@ -6,6 +6,7 @@ from jaxalign.models.config import Config, Follower, Head, Rope
 from jaxalign.models.hf.config import config_from_hf, config_to_hf
 from jaxalign.models.hf.folders import load, save
 from jaxalign.models.hf.peft import load_adapter, save_adapter
+from jaxalign.models.hf.sources import source_folders, split_source
 from jaxalign.models.hf.tokenizers import tokenizer
 from jaxalign.models.language_model import LanguageModel, ModelOutput, with_head
 from jaxalign.models.log_prob import chunked, response_hidden, token_log_prob
@@ -36,6 +37,8 @@ __all__ = [
     "response_hidden",
     "save",
     "save_adapter",
+    "source_folders",
+    "split_source",
     "token_log_prob",
     "tokenizer",
     "with_head",

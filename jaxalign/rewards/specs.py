@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxalign.models import source_folders
 from jaxalign.rewards.combinators import weighted_sum
 from jaxalign.rewards.models import from_model
 from jaxalign.rewards.params import WeightedSumParams
@@ -152,13 +153,14 @@ def reward_inputs(spec: str, *, name: str = "reward") -> tuple[str, ...]:
       name: the field that errors name.
 
     Returns:
-      The folders of its models and the source files of its programs, in the order of the terms.
+      The folders of its models (of an adapter, its base's too) and the source files of its programs, in the order of
+      the terms.
 
     Raises:
       ValueError: of `parse_reward` and `program`.
     """
     terms = parse_reward(spec, name=name) if spec else ()
-    files = (program_files(t.source, name=name) if is_program(t.source) else (t.source,) for t in terms)
+    files = (program_files(t.source, name=name) if is_program(t.source) else source_folders(t.source) for t in terms)
     return tuple(file for found in files for file in found)
 
 

@@ -79,11 +79,15 @@ def check_source(config: Source) -> None:
 
 def inputs(config: Source) -> list[str]:
     """The files and folders that a run reads."""
-    folders = [config.base, config.prompts, *rewards.reward_inputs(config.reward)]
+    folders = _source_inputs(config)
     if isinstance(config, job.TrainingOptions):
-        folders += [config.model, config.architecture, config.tokenizer]
+        folders += [*models.source_folders(config.model), config.architecture, config.tokenizer]
     # The shards alone: the folder around them is written anew each time its own command is repeated.
     return [*folders, str(pathlib.Path(config.rollouts) / "rollouts") if config.rollouts else ""]
+
+
+def _source_inputs(config: Source) -> list[str]:
+    return [*models.source_folders(config.base), config.prompts, *rewards.reward_inputs(config.reward)]
 
 
 def judge(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) -> tuple[Reward, Params]:
@@ -142,9 +146,7 @@ def _check_same(config: Source, paths: list[pathlib.Path]) -> None:
                 f"rollouts: expected those of {name} {getattr(config, name)}, found {made.get(name)} in {other}"
             )
     # By their time of change: other weights under the same name made other roll-outs.
-    changed = _io.changed_inputs(
-        pathlib.Path(config.rollouts), inputs=[config.base, config.prompts, *rewards.reward_inputs(config.reward)]
-    )
+    changed = _io.changed_inputs(pathlib.Path(config.rollouts), inputs=_source_inputs(config))
     if changed:
         raise ValueError(f"rollouts: expected those of the files as they are now, found {changed} changed since")
     missing = [path.name for path in paths if not path.exists()]

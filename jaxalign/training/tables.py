@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign import _io, rewards
+from jaxalign import _io, models, rewards
 
 REWARDS, ABOUT = "table.npz", "table.json"
 MEANING = {
@@ -95,12 +95,14 @@ def read(folder: str | pathlib.Path, expected: dict[str, Any]) -> Table:
 
 
 def folder_digest(folder: str | pathlib.Path) -> str:
-    """A short hash of a model folder's config and weights; of the name itself where there is no such folder."""
-    path = pathlib.Path(folder)
-    if not path.is_dir():
+    """A short hash of a model folder's config and weights, of an adapter's and its base's; of the name itself where
+    there is no such folder."""
+    folders = [pathlib.Path(name) for name in models.source_folders(str(folder))]
+    if not folders[0].is_dir():
         return str(folder)
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
+    names = ("config.json", "adapter_config.json")
+    for file in [f for p in folders for f in sorted([*p.glob("*.safetensors"), *(p / name for name in names)])]:
         if file.is_file():
             digest.update(file.name.encode())
             with file.open("rb") as source:

@@ -59,7 +59,8 @@ class Job(Generic[C_co]):
         """
         functions.check_training_options(config)
         model = [config.model, config.architecture, config.tokenizer]
-        out = _io.open_run(config.out, config, inputs=model if inputs is None else inputs)
+        read = [folder for name in (model if inputs is None else inputs) for folder in models.source_folders(name)]
+        out = _io.open_run(config.out, config, inputs=read)
         return Job(config, stage, out, following(out), product)
 
     def finished(self) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from jaxalign.models.config import Config, Head
 from jaxalign.models.hf.files import local_folder, read_json
@@ -16,6 +16,8 @@ from jaxalign.models.hf.tensors import Edits
 from jaxalign.types import Array
 
 ADAPTER = "adapter_config.json"
+
+Chain: TypeAlias = tuple[pathlib.Path, ...]
 
 
 class Source(NamedTuple):
@@ -64,48 +66,59 @@ def find_source(path: str | pathlib.Path, *, base: str | pathlib.Path | None = N
       ValueError: no such folder; a base beside a whole model; an adapter that names no base, or one that is not there;
         a folder that holds both an adapter and a whole model; adapters that name each other.
     """
-    name, own = split_source(str(path))
+    found = _chain(str(path), None if base is None else str(base), revision=None, seen=())
+    return Source(found[-1], found[-2::-1])
+
+
+def source_folders(name: str) -> tuple[str, ...]:
+    """The folders on this machine that a model is read from, by which a run notices that they have changed.
+
+    Args:
+      name: as `find_source` reads it; what is neither an adapter's folder nor ADAPTER_DIR@BASE_DIR is given back.
+    """
+    folder = pathlib.Path(split_source(name)[0] or name).expanduser()
+    if not (folder / ADAPTER).exists():
+        return (name,)
+    return tuple(str(path) for path in find_source(name).folders)
+
+
+def _chain(name: str, base: str | None, *, revision: str | None, seen: tuple[pathlib.Path, ...]) -> Chain:
+    """The folders from the one that is named to the whole model at the end."""
+    text, own = split_source(name)
     if own and base:
-        raise ValueError(f"base: expected one base, found {own!r} in {str(path)!r} and {str(base)!r}")
-    base = base or own or None
-    folder, found, wanted = local_folder(name), list[pathlib.Path](), base
-    while (folder / ADAPTER).exists():
-        if any((folder / weights).exists() for weights in ("model.safetensors", "model.safetensors.index.json")):
-            raise ValueError(f"path: expected a model or an adapter, found the weights of both in {folder}")
-        if folder in found:
-            raise ValueError(f"base_model_name_or_path: expected a model at the end, found {folder} again")
-        found.append(folder)
-        folder = _base_of(folder, wanted)
-        wanted = None
-    if wanted is not None:
+        raise ValueError(f"base: expected one base, found {own!r} in {name!r} and {base!r}")
+    folder, base = local_folder(text, revision=revision), base or own or None
+    if not (folder / ADAPTER).exists():
+        if base is not None:
+            raise ValueError(
+                f"base: expected with an adapter's folder, found {base!r} beside a whole model in {folder}"
+            )
+        return (folder,)
+    if any((folder / weights).exists() for weights in ("model.safetensors", "model.safetensors.index.json")):
+        raise ValueError(f"path: expected a model or an adapter, found the weights of both in {folder}")
+    if folder.resolve() in seen:
+        raise ValueError(f"base_model_name_or_path: expected a whole model at the end, found {folder} again")
+    seen = (*seen, folder.resolve())
+    if base is not None:
+        return (folder, *_chain(base, None, revision=None, seen=seen))
+    values = read_json(folder / ADAPTER)
+    named, revision = values.get("base_model_name_or_path"), values.get("revision")
+    if not isinstance(named, str) or not named:
         raise ValueError(
-            f"base: expected with an adapter's folder, found {str(wanted)!r} for a whole model in {folder}"
+            f"base_model_name_or_path: expected a base in {folder / ADAPTER}, found {named!r}; name it as "
+            f"{folder}@BASE_DIR or with base="
         )
-    return Source(folder, tuple(found[::-1]))
-
-
-def _base_of(adapter: pathlib.Path, given: str | pathlib.Path | None) -> pathlib.Path:
-    """The folder of an adapter's base: the given one, or what adapter_config.json names, from the working directory or
-    from the adapter's folder."""
-    values = read_json(adapter / ADAPTER)
-    name, revision = given or values.get("base_model_name_or_path"), values.get("revision")
-    if not name:
-        raise ValueError(
-            f"base_model_name_or_path: expected a base in {adapter / ADAPTER}, found {name!r}; name it as "
-            f"{adapter}@BASE_DIR or with base="
-        )
-    if given is None:
-        for place in (pathlib.Path(name).expanduser(), adapter / name):
-            if place.is_dir():
-                return place
+    if not pathlib.Path(split_source(named)[0]).expanduser().is_dir() and (folder / named).is_dir():
+        return (folder, *_chain(str(folder / named), None, revision=None, seen=seen))
     try:
-        return local_folder(name, revision=None if given else revision)
+        local_folder(split_source(named)[0], revision=revision)
     except ValueError as error:
         raise ValueError(
-            f"base_model_name_or_path: expected the folder of a model or a hub name in {adapter / ADAPTER}, found "
-            f"{str(name)!r}, which is neither from the working directory nor from the adapter's folder; name the base "
-            f"as {adapter}@BASE_DIR or with base="
+            f"base_model_name_or_path: expected the folder of a model or a hub name in {folder / ADAPTER}, found "
+            f"{named!r}, which is no folder from the working directory nor from the adapter's folder; name the base as "
+            f"{folder}@BASE_DIR or with base="
         ) from error
+    return (folder, *_chain(named, None, revision=revision, seen=seen))
 
 
 def merge_plan(source: Source, config: Config) -> tuple[Config, Edits]:

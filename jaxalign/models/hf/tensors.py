@@ -108,7 +108,8 @@ def read_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits = Edits())
     surplus += sorted((set(edits.products) | set(edits.replaced)) - set(wanted))
     if not lm.has_lm_head and "lm_head.weight" in surplus and "lm_head.weight" not in edits.replaced:
         surplus.remove("lm_head.weight")
-        tell(f"{folder}: lm_head.weight is passed over: a sequence classifier has no logits")
+        if "score.weight" not in edits.replaced:  # an adapter's score stands on a language model, which has one
+            tell(f"{folder}: lm_head.weight is passed over: a sequence classifier has no logits")
     if missing or surplus:
         raise ValueError(
             f"tensors of {folder}: missing {named(missing)}; surplus {named(surplus)} "
