@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from jaxalign import data
 from jaxalign.data import fields
-from tests import forms
+from tests import forms, odd_rows
 
 IDS = [case.name for case in forms.CASES]
 
@@ -169,3 +170,48 @@ def test_rows_of_several_forms_stand_in_one_file(tmp_path):
     cases = [case for case in forms.CASES if not case.options and case.pairs and not case.counts]
     path = file(tmp_path, [row for case in cases for row in case.rows])
     assert [tuple(pair[1:4]) for pair in data.read_pairs(path).rows] == [p for case in cases for p in case.pairs]
+
+
+# Odd rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd_file(tmp_path_factory):
+    lines = [odd.row if isinstance(odd.row, bytes) else json.dumps(odd.row).encode() for odd in odd_rows.ROWS]
+    path = tmp_path_factory.mktemp("odd") / "odd.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("name", ["pairs", "examples", "prompts"])
+def test_of_a_file_of_odd_rows_each_is_right_or_named(name, odd_file):
+    found = getattr(data, f"read_{name}")(odd_file, skip_bad=True)
+    given: dict[str, list] = {}
+    for row in found.rows:
+        part = row.prompt if name == "prompts" else tuple(row[1:4])
+        given.setdefault(row.where.rpartition(":")[2], []).append(part)
+    expected = {str(line): getattr(odd, name) for line, odd in enumerate(odd_rows.ROWS, start=1)}
+    good = {line: rows for line, rows in expected.items() if not isinstance(rows, odd_rows.Bad) and rows}
+    assert given == good
+    bad = [line for line, rows in expected.items() if isinstance(rows, odd_rows.Bad)]
+    assert found.skipped == len(bad)
+    assert len(found.reasons) == 20
+    assert len(odd_rows.ROWS) > 60
+
+
+NAMED = [
+    (number, name)
+    for number, odd in enumerate(odd_rows.ROWS)
+    for name in ("pairs", "examples", "prompts")
+    if isinstance(getattr(odd, name), odd_rows.Bad)
+]
+
+
+@pytest.mark.parametrize(("number", "name"), NAMED)
+def test_an_odd_row_is_named_with_file_and_line(number, name, tmp_path):
+    odd = odd_rows.ROWS[number]
+    outcome = getattr(odd, name)
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\n" + (odd.row if isinstance(odd.row, bytes) else json.dumps(odd.row).encode()))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}:2: .*{re.escape(outcome.reason)}"):
+        getattr(data, f"read_{name}")(path)
