@@ -222,6 +222,20 @@ CASES = [
         [[HI]],
     ),
     Case(
+        "HelpSteer2, its preferences",
+        [{"prompt": "Hi", "response_1": "No", "response_2": "Yes", "preference_strength": 3}],
+        [("Hi", "Yes", "No")],
+        [("Hi", "Yes")],
+        ["Hi"],
+    ),
+    Case(
+        "labels that are true or false",
+        [{"prompt": "Hi", "completion": "No", "label": False}, {"prompt": "Hi", "completion": "Yes", "label": True}],
+        [("Hi", "Yes", "No")],
+        [("Hi", "Yes")],
+        ["Hi", "Hi"],
+    ),
+    Case(
         "Chatbot Arena",
         [{"conversation_a": [HI, NO], "conversation_b": [HI, YES], "winner": "model_b"}],
         [([HI], [YES], [NO])],
@@ -275,6 +289,7 @@ CASES = [
         [([], [HI, YES, MORE, FINE])],
         [[HI]],
     ),
+    Case("WildChat, LMSYS-Chat: conversation", [{"conversation": [HI, YES]}], None, [([], [HI, YES])], [[HI]]),
     Case("UltraChat: data", [{"data": ["Hi", "Yes"]}], None, [([], [HI, YES])], [[HI]]),
     Case("prompt and response", [{"prompt": "Hi", "response": " Yes"}], None, [("Hi", " Yes")], ["Hi"]),
     Case(

@@ -85,6 +85,7 @@ ROWS = [
     ),
     Odd({"prompt": HH, "chosen": HH + " Yes", "rejected": HH + " No"}, [(HH, " Yes", " No")], [(HH, " Yes")], [HH]),
     everywhere({"prompt": "Ho", "chosen": HH + " Yes", "rejected": HH + " No"}, "that begin with the prompt"),
+    Odd({"prompt": "", "chosen": HH + " Yes", "rejected": HH + " No"}, [(HH, " Yes", " No")], [(HH, " Yes")], [HH]),
     Odd({"text": HH + " Yes"}, NO_PAIR, [("", HH + " Yes")], [HH]),
     # Messages
     everywhere({"messages": []}, "found an empty list in messages"),
@@ -185,6 +186,9 @@ ROWS = [
     Odd({"instruction": "Hi", "input": "", "output": "Yes"}, NO_PAIR, [("Hi", "Yes")], ["Hi"]),
     Odd({"instruction": "Hi", "output": ""}, NO_PAIR, Bad("expected a response in output"), ["Hi"]),
     everywhere({"instruction": "Hi", "input": {"a": 1}, "output": "Yes"}, "text in instruction and input"),
+    everywhere({"prompt": "Ho", "conversations": [{"from": "human", "value": "Hi"}]}, "that disagree"),
+    Odd({"prompt": "Hi", "response": "Yes", "score": "A"}, NO_PAIR, [("Hi", "Yes")], ["Hi"]),
+    Odd({"prompt": "no", "response": "Yes", "label": False}, [], [], ["no"]),
     everywhere({"prompt": "Hi", "response": "Yes", "helpfulness": "high"}, "a finite number in helpfulness"),
     Odd({"prompt": "alone", "response": "Yes", "helpfulness": 3}, [], [("alone", "Yes")], ["alone"]),
 ]

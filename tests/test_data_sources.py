@@ -92,8 +92,9 @@ def test_cells_of_tables_hold_lists_as_json(tmp_path):
         (b'"a"b,c,d', "not CSV"),
         (b"a,\xe9,c", "not UTF-8"),
         (b'a,b,"c', "not CSV"),
-        (b'a,b,""', "empty response"),
-        (b",b,b", "same responses"),
+        (b'a,b," "', "empty response"),
+        (b'a,b,""', "no pair"),
+        (b"a,b,b", "same responses"),
     ],
 )
 def test_a_bad_row_of_a_table_is_named(line, kind, tmp_path):

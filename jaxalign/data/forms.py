@@ -14,6 +14,8 @@ from jaxalign.data.rows import Content, RowError
 from jaxalign.tokens import Text
 
 RESPONSES = ("response", "completion", "output", "answer")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""The names under which rows have a whole conversation."""
 
 
 def read_content(row: RawRow, *, safer: bool = False, score: str = "helpfulness") -> Content:
@@ -39,15 +41,15 @@ def read_content(row: RawRow, *, safer: bool = False, score: str = "helpfulness"
         return shp(row)
     if {"response_0", "response_1"} <= fields:
         return safe_rlhf(row, "safer_response_id" if safer else "better_response_id")
-    if {"response1", "response2"} <= fields:
-        return helpsteer3(row)
+    if {"response1", "response2"} <= fields or {"response_1", "response_2"} <= fields:
+        return helpsteer(row)
     if "answers" in fields and "prompt" in fields:
         return nectar(row)
     if "summaries" in fields:
         return summaries(row)
     if "completions" in fields and "instruction" in fields:
         return ultrafeedback(row)
-    if "messages" in fields or "conversations" in fields:
+    if fields & set(CONVERSATIONS):
         return conversation(row)
     if "data" in fields and not fields & {*PROMPTS, "text"}:
         return dialogue(row)
@@ -59,6 +61,8 @@ def pair(row: RawRow) -> Content:
     one response, which is not compared."""
     sides = {name: _text_or_chat(row[name], name) for name in ("chosen", "rejected") if name in row}
     prompt = _prompt(row)
+    if prompt == "" and all(isinstance(side, str) and chats.is_transcript(side) for side in sides.values()):
+        prompt = None
     if "conversations" in row and prompt is None:
         prompt = chats.read_chat(list_in(row, "conversations"), "conversations")
     prompt = _with_system(row, prompt)
@@ -151,13 +155,18 @@ def safe_rlhf(row: RawRow, label: str) -> Content:
     return Content(string_in(row, "prompt"), tuple(string_in(row, n) for n in names), (1 - second, second), names)
 
 
-def helpsteer3(row: RawRow) -> Content:
-    """HelpSteer3: context, response1, response2, overall_preference from -3 (the first) to 3 (the second)."""
-    names = ("response1", "response2")
-    second = label_in(row, "overall_preference", range(-3, 4))
-    prompt = chats.read_chat(list_in(row, "context"), "context")
-    replies = [[{"role": "assistant", "content": string_in(row, name)}] for name in names]
-    return Content(prompt, tuple(replies), (-second / 2, second / 2), names, scaled=True)
+def helpsteer(row: RawRow) -> Content:
+    """HelpSteer3: context, response1, response2, overall_preference; or HelpSteer2's preferences: prompt, response_1,
+    response_2, preference_strength; both from -3 (the first is much better) to 3 (the second)."""
+    third = "response1" in row
+    names = ("response1", "response2") if third else ("response_1", "response_2")
+    second = label_in(row, "overall_preference" if third else "preference_strength", range(-3, 4))
+    scores = (-second / 2, second / 2)
+    texts = tuple(string_in(row, name) for name in names)
+    if not third:
+        return Content(string_in(row, "prompt"), texts, scores, names, scaled=True)
+    replies = tuple([{"role": "assistant", "content": reply}] for reply in texts)
+    return Content(chats.read_chat(list_in(row, "context"), "context"), replies, scores, names, scaled=True)
 
 
 def nectar(row: RawRow) -> Content:
@@ -198,21 +207,21 @@ def summaries(row: RawRow) -> Content:
 
 
 def conversation(row: RawRow) -> Content:
-    """A whole conversation: messages (beside a prompt: its first user message), or ShareGPT's conversations."""
-    name = "messages" if "messages" in row else "conversations"
+    """A whole conversation, under one of its names; beside a prompt that is its first user message."""
+    name = next(name for name in CONVERSATIONS if name in row)
     if "prompt" in row and not row[name]:
         raise RowError("fields", f"expected messages beside the prompt, found fields {sorted(row)} without one")
     chat = chats.read_chat(list_in(row, name), name)
     if isinstance(row.get("system"), str) and row["system"].strip():
         chat = chats.after_system([{"role": "system", "content": row["system"]}], chat)
-    if "prompt" not in row or name != "messages":
+    if "prompt" not in row:
         return Content(None, (chat,), (), (name,))
     first = next((i for i, message in enumerate(chat) if message["role"] == "user"), None)
     asked = row["prompt"]
     if first is None or not isinstance(asked, str) or (chat[first]["content"] or "").strip() != asked.strip():
         raise RowError(
             "prompt beside other messages",
-            f"expected the prompt to be the first user message of messages, found fields {sorted(row)} that disagree",
+            f"expected the prompt to be the first user message of {name}, found fields {sorted(row)} that disagree",
         )
     return Content(chat[: first + 1], (chat,), (), (name,))
 
@@ -227,7 +236,8 @@ def dialogue(row: RawRow) -> Content:
 
 
 def text(row: RawRow, score: str) -> Content:
-    """A prompt with or without a response, or a text; with a score, one of several responses to its prompt."""
+    """A prompt with or without a response, or a text. With a score, or with a label that is true or false, the response
+    is one of several to its prompt."""
     prompt = _prompt(row)
     names = [name for name in RESPONSES if name in row]
     if prompt is None and names == [] and "text" in row:
@@ -245,10 +255,14 @@ def text(row: RawRow, score: str) -> Content:
             "type", f"expected text in prompt and response, or messages, found {type(value).__name__} in {names[0]}"
         )
     given, answers = _join_reply(_with_system(row, prompt) or "", _text_or_chat(value, names[0]))
-    name = next((name for name in (score, "score") if name in row), None)
-    if name is None:
-        return Content(given, (answers,), (), (names[0],))
-    return Content(given, (answers,), (number_in(row[name], name),), (names[0],), scaled=True, grouped=True)
+    whole = Content(given, (answers,), (), (names[0],))
+    if score in row:
+        return whole._replace(scores=(number_in(row[score], score),), scaled=True, grouped=True)
+    if isinstance(row.get("label"), bool):
+        return whole._replace(scores=(float(row["label"]),), grouped=True, wanted=row["label"])
+    if isinstance(row.get("score"), int | float):
+        return whole._replace(scores=(number_in(row["score"], "score"),), scaled=True, grouped=True)
+    return whole
 
 
 def _join_reply(prompt: Text, response: Text) -> tuple[Text, Text]:

@@ -98,7 +98,8 @@ def read_examples(
       source, columns, skip_bad, as_messages, safer, score: as in `read_pairs`.
 
     Returns:
-      Rows of `Example`. A preference without a preferred response is counted as "tie" and makes no row.
+      Rows of `Example`. A preference without a preferred response is counted as "tie", and a response whose label is
+      false as "unwanted response"; they make no row.
 
     Raises:
       ValueError: as `read_pairs`.
@@ -108,6 +109,9 @@ def read_examples(
     def make(where: str, found: Content) -> list[Example]:
         if not found.responses:
             raise RowError("no response", 'expected "prompt" with "response", "text", "messages" or a pair')
+        if not found.wanted:
+            counts["unwanted response"] += 1
+            return []
         best = 0
         if len(found.scores) > 1:
             if len(set(found.scores)) == 1:
@@ -115,7 +119,7 @@ def read_examples(
                 return []
             best = max(range(len(found.scores)), key=found.scores.__getitem__)
         response = found.responses[best]
-        whole = found.names[0] in ("messages", "conversations", "data")
+        whole = found.names[0] in (*forms.CONVERSATIONS, "data")
         if whole and len(response) < 2:
             raise RowError("messages", "expected messages with a prompt and a response, found fewer than two")
         _check_response(response, found.names[best])

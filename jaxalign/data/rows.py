@@ -55,7 +55,8 @@ class Rows(NamedTuple, Generic[Row]):
     reasons: Sequence[str] = ()
     """"file:line: reason" of the first 20 of them."""
     counts: Mapping[str, int] = {}
-    """Kind of reason -> number, of bad rows and of what makes no row: "tie" and "single response"."""
+    """Kind of reason -> number, of bad rows and of what makes no row: "tie", "single response", "unwanted response"
+    and, within ranked lists, "same responses"."""
 
 
 class RowError(ValueError):
@@ -87,3 +88,5 @@ class Content(NamedTuple):
     """Whether differences of scores are the margin."""
     grouped: bool = False
     """Whether the response is compared with those of other rows that have the same prompt."""
+    wanted: bool = True
+    """Whether the response is one to learn: a label may say that it is not."""

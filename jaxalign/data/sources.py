@@ -210,9 +210,9 @@ def _text_lines(path: pathlib.Path, raw: bytes) -> Iterator[RawRow]:
 
 
 def _table(path: pathlib.Path, raw: bytes, delimiter: str, name: str) -> Iterator[RawRow]:
-    """Rows of a table with a header. Bytes that are no UTF-8 pass as surrogates, so that their row can be named."""
+    """Rows of a table with a header; an empty cell is no field."""
     csv.field_size_limit(2**31 - 1)  # a cell holds a whole conversation
-    text = raw.decode("utf-8-sig", "surrogateescape")
+    text = raw.decode("utf-8-sig", "surrogateescape")  # what is no UTF-8 comes through, so that its row can be named
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
@@ -235,7 +235,7 @@ def _table(path: pathlib.Path, raw: bytes, delimiter: str, name: str) -> Iterato
         elif len(cells) != len(header):
             yield where, RowError("not CSV", f"expected {len(header)} cells as the header has, found {len(cells)}")
         else:
-            yield where, dict(zip(header, cells, strict=True))
+            yield where, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
 
 
 def _parquet(path: pathlib.Path, name: str) -> Iterator[RawRow]:
