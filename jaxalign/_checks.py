@@ -304,35 +304,41 @@ def check_output(name: str, output: Any, batch: int | None = None) -> StepOutput
     return output
 
 
+class LawError(ValueError):
+    """What a user's own part gave breaks a law of `jaxalign.types`, whatever was being done with it."""
+
+    def __init__(self, law: int, complaint: str) -> None:
+        self.law = law
+        super().__init__(complaint)
+
+
 def check_batch_first(name: str, state: State, batch: int) -> None:
-    """Law 1: ValueError naming the leaf of a state that has not the batch axis first."""
+    """LawError (1) naming the leaf of a state that has not the batch axis first."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if np.shape(leaf)[:1] != (batch,):
-            raise ValueError(
+            raise LawError(
+                1,
                 f"{name}: expected every array of the state to have the batch axis ({batch}) first, found shape "
-                f"{np.shape(leaf)} at {jax.tree_util.keystr(path) or 'the state'}"
+                f"{np.shape(leaf)} at {jax.tree_util.keystr(path) or 'the state'}",
             )
 
 
-class ChangedTypesError(ValueError):
-    """A step gave a state or output of another structure, shape or dtype than it was given."""
-
-
-def check_same_types(name: str, what: str, before: Any, after: Any) -> None:
-    """ChangedTypesError unless a step kept the structure, shapes and dtypes of the state (or output) that it was given,
-    as a loop needs. A leaf of weak type takes the type of what replaces it."""
+def check_same_types(name: str, what: str, before: Any, after: Any, *, shapes: bool = True) -> None:
+    """LawError (6) unless a step kept the structure, dtypes and (with `shapes`) shapes of the state or output that it
+    was given, as a loop that is compiled once needs. A leaf of weak type takes the type of what replaces it."""
     left: Any = jax.tree.structure(before)
     right: Any = jax.tree.structure(after)
     if left != right:
-        raise ChangedTypesError(f"{name}: expected the {what} to keep its structure {left}, found {right}")
+        raise LawError(6, f"{name}: expected the {what} to keep its structure {left}, found {right}")
     new = jax.tree.leaves(after)
     for (path, old), leaf in zip(jax.tree_util.tree_leaves_with_path(before), new, strict=True):
         weak = getattr(old, "weak_type", False)
         expected, found = (np.shape(old), jnp.result_type(old)), (np.shape(leaf), jnp.result_type(leaf))
-        if expected[0] != found[0] or (expected[1] != found[1] and not weak):
-            raise ChangedTypesError(
+        if (shapes and expected[0] != found[0]) or (expected[1] != found[1] and not weak):
+            raise LawError(
+                6,
                 f"{name}: expected the {what} to keep shape {expected[0]} and dtype {expected[1]} at "
-                f"{jax.tree_util.keystr(path) or 'its array'}, found {found[0]} and {found[1]}"
+                f"{jax.tree_util.keystr(path) or 'its array'}, found {found[0]} and {found[1]}",
             )
 
 
@@ -355,6 +361,31 @@ def step_policy(policy: Policy, params: Params, rng: Array, state: State, token:
     return moved, check_output(name, output, token.shape[0])
 
 
+def start_critic(critic: Critic, params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> State:
+    """critic.init, whose result is checked while it is traced: a state whose leaves have the batch axis first."""
+    state = critic.init(params, rng, prompts, max_new_tokens)
+    check_batch_first(f"critic.init ({called(critic.init)})", state, any_prompts(prompts).tokens.shape[0])
+    return state
+
+
+def advance_critic(
+    critic: Critic, params: Params, proposal: State, choice: Array, *, before: State | None = None
+) -> State:
+    """critic.advance, whose result is checked while it is traced: a state whose leaves have the batch axis first and,
+    where it has the proposal's structure, its dtypes. before: the state of a loop that carries states and not
+    proposals, whose types it has to keep."""
+    name = f"critic.advance ({called(critic.advance)})"
+    state = critic.advance(params, proposal, choice)
+    check_batch_first(name, state, choice.shape[0])
+    if before is not None:
+        check_same_types(name, "state", before, state)
+        return state
+    left: Any = jax.tree.structure(state)
+    if left == jax.tree.structure(proposal):
+        check_same_types(name, "state", proposal, state, shapes=False)  # a proposal may hold more of a row
+    return state
+
+
 def score_critic(
     critic: Critic, params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None
 ) -> tuple[Array, State]:
@@ -366,6 +397,12 @@ def score_critic(
     check_array(f"{name}: q", q, shape, "one score per row and candidate")
     check_batch_first(name, proposal, shape[0])
     return q, proposal
+
+
+def check_proposal(critic: Critic, before: State, after: State) -> None:
+    """LawError (6) unless a critic's proposal keeps its types from one token to the next, as a loop carries it."""
+    name = f"critic.score ({called(critic.score)}) after critic.advance ({called(critic.advance)})"
+    check_same_types(name, "proposal", before, after)
 
 
 def pair(name: str, found: Any, meaning: str) -> Any:

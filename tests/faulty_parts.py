@@ -177,7 +177,9 @@ def critic(kind: str, fault: str = "") -> Critic:
             scale = jnp.ravel(scale)[0]
         if fault != "scale without a batch":
             scale = per_row(scale, total.shape[0], name="scale")
-        return CriticState(total, jnp.zeros((total.shape[0], 0)), scale)
+        if fault == "one row at init":
+            total = total[:1]
+        return CriticState(total, jnp.zeros((batch.tokens.shape[0], 0)), scale)
 
     def score(params, rng, state, output, candidates):
         tokens = jnp.arange(VOCAB)[None] if candidates is None else candidates
@@ -220,6 +222,10 @@ def critic(kind: str, fault: str = "") -> Critic:
             return proposal._replace(total=proposal.total + new)
         if fault == "one frozen row freezes all":
             return proposal._replace(total=proposal.total + jnp.where((choice < 0).any(), 0, new))
+        if fault == "one row after advance":
+            return proposal._replace(total=proposal.total[:1] + new[:1])
+        if fault == "dtype changes in advance":
+            return proposal._replace(total=(proposal.total + new).astype(jnp.float16))
         return proposal._replace(total=proposal.total + jnp.where(choice >= 0, new, 0))
 
     return Critic(init, score, advance, kind, None, VOCAB)
@@ -244,6 +250,8 @@ def text_score(kind: str):
 CRITIC_FAULTS = {
     "scale without a batch": 1,
     "one score a row": 1,
+    "one row at init": 1,
+    "one row after advance": 1,
     "rows by place": 1,
     "frozen rows moved": 2,
     "frozen rows moved among candidates": 2,
@@ -252,6 +260,7 @@ CRITIC_FAULTS = {
     "scale read at each step": 3,
     "one batch only": 4,
     "proposal changes": 6,
+    "dtype changes in advance": 6,
     "padding read": 7,
     "rows mixed": 8,
     "gradient not finite": 9,

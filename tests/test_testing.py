@@ -92,6 +92,15 @@ def test_a_fault_of_a_critic_is_named(fault, prompts):
     assert_named(faulty_parts.CRITIC_FAULTS[fault], check_critic, prompts, kind, fault)
 
 
+@pytest.mark.parametrize(
+    ("fault", "function"),
+    [("one row at init", "init"), ("one row after advance", "advance"), ("dtype changes in advance", "advance")],
+)
+def test_a_state_is_checked_where_it_is_made(fault, function, prompts):
+    with pytest.raises(AssertionError, match=rf"critic.{function} \(critic.<locals>.{function}\): expected"):
+        check_critic(prompts, "level", fault)
+
+
 @pytest.mark.parametrize("fault", faulty_parts.REWARD_FAULTS)
 def test_a_fault_of_a_reward_is_named(fault, prompts):
     assert_named(faulty_parts.REWARD_FAULTS[fault], check_reward, prompts, fault)

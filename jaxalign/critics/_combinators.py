@@ -13,6 +13,7 @@ from jaxalign._arrays import at_least_float32
 from jaxalign._builders import cached
 from jaxalign._checks import (
     ParamsError,
+    advance_critic,
     called,
     check_array,
     check_below,
@@ -22,6 +23,7 @@ from jaxalign._checks import (
     fields_of,
     is_concrete,
     score_critic,
+    start_critic,
 )
 from jaxalign.critics._model_critics import gather
 from jaxalign.prompts import prompt_index, prompts_at, prompts_for
@@ -105,7 +107,7 @@ def _weighted_sum(critics: tuple[Critic, ...]) -> Critic:
         batch = prompt_index(prompts).shape[0]
         keys = jax.random.split(rng, len(critics))
         states = tuple(
-            critic.init(params.critics[i], keys[i], prompts_at(prompts, i), max_new_tokens)
+            start_critic(critic, params.critics[i], keys[i], prompts_at(prompts, i), max_new_tokens)
             for i, critic in enumerate(critics)
         )
         return WeightedSumState(states, weights_of(params, batch))
@@ -124,7 +126,7 @@ def _weighted_sum(critics: tuple[Critic, ...]) -> Critic:
     def advance(params: Params, proposal: WeightedSumState, choice: Array) -> State:
         params = fields(params)
         states = tuple(
-            critic.advance(params.critics[i], proposal.critics[i], choice) for i, critic in enumerate(critics)
+            advance_critic(critic, params.critics[i], proposal.critics[i], choice) for i, critic in enumerate(critics)
         )
         return proposal._replace(critics=states)
 
@@ -185,7 +187,7 @@ def map_scores(critic: Critic, f: ScoreMap) -> Critic:
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> State:
         critic_params = fields_of(params, MapScoresParams).critic
-        state = critic.init(critic_params, rng, prompts_for(prompts, "critic"), max_new_tokens)
+        state = start_critic(critic, critic_params, rng, prompts_for(prompts, "critic"), max_new_tokens)
         return MapScoresState(state, prompt_index(prompts))
 
     def score(
@@ -199,7 +201,7 @@ def map_scores(critic: Critic, f: ScoreMap) -> Critic:
 
     def advance(params: Params, proposal: MapScoresState, choice: Array) -> State:
         critic_params = fields_of(params, MapScoresParams).critic
-        return proposal._replace(critic=critic.advance(critic_params, proposal.critic, choice))
+        return proposal._replace(critic=advance_critic(critic, critic_params, proposal.critic, choice))
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
         fields_of(params, MapScoresParams)

@@ -11,12 +11,14 @@ from jaxalign import models, shaping
 from jaxalign._arrays import at_least_float32, per_row
 from jaxalign._builders import cached
 from jaxalign._checks import (
+    advance_critic,
     check_critic_argument,
     check_model,
     check_part,
     check_positive,
     fields_of,
     score_critic,
+    start_critic,
 )
 from jaxalign.critics._model_critics import candidate_critic, gather, vocabulary_critic
 from jaxalign.prompts import prompt_index, prompts_for
@@ -118,7 +120,7 @@ def shaped_over_candidates(
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> State:
         critic_params, bound = fields_of(params, ShapedParams)
-        state = critic.init(critic_params, rng, prompts_for(prompts, "critic"), max_new_tokens)
+        state = start_critic(critic, critic_params, rng, prompts_for(prompts, "critic"), max_new_tokens)
         return ShapedState(state, per_row(bound, prompt_index(prompts).shape[0], name="bound"))
 
     def score(
@@ -131,7 +133,7 @@ def shaped_over_candidates(
 
     def advance(params: Params, proposal: ShapedState, choice: Array) -> State:
         critic_params = fields_of(params, ShapedParams).critic
-        return proposal._replace(critic=critic.advance(critic_params, proposal.critic, choice))
+        return proposal._replace(critic=advance_critic(critic, critic_params, proposal.critic, choice))
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
         bound = fields_of(params, ShapedParams).bound

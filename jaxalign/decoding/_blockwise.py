@@ -12,11 +12,13 @@ import numpy as np
 from jaxalign import mdp, rollout
 from jaxalign._arrays import at_least_float32, drop_weak_types, repeat_rows, take_rows, where_rows
 from jaxalign._checks import (
+    advance_critic,
     check_below,
     check_same_vocabulary,
     is_concrete,
     same_prompts,
     score_critic,
+    start_critic,
     start_policy,
     step_policy,
 )
@@ -196,7 +198,8 @@ def _blockwise(
         taken = take_rows((ends, proposal, drawn, token), jnp.arange(batch) * n + best)
         ends, proposal, drawn, token = taken
         frozen = drawn.finished | (begin + block >= max_new_tokens)
-        scorer = critic.advance(params["critic"], proposal, jnp.where(frozen, -1, 0))
+        choice = jnp.where(frozen, -1, 0)
+        scorer = advance_critic(critic, params["critic"], proposal, choice, before=carry.state.critic)
         inner, output = step_policy(policy, params["policy"], key, ends.policy, jnp.where(frozen, -1, token))
         total = jnp.take_along_axis(score, best[:, None], axis=1)[:, 0].astype(carry.state.score.dtype)
         kept = {
@@ -239,13 +242,14 @@ def _paired(policy: Policy, critic: Critic) -> Policy:
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[_Pair, StepOutput]:
         inner, output = start_policy(policy, params["policy"], rng, prompts["policy"], max_new_tokens)
         key = jax.random.fold_in(rng, _CRITIC)
-        scorer = critic.init(params["critic"], key, prompts["critic"], max_new_tokens)
+        scorer = start_critic(critic, params["critic"], key, prompts["critic"], max_new_tokens)
         return _Pair(inner, scorer, output, jnp.zeros_like(at_least_float32(output.log_norm))), output
 
     def step(params: Params, rng: Array, state: _Pair, token: Array) -> tuple[_Pair, StepOutput]:
         frozen = token < 0
         q, proposal = _score(critic, params, rng, state, token)
-        scorer = critic.advance(params["critic"], proposal, jnp.where(frozen, -1, 0))
+        choice = jnp.where(frozen, -1, 0)
+        scorer = advance_critic(critic, params["critic"], proposal, choice, before=state.critic)
         inner, output = step_policy(policy, params["policy"], rng, state.policy, token)
         # The output of a frozen row is undefined, and its last token is still to be scored.
         output = where_rows(frozen, state.output, output)

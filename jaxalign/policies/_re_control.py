@@ -13,6 +13,7 @@ from jaxalign import models
 from jaxalign._arrays import at_least_float32, is_supported, per_row, where_rows
 from jaxalign._builders import cached
 from jaxalign._checks import (
+    advance_critic,
     called,
     check_array,
     check_count,
@@ -20,10 +21,12 @@ from jaxalign._checks import (
     check_function_argument,
     check_part,
     check_policy_argument,
+    check_proposal,
     check_same_vocabulary,
     fields_of,
     is_concrete,
     score_critic,
+    start_critic,
     start_policy,
     step_policy,
 )
@@ -222,7 +225,7 @@ def re_control_expected(
         params = fields_of(params, ReControlExpectedParams)
         below, beside, scoring = jax.random.split(rng, 3)
         inner, output = start_policy(policy, params.policy, below, prompts_for(prompts, "policy"), max_new_tokens)
-        scorer = critic.init(params.critic, beside, prompts_for(prompts, "critic"), max_new_tokens)
+        scorer = start_critic(critic, params.critic, beside, prompts_for(prompts, "critic"), max_new_tokens)
         step_size = per_row(params.step_size, output.log_prob.shape[0], name="step_size")
         unscored = jnp.zeros((step_size.shape[0], 0))  # `propose` puts the scores of the first step here
         state = ReControlExpectedState(inner, scorer, step_size, unscored)
@@ -231,9 +234,12 @@ def re_control_expected(
     def step(params: Params, rng: Array, state: ReControlExpectedState, token: Array) -> tuple[State, StepOutput]:
         params = fields_of(params, ReControlExpectedParams)
         below, scoring = jax.random.split(rng)
-        scorer = critic.advance(params.critic, state.critic, token)
+        scorer = advance_critic(critic, params.critic, state.critic, token)
         inner, output = step_policy(policy, params.policy, below, state.policy, token)
-        return propose(params, scoring, state._replace(policy=inner, critic=scorer), output, token < 0)
+        moved = state._replace(policy=inner, critic=scorer)
+        moved, output = propose(params, scoring, moved, output, token < 0)
+        check_proposal(critic, state.critic, moved.critic)
+        return moved, output
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
         _check_step_size(fields_of(params, ReControlExpectedParams).step_size, prompts)

@@ -11,15 +11,18 @@ import numpy as np
 from jaxalign._arrays import NEGATIVE, at_least_float32, per_row, where_rows
 from jaxalign._builders import cached
 from jaxalign._checks import (
+    advance_critic,
     check_count,
     check_critic_argument,
     check_part,
     check_policy_argument,
     check_positive,
+    check_proposal,
     check_same_vocabulary,
     fields_of,
     is_concrete,
     score_critic,
+    start_critic,
     start_policy,
     step_policy,
 )
@@ -121,7 +124,7 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
         params = fields_of(params, TiltParams)
         below, beside, scoring = jax.random.split(rng, 3)
         inner, output = start_policy(policy, params.policy, below, prompts_for(prompts, "policy"), max_new_tokens)
-        scorer = critic.init(params.critic, beside, prompts_for(prompts, "critic"), max_new_tokens)
+        scorer = start_critic(critic, params.critic, beside, prompts_for(prompts, "critic"), max_new_tokens)
         beta = per_row(params.beta, output.log_prob.shape[0], name="beta")
         unscored = jnp.zeros((beta.shape[0], 0), beta.dtype)  # `propose` puts the scores of the first step here
         state = TiltState(inner, scorer, beta, jnp.zeros_like(output.log_norm), unscored, None)
@@ -139,10 +142,12 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
         if critic.kind == "level":
             chosen = jnp.take_along_axis(state.q, jnp.maximum(choice, 0)[:, None], axis=-1)[:, 0]
             previous = jnp.where(frozen, previous, chosen)
-        scorer = critic.advance(params.critic, state.critic, choice)
+        scorer = advance_critic(critic, params.critic, state.critic, choice)
         inner, output = step_policy(policy, params.policy, below, state.policy, jnp.where(frozen, -1, token))
-        state = state._replace(policy=inner, critic=scorer, previous=previous)
-        return propose(params, scoring, state, output, frozen)
+        moved = state._replace(policy=inner, critic=scorer, previous=previous)
+        moved, output = propose(params, scoring, moved, output, frozen)
+        check_proposal(critic, state.critic, moved.critic)
+        return moved, output
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
         beta = fields_of(params, TiltParams).beta

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxalign import decoding, policies
 from jaxalign._arrays import is_supported, repeat_rows, take_rows, where_rows
-from jaxalign._checks import check_batch_first, check_critic_argument, score_critic
+from jaxalign._checks import advance_critic, check_critic_argument, score_critic, start_critic
 from jaxalign.prompts import any_prompts
 from jaxalign.shapes import PerPrompt, ResponseTokens
 from jaxalign.testing import _laws
@@ -79,17 +79,13 @@ class _Scorer:
         rng, steps = below.rng, below.steps
 
         def init(params: Params, prompts: Prompts) -> State:
-            state = critic.init(params, rng, prompts, steps)
-            check_batch_first("critic.init", state, any_prompts(prompts).tokens.shape[0])
-            return state
+            return start_critic(critic, params, rng, prompts, steps)
 
         def score(params: Params, state: State, output: StepOutput, candidates: Array | None) -> tuple[Array, State]:
             return score_critic(critic, params, rng, state, output, candidates)
 
         def advance(params: Params, proposal: State, choice: Array) -> State:
-            state = critic.advance(params, proposal, choice)
-            check_batch_first("critic.advance", state, choice.shape[0])
-            return state
+            return advance_critic(critic, params, proposal, choice)
 
         self.init, self.score, self.advance = jax.jit(init), jax.jit(score), jax.jit(advance)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._checks import ChangedTypesError, entries_of, same_prompts
+from jaxalign._checks import LawError, entries_of, same_prompts
 from jaxalign.prompts import any_prompts
 from jaxalign.types import Array, Params, Prompts, TokenBatch
 
@@ -46,16 +46,16 @@ def broken(law: int, seen: str) -> AssertionError:
 
 @contextlib.contextmanager
 def errors_break(law: int, doing: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns an error of these kinds (ValueError when none is named) into that of a law."""
+    """Turns an error of these kinds (ValueError when none is named) into that of a law: its own where it has one, else
+    `law`."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, kinds or ValueError):
             raise
         first = str(error).strip().splitlines() or [""]
-        if isinstance(error, ChangedTypesError):  # a loop around the step could not be compiled once
-            law = 6
-        raise broken(law, f"{doing} raised {type(error).__name__}: {first[0]}") from error
+        named = error.law if isinstance(error, LawError) else law
+        raise broken(named, f"{doing} raised {type(error).__name__}: {first[0]}") from error
 
 
 def leaf_name(path: tuple[Any, ...], whole: str) -> str:
@@ -99,7 +99,7 @@ def assert_same(
             differs = differs & keep.reshape((-1,) + (1,) * (a.ndim - 1))
         if differs.any():
             with np.errstate(invalid="ignore"):
-                worst = np.where(differs, np.nan_to_num(np.abs(a - b), nan=np.inf), -1).argmax()
+                worst = np.argmax(np.where(differs, np.nan_to_num(np.abs(a - b), nan=np.inf), -1))
             row, *rest = (int(i) for i in np.unravel_index(worst, a.shape))
             place = _entry(rest)
             at = (row, *rest)
