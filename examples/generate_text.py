@@ -15,5 +15,5 @@ params, reward_params = lm.init(jax.random.key(0)), reward.init(jax.random.key(1
 policy = policies.tilt(policies.language_model(lm), critics.args(reward), top_k=5)
 guided = policies.TiltParams(policy=params, critic=reward_params, beta=0.1)
 prompts = ["the cat", [{"role": "user", "content": "a dog ran"}]]
-out = text.generate(lm, params, tokenizer, prompts, policy=policy, policy_params=guided, stream=print, max_new_tokens=9)
+out = text.generate(policy, guided, tokenizer, prompts, stream=print, max_new_tokens=9)
 print(out.texts, "KL to the base [nats]:", out.completions.kl.sum(axis=1))

@@ -120,12 +120,12 @@ def test_any_policy_with_a_beta_for_each_prompt(model, words):
     value, value_params = tiny_lm(1, "q", num_layers=1)
     policy = policies.tilt(policies.language_model(lm), critics.value(value))
     tilted = {"policy": params, "critic": value_params, "beta": jnp.linspace(0.1, 9, 5)}
-    found = text.generate(lm, params, words, TEXTS, policy=policy, policy_params=tilted, rng=KEY, max_new_tokens=5)
+    found = text.generate(policy, tilted, words, TEXTS, rng=KEY, max_new_tokens=5)
     expected = decoding.sample(policy, tilted, KEY, as_batch(words, TEXTS), max_new_tokens=5, eos_ids=(1,))
     assert_completions_equal(found.completions, expected)
     narrow = policies.top_k(policies.language_model(lm), 1)  # its parameters are the model's own
     greedy = text.generate(lm, params, words, TEXTS, max_new_tokens=5, temperature=0.0)
-    assert text.generate(lm, params, words, TEXTS, policy=narrow, max_new_tokens=5).texts == greedy.texts
+    assert text.generate(narrow, params, words, TEXTS, max_new_tokens=5).texts == greedy.texts
     # A temperature for each prompt, over several batches.
     heats = np.array([0.0, 1.0, 0.0, 0.5, 0.0])
     mixed = text.generate(lm, params, words, TEXTS, rng=KEY, max_new_tokens=5, temperature=heats, batch_size=2)
@@ -137,8 +137,9 @@ def test_what_ends_a_response(model, words):
     """The ids given, the policy's, or the model's; the end is no text even where it is a word."""
     lm, params = model
     policy = policies.language_model(lm)._replace(eos_ids=(5,))
-    for options in ({"policy": policy}, {"eos_ids": 5}, {"eos_ids": [5], "policy": policy._replace(eos_ids=(3,))}):
-        found = text.generate(lm, params, words, TEXTS, rng=KEY, max_new_tokens=12, **options)
+    other = policy._replace(eos_ids=(3,))
+    for source, options in ((policy, {}), (lm, {"eos_ids": 5}), (other, {"eos_ids": [5]})):
+        found = text.generate(source, params, words, TEXTS, rng=KEY, max_new_tokens=12, **options)
         ended = np.asarray(found.completions.finished)
         assert ended.any()
         for row in np.flatnonzero(ended):
@@ -330,9 +331,22 @@ def test_bad_tokenizers_and_policies_are_named(model, words):
             call()
     with pytest.raises(ValueError, match="tokenizer: expected a tokenizer"):
         text.generate(lm, params, "FOLDER", ["a"])
-    other = policies.language_model(models.LanguageModel(dataclasses.replace(lm.config, vocab_size=13)))
-    with pytest.raises(ValueError, match="policy: expected the model's 11 tokens, found 13"):
-        text.generate(lm, params, words, ["a"], policy=other, max_new_tokens=4)
+    other = policies.language_model(models.LanguageModel(dataclasses.replace(lm.config, vocab_size=5)))
+    with pytest.raises(ValueError, match="tokenizer: expected ids below the model's 5 tokens, found ids up to"):
+        text.generate(other, params, words, ["a"], max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"model: expected a language model or a Policy, .*, found None"):
+        text.generate(None, params, words, ["a"])
+    with pytest.raises(ValueError, match=r"expected a language model, found Critic"):
+        text.generate(critics.value(tiny_lm(1, "q", num_layers=1)[0]), params, words, ["a"])
+    # A Policy says itself what does not fit, before anything is drawn; one that names no EOS needs eos_ids.
+    policy, drawn = policies.language_model(lm), []
+    with pytest.raises(ValueError, match=r"within the model's context of 64, found a prompt of 61 tokens"):
+        text.generate(
+            policy, params, words, ["a", "a " * 61], batch_size=1, max_new_tokens=4, stream=lambda *x: drawn.append(x)
+        )
+    assert not drawn
+    with pytest.raises(ValueError, match="eos_ids: expected an id or ids, since this policy does not name its own"):
+        text.generate(policy._replace(eos_ids=None), params, words, ["a"], max_new_tokens=4)
     with pytest.raises(ValueError, match="max_new_tokens: expected fewer than the model's context of 64 tokens"):
         text.generate(lm, params, words, ["a"], max_new_tokens=64)
     plain = word_level(["a"])

@@ -21,10 +21,7 @@ from jaxalign.decoding.requests import (
     Tokenizer,
     check_scores,
     count,
-    number,
-    open_params,
     open_request,
-    optional_reward,
     score_completions,
     streams,
 )
@@ -102,23 +99,15 @@ def rejection(
       in rows without an accepted draw; RejectionInfo, whose accept_rate estimates exp(−bound/beta)·Z without bias.
 
     Raises:
-      ValueError: max_tries or chunk < 1, beta <= 0, a reward above the bound (the law would be cut there), and those
-        of `best_of_n`.
+      ValueError: max_tries or chunk < 1, beta <= 0, a bound that is NaN, a reward above the bound (the law would be
+        cut there), and those of `best_of_n`.
     """
+    names = RejectionParams._fields[2:]
     request = open_request(
-        policy,
-        reward,
-        params,
-        prompts,
-        max_new_tokens,
-        eos_ids,
-        temperature,
-        per_prompt=("beta", "bound"),
-        tokenizer=tokenizer,
+        policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, per_prompt=names, tokenizer=tokenizer
     )
     found, highest = _run(request, rng, max_tries, chunk, _exponential, False)
     bound = request.params["bound"]
-    check_scores(found.info.reward[:, None])
     if is_concrete(highest, bound):
         # A reward that is its bound up to rounding is not above it.
         slack = 1e-5 * np.maximum(1, np.abs(np.asarray(bound)))
@@ -161,24 +150,11 @@ def first_above(
     Raises:
       ValueError: max_tries or chunk < 1, a threshold that is NaN, and those of `best_of_n`.
     """
-    given = open_params(params, FirstAboveParams._fields, optional_reward(reward))
-    threshold = number("reward_threshold", given["reward_threshold"])
-    if is_concrete(threshold) and np.isnan(np.asarray(threshold)).any():
-        raise ValueError(f"reward_threshold: expected numbers, found {np.asarray(threshold)}")
+    names = FirstAboveParams._fields[2:]
     request = open_request(
-        policy,
-        reward,
-        params,
-        prompts,
-        max_new_tokens,
-        eos_ids,
-        temperature,
-        per_prompt=("reward_threshold",),
-        tokenizer=tokenizer,
+        policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, per_prompt=names, tokenizer=tokenizer
     )
-    found, _ = _run(request, rng, max_tries, chunk, _above, True)
-    check_scores(found.info.reward[:, None])
-    return found
+    return _run(request, rng, max_tries, chunk, _above, True)[0]
 
 
 def _run(
@@ -189,7 +165,11 @@ def _run(
     acceptance: Callable[[Params, Array], Array],
     fall_back: bool,
 ) -> tuple[Decoded[RejectionInfo], Array]:
+    """As `_rejection`. ValueErrors: counts below 1, NaN among the numbers per prompt or the rewards."""
     max_tries, chunk = count("max_tries", max_tries), count("chunk", chunk)
+    for name, value in request.params.items():
+        if name not in ("policy", "reward") and is_concrete(value) and np.isnan(np.asarray(value)).any():
+            raise ValueError(f"{name}: expected numbers, found {np.asarray(value)}")
     found: tuple[Decoded[RejectionInfo], Array] = _rejection(
         request.policy,
         request.reward,
@@ -203,6 +183,7 @@ def _run(
         acceptance,
         fall_back,
     )
+    check_scores(found[0].info.reward[:, None])
     return found
 
 

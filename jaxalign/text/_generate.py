@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import policies, rollout
-from jaxalign._arrays import drop_weak_types, repeat_rows
-from jaxalign.decoding.requests import check_request, streams, with_temperature
+from jaxalign import decoding, policies, rollout
+from jaxalign._arrays import drop_weak_types
+from jaxalign._checks import same_prompts, start_policy
+from jaxalign.decoding.requests import check_request, open_eos_ids, streams, with_temperature
 from jaxalign.prompts import prompt_index
 from jaxalign.text._requests import (
     Batch,
@@ -49,13 +50,11 @@ class Generated(NamedTuple):
 
 
 def generate(
-    lm: LanguageModel,
+    model: LanguageModel | Policy,
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
-    policy: Policy | None = None,
-    policy_params: Params | None = None,
     rng: Array | None = None,
     seed: int | None = None,
     max_new_tokens: int = 128,
@@ -71,19 +70,16 @@ def generate(
     """Draws a response to each prompt. The draws are those of `decoding.sample` with the same key.
 
     Args:
-      lm: the model, as `models.load` gives it.
-      params: its parameters.
+      model: what the responses are drawn from: a language model, as `models.load` gives it, or any Policy.
+      params: its parameters. Values per prompt in them, as one beta for each, need all prompts in one batch.
       tokenizer: its tokenizer, as `models.tokenizer` gives it.
       prompts: texts, or chats as lists of messages.
-      policy: what the responses are drawn from, over the model's vocabulary; the model itself when None.
-      policy_params: the policy's parameters; `params` when None. Values per prompt in them, as one beta for each, need
-        all prompts in one batch.
       rng: a key, consumed. A response depends on it and on the prompt's number in the list, not on its batch.
       seed: makes the key where rng is None; 0 when both are.
       max_new_tokens: the limit of a response, its EOS included [tokens].
       temperature: one value, or one for each prompt, >= 0; 0 is greedy.
       num_samples: n responses to each prompt; None: one, which is the first of any n.
-      eos_ids: the id or ids that end a response; None: the policy's, or else the model's.
+      eos_ids: the id or ids that end a response; None: the model's own.
       batch_size: prompts that are decoded together. Those of like length share a batch, padded to a bucket, so that
         few shapes are compiled.
       stream: called as stream(row, text) while the texts grow; the pieces of a row add up to its text. A character is
@@ -96,12 +92,13 @@ def generate(
       Generated: the texts and their Completions.
 
     Raises:
-      ValueError: no prompts, an empty one, one without tokens or too long for the model (its row is named), a chat that
-        the template refuses or a tokenizer without one, a tokenizer with ids beyond the model's, and arguments outside
-        their ranges.
+      ValueError: a model that is neither, no prompts, an empty one, one without tokens or too long for a language model
+        (its row is named), a chat that the template refuses or a tokenizer without one, a tokenizer with ids beyond the
+        model's, arguments outside their ranges, and those of `decoding.sample`.
     """
+    policy = model if isinstance(model, Policy) else policies.language_model(_checked(model))
     items = check_prompts(prompts)
-    check_tokenizer(tokenizer, lm.vocab_size)
+    check_tokenizer(tokenizer, policy.vocab_size)
     form = format_of(tokenizer, items, chat_template_kwargs, system)
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("stream_every", stream_every)):
         check_count(name, value)
@@ -110,33 +107,45 @@ def generate(
         if stream is not None:
             raise ValueError(f"stream: expected None with num_samples, found one with num_samples = {num_samples}")
     sequences = prompt_ids(form, items)
-    _check_room(sequences, lm.max_length, max_new_tokens)
-    if policy is None:
-        policy = policies.language_model(lm)
-    elif policy.vocab_size not in (None, lm.vocab_size):
-        raise ValueError(f"policy: expected the model's {lm.vocab_size} tokens, found {policy.vocab_size}")
-    policy_params = params if policy_params is None else policy_params
-    ends = _end_ids(eos_ids, policy, lm)
+    if not isinstance(model, Policy):
+        _check_room(sequences, model.max_length, max_new_tokens)
+    ends = open_eos_ids(policy, eos_ids)
     key = key_of(rng, seed)
     heat = _temperatures(temperature, len(items))
 
     parts, found = [], list(batches(sequences, batch_size))
+    for batch in found:  # all of them before the first is drawn
+        check_request(policy, params, batch.prompts, max_new_tokens, ends)
     for batch in found:
-        request, _ = check_request(policy, policy_params, batch.prompts, max_new_tokens, ends)[:2]
         here = heat if np.ndim(heat) == 0 else jnp.asarray(np.asarray(heat)[batch.source])
-        drawn, drawn_params, request = with_temperature(policy, policy_params, request, here)
-        drawn_params = drop_weak_types(drawn_params)
         if stream is None:
-            count = 1 if num_samples is None else num_samples
-            parts.append(_draw(drawn, drawn_params, key, request, max_new_tokens, ends, count))
+            parts.append(
+                decoding.sample(
+                    policy,
+                    params,
+                    key,
+                    batch.prompts,
+                    max_new_tokens=max_new_tokens,
+                    eos_ids=ends,
+                    temperature=here,
+                    num_samples=num_samples or 1,
+                )
+            )
         else:
+            drawn = with_temperature(policy, params, same_prompts(batch.prompts), here)
             watch = _watch(stream, tokenizer, ends, batch)
-            parts.append(_draw_in_chunks(drawn, drawn_params, key, request, max_new_tokens, ends, stream_every, watch))
+            parts.append(_draw_in_chunks(*drawn, key, max_new_tokens, ends, stream_every, watch))
     completions = in_order(parts, found)
     texts = _texts(tokenizer, completions, ends)
     if num_samples is not None:
         return Generated(texts, completions)
     return Generated([samples[0] for samples in texts], jax.tree.map(lambda x: x[:, 0], completions))
+
+
+def _checked(model: LanguageModel | None) -> LanguageModel:
+    if model is None:
+        raise ValueError("model: expected a language model or a Policy, with its parameters, found None")
+    return model
 
 
 def _check_room(sequences: Sequence[Sequence[int]], max_length: int, max_new_tokens: int) -> None:
@@ -153,13 +162,6 @@ def _check_room(sequences: Sequence[Sequence[int]], max_length: int, max_new_tok
             )
 
 
-def _end_ids(eos_ids: int | Sequence[int] | None, policy: Policy, lm: LanguageModel) -> tuple[int, ...]:
-    """The ids that end a response: those given, the policy's, or the model's."""
-    if eos_ids is None:
-        return lm.eos_ids if policy.eos_ids is None else policy.eos_ids
-    return (eos_ids,) if isinstance(eos_ids, int) else tuple(eos_ids)
-
-
 def _temperatures(temperature: ArrayLike, count: int) -> ArrayLike:
     if np.shape(temperature) not in ((), (count,)):
         raise ValueError(
@@ -171,41 +173,13 @@ def _temperatures(temperature: ArrayLike, count: int) -> ArrayLike:
 # Draws ----------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _draw(
-    policy: Policy,
-    params: Params,
-    rng: Array,
-    prompts: Prompts,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    count: int,
-) -> Completions:
-    """`count` responses to each prompt: Completions [B,count,T]."""
-    start, draws = jax.random.split(rng)
-    state, output = repeat_rows(policy.init(params, start, prompts, max_new_tokens), count)
-    drawn: Completions = rollout.rollout(
-        policy,
-        params,
-        draws,
-        state,
-        output,
-        steps=max_new_tokens,
-        eos_ids=eos_ids,
-        rows=streams(prompt_index(prompts), jnp.arange(count)),
-        last_step=False,
-    )[2]
-    samples: Completions = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), drawn)
-    return samples
-
-
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _open(
     policy: Policy, params: Params, rng: Array, prompts: Prompts, max_new_tokens: int
 ) -> tuple[Array, State, StepOutput]:
-    """(the key of the draws, state, output) before the first token, as in `_draw`."""
+    """(the key of the draws, state, output) before the first token, as `decoding.sample` makes them."""
     start, draws = jax.random.split(rng)
-    return draws, *policy.init(params, start, prompts, max_new_tokens)
+    return draws, *start_policy(policy, params, start, prompts, max_new_tokens)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 8, 9), donate_argnums=3)
@@ -240,15 +214,16 @@ def _advance(
 def _draw_in_chunks(
     policy: Policy,
     params: Params,
-    rng: Array,
     prompts: Prompts,
+    rng: Array,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
     every: int,
     watch: Watch,
 ) -> Completions:
-    """As `_draw` with count 1, `every` tokens at a time, each of which `watch` sees."""
-    steps = min(every, max_new_tokens)
+    """One response to each prompt, [B,1,T], as `decoding.sample` draws it, `every` tokens at a time, which `watch`
+    sees."""
+    steps, params = min(every, max_new_tokens), drop_weak_types(params)
     draws, *frame = _open(policy, params, rng, prompts, max_new_tokens)
     index = prompt_index(prompts)
     state = (frame[0], frame[1])
