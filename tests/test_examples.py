@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import decoding, prompt_batch, rewards, testing
+from jaxalign import decoding, policies, prompt_batch, rewards, testing
+from tests.conftest import alone
 
 ROOT = pathlib.Path(__file__).parent.parent
 HERE = pathlib.Path(__file__).read_text()
@@ -144,5 +145,39 @@ def test_evaluate_own_method(tmp_path, monkeypatch):
     assert (tmp_path / "runs/own/run/results.json").exists()
 
 
-def test_there_are_twelve():
-    assert len(FILES) == 12
+def test_blockwise_on_dpo():
+    """The log-probabilities are those of the two models; the KL is that of the draws and the bound of the choices."""
+    names = run("blockwise_on_dpo")
+    drawn, prompts, policy = names["drawn"], names["prompts"], policies.language_model(names["lm"])
+    for params, expected in ((names["dpo"], drawn.log_prob), (names["reference"], drawn.log_prob_ref)):
+        own = decoding.log_prob(policy, params, jax.random.key(0), prompts, drawn.tokens, drawn.mask)
+        np.testing.assert_allclose(expected, own.log_prob, rtol=1e-4, atol=1e-4)
+    blocks = np.ceil(np.asarray(drawn.mask).sum(1) / 2)
+    ratio = np.asarray((drawn.log_prob - drawn.log_prob_ref).sum(1))
+    np.testing.assert_allclose(names["kl"], ratio + blocks * (np.log(3) - 2 / 3), rtol=1e-5)
+
+
+def test_gradient_into_reward_model():
+    """The step raises the likelihood by its rate times the squared gradient."""
+    names = run("gradient_into_reward_model")
+    squared = sum(float((g**2).sum()) for g in jax.tree.leaves(names["gradient"]))
+    assert names["after"] > names["before"]
+    np.testing.assert_allclose(names["after"] - names["before"], names["rate"] * squared, rtol=0.2)
+
+
+def test_own_policy():
+    """Each step is the table's row plus half the guide's log-probabilities, normalised."""
+    names = run("own_policy")
+    drawn, arm, params = names["drawn"], names["arm"], names["params"]
+    for b, prompt in enumerate(names["texts"]):
+        text = list(prompt)
+        for t in range(int(drawn.mask[b].sum())):
+            logits = alone(arm, params.critic, text).logits[-1]
+            row = jax.nn.log_softmax(names["table"][text[-1]])
+            expected = jax.nn.log_softmax(row + jax.nn.log_softmax(logits) / 2)
+            text.append(int(drawn.tokens[b, t]))
+            np.testing.assert_allclose(drawn.log_prob[b, t], expected[text[-1]], rtol=1e-4, atol=1e-4)
+
+
+def test_there_are_fifteen():
+    assert len(FILES) == 15
