@@ -168,7 +168,7 @@ def draw(config: Config, out: Any) -> None:
     """Three panels: alone, under best-of-N, under worst-of-N."""
     n = 4 if 4 in config.n else config.n[0]
     kls = np.concatenate([np.geomspace(0.004, 0.08, 8), np.arange(4, 21) / 40, np.arange(11, 31) / 20])
-    marked = [1 + int(np.abs(kls - at).argmin()) for at in (0.1, 0.3, 0.5, 0.8, 1.2)]
+    marked = [1 + int(np.argmin(np.abs(kls - at))) for at in (0.1, 0.3, 0.5, 0.8, 1.2)]
     names = ("identity", "log", "exp:5", "exp:10", "exp:-5", "exp:-10")
     panels = {
         "win_rate": ("win rate, nothing on top", curves("best_of_n", n, kls, names)),

@@ -13,6 +13,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import commands, data, decoding, infalign, metrics, models, policies, rewards
@@ -164,9 +165,8 @@ def _plan(config: Config, own: np.ndarray) -> list[Run]:
     middle = sorted(config.kls)[len(config.kls) // 2]
     for label in config.ablation:
         transform = label.removeprefix("raw").strip()
-        scores = np.asarray(
-            infalign.parse_transform(transform)(1 / (1 + np.exp(-own))) if transform else own, np.float64
-        )
+        squashed = jnp.asarray(1 / (1 + np.exp(-own)))
+        scores = np.asarray(infalign.parse_transform(transform)(squashed) if transform else own, np.float64)
         plan.append(Run(label, middle, predictions.beta_for(scores, middle), False, transform))
     return plan
 
