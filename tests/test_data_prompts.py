@@ -12,6 +12,7 @@ import transformers
 
 from jaxalign import data
 from jaxalign.data.tokenizers import word_level
+from jaxalign.prompts import bucket, prompt_batch
 
 WORDS = ["<s>", "the", "cat", "dog", "user", "assistant"]
 TEMPLATE = (
@@ -126,28 +127,28 @@ def test_a_prompt_without_tokens_is_named(tmp_path):
 
 
 def test_buckets():
-    assert [data.bucket(n) for n in (1, 8, 9, 12, 13, 17, 24, 25, 33)] == [8, 8, 12, 12, 16, 24, 24, 32, 48]
-    sizes = sorted({data.bucket(n) for n in range(1, 4097)})
+    assert [bucket(n) for n in (1, 8, 9, 12, 13, 17, 24, 25, 33)] == [8, 8, 12, 12, 16, 24, 24, 32, 48]
+    sizes = sorted({bucket(n) for n in range(1, 4097)})
     assert len(sizes) == 19
-    assert all(data.bucket(n) >= n for n in range(1, 4097))
-    assert all(data.bucket(n) <= 1.5 * n for n in range(8, 4097))
+    assert all(bucket(n) >= n for n in range(1, 4097))
+    assert all(bucket(n) <= 1.5 * n for n in range(8, 4097))
     with pytest.raises(ValueError, match=r"^n: "):
-        data.bucket(0)
+        bucket(0)
 
 
 def test_batches():
-    batch = data.prompt_batch([[1, 2], [3]], index=[7, 4], batch_size=3, pad_id=9)
+    batch = prompt_batch([[1, 2], [3]], index=[7, 4], batch_size=3, pad_id=9)
     np.testing.assert_array_equal(batch.tokens[:, -2:], [[1, 2], [9, 3], [9, 3]])
     np.testing.assert_array_equal(batch.mask.sum(1), [2, 1, 1])
     np.testing.assert_array_equal(batch.index, [7, 4, 4])
     assert batch.tokens.shape == (3, 8)
-    assert data.prompt_batch([[1, 2, 3]], length=3).tokens.tolist() == [[1, 2, 3]]
+    assert prompt_batch([[1, 2, 3]], length=3).tokens.tolist() == [[1, 2, 3]]
     for bad in ([], [[1], []]):
         with pytest.raises(ValueError, match="sequences"):
-            data.prompt_batch(bad)
+            prompt_batch(bad)
     with pytest.raises(ValueError, match="length"):
-        data.prompt_batch([[1, 2, 3]], length=2)
+        prompt_batch([[1, 2, 3]], length=2)
     with pytest.raises(ValueError, match="batch_size"):
-        data.prompt_batch([[1], [2]], batch_size=1)
+        prompt_batch([[1], [2]], batch_size=1)
     with pytest.raises(ValueError, match="index"):
-        data.prompt_batch([[1], [2]], index=[0])
+        prompt_batch([[1], [2]], index=[0])

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, data, decoding, models, policies, rewards, rollout, tree
+from jaxalign import critics, decoding, models, policies, rewards, rollout, tree
 from jaxalign.decoding import _sampling
+from jaxalign.prompts import bucket, prompt_batch
 from tests import exact
 from tests.conftest import EOS, PROMPTS, alone, needs_jit, padded, tiny_config, tiny_lm
 
@@ -294,9 +295,9 @@ def test_one_trace_for_each_bucket():
     counted = policy._replace(init=init)
     lengths = [1, 3, 8, 9, 12, 13, 16, 17, 24]
     for length in lengths:
-        batch = data.prompt_batch([[1] * length, [2]], batch_size=3)
+        batch = prompt_batch([[1] * length, [2]], batch_size=3)
         decoding.sample(counted, params, RNG, batch, max_new_tokens=2, eos_ids=EOS)
-    assert len(traces) == len({data.bucket(n) for n in lengths}) == 4
+    assert len(traces) == len({bucket(n) for n in lengths}) == 4
 
 
 @needs_jit

@@ -19,6 +19,7 @@ from eval import decode
 from jaxalign import critics, data, decoding, models, policies, rewards
 from jaxalign.decoding import _sampling
 from jaxalign.evaluation import engine
+from jaxalign.prompts import prompt_batch
 from tests.conftest import tiny_lm
 
 WORDS = ["<eos>", "the", "cat", "dog", "sat", "ran", "on", "a", "mat", "and", "slept"]
@@ -305,7 +306,7 @@ def test_a_transfer_critic_rolls_out_its_model_and_scores_by_the_reward(folders,
         policy,
         params,
         jax.random.fold_in(jax.random.key(0), 1),  # apart from the base's draws
-        data.prompt_batch(ids),
+        prompt_batch(ids),
         max_new_tokens=4,
         eos_ids=(0,),
         temperature=1.0,

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import advantages, data, decoding, models, policies, shaping
+from jaxalign import advantages, decoding, models, policies, shaping
+from jaxalign.prompts import prompt_batch
 from jaxalign.training import job, logging, rl_rewards
 from jaxalign.training import rl as rl_parts
 from jaxalign.training.rl import PromptRow, collate_prompts
@@ -216,7 +217,7 @@ def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(fi
     tokenizer = models.tokenizer(str(files / "base/model"))
     asked = [tokenizer(p)["input_ids"] for p in opinions.prompts()[:PROMPTS]]
     begin = job.Start(lm, params, tokenizer)
-    prompts = data.prompt_batch(asked, length=12)
+    prompts = prompt_batch(asked, length=12)
     drawn = decoding.sample(
         policies.language_model(lm), params, jax.random.key(5), prompts, max_new_tokens=LIMIT, eos_ids=lm.config.eos_ids
     )

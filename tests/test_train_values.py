@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import data, decoding, models, policies
+from jaxalign import decoding, models, policies
+from jaxalign.prompts import prompt_batch
 from jaxalign.training import job, logging
 from jaxalign.worlds import opinions
 from tests.conftest import tiny_lm
@@ -131,7 +132,7 @@ def test_a_frozen_body_stays_and_its_value_head_is_for_editing(files, tmp_path, 
     assert lm.config.head == models.Head("value", hidden_size=12, num_hidden=2, activation="relu")
     edited = policies.re_control(policies.language_model(base), base.logits, policies.head_value(lm), num_steps=2)
     given = {"policy": base_params, "value": params, "step_size": 1e5}  # weights of two steps are small
-    prompts = data.prompt_batch([[5, 6], [7]])
+    prompts = prompt_batch([[5, 6], [7]])
     drawn = decoding.sample(edited, given, jax.random.key(0), prompts, max_new_tokens=2, eos_ids=())
     assert float(drawn.kl.sum()) > 1e-4
     for extra, match in (

@@ -20,6 +20,7 @@ import jax
 
 from jaxalign import _io, commands, data, models
 from jaxalign.data import preferences
+from jaxalign.prompts import bucket
 from jaxalign.training import adapters, job, rl, rl_rewards
 
 
@@ -54,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
     rows = [rl.PromptRow(tokens, i) for i, tokens in enumerate(asked)]
     held = job.split(preferences.Loaded(rows, 0, []), config)
     learner, trained, frozen = rl.learner_of(config, begin, rl_rewards.build(config, begin, asked))
-    pad = functools.partial(rl.collate_prompts, length=data.bucket(longest), count=len(asked))
+    pad = functools.partial(rl.collate_prompts, length=bucket(longest), count=len(asked))
     before = rl.measure_policy(learner, trained, frozen, held.validation, pad)
     state = rl.train_policy(config, learner, trained, frozen, held.train, out, pad)
     after = rl.measure_policy(learner, state.train.params, frozen, held.validation, pad)

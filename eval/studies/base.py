@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxalign import commands, data, decoding, models, policies, rewards
+from jaxalign.prompts import prompt_batch
 from jaxalign.types import Params, Policy, Reward
 from jaxalign.worlds import opinions
 
@@ -70,7 +71,7 @@ def respond(
     parts = []
     for begin in range(0, len(chosen), size):
         part = chosen[begin : begin + size]
-        prompts = data.prompt_batch([world.ids[i] for i in part], index=part.tolist(), batch_size=size)
+        prompts = prompt_batch([world.ids[i] for i in part], index=part.tolist(), batch_size=size)
         # The reward is that of the selection, which is not used: every sample is kept.
         drawn = decoding.best_of_n(
             policy,
@@ -131,7 +132,7 @@ def accepted(
 ) -> tuple[Responses, float]:
     """(n exact draws per prompt from base·exp(reward/beta)/Z, by rejection; the share of draws that were accepted)."""
     policy, eos_ids = policies.language_model(world.base[0]), world.base[0].config.eos_ids
-    prompts = data.prompt_batch([world.ids[i] for i in rows], index=rows.tolist())
+    prompts = prompt_batch([world.ids[i] for i in rows], index=rows.tolist())
     params = {"policy": world.base[1], "reward": reward_params, "beta": beta, "bound": bound}
     proxy_of = rewards.from_model(world.reward_model[0])
     score = jax.jit(lambda p, prompts, drawn: proxy_of(p, *decoding.join(prompts, drawn), prompts.index))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import commands, data, decoding, policies, rewards
+from jaxalign.prompts import prompt_batch
 from jaxalign.types import Array, Completions, Decoded, Params
 from jaxalign.worlds import opinions
 
@@ -85,7 +86,7 @@ def compare(config: Config, world: base.World) -> list[dict[str, Any]]:
             out |= common.estimate(f"coverage_{name}", (getattr(found, name) > goal[name]).astype(float))
         return out | common.estimate("surprise", found.surprise) | common.estimate("passes", found.passes)
 
-    prompts = data.prompt_batch(world.ids)
+    prompts = prompt_batch(world.ids)
     policy, eos_ids = policies.language_model(world.base[0]), world.base[0].config.eos_ids
     reward, gain = rewards.from_model(world.reward_model[0]), rewards.token_gradient(world.reward_model[0])
     both = {"policy": world.base[1], "reward": world.reward_model[1]}

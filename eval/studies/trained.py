@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import commands, data, decoding, infalign, metrics, models, policies, rewards
+from jaxalign.prompts import prompt_batch
 from jaxalign.training import tables
 from jaxalign.types import Params, Policy, Reward
 
@@ -222,7 +223,7 @@ def _draw(config: Config, setting: Setting, params: Params) -> Drawn:
     for begin in range(0, len(every), size):
         part = every[begin : begin + size]
         index = list(range(begin, begin + len(part)))
-        prompts = data.prompt_batch([p.tokens for p in part], index=index, batch_size=size)
+        prompts = prompt_batch([p.tokens for p in part], index=index, batch_size=size)
         both: Params = {"policy": {"policy": params, "reference": setting.base}, "reward": setting.reward_params}
         # Another stream for the base than for the policies: equal draws would be ties.
         rng = jax.random.fold_in(jax.random.key(config.seed), int(params is setting.base))

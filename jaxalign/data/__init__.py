@@ -10,7 +10,6 @@ from jaxalign.data.fields import parse_columns
 from jaxalign.data.files import tokenize_prompts
 from jaxalign.data.readers import read_examples, read_pairs, read_prompts
 from jaxalign.data.rows import Example, Pair, PromptText, Rows
-from jaxalign.prompts import bucket, prompt_batch
 
 __all__ = [
     "Example",
@@ -18,9 +17,7 @@ __all__ = [
     "Prompt",
     "PromptText",
     "Rows",
-    "bucket",
     "parse_columns",
-    "prompt_batch",
     "read_examples",
     "read_pairs",
     "read_prompts",

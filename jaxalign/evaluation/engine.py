@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign import _progress, data, decoding
+from jaxalign import _progress, decoding
 from jaxalign.evaluation import results
 from jaxalign.evaluation.loading import Scorer, program_errors
 from jaxalign.evaluation.records import add_coherence, check_finite, on_host, record_of
 from jaxalign.models import sharding
+from jaxalign.prompts import bucket, prompt_batch
 from jaxalign.types import Array, Decoded, TokenBatch
 
 Drawn: TypeAlias = Decoded[Any]
@@ -91,11 +92,11 @@ class Batch(NamedTuple):
 def batches(ids: list[list[int]], *, batch_size: int, mesh: str) -> list[Batch]:
     """Puts prompts of near lengths together: the same batches for every method and after every interruption."""
     devices = sharding.make_mesh(mesh)
-    order = sorted(range(len(ids)), key=lambda i: (data.bucket(len(ids[i])), i))
+    order = sorted(range(len(ids)), key=lambda i: (bucket(len(ids[i])), i))
     out = []
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
-        prompts = data.prompt_batch([ids[i] for i in rows], index=rows, batch_size=batch_size)
+        prompts = prompt_batch([ids[i] for i in rows], index=rows, batch_size=batch_size)
         if devices is not None:
             spec = PartitionSpec("data")  # type: ignore[no-untyped-call, unused-ignore]
             prompts = jax.device_put(prompts, NamedSharding(devices, spec))

@@ -15,6 +15,7 @@ from jaxalign.evaluation.options import DecodeOptions, ResponseOptions, check_op
 from jaxalign.evaluation.results import Embed, Record
 from jaxalign.evaluation.settings import Setting
 from jaxalign.evaluation.specs import CRITICS, KINDS, Spec, parse_method
+from jaxalign.prompts import prompt_batch
 
 
 def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
@@ -41,7 +42,7 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     loading.check_language_model("model", loaded["model"][0], options.model)
     prompts = data.tokenize_prompts(options.prompts, tokenizer)
     texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
-    everything = data.prompt_batch(texts.ids)
+    everything = prompt_batch(texts.ids)
     scorers = loading.scorers(scored, loaded, tokenizer, everything, options.max_new_tokens)
     setting = Setting(options, loaded, scorers.get("reward"), texts)
     with loading.program_errors():  # a default threshold scores responses

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import data, decoding, models, policies
+from jaxalign import decoding, models, policies
 from jaxalign.evaluation.engine import Texts
 from jaxalign.evaluation.loading import Model, Scorer
 from jaxalign.evaluation.options import ResponseOptions
+from jaxalign.prompts import prompt_batch
 from jaxalign.types import ArrayLike, Params, Policy
 
 
@@ -97,7 +98,7 @@ def default_threshold(setting: Setting) -> float:
         scorer.reward,
         {"policy": setting.params, "reward": scorer.params},
         jax.random.key(setting.options.seed),
-        data.prompt_batch(ids),
+        prompt_batch(ids),
         num_samples=-(-32 // len(ids)),
         **setting.limits,
     )

@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign import _io, models, training
-from jaxalign.data import batches, bucket, preferences
+from jaxalign.data import batches, preferences
 from jaxalign.models import sharding
+from jaxalign.prompts import bucket
 from jaxalign.training.measure import check_rows, checked_collate
 from jaxalign.training.step import Loss
 from jaxalign.types import Params

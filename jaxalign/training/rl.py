@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign import data, decoding, models, policies
+from jaxalign import decoding, models, policies
 from jaxalign.data import batches
 from jaxalign.models import sharding
+from jaxalign.prompts import prompt_batch
 from jaxalign.training import adapters, job, objectives, policy_gradient, rl_rewards
 from jaxalign.training._fit import fit
 from jaxalign.training.rl_iteration import Learner, State, make_iteration, read_both, weights
@@ -122,7 +123,7 @@ def collate_prompts(rows: Sequence[PromptRow], *, length: int, count: int) -> di
     for row in rows:
         index.append(row.row + count * seen.get(row.row, 0))
         seen[row.row] = seen.get(row.row, 0) + 1
-    made = data.prompt_batch([row.prompt for row in rows], index=index, length=length)
+    made = prompt_batch([row.prompt for row in rows], index=index, length=length)
     assert made.index is not None
     found = {"prompt_tokens": made.tokens, "prompt_mask": made.mask, "index": made.index}
     return {name: np.asarray(x) for name, x in found.items()} | {"row": np.asarray([row.row for row in rows], np.int32)}

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import advantages, data, models, training
+from jaxalign import advantages, models, training
+from jaxalign.prompts import bucket
 from jaxalign.training import objectives, policy_gradient, rl_rewards
 from jaxalign.types import Params, Policy, TokenBatch
 
@@ -106,7 +107,7 @@ def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, 
         rolled = time.perf_counter()
         if not np.isfinite(paid).all():
             return _drop(state, paid, np.asarray(part["row"]))
-        length = min(data.bucket(int(mask.sum(axis=-1).max())), mask.shape[-1])
+        length = min(bucket(int(mask.sum(axis=-1).max())), mask.shape[-1])
         parts, metrics = prepare(state.train.params, frozen, prompts, drawn, state.beta, order, length)
         train, sums = state.train, []
         for rows in parts:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxalign import _io, _progress, data, decoding, models, policies, rewards
 from jaxalign.data import preferences
+from jaxalign.prompts import prompt_batch
 from jaxalign.training import job
 from jaxalign.types import Params, Reward
 
@@ -180,7 +181,7 @@ def write_shard(
     parts = []
     size = max(config.decode_batch // config.samples, 1)
     for part in job.iterate(list(rows), size):
-        batch = data.prompt_batch([prompts[i].tokens for i in part], index=part, batch_size=size)
+        batch = prompt_batch([prompts[i].tokens for i in part], index=part, batch_size=size)
         drawn = decoding.best_of_n(
             policy,
             reward,
