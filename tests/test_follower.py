@@ -178,12 +178,15 @@ def test_rejection_is_a_function_of_prompt_and_try_alone():
     assert (np.asarray(runs[0].info.tries)[~np.asarray(runs[0].info.accepted)] == 12).all()
 
 
+NAN = {"tries": 1, "bound": float("nan")}, "bound: expected numbers"
+
+
 def test_rejection_refuses_what_would_break_its_law():
     t = tree.Tree(3, 2)
     base, reward = exact.tables(t, 1)
     with pytest.raises(ValueError, match="bound: expected at least every reward"):
         rejected(t, base, reward, count=64, tries=4, bound=float(reward.max()) - 0.5)
-    for bad, match in (({"tries": 0, "bound": 9.0}, "tries"), ({"tries": 1, "bound": 9.0, "beta": 0.0}, "beta")):
+    for bad, match in (({"tries": 0, "bound": 9.0}, "tries"), ({"tries": 1, "bound": 9.0, "beta": 0.0}, "beta"), NAN):
         with pytest.raises(ValueError, match=match):
             rejected(t, base, reward, count=2, **bad)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, decoding, policies, tree
+from jaxalign import critics, decoding, policies, rewards, tree
 from jaxalign._checks import ParamsError, fields_of
 from jaxalign.types import Critic
 from tests import cases
@@ -65,6 +65,9 @@ def half(map_params, q, log_prob, index):
         (lambda: policies.language_model(LM.config), "language_model: expected a model with .*, found none of prefill"),
         (lambda: critics.genarm(object()), "genarm: expected a model with .*, found none of vocab_size, max_length"),
         (lambda: critics.args(BASE), "args: expected a language model, found Policy"),
+        (lambda: rewards.from_model(BASE), "from_model: expected a language model, found Policy"),
+        (lambda: rewards.from_model(object()), "from_model: expected a model with .*, found none of .*head_width"),
+        (lambda: rewards.token_gradient("gpt2"), "token_gradient: expected a language model, found gpt2"),
         (lambda: critics.weighted_sum(LEVEL), "critics: expected a sequence of critics, found one Critic"),
         (lambda: critics.weighted_sum([LEVEL, BASE]), r"critics\[1\]: expected a Critic, found a Policy"),
         (lambda: critics.map_scores(BASE, max), "critic: expected a Critic, found a Policy"),

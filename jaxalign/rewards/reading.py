@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxalign import mdp
 from jaxalign._arrays import at_least_float32
-from jaxalign._checks import fields_of
+from jaxalign._checks import check_model, fields_of
 from jaxalign.rewards.params import LabelParams
 from jaxalign.shapes import TextLength, TextMask, TextTokens
 from jaxalign.types import Array, HeadModel, Params
@@ -65,6 +65,7 @@ def reading_of(
       ValueError: no head of scalars, several labels of which none is named (they are listed), a label that there is
         not, ids outside the vocabulary, a tail without an id that ends a response.
     """
+    check_model(name, lm, ("vocab_size", "head_width"))
     width = lm.head_width
     names = tuple(getattr(lm, "label_names", ())) or tuple(f"LABEL_{i}" for i in range(width))
     if width < 1 or len(names) != width:
