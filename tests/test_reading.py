@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, rewards
+from jaxalign import critics, decoding, models, policies, rewards
+from jaxalign.training import objectives
 from jaxalign.types import StepOutput
 from tests.conftest import EOS, VOCAB, alone, padded, tiny_lm
 
@@ -68,12 +69,12 @@ def test_a_kept_prefix_is_read_at_the_same_token(pad, tail):
     expected = [[wanted(lm, params, p, r, TAILS[tail]) for r in RESPONSES] for p in PROMPTS]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     for number, first in enumerate(RESPONSES):
-        state = commit(params, start, proposal, jnp.full(len(PROMPTS), number, jnp.int32))
-        found = score(params, state, tokens, mask)[0]
-        ended = bool(first) and first[-1] in EOS
-        keep = [k for k, r in enumerate(RESPONSES) if not (ended and TAILS[tail]) or not r]
         if len(first) > 1:
             continue
+        state = commit(params, start, proposal, jnp.full(len(PROMPTS), number, jnp.int32))
+        found = score(params, state, tokens, mask)[0]
+        # Nothing follows an end where a tail does.
+        keep = [k for k, r in enumerate(RESPONSES) if not (first == [EOS[0]] and TAILS[tail]) or not r]
         expected = [[wanted(lm, params, p, [*first, *(RESPONSES[k])], TAILS[tail]) for k in keep] for p in PROMPTS]
         np.testing.assert_allclose(found[:, jnp.asarray(keep)], expected, rtol=1e-4, atol=1e-5)
 
@@ -104,13 +105,155 @@ def test_args_scores_each_candidate_as_the_whole_text_is_scored(pad, tail):
             before.append(token)
 
 
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("pad", PADS)
+def test_the_token_gradient_is_that_of_the_token_that_is_read(pad, tail):
+    """Whole texts and a kept prefix: the reward, and the gradient at the response's first token, which is 0 where the
+    model is read before it; beside the change of the reward along an embedding."""
+    lm, params = model(pad)
+    gain, prompt = rewards.token_gradient(lm, tail=TAILS[tail]), PROMPTS[3]
+    responses = [r for r in RESPONSES if r]
+    tokens, mask, length = texts(prompt, responses, "right")
+    choices = jnp.broadcast_to(jnp.arange(VOCAB, dtype=jnp.int32), (len(responses), VOCAB))
+    found = jax.jit(gain.with_reward)(params, tokens, mask, length, length, choices)
+    expected = [wanted(lm, params, prompt, response, TAILS[tail]) for response in responses]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
+    start = gain.prefix.reward.init(params, padded([prompt] * len(responses)), 4)
+    segments = padded(responses, side="right")
+    kept = jax.jit(gain.prefix.score)(params, start, segments.tokens, segments.mask, choices)
+    for mine, other in zip(kept[:2], found, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
+    ended = [r[-1] in EOS and any(t != lm.config.pad_id for t in TAILS[tail]) for r in responses]
+    beyond = np.array([all(t == lm.config.pad_id for t in r) and not e for r, e in zip(responses, ended, strict=True)])
+    moved = np.abs(np.asarray(found[1])).max(axis=1)
+    assert (moved[beyond] == 0).all()
+    assert (moved[~beyond] > 1e-4).all()
+
+    texts_with_tail = [[*prompt, *r, *(TAILS[tail] if r[-1] in EOS else ())] for r in responses]
+    text = padded(texts_with_tail, side="right")
+    at = models.read_index(text.tokens, text.mask, lm.reward_pad_id)
+
+    @jax.jit
+    def along(size: jax.Array) -> jax.Array:
+        """The rewards where the first token's embedding is moved towards that of token 9."""
+        embeddings = lm.embed(params, text.tokens)
+        embeddings = embeddings.at[:, len(prompt)].add(size * lm.embed(params, jnp.asarray(9)))
+        hidden = lm.hidden(params, text.tokens, mask=text.mask, embeddings=embeddings)
+        return lm.head(params, hidden)[jnp.arange(len(responses)), at, 0]
+
+    _, slope = jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),))
+    np.testing.assert_allclose(found[1][:, 9], slope, rtol=1e-3, atol=1e-3 * np.abs(slope).max())
+
+
+@pytest.mark.parametrize("pad", PADS)
+def test_decoders_report_the_rewards_of_whole_texts(pad):
+    """Blockwise by ARGS, with and without an end, and best of n: their scores are `from_model`'s."""
+    lm, params = model(pad)
+    base, base_params = tiny_lm(0)
+    prompts, policy = padded(PROMPTS), policies.language_model(base)
+    drawn = decoding.blockwise(
+        policy,
+        critics.args(lm, tail=(7,)),
+        {"policy": base_params, "critic": params},
+        jax.random.key(3),
+        prompts,
+        num_samples=3,
+        block_size=2,
+        max_new_tokens=5,
+    )
+    reward = rewards.from_model(lm, tail=(7,))
+    given = {"policy": base_params, "reward": params}
+    best = decoding.best_of_n(policy, reward, given, jax.random.key(4), prompts, num_samples=3, max_new_tokens=5)
+    for found, score in ((drawn, drawn.info.score), (best, best.info.reward.max(axis=1))):
+        assert bool(found.completions.finished.any())
+        expected = whole(reward, params, *decoding.join(prompts, found.completions))
+        np.testing.assert_allclose(score, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("pad", PADS)
 def test_training_reads_the_token_that_the_saved_model_is_read_at(pad):
-    from jaxalign.training import objectives
-
     lm, params = model(pad)
     for side in ("left", "right"):
         tokens, mask, _ = texts(PROMPTS[0], RESPONSES, side)
         found = objectives.rewards_of(lm, params, {"tokens": tokens, "mask": mask})
         expected = [wanted(lm, params, PROMPTS[0], response) for response in RESPONSES]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# Several labels -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def classifier():
+    """A model with three labels, whose pad id is its EOS."""
+    head = models.Head("reward", num_labels=3, labels=("good", "true", "long"), bound=2.0)
+    lm = models.with_head(model("eos")[0], head)
+    params = lm.init(jax.random.key(4))
+    return lm, jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
+
+
+def test_a_label_is_its_logit_by_name_and_by_number_and_weights_add_them():
+    lm, params = classifier()
+    responses = [[5, 6], [6, EOS[0]], [EOS[0]]]
+    text = texts([4, 5], responses, "left")
+    every = np.array([[wanted(lm, params, [4, 5], r, label=i) for i in range(3)] for r in responses])
+    for number, name in enumerate(("good", "true", "long")):
+        for label in (name, number):
+            found = whole(rewards.from_model(lm, label=label), params, *text)
+            np.testing.assert_allclose(found, every[:, number], rtol=1e-5)
+    weights = jnp.array([0.5, -1.0, 2.0])
+    weighted = rewards.from_model(lm, weighted=True)
+    for given in (rewards.LabelParams(params, weights), {"model": params, "weights": weights}):
+        np.testing.assert_allclose(whole(weighted, given, *text), every @ np.asarray(weights), rtol=1e-4, atol=1e-5)
+    gradient = jax.grad(lambda w: whole(weighted, rewards.LabelParams(params, w), *text).sum())(weights)
+    np.testing.assert_allclose(gradient, every.sum(axis=0), rtol=1e-4)
+    gains = rewards.token_gradient(lm, weighted=True)
+    each = [rewards.token_gradient(lm, label=i) for i in range(3)]
+    place, choices = jnp.full(3, 2), jnp.broadcast_to(jnp.arange(VOCAB), (3, VOCAB))
+    whole_text = texts([4, 5], responses, "right")
+    total = gains(rewards.LabelParams(params, weights), *whole_text, place, choices)
+    parts = sum(w * gain(params, *whole_text, place, choices) for w, gain in zip(weights, each, strict=True))
+    np.testing.assert_allclose(total, parts, rtol=1e-4, atol=1e-5)
+
+
+def test_builders_with_labels_and_tails_are_cached_by_value():
+    lm, _ = classifier()
+    assert rewards.from_model(lm, label="true", tail=[7]) is rewards.from_model(lm, label=1, tail=(7,), ends=EOS)
+    assert critics.args(lm, label="true") is critics.args(lm, label=1)
+    assert rewards.from_model(lm, label=1) is not rewards.from_model(lm, label=2)
+
+
+def test_what_cannot_be_read_is_named():
+    lm, params = classifier()
+    single, _ = model("none")
+    unended = models.LanguageModel(tiny_lm(1, "reward", num_layers=1, eos_ids=())[0].config)
+    several = "label: expected one of 'good', 'true', 'long'"
+    for build in (rewards.from_model, rewards.token_gradient, critics.args):
+        for match, call in {
+            several: lambda build=build: build(lm),
+            several + " or its number, found 'bad'": lambda build=build: build(lm, label="bad"),
+            several + " or its number, found 3": lambda build=build: build(lm, label=3),
+            "'LABEL_0' or its number, found 'good'": lambda build=build: build(single, label="good"),
+            r"tail: expected token ids in \[0, 11\)": lambda build=build: build(single, tail=(11,)),
+            r"ends: expected token ids in \[0, 11\)": lambda build=build: build(single, tail=(1,), ends=(-1,)),
+            "ends: expected an id that ends a response": lambda build=build: build(unended, tail=(1,)),
+            "expected a model with a scalar head, found no head": lambda build=build: build(tiny_lm(0)[0]),
+            "a scalar head, found a head of width 11": lambda build=build: build(tiny_lm(0, "q")[0]),
+        }.items():
+            with pytest.raises(ValueError, match=match):
+                call()
+    with pytest.raises(ValueError, match="label: expected None where the labels are weighted"):
+        rewards.from_model(lm, label="good", weighted=True)
+    weighted = rewards.from_model(lm, weighted=True)
+    for weights, match in ((jnp.ones(2), "one for each of 3 labels"), (jnp.array([1, jnp.nan, 0]), "finite")):
+        with pytest.raises(ValueError, match=f"weights: expected {match}"):
+            weighted.check(rewards.LabelParams(params, weights), padded(PROMPTS), 4)
+    with pytest.raises(ValueError, match="expected entries model, weights"):
+        whole(weighted, params, *texts([4], [[5]], "left"))
+    with pytest.raises(ValueError, match="reward: expected a model with a scalar head, found head_width = 3"):
+        objectives.rewards_of(lm, params, {"tokens": jnp.ones((1, 2), jnp.int32), "mask": jnp.ones((1, 2), bool)})
+    room = single.max_length - max(map(len, PROMPTS))
+    rewards.from_model(single, tail=(7,)).check(params, padded(PROMPTS), room - 1)
+    for part in (rewards.from_model(single, tail=(7,)), critics.args(single, tail=(7,))):
+        with pytest.raises(ValueError, match="within the model's context"):
+            part.check(params, padded(PROMPTS), room)

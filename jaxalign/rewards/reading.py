@@ -67,8 +67,8 @@ def reading_of(
     """
     check_model(name, lm, ("vocab_size", "head_width"))
     width = lm.head_width
-    names = tuple(getattr(lm, "label_names", ())) or tuple(f"LABEL_{i}" for i in range(width))
-    if width < 1 or len(names) != width:
+    names = tuple(getattr(lm, "label_names", ())) or ("LABEL_0",)  # a head without labels is one scalar
+    if len(names) != width:
         found = "no head" if width == 0 else f"a head of width {width}"
         raise ValueError(f"{name}: expected a model with a scalar head, found {found}")
     ended = _ids(name, "ends", getattr(lm, "eos_ids", ()) if ends is None else ends, lm.vocab_size)
@@ -92,8 +92,8 @@ def _column(name: str, names: tuple[str, ...], label: str | int | None) -> int:
     if label is None:
         if len(names) > 1:
             raise ValueError(
-                f"{name}: label: expected one of {', '.join(map(repr, names))}, or weighted=True for a weighted sum of "
-                "them, found none: this model has several"
+                f"{name}: label: expected one of {', '.join(map(repr, names))}, found none for a model with several; "
+                "rewards.from_model(weighted=True) takes a weighted sum of them"
             )
         return 0
     if isinstance(label, str) and names.count(label) == 1:
