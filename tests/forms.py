@@ -12,7 +12,7 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs/data.md"
 START, END = "<!-- forms: written by python -m tests.forms -->", "<!-- end of forms -->"
 
 
-def user(content: str) -> dict[str, Any]:
+def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 

@@ -95,6 +95,14 @@ ROWS = [
     everywhere({"messages": [HI, {"role": "assistant"}]}, "found no content in message 1"),
     everywhere({"messages": [HI, {"role": "assistant", "content": 3}]}, "found int in message 1"),
     everywhere({"messages": [IMAGE, YES]}, "found type 'image_url' in message 0"),
+    everywhere({"messages": [user([{"type": "thinking", "text": "x"}]), YES]}, "found type 'thinking'"),
+    everywhere({"system": "y", "messages": [system("x"), HI, YES]}, "found two that differ"),
+    Odd(
+        {"system": "x", "messages": [system("x"), HI, YES]},
+        NO_PAIR,
+        [([], [system("x"), HI, YES])],
+        [[system("x"), HI]],
+    ),
     Odd({"messages": [HI]}, NO_PAIR, Bad("found fewer than two"), [[HI]]),
     Odd({"messages": [HI, MORE]}, NO_PAIR, Bad("expected an assistant's turn"), [[HI, MORE]]),
     Odd({"messages": [HI, assistant(" ")]}, NO_PAIR, Bad("an empty message"), [[HI]]),
@@ -142,6 +150,12 @@ ROWS = [
         [([HI, assistant("Ye")], [assistant("s")], [assistant("p")])],
         [([HI, assistant("Ye")], [assistant("s")])],
         [[HI, assistant("Ye")]],
+    ),
+    Odd(
+        {"prompt": [HI, YES], "chosen": [MORE, FINE], "rejected": [MORE, BAD]},
+        [([HI, YES, MORE], [FINE], [BAD])],
+        [([HI, YES, MORE], [FINE])],
+        [[HI, YES, MORE]],
     ),
     Odd({"chosen": [HI, YES], "rejected": "No"}, [([HI], [YES], [NO])], [([HI], [YES])], [[HI]]),
     Odd(

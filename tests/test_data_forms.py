@@ -90,7 +90,13 @@ def test_columns_take_the_place_of_the_fields_of_their_names(tmp_path):
     scored = [{"q": "Hi", "a": answer, "s": {"all": score}} for answer, score in (("No", 1), ("Yes", 2))]
     columns = data.parse_columns("prompt=q, response=a, score=s.all")
     assert data.read_pairs(file(tmp_path, scored), columns=columns).rows[0][1:] == ("Hi", "Yes", "No", 1.0)
-    chats = [{"log": {"turns": [forms.HI, forms.YES]}, "text": "?"}]
+    kept = [{"question": "Hi", "system": "Be kind.", "messages": "?", "text": "?", "a": "Yes", "b": "No"}]
+    pair = data.read_pairs(file(tmp_path, kept), columns={"chosen": "a", "rejected": "b"}).rows[0]
+    assert pair[1:4] == ([forms.system("Be kind."), forms.HI], [forms.YES], [forms.NO])
+    example = data.read_examples(file(tmp_path, kept), columns={"response": "a"}).rows[0]
+    assert example[1:] == ([forms.system("Be kind."), forms.HI], [forms.YES])
+    assert data.read_examples(file(tmp_path, kept), columns={"text": "b"}).rows[0][1:] == ("", "No")
+    chats = [{"log": {"turns": [forms.HI, forms.YES]}, "text": "?", "prompt": "?"}]
     assert data.read_examples(file(tmp_path, chats), columns={"messages": "log.turns"}).rows[0].prompt == []
     dotted = [{"a.b": "Hi", "a": {"b": "?"}, "r": "Yes"}]
     assert data.read_examples(file(tmp_path, dotted), columns={"prompt": "a.b", "response": "r"}).rows[0].prompt == "Hi"

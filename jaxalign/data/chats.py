@@ -104,9 +104,11 @@ def starts_with(chat: Sequence[Mapping[str, Any]], beginning: Sequence[Mapping[s
 
 
 def after_system(beginning: Sequence[Mapping[str, Any]], chat: Sequence[Mapping[str, Any]]) -> Chat:
-    """The turns of a beginning and of a chat, whose own system turns stand in front; two system turns are one's own."""
+    """The turns of a beginning and of a chat, whose own system turns stand in front. RowError for two that differ."""
     own = next((i for i, message in enumerate(chat) if message["role"] != "system"), len(chat))
     if own and beginning and beginning[0]["role"] == "system":
+        if not same_turn(beginning[0], chat[0]):
+            raise RowError("two system turns", "expected one system turn, found two that differ")
         beginning = beginning[1:]
     return [dict(message) for message in (*chat[:own], *beginning, *chat[own:])]
 

@@ -61,17 +61,15 @@ def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
 def rename(row: RawRow, columns: Mapping[str, str]) -> RawRow:
     """The row under the names of COLUMNS.
 
-    Where columns name a response, messages or a text, the row holds what they name and nothing else; where they name a
-    side of a pair, the rest of the pair besides; where they name the prompt alone, all other fields.
+    Fields whose names columns give elsewhere go. Where columns name a response, messages or a text, of the other fields
+    only a prompt and a system text stay, so that the row has no second form; else all others do.
     """
     if not columns:
         return row
     named = {name: _at(row, path) for name, path in columns.items()}
-    if named.keys() & {"response", "messages", "text"}:
-        return named
-    pair = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "system")
-    kept = pair if named.keys() & {"chosen", "rejected"} else row.keys() - set(PROMPTS if "prompt" in named else ())
-    return {name: row[name] for name in kept if name in row} | named
+    hidden = set(PROMPTS) if named.keys() & {"prompt", "messages", "text"} else set()
+    kept = {*PROMPTS, "system"} if named.keys() & {"response", "messages", "text"} else set(row)
+    return {name: value for name, value in row.items() if name in kept - hidden} | named
 
 
 def _at(row: RawRow, path: str) -> Any:

@@ -99,8 +99,6 @@ def _join(prompt: Text | None, sides: Mapping[str, Text]) -> tuple[Text, tuple[T
         given, lists = lists[0][:-1], [lists[0][-1:]]  # a text beside messages stands in the place of their last turn
     rest = iter(lists)
     answers = [[{"role": "assistant", "content": s}] if isinstance(s, str) else next(rest) for s in sides.values()]
-    if given and given[-1]["role"] == "assistant":
-        return given, tuple(answers)  # the prompt is the beginning of the response
     found, responses = chats.part_chats([chats.after_system(given, answer) for answer in answers])
     return found, tuple(responses)
 
