@@ -72,7 +72,7 @@ def run(config: Config) -> dict[str, Any]:
     base: Any = None
     frozen: Params = None
     if config.objective == "cd_q":
-        base, frozen = models.load(config.base, dtype=config.dtype)
+        base, frozen = models.load_beside(config.base, begin.lm, begin.tokenizer, name="base", dtype=config.dtype)
     loss = objectives.value(
         begin.lm,
         config.objective,

@@ -51,10 +51,11 @@ def load(folders: dict[str, str], *, dtype: str, mesh: str, batch_size: int) -> 
         distinct.setdefault(folder, name)
     for folder, name in distinct.items():
         if folder != folders["model"]:
-            models.check_tokens(tokenizer.get_vocab(), models.tokenizer(folder).get_vocab(), name=name)
+            models.check_tokens(tokenizer, models.tokenizer(folder), name=name)
     pairs = [models.load(folder, dtype=dtype, mesh=devices) for folder in distinct]
     matched = models.match_vocabulary(*pairs, names=tuple(distinct.values()))
     by_folder = dict(zip(distinct, matched, strict=True))
+    models.check_rows(tokenizer, matched[0][0].vocab_size)
     lost = set(pairs[0][0].config.eos_ids) - set(matched[0][0].config.eos_ids)
     if lost:
         raise ValueError(

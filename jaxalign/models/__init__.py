@@ -3,6 +3,7 @@
 from jaxalign.models import lora
 from jaxalign.models.cache import Cache
 from jaxalign.models.config import Config, Follower, Head, Rope
+from jaxalign.models.hf.beside import load_beside
 from jaxalign.models.hf.config import config_from_hf, config_to_hf
 from jaxalign.models.hf.folders import load, save
 from jaxalign.models.hf.peft import load_adapter, save_adapter
@@ -12,7 +13,7 @@ from jaxalign.models.language_model import LanguageModel, ModelOutput, with_head
 from jaxalign.models.log_prob import chunked, response_hidden, token_log_prob
 from jaxalign.models.lora import Lora
 from jaxalign.models.pooling import last_read_index, read_index
-from jaxalign.models.vocabulary import check_tokens, cut_vocabulary, match_vocabulary
+from jaxalign.models.vocabulary import check_rows, check_tokens, cut_vocabulary, match_vocabulary
 
 __all__ = [
     "Cache",
@@ -23,6 +24,7 @@ __all__ = [
     "Lora",
     "ModelOutput",
     "Rope",
+    "check_rows",
     "check_tokens",
     "chunked",
     "config_from_hf",
@@ -31,6 +33,7 @@ __all__ = [
     "last_read_index",
     "load",
     "load_adapter",
+    "load_beside",
     "lora",
     "match_vocabulary",
     "read_index",

@@ -1,6 +1,8 @@
-"""Checks of the arrays that enter a model: rank, type and width always, values where they are concrete."""
+"""Checks of the arrays that enter a model (rank, type and width always, values where concrete), and names in errors."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +75,11 @@ def rows_of(name: str, value: Array, rows: int) -> None:
     """ValueError unless the first axis has as many rows as the cache."""
     if value.shape[0] != rows:
         raise ValueError(f"{name}: expected the cache's {rows} rows, found shape {value.shape}")
+
+
+def named(names: Iterable[str]) -> str:
+    """At most ten names in their order and how many there are, for messages; "none" without names."""
+    found = list(names)
+    if len(found) <= 10:
+        return str(found) if found else "none"
+    return f"{found[:10]} and {len(found) - 10} more"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
+from jaxalign import models
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Messages, TextFormat, Tokenizer, encode_prompt, text_format
 from jaxalign.types import Array, TokenBatch
@@ -50,12 +51,8 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int | None) -> None:
     """ValueError for a tokenizer whose ids are not all the model's (vocab_size None: any)."""
     if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
         raise ValueError(f"tokenizer: expected a tokenizer, as of models.tokenizer, found {type(tokenizer).__name__}")
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if vocab_size is not None and largest >= vocab_size:
-        raise ValueError(
-            f"tokenizer: expected ids below the model's {vocab_size} tokens, found ids up to {largest}; is it another "
-            "model's?"
-        )
+    if vocab_size is not None:
+        models.check_rows(tokenizer, vocab_size)
 
 
 def format_of(

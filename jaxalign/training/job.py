@@ -136,8 +136,7 @@ def start(config: TrainingOptions, head: Callable[[models.Config], models.Head |
         lm, params = models.load(config.model)
         if head(lm.config) != lm.config.head:
             lm, params = replace_head(lm, params, head(lm.config), head_rng)
-    if len(tokenizer) > lm.vocab_size:
-        raise ValueError(f"tokenizer: expected at most {lm.vocab_size} tokens as the model has, found {len(tokenizer)}")
+    models.check_rows(tokenizer, lm.vocab_size)
     if config.max_length > lm.max_length:
         raise ValueError(
             f"max_length: expected at most the model's context of {lm.max_length}, found {config.max_length}"

@@ -96,11 +96,7 @@ def judge(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) ->
     vocabulary, no scalar head."""
 
     def load(role: str, folder: str) -> tuple[models.LanguageModel, Params]:
-        models.check_tokens(tokenizer.get_vocab(), models.tokenizer(folder).get_vocab(), name="reward")
-        reward_lm, params = models.load(folder, dtype=dtype)
-        if reward_lm.vocab_size != lm.vocab_size:
-            raise ValueError(f"reward: expected {lm.vocab_size} tokens as the base has, found {reward_lm.vocab_size}")
-        return reward_lm, params
+        return models.load_beside(folder, lm, tokenizer, name="reward", dtype=dtype)
 
     read = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)  # noqa: E731
     return rewards.build_reward(spec, load=load, decode=read)

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -71,14 +71,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     """Writes indented JSON."""
     path.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def named(names: Iterable[str]) -> str:
-    """At most ten names in their order and how many there are, for messages; "none" without names."""
-    found = list(names)
-    if len(found) <= 10:
-        return str(found) if found else "none"
-    return f"{found[:10]} and {len(found) - 10} more"
 
 
 def tell(message: str) -> None:

@@ -19,10 +19,11 @@ from safetensors import safe_open
 from safetensors.flax import save_file
 
 from jaxalign._arrays import at_least_float32
+from jaxalign.models.checks import named
 from jaxalign.models.config import Config
 from jaxalign.models.families import Rule, split_sizes
 from jaxalign.models.hf.adapter_fields import MUST_BE, SCORES, check_fields, module_scale, targets
-from jaxalign.models.hf.files import local_folder, named, read_json, whole_folder, write_json
+from jaxalign.models.hf.files import local_folder, read_json, whole_folder, write_json
 from jaxalign.models.hf.tensors import plain_name, rules_of
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.models.lora import TARGETS, Lora, check_fits, pad_rank, pairs

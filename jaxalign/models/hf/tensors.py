@@ -15,9 +15,10 @@ from safetensors.flax import save_file
 
 from jaxalign._arrays import at_least_float32
 from jaxalign.models import sharding
+from jaxalign.models.checks import named
 from jaxalign.models.config import Config
 from jaxalign.models.families import FAMILIES, Rule, is_harmless, split_sizes, write_out
-from jaxalign.models.hf.files import named, read_json, tell, write_json
+from jaxalign.models.hf.files import read_json, tell, write_json
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.types import Params
 
