@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import re
 
 import pytest
 
 from jaxalign import data
-from jaxalign.data import fields
+from jaxalign.data import chats, fields
 from tests import forms, odd_rows
 
 IDS = [case.name for case in forms.CASES]
@@ -221,3 +223,41 @@ def test_an_odd_row_is_named_with_file_and_line(number, name, tmp_path):
     path.write_bytes(b"\n" + (odd.row if isinstance(odd.row, bytes) else json.dumps(odd.row).encode()))
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}:2: .*{re.escape(outcome.reason)}"):
         getattr(data, f"read_{name}")(path)
+
+
+VALUES = [3, True, [], {}, "", "x", [None], [{}], ["a"], {"role": "user"}, [forms.HI], [odd_rows.CALL], forms.HH, 1e400]
+
+
+def damaged(row, rng):
+    """The row with one of its values, at any depth, in place of another."""
+    row = copy.deepcopy(row)
+    places = []
+
+    def visit(value):
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            places.append((value, key))
+            visit(value[key])
+
+    visit(row)
+    if places:
+        holder, key = rng.choice(places)
+        holder[key] = copy.deepcopy(rng.choice(VALUES))
+    return row
+
+
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_damaged_rows_are_left_out_or_are_all_text_or_all_messages(as_messages, tmp_path):
+    rng = random.Random(0)
+    whole = [row for case in forms.CASES for row in case.rows]
+    whole += [odd.row for odd in odd_rows.ROWS if isinstance(odd.row, dict)]
+    path = file(tmp_path, [damaged(row, rng) for row in whole for _ in range(8)])
+    for read in (data.read_pairs, data.read_examples, data.read_prompts):
+        found = read(path, skip_bad=True, as_messages=as_messages)
+        assert len(found.rows) > 30
+        assert found.skipped > 100
+        for row in found.rows:
+            parts = [part for part in row[1:] if isinstance(part, str | list)]
+            assert {isinstance(part, str) for part in parts} in ({False}, {not as_messages})
+            turns = [turn for part in parts if isinstance(part, list) for turn in part]
+            assert all(turn["role"] in chats.ROLES.values() for turn in turns)
+            assert all(isinstance(turn["content"], str) or "tool_calls" in turn for turn in turns)
