@@ -149,6 +149,9 @@ def test_rows_of_one_prompt_are_compared_wherever_they_stand(tmp_path):
     assert found.counts == {"tie": 1}
     best = data.read_pairs(file(tmp_path, rows), compare="best").rows
     assert [(pair.chosen, pair.rejected) for pair in best] == [("z", "x"), ("w", "y")]
+    same = [{**rows[0], "helpfulness": i} for i in range(2)]
+    found = data.read_pairs(file(tmp_path, same + rows))
+    assert (len(found.rows), found.counts["same responses"]) == (7, 2)
     other = [{**row, "coherence": -row["helpfulness"]} for row in rows]
     assert data.read_pairs(file(tmp_path, other), score="coherence").rows[0].chosen == "x"
 

@@ -241,7 +241,7 @@ def _pairs(
     counts: collections.Counter[str],
 ) -> Iterator[Pair]:
     """Pairs of responses whose scores differ, each under the place of the chosen one. Of two equal responses a row is
-    bad; of more, equal ones make no pair."""
+    bad; in lists and among rows, equal ones make no pair."""
     prompt, scores = found.prompt, found.scores
     assert prompt is not None
     order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: equal ones as they stand
@@ -251,7 +251,7 @@ def _pairs(
             if scores[high] == scores[low]:
                 counts["tie"] += 1
             elif chosen == rejected:
-                if len(scores) == 2:
+                if len(scores) == 2 and not found.grouped:
                     raise RowError(
                         "same responses",
                         "expected two responses that differ, found the same text and so the same tokens twice",
