@@ -55,6 +55,25 @@ def test_a_text_is_read_at_its_last_token_that_is_not_the_pad(pad, tail):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tail", [(7, 8), (7, EOS[0])])
+def test_a_text_that_holds_its_tail_gets_no_other(tail):
+    """Also where the tail ends in an id that ends a response; what only looks like it is not taken for one."""
+    lm, params = model("none")
+    reward = rewards.from_model(lm, tail=tail)
+    written = [[5, EOS[0], *tail], [EOS[0], *tail]]
+    others = [[5, *tail], [*tail], [EOS[0], 6, *tail], [5, EOS[0]]]  # none is a tail behind an end
+    prompt = [4, EOS[0]]
+    expected = [wanted(lm, params, prompt, r, ()) for r in written]
+    expected += [wanted(lm, params, prompt, r, tail) for r in others]
+    for side in ("left", "right"):
+        found = whole(reward, params, *texts(prompt, [*written, *others], side))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    segments = padded([*written, *others], side="right")
+    start = reward.prefix.init(params, padded([prompt]), 8)
+    kept = jax.jit(reward.prefix.score)(params, start, segments.tokens[None], segments.mask[None])[0]
+    np.testing.assert_allclose(kept[0], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("pad", PADS)
 def test_a_kept_prefix_is_read_at_the_same_token(pad, tail):

@@ -80,7 +80,7 @@ def from_model(
       weighted: the reward is Σ_l w_l·logit_l over the labels, and params are `LabelParams`. Of a classifier of two
         labels the weights (−1, 1) give the log odds of the second.
       tail: ids that follow a response that has ended, as a chat template writes them after a turn (Qwen: the newline
-        after <|im_end|>). An unfinished response gets none.
+        after <|im_end|>). An unfinished response gets none, nor one that ends in them.
       ends: the ids that end a response; None: the model's EOS ids.
 
     Returns:

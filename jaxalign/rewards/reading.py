@@ -6,7 +6,8 @@ The rules are those of transformers' …ForSequenceClassification (`GenericForSe
   trainer): the end of a finished response is then passed over. A text of pads alone is read at its first token.
 - A model without a pad id is read at the last real token.
 - An unfinished text, such as the prefix in guided decoding, is read at its last token, as ARGS reads it.
-- A `tail`, the ids that the model's chat template writes after the end of a turn, follows a response that has ended.
+- A `tail`, the ids that the model's chat template writes after the end of a turn, follows a response that has ended,
+  unless the response holds it.
 """
 
 from __future__ import annotations
@@ -138,19 +139,30 @@ def follow(reading: Reading, tokens: Array, mask: Array, ended: Array) -> tuple[
 
 
 def has_ended(reading: Reading, tokens: Array, mask: Array) -> Array:
-    """Whether the last real token of tokens [...,L] is one of the ends: [...]; False where there is no real token."""
-    last = mdp.last_index(mask)
-    token = jnp.take_along_axis(tokens, jnp.maximum(last, 0)[..., None], axis=-1)[..., 0]
-    ends = jnp.asarray(reading.ends, tokens.dtype) if reading.ends else jnp.zeros(0, tokens.dtype)
-    return (last >= 0) & (token[..., None] == ends).any(axis=-1)
+    """Whether responses [...,L] have ended and lack their tail: [...]. The last real token is one of the ends, and not
+    the last of a tail behind an end, as in a text that a template has written whole. False without real tokens."""
+    if not reading.tail:
+        return jnp.zeros(tokens.shape[:-1], bool)
+    last, ends = mdp.last_index(mask), jnp.asarray(reading.ends, tokens.dtype)
+
+    def at(place: Array) -> tuple[Array, Array]:
+        inside = jnp.maximum(place, 0)
+        real = (place >= 0) & jnp.take_along_axis(mask, inside, axis=-1)
+        return jnp.take_along_axis(tokens, inside, axis=-1), real
+
+    token, real = at(last[..., None])
+    ended = real[..., 0] & (token == ends).any(axis=-1)
+    if reading.tail[-1] not in reading.ends:
+        return ended
+    token, real = at(last[..., None] - jnp.arange(len(reading.tail), -1, -1))
+    tailed = (token[..., 1:] == jnp.asarray(reading.tail, tokens.dtype)).all(axis=-1)
+    return ended & ~(real.all(axis=-1) & tailed & (token[..., :1] == ends).any(axis=-1))
 
 
 def whole(
     reading: Reading, tokens: TextTokens, mask: TextMask, prompt_length: TextLength
 ) -> tuple[TextTokens, TextMask]:
-    """Whole texts [N,L] with the tail of those whose response has ended: (tokens, mask) [N,L+k]."""
+    """Whole texts [N,L] with the tail of those whose response has ended and lacks it: (tokens, mask) [N,L+k]."""
     mask = mask.astype(bool)
-    if not reading.tail:
-        return tokens, mask
-    answered = mask.sum(axis=-1) > prompt_length
-    return follow(reading, tokens, mask, answered & has_ended(reading, tokens, mask))
+    response = mdp.response_part(mask, prompt_length)
+    return follow(reading, tokens, mask, has_ended(reading, tokens, response))
