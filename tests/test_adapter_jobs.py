@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,9 +15,9 @@ from eval import decode
 from jaxalign import _io, models
 from jaxalign.data import tokenizers
 from jaxalign.evaluation import specs
-from jaxalign.training import tables
+from jaxalign.training import job, tables
 from tests.conftest import tiny_lm
-from train import arm, calibrate, sft
+from train import arm, calibrate, reward_model, sft
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran"]  # with <pad>, <eos> and <unk> the tiny model's 11
 SPEC = models.Lora(2, alpha=6.0)
@@ -120,6 +121,28 @@ def test_training_starts_from_an_adapter_and_its_adapter_is_put_on_it(root, tmp_
     chain, merged = models.load(tmp_path / "arm/adapter")[1], models.load(tmp_path / "arm/model")[1]
     for a, b in zip(jax.tree.leaves(chain), jax.tree.leaves(merged), strict=True):
         assert jnp.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_reward_model_is_trained_as_an_adapter_and_a_score(root, tmp_path):
+    """On a language model: adapter/ names it and holds the products and the score, model/ is the same, merged."""
+    short = ("--steps", "2", "--batch-size", "2", "--max-length", "16", "--validation", "0", "--learning-rate", "1e-2")
+    lora = ("--lora-rank", "2", "--lora-alpha", "4", "--dtype", "bfloat16")
+    start = ["--model", str(root / "base"), "--data", str(root / "pairs.jsonl"), *short, *lora]
+    reward_model.main([*start, "--out", str(tmp_path / "run")])
+    lm, params = models.load(tmp_path / "run/model")
+    found, adapted = models.load(tmp_path / "run/adapter")
+    assert found.config.head == lm.config.head == models.Head("reward")
+    chex.assert_trees_all_close(adapted, params, rtol=1e-5, atol=1e-6)
+    base = models.load(root / "base")[1]["transformer"]
+    changed = jax.tree.map(
+        lambda a, b: bool((a != b).any()), params["transformer"], {k: base[k] for k in params["transformer"]}
+    )
+    assert changed["layer_0"]["down"]["kernel"]
+    assert not changed["embedding"]
+    begun = job.start(
+        reward_model.Config(**json.loads((tmp_path / "run/config.json").read_text())), lambda _: lm.config.head
+    )
+    assert not jnp.allclose(begun.params["head"]["score"]["kernel"], params["head"]["score"]["kernel"])
 
 
 def test_rollouts_come_from_an_adapter_scored_by_an_adapter(root, tmp_path):

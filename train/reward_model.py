@@ -7,6 +7,9 @@ the tokenizer's pad id. Where the pad id is the EOS that is the token before it.
 The data is JSON lines (or .jsonl.gz, .parquet) with {"prompt", "chosen", "rejected"}, transcripts {"chosen",
 "rejected"} in the form of hh-rlhf, or lists of chat messages. summary.json holds the accuracy on held-out pairs with
 its 95 % interval.
+
+With --lora-rank an adapter and the head are trained on the frozen --model: adapter/ holds both, in peft's form, and is
+read with the pad id of its base; model/ is merged.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ import jax.numpy as jnp
 
 from jaxalign import commands, models
 from jaxalign.training import objectives, pairs
-from jaxalign.training.job import TrainingOptions
+from jaxalign.training.adapters import AdapterOptions
 from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(TrainingOptions):
+class Config(AdapterOptions):
     """Options of train.reward_model."""
 
     data: str

@@ -56,8 +56,9 @@ def run(
     out: pathlib.Path,
     frozen: Params = None,
 ) -> Params:
-    """As `job.run`; with --lora-rank it trains the adapter alone, writes it to adapter/ and gives the merged
-    parameters. The optimizer's state is the adapter's, the weights are held in the model's dtype and not copied.
+    """As `job.run`; with --lora-rank it trains the adapter alone, and a reward model's head beside it, writes them to
+    adapter/ and gives the merged parameters. The optimizer's state is theirs, the weights are held in the model's dtype
+    and not copied.
 
     frozen: with an adapter it must be None or begin.params: the weights under the adapter are then what the loss gets
     as frozen (the reference of DPO, at no cost).
@@ -65,13 +66,20 @@ def run(
     spec = spec_of(config)
     if spec is None:
         return job.run(config, begin, data, loss, collate, stage=stage, out=out, frozen=frozen)
-    if begin.lm.config.head is not None:
-        raise ValueError(f"lora_rank: expected 0 for a model with a head, found {config.lora_rank}")
+    head = begin.lm.config.head
+    if head is not None and head.kind != "reward":
+        raise ValueError(f"lora_rank: expected 0 for a model with a {head.kind} head, found {config.lora_rank}")
     if frozen is not None and frozen is not begin.params:
         raise ValueError("lora_rank: expected 0 where the frozen model is not the one that is trained")
     masters = models.LanguageModel(begin.lm.config)
     adapter = models.lora.init(jax.random.fold_in(jax.random.key(config.seed), 2), masters, spec)
     weights = objectives.cast(begin.lm, begin.params)
+    if head is not None:
+        # The head is new, or is to follow the body: it is trained whole beside the adapter, as peft does it.
+        begin_both = begin._replace(params={"lora": adapter, "head": begin.params["head"]})
+        both = with_adapter_and_head(loss, spec)
+        found = job.run(config, begin_both, data, both, collate, stage=stage, out=out, frozen=weights)
+        return merged(config, masters, begin.params | {"head": found["head"]}, found["lora"], out)
     adapted = with_adapter(loss, spec)
     begin_adapter = begin._replace(params=adapter)
     found = job.run(config, begin_adapter, data, adapted, collate, stage=stage, out=out, frozen=weights)
@@ -84,7 +92,8 @@ def merged(
     """Writes a trained adapter to adapter/ and gives the float32 weights `params` with it merged in, on the host."""
     spec = spec_of(config)
     assert spec is not None
-    models.save_adapter(out / "adapter", lm, spec, adapter, base=config.model, overwrite=True)
+    head = params["head"] if lm.config.head is not None else None
+    models.save_adapter(out / "adapter", lm, spec, adapter, base=config.model, head=head, overwrite=True)
     return jax.device_get(models.lora.merge(params, adapter, spec))
 
 
@@ -102,5 +111,15 @@ def with_adapter(loss: Loss, spec: models.Lora) -> Loss:
 
     def adapted(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         return loss(models.lora.attach(frozen, params, spec), batch, frozen)
+
+    return adapted
+
+
+@cached
+def with_adapter_and_head(loss: Loss, spec: models.Lora) -> Loss:
+    """The loss of an adapter and a head: params are {"lora", "head"}, frozen the model's weights."""
+
+    def adapted(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
+        return loss(models.lora.attach({**frozen, "head": params["head"]}, params["lora"], spec), batch, frozen)
 
     return adapted

@@ -30,7 +30,8 @@ class TrainingOptions:
     out: str
     """Run folder: model/ (Hugging Face form), summary.json, metrics.jsonl, tensorboard/, checkpoints/, config.json."""
     model: str = ""
-    """Hugging Face folder (or hub name) to start from: weights, config and tokenizer."""
+    """Hugging Face folder (or hub name) to start from: weights, config and tokenizer. An adapter's folder stands for
+    the merged model, ADAPTER_DIR@BASE_DIR for the adapter on another base."""
     architecture: str = ""
     """In place of --model: a config.json to start from with random weights; its vocabulary size is the tokenizer's."""
     tokenizer: str = ""

@@ -71,6 +71,18 @@ def test_peft_reads_what_we_save(name, tmp_path):
 
 
 @needs_peft
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::RuntimeWarning")  # peft's own
+@pytest.mark.parametrize("name", ["score", "score_of_a_language_model"])
+def test_peft_reads_a_reward_model_that_we_save_as_an_adapter(name, tmp_path):
+    lm, _ = models.load(ADAPTERS / name)
+    spec, keys = models.Lora(3, alpha=5.0, targets=("out", "down")), jax.random.split(jax.random.key(0), 3)
+    adapter = jax.tree.map(lambda x: x + 0.1, models.lora.init(keys[0], lm, spec))
+    head = {"score": {"kernel": jax.random.normal(keys[1], (lm.config.hidden_size, 1))}}
+    models.save_adapter(tmp_path / "ours", lm, spec, adapter, head=head, base=str(GOLDEN / CASES[name].base))
+    assert_close(ours(*models.load(tmp_path / "ours")), outputs(CASES[name], tmp_path / "ours"))
+
+
+@needs_peft
 def test_every_field_of_peft_is_sorted():
     """A field that peft adds is refused until somebody has sorted it."""
     import dataclasses
@@ -258,6 +270,28 @@ def test_a_score_makes_a_reward_model_of_a_language_model(tmp_path):
         models.load(f"{folder}@{GOLDEN / 'qwen2'}")
     with pytest.raises(ValueError, match=r"modules_to_save: .*models\.load"):
         models.load_adapter(ADAPTERS / "score", models.load(GOLDEN / "llama_reward")[0])
+
+
+def test_a_head_of_another_kind_is_not_saved_beside_an_adapter(tmp_path):
+    for head, match in (
+        ("value", "head: expected None"),
+        (None, "head: expected None"),
+        ("reward", "head/score/kernel"),
+    ):
+        lm, _ = tiny_lm(0, head)
+        adapter = models.lora.init(jax.random.key(0), lm, models.Lora(2))
+        wrong = {"score": {"kernel": jnp.zeros((3, 1))}}
+        with pytest.raises(ValueError, match=match):
+            models.save_adapter(tmp_path / "a", lm, models.Lora(2), adapter, head=wrong)
+
+
+def test_several_adapters_are_stacked_with_the_scales_of_their_modules():
+    lm, params = models.load(GOLDEN / "llama")
+    found = [models.load_adapter(ADAPTERS / name, lm) for name in ("patterns_rslora", "queries_and_values")]
+    stacked = models.lora.stack([adapter for _, adapter in found], [spec for spec, _ in found])
+    for i, name in enumerate(("patterns_rslora", "queries_and_values")):
+        one = {**params, "lora": jax.tree.map(lambda x, i=i: x[i], stacked)}
+        assert_close(ours(lm, one), golden(name))
 
 
 def test_an_lm_head_of_its_own_unties_the_embedding(tmp_path):

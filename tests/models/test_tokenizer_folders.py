@@ -158,6 +158,9 @@ def test_code_of_a_model_is_refused(tmp_path):
             continue
         with pytest.raises(ValueError, match="auto_map: expected a model without code"):
             models.load(tmp_path / "model")
+    write(tmp_path / "model", {"config.json": values | {"auto_map": {"AutoConfig": "mine.Mine"}, "model_type": "mine"}})
+    with pytest.raises(ValueError, match="auto_map: expected a model without code"):
+        models.load(tmp_path / "model")
 
 
 def test_an_adapters_folder_without_a_tokenizer_has_its_bases(tmp_path):

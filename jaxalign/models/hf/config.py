@@ -57,7 +57,9 @@ def config_from_hf(values: dict[str, Any]) -> Config:
     """
     if not isinstance(values, dict):
         raise ValueError(f"values: expected the dict of a config.json, found {type(values).__name__}")
-    name = values.get("model_type")
+    name, code = values.get("model_type"), values.get("auto_map")
+    if code and name not in FAMILIES:
+        raise ValueError(f"auto_map: expected a model without code of its own, found {code!r} for model_type {name!r}")
     family = family_of(name)
     values = {**family.defaults, **values}
     for field, neutral in NEUTRAL.items():

@@ -39,6 +39,7 @@ def save_adapter(
     adapter: Params,
     *,
     base: str = "",
+    head: Params | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes an adapter as a folder that `load_adapter` and peft read, whole or not at all, as `models.save` does.
@@ -49,12 +50,15 @@ def save_adapter(
       spec: the adapter's.
       adapter: its tree.
       base: where the model comes from, for peft.
+      head: the trained head of a reward model (its params["head"]), which is kept whole beside the products, as peft
+        keeps a score; `models.load` of the folder gives the reward model.
       overwrite: whether a folder with files is replaced.
 
     Raises:
-      ValueError: an adapter that does not fit the model, naming the tensor; a folder that holds files without
-        `overwrite`.
+      ValueError: an adapter that does not fit the model, naming the tensor; a head that is not a reward model's; a
+        folder that holds files without `overwrite`.
     """
+    score = None if head is None else _score(lm, head)
     found = pairs(adapter)
     check_fits(_shapes(lm.config), adapter)
     # peft has one rank; zeros up to the largest change nothing, and alpha keeps the scale.
@@ -83,9 +87,24 @@ def save_adapter(
         "target_modules": sorted({m if _short(m) in absent else _short(m) for m in modules}),
         "inference_mode": True,
     }
+    if score is not None:
+        tensors[f"{_PREFIX}score.weight"] = score
+        values |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     with whole_folder(path, overwrite=overwrite) as temporary:
         write_json(temporary / "adapter_config.json", values)
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _score(lm: LanguageModel, head: Params) -> Array:
+    """The tensor of a reward head in a checkpoint."""
+    config = lm.config
+    if config.head is None or config.head.kind != "reward":
+        raise ValueError(f"head: expected None for a model without a reward head, found one beside {config.head}")
+    kernel: Array = head["score"]["kernel"]
+    shape = (config.hidden_size, config.head.num_labels)
+    if kernel.shape != shape:
+        raise ValueError(f"head/score/kernel: expected shape {shape}, found {kernel.shape}")
+    return kernel.T
 
 
 class AdapterFile(NamedTuple):
