@@ -298,6 +298,11 @@ def _check_arguments(
     for name, value, least in (("num_samples", num_samples, 1), ("lookahead", lookahead, 0), ("chunk", chunk, 1)):
         if value is not None or name == "num_samples":
             check_count(name, value, least=least)
+    if host := [name for name, reward in rewards.items() if getattr(reward, "on_host", False)]:
+        raise ValueError(
+            f"transfer_q: {host[0]}: expected a reward over the baseline's vocabulary, found one that reads "
+            "whole texts through its own tokenizer; decoding.best_of_n takes it"
+        )
     parts = [baseline, *rewards.values()]
     sizes = sorted({size for size in (getattr(part, "vocab_size", None) for part in parts) if size is not None})
     if len(sizes) > 1:

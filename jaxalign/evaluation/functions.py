@@ -77,7 +77,8 @@ def build(setting: Setting, spec: Spec) -> list[Method]:
       ValueError: there is no such function, or it gives no decoder.
     """
     function = cast(OwnMethod, rewards.program(spec.target, name="method"))
-    reward, reward_params = setting.scorer or (None, None)
+    scorer = setting.scorer
+    reward, reward_params = (None, None) if scorer is None else (scorer.reward, scorer.params)
     check = functools.partial(_check_fits, setting.lm, setting.options.max_new_tokens)
 
     def at(strength: float | None) -> Method:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -25,6 +24,8 @@ class Scorer(NamedTuple):
     """The Reward, compiled where it is a model."""
     params: Params
     """The parameters of the reward; None for a program."""
+    plain: Reward
+    """The Reward as methods take it into their own programs."""
 
 
 def load(folders: dict[str, str], *, dtype: str, mesh: str, batch_size: int) -> tuple[Any, dict[str, Model]]:
@@ -65,52 +66,63 @@ def load(folders: dict[str, str], *, dtype: str, mesh: str, batch_size: int) -> 
     return tokenizer, {name: by_folder[folder] for name, folder in folders.items()}
 
 
+def over_base_tokens(reader: rewards.Reader, given: dict[str, str]) -> dict[str, str]:
+    """Role -> folder of the reward models that read the base's tokens. The others, which read whole responses through a
+    tokenizer of their own, are told."""
+    found = {}
+    for name, spec in given.items():
+        for role, folder in rewards.reward_roles(spec, name=name).items():
+            if why := rewards.own_reading(reader, folder):
+                print(f"{role}: {folder} has {why} than the base: it scores whole responses through its own tokenizer")
+            else:
+                found[role] = folder
+    return found
+
+
 def check_language_model(name: str, lm: models.LanguageModel, folder: str) -> None:
     """ValueError that names the role of a model without vocabulary logits."""
     if not lm.has_lm_head:
         raise ValueError(f"{name}: expected a language model, found a sequence classifier in {folder}")
 
 
-def check_scalar(name: str, lm: models.LanguageModel, folder: str) -> None:
-    """ValueError that names the role of a model without a scalar head."""
-    if lm.head_width != 1:
-        raise ValueError(f"{name}: expected a model with a scalar head, found {lm.config.head} in {folder}")
-
-
 def scorers(
-    given: dict[str, str], loaded: dict[str, Model], tokenizer: Any, prompts: TokenBatch, max_new_tokens: int
+    given: dict[str, str],
+    loaded: dict[str, Model],
+    reader: rewards.Reader,
+    prompts: TokenBatch,
+    max_new_tokens: int,
+    *,
+    dtype: str,
 ) -> dict[str, Scorer]:
     """A Scorer for each reward option that is given.
 
     Args:
       given: option -> value, {"reward": …, "gold": …}; "" for none.
-      loaded: the models of their `rewards.reward_roles`.
-      tokenizer: the base's.
+      loaded: the models of their `rewards.reward_roles` over the base's tokens; those that are not there read whole
+        texts through their own tokenizer.
+      reader: the base's tokens and the prompts as they were given.
       prompts: all prompts of the run, which must fit.
       max_new_tokens: the limit of a response [tokens].
+      dtype: of models that are loaded here.
 
     Raises:
       ValueError: names the option.
     """
 
-    def load_role(role: str, folder: str, /) -> Model:
+    def open_model(role: str, folder: str, label: str | None, /) -> tuple[Reward, Params]:
+        if role not in loaded:
+            return rewards.own_texts(reader, folder, label=label, dtype=dtype, name=role)
         lm, params = loaded[role]
-        check_scalar(role, lm, folder)
         check_prompt_fits(lm, prompts, max_new_tokens, name=role)
-        return lm, params
+        return rewards.base_tokens(reader, folder, lm, params, label=label, name=role)
 
     out: dict[str, Scorer] = {}
     for name, spec in given.items():
         if spec:
-            read = functools.partial(_text, tokenizer)
-            reward, params = rewards.build_reward(spec, load=load_role, decode=read, name=name)
+            reward, params = rewards.build_reward(spec, open_model=open_model, reader=reader, name=name)
             # Compiled as a whole: on a mesh a program's numbers do not lie as a model's do. A program alone is not.
-            out[name] = Scorer(reward if params is None else rewards.compiled(reward), params)
+            out[name] = Scorer(reward if params is None else rewards.compiled(reward), params, reward)
     return out
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 @contextlib.contextmanager

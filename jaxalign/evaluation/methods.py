@@ -149,7 +149,9 @@ def _ggro(setting: Setting, spec: Spec) -> list[Method]:
         raise ValueError(
             f"reward: expected the folder of a reward model, whose gradient ggro reads, found {options.reward!r}"
         )
-    gradient = rewards.token_gradient(lm)
+    tail, ends = rewards.template_tail(setting.reader, lm)
+    label = rewards.split_label(options.reward)[1]
+    gradient = rewards.token_gradient(lm, label=label, tail=tail, ends=ends)
     params = {
         "policy": setting.params,
         "reward": scorer.params,

@@ -7,7 +7,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from jaxalign import _io, data, models, rewards
+from jaxalign import _io, data, models, rewards, tokens
 from jaxalign.evaluation import engine, loading, plots, results
 from jaxalign.evaluation.engine import Method, Texts
 from jaxalign.evaluation.methods import METHODS
@@ -33,18 +33,20 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     """
     specs = check(options)
     scored = {"reward": options.reward, "gold": options.gold}
-    folders = {"model": options.model}
-    for name, value in scored.items():
-        folders |= rewards.reward_roles(value, name=name)
+    tokenizer = models.tokenizer(options.model)
+    prompts = data.tokenize_prompts(options.prompts, tokenizer)
+    texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
+    reader = rewards.Reader(tokens.text_format(tokenizer), None, [prompt.source or prompt.text for prompt in prompts])
+    folders = {"model": options.model} | loading.over_base_tokens(reader, scored)
     for spec in specs:
         folders |= spec.folders
     tokenizer, loaded = loading.load(folders, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
-    loading.check_language_model("model", loaded["model"][0], options.model)
-    prompts = data.tokenize_prompts(options.prompts, tokenizer)
-    texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
+    base = loaded["model"][0]
+    loading.check_language_model("model", base, options.model)
+    reader = reader._replace(form=tokens.text_format(tokenizer, eos_ids=base.eos_ids), lm=base)
     everything = prompt_batch(texts.ids)
-    scorers = loading.scorers(scored, loaded, tokenizer, everything, options.max_new_tokens)
-    setting = Setting(options, loaded, scorers.get("reward"), texts)
+    scorers = loading.scorers(scored, loaded, reader, everything, options.max_new_tokens, dtype=options.dtype)
+    setting = Setting(options, loaded, scorers.get("reward"), texts, reader)
     with loading.program_errors():  # a default threshold scores responses
         plans = {spec: METHODS[spec.kind](setting, spec) for spec in specs}
     every = [(method.name, method.beta) for plan in plans.values() for method in plan]

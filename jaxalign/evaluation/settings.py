@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import decoding, models, policies
+from jaxalign import decoding, models, policies, rewards
 from jaxalign.evaluation.engine import Texts
 from jaxalign.evaluation.loading import Model, Scorer
 from jaxalign.evaluation.options import ResponseOptions
@@ -40,6 +40,8 @@ class Setting(NamedTuple):
     """The reward that methods may use, the proxy; None without one."""
     prompts: Texts
     """All prompts, and the tokenizer."""
+    reader: rewards.Reader
+    """The base's tokens, and the prompts as they were given."""
 
     @property
     def lm(self) -> models.LanguageModel:

@@ -57,7 +57,8 @@ def _by_head(build: Callable[[models.LanguageModel], Critic]) -> Callable[[Setti
 
 def _args(setting: Setting, term: Term) -> Part:
     lm, params = setting.loaded[term.role]
-    return Part(critics.args(lm), params, each_candidate, False)
+    tail, ends = rewards.template_tail(setting.reader, lm, name=term.role)
+    return Part(critics.args(lm, tail=tail, ends=ends), params, each_candidate, False)
 
 
 def _genarm(setting: Setting, term: Term) -> Part:
@@ -71,10 +72,9 @@ def _transfer(setting: Setting, term: Term) -> Part:
     lm, params = setting.loaded[term.role]
     check_language_model(term.role, lm, term.folder)
     scorer, options = setting.reward, setting.options
-    reward = scorer.reward if setting.reward_lm is None else rewards.from_model(setting.reward_lm)
     critic = critics.transfer_q(
         policies.language_model(lm),
-        reward,
+        scorer.plain,
         eos_ids=setting.lm.config.eos_ids,
         num_samples=options.rollouts,
         lookahead=options.lookahead,

@@ -7,6 +7,15 @@ is checked where it is traced.
 """
 
 from jaxalign.rewards.combinators import RewardMap, calibrated, map_reward, shaped, weighted_sum
+from jaxalign.rewards.folders import (
+    Reader,
+    base_tokens,
+    open_reward,
+    own_reading,
+    own_texts,
+    split_label,
+    template_tail,
+)
 from jaxalign.rewards.models import TokenGradient, from_model, log_likelihood, token_gradient
 from jaxalign.rewards.params import CalibratedParams, LabelParams, MapParams, ShapedParams, WeightedSumParams
 from jaxalign.rewards.programs import from_numpy, from_text
@@ -27,12 +36,14 @@ __all__ = [
     "CalibratedParams",
     "LabelParams",
     "MapParams",
+    "Reader",
     "RewardMap",
     "ShapedParams",
     "SourceReward",
     "Term",
     "TokenGradient",
     "WeightedSumParams",
+    "base_tokens",
     "build_reward",
     "calibrated",
     "call_reward",
@@ -45,12 +56,17 @@ __all__ = [
     "log_likelihood",
     "map_reward",
     "on_host",
+    "open_reward",
+    "own_reading",
+    "own_texts",
     "parse_reward",
     "program",
     "program_files",
     "reward_inputs",
     "reward_roles",
     "shaped",
+    "split_label",
+    "template_tail",
     "text_model",
     "token_gradient",
     "weighted_sum",

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxalign._builders import cached
 from jaxalign._checks import is_concrete
+from jaxalign.rewards.text_models import SourceReward
 from jaxalign.rewards.values import function_name, host_values, on_host
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
 from jaxalign.tokens import Text
@@ -47,7 +48,7 @@ def from_numpy(f: NumpyReward) -> Reward:
     return _from_numpy(f, f)
 
 
-def _from_numpy(f: NumpyReward, named: NumpyReward | TextReward) -> Reward:
+def _from_numpy(f: NumpyReward, named: NumpyReward | TextReward | SourceReward) -> Reward:
     """As `from_numpy`, with errors that name the function `named`."""
 
     def dtype() -> np.dtype[Any]:
@@ -70,7 +71,7 @@ def _from_numpy(f: NumpyReward, named: NumpyReward | TextReward) -> Reward:
 @cached
 def from_text(
     decode: Callable[[Sequence[int]], str],
-    f: TextReward,
+    f: TextReward | SourceReward,
     *,
     sources: Sequence[Text] | None = None,
     rendered: Callable[[Sequence[int]], str] | None = None,
@@ -126,7 +127,7 @@ def from_text(
     return _called_on_host(score, f) if on_host(f) else _from_numpy(score, f)
 
 
-def _called_on_host(f: NumpyReward, named: TextReward) -> Reward:
+def _called_on_host(f: NumpyReward, named: TextReward | SourceReward) -> Reward:
     """A Reward of a host function that runs programs of its own on the device."""
 
     def reward(
@@ -143,7 +144,7 @@ def _called_on_host(f: NumpyReward, named: TextReward) -> Reward:
     return CheckedReward(reward, on_host=True)
 
 
-def _first_parameter(f: TextReward) -> str:
+def _first_parameter(f: TextReward | SourceReward) -> str:
     try:
         parameters = inspect.signature(f).parameters
     except (TypeError, ValueError):  # of a builtin

@@ -16,10 +16,10 @@ import numpy as np
 
 from jaxalign.models import source_folders
 from jaxalign.rewards.combinators import weighted_sum
-from jaxalign.rewards.models import from_model
+from jaxalign.rewards.folders import Reader, split_label
 from jaxalign.rewards.params import WeightedSumParams
 from jaxalign.rewards.programs import from_text
-from jaxalign.types import HeadModel, Params, Reward
+from jaxalign.types import Params, Reward
 
 
 class Term(NamedTuple):
@@ -31,10 +31,10 @@ class Term(NamedTuple):
     """The folder of a reward model, or MODULE:FUNCTION."""
 
 
-class Load(Protocol):
-    """Loads the reward model of a folder: (model, params). role is what errors call it."""
+class Open(Protocol):
+    """Opens the reward model of a folder: (reward, params). role is what errors call it, label which of its labels."""
 
-    def __call__(self, role: str, folder: str, /) -> tuple[HeadModel, Params]: ...
+    def __call__(self, role: str, folder: str, label: str | None, /) -> tuple[Reward, Params]: ...
 
 
 def program(spec: str, *, name: str = "reward") -> Callable[..., Any]:
@@ -89,8 +89,8 @@ def parse_reward(spec: str, *, name: str = "reward") -> tuple[Term, ...]:
     """Reads the terms of a reward.
 
     Args:
-      spec: "DIR", "MODULE:FUNCTION", or a weighted sum with spaces about its signs, "0.5 * DIR + DIR2 - 0.1 *
-        MODULE:FUNCTION".
+      spec: "DIR", "DIR#LABEL" for one of several labels, "MODULE:FUNCTION", or a weighted sum with spaces about its
+        signs, "0.5 * DIR + DIR2 - 0.1 * MODULE:FUNCTION".
       name: the field that errors name.
 
     Returns:
@@ -142,7 +142,8 @@ def reward_roles(spec: str, *, name: str = "reward") -> dict[str, str]:
       ValueError: of `parse_reward`.
     """
     terms = parse_reward(spec, name=name) if spec else ()
-    return {_role(terms, term.source, name): term.source for term in terms if not is_program(term.source)}
+    models_ = (term.source for term in terms if not is_program(term.source))
+    return {_role(terms, source, name): split_label(source)[0] for source in models_}
 
 
 def reward_inputs(spec: str, *, name: str = "reward") -> tuple[str, ...]:
@@ -160,35 +161,38 @@ def reward_inputs(spec: str, *, name: str = "reward") -> tuple[str, ...]:
       ValueError: of `parse_reward` and `program`.
     """
     terms = parse_reward(spec, name=name) if spec else ()
-    files = (program_files(t.source, name=name) if is_program(t.source) else source_folders(t.source) for t in terms)
+    files = (
+        program_files(t.source, name=name) if is_program(t.source) else source_folders(split_label(t.source)[0])
+        for t in terms
+    )
     return tuple(file for found in files for file in found)
 
 
-def build_reward(
-    spec: str, *, load: Load, decode: Callable[[Sequence[int]], str], name: str = "reward"
-) -> tuple[Reward, Params]:
+def build_reward(spec: str, *, open_model: Open, reader: Reader, name: str = "reward") -> tuple[Reward, Params]:
     """Builds the Reward of a spec.
 
     Args:
       spec: as `parse_reward` reads it.
-      load: load(role, folder) -> (model, params), roles as in `reward_roles`; called once per folder.
-      decode: turns token ids into text, for programs.
+      open_model: open_model(role, folder, label) -> (reward, params), roles as in `reward_roles`; called once per
+        reward model. `open_reward` does so for a folder.
+      reader: gives programs the texts of token ids and the prompts as they were given.
       name: the field that errors name.
 
     Returns:
       (reward, params): the one reward itself where there is one, of weight 1, else a `weighted_sum`.
 
     Raises:
-      ValueError: of `parse_reward` and `program`; a model without a scalar head.
+      ValueError: of `parse_reward`, `program` and open_model.
     """
     terms = parse_reward(spec, name=name)
+    sources = None if reader.sources is None else tuple(reader.sources)
 
     def build(source: str) -> tuple[Reward, Params]:
         role = _role(terms, source, name)
         if is_program(source):
-            return from_text(decode, program(source, name=role)), None
-        lm, params = load(role, source)
-        return from_model(lm), params
+            f = program(source, name=role)
+            return from_text(reader.decode, f, sources=sources, rendered=reader.rendered), None
+        return open_model(role, *split_label(source))
 
     built = {source: build(source) for source in dict.fromkeys(term.source for term in terms)}
     each = [built[term.source] for term in terms]

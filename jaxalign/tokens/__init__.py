@@ -9,11 +9,13 @@ from jaxalign.tokens._encode import (
     NOTES,
     Encoded,
     PromptTokens,
+    conversation_text,
     encode_chat,
     encode_pair,
     encode_prompt,
     encode_text,
     prompt_text,
+    turn_end,
 )
 from jaxalign.tokens._format import Messages, Text, TextFormat, Tokenizer, text_format
 from jaxalign.tokens._show import show_row
@@ -27,6 +29,7 @@ __all__ = [
     "TextFormat",
     "Tokenizer",
     "byte_tokens",
+    "conversation_text",
     "decode_text",
     "encode_chat",
     "encode_pair",
@@ -36,4 +39,5 @@ __all__ = [
     "settled_text",
     "show_row",
     "text_format",
+    "turn_end",
 ]

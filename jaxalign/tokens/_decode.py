@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of ids without special tokens; spaces stay as the tokens have them."""
+def decode_text(tokenizer: Any, ids: Sequence[int], *, special: bool = False) -> str:
+    """The text of ids, without special tokens unless `special`; spaces stay as the tokens have them."""
     # Cleaning spaces changes text that stands already ("do n" and "'t" to "don't"), which a stream cannot take back.
     options = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
-    return str(tokenizer.decode([int(i) for i in ids], skip_special_tokens=True, **options))
+    return str(tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special, **options))
 
 
 def byte_tokens(tokenizer: Any) -> frozenset[int]:

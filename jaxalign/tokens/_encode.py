@@ -99,6 +99,18 @@ def prompt_text(form: TextFormat, prompt: Text) -> str:
     return prompt if isinstance(prompt, str) else _chat.render_prompt(form, prompt)
 
 
+def conversation_text(form: TextFormat, messages: Messages) -> str:
+    """The text that the template writes of a whole conversation. ValueErrors as of `encode_prompt`."""
+    return _chat.render(form, messages, open_reply=False)
+
+
+def turn_end(form: TextFormat) -> tuple[list[int], list[int]]:
+    """What the template writes after an assistant's turn: (the closing ids, the last of which ends generation; the
+    tail). ValueError for a tokenizer without a template."""
+    found = _reply(form, [{"role": "user", "content": "one"}], {"role": "assistant", "content": "two"})
+    return found.closing, found.tail
+
+
 def encode_pair(form: TextFormat, prompt: Text, response: Text, *, allow_empty: bool = False) -> Encoded:
     """Token ids of a prompt and a response.
 

@@ -9,14 +9,16 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxalign import _io, _progress, data, decoding, models, policies, rewards
+from jaxalign import _io, _progress, data, decoding, models, policies, rewards, tokens
 from jaxalign.data import preferences
 from jaxalign.prompts import prompt_batch
+from jaxalign.tokens import Text
 from jaxalign.training import job
 from jaxalign.types import Params, Reward
 
@@ -91,15 +93,17 @@ def _source_inputs(config: Source) -> list[str]:
     return [*models.source_folders(config.base), config.prompts, *rewards.reward_inputs(config.reward)]
 
 
-def judge(spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str) -> tuple[Reward, Params]:
-    """The Reward of --reward (`rewards.parse_reward`) and its parameters. ValueErrors: no such program, another
-    vocabulary, no scalar head."""
+def judge(
+    spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str, sources: Sequence[Text] | None = None
+) -> tuple[Reward, Params]:
+    """The Reward of --reward (`rewards.parse_reward`) and its parameters; sources: all prompts as they were given.
+    ValueErrors: no such program, no scalar head."""
+    reader = rewards.Reader(tokens.text_format(tokenizer, eos_ids=lm.eos_ids), lm, sources)
 
-    def load(role: str, folder: str) -> tuple[models.LanguageModel, Params]:
-        return models.load_beside(folder, lm, tokenizer, name="reward", dtype=dtype)
+    def open_model(role: str, folder: str, label: str | None) -> tuple[Reward, Params]:
+        return rewards.open_reward(reader, folder, label=label, dtype=dtype, name=role)
 
-    read = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)  # noqa: E731
-    return rewards.build_reward(spec, load=load, decode=read)
+    return rewards.build_reward(spec, open_model=open_model, reader=reader)
 
 
 def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -> list[Rollout]:
@@ -116,7 +120,8 @@ def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -
     if not all(path.exists() for path in paths):
         lm, params = models.load(config.base, dtype=config.dtype)
         policy = policies.language_model(lm)
-        reward, reward_params = judge(config.reward, lm, tokenizer, dtype=config.dtype)
+        sources = [p.source or p.text for p in prompts]
+        reward, reward_params = judge(config.reward, lm, tokenizer, dtype=config.dtype, sources=sources)
         arguments = {"policy": params, "reward": reward_params}
         with _progress.progress(f"{stage}: roll-outs", len(prompts), unit="prompt") as bar:
             for k, path in enumerate(paths):
