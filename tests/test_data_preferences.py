@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from jaxalign import tokens
 from jaxalign.data import batches, preferences
 from jaxalign.data.tokenizers import word_level
 from jaxalign.worlds import opinions
@@ -58,12 +59,17 @@ def file(tmp_path, rows, name: str = "d.jsonl"):
     return path
 
 
+def form_of(tokenizer, eos_id):
+    ends = () if eos_id is None else (eos_id,)
+    return tokens.text_format(tokenizer, eos_ids=ends, closing=ends)
+
+
 def pairs(path, tokenizer, *, eos_id=1, max_length=32, **options):
-    return preferences.tokenize_pairs(path, tokenizer, eos_id=eos_id, max_length=max_length, **options)
+    return preferences.tokenize_pairs(path, form_of(tokenizer, eos_id), max_length=max_length, **options)
 
 
 def texts(path, tokenizer, *, eos_id=1, max_length=32, **options):
-    return preferences.tokenize_texts(path, tokenizer, eos_id=eos_id, max_length=max_length, **options)
+    return preferences.tokenize_texts(path, form_of(tokenizer, eos_id), max_length=max_length, **options)
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.parquet"])
@@ -102,7 +108,7 @@ def test_chats_with_and_without_a_prompt_are_the_same_pair(tmp_path, tokenizer):
     together = {"prompt": None, "chosen": [USER, RUNS], "rejected": [USER, SITS]}
     rows = pairs(file(tmp_path, [apart, together]), tokenizer).rows
     assert rows[0][:3] == rows[1][:3] == ([8, 3, 4, 1, 9], [5, 1], [6, 7, 1])
-    with pytest.raises(ValueError, match=r"^data: expected a tokenizer with a chat template"):
+    with pytest.raises(ValueError, match=r"d.jsonl:1: expected a tokenizer with a chat template"):
         pairs(file(tmp_path, [apart]), word_level(["the"]))
 
 
@@ -144,7 +150,7 @@ BAD = [
     ('{"prompt": "the", "chosen": ["runs"], "rejected": "sits"}', "text in chosen, found list"),
     ('{"prompt": "", "chosen": "runs", "rejected": "sits"}', "a prompt token, found none"),
     ('{"prompt": "the", "chosen": "runs", "rejected": " "}', "response in rejected, found an empty one"),
-    ('{"prompt": "the", "chosen": "runs", "rejected": "<eos>"}', "found an empty loss mask"),
+    ('{"prompt": "the", "chosen": "runs", "rejected": "<eos>"}', "a response token, found none"),
     ('{"prompt": "the", "chosen": "runs", "rejected": "runs"}', "the same tokens twice"),
     ('{"prompt": "the", "chosen": "runs", "rejected": "runs <eos>"}', "the same tokens twice"),
     ('{"chosen": "runs", "rejected": "sits"}', "found neither in chosen"),
@@ -188,7 +194,7 @@ def test_skipped_rows_are_all_counted_and_the_first_twenty_told(tmp_path, tokeni
         ({"prompt": "the", "response": "cat", "completion": "cat"}, "found fields"),
         ({"prompt": "the", "response": 3}, "expected text in prompt and response"),
         ({"messages": [USER]}, "fewer than two"),
-        ({"text": "<eos>"}, "found an empty loss mask"),
+        ({"text": "<eos>"}, "a response token, found none"),
     ],
 )
 def test_a_bad_text_is_named(row, reason, tmp_path, tokenizer):

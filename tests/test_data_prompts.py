@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import transformers
 
-from jaxalign import data
+from jaxalign import data, tokens
 from jaxalign.data.tokenizers import word_level
 from jaxalign.prompts import bucket, prompt_batch
 
@@ -35,6 +35,10 @@ def tokenizer():
     return fast
 
 
+def tokenized(path, tokenizer):
+    return data.tokenize_prompts(path, tokens.text_format(tokenizer)).rows
+
+
 def file(tmp_path, text: str | bytes, name: str = "p.jsonl"):
     path = tmp_path / name
     path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -52,10 +56,8 @@ def read(path):
 def test_every_form(tmp_path, tokenizer):
     rows = "\n".join([json.dumps({"prompt": "the cat", "id": 3}), "", json.dumps({"messages": MESSAGES})]) + "\n"
     expected = ["the cat", "<s> user the dog assistant"]
-    assert texts(data.tokenize_prompts(file(tmp_path, rows), tokenizer)) == expected
-    assert (
-        texts(data.tokenize_prompts(file(tmp_path, gzip.compress(rows.encode()), "p.jsonl.gz"), tokenizer)) == expected
-    )
+    assert texts(tokenized(file(tmp_path, rows), tokenizer)) == expected
+    assert texts(tokenized(file(tmp_path, gzip.compress(rows.encode()), "p.jsonl.gz"), tokenizer)) == expected
     for text in ("the cat\nthe dog\n", "the cat\nthe dog", "the cat\r\nthe dog\r\n", "\ufeffthe cat\nthe dog"):
         assert read(file(tmp_path, text, "p.txt")) == ["the cat", "the dog"]
 
@@ -70,8 +72,8 @@ def test_only_newlines_part_lines(tmp_path):
 
 def test_special_tokens_come_from_the_tokenizer_or_from_the_template(tmp_path, tokenizer):
     rows = json.dumps({"prompt": "the cat"}) + "\n" + json.dumps({"messages": MESSAGES})
-    plain, chat = data.tokenize_prompts(file(tmp_path, rows), tokenizer)
-    assert plain == data.Prompt("the cat", [0, 1, 2])
+    plain, chat = tokenized(file(tmp_path, rows), tokenizer)
+    assert plain[:3] == ("the cat", [0, 1, 2], "the cat")
     assert chat.tokens == [0, 4, 1, 3, 5]
     whole = tokenizer.apply_chat_template(MESSAGES, tokenize=True, add_generation_prompt=True)["input_ids"]
     assert chat.tokens == list(whole)
@@ -96,7 +98,7 @@ def test_a_bad_line_is_named(line, reason, tmp_path, tokenizer):
     line = line.encode() if isinstance(line, str) else line
     path = file(tmp_path, b'{"prompt": "the cat"}\n\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"p\.jsonl:3: .*{reason}"):
-        data.tokenize_prompts(path, tokenizer)
+        tokenized(path, tokenizer)
 
 
 def test_bad_files_are_named(tmp_path):
@@ -115,7 +117,7 @@ def test_bad_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=r"^prompts: expected gzip"):
             data.read_prompts(file(tmp_path, broken, "p.jsonl.gz"))
     with pytest.raises(ValueError, match=r"p\.jsonl:1: .*chat template"):
-        data.tokenize_prompts(file(tmp_path, json.dumps({"messages": MESSAGES})), word_level(WORDS))
+        tokenized(file(tmp_path, json.dumps({"messages": MESSAGES})), word_level(WORDS))
 
 
 def test_a_prompt_without_tokens_is_named(tmp_path):
@@ -123,7 +125,7 @@ def test_a_prompt_without_tokens_is_named(tmp_path):
         return {"input_ids": [] if text == "dog" else [1]}
 
     with pytest.raises(ValueError, match=r"p\.txt:2: expected at least one token"):
-        data.tokenize_prompts(file(tmp_path, "cat\ndog\n", "p.txt"), tokenizer)
+        tokenized(file(tmp_path, "cat\ndog\n", "p.txt"), tokenizer)
 
 
 def test_buckets():

@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 
 from eval import decode
-from jaxalign import critics, data, decoding, models, policies, rewards
+from jaxalign import critics, data, decoding, models, policies, rewards, tokens
 from jaxalign.decoding import _sampling
 from jaxalign.evaluation import engine
 from jaxalign.prompts import prompt_batch
@@ -301,7 +301,9 @@ def test_a_transfer_critic_rolls_out_its_model_and_scores_by_the_reward(folders,
     )
     policy = policies.tilt(policies.language_model(lm), critic, top_k=3)
     params = {"policy": base, "critic": {"baseline": other, "reward": judge}, "beta": jnp.asarray(0.2)}
-    ids = [prompt.tokens for prompt in data.tokenize_prompts(folders["prompts.txt"], tokenizer())]
+    ids = [
+        prompt.tokens for prompt in data.tokenize_prompts(folders["prompts.txt"], tokens.text_format(tokenizer())).rows
+    ]
     drawn = decoding.sample(
         policy,
         params,

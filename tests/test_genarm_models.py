@@ -9,7 +9,7 @@ import pytest
 from scipy.special import log_softmax, logsumexp
 
 from jaxalign import critics, decoding, models, policies, rewards
-from jaxalign.data import preferences
+from jaxalign.data import encoded, preferences
 from jaxalign.training import objectives
 from tests.conftest import EOS, PROMPTS, alone, needs_jit, padded, tiny_lm
 
@@ -107,7 +107,7 @@ def test_genarm_A13_padding_and_the_length_of_the_other_response_change_nothing_
     """Pairs of unequal length, padded together, give the mean of the losses of each pair alone, unpadded."""
     lm, params = tiny_lm(4, dtype="float64", num_layers=1)
     text = [([4, 5, 6], [7, 8, 1, 2, 0], [9, 0]), ([1], [2, 0], [3, 9, 10, 8, 7, 0]), ([5, 2, 9, 9], [0], [4, 1, 0])]
-    pairs = [preferences.PairTokens(*row, where="") for row in text]
+    pairs = [encoded.PairTokens(*row, where="") for row in text]
     loss = jax.jit(objectives.autoregressive_reward(lm, beta_r=0.7))
 
     def padded_to(length):

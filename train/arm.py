@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxalign import commands
+from jaxalign.data.text_options import CompareOptions
 from jaxalign.training import adapters, objectives, pairs
 from jaxalign.training.training_job import Job
 
@@ -26,7 +27,9 @@ class Config(adapters.AdapterOptions):
     """Options of train.arm."""
 
     data: str
-    """File of preference pairs: .jsonl, .jsonl.gz or .parquet."""
+    """Preference pairs: files, folders or a data set's name (docs/data.md)."""
+    compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
+    """Which responses make a pair."""
     beta_r: float = 0.05
     """Scale of the log-likelihood in the loss [1]: the paper's beta_r."""
 
@@ -48,7 +51,7 @@ def run(config: Config) -> dict[str, Any]:
     if done is not None:
         return done
     begin = job.start(lambda _: None)
-    data, collate = pairs.load(config, begin.tokenizer)
+    data, collate = pairs.load(config, begin)
     loss = objectives.autoregressive_reward(begin.lm, beta_r=config.beta_r)
     params = job.fit(begin, data, loss, collate)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign import _io, commands, data, models
+from jaxalign import _io, commands, models
 from jaxalign.training import job, rollouts, tables
 
 
@@ -48,7 +48,7 @@ def run(config: Config) -> dict[str, Any]:
         tokenizer = models.tokenizer(config.base)
         found = rollouts.roll_out(config, out, tokenizer, stage="calibrate")
         rewards = np.asarray([row.reward for row in found], np.float32).reshape(-1, config.samples)
-        asked = [prompt.tokens for prompt in data.tokenize_prompts(config.prompts, tokenizer)]
+        asked = [prompt.tokens for prompt in rollouts.read_prompts(config, tokenizer)]
         about = tables.made_with(
             config.base,
             config.reward,

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxalign import commands
-from jaxalign.data import preferences
+from jaxalign.data import encoded
 from jaxalign.training import adapters, distillation, objectives, pairs, rollouts, tables
 from jaxalign.training.job import check_training_options, split
 from jaxalign.training.training_job import Job
@@ -69,7 +69,7 @@ def run(config: Config) -> dict[str, Any]:
     rows = list(distillation.best_and_worst(found, config.n))
     if not rows:
         raise ValueError(f"calibration: expected samples of different rewards in {config.calibration}, found none")
-    data = split(preferences.Loaded(rows, 0, []), config)
+    data = split(encoded.Loaded(rows, 0, []), config)
 
     collate = pairs.padding(config)
     if config.loss == "sft":

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxalign import commands
+from jaxalign.data.text_options import CompareOptions
 from jaxalign.training import adapters, objectives, pairs
 from jaxalign.training.training_job import Job
 
@@ -27,7 +28,9 @@ class Config(adapters.AdapterOptions):
     """Options of train.dpo."""
 
     data: str
-    """File of preference pairs: .jsonl, .jsonl.gz or .parquet."""
+    """Preference pairs: files, folders or a data set's name (docs/data.md)."""
+    compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
+    """Which responses make a pair."""
     loss: Literal["dpo", "ipo"] = "dpo"
     """dpo: logistic loss of the margin; ipo: squared distance of the difference of log-ratios to 1/(2·beta)."""
     beta: float = 0.1
@@ -61,7 +64,7 @@ def run(config: Config) -> dict[str, Any]:
     if done is not None:
         return done
     begin = job.start(lambda _: None)
-    data, collate = pairs.load(config, begin.tokenizer)
+    data, collate = pairs.load(config, begin)
     loss = objectives.dpo(begin.lm, beta=config.beta, objective=config.loss, label_smoothing=config.label_smoothing)
     reference = adapters.reference(config, begin)
     params = job.fit(begin, data, loss, collate, frozen=reference)

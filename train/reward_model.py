@@ -20,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxalign import commands, models
+from jaxalign.data.text_options import CompareOptions
 from jaxalign.training import objectives, pairs
 from jaxalign.training.adapters import AdapterOptions
 from jaxalign.training.training_job import Job
@@ -30,7 +31,9 @@ class Config(AdapterOptions):
     """Options of train.reward_model."""
 
     data: str
-    """File of preference pairs: .jsonl, .jsonl.gz or .parquet."""
+    """Preference pairs: files, folders or a data set's name (docs/data.md)."""
+    compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
+    """Which responses make a pair."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def run(config: Config) -> dict[str, Any]:
     if done is not None:
         return done
     begin = job.start(lambda _: models.Head("reward"))
-    data, collate = pairs.load(config, begin.tokenizer)
+    data, collate = pairs.load(config, begin, tail=True)
     params = job.fit(begin, data, objectives.bradley_terry(begin.lm), collate)
 
     def score(params: Any, batch: Any) -> Any:

@@ -18,10 +18,10 @@ from typing import Any
 
 import jax
 
-from jaxalign import _io, commands, data, models
-from jaxalign.data import preferences
+from jaxalign import _io, commands, models
+from jaxalign.data import encoded
 from jaxalign.prompts import bucket
-from jaxalign.training import adapters, job, rl, rl_rewards
+from jaxalign.training import adapters, job, rl, rl_rewards, rollouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,17 @@ def run(config: Config) -> dict[str, Any]:
         return done
     head = models.Head("value", hidden_size=64) if config.algorithm == "ppo" else None
     begin = job.start(config, lambda _: head)
-    asked = [prompt.tokens for prompt in data.tokenize_prompts(config.prompts, begin.tokenizer)]
-    longest = max(map(len, asked))
+    prompts = rollouts.read_prompts(config, begin.tokenizer)
+    longest = max(len(prompt.tokens) for prompt in prompts)
     if longest + config.max_new_tokens > config.max_length:
         raise ValueError(
             f"max_length: expected at least the longest prompt's {longest} and {config.max_new_tokens} new tokens, "
             f"found {config.max_length}"
         )
-    rows = [rl.PromptRow(tokens, i) for i, tokens in enumerate(asked)]
-    held = job.split(preferences.Loaded(rows, 0, []), config)
-    learner, trained, frozen = rl.learner_of(config, begin, rl_rewards.build(config, begin, asked))
-    pad = functools.partial(rl.collate_prompts, length=bucket(longest), count=len(asked))
+    rows = [rl.PromptRow(prompt.tokens, i) for i, prompt in enumerate(prompts)]
+    held = job.split(encoded.Loaded(rows, 0, []), config)
+    learner, trained, frozen = rl.learner_of(config, begin, rl_rewards.build(config, begin, prompts))
+    pad = functools.partial(rl.collate_prompts, length=bucket(longest), count=len(prompts))
     before = rl.measure_policy(learner, trained, frozen, held.validation, pad)
     state = rl.train_policy(config, learner, trained, frozen, held.train, out, pad)
     after = rl.measure_policy(learner, state.train.params, frozen, held.validation, pad)

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import commands
-from jaxalign.data import preferences
+from jaxalign.data import encoded, preferences
+from jaxalign.data.encoded import Learn
+from jaxalign.data.text_options import CompareOptions, example_reading
 from jaxalign.training import objectives
-from jaxalign.training.job import TrainingOptions, eos_of, row_length, split
+from jaxalign.training.job import TrainingOptions, form_of, row_length, split
 from jaxalign.training.training_job import Job
 
 
@@ -27,7 +29,11 @@ class Config(TrainingOptions):
     """Options of train.sft."""
 
     data: str
-    """File of texts: .jsonl, .jsonl.gz or .parquet."""
+    """Texts, chats or preference pairs: files, folders or a data set's name (docs/data.md)."""
+    learn: Learn = "all"
+    """Which of the assistant's turns of a conversation are learned: all, or the last."""
+    compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
+    """Which response of a preference counts."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -44,14 +50,16 @@ def run(config: Config) -> dict[str, Any]:
     begin = job.start(lambda _: None)
     loaded = preferences.tokenize_texts(
         config.data,
-        begin.tokenizer,
-        eos_id=eos_of(begin.tokenizer),
+        form_of(config, begin),
         max_length=config.max_length,
+        on_long=config.text.on_long or "cut",
         skip_bad=config.skip_bad,
+        learn=config.learn,
+        **example_reading(config.text, config.compare),
     )
     data = split(loaded, config)
 
-    def collate(rows: list[preferences.TextTokens]) -> dict[str, np.ndarray]:
+    def collate(rows: list[encoded.TextTokens]) -> dict[str, np.ndarray]:
         length = row_length(config, [len(row.prompt) + len(row.response) for row in rows])
         return preferences.pad_texts(rows, length=length)
 

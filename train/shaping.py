@@ -18,7 +18,7 @@ import dataclasses
 from typing import Any
 
 from jaxalign import commands, models
-from jaxalign.data import preferences
+from jaxalign.data import encoded
 from jaxalign.training import leaders, rollouts, shaping_data
 from jaxalign.training.job import split
 from jaxalign.training.training_job import Job
@@ -53,7 +53,7 @@ def run(config: Config) -> dict[str, Any]:
     bound = config.bound if config.leader == "reward_model" and not config.amortise else None
     begin = job.start(lambda _: models.Head("reward", bound=bound))
     found = shaping_data.prompt_groups(rollouts.roll_out(config, job.out, begin.tokenizer, stage="shaping"))
-    data = split(preferences.Loaded(found, 0, []), config)
+    data = split(encoded.Loaded(found, 0, []), config)
     if config.amortise:
         return leaders.train_threshold(job, begin, data)
     if network:

@@ -33,9 +33,9 @@ import pathlib
 from typing import Any
 
 from jaxalign import commands, models
-from jaxalign.data import preferences
+from jaxalign.data import encoded
 from jaxalign.training import objectives, responses, rollouts, values
-from jaxalign.training.job import eos_of, split
+from jaxalign.training.job import split
 from jaxalign.training.training_job import Job
 from jaxalign.types import Params
 
@@ -61,10 +61,9 @@ def run(config: Config) -> dict[str, Any]:
         return done
     begin = job.start(lambda body: values.value_head(config, body))
     if config.responses:
-        eos_id = eos_of(begin.tokenizer)
-        found = responses.scored(config, config.responses, begin.tokenizer, eos_id=eos_id)
+        found = responses.scored(config, config.responses, begin)
     else:
-        found = preferences.Loaded(rollouts.roll_out(config, job.out, begin.tokenizer, stage="value"), 0, [])
+        found = encoded.Loaded(rollouts.roll_out(config, job.out, begin.tokenizer, stage="value"), 0, [])
     rows = values.value_rows(config, found.rows)
     data = split(found._replace(rows=rows), config)
 

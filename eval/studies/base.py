@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import commands, data, decoding, models, policies, rewards
+from jaxalign import commands, data, decoding, models, policies, rewards, tokens
 from jaxalign.prompts import prompt_batch
 from jaxalign.types import Params, Policy, Reward
 from jaxalign.worlds import opinions
@@ -51,7 +51,7 @@ def load(run: str) -> World:
     if not (folder / "results.json").exists():
         raise ValueError(f"run: expected the folder of a finished train.quickstart, found no results.json in {folder}")
     tokenizer = models.tokenizer(str(folder / "sft" / "model"))
-    prompts = data.tokenize_prompts(str(folder / "data" / "held_out.jsonl"), tokenizer)
+    prompts = data.tokenize_prompts(str(folder / "data" / "held_out.jsonl"), tokens.text_format(tokenizer)).rows
     base, reward_model = (models.load(str(folder / name / "model")) for name in ("sft", "reward_model"))
     return World(folder, tokenizer, base, reward_model, [p.text for p in prompts], [p.tokens for p in prompts])
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import commands, data, decoding, policies, rewards
+from jaxalign import commands, data, decoding, policies, rewards, tokens
 from jaxalign.prompts import prompt_batch
 from jaxalign.types import Array, Completions, Decoded, Params
 from jaxalign.worlds import opinions
@@ -61,7 +61,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     """All rows; writes nudging.json and nudging.png."""
     common.check(config)
     world = base.load(config.run)
-    drift = data.tokenize_prompts(str(world.folder / "data" / "drift.jsonl"), world.tokenizer)
+    drift = data.tokenize_prompts(str(world.folder / "data" / "drift.jsonl"), tokens.text_format(world.tokenizer)).rows
     sets = {
         "held-out prompts": world,
         "new topics": world._replace(prompts=[p.text for p in drift], ids=[p.tokens for p in drift]),

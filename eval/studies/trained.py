@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import commands, data, decoding, infalign, metrics, models, policies, rewards
+from jaxalign import commands, data, decoding, infalign, metrics, models, policies, rewards, tokens
 from jaxalign.prompts import prompt_batch
 from jaxalign.training import tables
 from jaxalign.types import Params, Policy, Reward
@@ -209,7 +209,9 @@ def _setting(config: Config, folders: dict[str, str]) -> Setting:
     lm, base = models.load(folders["sft"])
     reward_lm, reward_params = models.load(folders["reward_model"])
     tokenizer, plain = models.tokenizer(folders["sft"]), policies.language_model(lm)
-    prompts = data.tokenize_prompts(str(pathlib.Path(config.run) / "data" / "held_out.jsonl"), tokenizer)
+    prompts = data.tokenize_prompts(
+        str(pathlib.Path(config.run) / "data" / "held_out.jsonl"), tokens.text_format(tokenizer)
+    ).rows
     referenced, reward = policies.with_reference(plain, plain), rewards.from_model(reward_lm)
     return Setting(referenced, reward, base, reward_params, tokenizer, lm.config.eos_ids, prompts)
 

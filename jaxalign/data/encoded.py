@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from jaxalign import tokens
+from jaxalign.data.rows import Example, Pair, PromptText
 from jaxalign.tokens import NOTES, Encoded, Text, TextFormat
 
 Row = TypeVar("Row")
@@ -17,38 +18,8 @@ OnLong: TypeAlias = Literal["cut", "skip", "error"]
 
 ON_LONG = ("cut", "skip", "error")
 
-
-class PairRow(Protocol):
-    """A preference as `data.read_pairs` gives it."""
-
-    @property
-    def where(self) -> str: ...
-    @property
-    def prompt(self) -> Text: ...
-    @property
-    def chosen(self) -> Text: ...
-    @property
-    def rejected(self) -> Text: ...
-
-
-class ExampleRow(Protocol):
-    """A text to learn as `data.read_examples` gives it; a whole conversation has an empty prompt."""
-
-    @property
-    def where(self) -> str: ...
-    @property
-    def prompt(self) -> Text: ...
-    @property
-    def response(self) -> Text: ...
-
-
-class PromptRow(Protocol):
-    """A prompt as `data.read_prompts` gives it."""
-
-    @property
-    def where(self) -> str: ...
-    @property
-    def prompt(self) -> Text: ...
+Learn: TypeAlias = Literal["all", "last"]
+"""Which of the assistant's turns of a conversation are learned."""
 
 
 class PairTokens(NamedTuple):
@@ -116,7 +87,7 @@ class BadRow(ValueError):
 
 
 def encode_pairs(
-    rows: Iterable[PairRow],
+    rows: Iterable[Pair],
     form: TextFormat,
     *,
     max_length: int,
@@ -142,9 +113,11 @@ def encode_pairs(
       ValueError: a bad row (its file, line and reason), or no good one.
     """
 
-    def convert(row: PairRow, count: collections.Counter[str], ends: collections.Counter[int]) -> PairTokens:
+    def convert(row: Pair, count: collections.Counter[str], ends: collections.Counter[int]) -> PairTokens:
         found = [tokens.encode_pair(form, row.prompt, response) for response in (row.chosen, row.rejected)]
         prompt = _common([side.prompt for side in found])
+        if not prompt:
+            raise BadRow("expected a prompt token, found none")
         sides = [_side(side, len(prompt), tail) for side in found]
         if sides[0][0] == sides[1][0]:
             raise BadRow("expected two responses that differ, found the same tokens twice")
@@ -156,13 +129,13 @@ def encode_pairs(
 
 
 def encode_examples(
-    rows: Iterable[ExampleRow],
+    rows: Iterable[Example],
     form: TextFormat,
     *,
     max_length: int,
     on_long: OnLong = "cut",
     skip_bad: bool = False,
-    learn: Literal["all", "last"] = "all",
+    learn: Learn = "all",
 ) -> Loaded:
     """Encodes texts to learn.
 
@@ -178,7 +151,7 @@ def encode_examples(
       ValueError: as in `encode_pairs`.
     """
 
-    def convert(row: ExampleRow, count: collections.Counter[str], ends: collections.Counter[int]) -> TextTokens:
+    def convert(row: Example, count: collections.Counter[str], ends: collections.Counter[int]) -> TextTokens:
         if not row.prompt and not isinstance(row.response, str):
             found = tokens.encode_chat(form, row.response, learn=learn)
         else:
@@ -201,7 +174,7 @@ def encode_examples(
 
 
 def encode_prompts(
-    rows: Iterable[PromptRow],
+    rows: Iterable[PromptText],
     form: TextFormat,
     *,
     max_length: int | None = None,
@@ -222,7 +195,7 @@ def encode_prompts(
       ValueError: as in `encode_pairs`.
     """
 
-    def convert(row: PromptRow, count: collections.Counter[str], ends: collections.Counter[int]) -> Prompt:
+    def convert(row: PromptText, count: collections.Counter[str], ends: collections.Counter[int]) -> Prompt:
         del ends
         found = tokens.encode_prompt(form, row.prompt)
         ids = found.ids if max_length is None else _cut(found.ids, found.header, 0, max_length, on_long)

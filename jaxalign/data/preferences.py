@@ -1,48 +1,48 @@
-"""Preference pairs and texts as token ids and as padded arrays."""
+"""Preference pairs, texts and prompts as token ids and as padded arrays."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 
 from jaxalign.data import readers
-from jaxalign.data import tokens as tokenization
-from jaxalign.data.encoded import Loaded as Loaded
-from jaxalign.data.encoded import PairTokens as PairTokens
-from jaxalign.data.encoded import TextTokens as TextTokens
-from jaxalign.data.rows import Example, Pair, Row, Rows
-from jaxalign.tokens import Text
-
-
-class _BadRow(Exception):
-    """A row that cannot be used, and why."""
+from jaxalign.data.encoded import (
+    Learn,
+    Loaded,
+    OnLong,
+    PairTokens,
+    TextTokens,
+    encode_examples,
+    encode_pairs,
+    encode_prompts,
+)
+from jaxalign.data.rows import Row, Rows
+from jaxalign.tokens import TextFormat
 
 
 def tokenize_pairs(
     source: str | os.PathLike[str],
-    tokenizer: Any,
+    form: TextFormat,
     *,
-    eos_id: int | None,
     max_length: int,
+    on_long: OnLong = "cut",
     skip_bad: bool = False,
-    columns: Mapping[str, str] | None = None,
+    tail: bool = False,
+    **reading: Unpack[readers.PairReading],
 ) -> Loaded:
-    """Reads the preference pairs of a file as token ids.
-
-    Prompt and response are tokenized apart, so that the boundary between them is exact.
+    """Reads preference pairs as token ids, by the rules of `jaxalign.tokens`.
 
     Args:
-      source, columns: as in `readers.read_pairs`.
-      tokenizer: turns text into ids; with a chat template where rows hold messages.
-      eos_id: ends each response; None: nothing is appended.
-      max_length: of prompt and response together [tokens]. A prompt that is too long loses its beginning; a response
-        that leaves no room for one prompt token makes a bad row.
+      source: files, folders or data sets, as `readers.read_pairs` takes them.
+      form: how texts become tokens (`tokens.text_format`).
+      max_length, on_long, tail: as in `encoded.encode_pairs`.
       skip_bad: leaves bad rows out and counts them.
+      reading: further arguments of `readers.read_pairs`: columns, as_messages, compare, safer, score.
 
     Returns:
       Loaded, whose rows are `PairTokens`.
@@ -50,33 +50,27 @@ def tokenize_pairs(
     Raises:
       ValueError: a bad row (its file, line and reason), a file of another kind, or one without a good row.
     """
-
-    def convert(row: Pair) -> PairTokens:
-        (start, chosen), (_, rejected) = (_written(row.prompt, side, tokenizer) for side in (row.chosen, row.rejected))
-        templated = not isinstance(row.prompt, str)
-        prompt = _prompt_ids(tokenizer, start, templated)
-        both = [_response_ids(tokenizer, side, eos_id, templated) for side in (chosen, rejected)]
-        if both[0] == both[1]:
-            raise _BadRow("expected two responses that differ, found the same tokens twice")
-        return PairTokens(_cut(prompt, max(map(len, both)), max_length), both[0], both[1], row.where, start)
-
-    return _load(readers.read_pairs(source, columns=columns, skip_bad=skip_bad), convert, skip_bad)
+    found = readers.read_pairs(source, skip_bad=skip_bad, **reading)
+    made = encode_pairs(found.rows, form, max_length=max_length, on_long=on_long, skip_bad=skip_bad, tail=tail)
+    return _with_reading(made, found)
 
 
 def tokenize_texts(
     source: str | os.PathLike[str],
-    tokenizer: Any,
+    form: TextFormat,
     *,
-    eos_id: int | None,
     max_length: int,
+    on_long: OnLong = "cut",
     skip_bad: bool = False,
-    columns: Mapping[str, str] | None = None,
+    learn: Learn = "all",
+    **reading: Unpack[readers.ExampleReading],
 ) -> Loaded:
-    """Reads the texts of a file as token ids; of a preference pair the chosen response.
+    """Reads texts to learn as token ids; of a preference pair the chosen response.
 
     Args:
-      source, tokenizer, eos_id, max_length, skip_bad, columns: as in `tokenize_pairs`; a text without a prompt that is
-        too long loses its end.
+      source, form, skip_bad: as in `tokenize_pairs`.
+      max_length, on_long, learn: as in `encoded.encode_examples`.
+      reading: further arguments of `readers.read_examples`: columns, as_messages, safer, score.
 
     Returns:
       Loaded, whose rows are `TextTokens`.
@@ -84,19 +78,43 @@ def tokenize_texts(
     Raises:
       ValueError: as in `tokenize_pairs`.
     """
+    found = readers.read_examples(source, skip_bad=skip_bad, **reading)
+    made = encode_examples(found.rows, form, max_length=max_length, on_long=on_long, skip_bad=skip_bad, learn=learn)
+    return _with_reading(made, found)
 
-    def convert(row: Example) -> TextTokens:
-        whole = isinstance(row.response, list) and not row.prompt
-        given, said = (row.response[:-1], row.response[-1:]) if whole else (row.prompt, row.response)
-        start, answer = _written(given, said, tokenizer)
-        templated = not isinstance(given, str)
-        prompt = _prompt_ids(tokenizer, start, templated, empty=not start)
-        response = _response_ids(tokenizer, answer, eos_id, templated)
-        if not start:
-            return TextTokens(prompt, response[: max_length - len(prompt)], row.where, answer)
-        return TextTokens(_cut(prompt, len(response), max_length), response, row.where, start)
 
-    return _load(readers.read_examples(source, columns=columns, skip_bad=skip_bad), convert, skip_bad)
+def tokenize_prompts(
+    source: str | os.PathLike[str],
+    form: TextFormat,
+    *,
+    max_length: int | None = None,
+    on_long: OnLong = "error",
+    skip_bad: bool = False,
+    **reading: Unpack[readers.PromptReading],
+) -> Loaded:
+    """Reads prompts as token ids.
+
+    Args:
+      source, form, skip_bad: as in `tokenize_pairs`.
+      max_length, on_long: as in `encoded.encode_prompts`.
+      reading: further arguments of `readers.read_prompts`: columns, as_messages.
+
+    Returns:
+      Loaded, whose rows are `Prompt`.
+
+    Raises:
+      ValueError: as in `tokenize_pairs`.
+    """
+    found = readers.read_prompts(source, skip_bad=skip_bad, **reading)
+    made = encode_prompts(found.rows, form, max_length=max_length, on_long=on_long, skip_bad=skip_bad)
+    return _with_reading(made, found)
+
+
+def _with_reading(made: Loaded, found: Rows[Row]) -> Loaded:
+    """The encoded rows with what was left out while reading."""
+    reasons = [*found.reasons, *made.reasons][:20]
+    counts = {f"{kind} (not read)": n for kind, n in found.counts.items()} | dict(made.counts)
+    return made._replace(skipped=found.skipped + made.skipped, reasons=reasons, counts=counts)
 
 
 def read_strings(
@@ -114,14 +132,22 @@ def read_strings(
       ValueError: as in `tokenize_pairs`.
     """
 
-    def convert(row: readers.Strings) -> list[str]:
-        texts = [text for text in row.texts if isinstance(text, str)]
-        if len(texts) < len(row.texts):
-            raise _BadRow("expected text, found lists of messages")
-        return texts
-
-    found = _load(readers.read_strings(source, columns=columns, skip_bad=skip_bad), convert, skip_bad)
-    return found._replace(rows=[text for texts in found.rows for text in texts])
+    found = readers.read_strings(source, columns=columns, skip_bad=skip_bad)
+    texts: list[str] = []
+    skipped, reasons = found.skipped, list(found.reasons)
+    for row in found.rows:
+        plain = [text for text in row.texts if isinstance(text, str)]
+        if len(plain) == len(row.texts):
+            texts += plain
+            continue
+        reason = f"{row.where}: expected text, found lists of messages"
+        if not skip_bad:
+            raise ValueError(reason)
+        skipped += 1
+        reasons += [reason] * (len(reasons) < 20)
+    if not texts:
+        raise ValueError(f"data: expected at least one good row, found none ({skipped} bad); the first: {reasons[0]}")
+    return Loaded(texts, skipped, reasons)
 
 
 def split_by_prompt(rows: Sequence[Any], *, fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -191,60 +217,3 @@ def pad_pairs(rows: Sequence[PairTokens], *, length: int) -> dict[str, dict[str,
         )
         for i, side in enumerate(("chosen", "rejected"))
     }
-
-
-# Tokens ---------------------------------------------------------------------------------------------------------------
-
-
-def _load(found: Rows[Row], convert: Callable[[Row], Any], skip_bad: bool) -> Loaded:
-    rows: list[Any] = []
-    skipped, reasons = found.skipped, list(found.reasons)
-    for row in found.rows:
-        try:
-            rows.append(convert(row))
-        except _BadRow as error:
-            where = getattr(row, "where", "")
-            if not skip_bad:
-                raise ValueError(f"{where}: {error}") from None
-            skipped += 1
-            reasons += [f"{where}: {error}"] * (len(reasons) < 20)
-    if not rows:
-        raise ValueError(f"data: expected at least one good row, found none ({skipped} bad); the first: {reasons[0]}")
-    return Loaded(rows, skipped, reasons)
-
-
-def _written(prompt: Text, response: Text, tokenizer: Any) -> tuple[str, str]:
-    """(the prompt's text, the response's), of messages with what the template writes about them."""
-    if isinstance(prompt, str) and isinstance(response, str):
-        return prompt, response
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("data: expected a tokenizer with a chat template for lists of messages, found none")
-    try:
-        return tokenization.render_response(tokenizer, prompt, response)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise _BadRow(str(error)) from error
-
-
-def _prompt_ids(tokenizer: Any, text: str, templated: bool, *, empty: bool = False) -> list[int]:
-    """The tokenizer adds its special tokens (a BOS) unless a template has; an empty prompt keeps those alone."""
-    ids = tokenization.prompt_ids(tokenizer, text, templated=templated)
-    if not ids and not empty:
-        raise _BadRow("expected a prompt token, found none")
-    return ids
-
-
-def _response_ids(tokenizer: Any, text: str, eos_id: int | None, templated: bool) -> list[int]:
-    try:
-        return tokenization.response_ids(tokenizer, text, eos_id, templated=templated)
-    except ValueError as error:
-        raise _BadRow("expected a response token, found an empty loss mask") from error
-
-
-def _cut(prompt: list[int], response: int, max_length: int) -> list[int]:
-    """The prompt's last tokens, so that the row fits."""
-    room = max_length - response
-    if room < 1:
-        raise _BadRow(
-            f"expected a response of at most {max_length - 1} tokens, found {response} (max_length {max_length})"
-        )
-    return prompt[-room:]

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Literal, NamedTuple, TypeAlias, TypedDict, TypeVar
 
 from jaxalign.data import chats, fields, forms, sources
 from jaxalign.data.rows import Content, Example, Pair, PromptText, RowError, Rows
@@ -22,6 +22,26 @@ Compare: TypeAlias = Literal["all", "best"]
 """Which responses of a ranked list make pairs: all with different ranks, or the best with each that is worse."""
 
 COMPARE = ("all", "best")
+
+
+class PromptReading(TypedDict, total=False):
+    """Keywords of `read_prompts` beside skip_bad."""
+
+    columns: Mapping[str, str] | None
+    as_messages: bool
+
+
+class ExampleReading(PromptReading, total=False):
+    """Keywords of `read_examples` beside skip_bad."""
+
+    safer: bool
+    score: str
+
+
+class PairReading(ExampleReading, total=False):
+    """Keywords of `read_pairs` beside skip_bad."""
+
+    compare: Compare
 
 
 def read_pairs(

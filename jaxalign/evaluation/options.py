@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from jaxalign.data.text_options import TextOptions, check_text_options
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResponseOptions:
@@ -13,7 +15,7 @@ class ResponseOptions:
     model: str
     """Folder (or hub name) of the base language model, with its tokenizer."""
     prompts: str
-    """File of prompts: .txt, one per line; .jsonl or .jsonl.gz with "prompt" or "messages"."""
+    """Prompts: files, folders or a data set's name, of any form (docs/data.md)."""
     reward: str = ""
     """The reward that methods maximise (the proxy): folder of a reward model, or, for methods that need no gradient of
     it, MODULE:FUNCTION, a program f(prompts, responses) -> one number each on lists of texts, or a weighted sum of
@@ -60,6 +62,8 @@ class ResponseOptions:
     """Type of all models' parameters and activations: float32 or bfloat16."""
     mesh: str = ""
     """data=N: N devices share each batch; N divides --batch-size."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,7 @@ def check_options(options: ResponseOptions) -> None:
     Raises:
       ValueError: names the option, what was expected and what was found.
     """
+    check_text_options(options.text)
     for name, least in AT_LEAST.items():
         value = getattr(options, name)
         if value is not None and value < least:

@@ -6,8 +6,11 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
-from jaxalign import _io, data, models, rewards, tokens
+from jaxalign import _io, data, models, rewards
+from jaxalign.data import encoded
+from jaxalign.data.text_options import format_of, prompt_reading
 from jaxalign.evaluation import engine, loading, plots, results
 from jaxalign.evaluation.engine import Method, Texts
 from jaxalign.evaluation.methods import METHODS
@@ -34,16 +37,16 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     specs = check(options)
     scored = {"reward": options.reward, "gold": options.gold}
     tokenizer = models.tokenizer(options.model)
-    prompts = data.tokenize_prompts(options.prompts, tokenizer)
+    prompts = _prompts(options, tokenizer)
     texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
-    reader = rewards.Reader(tokens.text_format(tokenizer), None, [prompt.source or prompt.text for prompt in prompts])
+    reader = rewards.Reader(format_of(options.text, tokenizer), None, [prompt.source for prompt in prompts])
     folders = {"model": options.model} | loading.over_base_tokens(reader, scored)
     for spec in specs:
         folders |= spec.folders
     tokenizer, loaded = loading.load(folders, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
     base = loaded["model"][0]
     loading.check_language_model("model", base, options.model)
-    reader = reader._replace(form=tokens.text_format(tokenizer, eos_ids=base.eos_ids), lm=base)
+    reader = reader._replace(form=format_of(options.text, tokenizer, base.eos_ids), lm=base)
     everything = prompt_batch(texts.ids)
     scorers = loading.scorers(scored, loaded, reader, everything, options.max_new_tokens, dtype=options.dtype)
     setting = Setting(options, loaded, scorers.get("reward"), texts, reader)
@@ -78,6 +81,24 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
             print(f"note: no method of this run reads {', '.join(unread)}")
     print(f"wrote {written} ({len(records)} responses)")
     return rows
+
+
+def _prompts(options: DecodeOptions, tokenizer: Any) -> list[data.Prompt]:
+    """The prompts as token ids. One that leaves no room for a response is an error, or what --on-long says."""
+    room = None
+    if options.text.on_long is not None:
+        room = models.read_config(options.model).max_length - options.max_new_tokens
+    found = data.tokenize_prompts(
+        options.prompts,
+        format_of(options.text, tokenizer),
+        max_length=room,
+        on_long=options.text.on_long or "error",
+        **prompt_reading(options.text),
+    )
+    for line in encoded.describe(found.counts):
+        print(line)
+    prompts: list[data.Prompt] = found.rows
+    return prompts
 
 
 def check(options: DecodeOptions) -> list[Spec]:

@@ -5,7 +5,7 @@ from jaxalign.models.cache import Cache
 from jaxalign.models.config import Config, Follower, Head, Rope
 from jaxalign.models.hf.beside import load_beside
 from jaxalign.models.hf.config import config_from_hf, config_to_hf
-from jaxalign.models.hf.folders import load, save
+from jaxalign.models.hf.folders import load, read_config, save
 from jaxalign.models.hf.peft import load_adapter, save_adapter
 from jaxalign.models.hf.sources import source_folders, split_source
 from jaxalign.models.hf.tokenizers import tokenizer
@@ -36,6 +36,7 @@ __all__ = [
     "load_beside",
     "lora",
     "match_vocabulary",
+    "read_config",
     "read_index",
     "response_hidden",
     "save",

@@ -176,7 +176,7 @@ def _plain(form: TextFormat, prompt: str, response: str) -> Encoded:
     start = encode_text(form, prompt) if prompt else list(form.prefix)
     body, joined = _continuation(form, start, prompt, response)
     closing = list(form.closing)
-    if closing and body[-len(closing) :] == closing:
+    while closing and body[-len(closing) :] == closing:
         body = body[: -len(closing)]  # the text holds its end itself
     notes = (() if joined else (BOUNDARY,)) + _inner(form, body)
     return Encoded(start, min(len(form.prefix), len(start)), body, closing, [], None, notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxalign import models
-from jaxalign.data import preferences
+from jaxalign.data import encoded
 from jaxalign.training import objectives, rollouts
 from jaxalign.training.step import Loss
 
@@ -49,7 +49,7 @@ def likelihood(lm: models.LanguageModel) -> Loss:
     return lambda params, batch, frozen: sft(params, batch["chosen"], frozen)
 
 
-def best_and_worst(found: list[rollouts.Rollout], n: int) -> Iterator[preferences.PairTokens]:
+def best_and_worst(found: list[rollouts.Rollout], n: int) -> Iterator[encoded.PairTokens]:
     """Pairs the best and the worst of each group of n samples of a prompt, in the order that they were drawn.
 
     Args:
@@ -64,4 +64,4 @@ def best_and_worst(found: list[rollouts.Rollout], n: int) -> Iterator[preference
             group = sorted(rows[begin : begin + n], key=lambda row: row.reward)
             if group[0].reward < group[-1].reward:
                 where = f"prompt {group[0].row}, samples {begin} to {begin + n - 1}"
-                yield preferences.PairTokens(group[0].prompt, group[-1].response, group[0].response, where)
+                yield encoded.PairTokens(group[0].prompt, group[-1].response, group[0].response, where)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,9 +15,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign import _io, models, training
-from jaxalign.data import batches, preferences
+from jaxalign.data import batches, encoded, preferences
+from jaxalign.data.text_options import TextOptions, check_text_options, format_of
 from jaxalign.models import sharding
 from jaxalign.prompts import bucket
+from jaxalign.tokens import TextFormat
 from jaxalign.training.measure import check_rows, checked_collate
 from jaxalign.training.step import Loss
 from jaxalign.types import Params
@@ -70,6 +72,8 @@ class TrainingOptions:
     """data=N: N devices share each micro-batch; N divides --batch-size / --accumulate."""
     config: str = ""
     """JSON or TOML file of defaults for these options."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 class Start(NamedTuple):
@@ -81,12 +85,15 @@ class Start(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Rows of a script's data, split by prompt. skipped: bad rows left out; reasons: of the first of them."""
+    """Rows of a script's data, split by prompt. skipped: bad rows left out; reasons: of the first of them;
+    counts: rows that were cut, left out or noted (`encoded.describe`); taught: ids in which responses end."""
 
     train: Sequence[Any]
     validation: Sequence[Any]
     skipped: int
     reasons: Sequence[str]
+    counts: Mapping[str, int] = {}
+    taught: tuple[int, ...] = ()
 
 
 def check_training_options(config: TrainingOptions) -> None:
@@ -110,6 +117,7 @@ def check_training_options(config: TrainingOptions) -> None:
         )
     if bool(config.architecture) != bool(config.tokenizer):
         raise ValueError("tokenizer: expected with --architecture, and only there")
+    check_text_options(config.text)
     mesh = sharding.make_mesh(config.mesh)
     if mesh is not None and (config.batch_size // config.accumulate) % mesh.size:
         raise ValueError(
@@ -180,19 +188,35 @@ def replace_head(
     return new, {"transformer": body} | ({} if head is None else {"head": new.init_head(rng)})
 
 
-def eos_of(tokenizer: Any) -> int:
-    """The id that ends a response. ValueError for a tokenizer without one."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: expected an EOS token, which ends each response, found none")
-    return int(tokenizer.eos_token_id)
+def form_of(config: TrainingOptions, begin: Start) -> TextFormat:
+    """How the job's texts become tokens. ValueError for a tokenizer without an end of a response."""
+    form = format_of(config.text, begin.tokenizer, begin.lm.eos_ids)
+    if not form.closing:
+        raise ValueError("tokenizer: expected an EOS token, which ends each response, found none (--eos-token)")
+    return form
 
 
-def split(loaded: preferences.Loaded, config: TrainingOptions) -> Data:
-    """Train and validation rows; --validation 0 leaves the second empty."""
+def with_taught(begin: Start, data: Data) -> Start:
+    """The model whose EOS ids hold those in which the data's responses end: what is taught to end a response ends
+    generation. An id that is added is told."""
+    known = begin.lm.eos_ids
+    added = [i for i in data.taught if i not in known]
+    if not added:
+        return begin
+    words = ", ".join(f"{begin.tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in added)
+    print(f"responses end in {words}, which joins the model's EOS ids {list(known)}", flush=True)
+    config = dataclasses.replace(begin.lm.config, eos_ids=(*known, *added))
+    return begin._replace(lm=dataclasses.replace(begin.lm, config=config))
+
+
+def split(loaded: encoded.Loaded, config: TrainingOptions) -> Data:
+    """Train and validation rows; --validation 0 leaves the second empty. What was cut or left out is told."""
+    for line in encoded.describe(loaded.counts):
+        print(line, flush=True)
     if config.validation == 0:
-        return Data(loaded.rows, [], loaded.skipped, loaded.reasons)
+        return Data(loaded.rows, [], loaded.skipped, loaded.reasons, loaded.counts, loaded.taught)
     train, validation = preferences.split_by_prompt(loaded.rows, fraction=config.validation, seed=config.seed)
-    return Data(train, validation, loaded.skipped, loaded.reasons)
+    return Data(train, validation, loaded.skipped, loaded.reasons, loaded.counts, loaded.taught)
 
 
 def row_length(config: TrainingOptions, lengths: Sequence[int]) -> int:
@@ -278,10 +302,10 @@ def finish(
 ) -> dict[str, Any]:
     """Writes model/ and summary.json, says so, and names the next command. summary.json comes last: where it is, the
     run is whole."""
-    lm = models.LanguageModel(begin.lm.config, "float32")
+    lm = models.LanguageModel(with_taught(begin, data).lm.config, "float32")
     models.save(out / "model", lm, params, tokenizer=begin.tokenizer, overwrite=True)
     rows = {"rows": len(data.train), "validation_rows": len(data.validation), "skipped_rows": data.skipped}
-    summary = rows | summary
+    summary = rows | dict(data.counts) | summary
     _io.write_json(out / "summary.json", summary)
     for reason in data.reasons:
         print(f"skipped {reason}")

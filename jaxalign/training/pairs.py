@@ -7,28 +7,33 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data import preferences
+from jaxalign.data import encoded, preferences
+from jaxalign.data.text_options import pair_reading
 from jaxalign.training import job
 from jaxalign.types import Params
 
 
-def load(config: Any, tokenizer: Any) -> tuple[job.Data, Callable[[list[Any]], Any]]:
-    """(pairs of --data split by prompt, the function that pads a list of them)."""
+def load(config: Any, begin: job.Start, *, tail: bool = False) -> tuple[job.Data, Callable[[list[Any]], Any]]:
+    """(pairs of --data split by prompt, the function that pads a list of them).
+
+    tail: whether what a chat template writes after a response is kept, as a reward model reads it."""
+    form = job.form_of(config, begin)
     loaded = preferences.tokenize_pairs(
         config.data,
-        tokenizer,
-        eos_id=job.eos_of(tokenizer),
+        form,
         max_length=config.max_length,
+        on_long=config.text.on_long or "cut",
         skip_bad=config.skip_bad,
+        tail=tail,
+        **pair_reading(config.text, config.compare),
     )
-
     return job.split(loaded, config), padding(config)
 
 
-def padding(config: Any) -> Callable[[list[preferences.PairTokens]], dict[str, Any]]:
+def padding(config: Any) -> Callable[[list[encoded.PairTokens]], dict[str, Any]]:
     """The function that pads a list of pairs to the bucket of the longest."""
 
-    def collate(rows: list[preferences.PairTokens]) -> dict[str, Any]:
+    def collate(rows: list[encoded.PairTokens]) -> dict[str, Any]:
         longest = [len(row.prompt) + max(len(row.chosen), len(row.rejected)) for row in rows]
         return preferences.pad_pairs(rows, length=job.row_length(config, longest))
 

@@ -8,26 +8,32 @@ import jax
 import numpy as np
 
 from jaxalign import models
-from jaxalign.data import preferences
+from jaxalign.data import encoded, preferences
+from jaxalign.data.text_options import example_reading
 from jaxalign.training import job, rollouts
 
 
-def scored(config: rollouts.RolloutOptions, path: str, tokenizer: Any, *, eos_id: int) -> preferences.Loaded:
+def scored(config: rollouts.RolloutOptions, path: str, begin: job.Start) -> encoded.Loaded:
     """The texts of a file (`preferences.tokenize_texts`) as rows of `rollouts.Rollout`, each with the reward of
     --reward; row: its prompt's number in order of appearance. ValueErrors: a row without a prompt, a reward that is not
     finite."""
     found = preferences.tokenize_texts(
-        path, tokenizer, eos_id=eos_id, max_length=config.max_length, skip_bad=config.skip_bad
+        path,
+        job.form_of(config, begin),
+        max_length=config.max_length,
+        on_long=config.text.on_long or "cut",
+        skip_bad=config.skip_bad,
+        **example_reading(config.text),
     )
     bare = next((row.where for row in found.rows if not row.prompt), None)
     if bare is not None:
         raise ValueError(f'{bare}: expected a "prompt" beside the response, found none')
     lm, _ = models.load(config.base, dtype=config.dtype)
-    reward, params = rollouts.judge(config.reward, lm, tokenizer, dtype=config.dtype)
+    reward, params = rollouts.judge(config.reward, lm, begin.tokenizer, dtype=config.dtype)
     number: dict[tuple[int, ...], int] = {}
     index = [number.setdefault(tuple(row.prompt), len(number)) for row in found.rows]
 
-    def collate(rows: list[tuple[preferences.TextTokens, int]]) -> dict[str, np.ndarray]:
+    def collate(rows: list[tuple[encoded.TextTokens, int]]) -> dict[str, np.ndarray]:
         # One shape for all: a reward may be a compiled model.
         texts = preferences.pad_texts([row for row, _ in rows], length=config.max_length)
         length = np.asarray([len(row.prompt) for row, _ in rows], np.int32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import infalign, rewards, shaping
+from jaxalign.data import Prompt
 from jaxalign.prompts import prompt_index
 from jaxalign.training import job, rollouts, tables
 from jaxalign.types import Array, CheckedReward, Params, Reward, TokenBatch
@@ -72,14 +73,15 @@ def inputs(config: Any) -> list[str]:
     return [*rewards.reward_inputs(config.reward), config.calibration]
 
 
-def build(config: Any, begin: job.Start, asked: Sequence[Sequence[int]]) -> Composed:
-    """The composition; asked: token ids of all prompts, which a calibration table must be of. ValueErrors: a table made
-    with anything else than this run's model, reward, tokenizer, limit and prompts.
+def build(config: Any, begin: job.Start, prompts: Sequence[Prompt]) -> Composed:
+    """The composition; prompts: all of them, which a calibration table must be of. ValueErrors: a table made with
+    anything else than this run's model, reward, tokenizer, limit and prompts.
 
     A prompt that comes again in a batch of `rl.collate` has its row and a multiple of the prompts' count as index,
     which tells its draws apart: the rewards here read the row."""
-    found = _compose(config, begin, asked)
-    return found._replace(reward=_by_row(found.reward, len(asked)), raw=_by_row(found.raw, len(asked)))
+    found = _compose(config, begin, prompts)
+    count = len(prompts)
+    return found._replace(reward=_by_row(found.reward, count), raw=_by_row(found.raw, count))
 
 
 def _by_row(reward: Reward, count: int) -> Reward:
@@ -93,8 +95,9 @@ def _by_row(reward: Reward, count: int) -> Reward:
     return CheckedReward(read, check, getattr(reward, "vocab_size", None), on_host=rewards.on_host(reward))
 
 
-def _compose(config: Any, begin: job.Start, asked: Sequence[Sequence[int]]) -> Composed:
-    raw, raw_params = rollouts.judge(config.reward, begin.lm, begin.tokenizer, dtype=config.dtype)
+def _compose(config: Any, begin: job.Start, prompts: Sequence[Prompt]) -> Composed:
+    sources = [prompt.source for prompt in prompts]
+    raw, raw_params = rollouts.judge(config.reward, begin.lm, begin.tokenizer, dtype=config.dtype, sources=sources)
     transform = infalign.parse_transform(config.transform, beta=config.beta) if config.transform else None
     if not config.calibration:
         if transform is None:
@@ -102,6 +105,7 @@ def _compose(config: Any, begin: job.Start, asked: Sequence[Sequence[int]]) -> C
         squashed = rewards.map_reward(raw, lambda _, r, index: transform(1 / (1 + jnp.exp(-r))))
         return Composed(squashed, {"reward": raw_params, "map": {}}, raw, raw_params)
     base = config.model or config.architecture
+    asked = [prompt.tokens for prompt in prompts]
     expected = tables.made_with(
         base, config.reward, begin.tokenizer, asked, max_new_tokens=config.max_new_tokens, dtype=config.dtype
     )

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from jaxalign import _io, _progress, data, decoding, models, policies, rewards, tokens
-from jaxalign.data import preferences
+from jaxalign.data import encoded, preferences
+from jaxalign.data.text_options import TextOptions, format_of, prompt_reading
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Text
 from jaxalign.training import job
@@ -30,10 +31,10 @@ class Source:
     base: str
     """Folder of the base language model that makes the roll-outs."""
     prompts: str
-    """File of prompts: .txt, .jsonl or .jsonl.gz."""
+    """Prompts: files, folders or a data set's name, of any form (docs/data.md)."""
     reward: str
-    """Folder of a reward model over the base's vocabulary, or MODULE:FUNCTION, a program f(prompts, responses) ->
-    numbers on lists of texts; or a weighted sum of such, "DIR - 0.1 * MODULE:FUNCTION"."""
+    """Folder of a reward model (DIR#LABEL for one of several labels), or MODULE:FUNCTION, a program f(prompts,
+    responses) -> numbers on lists of texts; or a weighted sum of such, "DIR - 0.1 * MODULE:FUNCTION"."""
     samples: int = 4
     """Roll-outs per prompt."""
     max_new_tokens: int = 128
@@ -51,6 +52,8 @@ class Source:
     """Seed of all draws."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of the weights as they are used; rewards stay float32."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,7 @@ def judge(
 def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -> list[Rollout]:
     """All roll-outs, in order of prompt and sample; shards that are there are read. ValueError: they were made from
     other prompts, or one is longer than --max-length with its prompt."""
-    prompts = data.tokenize_prompts(config.prompts, tokenizer)
+    prompts = read_prompts(config, tokenizer)
     digest = hashlib.blake2b(repr([p.tokens for p in prompts]).encode(), digest_size=8).hexdigest()
     shards = -(-len(prompts) // config.shard)
     folder = (pathlib.Path(config.rollouts) if config.rollouts else out) / "rollouts"
@@ -120,7 +123,7 @@ def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -
     if not all(path.exists() for path in paths):
         lm, params = models.load(config.base, dtype=config.dtype)
         policy = policies.language_model(lm)
-        sources = [p.source or p.text for p in prompts]
+        sources = [prompt.source for prompt in prompts]
         reward, reward_params = judge(config.reward, lm, tokenizer, dtype=config.dtype, sources=sources)
         arguments = {"policy": params, "reward": reward_params}
         with _progress.progress(f"{stage}: roll-outs", len(prompts), unit="prompt") as bar:
@@ -136,6 +139,23 @@ def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -
             f"max_length: expected at least the longest roll-out's {longest} tokens, found {config.max_length}"
         )
     return found
+
+
+def read_prompts(config: Any, tokenizer: Any) -> list[data.Prompt]:
+    """The prompts of --prompts as token ids. One that is too long for its response is an error, or what --on-long says;
+    what is cut or left out is told."""
+    room = None if config.text.on_long is None else config.max_length - config.max_new_tokens
+    found = data.tokenize_prompts(
+        config.prompts,
+        format_of(config.text, tokenizer),
+        max_length=room,
+        on_long=config.text.on_long or "error",
+        **prompt_reading(config.text),
+    )
+    for line in encoded.describe(found.counts):
+        print(line, flush=True)
+    prompts: list[data.Prompt] = found.rows
+    return prompts
 
 
 def _check_same(config: Source, paths: list[pathlib.Path]) -> None:
@@ -208,7 +228,7 @@ def write_shard(
 
 def pad(rows: list[Rollout], *, length: int) -> dict[str, np.ndarray]:
     """{"tokens", "mask", "loss_mask" [b,L], "reward" [b]}, right-padded."""
-    texts = [preferences.TextTokens(row.prompt, row.response, "roll-out") for row in rows]
+    texts = [encoded.TextTokens(row.prompt, row.response, "roll-out") for row in rows]
     return preferences.pad_texts(texts, length=length) | {"reward": np.asarray([r.reward for r in rows], np.float32)}
 
 

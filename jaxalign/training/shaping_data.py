@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jaxalign.data import preferences
+from jaxalign.data import encoded, preferences
 from jaxalign.training import job, rollouts
 
 
@@ -61,7 +61,7 @@ def prompt_groups(found: list[rollouts.Rollout]) -> list[PromptGroup]:
 
 def collate_groups(config: ShapingOptions, rows: list[PromptGroup]) -> dict[str, np.ndarray]:
     """{"tokens", "mask", "loss_mask" [b,n,L], "utility" [b,n]}, right-padded."""
-    texts = [preferences.TextTokens(row.prompt, r, "roll-out") for row in rows for r in row.responses]
+    texts = [encoded.TextTokens(row.prompt, r, "roll-out") for row in rows for r in row.responses]
     length = job.row_length(config, [len(text.prompt) + len(text.response) for text in texts])
     flat = preferences.pad_texts(texts, length=length)
     each = {name: values.reshape(len(rows), -1, *values.shape[1:]) for name, values in flat.items()}

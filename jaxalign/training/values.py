@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import models, shaping
-from jaxalign.data import preferences
+from jaxalign.data import encoded, preferences
 from jaxalign.training import job, objectives, rollouts
 from jaxalign.types import Params
 
@@ -169,7 +169,7 @@ def collate_values(config: ValueOptions) -> Callable[[list[ValueRow]], dict[str,
     classify = config.objective == "exceedance"
 
     def collate(rows: list[ValueRow]) -> dict[str, np.ndarray]:
-        texts = [preferences.TextTokens(row.prompt, row.response, "roll-out") for row in rows]
+        texts = [encoded.TextTokens(row.prompt, row.response, "roll-out") for row in rows]
         length = job.row_length(config, [len(row.prompt) + len(row.response) for row in rows])
         paid = [row.utility if classify else row.reward for row in rows]
         more = {"reward": paid, "threshold": [row.threshold for row in rows]}

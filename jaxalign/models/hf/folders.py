@@ -13,6 +13,7 @@ import jax
 from jax.typing import DTypeLike
 
 from jaxalign.models import sharding
+from jaxalign.models.config import Config
 from jaxalign.models.hf import tensors
 from jaxalign.models.hf.config import config_from_hf, config_to_hf, id_set
 from jaxalign.models.hf.files import read_json, whole_folder, write_json
@@ -52,15 +53,35 @@ def load(
     sharding.check_mesh(mesh)
     source = find_source(path, base=base)
     folder = source.base
+    config, edits = merge_plan(source, _config_of(folder))
+    lm = LanguageModel(config, name)
+    params = tensors.read_params(folder, lm, edits)
+    return lm, params if mesh is None else sharding.shard(params, mesh)
+
+
+def read_config(path: str | pathlib.Path, *, base: str | pathlib.Path | None = None) -> Config:
+    """Reads a folder's configuration alone.
+
+    Args:
+      path, base: as in `load`.
+
+    Returns:
+      The Config of the model that `load` gives.
+
+    Raises:
+      ValueError: as `load`, for what is not of the weights.
+    """
+    source = find_source(path, base=base)
+    return merge_plan(source, _config_of(source.base))[0]
+
+
+def _config_of(folder: pathlib.Path) -> Config:
     config = config_from_hf(read_json(folder / "config.json"))
     generation = folder / "generation_config.json"
     if generation.exists():
         eos = id_set(read_json(generation).get("eos_token_id"))
         config = dataclasses.replace(config, eos_ids=eos or config.eos_ids)
-    config, edits = merge_plan(source, config)
-    lm = LanguageModel(config, name)
-    params = tensors.read_params(folder, lm, edits)
-    return lm, params if mesh is None else sharding.shard(params, mesh)
+    return config
 
 
 def save(
