@@ -76,10 +76,10 @@ def test_bad_input_names_its_field_and_writes_nothing(folders, tmp_path):
         (("--prompts", str(tmp_path / "empty.txt")), "prompts: expected at least one prompt"),
         (("--prompts", str(tmp_path / "blank.txt")), "blank.txt:2: expected a prompt"),
         (("--prompts", str(tmp_path / "long.txt")), "prompts: .*context of 64, found a prompt of 61 tokens"),
-        (("--prompts", str(tmp_path / "table.csv")), "prompts: expected a file that ends in"),
+        (("--prompts", str(tmp_path / "table.doc")), "prompts: expected a file that ends in"),
         (("--mesh", "data=1000"), "mesh"),
     ]
-    (tmp_path / "table.csv").write_text("the cat\n")
+    (tmp_path / "table.doc").write_text("the cat\n")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "blank.txt").write_text("the cat\n\n")
     (tmp_path / "long.txt").write_text("the cat\n" + "cat " * 61 + "\n")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import advantages, decoding, models, policies, shaping
+from jaxalign import advantages, data, decoding, models, policies, shaping
 from jaxalign.prompts import prompt_batch
 from jaxalign.training import job, logging, rl_rewards
 from jaxalign.training import rl as rl_parts
@@ -216,6 +216,7 @@ def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(fi
     lm, params = models.load(files / "base/model")
     tokenizer = models.tokenizer(str(files / "base/model"))
     asked = [tokenizer(p)["input_ids"] for p in opinions.prompts()[:PROMPTS]]
+    given = [data.Prompt(p, ids, p) for p, ids in zip(opinions.prompts(), asked, strict=False)]
     begin = job.Start(lm, params, tokenizer)
     prompts = prompt_batch(asked, length=12)
     drawn = decoding.sample(
@@ -225,7 +226,7 @@ def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(fi
     # The rows of the prompts, and the same rows as they are numbered where a prompt comes again.
     for index in (jnp.arange(PROMPTS, dtype=jnp.int32), jnp.arange(PROMPTS, dtype=jnp.int32) + 2 * PROMPTS):
         plain, shaped = (
-            rl_rewards.build(dataclasses.replace(command, bound=bound), begin, asked) for bound in (0.0, 2.0)
+            rl_rewards.build(dataclasses.replace(command, bound=bound), begin, given) for bound in (0.0, 2.0)
         )
         score = np.asarray(plain.raw(plain.raw_params, *text, index))
         with np.load(files / "table/table.npz") as table:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxalign import commands
+from jaxalign._options import from_fields
 from jaxalign.data import encoded
 from jaxalign.training import adapters, distillation, objectives, pairs, rollouts, tables
 from jaxalign.training.job import check_training_options, split
@@ -95,7 +96,7 @@ def _source(config: Config) -> calibrate.Config:
     if not (path / tables.ABOUT).is_file():
         raise ValueError(f"calibration: expected a folder of train.calibrate, found no {tables.ABOUT} in {path}")
     made = json.loads((path / "config.json").read_text())
-    source = calibrate.Config(**made)
+    source = from_fields(calibrate.Config, made, where=str(path / "config.json"))
     about = json.loads((path / tables.ABOUT).read_text())
     if about["base"] != tables.folder_digest(config.model):
         raise ValueError(f"model: expected the base that {path} was made with, {source.base}, found {config.model}")

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 import transformers
 
-from jaxalign import models, text
+from jaxalign import data, models, text
 from jaxalign.evaluation import loading
 from jaxalign.training import job, rl_rewards, rollouts
 from tests.conftest import forward, tiny_lm
@@ -148,7 +148,7 @@ def reinforce(base, reward):
     """train.rl."""
     lm, params = models.load(base)
     config = types.SimpleNamespace(reward=reward, transform="", calibration="", dtype="float32", beta=1.0)
-    found = rl_rewards.build(config, job.Start(lm, params, models.tokenizer(base)), [[2, 3]])
+    found = rl_rewards.build(config, job.Start(lm, params, models.tokenizer(base)), [data.Prompt("", [2, 3])])
     return lm.vocab_size, found.reward.vocab_size
 
 
