@@ -149,7 +149,10 @@ def check_rows(tokenizer: Any, vocab_size: int, *, name: str = "tokenizer") -> N
 
 
 def match_vocabulary(
-    *models: tuple[LanguageModel, Params], names: Sequence[str] = (), keep_first: bool = False
+    *models: tuple[LanguageModel, Params],
+    names: Sequence[str] = (),
+    keep_first: bool = False,
+    size: int | None = None,
 ) -> list[tuple[LanguageModel, Params]]:
     """Brings all models over one number of ids: the smallest of their vocabularies, or that of the first.
 
@@ -161,6 +164,7 @@ def match_vocabulary(
       names: theirs, for the warning.
       keep_first: whether the first model keeps its rows, as one that is trained does. Another model that has fewer gets
         rows of zeros for the ids that it lacks, which no text holds; one that scores ids itself cannot.
+      size: the largest number of ids, where something else than a model sets it; None: no limit.
 
     Returns:
       (model, parameters) of each, in the order given.
@@ -170,7 +174,8 @@ def match_vocabulary(
     """
     if not models:
         raise ValueError("models: expected at least one, found none")
-    size = models[0][0].vocab_size if keep_first else min(lm.vocab_size for lm, _ in models)
+    smallest = models[0][0].vocab_size if keep_first else min(lm.vocab_size for lm, _ in models)
+    size = smallest if size is None else min(size, smallest)
     out = []
     for i, (lm, params) in enumerate(models):
         label = names[i] if i < len(names) else f"model {i}"

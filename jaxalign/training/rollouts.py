@@ -109,6 +109,19 @@ def judge(
     return rewards.build_reward(spec, open_model=open_model, reader=reader)
 
 
+def load_base(config: Source, tokenizer: Any) -> tuple[models.LanguageModel, Params]:
+    """The base that makes the roll-outs, over the ids of the tokenizer, whose model learns from them. ValueError: a
+    base whose texts hold ids that this tokenizer reads as other tokens."""
+    lm, params = models.load(config.base, dtype=config.dtype)
+    if not isinstance(config, job.TrainingOptions) or (config.model or config.tokenizer) in ("", config.base):
+        return lm, params
+    models.check_tokens(models.tokenizer(config.base), tokenizer, name="model")
+    known = 1 + max(tokenizer.get_vocab().values())
+    if known >= lm.vocab_size:
+        return lm, params
+    return models.match_vocabulary((lm, params), names=("base",), size=known)[0]
+
+
 def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -> list[Rollout]:
     """All roll-outs, in order of prompt and sample; shards that are there are read. ValueError: they were made from
     other prompts, or one is longer than --max-length with its prompt."""
@@ -121,7 +134,7 @@ def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -
         _check_same(config, paths)
     folder.mkdir(exist_ok=True)
     if not all(path.exists() for path in paths):
-        lm, params = models.load(config.base, dtype=config.dtype)
+        lm, params = load_base(config, tokenizer)
         policy = policies.language_model(lm)
         sources = [prompt.source for prompt in prompts]
         reward, reward_params = judge(config.reward, lm, tokenizer, dtype=config.dtype, sources=sources)

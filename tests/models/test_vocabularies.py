@@ -192,6 +192,25 @@ def test_a_tokenizer_with_a_padding_token_beyond_the_rows_starts_a_training_and_
         assert text.generate(lm, params, PADDED, ["the cat"], max_new_tokens=1, rng=jax.random.key(0))
 
 
+def test_rollouts_of_a_base_are_read_by_the_model_that_learns_from_them(folders, tmp_path):
+    """train.value and train.shaping with a --model other than the --base."""
+
+    def load(base, model):
+        config = rollouts.RolloutOptions(
+            out=str(tmp_path / "out"), base=folders[base], model=folders[model], prompts="x", reward="x"
+        )
+        return rollouts.load_base(config, models.tokenizer(folders[model]))[0].vocab_size
+
+    assert load("base", "base") == load("base", "reward") == 11
+    lacking = pytest.warns(UserWarning, match="model: 1 special tokens of the base that no text holds are lacking")
+    with lacking, pytest.warns(UserWarning, match="base: 12 rows cut to the common vocabulary of 11"):
+        assert load("base_pad", "reward") == 11
+    with pytest.warns(UserWarning, match="other names"):
+        assert load("base", "reward_renamed") == 11
+    with pytest.raises(ValueError, match="model: expected the base's vocabulary, found id 7"):
+        load("base", "reward_other")
+
+
 def test_a_base_of_fewer_ids_than_the_values_that_are_learned_from_its_logits_is_named(folders):
     lm = models.load(folders["base_pad"])[0]
     with (
