@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxalign import commands
 from jaxalign.data.text_options import CompareOptions
-from jaxalign.training import adapters, objectives, pairs
+from jaxalign.training import adapters, objectives, pairs, reading
 from jaxalign.training.training_job import Job
 
 
@@ -36,6 +36,8 @@ class Config(adapters.AdapterOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
+    if config.text.show:
+        return reading.show(config, "pairs", model=config.model)
     if not config.beta_r > 0:
         raise ValueError(f"beta_r: expected a value > 0, found {config.beta_r}")
     adapters.spec_of(config)

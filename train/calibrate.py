@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign import _io, commands, models
-from jaxalign.training import job, rollouts, tables
+from jaxalign.training import job, reading, rollouts, tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class Config(rollouts.Source):
 
 def run(config: Config) -> dict[str, Any]:
     """Makes the table, gives the run's summary."""
+    if config.text.show:
+        return reading.show(config, "prompts", model=config.base)
     rollouts.check_source(config)
     if config.samples < 2:
         raise ValueError(f"samples: expected at least 2 responses to rank among, found {config.samples}")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxalign import commands
 from jaxalign.data.text_options import CompareOptions
-from jaxalign.training import adapters, objectives, pairs
+from jaxalign.training import adapters, objectives, pairs, reading
 from jaxalign.training.training_job import Job
 
 
@@ -43,6 +43,8 @@ class Config(adapters.AdapterOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
+    if config.text.show:
+        return reading.show(config, "pairs", model=config.model)
     adapters.spec_of(config)
     if not 0 < config.beta < math.inf:
         raise ValueError(f"beta: expected a finite value > 0, found {config.beta}")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxalign import commands, models
 from jaxalign.data.text_options import CompareOptions
-from jaxalign.training import objectives, pairs
+from jaxalign.training import objectives, pairs, reading
 from jaxalign.training.adapters import AdapterOptions
 from jaxalign.training.training_job import Job
 
@@ -38,6 +38,8 @@ class Config(AdapterOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
+    if config.text.show:
+        return reading.show(config, "read pairs", model=config.model)
     job = Job.open(
         config,
         stage="reward_model",

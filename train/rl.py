@@ -21,7 +21,7 @@ import jax
 from jaxalign import _io, commands, models
 from jaxalign.data import encoded
 from jaxalign.prompts import bucket
-from jaxalign.training import adapters, job, rl, rl_rewards, rollouts
+from jaxalign.training import adapters, job, reading, rl, rl_rewards, rollouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Config(rl.RLOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
+    if config.text.show:
+        return reading.show(config, "prompts", model=config.model)
     rl.check_rl_options(config)
     inputs = [config.prompts, config.model, config.architecture, config.tokenizer, *rl_rewards.inputs(config)]
     read = [folder for name in inputs for folder in models.source_folders(name)]

@@ -18,8 +18,8 @@ import numpy as np
 from jaxalign import commands
 from jaxalign.data import encoded, preferences
 from jaxalign.data.encoded import Learn
-from jaxalign.data.text_options import CompareOptions, example_reading
-from jaxalign.training import objectives
+from jaxalign.data.text_options import CompareOptions
+from jaxalign.training import objectives, reading
 from jaxalign.training.job import TrainingOptions, form_of, row_length, split
 from jaxalign.training.training_job import Job
 
@@ -38,6 +38,8 @@ class Config(TrainingOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
+    if config.text.show:
+        return reading.show(config, "texts", model=config.model)
     job = Job.open(
         config,
         stage="sft",
@@ -48,16 +50,7 @@ def run(config: Config) -> dict[str, Any]:
     if done is not None:
         return done
     begin = job.start(lambda _: None)
-    loaded = preferences.tokenize_texts(
-        config.data,
-        form_of(config, begin),
-        max_length=config.max_length,
-        on_long=config.text.on_long or "cut",
-        skip_bad=config.skip_bad,
-        learn=config.learn,
-        **example_reading(config.text, config.compare),
-    )
-    data = split(loaded, config)
+    data = split(reading.read_texts(config, form_of(config, begin)), config)
 
     def collate(rows: list[encoded.TextTokens]) -> dict[str, np.ndarray]:
         length = row_length(config, [len(row.prompt) + len(row.response) for row in rows])

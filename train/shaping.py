@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxalign import commands, models
 from jaxalign.data import encoded
-from jaxalign.training import leaders, rollouts, shaping_data
+from jaxalign.training import leaders, reading, rollouts, shaping_data
 from jaxalign.training.job import split
 from jaxalign.training.training_job import Job
 
@@ -31,6 +31,8 @@ class Config(shaping_data.ShapingOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Rolls out, trains, writes the run folder, gives its summary."""
+    if config.text.show:
+        return reading.show(config, "prompts", model=config.base)
     if not (config.model or config.architecture):
         config = dataclasses.replace(config, model=config.base)
     shaping_data.check_shaping_options(config)

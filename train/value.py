@@ -34,7 +34,7 @@ from typing import Any
 
 from jaxalign import commands, models
 from jaxalign.data import encoded
-from jaxalign.training import objectives, responses, rollouts, values
+from jaxalign.training import objectives, reading, responses, rollouts, values
 from jaxalign.training.job import split
 from jaxalign.training.training_job import Job
 from jaxalign.types import Params
@@ -47,6 +47,8 @@ class Config(values.ValueOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Rolls out, trains, writes the run folder, gives its summary."""
+    if config.text.show:
+        return reading.show(config, "prompts", model=config.base)
     if not (config.model or config.architecture):
         config = dataclasses.replace(config, model=config.base)
     values.check_value_options(config)

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxalign import _io, data, models, rewards
-from jaxalign.data import encoded
-from jaxalign.data.text_options import format_of, prompt_reading
+from jaxalign.data.text_options import format_of
 from jaxalign.evaluation import engine, loading, plots, results
 from jaxalign.evaluation.engine import Method, Texts
 from jaxalign.evaluation.methods import METHODS
@@ -19,6 +18,7 @@ from jaxalign.evaluation.results import Embed, Record
 from jaxalign.evaluation.settings import Setting
 from jaxalign.evaluation.specs import CRITICS, KINDS, Spec, parse_method
 from jaxalign.prompts import prompt_batch
+from jaxalign.training import reading
 
 
 def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
@@ -34,6 +34,9 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     Raises:
       ValueError: names the option or the method. What can be checked before decoding is, and nothing is written then.
     """
+    if options.text.show:
+        reading.show(options, "prompts", model=options.model)
+        return []
     specs = check(options)
     scored = {"reward": options.reward, "gold": options.gold}
     tokenizer = models.tokenizer(options.model)
@@ -84,21 +87,9 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
 
 
 def _prompts(options: DecodeOptions, tokenizer: Any) -> list[data.Prompt]:
-    """The prompts as token ids. One that leaves no room for a response is an error, or what --on-long says."""
-    room = None
-    if options.text.on_long is not None:
-        room = models.read_config(options.model).max_length - options.max_new_tokens
-    found = data.tokenize_prompts(
-        options.prompts,
-        format_of(options.text, tokenizer),
-        max_length=room,
-        on_long=options.text.on_long or "error",
-        **prompt_reading(options.text),
-    )
-    for line in encoded.describe(found.counts):
-        print(line)
-    prompts: list[data.Prompt] = found.rows
-    return prompts
+    """The prompts as token ids (`reading.read_prompts`)."""
+    room = models.read_config(options.model).max_length - options.max_new_tokens
+    return reading.read_prompts(options.prompts, options.text, format_of(options.text, tokenizer), room=room)
 
 
 def check(options: DecodeOptions) -> list[Spec]:

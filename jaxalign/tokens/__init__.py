@@ -18,9 +18,10 @@ from jaxalign.tokens._encode import (
     turn_end,
 )
 from jaxalign.tokens._format import Messages, Text, TextFormat, Tokenizer, text_format
-from jaxalign.tokens._show import show_row
+from jaxalign.tokens._show import LEGEND, show_row
 
 __all__ = [
+    "LEGEND",
     "NOTES",
     "Encoded",
     "Messages",

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data import encoded, preferences
-from jaxalign.data.text_options import pair_reading
-from jaxalign.training import job
+from jaxalign.training import job, reading
 from jaxalign.types import Params
 
 
@@ -17,16 +16,7 @@ def load(config: Any, begin: job.Start, *, tail: bool = False) -> tuple[job.Data
     """(pairs of --data split by prompt, the function that pads a list of them).
 
     tail: whether what a chat template writes after a response is kept, as a reward model reads it."""
-    form = job.form_of(config, begin)
-    loaded = preferences.tokenize_pairs(
-        config.data,
-        form,
-        max_length=config.max_length,
-        on_long=config.text.on_long or "cut",
-        skip_bad=config.skip_bad,
-        tail=tail,
-        **pair_reading(config.text, config.compare),
-    )
+    loaded = reading.read_pairs(config, job.form_of(config, begin), tail=tail)
     return job.split(loaded, config), padding(config)
 
 

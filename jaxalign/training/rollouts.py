@@ -17,10 +17,10 @@ import numpy as np
 
 from jaxalign import _io, _progress, data, decoding, models, policies, rewards, tokens
 from jaxalign.data import encoded, preferences
-from jaxalign.data.text_options import TextOptions, format_of, prompt_reading
+from jaxalign.data.text_options import TextOptions, format_of
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Text
-from jaxalign.training import job
+from jaxalign.training import job, reading
 from jaxalign.types import Params, Reward
 
 
@@ -155,20 +155,9 @@ def roll_out(config: Source, out: pathlib.Path, tokenizer: Any, *, stage: str) -
 
 
 def read_prompts(config: Any, tokenizer: Any) -> list[data.Prompt]:
-    """The prompts of --prompts as token ids. One that is too long for its response is an error, or what --on-long says;
-    what is cut or left out is told."""
-    room = None if config.text.on_long is None else config.max_length - config.max_new_tokens
-    found = data.tokenize_prompts(
-        config.prompts,
-        format_of(config.text, tokenizer),
-        max_length=room,
-        on_long=config.text.on_long or "error",
-        **prompt_reading(config.text),
-    )
-    for line in encoded.describe(found.counts):
-        print(line, flush=True)
-    prompts: list[data.Prompt] = found.rows
-    return prompts
+    """The prompts of --prompts as token ids (`reading.read_prompts`)."""
+    room = config.max_length - config.max_new_tokens
+    return reading.read_prompts(config.prompts, config.text, format_of(config.text, tokenizer), room=room)
 
 
 def _check_same(config: Source, paths: list[pathlib.Path]) -> None:
