@@ -8,8 +8,8 @@ The data is JSON lines (or .jsonl.gz, .parquet) with {"prompt", "chosen", "rejec
 "rejected"} in the form of hh-rlhf, or lists of chat messages. summary.json holds the accuracy on held-out pairs with
 its 95 % interval.
 
-With --lora-rank an adapter and the head are trained on the frozen --model: adapter/ holds both, in peft's form, and is
-read with the pad id of its base; model/ is merged.
+With --lora-rank an adapter and the head are trained on the frozen --model: adapter/ holds both, in peft's form, with
+the tokenizer, by whose pad id it is read; model/ is merged.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ def run(
         begin_both = begin._replace(params={"lora": adapter, "head": begin.params["head"]})
         both = with_adapter_and_head(loss, spec)
         found = job.run(config, begin_both, data, both, collate, stage=stage, out=out, frozen=weights)
-        return merged(config, masters, begin.params | {"head": found["head"]}, found["lora"], out)
+        whole = begin.params | {"head": found["head"]}
+        return merged(config, masters, whole, found["lora"], out, tokenizer=begin.tokenizer)
     adapted = with_adapter(loss, spec)
     begin_adapter = begin._replace(params=adapter)
     found = job.run(config, begin_adapter, data, adapted, collate, stage=stage, out=out, frozen=weights)
@@ -87,13 +88,22 @@ def run(
 
 
 def merged(
-    config: AdapterOptions, lm: models.LanguageModel, params: Params, adapter: Params, out: pathlib.Path
+    config: AdapterOptions,
+    lm: models.LanguageModel,
+    params: Params,
+    adapter: Params,
+    out: pathlib.Path,
+    *,
+    tokenizer: Any = None,
 ) -> Params:
-    """Writes a trained adapter to adapter/ and gives the float32 weights `params` with it merged in, on the host."""
+    """Writes a trained adapter to adapter/, the tokenizer beside it where one is given (a reward model is read by its
+    pad id), and gives the float32 weights `params` with the adapter merged in, on the host."""
     spec = spec_of(config)
     assert spec is not None
     head = params["head"] if lm.config.head is not None else None
-    models.save_adapter(out / "adapter", lm, spec, adapter, base=config.model, head=head, overwrite=True)
+    models.save_adapter(
+        out / "adapter", lm, spec, adapter, base=config.model, head=head, tokenizer=tokenizer, overwrite=True
+    )
     return jax.device_get(models.lora.merge(params, adapter, spec))
 
 

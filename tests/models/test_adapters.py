@@ -272,6 +272,23 @@ def test_a_score_makes_a_reward_model_of_a_language_model(tmp_path):
         models.load_adapter(ADAPTERS / "score", models.load(GOLDEN / "llama_reward")[0])
 
 
+@pytest.mark.parametrize("pad", ["</s>", {"content": "</s>", "special": True}, "cat", None, "gone"])
+def test_a_score_is_read_by_the_pad_id_of_the_tokenizer_beside_the_adapter(pad, tmp_path):
+    """As TRL leaves a reward model: an adapter and the tokenizer by whose pad id it was trained."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(ADAPTERS / "score", folder)
+    added = [{"id": 7, "content": "</s>", "special": True}]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"vocab": {"cat": 9}}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad}))
+    source = f"{folder}@{GOLDEN / 'llama_reward'}"
+    own = 9 if pad == "cat" else 7
+    if pad in (None, "gone"):
+        assert models.load(source)[0].config.pad_id == models.load(GOLDEN / "llama_reward")[0].config.pad_id
+        return
+    with pytest.warns(UserWarning, match=f"the pad id {own} of the adapter's tokenizer"):
+        assert models.load(source)[0].reward_pad_id == own
+
+
 def test_a_head_of_another_kind_is_not_saved_beside_an_adapter(tmp_path):
     for head, match in (
         ("value", "head: expected None"),

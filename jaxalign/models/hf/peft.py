@@ -40,6 +40,7 @@ def save_adapter(
     *,
     base: str = "",
     head: Params | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
 ) -> None:
     """Writes an adapter as a folder that `load_adapter` and peft read, whole or not at all, as `models.save` does.
@@ -52,6 +53,7 @@ def save_adapter(
       base: where the model comes from, for peft.
       head: the trained head of a reward model (its params["head"]), which is kept whole beside the products, as peft
         keeps a score; `models.load` of the folder gives the reward model.
+      tokenizer: saved beside the adapter; a tokenizer of transformers. A reward model is read by its pad id.
       overwrite: whether a folder with files is replaced.
 
     Raises:
@@ -93,6 +95,8 @@ def save_adapter(
     with whole_folder(path, overwrite=overwrite) as temporary:
         write_json(temporary / "adapter_config.json", values)
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
 
 
 def _score(lm: LanguageModel, head: Params) -> Array:
@@ -100,6 +104,10 @@ def _score(lm: LanguageModel, head: Params) -> Array:
     config = lm.config
     if config.head is None or config.head.kind != "reward":
         raise ValueError(f"head: expected None for a model without a reward head, found one beside {config.head}")
+    if config.head.bound is not None:
+        raise ValueError(
+            f"head: expected a reward head without a bound, which peft has no place for, found {config.head}"
+        )
     kernel: Array = head["score"]["kernel"]
     shape = (config.hidden_size, config.head.num_labels)
     if kernel.shape != shape:

@@ -10,7 +10,7 @@ import pathlib
 from typing import NamedTuple, TypeAlias
 
 from jaxalign.models.config import Config, Head
-from jaxalign.models.hf.files import local_folder, read_json
+from jaxalign.models.hf.files import local_folder, read_json, tell
 from jaxalign.models.hf.peft import AdapterFile, read_adapter
 from jaxalign.models.hf.tensors import Edits
 from jaxalign.types import Array
@@ -125,7 +125,8 @@ def merge_plan(source: Source, config: Config) -> tuple[Config, Edits]:
     """What the adapters of a source make of its base: the config of the whole model, and the edits of its tensors.
 
     A score among an adapter's saved modules makes a reward model of a language model, as a …ForSequenceClassification
-    class of transformers does it; an lm_head unties tied embeddings.
+    class of transformers does it; it is not read at the pad id of the tokenizer in the adapter's folder, where one is
+    saved there, else of the base. An lm_head unties tied embeddings.
     """
     products: dict[str, list[tuple[Array, Array, float]]] = {}
     replaced: dict[str, Array] = {}
@@ -145,6 +146,10 @@ def _config_with(config: Config, adapter: AdapterFile, folder: pathlib.Path) -> 
         raise ValueError(f"task_type: expected 'CAUSAL_LM' or 'SEQ_CLS' in {folder / ADAPTER}, found {task!r}")
     if config.head is None and labels is not None:
         config = dataclasses.replace(config, head=Head("reward", num_labels=labels.shape[0]))
+    pad = _pad_id(folder) if labels is not None else None
+    if pad is not None and pad != config.pad_id:
+        tell(f"{folder}: the pad id {pad} of the adapter's tokenizer takes the place of the base's {config.pad_id}")
+        config = dataclasses.replace(config, pad_id=pad)
     if task == "SEQ_CLS" and config.head is None:
         raise ValueError(
             f"modules_to_save: expected a score in {folder}, whose task_type is 'SEQ_CLS', or in its base, found none"
@@ -152,3 +157,17 @@ def _config_with(config: Config, adapter: AdapterFile, folder: pathlib.Path) -> 
     if "lm_head.weight" in adapter.saved and config.tie_embeddings:
         config = dataclasses.replace(config, tie_embeddings=False)
     return config
+
+
+def _pad_id(folder: pathlib.Path) -> int | None:
+    """The pad id of the tokenizer beside an adapter, None without one: trainers set the model's to it, and a score is
+    not read at it."""
+    if not all((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    token = read_json(folder / "tokenizer_config.json").get("pad_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    values = read_json(folder / "tokenizer.json")
+    added = {one.get("content"): one.get("id") for one in values.get("added_tokens") or []}
+    vocab = (values.get("model") or {}).get("vocab")
+    found = added.get(token, vocab.get(token) if isinstance(vocab, dict) else None)
+    return found if isinstance(found, int) else None
