@@ -8,6 +8,7 @@ import pytest
 
 from jaxalign import tokens
 from tests import token_cases as cases
+from tests import write_templates
 
 ASK = [{"role": "user", "content": "How are you?"}]
 SYSTEM = [{"role": "system", "content": "One two three."}]
@@ -296,3 +297,8 @@ def test_rows_are_shown_with_what_is_learned_and_read():
     parts = [("given", row.prompt[:1]), ("learned", row.response), ("end", row.closing), ("read", row.tail)]
     assert tokens.show_row(tokenizer, parts) == "'<|user|>':6\n+'Ye':277 +'s':90\n+'</s>':2\n~'Ċ':206"
     assert "\033[32m" in tokens.show_row(tokenizer, parts, colour=True)
+
+
+def test_the_page_of_tokens_has_the_table_of_these_templates():
+    page = write_templates.PAGE.read_text()
+    assert write_templates.written(page) == page, "python -m tests.write_templates writes the table anew"

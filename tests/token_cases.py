@@ -87,7 +87,7 @@ def _dummy_space() -> str:
     )
     # Words with their space in front are learned whole, as sentencepiece does, though none is cut off before.
     raw.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
-    text = _train(raw, initial_alphabet=list("▁abcdefghijklmnopqrstuvwxyz\n:[]/<>|"))
+    text = _train(raw, initial_alphabet=list("▁Sabcdefghijklmnopqrstuvwxyz\n:[]/<>|"))
     made = tokenizers.Tokenizer.from_str(text)
     made.pre_tokenizer = None
     return str(made.to_str())
