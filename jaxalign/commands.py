@@ -15,8 +15,9 @@ import pathlib
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
 from jaxalign import launch
 from jaxalign._options import from_fields, parse
@@ -164,14 +165,17 @@ def jobs(package: str) -> dict[str, str]:
 def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a program's `main` on its arguments and ends the process.
 
-    An error is one line on stderr; --debug, anywhere among the arguments, shows the traceback as well. Exit codes: 0;
+    An error is one line on stderr; --debug, anywhere among the arguments, shows the traceback as well. A warning, which
+    tells what was passed over or cut, is one line too. Exit codes: 0;
     2 for usage (a ValueError, which names what is wrong with an option or an input); 1 for a run that failed otherwise;
     130 after an interrupt; 141 where the reader of stdout has gone.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        main([word for word in given if word != "--debug"])
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            main([word for word in given if word != "--debug"])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -189,6 +193,19 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         print(f"error: {kind}{words}{hint}", file=sys.stderr)
         sys.exit(USAGE if usage else FAILED)
     sys.exit(0)
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Shows a warning as one line: with its place where it is not one of the library's own."""
+    place = "" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: "
+    print(f"note: {place}{' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _run_with(module: Any, arguments: list[str], *, prog: str) -> Any:

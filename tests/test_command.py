@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import setuptools
@@ -166,3 +167,17 @@ def test_the_wheel_holds_every_package(monkeypatch):
     mapped = {name if name.startswith("jaxalign") else f"jaxalign.launch.{name}" for name in names}
     assert set(kept["packages"]) == mapped
     assert kept["package_dir"] == {"jaxalign.launch.train": "train", "jaxalign.launch.eval": "eval"}
+
+
+def test_a_warning_is_one_line_without_its_place(capsys):
+    def main(_):
+        warnings.warn("base: 12 rows cut\nto 11", stacklevel=1)
+
+    shown = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        with pytest.raises(SystemExit) as ended:
+            commands.execute(main, [])
+    assert ended.value.code == 0
+    assert capsys.readouterr().err == "note: base: 12 rows cut to 11\n"
+    assert warnings.showwarning is shown

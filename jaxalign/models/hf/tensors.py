@@ -74,7 +74,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def no_weights(folder: pathlib.Path) -> str:
     """The message for a folder without safetensors: what it holds in their place, and how that is converted."""
     expected = f"model.safetensors: expected in the folder, or its index, found neither in {folder}"
-    pickles = sorted({*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")})
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
     if not pickles:
         return expected
     architecture = (read_json(folder / "config.json").get("architectures") or ["LlamaForCausalLM"])[0]
