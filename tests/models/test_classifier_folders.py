@@ -57,7 +57,8 @@ def trained(request, tmp_path_factory):
         validation=0.0,
     )
     reward_model.run(config)
-    data, collate = pairs.load(config, models.tokenizer(folder / "run/model"))
+    begin = job.Start(*models.load(folder / "run/model"), models.tokenizer(folder / "run/model"))
+    data, collate = pairs.load(config, begin, tail=True)
     return request.param, folder / "run/model", collate(list(data.train))
 
 
