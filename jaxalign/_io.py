@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import importlib.metadata
 import json
@@ -13,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+
+from jaxalign import _options
 
 PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
@@ -28,22 +29,33 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 def open_run(folder: str | os.PathLike[str], config: Any, *, inputs: Sequence[str] = ()) -> pathlib.Path:
     """The run folder, with config.json, versions.json and inputs.json. A folder of another run is refused.
 
-    The same config opens the folder again, so that the run can go on; the fields `config` and `out` are not compared.
-    inputs: files and folders that the run reads; their sizes and times of change are kept, since a run that goes on
-    with other weights would mix two runs.
-    ValueError: the folder holds a run whose config differs (the field is named) or whose inputs have changed (the file
-    is named), or files but no config.json.
+    The same config opens the folder again, so that the run can go on. config.json holds the value of each option,
+    those of groups beside the config's own; an option that is not in it, since it came later, had its default.
+
+    Args:
+      folder: the run folder, new, empty or of this run.
+      config: dataclass of options; `config` and `out` are not compared.
+      inputs: files and folders that the run reads; their sizes and times of change are kept, since a run that goes on
+        with other weights would mix two runs.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: the folder holds a run with another value of an option (it is named), or one whose inputs have changed
+        (the file is named), or files but no config.json.
     """
     out = pathlib.Path(folder)
-    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    compared = {name: value for name, value in values.items() if name not in ("config", "out")}
+    values = _as_json(_options.flat(config))
     stored = out / "config.json"
     if stored.exists():
-        before = json.loads(stored.read_text())
-        for name in sorted(set(compared) | (set(before) - {"config", "out"})):
-            if before.get(name) != compared.get(name):
+        before = _as_json(_options.defaults(type(config))) | _options.flat_values(
+            type(config), json.loads(stored.read_text())
+        )
+        for name in sorted((set(values) | set(before)) - {"config", "out"}):
+            if before.get(name) != values.get(name):
                 raise ValueError(
-                    f"{name}: expected {before.get(name)!r} of the run in {out}, found {compared.get(name)!r}; "
+                    f"{name}: expected {before.get(name)!r} of the run in {out}, found {values.get(name)!r}; "
                     "name another --out, or remove that folder"
                 )
     elif out.exists() and any(out.iterdir()):
@@ -63,6 +75,12 @@ def open_run(folder: str | os.PathLike[str], config: Any, *, inputs: Sequence[st
         if not path.exists() or json.loads(path.read_text()) != found:
             write_json(path, found)
     return out
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as they are read from JSON again: tuples are lists."""
+    found: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return found
 
 
 def changed_inputs(folder: pathlib.Path, *, inputs: Sequence[str]) -> list[str]:

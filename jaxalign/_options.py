@@ -1,7 +1,9 @@
 """Options: a frozen dataclass from the command line, a file, or keywords.
 
 A config is composed of groups: a field whose type is a dataclass is a group, and its fields are options beside the
-config's own. Options have one flat set of names, `--learning-rate` whatever group `learning_rate` lies in.
+config's own. Options have one flat set of names, `--learning-rate` whatever group `learning_rate` lies in. A script
+that has other defaults than a group gives that field `default_factory=functools.partial(Group, option=value)`, also
+where the group has required options.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import pathlib
@@ -37,20 +40,20 @@ def parse(config: type[C], *, description: str, args: Sequence[str] | None = Non
 
     Raises:
       SystemExit: an option is not known, or a required one is missing: exit code 2 and a message that names it.
-      ValueError: a key of FILE is not an option, or its value is of another type.
+      ValueError: a key of FILE is not an option, or its value is of another type; two groups have one option.
     """
     import tyro  # it takes a fifth of a second, and only a command line needs it
 
     arguments = list(sys.argv[1:] if args is None else args)
     prog = prog or pathlib.Path(sys.argv[0]).name
     given = {word.partition("=")[0][2:].replace("-", "_") for word in arguments if word.startswith("--")}
-    path, values = _config_option(arguments), dict[str, Any]()
+    known, path, values = _options(config), _config_option(arguments), dict[str, Any]()
     if path is not None:
         # tyro would append a repeatable option to its default.
         values = {name: value for name, value in _read(config, path).items() if name not in given}
     default = _make(config, values, path or "", missing=tyro.MISSING)
     if "-h" not in arguments and "--help" not in arguments:
-        known, lacking = _options(config), [name for name, v in flat(default).items() if v is tyro.MISSING]
+        lacking = [name for name, value in flat(default).items() if value is tyro.MISSING]
         for name in sorted(given):
             if name not in known and known.get(name.removeprefix("no_")) is not bool:
                 close = difflib.get_close_matches(name, known, n=1)
@@ -59,7 +62,8 @@ def parse(config: type[C], *, description: str, args: Sequence[str] | None = Non
         for name in lacking:
             if name not in given:
                 _refuse(prog, f"{_dashed(name)}: expected a value, which is required, found none")
-    extra: dict[str, Any] = {} if path is None else {"default": default}
+    # Given whole, since tyro would call a default factory of a group that has required options.
+    extra: dict[str, Any] = {} if path is None and not _groups(config) else {"default": default}
     groups_flat, printed = (tyro.conf.OmitArgPrefixes,), io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -97,6 +101,22 @@ def from_fields(config: type[C], values: Mapping[str, Any], *, where: str = "the
     return _make(config, _checked(config, values, where), where, missing=None)
 
 
+def flat_values(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Option -> value of a mapping in which a group's name may map to its own options, as files hold them."""
+    groups, opened = _groups(config), dict[str, Any]()
+    for key, value in values.items():
+        opened |= flat_values(groups[key], value) if key in groups and isinstance(value, dict) else {key: value}
+    return opened
+
+
+def defaults(config: type[Any]) -> dict[str, Any]:
+    """Option -> default, of the options that have one."""
+    required = object()
+    return {
+        name: value for name, value in flat(_make(config, {}, "", missing=required)).items() if value is not required
+    }
+
+
 def flat(config: Any) -> dict[str, Any]:
     """Option -> value of a config, its groups' options beside its own."""
     found: dict[str, Any] = {}
@@ -132,45 +152,64 @@ def _read(config: type[Any], path: str) -> dict[str, Any]:
 
 def _checked(config: type[Any], values: Mapping[str, Any], where: str, *, name: str = "options") -> dict[str, Any]:
     """The values by option, with groups opened. ValueErrors: a name that is no option, a value of another type."""
-    groups = {group: hint for group, hint in typing.get_type_hints(config).items() if dataclasses.is_dataclass(hint)}
-    known, opened = _options(config), dict[str, Any]()
-    for key, value in values.items():
-        opened |= value if key in groups and isinstance(value, dict) else {key: value}
+    known, opened = _options(config), flat_values(config, values)
     unknown = sorted(set(opened) - set(known))
     if unknown:
         raise ValueError(f"{name}: expected keys among {sorted(known)}, found {unknown} in {where}")
     return {key: _typed(key, value, known[key], where) for key, value in opened.items()}
 
 
+def _groups(config: type[Any]) -> dict[str, type[Any]]:
+    """Field -> dataclass, of the fields that are groups."""
+    hints = typing.get_type_hints(config)
+    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+
+
 def _options(config: type[Any]) -> dict[str, Any]:
-    """Option -> type."""
-    found: dict[str, Any] = {}
+    """Option -> type. ValueError: two groups, or a group and the config, have an option of one name."""
+    groups, found = _groups(config), dict[str, Any]()
     for name, hint in typing.get_type_hints(config).items():
-        found |= _options(hint) if dataclasses.is_dataclass(hint) else {name: hint}  # type: ignore[arg-type]
+        more = _options(groups[name]) if name in groups else {name: hint}
+        twice = sorted(set(more) & set(found))
+        if twice:
+            raise ValueError(f"{twice[0]}: expected one option of this name in {config.__qualname__}, found two")
+        found |= more
     return found
 
 
-def _make(config: type[C], values: Mapping[str, Any], where: str, *, missing: Any, default: Any = None) -> C:
-    """The config of checked values; `missing` stands for a required option, which is a ValueError where it is None."""
-    hints = typing.get_type_hints(config)
-    made: dict[str, Any] = {}
+def _make(
+    config: type[C], values: Mapping[str, Any], where: str, *, missing: Any, given: Mapping[str, Any] | None = None
+) -> C:
+    """The config of checked values over `given`, field -> value, and the fields' own defaults; `missing` stands for a
+    required option, which is a ValueError where it is None."""
+    groups, given, made = _groups(config), given or {}, dict[str, Any]()
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        name, hint = field.name, hints[field.name]
-        own = field.default if default is None else getattr(default, name)
-        if own is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-            own = field.default_factory()
-        if dataclasses.is_dataclass(hint):
-            group = None if own is dataclasses.MISSING else own
-            made[name] = _make(hint, values, where, missing=missing, default=group)  # type: ignore[arg-type]
+        name = field.name
+        if name in groups:
+            made[name] = _make(groups[name], values, where, missing=missing, given=_group_defaults(field, given))
         elif name in values:
             made[name] = values[name]
-        elif own is not dataclasses.MISSING:
-            made[name] = own
+        elif name in given:
+            made[name] = given[name]
+        elif field.default is not dataclasses.MISSING:
+            made[name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            made[name] = field.default_factory()
         elif missing is None:
             raise ValueError(f"{name}: expected a value, found none in {where}")
         else:
             made[name] = missing
     return config(**made)
+
+
+def _group_defaults(field: dataclasses.Field[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Field -> value of a group, where these are not the group's own defaults."""
+    group, factory = given.get(field.name, field.default), field.default_factory
+    if dataclasses.is_dataclass(group):
+        return {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
+    if isinstance(factory, functools.partial):  # which may lack the group's required options
+        return dict(factory.keywords)
+    return {}
 
 
 def _typed(name: str, value: Any, hint: Any, where: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import pathlib
 import re
 import subprocess
@@ -12,7 +14,7 @@ import warnings
 import pytest
 import setuptools
 
-from jaxalign import _options, commands
+from jaxalign import _io, _options, commands
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -73,6 +75,65 @@ def test_a_config_from_keywords_names_what_is_wrong():
     for values, named in (({}, "out: expected a value"), ({"out": 1}, "out: expected str"), ({"of": 1}, r"\['of'\]")):
         with pytest.raises(ValueError, match=named):
             _options.from_fields(Config, values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Changed:
+    """A config with defaults of its own for a group that has a required option."""
+
+    place: Place = dataclasses.field(default_factory=functools.partial(Place, config="mine"))
+    steps: int = 3
+    """Updates."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Twice:
+    """Two groups with one option."""
+
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    changed: Changed
+
+
+def test_a_config_has_its_own_defaults_of_a_group(capsys):
+    parse = lambda *args: _options.parse(Changed, description="", args=args)  # noqa: E731
+    assert parse("--out", "x") == Changed(place=Place(out="x", config="mine"))
+    assert _options.from_fields(Changed, {"place": {"out": "x"}, "steps": 4}).place.config == "mine"
+    assert _options.defaults(Changed) == {"config": "mine", "steps": 3}
+    with pytest.raises(SystemExit):
+        parse("--steps", "4")
+    assert "--out: expected a value, which is required" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "mine" in capsys.readouterr().out
+
+
+def test_one_option_of_two_groups_is_refused_by_name():
+    calls = (
+        lambda: _options.parse(Twice, description="", args=["--out", "x"]),
+        lambda: _options.parse(Twice, description="", args=["--help"]),
+        lambda: _options.from_fields(Twice, {"out": "x"}),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^steps: expected one option of this name in Twice, found two"):
+            call()
+
+
+def test_a_run_folder_holds_the_options_of_groups_flat(tmp_path):
+    out, config = tmp_path / "run", Config(place=Place(out="x"), names=("a",))
+    written = {"out": "x", "config": "", "rate": 2.0, "steps": 10, "names": ["a"]}
+    # As they are written, with nested groups, and from before there was an option or a whole group.
+    for before in (None, {"place": {"out": "x"}, "optimizer": {"rate": 2.0}, "names": ["a"]}, {"names": ["a"]}):
+        if before is not None:
+            (out / "config.json").write_text(json.dumps(before))
+        _io.open_run(out, dataclasses.replace(config, place=Place(out="y")))
+        _io.open_run(out, config)
+        assert json.loads((out / "config.json").read_text()) == written
+    with pytest.raises(ValueError, match=r"^steps: expected 10 of the run .*, found 5"):
+        _io.open_run(out, dataclasses.replace(config, optimizer=Optimizer(rate=2.0, steps=5)))
+    # A config's own default of the group, not the group's.
+    (out / "config.json").write_text(json.dumps({"names": ["a"]}))
+    with pytest.raises(ValueError, match=r"^rate: expected 2\.0 of the run .*, found 0\.5"):
+        _io.open_run(out, dataclasses.replace(config, optimizer=Optimizer()))
 
 
 def test_every_module_that_can_be_run_from_a_clone_is_a_job_of_the_command(capsys):
