@@ -47,7 +47,7 @@ def run(config: Config) -> dict[str, Any]:
     following += f"--calibration {out} --max-new-tokens {config.max_new_tokens} --transform exp:10 --out DIR"
     done = job.finished(out)
     if done is None:
-        tokenizer = models.tokenizer(config.base)
+        tokenizer = models.tokenizer(config.base, chat_template=config.text.chat_template)
         found = rollouts.roll_out(config, out, tokenizer, stage="calibrate")
         rewards = np.asarray([row.reward for row in found], np.float32).reshape(-1, config.samples)
         asked = [prompt.tokens for prompt in rollouts.read_prompts(config, tokenizer)]

@@ -28,6 +28,8 @@ class TextOptions:
     """System turn of chats that have none."""
     chat_template_kwargs: str = ""
     """Arguments of the chat template as JSON: {"enable_thinking": false}."""
+    chat_template: str = ""
+    """Name of one of the tokenizer's chat templates, where it has several; by default the one named "default"."""
     eos_token: str = ""
     """Token that ends a response in plain text, or its id, in place of the tokenizer's EOS."""
     show: int = 0

@@ -28,17 +28,18 @@ class Scorer(NamedTuple):
     """The Reward as methods take it into their own programs."""
 
 
-def load(folders: dict[str, str], *, dtype: str, mesh: str, batch_size: int) -> tuple[Any, dict[str, Model]]:
+def load(folders: dict[str, str], tokenizer: Any, *, dtype: str, mesh: str, batch_size: int) -> dict[str, Model]:
     """Loads the models of a run over one vocabulary: equal, or appended rows cut with a warning.
 
     Args:
       folders: {"model": the base's folder, role: folder, …}; roles that share a folder load it once.
+      tokenizer: the base's.
       dtype: of parameters and activations.
       mesh: "data=N" or "".
       batch_size: rows of a batch, which N divides.
 
     Returns:
-      (the base's tokenizer, model and parameters by role).
+      Model and parameters by role.
 
     Raises:
       ValueError: names the role: another tokenizer, an EOS that the common vocabulary lacks, a mesh that does not fit.
@@ -46,7 +47,6 @@ def load(folders: dict[str, str], *, dtype: str, mesh: str, batch_size: int) -> 
     devices = sharding.make_mesh(mesh)
     if devices is not None and batch_size % devices.size:
         raise ValueError(f"mesh: expected a divisor of batch_size {batch_size}, found {mesh!r}")
-    tokenizer = models.tokenizer(folders["model"])
     distinct: dict[str, str] = {}  # folder -> its first role, the base's before all others
     for name, folder in folders.items():
         distinct.setdefault(folder, name)
@@ -63,7 +63,7 @@ def load(folders: dict[str, str], *, dtype: str, mesh: str, batch_size: int) -> 
             f"model: expected EOS ids within the common vocabulary of {matched[0][0].vocab_size} tokens, found "
             f"{sorted(lost)}: responses would not end"
         )
-    return tokenizer, {name: by_folder[folder] for name, folder in folders.items()}
+    return {name: by_folder[folder] for name, folder in folders.items()}
 
 
 def over_base_tokens(reader: rewards.Reader, given: dict[str, str]) -> dict[str, str]:

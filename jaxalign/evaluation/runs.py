@@ -39,14 +39,14 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
         return []
     specs = check(options)
     scored = {"reward": options.reward, "gold": options.gold}
-    tokenizer = models.tokenizer(options.model)
+    tokenizer = models.tokenizer(options.model, chat_template=options.text.chat_template)
     prompts = _prompts(options, tokenizer)
     texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
     reader = rewards.Reader(format_of(options.text, tokenizer), None, [prompt.source for prompt in prompts])
     folders = {"model": options.model} | loading.over_base_tokens(reader, scored)
     for spec in specs:
         folders |= spec.folders
-    tokenizer, loaded = loading.load(folders, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
+    loaded = loading.load(folders, tokenizer, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
     base = loaded["model"][0]
     loading.check_language_model("model", base, options.model)
     reader = reader._replace(form=format_of(options.text, tokenizer, base.eos_ids), lm=base)

@@ -131,7 +131,7 @@ def start(config: TrainingOptions, head: Callable[[models.Config], models.Head |
     else new ones from the seed. ValueError: a tokenizer that does not fit, a context shorter than --max-length."""
     rng, head_rng = jax.random.split(jax.random.key(config.seed))
     if config.architecture:
-        tokenizer = models.tokenizer(config.tokenizer)
+        tokenizer = models.tokenizer(config.tokenizer, chat_template=config.text.chat_template)
         path = pathlib.Path(config.architecture)
         if not path.is_file():
             raise ValueError(f"architecture: expected a config.json, found no file {path}")
@@ -141,7 +141,7 @@ def start(config: TrainingOptions, head: Callable[[models.Config], models.Head |
         lm = models.with_head(body, head(body.config))
         params = lm.init(rng)
     else:
-        tokenizer = models.tokenizer(config.model)
+        tokenizer = models.tokenizer(config.model, chat_template=config.text.chat_template)
         lm, params = models.load(config.model)
         if head(lm.config) != lm.config.head:
             lm, params = replace_head(lm, params, head(lm.config), head_rng)

@@ -80,7 +80,7 @@ def show(config: Any, kind: Kind, *, model: str) -> dict[str, Any]:
       ValueError: as the job's own reading.
     """
     check_text_options(config.text)
-    tokenizer = models.tokenizer(model or config.tokenizer)
+    tokenizer = models.tokenizer(model or config.tokenizer, chat_template=config.text.chat_template)
     form = format_of(config.text, tokenizer, models.read_config(model).eos_ids if model else ())
     if kind == "texts":
         rows: Sequence[Any] = read_texts(config, form).rows

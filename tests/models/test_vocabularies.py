@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import types
 import warnings
@@ -133,7 +134,8 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 def evaluate(base, reward):
     """eval.decode and eval.demo."""
-    found = loading.load({"model": base, "reward": reward}, dtype="float32", mesh="", batch_size=1)[1]
+    roles = {"model": base, "reward": reward}
+    found = loading.load(roles, models.tokenizer(base), dtype="float32", mesh="", batch_size=1)
     return found["model"][0].vocab_size, found["reward"][0].vocab_size
 
 
@@ -220,3 +222,16 @@ def test_a_base_of_fewer_ids_than_the_values_that_are_learned_from_its_logits_is
         models.load_beside(folders["base"], lm, PADDED, name="base")
     with pytest.warns(UserWarning, match="rows cut to the base's vocabulary of 11"):
         assert models.load_beside(folders["base_pad"], models.load(folders["base"])[0], PLAIN)[0].vocab_size == 11
+
+
+def test_a_command_names_one_of_several_chat_templates(folders, tmp_path):
+    """train.sft, which stands for all that start from a model: the trained folder has the template that was used."""
+    lm, params = models.load(folders["base"])
+    words = made()
+    words.chat_template = {"rag": "RAG", "tool_use": "TOOL"}
+    models.save(tmp_path / "model", lm, params, tokenizer=words)
+    config = job.TrainingOptions(out=str(tmp_path / "out"), model=str(tmp_path / "model"), max_length=8)
+    with pytest.raises(ValueError, match=r"chat_template: expected one of \['rag', 'tool_use'\].*--chat-template"):
+        job.start(config, lambda _: None)
+    named = dataclasses.replace(config, text=dataclasses.replace(config.text, chat_template="rag"))
+    assert job.start(named, lambda _: None).tokenizer.chat_template == "RAG"

@@ -131,7 +131,7 @@ def _one_template(found: Any, wanted: str, folder: pathlib.Path) -> str | None:
     names = sorted(found)
     name = wanted or "default"
     if name not in found:
-        how = "" if wanted else "; name one by chat_template="
+        how = "" if wanted else "; name one by chat_template= (--chat-template)"
         raise ValueError(f"chat_template: expected one of {names} in {folder}, found no {name!r}{how}")
     if not wanted and len(names) > 1:
         tell(f"{folder}: of the chat templates {names} the one named 'default' is used")
