@@ -171,3 +171,17 @@ def test_roll_outs_are_scored_by_it(folders):
     own = models.tokenizer(folders / "other")
     expected = text.score(rewards.from_model(other), loaded, own, CHATS[:1], ["Yes"])
     np.testing.assert_allclose(reward(None, *args), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_transcripts_are_read_as_their_turns(folders):
+    """A prompt of hh-rlhf before a reward model with a chat template of its own."""
+    transcript = "\n\nHuman: How are you?\n\nAssistant:"
+    lm, _ = models.load(folders / "base")
+    tokenizer = models.tokenizer(folders / "base")
+    reward, _ = rollouts.judge(str(folders / "other"), lm, tokenizer, dtype="float32", sources=[transcript])
+    other, loaded = models.load(folders / "other")
+    own = models.tokenizer(folders / "other")
+    chat = [{"role": "user", "content": "How are you?"}]
+    expected = text.score(rewards.from_model(other), loaded, own, [chat], [" Yes"])
+    args, _ = row_of(reader(folders, [transcript]), transcript, " Yes")
+    np.testing.assert_allclose(reward(None, *args), expected, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxalign import _io, data, models, rewards
+from jaxalign.data import chats
 from jaxalign.data.text_options import format_of
 from jaxalign.evaluation import engine, loading, plots, results
 from jaxalign.evaluation.engine import Method, Texts
@@ -42,7 +43,9 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     tokenizer = models.tokenizer(options.model, chat_template=options.text.chat_template)
     prompts = _prompts(options, tokenizer)
     texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
-    reader = rewards.Reader(format_of(options.text, tokenizer), None, [prompt.source for prompt in prompts])
+    reader = rewards.Reader(
+        format_of(options.text, tokenizer), None, [prompt.source for prompt in prompts], chats.prompt_chat
+    )
     folders = {"model": options.model} | loading.over_base_tokens(reader, scored)
     for spec in specs:
         folders |= spec.folders

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxalign import models, tokens
 from jaxalign.rewards.models import from_model
 from jaxalign.rewards.programs import from_text
 from jaxalign.rewards.text_models import text_model
-from jaxalign.tokens import Text, TextFormat
+from jaxalign.tokens import Messages, Text, TextFormat
 from jaxalign.types import Params, Reward
 
 _PROBE = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
@@ -26,6 +26,8 @@ class Reader(NamedTuple):
     """The base's model; None where it is not loaded yet."""
     sources: Sequence[Text] | None = None
     """The prompts that a prompt's index counts, as they were given; None where only their tokens are known."""
+    turns: Callable[[str], Messages] | None = None
+    """Makes a chat of a prompt in plain text, for reward models with a template; None: one user's turn."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without special tokens."""
@@ -137,7 +139,7 @@ def own_texts(
     own = models.tokenizer(folder)
     lm, params = models.load(folder, dtype=dtype)
     form = tokens.text_format(own, eos_ids=lm.eos_ids)
-    read = text_model(from_model(lm, label=label), params, form, max_length=lm.max_length)
+    read = text_model(from_model(lm, label=label), params, form, max_length=lm.max_length, turns=reader.turns)
     return from_text(reader.decode, read, sources=tuple(reader.sources)), None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -26,7 +26,13 @@ class SourceReward(Protocol):
 
 
 def text_model(
-    reward: Reward, params: Params, form: TextFormat, *, max_length: int, batch_size: int = 16
+    reward: Reward,
+    params: Params,
+    form: TextFormat,
+    *,
+    max_length: int,
+    batch_size: int = 16,
+    turns: Callable[[str], Messages] | None = None,
 ) -> SourceReward:
     """Makes a reward of texts of a reward model with a tokenizer of its own.
 
@@ -41,6 +47,7 @@ def text_model(
       max_length: the model's context [tokens]. A longer text loses tokens of its prompt after the header, with a
         warning.
       batch_size: texts that are read together.
+      turns: makes a chat of a prompt in plain text, for instance of a transcript; None: one user's turn.
 
     Returns:
       f(sources, responses) -> [N] rewards, at least float32: a host function. sources: texts or chats, as
@@ -59,7 +66,10 @@ def text_model(
         if len(kept) + len(new) > KEPT:
             kept.clear()
             new = {key: i for i, key in enumerate(keys)}
-        rows = {key: _encode(form, sources[i], responses[i], max_length, i) for key, i in new.items()}
+        rows = {
+            key: _encode(form, as_messages(form, sources[i], turns), responses[i], max_length, i)
+            for key, i in new.items()
+        }
         order = sorted(rows, key=lambda key: len(rows[key][0]))
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
@@ -72,18 +82,18 @@ def text_model(
     return score
 
 
-def as_messages(form: TextFormat, source: Text) -> Text:
-    """A plain text as a user's turn where the format's tokenizer has a chat template, else the text itself."""
-    if isinstance(source, str) and getattr(form.tokenizer, "chat_template", None) is not None:
-        message: Messages = [{"role": "user", "content": source}]
-        return message
-    return source
+def as_messages(form: TextFormat, source: Text, turns: Callable[[str], Messages] | None = None) -> Text:
+    """A plain text as a chat where the format's tokenizer has a chat template, else the text itself."""
+    if not isinstance(source, str) or getattr(form.tokenizer, "chat_template", None) is None:
+        return source
+    message: Messages = [{"role": "user", "content": source}]
+    return message if turns is None else turns(source)
 
 
 def _encode(form: TextFormat, source: Text, response: str, max_length: int, row: int) -> tuple[list[int], int]:
     """(ids of the whole text within max_length, how many of them are the prompt's)."""
     try:
-        found = encode_pair(form, as_messages(form, source), response, allow_empty=True)
+        found = encode_pair(form, source, response, allow_empty=True)
     except ValueError as error:
         raise ValueError(f"reward: row {row}: {error}") from error
     said = [*found.response, *found.closing, *found.tail]

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxalign import _io, _progress, data, decoding, models, policies, rewards, tokens
-from jaxalign.data import encoded, preferences
+from jaxalign.data import chats, encoded, preferences
 from jaxalign.data.text_options import TextOptions, format_of
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Text
@@ -101,7 +101,7 @@ def judge(
 ) -> tuple[Reward, Params]:
     """The Reward of --reward (`rewards.parse_reward`) and its parameters; sources: all prompts as they were given.
     ValueErrors: no such program, no scalar head."""
-    reader = rewards.Reader(tokens.text_format(tokenizer, eos_ids=lm.eos_ids), lm, sources)
+    reader = rewards.Reader(tokens.text_format(tokenizer, eos_ids=lm.eos_ids), lm, sources, chats.prompt_chat)
 
     def open_model(role: str, folder: str, label: str | None) -> tuple[Reward, Params]:
         return rewards.open_reward(reader, folder, label=label, dtype=dtype, name=role)
