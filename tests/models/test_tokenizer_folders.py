@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from jaxalign import models
+from jaxalign.data.tokenizers import word_level
 from tests import folders_made, token_cases
 from tests.conftest import tiny_lm
 from tests.folders_made import write
@@ -177,3 +178,15 @@ def test_an_adapters_folder_without_a_tokenizer_has_its_bases(tmp_path):
     assert found("hello")["input_ids"] == token_cases.byte_level()("hello")["input_ids"]
     own = {"tokenizer.json": folders_made.tokenizer_json(), "tokenizer_config.json": PLAIN}
     assert models.tokenizer(write(tmp_path / "adapter", own)).eos_token == "</s>"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("settings", [True, False])
+def test_tokenizer_json_says_what_the_tokenizer_does_whatever_the_family(family, settings, tmp_path):
+    """A tokenizer of whole words in the folder of each family: transformers would build Qwen2's around its words."""
+    words = word_level(["cat", "dog"])
+    words.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    if not settings:
+        (tmp_path / "tokenizer_config.json").unlink()
+    assert models.tokenizer(tmp_path)("cat dog")["input_ids"] == [3, 4]

@@ -58,7 +58,9 @@ def short_rows(source: str, base: pathlib.Path, out: pathlib.Path) -> dict[str, 
         "prompts": [{"messages": p.prompt} for p in pairs[:4]],
     }
     for name, found in files.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        path, written = out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in found)
+        if not path.exists() or path.read_text() != written:  # a run that goes on finds its inputs as they were
+            path.write_text(written)
     return {"all": pairs, **{name: str(out / f"{name}.jsonl") for name in files}}
 
 

@@ -13,6 +13,9 @@ from jaxalign.models.hf.sources import find_source, split_source
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder holds one of these, or it has no tokenizer."""
 
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
+"""Names of transformers' class that reads any tokenizer.json."""
+
 ROLES = ("bos_token", "eos_token")
 """Special tokens that config.json names by id; a tokenizer without files of its own settings takes them from there."""
 
@@ -62,10 +65,11 @@ def _read(folder: pathlib.Path) -> Any:
                 f"tokenizer.model: expected the packages that read it (pip install 'jaxalign[sentencepiece]'), found "
                 f"no {' and no '.join(absent)} for {folder / 'tokenizer.model'}"
             )
-    from transformers import AutoTokenizer  # slow to import, and only needed where text comes in
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed for text
 
+    reader = PreTrainedTokenizerFast if _is_generic(folder) else AutoTokenizer
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of transformers, of tokenizers, or of whatever a file's reader raises
         for name in ("tokenizer_config.json", "config.json"):
             code = read_json(folder / name).get("auto_map") if (folder / name).exists() else None
@@ -81,6 +85,19 @@ def _read(folder: pathlib.Path) -> Any:
             _write_bos(loaded, folder)
         _name_specials(loaded, folder)
     return loaded
+
+
+def _is_generic(folder: pathlib.Path) -> bool:
+    """Whether tokenizer.json alone says what the tokenizer does: no class of a family is named.
+
+    AutoTokenizer goes by the model's family then, and builds that family's tokenizer around the vocabulary (Qwen2's
+    parts words by its own rule, whatever tokenizer.json says), so that other ids come out.
+    """
+    if not (folder / "tokenizer.json").exists():
+        return False
+    settings = folder / "tokenizer_config.json"
+    values = read_json(settings) if settings.exists() else {}
+    return values.get("tokenizer_class") in (None, *GENERIC) and "auto_map" not in values
 
 
 def _is_there(package: str) -> bool:
