@@ -184,6 +184,8 @@ class Config:
       pad_id: the id of padding, or None; it may lie outside the vocabulary. A reward head is not read at it
         (`models.read_index`).
       head: what reads the hidden states beside the vocabulary, or None.
+      generation: the further fields of generation_config.json (temperature, top_p, repetition_penalty, …) as a JSON
+        object, "" for none; they are kept when the model is saved, and no computation reads them.
 
     Raises:
       ValueError: a field outside its range.
@@ -210,6 +212,7 @@ class Config:
     bos_id: int | None = None
     pad_id: int | None = None
     head: Head | None = None
+    generation: str = ""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")

@@ -114,7 +114,36 @@ def test_generation_config_wins_over_config_for_eos(tmp_path):
     models.save(tmp_path / "model", lm, params)
     path = tmp_path / "model" / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": [3, 4]}))
-    assert models.load(tmp_path / "model")[0].config.eos_ids == (3, 4)
+    with pytest.warns(UserWarning, match=r"ends at \[3, 4\], which is used; config.json: "):
+        loaded, _ = models.load(tmp_path / "model")
+    assert loaded.config.eos_ids == (3, 4)
+    models.save(tmp_path / "copy", loaded, params)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "copy" / name).read_text())["eos_token_id"] == [3, 4]
+
+
+def test_the_settings_of_generation_config_are_told_and_kept(tmp_path):
+    lm, params = tiny_lm(0)
+    models.save(tmp_path / "model", lm, params)
+    path = tmp_path / "model" / "generation_config.json"
+    ids = json.loads(path.read_text())
+    settings = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1, "of_another_library": [[1], [2, 3]]}
+    path.write_text(json.dumps(ids | settings | {"transformers_version": "4.0.0", "top_p": None}))
+    with pytest.warns(UserWarning, match="do_sample=True, temperature=0.6, repetition_penalty=1.1, kept .* not used"):
+        loaded, _ = models.load(tmp_path / "model")
+    cut, fewer = models.cut_vocabulary(models.with_head(loaded, models.Head("value")), params, 7)
+    for name, (saved, values) in {"copy": (loaded, params), "cut": (cut, fewer)}.items():
+        saved = models.with_head(saved, None)
+        values = {name: value for name, value in values.items() if name != "head"}
+        models.save(tmp_path / name, saved, values)
+        written = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert {name: written[name] for name in settings} == settings
+        assert "transformers_version" not in written
+        assert "top_p" not in written
+    with pytest.warns(UserWarning, match="temperature=0.6"):
+        again = models.read_config(tmp_path / "copy")
+    assert again == loaded.config
+    hash(again)
 
 
 def test_cut_and_matched_vocabularies():

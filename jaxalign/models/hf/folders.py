@@ -6,6 +6,7 @@ No torch, no pickle, no code from the folder. Nothing is downloaded unless a hub
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -16,10 +17,26 @@ from jaxalign.models import sharding
 from jaxalign.models.config import Config
 from jaxalign.models.hf import tensors
 from jaxalign.models.hf.config import config_from_hf, config_to_hf, id_set
-from jaxalign.models.hf.files import read_json, whole_folder, write_json
+from jaxalign.models.hf.files import read_json, tell, whole_folder, write_json
 from jaxalign.models.hf.sources import find_source, merge_plan
 from jaxalign.models.language_model import LanguageModel, dtype_name
 from jaxalign.types import Params
+
+WRITTEN = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
+"""Fields of generation_config.json that `save` writes from the model or that tell who wrote the file."""
+
+SAMPLING = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "num_beams",
+)
+"""Fields of generation_config.json that would change what transformers draws; no command reads them."""
 
 
 def load(
@@ -77,11 +94,19 @@ def read_config(path: str | pathlib.Path, *, base: str | pathlib.Path | None = N
 
 def _config_of(folder: pathlib.Path) -> Config:
     config = config_from_hf(read_json(folder / "config.json"))
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        eos = id_set(read_json(generation).get("eos_token_id"))
-        config = dataclasses.replace(config, eos_ids=eos or config.eos_ids)
-    return config
+    if not (folder / "generation_config.json").exists():
+        return config
+    values = read_json(folder / "generation_config.json")
+    eos = id_set(values.get("eos_token_id")) or config.eos_ids
+    if config.eos_ids and set(eos) != set(config.eos_ids):
+        tell(
+            f"{folder}: generation_config.json ends at {list(eos)}, which is used; config.json: {list(config.eos_ids)}"
+        )
+    further = {name: value for name, value in values.items() if name not in WRITTEN and value is not None}
+    settings = [f"{name}={further[name]}" for name in SAMPLING if name in further]
+    if settings:
+        tell(f"{folder}: generation_config.json has {', '.join(settings)}, kept when the model is saved and not used")
+    return dataclasses.replace(config, eos_ids=eos, generation=json.dumps(further, sort_keys=True) if further else "")
 
 
 def save(
@@ -106,8 +131,9 @@ def save(
     values = config_to_hf(lm.config) | {"dtype": lm.dtype}
     with whole_folder(path, overwrite=overwrite) as temporary:
         write_json(temporary / "config.json", values)
-        generation = {"eos_token_id": values["eos_token_id"], "bos_token_id": values["bos_token_id"]}
-        write_json(temporary / "generation_config.json", generation | {"pad_token_id": values["pad_token_id"]})
+        generation = json.loads(lm.config.generation or "{}")
+        generation |= {name: values[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+        write_json(temporary / "generation_config.json", generation)
         tensors.write_tensors(temporary, arrays)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
