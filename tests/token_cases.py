@@ -47,6 +47,10 @@ BARE = (
 )
 
 
+LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz ") | {c for text in TEXTS for c in text}
+"""Characters that every tokenizer here knows."""
+
+
 def _made(raw: Any, template: str | None, bos: bool, eos: bool, **names: str) -> Any:
     if bos or eos:
         raw.post_processor = tokenizers.processors.TemplateProcessing(
