@@ -71,6 +71,19 @@ def test_pairs_that_part_before_the_last_turn():
     assert "hello" in text(form, row.chosen)
 
 
+def test_sides_whose_prompts_differ_share_their_beginning():
+    """A first turn that the template writes in another form is given, on the side that has it alone."""
+    form = form_of(cases.THINK)
+    thought = {"role": "assistant", "content": "<think>one</think>Yes"}
+    long = [thought, {"role": "user", "content": "hello"}, {"role": "assistant", "content": "Paris."}]
+    row = encoded.encode_pairs([Pair([USER], long, "No")], form, max_length=300).rows[0]
+    both = [text(form, [*row.prompt, *side]) for side in (row.chosen, row.rejected)]
+    start = f"<s><|user|>{USER['content']}<|assistant|>"
+    assert both == [f"{start}Yes</s><|user|>hello<|assistant|>Paris.</s>", f"{start}No</s>"]
+    said = [i for i, on in zip(row.chosen, row.learned[0], strict=True) if on]
+    assert text(form, said) == "Paris.</s>"
+
+
 @pytest.mark.parametrize("make", [cases.byte_level, cases.dummy_space])
 def test_a_prompt_that_is_cut_keeps_bos_and_the_system_turn(make):
     form = form_of(make=make)
@@ -148,6 +161,7 @@ def test_conversations_learn_every_turn_and_are_cut_at_their_beginning():
         row = found.rows[0]
         assert len(row.prompt) + len(row.response) == length - less
         assert found.counts == {"cut_rows": 1, "cut_tokens": less}
+        assert row.learned[0]
         assert text(form, row.prompt).startswith("<|im_start|>system\nYes, No.<|im_end|>")
         said = [i for i, on in zip(row.response, row.learned, strict=True) if on]
         assert text(form, said).endswith("Paris.<|im_end|>")

@@ -178,6 +178,25 @@ def test_every_assistant_turn_is_learned_with_its_end(kind, template):
     assert [*pair.prompt, *pair.response, *pair.closing] == [*row.prompt, *row.response, *row.closing]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_turns_of_the_prompt_are_not_learned(kind):
+    """A response over several turns, after a prompt with an assistant's turn; contents that the template strips."""
+    _tokenizer, form = made(kind, "LLAMA2")
+    more = {"role": "user", "content": " hello "}
+    reply = [{"role": "assistant", "content": " Yes "}, more, {"role": "assistant", "content": " No. "}]
+    row = tokens.encode_pair(form, MORE, reply)
+    learned = [i for i, on in zip([*row.response, *row.closing], row.learned, strict=True) if on]
+    expected = [
+        i
+        for prompt, said in ((MORE, reply[0]), ([*MORE, *reply[:2]], reply[2]))
+        for part in [tokens.encode_pair(form, prompt, [said])]
+        for i in (*part.response, *part.closing)
+    ]
+    assert learned == expected
+    assert row.prompt == tokens.encode_prompt(form, MORE).ids
+    assert row.notes == ()
+
+
 def test_earlier_thoughts_that_a_template_leaves_out():
     """The earlier turn is not what the conversation shows: it is not learned, and the row says so."""
     tokenizer, form = made("byte_level", "THINK")
