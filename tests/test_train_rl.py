@@ -124,6 +124,16 @@ def test_a_run_writes_a_language_model_and_says_reward_and_kl_before_and_after(n
         assert rows[1]["beta"] < rows[0]["beta"]
 
 
+@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
+def test_no_ratio_is_clipped_in_bfloat16_where_each_sample_serves_one_update(algorithm, files, tmp_path):
+    small = ("--ratio-clip", "1e-8", "--dtype", "bfloat16", "--accumulate", "2", "--algorithm", algorithm)
+    rl.main([*options(files, *small), "--out", str(tmp_path / "run")])
+    for row in logging.read(tmp_path / "run/metrics.jsonl"):
+        assert row["clipped"] == 0
+        # The passes that draw and that learn round differently, which is measured.
+        assert 0 < row["mismatch"] <= row["mismatch_max"] < 0.5
+
+
 def test_a_run_that_goes_on_is_the_uninterrupted_one(files, tmp_path, monkeypatch):
     command = options(files, "--steps", "3", "--save-every", "1")
     rl.main([*command, "--out", str(tmp_path / "whole")])

@@ -114,7 +114,8 @@ def _ours(lm: models.LanguageModel, params: Any, config: Config) -> list[dict[st
     optimizer, schedule = training.adamw(learning_rate=1e-5, steps=100, clip=CLIP)
     begin = job.Start(lm, params, None)
     learner, trained, frozen = rl.learner_of(options, begin, rl_rewards.Composed(even_share, None, even_share, None))
-    loss = policy_gradient.loss(learner.method, policy_gradient.of_model(lm))
+    once = options.passes * options.minibatches == 1
+    loss = policy_gradient.loss(learner.method, policy_gradient.of_model(lm), once=once)
     update = training.train_step(loss, optimizer, schedule=schedule, donate=True)
     state = rl_iteration.State(
         jnp.zeros((), jnp.int32),

@@ -213,10 +213,12 @@ def _check_both(method: Method, both: ReadBoth | None) -> None:
 
 
 @cached
-def loss(method: Method, read: Read, both: ReadBoth | None = None) -> Loss:
+def loss(method: Method, read: Read, both: ReadBoth | None = None, *, once: bool = False) -> Loss:
     """The clipped policy-gradient loss on rows of `prepare`, with the KL term and PPO's value loss as the method says.
-    both: as there. Metrics: clipped (share of ratios outside the clip), drift (mean log pi_old/pi), value_error
-    (PPO)."""
+    both: as there. once: the rows serve one update, so that pi_old is the policy itself: its log-probability is that of
+    this very pass, and each ratio is 1 exactly, whatever the rounding of the pass that drew. Metrics: clipped (share of
+    ratios outside the clip), drift (mean log pi_old/pi, pi_old as it drew), value_error (PPO); with `once`, mismatch
+    and mismatch_max (mean and largest |log pi_old/pi| of a token, pi_old as it drew)."""
     _check_both(method, both)
     whole = method.algorithm == "rloo" and both is None
 
@@ -227,8 +229,9 @@ def loss(method: Method, read: Read, both: ReadBoth | None = None) -> Loss:
             log_prob, value = read(params, rows)
         else:
             log_prob, value, _, kl = both(params, frozen, rows)
+        before = jax.lax.stop_gradient(log_prob) if once else old
         total = losses.policy_gradient(
-            log_prob, old_log_prob=old, advantage=rows["advantage"], mask=mask, clip=method.clip, whole=whole
+            log_prob, old_log_prob=before, advantage=rows["advantage"], mask=mask, clip=method.clip, whole=whole
         )
         if both is not None:
             total += rows["beta"].mean() * jnp.where(mask, kl, 0).sum(axis=-1).mean()
@@ -236,8 +239,12 @@ def loss(method: Method, read: Read, both: ReadBoth | None = None) -> Loss:
             total += rows["beta"].mean() * losses.kl_penalty(
                 log_prob, log_prob_ref=rows["ref"], mask=mask, estimator=method.kl
             )
-        clipped = losses.clipped_ratios(log_prob, old_log_prob=old, mask=mask, clip=method.clip, whole=whole).mean()
+        clipped = losses.clipped_ratios(log_prob, old_log_prob=before, mask=mask, clip=method.clip, whole=whole).mean()
         metrics = {"clipped": clipped, "drift": jnp.where(mask, old - log_prob, 0).sum(axis=-1).mean()}
+        if once:
+            apart = jnp.where(mask, jnp.abs(old - log_prob), 0)
+            metrics["mismatch"] = apart.sum() / jnp.maximum(mask.sum(), 1)
+            metrics["mismatch_max"] = apart.max()
         if method.algorithm == "ppo":
             assert value is not None
             error = losses.clipped_value(

@@ -178,7 +178,9 @@ def train_policy(
         jnp.asarray(config.beta, jnp.float32),
         jnp.zeros(2, jnp.int32),
     )
-    loss = policy_gradient.loss(learner.method, policy_gradient.of_model(learner.lm), read_both(learner))
+    once = config.passes * config.minibatches == 1
+    read = policy_gradient.of_model(learner.lm)
+    loss = policy_gradient.loss(learner.method, read, read_both(learner), once=once)
 
     def assembled(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         return loss(learner.assemble(params, frozen), batch, frozen)
