@@ -20,7 +20,7 @@ class Config:
     """Options of train.tokenizer."""
 
     data: str
-    """File of texts or preference pairs: .jsonl, .jsonl.gz or .parquet, without chat messages."""
+    """Texts or preference pairs without chat messages: files, folders or a data set's name (docs/data.md)."""
     out: str
     """Folder of the tokenizer, new or empty."""
     vocab_size: int = 4096

@@ -23,7 +23,7 @@ class ValueOptions(rollouts.RolloutOptions):
     prompts: str = ""
     """File of prompts: .txt, .jsonl or .jsonl.gz; each is answered by the base."""
     responses: str = ""
-    """In place of --prompts: file of "prompt" and "response" rows by any policy (.jsonl, .jsonl.gz, .parquet), such as
+    """In place of --prompts: rows of "prompt" and "response" by any policy, of any form of data (docs/data.md), such as
     responses.jsonl of eval.decode; each is scored as a whole text, EOS added."""
     objective: Literal["fudge", "cd_q", "td", "pairs", "soft", "exceedance"] = "fudge"
     """fudge: the roll-out's reward at every prefix; cd_q: exact mean over the base's next tokens (Q head); td: the next
