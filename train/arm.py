@@ -12,39 +12,65 @@ With --lora-rank the model is an adapter of the frozen --model: adapter/ holds i
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxalign import commands
-from jaxalign.data.text_options import CompareOptions
+from jaxalign.data.text_options import CompareOptions, TextOptions
 from jaxalign.training import adapters, objectives, pairs, reading
+from jaxalign.training.options import (
+    AdapterOptions,
+    MeshOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RowOptions,
+    RunOptions,
+)
 from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(adapters.AdapterOptions):
+class Config:
     """Options of train.arm."""
 
+    run: RunOptions
+    """The run folder, and what holds for all of the run."""
     data: str
     """Preference pairs: files, folders or a data set's name (docs/data.md)."""
-    compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
-    """Which responses make a pair."""
     beta_r: float = 0.05
     """Scale of the log-likelihood in the loss [1]: the paper's beta_r."""
+    compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
+    """Which responses make a pair."""
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    """The model that is trained."""
+    rows: RowOptions = dataclasses.field(default_factory=RowOptions)
+    """The rows, and which of them are held out."""
+    optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
+    """How long and how fast."""
+    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    """Micro-batches and devices."""
+    adapters: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
+    """An adapter in place of all weights."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
+    read = functools.partial(
+        reading.read_pairs, config.data, rows=config.rows, text=config.text, compare=config.compare
+    )
     if config.text.show:
-        return reading.show(config, "pairs", model=config.model)
+        return reading.show(read, config.text, model=config.model.model, tokenizer=config.model.tokenizer)
     if not config.beta_r > 0:
         raise ValueError(f"beta_r: expected a value > 0, found {config.beta_r}")
-    adapters.spec_of(config)
+    adapter = adapters.spec_of(config.adapters)
     job = Job.open(
         config,
         stage="arm",
-        inputs=[config.data, config.model, config.architecture, config.tokenizer],
+        inputs=[config.data],
         following=lambda out: (
             f"python -m eval.decode --model BASE --method genarm:{out / 'model'}@1 --prompts FILE --out DIR"
         ),
@@ -52,17 +78,18 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
-    begin = job.start(lambda _: None)
-    data, collate = pairs.load(config, begin)
-    loss = objectives.autoregressive_reward(begin.lm, beta_r=config.beta_r)
-    params = job.fit(begin, data, loss, collate)
+    started = job.start(lambda _: None)
+    data = job.split(read(job.form(started)))
+    collate = pairs.padding(config.rows.max_length)
+    loss = objectives.autoregressive_reward(started.lm, beta_r=config.beta_r)
+    params = job.fit(started, data, loss, collate, adapter=adapter)
 
     def score(params: Any, batch: Any) -> Any:
-        cast = objectives.cast(begin.lm, params)
-        return jnp.stack([objectives.log_likelihoods(begin.lm, cast, batch[s]) for s in ("chosen", "rejected")], -1)
+        cast = objectives.cast(started.lm, params)
+        return jnp.stack([objectives.log_likelihoods(started.lm, cast, batch[s]) for s in ("chosen", "rejected")], -1)
 
-    summary = pairs.accuracy(score, params, data, collate, config.batch_size)
-    return job.finish(begin, params, data, summary)
+    summary = pairs.accuracy(score, params, data, collate, config.optimizer.batch_size)
+    return job.finish(started, params, data, summary)
 
 
 def main(args: list[str] | None = None) -> None:

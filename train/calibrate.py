@@ -11,60 +11,71 @@ samples, nothing above the best of K is told apart.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 from typing import Any
 
 import numpy as np
 
 from jaxalign import _io, commands, models
+from jaxalign.data.text_options import TextOptions, format_of
 from jaxalign.training import job, reading, rollouts, tables
+from jaxalign.training.options import RolloutOptions, RunOptions, check_rollout_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(rollouts.Source):
+class Config:
     """Options of train.calibrate."""
 
-    out: str
-    """Folder: table.npz, table.json, rollouts/, summary.json, config.json."""
-    samples: int = 100
-    """Responses of the base per prompt, K; 32 at least for transforms that stress a tail."""
-    decode_batch: int = 512
-    """Roll-outs decoded together, whole prompts."""
-    config: str = ""
-    """JSON or TOML file of defaults for these options."""
+    run: RunOptions
+    """The run folder, and what holds for all of the run."""
+    rollouts: RolloutOptions = dataclasses.field(
+        default_factory=functools.partial(RolloutOptions, samples=100, decode_batch=512)
+    )
+    """The responses of the base, with their rewards."""
+    max_length: int = 256
+    """Longest row [tokens], prompt and response; a longer roll-out is an error."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Makes the table, gives the run's summary."""
+    options = config.rollouts
+    room = config.max_length - options.max_new_tokens
+    read = functools.partial(reading.read_prompts, options.prompts, text=config.text, room=room)
     if config.text.show:
-        return reading.show(config, "prompts", model=config.base)
-    rollouts.check_source(config)
-    if config.samples < 2:
-        raise ValueError(f"samples: expected at least 2 responses to rank among, found {config.samples}")
-    out = _io.open_run(config.out, config, inputs=rollouts.inputs(config))
-    following = f"python -m train.rl --model {config.base} --prompts {config.prompts} --reward "
-    following += f"{shlex.quote(config.reward)} "
-    following += f"--calibration {out} --max-new-tokens {config.max_new_tokens} --transform exp:10 --out DIR"
+        return reading.show(read, config.text, model=options.base)
+    check_rollout_options(options)
+    if options.samples < 2:
+        raise ValueError(f"samples: expected at least 2 responses to rank among, found {options.samples}")
+    # No `Job`: nothing is trained, and a table takes the place of a model.
+    out = _io.open_run(config.run.out, config, inputs=rollouts.inputs(options))
+    following = f"python -m train.rl --model {options.base} --prompts {options.prompts} --reward "
+    following += f"{shlex.quote(options.reward)} "
+    following += f"--calibration {out} --max-new-tokens {options.max_new_tokens} --transform exp:10 --out DIR"
     done = job.finished(out)
     if done is None:
-        tokenizer = models.tokenizer(config.base, chat_template=config.text.chat_template)
-        found = rollouts.roll_out(config, out, tokenizer, stage="calibrate")
-        rewards = np.asarray([row.reward for row in found], np.float32).reshape(-1, config.samples)
-        asked = [prompt.tokens for prompt in rollouts.read_prompts(config, tokenizer)]
+        tokenizer = models.tokenizer(options.base, chat_template=config.text.chat_template)
+        prompts = read(format_of(config.text, tokenizer)).rows
+        found = rollouts.roll_out(
+            options, prompts, tokenizer, run=config.run, out=out, stage="calibrate", max_length=config.max_length
+        )
+        rewards = np.asarray([row.reward for row in found], np.float32).reshape(-1, options.samples)
         about = tables.made_with(
-            config.base,
-            config.reward,
+            options.base,
+            options.reward,
             tokenizer,
-            asked,
-            max_new_tokens=config.max_new_tokens,
-            dtype=config.dtype,
-        ) | {"seed": config.seed}
+            [prompt.tokens for prompt in prompts],
+            max_new_tokens=options.max_new_tokens,
+            dtype=config.run.dtype,
+        ) | {"seed": config.run.seed}
         tables.write(out, tables.Table(rewards, about))
         spread = np.sort(rewards, axis=1)
         ties = (np.diff(spread, axis=1) == 0).mean()
         done = {
             "prompts": len(rewards),
-            "samples": config.samples,
+            "samples": options.samples,
             "reward": float(rewards.mean()),
             "spread_of_prompt_means": float(rewards.mean(axis=1).std()),
             "mean_spread_within_prompts": float(rewards.std(axis=1).mean()),

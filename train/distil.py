@@ -12,6 +12,7 @@ serve again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any, Literal
@@ -21,17 +22,28 @@ import jax.numpy as jnp
 from jaxalign import commands
 from jaxalign._options import from_fields
 from jaxalign.data import encoded
-from jaxalign.training import adapters, distillation, objectives, pairs, rollouts, tables
-from jaxalign.training.job import check_training_options, split
+from jaxalign.data.text_options import TextOptions, format_of
+from jaxalign.training import adapters, distillation, objectives, pairs, reading, rollouts, tables
+from jaxalign.training.options import (
+    AdapterOptions,
+    MeshOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RowOptions,
+    RunOptions,
+    check_training_config,
+)
 from jaxalign.training.training_job import Job
 
 from . import calibrate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(adapters.AdapterOptions):
+class Config:
     """Options of train.distil."""
 
+    run: RunOptions
+    """The run folder, and what holds for all of the run."""
     calibration: str
     """Folder of train.calibrate, whose samples are used."""
     n: int = 4
@@ -40,14 +52,26 @@ class Config(adapters.AdapterOptions):
     """bonbon: likelihood of the best and IPO against the worst; sft: likelihood of the best alone."""
     sft_weight: float = 0.005
     """With bonbon: weight of the likelihood, the rest is IPO's, in (0, 1)."""
-    learning_rate: float = 1e-6
-    """Peak learning rate of AdamW; small models take more."""
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    """The model that is trained."""
+    rows: RowOptions = dataclasses.field(default_factory=RowOptions)
+    """The rows, and which of them are held out."""
+    optimizer: OptimizerOptions = dataclasses.field(
+        default_factory=functools.partial(OptimizerOptions, learning_rate=1e-6)
+    )
+    """How long and how fast."""
+    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    """Micro-batches and devices."""
+    adapters: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
+    """An adapter in place of all weights."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
-    check_training_options(config)
-    adapters.spec_of(config)
+    check_training_config(config)
+    adapter = adapters.spec_of(config.adapters)
     if config.n < 2:
         raise ValueError(f"n: expected at least 2, found {config.n}")
     if not 0 < config.sft_weight < 1:
@@ -56,38 +80,46 @@ def run(config: Config) -> dict[str, Any]:
     job = Job.open(
         config,
         stage="distil",
-        inputs=[config.model, config.architecture, f"{config.calibration}/rollouts"],
+        inputs=[f"{config.calibration}/rollouts"],
         following=lambda out: (
-            f"python -m eval.decode --model {config.model} --reward REWARD --prompts FILE "
+            f"python -m eval.decode --model {config.model.model} --reward REWARD --prompts FILE "
             f"--method policy:{out / 'model'} --out DIR"
         ),
     )
     done = job.finished()
     if done is not None:
         return done
-    begin = job.start(lambda _: None)
-    found = rollouts.roll_out(source, pathlib.Path(config.calibration), begin.tokenizer, stage="distil")
+    started = job.start(lambda _: None)
+    room = source.max_length - source.rollouts.max_new_tokens
+    form = format_of(source.text, started.tokenizer)
+    prompts = reading.read_prompts(source.rollouts.prompts, form, text=source.text, room=room).rows
+    table, length = pathlib.Path(config.calibration), source.max_length
+    found = rollouts.roll_out(
+        source.rollouts, prompts, started.tokenizer, run=source.run, out=table, stage="distil", max_length=length
+    )
     rows = list(distillation.best_and_worst(found, config.n))
     if not rows:
         raise ValueError(f"calibration: expected samples of different rewards in {config.calibration}, found none")
-    data = split(encoded.Loaded(rows, 0, []), config)
+    data = job.split(encoded.Loaded(rows, 0, []))
 
-    collate = pairs.padding(config)
+    collate = pairs.padding(config.rows.max_length)
     if config.loss == "sft":
-        loss = distillation.likelihood(begin.lm)
+        loss = distillation.likelihood(started.lm)
     else:
-        loss = distillation.bonbon(begin.lm, n=config.n, sft_weight=config.sft_weight)
-    reference = adapters.reference(config, begin)
-    params = job.fit(begin, data, loss, collate, frozen=reference)
+        loss = distillation.bonbon(started.lm, n=config.n, sft_weight=config.sft_weight)
+    reference = adapters.reference(adapter, started)
+    params = job.fit(started, data, loss, collate, frozen=reference, adapter=adapter)
 
     def score(both: Any, batch: Any) -> Any:
         own, reference = both
         sides = (batch["chosen"], batch["rejected"])
-        return jnp.stack([objectives.implicit_rewards(begin.lm, own, reference, side, beta=1.0) for side in sides], -1)
+        return jnp.stack(
+            [objectives.implicit_rewards(started.lm, own, reference, side, beta=1.0) for side in sides], -1
+        )
 
-    summary = pairs.accuracy(score, (params, reference), data, collate, config.batch_size)
+    summary = pairs.accuracy(score, (params, reference), data, collate, config.optimizer.batch_size)
     summary |= {"wanted_margin": distillation.best_of_n_margin(config.n), "pairs": len(rows)}
-    return job.finish(begin, params, data, summary)
+    return job.finish(started, params, data, summary)
 
 
 def _source(config: Config) -> calibrate.Config:
@@ -98,10 +130,14 @@ def _source(config: Config) -> calibrate.Config:
     made = json.loads((path / "config.json").read_text())
     source = from_fields(calibrate.Config, made, where=str(path / "config.json"))
     about = json.loads((path / tables.ABOUT).read_text())
-    if about["base"] != tables.folder_digest(config.model):
-        raise ValueError(f"model: expected the base that {path} was made with, {source.base}, found {config.model}")
-    if config.n > source.samples:
-        raise ValueError(f"n: expected at most the table's {source.samples} samples per prompt, found {config.n}")
+    if about["base"] != tables.folder_digest(config.model.model):
+        raise ValueError(
+            f"model: expected the base that {path} was made with, {source.rollouts.base}, found {config.model.model}"
+        )
+    if config.n > source.rollouts.samples:
+        raise ValueError(
+            f"n: expected at most the table's {source.rollouts.samples} samples per prompt, found {config.n}"
+        )
     return source
 
 

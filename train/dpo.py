@@ -12,42 +12,67 @@ margin of the implicit reward on held-out pairs.
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from jaxalign import commands
-from jaxalign.data.text_options import CompareOptions
+from jaxalign.data.text_options import CompareOptions, TextOptions
 from jaxalign.training import adapters, objectives, pairs, reading
+from jaxalign.training.options import (
+    AdapterOptions,
+    MeshOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RowOptions,
+    RunOptions,
+    check_finite,
+)
 from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(adapters.AdapterOptions):
+class Config:
     """Options of train.dpo."""
 
+    run: RunOptions
+    """The run folder, and what holds for all of the run."""
     data: str
     """Preference pairs: files, folders or a data set's name (docs/data.md)."""
-    compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
-    """Which responses make a pair."""
     loss: Literal["dpo", "ipo"] = "dpo"
     """dpo: logistic loss of the margin; ipo: squared distance of the difference of log-ratios to 1/(2·beta)."""
     beta: float = 0.1
     """KL weight [units of the implicit reward per nat]; for ipo the paper's tau."""
     label_smoothing: float = 0.0
     """Share of pairs taken to be labelled the wrong way round, in [0, 0.5); dpo alone."""
-    learning_rate: float = 1e-6
-    """Peak learning rate of AdamW; small models take more."""
+    compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
+    """Which responses make a pair."""
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    """The model that is trained."""
+    rows: RowOptions = dataclasses.field(default_factory=RowOptions)
+    """The rows, and which of them are held out."""
+    optimizer: OptimizerOptions = dataclasses.field(
+        default_factory=functools.partial(OptimizerOptions, learning_rate=1e-6)
+    )
+    """How long and how fast."""
+    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    """Micro-batches and devices."""
+    adapters: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
+    """An adapter in place of all weights."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
+    read = functools.partial(
+        reading.read_pairs, config.data, rows=config.rows, text=config.text, compare=config.compare
+    )
     if config.text.show:
-        return reading.show(config, "pairs", model=config.model)
-    adapters.spec_of(config)
-    if not 0 < config.beta < math.inf:
-        raise ValueError(f"beta: expected a finite value > 0, found {config.beta}")
+        return reading.show(read, config.text, model=config.model.model, tokenizer=config.model.tokenizer)
+    adapter = adapters.spec_of(config.adapters)
+    check_finite(config, "beta", above=True)
     if not 0 <= config.label_smoothing < 0.5 or (config.label_smoothing and config.loss != "dpo"):
         raise ValueError(
             f"label_smoothing: expected a share in [0, 0.5), and 0 for ipo, found {config.label_smoothing} for "
@@ -56,31 +81,32 @@ def run(config: Config) -> dict[str, Any]:
     job = Job.open(
         config,
         stage="dpo",
-        inputs=[config.data, config.model, config.architecture, config.tokenizer],
+        inputs=[config.data],
         following=lambda out: (
-            f"python -m eval.decode --model {config.model or 'BASE'} --method transfer:{out / 'model'}@1 "
+            f"python -m eval.decode --model {config.model.model or 'BASE'} --method transfer:{out / 'model'}@1 "
             "--reward REWARD_DIR --prompts FILE --out DIR"
         ),
     )
     done = job.finished()
     if done is not None:
         return done
-    begin = job.start(lambda _: None)
-    data, collate = pairs.load(config, begin)
-    loss = objectives.dpo(begin.lm, beta=config.beta, objective=config.loss, label_smoothing=config.label_smoothing)
-    reference = adapters.reference(config, begin)
-    params = job.fit(begin, data, loss, collate, frozen=reference)
+    started = job.start(lambda _: None)
+    data = job.split(read(job.form(started)))
+    collate = pairs.padding(config.rows.max_length)
+    loss = objectives.dpo(started.lm, beta=config.beta, objective=config.loss, label_smoothing=config.label_smoothing)
+    reference = adapters.reference(adapter, started)
+    params = job.fit(started, data, loss, collate, frozen=reference, adapter=adapter)
 
     def score(both: Any, batch: Any) -> Any:
         params, reference = both
         sides = [
-            objectives.implicit_rewards(begin.lm, params, reference, batch[side], beta=config.beta)
+            objectives.implicit_rewards(started.lm, params, reference, batch[side], beta=config.beta)
             for side in ("chosen", "rejected")
         ]
         return jnp.stack(sides, -1)
 
-    summary = pairs.accuracy(score, (params, reference), data, collate, config.batch_size)
-    return job.finish(begin, params, data, summary)
+    summary = pairs.accuracy(score, (params, reference), data, collate, config.optimizer.batch_size)
+    return job.finish(started, params, data, summary)
 
 
 def main(args: list[str] | None = None) -> None:

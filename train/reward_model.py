@@ -15,35 +15,61 @@ the tokenizer, by whose pad id it is read; model/ is merged.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxalign import commands, models
-from jaxalign.data.text_options import CompareOptions
-from jaxalign.training import objectives, pairs, reading
-from jaxalign.training.adapters import AdapterOptions
+from jaxalign.data.text_options import CompareOptions, TextOptions
+from jaxalign.training import adapters, objectives, pairs, reading
+from jaxalign.training.options import (
+    AdapterOptions,
+    MeshOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RowOptions,
+    RunOptions,
+)
 from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(AdapterOptions):
+class Config:
     """Options of train.reward_model."""
 
+    run: RunOptions
+    """The run folder, and what holds for all of the run."""
     data: str
     """Preference pairs: files, folders or a data set's name (docs/data.md)."""
     compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
     """Which responses make a pair."""
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    """The model that is trained."""
+    rows: RowOptions = dataclasses.field(default_factory=RowOptions)
+    """The rows, and which of them are held out."""
+    optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
+    """How long and how fast."""
+    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    """Micro-batches and devices."""
+    adapters: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
+    """An adapter in place of all weights."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
+    read = functools.partial(
+        reading.read_pairs, config.data, rows=config.rows, text=config.text, compare=config.compare, tail=True
+    )
     if config.text.show:
-        return reading.show(config, "read pairs", model=config.model)
+        return reading.show(read, config.text, model=config.model.model, tokenizer=config.model.tokenizer)
+    adapter = adapters.spec_of(config.adapters)
     job = Job.open(
         config,
         stage="reward_model",
-        inputs=[config.data, config.model, config.architecture, config.tokenizer],
+        inputs=[config.data],
         following=lambda out: (
             f"python -m eval.decode --model BASE --method args:{out / 'model'}@1 --prompts FILE --out DIR"
         ),
@@ -51,16 +77,17 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
-    begin = job.start(lambda _: models.Head("reward"))
-    data, collate = pairs.load(config, begin, tail=True)
-    params = job.fit(begin, data, objectives.bradley_terry(begin.lm), collate)
+    started = job.start(lambda _: models.Head("reward"))
+    data = job.split(read(job.form(started)))
+    collate = pairs.padding(config.rows.max_length)
+    params = job.fit(started, data, objectives.bradley_terry(started.lm), collate, adapter=adapter)
 
     def score(params: Any, batch: Any) -> Any:
-        cast = objectives.cast(begin.lm, params)
-        return jnp.stack([objectives.rewards_of(begin.lm, cast, batch[side]) for side in ("chosen", "rejected")], -1)
+        cast = objectives.cast(started.lm, params)
+        return jnp.stack([objectives.rewards_of(started.lm, cast, batch[side]) for side in ("chosen", "rejected")], -1)
 
-    summary = pairs.accuracy(score, params, data, collate, config.batch_size)
-    return job.finish(begin, params, data, summary)
+    summary = pairs.accuracy(score, params, data, collate, config.optimizer.batch_size)
+    return job.finish(started, params, data, summary)
 
 
 def main(args: list[str] | None = None) -> None:

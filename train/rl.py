@@ -16,61 +16,114 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
-
-from jaxalign import _io, commands, models
+from jaxalign import commands, models
 from jaxalign.data import encoded
+from jaxalign.data.text_options import TextOptions, format_of
 from jaxalign.prompts import bucket
-from jaxalign.training import adapters, job, reading, rl, rl_rewards, rollouts
+from jaxalign.training import adapters, reading, rl, rl_rewards
+from jaxalign.training.options import (
+    AdapterOptions,
+    MeshOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RowOptions,
+    RunOptions,
+)
+from jaxalign.training.rl_options import RewardOptions, RLOptions, check_reward_options, check_rl_options
+from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(rl.RLOptions):
+class Config:
     """Options of train.rl."""
+
+    run: RunOptions
+    """The run folder, and what holds for all of the run."""
+    prompts: str
+    """Prompts: files, folders or a data set's name, of any form (docs/data.md)."""
+    reward: RewardOptions
+    """What the policy is aligned with."""
+    rl: RLOptions = dataclasses.field(default_factory=RLOptions)
+    """How the policy is improved."""
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    """The model that is trained."""
+    rows: RowOptions = dataclasses.field(default_factory=functools.partial(RowOptions, validation=0.1))
+    """The rows, and which of them are held out."""
+    optimizer: OptimizerOptions = dataclasses.field(
+        default_factory=functools.partial(OptimizerOptions, batch_size=16, learning_rate=1e-5)
+    )
+    """How long and how fast."""
+    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    """Micro-batches and devices."""
+    adapters: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
+    """An adapter in place of all weights."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
+    room = config.rows.max_length - config.rl.max_new_tokens
+    read = functools.partial(reading.read_prompts, config.prompts, text=config.text, room=room)
     if config.text.show:
-        return reading.show(config, "prompts", model=config.model)
-    rl.check_rl_options(config)
-    inputs = [config.prompts, config.model, config.architecture, config.tokenizer, *rl_rewards.inputs(config)]
-    read = [folder for name in inputs for folder in models.source_folders(name)]
-    out = _io.open_run(config.out, config, inputs=read)
-    following = (
-        f"python -m eval.decode --model {config.model or 'BASE'} --reward REWARD --prompts FILE "
-        f"--method policy:{out / 'model'} --out DIR"
+        return reading.show(read, config.text, model=config.model.model, tokenizer=config.model.tokenizer)
+    size, accumulate, limit = config.optimizer.batch_size, config.mesh.accumulate, config.rl.max_new_tokens
+    check_reward_options(config.reward)
+    spec = adapters.spec_of(config.adapters)
+    job = Job.open(
+        config,
+        stage="rl",
+        inputs=[config.prompts, *rl_rewards.inputs(config.reward)],
+        following=lambda out: (
+            f"python -m eval.decode --model {config.model.model or 'BASE'} --reward REWARD --prompts FILE "
+            f"--method policy:{out / 'model'} --out DIR"
+        ),
+        rows_per_step=check_rl_options(config.rl, batch_size=size, accumulate=accumulate),
     )
-    done = job.finished(out)
+    done = job.finished()
     if done is not None:
-        job.report(out, done, following)
         return done
-    head = models.Head("value", hidden_size=64) if config.algorithm == "ppo" else None
-    begin = job.start(config, lambda _: head)
-    prompts = rollouts.read_prompts(config, begin.tokenizer)
+    head = models.Head("value", hidden_size=64) if config.rl.algorithm == "ppo" else None
+    started = job.start(lambda _: head)
+    prompts = read(format_of(config.text, started.tokenizer)).rows
     longest = max(len(prompt.tokens) for prompt in prompts)
-    if longest + config.max_new_tokens > config.max_length:
+    if longest + limit > config.rows.max_length:
         raise ValueError(
-            f"max_length: expected at least the longest prompt's {longest} and {config.max_new_tokens} new tokens, "
-            f"found {config.max_length}"
+            f"max_length: expected at least the longest prompt's {longest} and {limit} new tokens, "
+            f"found {config.rows.max_length}"
         )
-    rows = [rl.PromptRow(prompt.tokens, i) for i, prompt in enumerate(prompts)]
-    held = job.split(encoded.Loaded(rows, 0, []), config)
-    learner, trained, frozen = rl.learner_of(config, begin, rl_rewards.build(config, begin, prompts))
+    data = job.split(encoded.Loaded([rl.PromptRow(prompt.tokens, i) for i, prompt in enumerate(prompts)], 0, []))
+    base = config.model.model or config.model.architecture
+    reward = rl_rewards.compose(
+        config.reward, started, prompts, base=base, dtype=config.run.dtype, max_new_tokens=limit
+    )
+    learner, trained, frozen = rl.learner_of(
+        config.rl,
+        started,
+        reward,
+        seed=config.run.seed,
+        spec=spec,
+        accumulate=accumulate,
+        target_kl=config.reward.target_kl,
+    )
     pad = functools.partial(rl.collate_prompts, length=bucket(longest), count=len(prompts))
-    before = rl.measure_policy(learner, trained, frozen, held.validation, pad)
-    state = rl.train_policy(config, learner, trained, frozen, held.train, out, pad)
-    after = rl.measure_policy(learner, state.train.params, frozen, held.validation, pad)
+    before = rl.measure_policy(learner, trained, frozen, data.validation, pad, batch_size=size)
+    state = rl.train_policy(
+        learner,
+        trained,
+        frozen,
+        data.train,
+        pad,
+        beta=config.reward.beta,
+        optimizer=config.optimizer,
+        mesh=config.mesh,
+        out=job.out,
+    )
+    after = rl.measure_policy(learner, state.train.params, frozen, data.validation, pad, batch_size=size)
     summary: dict[str, Any] = {f"{name}_before": value for name, value in before.items() if "kl" not in name} | after
     summary |= {"beta": float(state.beta), "dropped_iterations": int(state.dropped[0])}
-    lm = models.with_head(begin.lm, None)
-    if adapters.spec_of(config) is None:
-        final = jax.device_get({"transformer": state.train.params["transformer"]})
-    else:
-        # Into the float32 weights: the reference may be held in bfloat16.
-        masters, adapter = {"transformer": begin.params["transformer"]}, jax.device_get(state.train.params["adapter"])
-        final = adapters.merged(config, models.LanguageModel(lm.config), masters, adapter, out)
-    return job.finish(out, begin._replace(lm=lm), final, held, summary, following)
+    final = rl.trained_policy(started, state, spec, base=config.model.model, out=job.out)
+    return job.finish(started._replace(lm=models.with_head(started.lm, None)), final, data, summary)
 
 
 def main(args: list[str] | None = None) -> None:

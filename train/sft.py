@@ -10,6 +10,7 @@ pairs, whose chosen response counts. The loss is over the response's tokens, its
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,56 +19,77 @@ import numpy as np
 from jaxalign import commands
 from jaxalign.data import encoded, preferences
 from jaxalign.data.encoded import Learn
-from jaxalign.data.text_options import CompareOptions
+from jaxalign.data.text_options import CompareOptions, TextOptions
 from jaxalign.training import objectives, reading
-from jaxalign.training.job import TrainingOptions, form_of, row_length, split
+from jaxalign.training.job import row_length
+from jaxalign.training.options import MeshOptions, ModelOptions, OptimizerOptions, RowOptions, RunOptions
 from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(TrainingOptions):
+class Config:
     """Options of train.sft."""
 
+    run: RunOptions
+    """The run folder, and what holds for all of the run."""
     data: str
     """Texts, chats or preference pairs: files, folders or a data set's name (docs/data.md)."""
     learn: Learn = "all"
     """Which of the assistant's turns of a conversation are learned: all, or the last."""
     compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
     """Which response of a preference counts."""
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    """The model that is trained."""
+    rows: RowOptions = dataclasses.field(default_factory=RowOptions)
+    """The rows, and which of them are held out."""
+    optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
+    """How long and how fast."""
+    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    """Micro-batches and devices."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, writes the run folder, gives its summary."""
+    read = functools.partial(
+        reading.read_texts,
+        config.data,
+        rows=config.rows,
+        text=config.text,
+        compare=config.compare,
+        learn=config.learn,
+    )
     if config.text.show:
-        return reading.show(config, "texts", model=config.model)
+        return reading.show(read, config.text, model=config.model.model, tokenizer=config.model.tokenizer)
     job = Job.open(
         config,
         stage="sft",
-        inputs=[config.data, config.model, config.architecture, config.tokenizer],
+        inputs=[config.data],
         following=lambda out: f"python -m eval.decode --model {out / 'model'} --prompts FILE --out DIR",
     )
     done = job.finished()
     if done is not None:
         return done
-    begin = job.start(lambda _: None)
-    data = split(reading.read_texts(config, form_of(config, begin)), config)
+    started = job.start(lambda _: None)
+    data = job.split(read(job.form(started)))
 
     def collate(rows: list[encoded.TextTokens]) -> dict[str, np.ndarray]:
-        length = row_length(config, [len(row.prompt) + len(row.response) for row in rows])
+        length = row_length([len(row.prompt) + len(row.response) for row in rows], config.rows.max_length)
         return preferences.pad_texts(rows, length=length)
 
-    params = job.fit(begin, data, objectives.language_model(begin.lm), collate)
+    params = job.fit(started, data, objectives.language_model(started.lm), collate)
 
     def score(params: Any, batch: Any) -> tuple[Any, Any]:
-        cast = objectives.cast(begin.lm, params)
-        return objectives.log_likelihoods(begin.lm, cast, batch), jnp.sum(batch["loss_mask"][:, 1:], axis=-1)
+        cast = objectives.cast(started.lm, params)
+        return objectives.log_likelihoods(started.lm, cast, batch), jnp.sum(batch["loss_mask"][:, 1:], axis=-1)
 
     summary: dict[str, Any] = {}
     if data.validation:
         total, count = job.evaluate(score, params, data.validation, collate)
         loss = -float(total.sum() / count.sum())
         summary = {"validation_loss": loss, "validation_perplexity": float(np.exp(loss))}
-    return job.finish(begin, params, data, summary)
+    return job.finish(started, params, data, summary)
 
 
 def main(args: list[str] | None = None) -> None:

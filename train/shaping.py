@@ -15,36 +15,67 @@ network: r is a monotone function of u and of the prompt's statistics.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from jaxalign import commands, models
 from jaxalign.data import encoded
+from jaxalign.data.text_options import TextOptions, format_of
 from jaxalign.training import leaders, reading, rollouts, shaping_data
-from jaxalign.training.job import split
+from jaxalign.training.options import (
+    MeshOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RolloutOptions,
+    RowOptions,
+    RunOptions,
+)
+from jaxalign.training.shaping_data import ShapingOptions
 from jaxalign.training.training_job import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shaping_data.ShapingOptions):
+class Config:
     """Options of train.shaping."""
+
+    run: RunOptions
+    """The run folder, and what holds for all of the run."""
+    rollouts: RolloutOptions = dataclasses.field(default_factory=functools.partial(RolloutOptions, samples=16))
+    """The roll-outs of a base, with their true utility."""
+    shaping: ShapingOptions = dataclasses.field(default_factory=ShapingOptions)
+    """What the leader is."""
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    """The model that is trained."""
+    rows: RowOptions = dataclasses.field(default_factory=RowOptions)
+    """The rows, and which of them are held out."""
+    optimizer: OptimizerOptions = dataclasses.field(default_factory=functools.partial(OptimizerOptions, batch_size=8))
+    """How long and how fast."""
+    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    """Micro-batches and devices."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Rolls out, trains, writes the run folder, gives its summary."""
+    room = config.rows.max_length - config.rollouts.max_new_tokens
+    read = functools.partial(reading.read_prompts, config.rollouts.prompts, text=config.text, room=room)
     if config.text.show:
-        return reading.show(config, "prompts", model=config.base)
-    if not (config.model or config.architecture):
-        config = dataclasses.replace(config, model=config.base)
-    shaping_data.check_shaping_options(config)
-    network = config.leader == "network" and not config.amortise
-    decode = f"python -m eval.decode --model {config.base}"
+        return reading.show(read, config.text, model=config.rollouts.base)
+    if not (config.model.model or config.model.architecture):
+        model = dataclasses.replace(config.model, model=config.rollouts.base)
+        config = dataclasses.replace(config, model=model)
+    options = config.shaping
+    shaping_data.check_shaping_options(options, config.rollouts)
+    network = options.leader == "network" and not options.amortise
+    decode = f"python -m eval.decode --model {config.rollouts.base}"
     job = Job.open(
         config,
-        stage="threshold" if config.amortise else "leader",
-        inputs=rollouts.inputs(config),
+        stage="threshold" if options.amortise else "leader",
+        inputs=rollouts.inputs(config.rollouts),
         following=lambda out: (
             "docs/stackelberg.md"
-            if config.amortise or network
+            if options.amortise or network
             else f"{decode} --reward {out / 'model'} --method best_of_n@16 --prompts FILE --out DIR"
         ),
         product=leaders.NETWORK if network else "model",
@@ -52,15 +83,24 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
-    bound = config.bound if config.leader == "reward_model" and not config.amortise else None
-    begin = job.start(lambda _: models.Head("reward", bound=bound))
-    found = shaping_data.prompt_groups(rollouts.roll_out(config, job.out, begin.tokenizer, stage="shaping"))
-    data = split(encoded.Loaded(found, 0, []), config)
-    if config.amortise:
-        return leaders.train_threshold(job, begin, data)
+    bound = options.bound if options.leader == "reward_model" and not options.amortise else None
+    started = job.start(lambda _: models.Head("reward", bound=bound))
+    found = rollouts.roll_out(
+        config.rollouts,
+        read(format_of(config.text, started.tokenizer)).rows,
+        started.tokenizer,
+        run=config.run,
+        out=job.out,
+        stage="shaping",
+        max_length=config.rows.max_length,
+        model=config.model.model or config.model.tokenizer,
+    )
+    data = job.split(encoded.Loaded(shaping_data.prompt_groups(found), 0, []))
+    if options.amortise:
+        return leaders.train_threshold(job, options, started, data)
     if network:
-        return leaders.train_network(job, begin, data)
-    return leaders.train_reward_model(job, begin, data)
+        return leaders.train_network(job, options, started, data)
+    return leaders.train_reward_model(job, options, started, data)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -29,78 +29,122 @@ python -m train.value --objective td --frozen --activation relu --head-layers 2 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
 from jaxalign import commands, models
 from jaxalign.data import encoded
+from jaxalign.data.text_options import TextOptions, format_of
 from jaxalign.training import objectives, reading, responses, rollouts, values
-from jaxalign.training.job import split
+from jaxalign.training.options import (
+    MeshOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RolloutOptions,
+    RowOptions,
+    RunOptions,
+)
 from jaxalign.training.training_job import Job
+from jaxalign.training.values import ValueOptions
 from jaxalign.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(values.ValueOptions):
+class Config:
     """Options of train.value."""
+
+    run: RunOptions
+    """The run folder, and what holds for all of the run."""
+    rollouts: RolloutOptions = dataclasses.field(default_factory=functools.partial(RolloutOptions, prompts=""))
+    """The roll-outs of a base, with their rewards; given --responses, none are made."""
+    value: ValueOptions = dataclasses.field(default_factory=ValueOptions)
+    """What the value model learns."""
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    """The model that is trained."""
+    rows: RowOptions = dataclasses.field(default_factory=RowOptions)
+    """The rows, and which of them are held out."""
+    optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
+    """How long and how fast."""
+    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    """Micro-batches and devices."""
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Rolls out, trains, writes the run folder, gives its summary."""
+    options, rolled, rows = config.value, config.rollouts, config.rows
+    room = rows.max_length - rolled.max_new_tokens
+    prompts = functools.partial(reading.read_prompts, rolled.prompts, text=config.text, room=room)
+    texts = functools.partial(reading.read_texts, options.responses, rows=rows, text=config.text)
     if config.text.show:
-        return reading.show(config, "prompts", model=config.base)
-    if not (config.model or config.architecture):
-        config = dataclasses.replace(config, model=config.base)
-    values.check_value_options(config)
+        return reading.show(texts if options.responses else prompts, config.text, model=rolled.base)
+    if not (config.model.model or config.model.architecture):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, model=rolled.base))
+    values.check_value_options(options, rolled, model=config.model.model)
     job = Job.open(
         config,
         stage="value",
-        inputs=[*rollouts.inputs(config), config.responses],
+        inputs=[*rollouts.inputs(rolled), options.responses],
         following=lambda out: _following(config, out),
     )
     done = job.finished()
     if done is not None:
         return done
-    begin = job.start(lambda body: values.value_head(config, body))
-    if config.responses:
-        found = responses.scored(config, config.responses, begin)
+    started = job.start(lambda body: values.value_head(options, body))
+    if options.responses:
+        texts_read = texts(job.form(started))
+        found = responses.scored(texts_read, rolled, started, dtype=config.run.dtype, max_length=rows.max_length)
     else:
-        found = encoded.Loaded(rollouts.roll_out(config, job.out, begin.tokenizer, stage="value"), 0, [])
-    rows = values.value_rows(config, found.rows)
-    data = split(found._replace(rows=rows), config)
+        drawn = rollouts.roll_out(
+            rolled,
+            prompts(format_of(config.text, started.tokenizer)).rows,
+            started.tokenizer,
+            run=config.run,
+            out=job.out,
+            stage="value",
+            max_length=rows.max_length,
+            model=config.model.model or config.model.tokenizer,
+        )
+        found = encoded.Loaded(drawn, 0, [])
+    learned = values.value_rows(options, found.rows)
+    data = job.split(found._replace(rows=learned))
 
-    collate = values.collate_values(config)
+    collate = values.collate_values(options, rows.max_length)
     base: Any = None
     frozen: Params = None
-    if config.objective == "cd_q":
-        base, frozen = models.load_beside(config.base, begin.lm, begin.tokenizer, name="base", dtype=config.dtype)
+    if options.objective == "cd_q":
+        base, frozen = models.load_beside(
+            rolled.base, started.lm, started.tokenizer, name="base", dtype=config.run.dtype
+        )
     loss = objectives.value(
-        begin.lm,
-        config.objective,
+        started.lm,
+        options.objective,
         base=base,
-        beta=config.beta or None,
-        pair_weight=config.pair_weight,
-        before=config.frozen,
+        beta=options.beta or None,
+        pair_weight=options.pair_weight,
+        before=options.frozen,
     )
-    if config.frozen:
+    if options.frozen:
         # The body is no parameter of the run: neither gradients nor moments of it are made, and no decay reaches it.
-        frozen = {"transformer": begin.params["transformer"]}
+        frozen = {"transformer": started.params["transformer"]}
         train = lambda params, batch, frozen: loss({**frozen, **params}, batch, None)  # noqa: E731
-        alone = begin._replace(params={"head": begin.params["head"]})
+        alone = started._replace(params={"head": started.params["head"]})
         params = job.fit(alone, data, train, collate, frozen=frozen)
         params = {**frozen, **params}
     else:
-        params = job.fit(begin, data, loss, collate, frozen=frozen)
+        params = job.fit(started, data, loss, collate, frozen=frozen)
 
-    summary = values.measure_values(config, begin.lm, params, rows, data)
-    return job.finish(begin, params, data, summary)
+    summary = values.measure_values(options, started.lm, params, learned, data, collate, config.optimizer.batch_size)
+    return job.finish(started, params, data, summary)
 
 
 def _following(config: Config, out: pathlib.Path) -> str:
-    method = f"follower:{out / 'model'}" if values.log_weight(config) else f"value:{out / 'model'}@1"
-    if config.frozen:
+    method = f"follower:{out / 'model'}" if values.log_weight(config.value) else f"value:{out / 'model'}@1"
+    if config.value.frozen:
         method = f"re_control:{out / 'model'}@1"
-    return f"python -m eval.decode --model {config.base} --method {method} --prompts FILE --out DIR"
+    return f"python -m eval.decode --model {config.rollouts.base} --method {method} --prompts FILE --out DIR"
 
 
 def main(args: list[str] | None = None) -> None:

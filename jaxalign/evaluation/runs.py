@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
-from jaxalign import _io, data, models, rewards
-from jaxalign.data import chats
+from jaxalign import _io, models, rewards
+from jaxalign.data import chats, encoded
 from jaxalign.data.text_options import format_of
 from jaxalign.evaluation import engine, loading, plots, results
 from jaxalign.evaluation.engine import Method, Texts
@@ -19,6 +19,7 @@ from jaxalign.evaluation.results import Embed, Record
 from jaxalign.evaluation.settings import Setting
 from jaxalign.evaluation.specs import CRITICS, KINDS, Spec, parse_method
 from jaxalign.prompts import prompt_batch
+from jaxalign.tokens import TextFormat
 from jaxalign.training import reading
 
 
@@ -36,12 +37,12 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
       ValueError: names the option or the method. What can be checked before decoding is, and nothing is written then.
     """
     if options.text.show:
-        reading.show(options, "prompts", model=options.model)
+        reading.show(functools.partial(_read_prompts, options), options.text, model=options.model)
         return []
     specs = check(options)
     scored = {"reward": options.reward, "gold": options.gold}
     tokenizer = models.tokenizer(options.model, chat_template=options.text.chat_template)
-    prompts = _prompts(options, tokenizer)
+    prompts = _read_prompts(options, format_of(options.text, tokenizer)).rows
     texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
     reader = rewards.Reader(
         format_of(options.text, tokenizer), None, [prompt.source for prompt in prompts], chats.prompt_chat
@@ -89,10 +90,10 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     return rows
 
 
-def _prompts(options: DecodeOptions, tokenizer: Any) -> list[data.Prompt]:
+def _read_prompts(options: DecodeOptions, form: TextFormat) -> encoded.Loaded:
     """The prompts as token ids (`reading.read_prompts`)."""
     room = models.read_config(options.model).max_length - options.max_new_tokens
-    return reading.read_prompts(options.prompts, options.text, format_of(options.text, tokenizer), room=room)
+    return reading.read_prompts(options.prompts, form, text=options.text, room=room)
 
 
 def check(options: DecodeOptions) -> list[Spec]:

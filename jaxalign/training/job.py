@@ -1,138 +1,88 @@
-"""What the training scripts share: options, a model to start from, the run around `training.fit`, its results."""
+"""What the training scripts share: a model to start from, the run around `training.fit`, its results."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign import _io, models, training
 from jaxalign.data import batches, encoded, preferences
-from jaxalign.data.text_options import TextOptions, check_text_options, format_of
+from jaxalign.data.text_options import TextOptions, format_of
 from jaxalign.models import sharding
 from jaxalign.prompts import bucket
 from jaxalign.tokens import TextFormat
 from jaxalign.training.measure import check_rows, checked_collate
+from jaxalign.training.options import DType, MeshOptions, ModelOptions, OptimizerOptions
 from jaxalign.training.step import Loss
 from jaxalign.types import Params
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """Options of every training script."""
-
-    out: str
-    """Run folder: model/ (Hugging Face form), summary.json, metrics.jsonl, tensorboard/, checkpoints/, config.json."""
-    model: str = ""
-    """Hugging Face folder (or hub name) to start from: weights, config and tokenizer. An adapter's folder stands for
-    the merged model, ADAPTER_DIR@BASE_DIR for the adapter on another base."""
-    architecture: str = ""
-    """In place of --model: a config.json to start from with random weights; its vocabulary size is the tokenizer's."""
-    tokenizer: str = ""
-    """Folder of a tokenizer, with --architecture."""
-    max_length: int = 256
-    """Longest row [tokens], prompt and response; longer prompts lose their beginning."""
-    epochs: float = 1.0
-    """Passes over the training rows."""
-    steps: int = 0
-    """Optimizer steps in place of --epochs; 0: not used."""
-    batch_size: int = 32
-    """Rows (pairs) per optimizer step."""
-    accumulate: int = 1
-    """Micro-batches that a batch is run in, a divisor of --batch-size: memory of one, gradient of all."""
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
-    warmup: float = 0.1
-    """Share of the steps over which the learning rate rises; it then falls on a cosine to a tenth."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay, on matrices."""
-    clip: float = 1.0
-    """Largest global norm of a gradient."""
-    validation: float = 0.05
-    """Share of the prompts held out for the figures in summary.json, chosen by a hash of the prompt."""
-    skip_bad: bool = False
-    """Skip and count bad rows of the data, in place of an error."""
-    save_every: int = 200
-    """Optimizer steps between checkpoints."""
-    log_every: int = 10
-    """Optimizer steps between lines of metrics.jsonl."""
-    seed: int = 0
-    """Seed of new weights, of the split and of the order of rows."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and of the weights as they are used; master weights, sums and rewards stay float32."""
-    mesh: str = ""
-    """data=N: N devices share each micro-batch; N divides --batch-size / --accumulate."""
-    config: str = ""
-    """JSON or TOML file of defaults for these options."""
-    text: TextOptions = dataclasses.field(default_factory=TextOptions)
-    """How texts and chats become tokens."""
-
-
-class Start(NamedTuple):
-    """A model to train. params: float32 masters; tokenizer: transformers'."""
+class StartedModel(NamedTuple):
+    """A model to train."""
 
     lm: models.LanguageModel
+    """The model, which computes in the run's type."""
     params: Params
+    """Its parameters: float32 masters."""
     tokenizer: Any
+    """Its tokenizer, transformers'."""
 
 
 class Data(NamedTuple):
-    """Rows of a script's data, split by prompt. skipped: bad rows left out; reasons: of the first of them;
-    counts: rows that were cut, left out or noted (`encoded.describe`); taught: ids in which responses end."""
+    """Rows of a script's data, split by prompt."""
 
     train: Sequence[Any]
+    """Rows that are trained on."""
     validation: Sequence[Any]
+    """Rows that are held out."""
     skipped: int
+    """Number of bad rows that were left out."""
     reasons: Sequence[str]
+    """Why, for the first of them."""
     counts: Mapping[str, int] = {}
+    """Kind -> number of rows that were cut, left out or noted (`encoded.describe`)."""
     taught: tuple[int, ...] = ()
+    """Token ids in which responses end."""
 
 
-def check_training_options(config: TrainingOptions) -> None:
-    """Value checks that need no file. ValueErrors name the option."""
-    for name in ("epochs", "learning_rate", "clip"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name}: expected a finite value > 0, found {getattr(config, name)}")
-    for name, low in (("steps", 0), ("batch_size", 1), ("save_every", 1), ("log_every", 1), ("max_length", 2)):
-        if getattr(config, name) < low:
-            raise ValueError(f"{name}: expected at least {low}, found {getattr(config, name)}")
-    for name in ("warmup", "validation"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name}: expected a share in [0, 1), found {getattr(config, name)}")
-    if not 0 <= config.weight_decay < math.inf:
-        raise ValueError(f"weight_decay: expected a finite value >= 0, found {config.weight_decay}")
-    if config.accumulate < 1 or config.batch_size % config.accumulate:
-        raise ValueError(f"accumulate: expected a divisor of batch_size {config.batch_size}, found {config.accumulate}")
-    if bool(config.model) == bool(config.architecture):
-        raise ValueError(
-            "model: expected either --model or --architecture, found " + ("both" * bool(config.model) or "neither")
-        )
-    if bool(config.architecture) != bool(config.tokenizer):
-        raise ValueError("tokenizer: expected with --architecture, and only there")
-    check_text_options(config.text)
-    mesh = sharding.make_mesh(config.mesh)
-    if mesh is not None and (config.batch_size // config.accumulate) % mesh.size:
-        raise ValueError(
-            f"mesh: expected a divisor of batch_size / accumulate = {config.batch_size // config.accumulate}, "
-            f"found {config.mesh!r}"
-        )
+def start(
+    options: ModelOptions,
+    head: Callable[[models.Config], models.Head | None],
+    *,
+    seed: int,
+    dtype: DType,
+    max_length: int,
+    chat_template: str = "",
+) -> StartedModel:
+    """Loads or makes the model to train.
 
+    Args:
+      options: --model, or --architecture and --tokenizer.
+      head: config -> the head that the model has to have; its own weights are kept where it has them.
+      seed: of new weights.
+      dtype: type that the model computes in.
+      max_length: longest row [tokens].
+      chat_template: name of one of the tokenizer's several chat templates, or "".
 
-def start(config: TrainingOptions, head: Callable[[models.Config], models.Head | None]) -> Start:
-    """The model of --model or --architecture with the head that `head` gives for it: its own weights where it has them,
-    else new ones from the seed. ValueError: a tokenizer that does not fit, a context shorter than --max-length."""
-    rng, head_rng = jax.random.split(jax.random.key(config.seed))
-    if config.architecture:
-        tokenizer = models.tokenizer(config.tokenizer, chat_template=config.text.chat_template)
-        path = pathlib.Path(config.architecture)
+    Returns:
+      Model, float32 parameters and tokenizer.
+
+    Raises:
+      ValueError: a tokenizer that does not fit, a context shorter than `max_length`.
+    """
+    rng, head_rng = jax.random.split(jax.random.key(seed))
+    if options.architecture:
+        tokenizer = models.tokenizer(options.tokenizer, chat_template=chat_template)
+        path = pathlib.Path(options.architecture)
         if not path.is_file():
             raise ValueError(f"architecture: expected a config.json, found no file {path}")
         eos = tokenizer.eos_token_id
@@ -141,17 +91,15 @@ def start(config: TrainingOptions, head: Callable[[models.Config], models.Head |
         lm = models.with_head(body, head(body.config))
         params = lm.init(rng)
     else:
-        tokenizer = models.tokenizer(config.model, chat_template=config.text.chat_template)
-        lm, params = models.load(config.model)
+        tokenizer = models.tokenizer(options.model, chat_template=chat_template)
+        lm, params = models.load(options.model)
         if head(lm.config) != lm.config.head:
             lm, params = replace_head(lm, params, head(lm.config), head_rng)
     models.check_rows(tokenizer, lm.vocab_size)
-    if config.max_length > lm.max_length:
-        raise ValueError(
-            f"max_length: expected at most the model's context of {lm.max_length}, found {config.max_length}"
-        )
+    if max_length > lm.max_length:
+        raise ValueError(f"max_length: expected at most the model's context of {lm.max_length}, found {max_length}")
     reads = with_tokenizer_pad(lm.config, tokenizer)
-    return Start(models.LanguageModel(reads, config.dtype), params, tokenizer)
+    return StartedModel(models.LanguageModel(reads, dtype), params, tokenizer)
 
 
 def with_tokenizer_pad(config: models.Config, tokenizer: Any) -> models.Config:
@@ -188,95 +136,124 @@ def replace_head(
     return new, {"transformer": body} | ({} if head is None else {"head": new.init_head(rng)})
 
 
-def form_of(config: TrainingOptions, begin: Start) -> TextFormat:
+def form_of(text: TextOptions, started: StartedModel) -> TextFormat:
     """How the job's texts become tokens. ValueError for a tokenizer without an end of a response."""
-    form = format_of(config.text, begin.tokenizer, begin.lm.eos_ids)
+    form = format_of(text, started.tokenizer, started.lm.eos_ids)
     if not form.closing:
         raise ValueError("tokenizer: expected an EOS token, which ends each response, found none (--eos-token)")
     return form
 
 
-def with_taught(begin: Start, data: Data) -> Start:
+def with_taught(started: StartedModel, data: Data) -> StartedModel:
     """The model whose EOS ids hold those in which the data's responses end: what is taught to end a response ends
     generation. An id that is added is told."""
-    known = begin.lm.eos_ids
+    known = started.lm.eos_ids
     added = [i for i in data.taught if i not in known]
     if not added:
-        return begin
-    words = ", ".join(f"{begin.tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in added)
+        return started
+    words = ", ".join(f"{started.tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in added)
     print(f"responses end in {words}, which joins the model's EOS ids {list(known)}", flush=True)
-    config = dataclasses.replace(begin.lm.config, eos_ids=(*known, *added))
-    return begin._replace(lm=dataclasses.replace(begin.lm, config=config))
+    config = dataclasses.replace(started.lm.config, eos_ids=(*known, *added))
+    return started._replace(lm=dataclasses.replace(started.lm, config=config))
 
 
-def split(loaded: encoded.Loaded, config: TrainingOptions) -> Data:
-    """Train and validation rows; --validation 0 leaves the second empty. What was cut or left out is told."""
+def split(loaded: encoded.Loaded, *, validation: float, seed: int) -> Data:
+    """Splits rows by prompt into those to train on and those held out, and tells what was cut or left out.
+
+    Args:
+      loaded: the rows.
+      validation: share of the prompts that is held out, in [0, 1); 0 leaves the second part empty.
+      seed: of the split.
+
+    Returns:
+      The rows in their order, split, with what is known of those that were left out.
+    """
     for line in encoded.describe(loaded.counts):
         print(line, flush=True)
-    if config.validation == 0:
+    if validation == 0:
         return Data(loaded.rows, [], loaded.skipped, loaded.reasons, loaded.counts, loaded.taught)
-    train, validation = preferences.split_by_prompt(loaded.rows, fraction=config.validation, seed=config.seed)
-    return Data(train, validation, loaded.skipped, loaded.reasons, loaded.counts, loaded.taught)
+    train, held_out = preferences.split_by_prompt(loaded.rows, fraction=validation, seed=seed)
+    return Data(train, held_out, loaded.skipped, loaded.reasons, loaded.counts, loaded.taught)
 
 
-def row_length(config: TrainingOptions, lengths: Sequence[int]) -> int:
+def row_length(lengths: Sequence[int], max_length: int) -> int:
     """Tokens that a batch's rows are padded to: the bucket of the longest, so that few shapes are compiled."""
-    return min(bucket(max(lengths), smallest=32), config.max_length)
+    return min(bucket(max(lengths), smallest=32), max_length)
 
 
-def run(
-    config: TrainingOptions,
-    begin: Start,
+def fit_model(
+    started: StartedModel,
     data: Data,
     loss: Loss,
     collate: Callable[[list[Any]], Any],
     *,
+    optimizer: OptimizerOptions,
+    mesh: MeshOptions,
+    seed: int,
     stage: str,
     out: pathlib.Path,
     frozen: Params = None,
 ) -> Params:
-    """Trains and gives the parameters, float32; resumes from the run folder."""
-    steps = config.steps or max(1, math.ceil(config.epochs * len(data.train) / config.batch_size))
-    optimizer, schedule = training.adamw(
-        learning_rate=config.learning_rate,
-        steps=steps,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-    )
-    mesh = sharding.make_mesh(config.mesh)
-    params = jax.tree.map(jnp.array, begin.params)  # a copy, which the steps may take
-    state = training.create(params, optimizer)
+    """Trains all parameters, going on from the newest checkpoint in the run folder.
+
+    Args:
+      started: its params are trained; they are copied.
+      data: its training rows are used.
+      loss: loss(params, batch, frozen) -> (loss, LossAux).
+      collate: a list of b rows -> a tree of arrays [b,...].
+      optimizer: how long and how fast.
+      mesh: micro-batches and devices.
+      seed: of the order of rows.
+      stage: name of the training in metrics and checkpoints.
+      out: the run folder.
+      frozen: parameters that the loss takes and that are not trained.
+
+    Returns:
+      The trained parameters, float32, on the host.
+    """
+    steps = optimizer.steps_for(len(data.train))
+    update, schedule = adamw_of(optimizer, steps)
+    devices = sharding.make_mesh(mesh.mesh)
+    params = jax.tree.map(jnp.array, started.params)  # a copy, which the steps may take
+    state = training.create(params, update)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
-    if mesh is not None:
-        everywhere, by_row = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
+    if devices is not None:
+        everywhere, by_row = (
+            NamedSharding(devices, PartitionSpec()),
+            NamedSharding(devices, PartitionSpec(None, "data")),
+        )
         # Moments are kept as their parameters are.
-        state = jax.device_put(state, everywhere)._replace(params=sharding.shard(params, mesh))
-        frozen = None if frozen is None else sharding.shard(frozen, mesh)
+        state = jax.device_put(state, everywhere)._replace(params=sharding.shard(params, devices))
+        frozen = None if frozen is None else sharding.shard(frozen, devices)
         place = lambda batch: jax.device_put(batch, by_row)  # noqa: E731
-    source = batches.batches(
-        data.train,
-        checked_collate(collate),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        accumulate=config.accumulate,
-    )
-    position = {"seed": config.seed, "batch_size": config.batch_size, "rows": batches.fingerprint(data.train)}
+    size, accumulate = optimizer.batch_size, mesh.accumulate
+    source = batches.batches(data.train, checked_collate(collate), batch_size=size, seed=seed, accumulate=accumulate)
     final = training.fit(
-        training.train_step(loss, optimizer, schedule=schedule, donate=True),
+        training.train_step(loss, update, schedule=schedule, donate=True),
         state,
         source,
         steps=steps,
         out=out,
         stage=stage,
-        position=position,
+        position={"seed": seed, "batch_size": size, "rows": batches.fingerprint(data.train)},
         frozen=frozen,
         place=place,
         donate=True,
-        save_every=config.save_every,
-        log_every=config.log_every,
+        save_every=optimizer.save_every,
+        log_every=optimizer.log_every,
     )
     return jax.device_get(final.params)
+
+
+def adamw_of(options: OptimizerOptions, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer and its schedule over that many updates."""
+    return training.adamw(
+        learning_rate=options.learning_rate,
+        steps=steps,
+        warmup=options.warmup,
+        weight_decay=options.weight_decay,
+        clip=options.clip,
+    )
 
 
 def evaluate(
@@ -298,12 +275,12 @@ def first_rows(tree: Any, count: int) -> Any:
 
 
 def finish(
-    out: pathlib.Path, begin: Start, params: Params, data: Data, summary: dict[str, Any], following: str
+    out: pathlib.Path, started: StartedModel, params: Params, data: Data, summary: dict[str, Any], following: str
 ) -> dict[str, Any]:
     """Writes model/ and summary.json, says so, and names the next command. summary.json comes last: where it is, the
     run is whole."""
-    lm = models.LanguageModel(with_taught(begin, data).lm.config, "float32")
-    models.save(out / "model", lm, params, tokenizer=begin.tokenizer, overwrite=True)
+    lm = models.LanguageModel(with_taught(started, data).lm.config, "float32")
+    models.save(out / "model", lm, params, tokenizer=started.tokenizer, overwrite=True)
     rows = {"rows": len(data.train), "validation_rows": len(data.validation), "skipped_rows": data.skipped}
     summary = rows | dict(data.counts) | summary
     _io.write_json(out / "summary.json", summary)
@@ -343,5 +320,5 @@ def interval(values: np.ndarray) -> tuple[float, float] | tuple[None, None]:
 
 def iterate(rows: Sequence[Any], size: int) -> Iterator[list[Any]]:
     """Consecutive parts of at most `size` rows."""
-    for begin in range(0, len(rows), size):
-        yield list(rows[begin : begin + size])
+    for first in range(0, len(rows), size):
+        yield list(rows[first : first + size])

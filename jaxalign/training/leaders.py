@@ -54,16 +54,26 @@ def compare_leaders(delivered: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def delivered_utilities(
-    config: ShapingOptions, rewards: dict[str, np.ndarray], utility: np.ndarray
+    rewards: dict[str, np.ndarray], utility: np.ndarray, *, bound: float, beta: float
 ) -> dict[str, np.ndarray]:
-    """Utility delivered [prompts] by each reward table [prompts,n] at the same beta, over the roll-outs of a prompt;
-    beside it the base's mean and the threshold on the true utility, the most that any reward within the bound gives."""
+    """Measures what reward tables deliver at the same KL weight.
+
+    Args:
+      rewards: name -> reward [prompts,n] of each roll-out.
+      utility: true utility [prompts,n] of each roll-out.
+      bound: of the rewards.
+      beta: KL weight of the follower [units of reward per nat].
+
+    Returns:
+      Name -> utility [prompts], of each table, of the base ("base": the mean) and of the threshold on the true utility
+      ("optimum": the most that any reward within the bound gives).
+    """
     base = np.zeros_like(utility)
     found = {
-        name: np.asarray(shaping.leader_utility(base, reward, utility=utility, beta=config.beta))
+        name: np.asarray(shaping.leader_utility(base, reward, utility=utility, beta=beta))
         for name, reward in rewards.items()
     }
-    best = shaping.optimal_threshold(utility, gain=config.bound / config.beta)
+    best = shaping.optimal_threshold(utility, gain=bound / beta)
     return found | {"base": utility.mean(axis=-1), "optimum": np.asarray(best)}
 
 
@@ -74,12 +84,15 @@ def _validation(data: functions.Data) -> np.ndarray:
     return np.asarray([row.utility for row in data.validation], np.float32)
 
 
-def train_reward_model(job: Job[ShapingOptions], begin: functions.Start, data: functions.Data) -> dict[str, Any]:
+def train_reward_model(
+    job: Job, options: ShapingOptions, started: functions.StartedModel, data: functions.Data
+) -> dict[str, Any]:
     """Trains a transformer's reward in [0, bound] as the leader.
 
     Args:
       job: its folder is written, its options say how to train.
-      begin: the reward model, which is written with its new parameters.
+      options: the bound, and the KL weight of the follower.
+      started: the reward model, which is written with its new parameters.
       data: prompts with their roll-outs; at least two held-out prompts.
 
     Returns:
@@ -88,32 +101,37 @@ def train_reward_model(job: Job[ShapingOptions], begin: functions.Start, data: f
     Raises:
       ValueError: fewer than two held-out prompts.
     """
-    config, utility = job.config, _validation(data)
-    pad = lambda rows: collate_groups(config, rows)  # noqa: E731
-    score = lambda params, batch: objectives.group_rewards(begin.lm, objectives.cast(begin.lm, params), batch)  # noqa: E731
-    before = job.evaluate(score, begin.params, data.validation, pad)
-    loss = objectives.stackelberg(begin.lm, beta=config.beta)
-    params = job.fit(begin, data, loss, pad)
+    utility, length = _validation(data), job.config.rows.max_length
+    pad = lambda rows: collate_groups(rows, length)  # noqa: E731
+    score = lambda params, batch: objectives.group_rewards(started.lm, objectives.cast(started.lm, params), batch)  # noqa: E731
+    before = job.evaluate(score, started.params, data.validation, pad)
+    loss = objectives.stackelberg(started.lm, beta=options.beta)
+    params = job.fit(started, data, loss, pad)
     after = job.evaluate(score, params, data.validation, pad)
     # The start is bound·sigmoid(score); the score itself, spread over [0, bound] by the range of a prompt's roll-outs:
-    share = np.clip(before / config.bound, 1e-6, 1 - 1e-6)
+    share = np.clip(before / options.bound, 1e-6, 1 - 1e-6)
     raw = np.log(share / (1 - share))
-    spread = np.asarray(shaping.minmax(raw, reference=raw, bound=config.bound))
-    delivered = delivered_utilities(config, {"leader": after, "start": before, "start_minmax": spread}, utility)
+    spread = np.asarray(shaping.minmax(raw, reference=raw, bound=options.bound))
+    delivered = delivered_utilities(
+        {"leader": after, "start": before, "start_minmax": spread}, utility, bound=options.bound, beta=options.beta
+    )
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    ess = np.asarray(shaping.effective_samples(after, beta=config.beta))
+    ess = np.asarray(shaping.effective_samples(after, beta=options.beta))
     summary = compare_leaders(delivered) | {"parameters": size, "effective_samples": float(ess.mean())}
-    return job.finish(begin, params, data, summary)
+    return job.finish(started, params, data, summary)
 
 
-def train_network(job: Job[ShapingOptions], begin: functions.Start, data: functions.Data) -> dict[str, Any]:
+def train_network(
+    job: Job, options: ShapingOptions, started: functions.StartedModel, data: functions.Data
+) -> dict[str, Any]:
     """Trains a monotone shaping function of the utility as the leader.
 
     Half of a prompt's roll-outs serve as reference for the statistics, the other half is weighed.
 
     Args:
       job: its folder is written, its options say how to train.
-      begin: its parameters are not used.
+      options: the bound, and the KL weight of the follower.
+      started: its parameters are not used.
       data: prompts with their roll-outs; at least two held-out prompts.
 
     Returns:
@@ -122,32 +140,34 @@ def train_network(job: Job[ShapingOptions], begin: functions.Start, data: functi
     Raises:
       ValueError: fewer than two held-out prompts.
     """
-    config, utility = job.config, _validation(data)
-    network = shaping.MonotoneShaping(config.bound)
+    utility, length = _validation(data), job.config.rows.max_length
+    network = shaping.MonotoneShaping(options.bound)
     reference, weighed = utility[:, ::2], utility[:, 1::2]
-    start = network.init(jax.random.key(config.seed), weighed, reference=reference)
+    start = network.init(jax.random.key(job.config.run.seed), weighed, reference=reference)
 
     def loss(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
-        known, asked = batch["utility"][:, ::2], batch["utility"][:, 1::2]
-        reward = network.apply(params, asked, reference=known)
+        known, weighed = batch["utility"][:, ::2], batch["utility"][:, 1::2]
+        reward = network.apply(params, weighed, reference=known)
         assert isinstance(reward, jax.Array)
-        delivered = shaping.leader_utility(jnp.zeros_like(asked), reward, utility=asked, beta=config.beta)
-        ess = shaping.effective_samples(reward, beta=config.beta)
+        delivered = shaping.leader_utility(jnp.zeros_like(weighed), reward, utility=weighed, beta=options.beta)
+        ess = shaping.effective_samples(reward, beta=options.beta)
         metrics = {"utility": delivered.mean(), "effective_samples": ess.mean()}
-        return -delivered.mean(), LossAux(jnp.asarray(asked.shape[0]), metrics)
+        return -delivered.mean(), LossAux(jnp.asarray(weighed.shape[0]), metrics)
 
-    pad = lambda rows: collate_prompts(config, rows)  # noqa: E731
-    params = job.fit(begin._replace(params=start), data, loss, pad)
+    pad = lambda rows: collate_prompts(rows, length)  # noqa: E731
+    params = job.fit(started._replace(params=start), data, loss, pad)
     reward = np.asarray(network.apply(params, weighed, reference=reference))
-    gain = config.bound / config.beta
+    gain = options.bound / options.beta
     sampled = shaping.threshold_reward(
-        weighed, threshold=shaping.optimal_threshold(reference, gain=gain), bound=config.bound
+        weighed, threshold=shaping.optimal_threshold(reference, gain=gain), bound=options.bound
     )
-    delivered = delivered_utilities(config, {"leader": reward, "sampled_threshold": np.asarray(sampled)}, weighed)
-    ess = np.asarray(shaping.effective_samples(reward, beta=config.beta))
+    delivered = delivered_utilities(
+        {"leader": reward, "sampled_threshold": np.asarray(sampled)}, weighed, bound=options.bound, beta=options.beta
+    )
+    ess = np.asarray(shaping.effective_samples(reward, beta=options.beta))
     flat = {"/".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     temporary = job.out / f".{NETWORK}"
-    save_file(flat, temporary, metadata={"bound": str(config.bound), "beta": str(config.beta)})
+    save_file(flat, temporary, metadata={"bound": str(options.bound), "beta": str(options.beta)})
     temporary.replace(job.out / NETWORK)
     summary = {"rows": len(data.train), "validation_rows": len(data.validation)} | compare_leaders(delivered)
     summary["effective_samples"] = float(ess.mean())
@@ -156,12 +176,15 @@ def train_network(job: Job[ShapingOptions], begin: functions.Start, data: functi
     return summary
 
 
-def train_threshold(job: Job[ShapingOptions], begin: functions.Start, data: functions.Data) -> dict[str, Any]:
+def train_threshold(
+    job: Job, options: ShapingOptions, started: functions.StartedModel, data: functions.Data
+) -> dict[str, Any]:
     """Trains a head that gives each prompt's threshold from its last token.
 
     Args:
       job: its folder is written, its options say how to train.
-      begin: the model with the head, which is written with its new parameters.
+      options: the bound, and the KL weight of the follower.
+      started: the model with the head, which is written with its new parameters.
       data: prompts with their roll-outs; at least two held-out prompts.
 
     Returns:
@@ -170,22 +193,23 @@ def train_threshold(job: Job[ShapingOptions], begin: functions.Start, data: func
     Raises:
       ValueError: fewer than two held-out prompts.
     """
-    config, utility = job.config, _validation(data)
-    gain = config.bound / config.beta
-    pad = lambda rows: collate_prompts(config, rows)  # noqa: E731
-    params = job.fit(begin, data, amortised_loss(begin.lm, gain=gain), pad)
-    score = lambda params, batch: prompt_thresholds(begin.lm, params, batch)  # noqa: E731
+    utility, length = _validation(data), job.config.rows.max_length
+    gain = options.bound / options.beta
+    pad = lambda rows: collate_prompts(rows, length)  # noqa: E731
+    params = job.fit(started, data, amortised_loss(started.lm, gain=gain), pad)
+    score = lambda params, batch: prompt_thresholds(started.lm, params, batch)  # noqa: E731
     found = job.evaluate(score, params, data.validation, pad)
     exact = np.asarray(shaping.optimal_threshold(utility, gain=gain))
     constant = np.median(shaping.optimal_threshold(np.asarray([row.utility for row in data.train]), gain=gain))
-    paid = {
-        name: np.asarray(shaping.threshold_reward(utility, threshold=m, bound=config.bound))
+    shaped = {
+        name: np.asarray(shaping.threshold_reward(utility, threshold=m, bound=options.bound))
         for name, m in (("leader", found), ("constant", np.full_like(found, constant)))
     }
     error, half = functions.interval(np.abs(found - exact))
-    summary = compare_leaders(delivered_utilities(config, paid, utility)) | {
+    delivered = delivered_utilities(shaped, utility, bound=options.bound, beta=options.beta)
+    summary = compare_leaders(delivered) | {
         "threshold_error": error,
         "threshold_error_95": half,
         "threshold_error_of_a_constant": float(np.abs(constant - exact).mean()),
     }
-    return job.finish(begin, params, data, summary)
+    return job.finish(started, params, data, summary)

@@ -8,24 +8,23 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data import encoded, preferences
-from jaxalign.training import job, reading
+from jaxalign.training import job
 from jaxalign.types import Params
 
 
-def load(config: Any, begin: job.Start, *, tail: bool = False) -> tuple[job.Data, Callable[[list[Any]], Any]]:
-    """(pairs of --data split by prompt, the function that pads a list of them).
+def padding(max_length: int) -> Callable[[list[encoded.PairTokens]], dict[str, Any]]:
+    """The function that pads a list of pairs to the bucket of the longest.
 
-    tail: whether what a chat template writes after a response is kept, as a reward model reads it."""
-    loaded = reading.read_pairs(config, job.form_of(config, begin), tail=tail)
-    return job.split(loaded, config), padding(config)
+    Args:
+      max_length: longest row [tokens].
 
-
-def padding(config: Any) -> Callable[[list[encoded.PairTokens]], dict[str, Any]]:
-    """The function that pads a list of pairs to the bucket of the longest."""
+    Returns:
+      A list of b pairs -> {"chosen", "rejected"} of batches [b,L], as `preferences.pad_pairs`.
+    """
 
     def collate(rows: list[encoded.PairTokens]) -> dict[str, Any]:
         longest = [len(row.prompt) + max(len(row.chosen), len(row.rejected)) for row in rows]
-        return preferences.pad_pairs(rows, length=job.row_length(config, longest))
+        return preferences.pad_pairs(rows, length=job.row_length(longest, max_length))
 
     return collate
 
@@ -37,8 +36,22 @@ def accuracy(
     collate: Callable[[list[Any]], Any],
     batch_size: int,
 ) -> dict[str, Any]:
-    """Share of held-out pairs whose chosen response scores higher (ties half) with its 95 % half-width, and the mean
-    margin. score(params, batch) -> [b,2]: chosen, rejected."""
+    """The figures of summary.json of a model that scores pairs.
+
+    Args:
+      score: score(params, batch) -> [b,2]: of the chosen responses, of the rejected ones.
+      params: the trained parameters.
+      data: its held-out pairs are scored.
+      collate: a list of b pairs -> a batch.
+      batch_size: pairs scored together.
+
+    Returns:
+      Share of held-out pairs whose chosen response scores higher (ties half) with its 95 % half-width, and the mean
+      margin; {} without held-out pairs.
+
+    Raises:
+      ValueError: scores that are not finite.
+    """
     if not data.validation:
         return {}
     scores = job.evaluate(score, params, data.validation, collate, batch_size)

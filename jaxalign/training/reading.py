@@ -4,12 +4,13 @@ them."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from jaxalign import models, tokens
 from jaxalign.data import encoded, preferences
 from jaxalign.data.text_options import (
+    CompareOptions,
     TextOptions,
     check_text_options,
     example_reading,
@@ -18,60 +19,88 @@ from jaxalign.data.text_options import (
     prompt_reading,
 )
 from jaxalign.tokens import TextFormat
-
-Kind = Literal["pairs", "read pairs", "texts", "prompts"]
-"""What a job reads; "read pairs" are those of a reward model, which reads what a template writes after a response."""
+from jaxalign.training.options import RowOptions
 
 
-def read_pairs(config: Any, form: TextFormat, *, tail: bool = False) -> encoded.Loaded:
-    """The preference pairs of --data; tail: with what a chat template writes after a response."""
+def read_pairs(
+    source: str,
+    form: TextFormat,
+    *,
+    rows: RowOptions,
+    text: TextOptions,
+    compare: CompareOptions,
+    tail: bool = False,
+) -> encoded.Loaded:
+    """The preference pairs of --data.
+
+    Args:
+      source: files, folders or a data set's name.
+      form: how texts become tokens.
+      rows: longest row, and whether bad ones are skipped.
+      text: how texts and chats are read.
+      compare: which responses make a pair.
+      tail: whether what a chat template writes after a response is kept, as a reward model reads it.
+
+    Returns:
+      Rows of `encoded.PairTokens`.
+    """
     return preferences.tokenize_pairs(
-        config.data,
+        source,
         form,
-        max_length=config.max_length,
-        on_long=config.text.on_long or "cut",
-        skip_bad=config.skip_bad,
+        max_length=rows.max_length,
+        on_long=text.on_long or "cut",
+        skip_bad=rows.skip_bad,
         tail=tail,
-        **pair_reading(config.text, config.compare),
+        **pair_reading(text, compare),
     )
 
 
-def read_texts(config: Any, form: TextFormat) -> encoded.Loaded:
-    """The texts of --data."""
+def read_texts(
+    source: str,
+    form: TextFormat,
+    *,
+    rows: RowOptions,
+    text: TextOptions,
+    compare: CompareOptions | None = None,
+    learn: encoded.Learn = "all",
+) -> encoded.Loaded:
+    """The texts of --data: rows of `encoded.TextTokens`; arguments as in `read_pairs`, `learn`: which turns count."""
     return preferences.tokenize_texts(
-        config.data,
+        source,
         form,
-        max_length=config.max_length,
-        on_long=config.text.on_long or "cut",
-        skip_bad=config.skip_bad,
-        learn=config.learn,
-        **example_reading(config.text, config.compare),
+        max_length=rows.max_length,
+        on_long=text.on_long or "cut",
+        skip_bad=rows.skip_bad,
+        learn=learn,
+        **example_reading(text, compare),
     )
 
 
-def read_prompts(source: str, options: TextOptions, form: TextFormat, *, room: int) -> list[encoded.Prompt]:
-    """Prompts as token ids. One that is longer than `room` is left to the job, or cut or skipped where --on-long says
-    so; what is cut or left out is told."""
+def read_prompts(source: str, form: TextFormat, *, text: TextOptions, room: int) -> encoded.Loaded:
+    """Prompts as token ids: rows of `encoded.Prompt`. One that is longer than `room` is left to the job, or cut or
+    skipped where --on-long says so; what is cut or left out is told."""
     found = preferences.tokenize_prompts(
         source,
         form,
-        max_length=None if options.on_long is None else room,
-        on_long=options.on_long or "error",
-        **prompt_reading(options),
+        max_length=None if text.on_long is None else room,
+        on_long=text.on_long or "error",
+        **prompt_reading(text),
     )
     for line in encoded.describe(found.counts):
         print(line, flush=True)
-    prompts: list[encoded.Prompt] = found.rows
-    return prompts
+    return found
 
 
-def show(config: Any, kind: Kind, *, model: str) -> dict[str, Any]:
+def show(
+    read: Callable[[TextFormat], encoded.Loaded], text: TextOptions, *, model: str, tokenizer: str = ""
+) -> dict[str, Any]:
     """Prints the first --show rows of what a job reads, as tokens with their ids, and writes nothing.
 
     Args:
-      config: the job's options.
-      kind: what it reads.
-      model: the folder of the model, or "" where the tokenizer is that of --tokenizer.
+      read: how texts become tokens -> the job's rows, as the job itself reads them.
+      text: the job's options for texts; `show` is the number of rows.
+      model: the folder of the model, or "" for one that is new.
+      tokenizer: the folder of a new model's tokenizer.
 
     Returns:
       {}: there is no summary.
@@ -79,28 +108,17 @@ def show(config: Any, kind: Kind, *, model: str) -> dict[str, Any]:
     Raises:
       ValueError: as the job's own reading.
     """
-    check_text_options(config.text)
-    tokenizer = models.tokenizer(model or config.tokenizer, chat_template=config.text.chat_template)
-    form = format_of(config.text, tokenizer, models.read_config(model).eos_ids if model else ())
-    if kind == "texts":
-        rows: Sequence[Any] = read_texts(config, form).rows
-    elif kind == "prompts":
-        rows = read_prompts(config.prompts, config.text, form, room=_room(config, model))
-    else:
-        rows = read_pairs(config, form, tail=kind == "read pairs").rows
-    colour = sys.stdout.isatty()
-    for row in rows[: config.text.show]:
+    check_text_options(text)
+    found = models.tokenizer(model or tokenizer, chat_template=text.chat_template)
+    form = format_of(text, found, models.read_config(model).eos_ids if model else ())
+    rows, colour = read(form).rows, sys.stdout.isatty()
+    for row in rows[: text.show]:
         print(row.where)
         for name, parts in _parts(row, form):
-            line = tokens.show_row(tokenizer, parts, colour=colour)
+            line = tokens.show_row(found, parts, colour=colour)
             print(f"  {name}: " + line.replace("\n", "\n    "))
     print(f"{len(rows)} rows; {tokens.LEGEND}")
     return {}
-
-
-def _room(config: Any, model: str) -> int:
-    limit = getattr(config, "max_length", None) or models.read_config(model).max_length
-    return int(limit) - int(config.max_new_tokens)
 
 
 def _parts(row: Any, form: TextFormat) -> Iterator[tuple[str, list[tuple[str, list[int]]]]]:

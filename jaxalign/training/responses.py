@@ -9,33 +9,39 @@ import numpy as np
 
 from jaxalign import models
 from jaxalign.data import encoded, preferences
-from jaxalign.data.text_options import example_reading
 from jaxalign.training import job, rollouts
+from jaxalign.training.options import RolloutOptions
 
 
-def scored(config: rollouts.RolloutOptions, path: str, begin: job.Start) -> encoded.Loaded:
-    """The texts of a file (`preferences.tokenize_texts`) as rows of `rollouts.Rollout`, each with the reward of
-    --reward; row: its prompt's number in order of appearance. ValueErrors: a row without a prompt, a reward that is not
-    finite."""
-    found = preferences.tokenize_texts(
-        path,
-        job.form_of(config, begin),
-        max_length=config.max_length,
-        on_long=config.text.on_long or "cut",
-        skip_bad=config.skip_bad,
-        **example_reading(config.text),
-    )
+def scored(
+    found: encoded.Loaded, options: RolloutOptions, started: job.StartedModel, *, dtype: str, max_length: int
+) -> encoded.Loaded:
+    """Scores given responses.
+
+    Args:
+      found: rows of `encoded.TextTokens`.
+      options: the base, whose tokens the reward is over, the reward, and how many rows are scored together.
+      started: the model that learns from them.
+      dtype: type that base and reward compute in.
+      max_length: longest row [tokens].
+
+    Returns:
+      Rows of `rollouts.Rollout`, each with its reward; row: its prompt's number in order of appearance.
+
+    Raises:
+      ValueError: a row without a prompt, a reward that is not finite.
+    """
     bare = next((row.where for row in found.rows if not row.prompt), None)
     if bare is not None:
         raise ValueError(f'{bare}: expected a "prompt" beside the response, found none')
-    lm, _ = models.load(config.base, dtype=config.dtype)
-    reward, params = rollouts.judge(config.reward, lm, begin.tokenizer, dtype=config.dtype)
+    lm, _ = models.load(options.base, dtype=dtype)
+    reward, params = rollouts.open_reward(options.reward, lm, started.tokenizer, dtype=dtype)
     number: dict[tuple[int, ...], int] = {}
     index = [number.setdefault(tuple(row.prompt), len(number)) for row in found.rows]
 
     def collate(rows: list[tuple[encoded.TextTokens, int]]) -> dict[str, np.ndarray]:
         # One shape for all: a reward may be a compiled model.
-        texts = preferences.pad_texts([row for row, _ in rows], length=config.max_length)
+        texts = preferences.pad_texts([row for row, _ in rows], length=max_length)
         length = np.asarray([len(row.prompt) for row, _ in rows], np.int32)
         return texts | {"length": length, "index": np.asarray([i for _, i in rows], np.int32)}
 
@@ -43,11 +49,12 @@ def scored(config: rollouts.RolloutOptions, path: str, begin: job.Start) -> enco
         return reward(params, batch["tokens"], batch["mask"], batch["length"], batch["index"])
 
     rows = list(zip(found.rows, index, strict=True))
-    paid = job.evaluate(score, params, rows, collate, config.decode_batch)
-    bad = [row.where for row, value in zip(found.rows, paid, strict=True) if not np.isfinite(value)]
+    values = job.evaluate(score, params, rows, collate, options.decode_batch)
+    bad = [row.where for row, value in zip(found.rows, values, strict=True) if not np.isfinite(value)]
     if bad:
         raise ValueError(f"{bad[0]}: expected a finite reward, found none in {len(bad)} rows")
-    values = [
-        rollouts.Rollout(row.prompt, row.response, float(value), i) for (row, i), value in zip(rows, paid, strict=True)
+    scored_rows = [
+        rollouts.Rollout(row.prompt, row.response, float(value), i)
+        for (row, i), value in zip(rows, values, strict=True)
     ]
-    return found._replace(rows=values)
+    return found._replace(rows=scored_rows)

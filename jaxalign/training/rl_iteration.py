@@ -14,47 +14,62 @@ import numpy as np
 from jaxalign import advantages, models, training
 from jaxalign.prompts import bucket
 from jaxalign.training import objectives, policy_gradient, rl_rewards
+from jaxalign.training.rl_options import RLOptions
 from jaxalign.types import Params, Policy, TokenBatch
 
 BAD_IN_A_ROW = 3
 
 
-class State(NamedTuple):
-    """step []: iterations; train: of the optimizer; beta []; dropped [2]: iterations with a reward that was not finite,
-    in all and in a row."""
+class RLState(NamedTuple):
+    """What an iteration changes."""
 
     step: jax.Array
+    """Iterations so far []."""
     train: training.TrainState
+    """Of the optimizer."""
     beta: jax.Array
+    """KL weight []."""
     dropped: jax.Array
+    """Iterations with a reward that was not finite, in all and in a row [2]."""
 
 
 class Learner(NamedTuple):
-    """What an iteration is made of. config: rl.Config; reference: the model without heads; assemble(params, frozen) ->
-    the model's parameters, where an adapter is trained with the weights under it."""
+    """What an iteration is made of."""
 
-    config: Any
+    options: RLOptions
+    """How many responses are drawn, and how they are learned from."""
+    seed: int
+    """Of all draws."""
+    accumulate: int
+    """Micro-batches that each minibatch is run in."""
+    target_kl: float
+    """KL to hold by changing beta [nats per response]; 0: beta is fixed."""
     lm: models.LanguageModel
+    """The model that is aligned."""
     reference: models.LanguageModel
+    """The model without heads."""
     policy: Policy
+    """Of `lm`."""
     reward: rl_rewards.Composed
+    """What is maximised."""
     method: policy_gradient.Method
+    """The settings of the algorithm."""
     assemble: Callable[[Params, Params], Params]
+    """(what is trained, frozen) -> the model's parameters: an adapter with the weights under it."""
 
 
 def draw(learner: Learner, params: Params, frozen: Params, rng: jax.Array, prompts: TokenBatch) -> Any:
     """The policy's own responses with their rewards, a `decoding.BestOfNInfo`."""
     own = weights(learner.lm, learner.assemble, params, frozen)
     both = {"policy": own, "reward": frozen["reward"]}
-    config = learner.config
     return policy_gradient.collect(
         learner.policy,
         learner.reward.reward,
         both,
         rng,
         prompts,
-        samples=config.samples,
-        max_new_tokens=config.max_new_tokens,
+        samples=learner.options.samples,
+        max_new_tokens=learner.options.max_new_tokens,
         eos_ids=learner.lm.config.eos_ids,
     )
 
@@ -75,13 +90,13 @@ def read_both(learner: Learner) -> policy_gradient.ReadBoth | None:
 def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, float]], None] | None = None) -> Any:
     """(state, batch, frozen) -> (state, metrics): one roll-out and the updates on it, for `training.fit`. after: told
     the seconds of roll-out and update, which waits for both: benchmarks."""
-    config = learner.config
+    options = learner.options
     read_model, read_reference = policy_gradient.of_model(learner.lm), policy_gradient.of_model(learner.reference)
     reference = lambda frozen, rows: read_reference(frozen["reference"], rows)[0]  # noqa: E731
     both = read_both(learner)
 
     # Not the key of new weights or adapters.
-    streams = jax.random.fold_in(jax.random.key(config.seed), 3)
+    streams = jax.random.fold_in(jax.random.key(learner.seed), 3)
 
     @functools.partial(jax.jit, static_argnums=6)
     def prepare(
@@ -92,21 +107,21 @@ def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, 
         rows, metrics = policy_gradient.prepare(
             learner.method, read_model, reference, whole, frozen, prompts, drawn, beta, both=both
         )
-        counts = {"minibatches": config.minibatches, "accumulate": config.accumulate}
-        order = [jax.random.fold_in(rng, i) for i in range(config.passes)]
+        counts = {"minibatches": options.minibatches, "accumulate": learner.accumulate}
+        order = [jax.random.fold_in(rng, i) for i in range(options.passes)]
         return [part for key in order for part in policy_gradient.split(rows, key, **counts)], metrics
 
-    def iteration(state: State, batch: Any, frozen: Params) -> tuple[State, dict[str, Any]]:
-        begin = time.perf_counter()
+    def iteration(state: RLState, batch: Any, frozen: Params) -> tuple[RLState, dict[str, Any]]:
+        started = time.perf_counter()
         part = jax.tree.map(lambda x: x[0], batch)
         prompts = TokenBatch(part["prompt_tokens"], part["prompt_mask"], part["index"])
         rng, order = jax.random.split(jax.random.fold_in(streams, int(state.step)))
         drawn = draw(learner, state.train.params, frozen, rng, prompts)
         # The one wait of an iteration: whether every reward is a number, and how long the longest response is.
-        paid, mask = np.asarray(drawn.reward), np.asarray(drawn.samples.mask)
+        rewards, mask = np.asarray(drawn.reward), np.asarray(drawn.samples.mask)
         rolled = time.perf_counter()
-        if not np.isfinite(paid).all():
-            return _drop(state, paid, np.asarray(part["row"]))
+        if not np.isfinite(rewards).all():
+            return _drop(state, rewards, np.asarray(part["row"]))
         length = min(bucket(int(mask.sum(axis=-1).max())), mask.shape[-1])
         parts, metrics = prepare(state.train.params, frozen, prompts, drawn, state.beta, order, length)
         train, sums = state.train, []
@@ -115,26 +130,26 @@ def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, 
             sums.append(found)
         means = sums[0] if len(sums) == 1 else jax.tree.map(lambda *x: sum(x) / len(x), *sums)
         beta = state.beta
-        if config.target_kl:
-            beta = advantages.adapt_beta(beta, kl=metrics["kl"], target=config.target_kl).astype(jnp.float32)
+        if learner.target_kl:
+            beta = advantages.adapt_beta(beta, kl=metrics["kl"], target=learner.target_kl).astype(jnp.float32)
         if after is not None:
             jax.block_until_ready(train)
-            after({"rollout": rolled - begin, "update": time.perf_counter() - rolled, "tokens": float(mask.sum())})
+            after({"rollout": rolled - started, "update": time.perf_counter() - rolled, "tokens": float(mask.sum())})
         dropped = state.dropped.at[1].set(0)
-        told = means | metrics | {"beta": state.beta, "dropped": dropped[0], "tokens": mask.sum()}
-        return State(state.step + 1, train, beta, dropped), told
+        metrics = means | metrics | {"beta": state.beta, "dropped": dropped[0], "tokens": mask.sum()}
+        return RLState(state.step + 1, train, beta, dropped), metrics
 
     return iteration
 
 
-def _drop(state: State, paid: np.ndarray, index: np.ndarray) -> tuple[State, dict[str, Any]]:
+def _drop(state: RLState, rewards: np.ndarray, index: np.ndarray) -> tuple[RLState, dict[str, Any]]:
     """The state without an update. FloatingPointError at the third such batch in a row, with the prompts named."""
     dropped = state.dropped + 1
-    bad = sorted({int(i) for i in index[~np.isfinite(paid).all(axis=1)]})
+    bad = sorted({int(i) for i in index[~np.isfinite(rewards).all(axis=1)]})
     print(f"rl: dropped iteration {int(state.step) + 1}: rewards that are not finite for prompts {bad}", flush=True)
     if int(dropped[1]) >= BAD_IN_A_ROW:
         raise FloatingPointError(
             f"reward: expected finite numbers, found others in {BAD_IN_A_ROW} batches in a row, the last for "
             f"prompts {bad}"
         )
-    return State(state.step + 1, state.train, state.beta, dropped), {"dropped": dropped[0], "tokens": 0}
+    return RLState(state.step + 1, state.train, state.beta, dropped), {"dropped": dropped[0], "tokens": 0}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,74 +12,67 @@ from jaxalign import infalign, rewards, shaping
 from jaxalign.data import Prompt
 from jaxalign.prompts import prompt_index
 from jaxalign.training import job, rollouts, tables
+from jaxalign.training.rl_options import RewardOptions
 from jaxalign.types import Array, CheckedReward, Params, Reward, TokenBatch
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a policy is aligned with."""
-
-    reward: str
-    """Folder of a reward model over the model's vocabulary, or MODULE:FUNCTION, a program f(prompts, responses) ->
-    numbers on lists of texts; or a weighted sum of such, "DIR - 0.1 * MODULE:FUNCTION"."""
-    max_new_tokens: int = 128
-    """Limit of a response [tokens], its EOS included; one without EOS is scored as it stands."""
-    calibration: str = ""
-    """Folder of train.calibrate: rewards become their quantile among the base's own for the prompt, in [0, 1]."""
-    transform: str = ""
-    """Map of the quantile: identity, log, exp:A, bon:N, won:N, or the optimum for best-of-N and worst-of-N at --beta,
-    bon_fp:N and won_fp:N. Without --calibration the map is of the sigmoid of the reward."""
-    width: float = 0.0
-    """Width of a smoothed calibration [units of reward]; 0: ranks."""
-    bound: float = 0.0
-    """Bound B of a Stackelberg threshold reward, B·1[r > m(x)], with m from the calibration's samples at gain B/beta;
-    0: none. With --transform, of the transformed reward."""
-
-
 class Composed(NamedTuple):
-    """reward, params: what is maximised; raw, raw_params: the reward before any map."""
+    """The reward of a policy, composed as its options say."""
 
     reward: Reward
+    """What is maximised."""
     params: Params
+    """Its parameters."""
     raw: Reward
+    """The reward before any map."""
     raw_params: Params
+    """Its parameters."""
 
 
-def check(config: Any) -> None:
-    """ValueErrors that name the option."""
-    for name in ("width", "bound"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name}: expected a finite value >= 0, found {getattr(config, name)}")
-    if config.transform:
-        solved = infalign.needs_beta(config.transform)
-        if (solved or config.transform == "log") and not config.calibration:
-            raise ValueError(f"transform: expected {config.transform} with --calibration, which gives it quantiles")
-        if solved and config.target_kl:
-            raise ValueError(f"transform: expected {config.transform}, solved for one beta, without --target-kl")
-        infalign.check_increasing(infalign.parse_transform(config.transform, beta=config.beta))
-    if config.width and config.bound and not config.transform:
-        raise ValueError("width: expected with --transform: the threshold alone is on the reward itself")
-    for name in ("width", "bound"):
-        if getattr(config, name) and not config.calibration:
-            raise ValueError(f"{name}: expected with --calibration, whose samples it needs")
-    if config.bound and config.target_kl:
-        raise ValueError("bound: expected without --target-kl: the threshold is solved for one beta")
-
-
-def inputs(config: Any) -> list[str]:
+def inputs(options: RewardOptions) -> list[str]:
     """The files and folders that the reward reads."""
-    return [*rewards.reward_inputs(config.reward), config.calibration]
+    return [*rewards.reward_inputs(options.reward), options.calibration]
 
 
-def build(config: Any, begin: job.Start, prompts: Sequence[Prompt]) -> Composed:
-    """The composition; prompts: all of them, which a calibration table must be of. ValueErrors: a table made with
-    anything else than this run's model, reward, tokenizer, limit and prompts.
+def compose(
+    options: RewardOptions,
+    started: job.StartedModel,
+    prompts: Sequence[Prompt],
+    *,
+    base: str,
+    dtype: str,
+    max_new_tokens: int,
+) -> Composed:
+    """Composes the reward of a policy.
 
-    A prompt that comes again in a batch of `rl.collate` has its row and a multiple of the prompts' count as index,
-    which tells its draws apart: the rewards here read the row."""
-    found = _compose(config, begin, prompts)
-    count = len(prompts)
-    return found._replace(reward=_by_row(found.reward, count), raw=_by_row(found.raw, count))
+    A prompt that comes again in a batch of `rl.collate_prompts` has its row and a multiple of the prompts' count as
+    index, which tells its draws apart: the rewards here read the row.
+
+    Args:
+      options: the reward and its maps.
+      started: the model that is aligned.
+      prompts: all of them, which a calibration table must be of.
+      base: folder that the model came from.
+      dtype: type that reward models compute in.
+      max_new_tokens: limit of a response.
+
+    Returns:
+      The Reward with its parameters, and the one before any map.
+
+    Raises:
+      ValueError: a table made with anything else than this run's model, reward, tokenizer, limit and prompts.
+    """
+    sources, count = [prompt.source for prompt in prompts], len(prompts)
+    raw = rollouts.open_reward(options.reward, started.lm, started.tokenizer, dtype=dtype, sources=sources)
+    table = None
+    if options.calibration:
+        ids = [prompt.tokens for prompt in prompts]
+        expected = tables.made_with(
+            base, options.reward, started.tokenizer, ids, max_new_tokens=max_new_tokens, dtype=dtype
+        )
+        table = tables.read(options.calibration, expected).reward
+    reward, params = _mapped(options, *raw, table)
+    return Composed(_by_row(reward, count), params, _by_row(raw[0], count), raw[1])
 
 
 def _by_row(reward: Reward, count: int) -> Reward:
@@ -95,36 +86,29 @@ def _by_row(reward: Reward, count: int) -> Reward:
     return CheckedReward(read, check, getattr(reward, "vocab_size", None), on_host=rewards.on_host(reward))
 
 
-def _compose(config: Any, begin: job.Start, prompts: Sequence[Prompt]) -> Composed:
-    sources = [prompt.source for prompt in prompts]
-    raw, raw_params = rollouts.judge(config.reward, begin.lm, begin.tokenizer, dtype=config.dtype, sources=sources)
-    transform = infalign.parse_transform(config.transform, beta=config.beta) if config.transform else None
-    if not config.calibration:
+def _mapped(options: RewardOptions, raw: Reward, raw_params: Params, table: np.ndarray | None) -> tuple[Reward, Params]:
+    """The reward after its maps; table: rewards [prompts,K] of the base's samples, where it is calibrated."""
+    transform = infalign.parse_transform(options.transform, beta=options.beta) if options.transform else None
+    if table is None:
         if transform is None:
-            return Composed(raw, raw_params, raw, raw_params)
+            return raw, raw_params
         squashed = rewards.map_reward(raw, lambda _, r, index: transform(1 / (1 + jnp.exp(-r))))
-        return Composed(squashed, {"reward": raw_params, "map": {}}, raw, raw_params)
-    base = config.model or config.architecture
-    asked = [prompt.tokens for prompt in prompts]
-    expected = tables.made_with(
-        base, config.reward, begin.tokenizer, asked, max_new_tokens=config.max_new_tokens, dtype=config.dtype
-    )
-    table = tables.read(config.calibration, expected).reward
+        return squashed, {"reward": raw_params, "map": {}}
     params: Params = {"reward": raw_params, "map": {"table": jnp.asarray(table)}}
-    if transform is None and config.bound:
-        return Composed(*_shaped(config, raw, raw_params, table), raw, raw_params)
-    smooth = config.transform == "log"
-    width = config.width or None
+    if transform is None and options.bound:
+        return _shaped(options, raw, raw_params, table)
+    smooth = options.transform == "log"
+    width = options.width or None
     reward = rewards.calibrated(raw, transform=transform, width=width, smooth=smooth)
-    if config.bound:
+    if options.bound:
         # The base's own samples through the same maps: a sample of the table against its table.
         own = infalign.calibrate(table, reference=table, width=width, smooth=smooth)
         assert transform is not None
-        return Composed(*_shaped(config, reward, params, np.asarray(transform(own))), raw, raw_params)
-    return Composed(reward, params, raw, raw_params)
+        return _shaped(options, reward, params, np.asarray(transform(own)))
+    return reward, params
 
 
-def _shaped(config: Any, reward: Reward, params: Params, base: np.ndarray) -> tuple[Reward, Params]:
+def _shaped(options: RewardOptions, reward: Reward, params: Params, base: np.ndarray) -> tuple[Reward, Params]:
     """Thresholds from the rewards [prompts,K] of base samples."""
-    threshold = shaping.optimal_threshold(jnp.asarray(base), gain=config.bound / config.beta)
-    return rewards.shaped(reward), {"reward": params, "map": {"threshold": threshold, "bound": config.bound}}
+    threshold = shaping.optimal_threshold(jnp.asarray(base), gain=options.bound / options.beta)
+    return rewards.shaped(reward), {"reward": params, "map": {"threshold": threshold, "bound": options.bound}}

@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from jaxalign import _io, models
+from jaxalign.data import encoded
+from jaxalign.tokens import TextFormat
 from jaxalign.training import adapters
 from jaxalign.training import job as functions
+from jaxalign.training.options import TrainingConfig, check_training_config
 from jaxalign.training.step import Loss
 from jaxalign.types import Params
 
-C = TypeVar("C", bound=functions.TrainingOptions)
-C_co = TypeVar("C_co", bound=functions.TrainingOptions, covariant=True)
-
 
 @dataclasses.dataclass(frozen=True)
-class Job(Generic[C_co]):
+class Job:
     """A training run and its folder: open, ask whether it is finished, start, fit, evaluate, finish."""
 
-    config: C_co
+    config: TrainingConfig
     """The script's options."""
     stage: str
     """Name of the training in metrics and checkpoints."""
@@ -34,22 +34,25 @@ class Job(Generic[C_co]):
 
     @staticmethod
     def open(
-        config: C,
+        config: TrainingConfig,
         *,
         stage: str,
         following: Callable[[pathlib.Path], str],
-        inputs: Sequence[str] | None = None,
+        inputs: Sequence[str] = (),
         product: str = "model",
-    ) -> Job[C]:
+        rows_per_step: int | None = None,
+    ) -> Job:
         """Checks the options and opens the run folder.
 
         Args:
           config: the script's options.
           stage: name of the training in metrics and checkpoints.
           following: run folder -> the command that comes next, for the last line of the output.
-          inputs: files and folders that the run reads, whose change is noticed when it is resumed; those of the model
-            where it is None.
+          inputs: files and folders that the run reads beside those of the model, whose change is noticed when it is
+            resumed.
           product: what the run writes, in its folder.
+          rows_per_step: rows of an optimizer step, which micro-batches and devices share; --batch-size where it is
+            None.
 
         Returns:
           The job; its folder holds config.json.
@@ -57,10 +60,10 @@ class Job(Generic[C_co]):
         Raises:
           ValueError: an option is not as expected, or the folder is of another run.
         """
-        functions.check_training_options(config)
-        model = [config.model, config.architecture, config.tokenizer]
-        read = [folder for name in (model if inputs is None else inputs) for folder in models.source_folders(name)]
-        out = _io.open_run(config.out, config, inputs=read)
+        check_training_config(config, rows_per_step=rows_per_step)
+        names = [*inputs, config.model.model, config.model.architecture, config.model.tokenizer]
+        read = [folder for name in names for folder in models.source_folders(name)]
+        out = _io.open_run(config.run.out, config, inputs=read)
         return Job(config, stage, out, following(out), product)
 
     def finished(self) -> dict[str, Any] | None:
@@ -70,7 +73,7 @@ class Job(Generic[C_co]):
             functions.report(self.out, done, self.following, product=self.product)
         return done
 
-    def start(self, head: Callable[[models.Config], models.Head | None]) -> functions.Start:
+    def start(self, head: Callable[[models.Config], models.Head | None]) -> functions.StartedModel:
         """Loads or makes the model to train.
 
         Args:
@@ -82,32 +85,54 @@ class Job(Generic[C_co]):
         Raises:
           ValueError: a tokenizer that does not fit, a context shorter than --max-length.
         """
-        return functions.start(self.config, head)
+        config = self.config
+        return functions.start(
+            config.model,
+            head,
+            seed=config.run.seed,
+            dtype=config.run.dtype,
+            max_length=config.rows.max_length,
+            chat_template=config.text.chat_template,
+        )
+
+    def form(self, started: functions.StartedModel) -> TextFormat:
+        """How the job's texts become tokens. ValueError for a tokenizer without an end of a response."""
+        return functions.form_of(self.config.text, started)
+
+    def split(self, loaded: encoded.Loaded) -> functions.Data:
+        """The rows split by prompt into those to train on and those held out; what was cut or left out is told."""
+        return functions.split(loaded, validation=self.config.rows.validation, seed=self.config.run.seed)
 
     def fit(
         self,
-        begin: functions.Start,
+        started: functions.StartedModel,
         data: functions.Data,
         loss: Loss,
         collate: Callable[[list[Any]], Any],
         *,
         frozen: Params = None,
+        adapter: models.Lora | None = None,
     ) -> Params:
-        """Trains, going on from the newest checkpoint in the run folder; with --lora-rank it trains an adapter alone.
+        """Trains, going on from the newest checkpoint in the run folder.
 
         Args:
-          begin: its params are trained; they are copied.
+          started: its params are trained; they are copied.
           data: its training rows are used.
           loss: loss(params, batch, frozen) -> (loss, LossAux).
           collate: a list of b rows -> a tree of arrays [b,...].
-          frozen: parameters that the loss takes and that are not trained; with an adapter None or those of `begin`.
+          frozen: parameters that the loss takes and that are not trained; with an adapter None or those of `started`.
+          adapter: where it is given, it is trained in place of all weights (`adapters.fit_adapter`).
 
         Returns:
-          The trained parameters, float32, on the host.
+          The trained parameters, float32, on the host; those of an adapter are merged in.
         """
-        if isinstance(self.config, adapters.AdapterOptions):
-            return adapters.run(self.config, begin, data, loss, collate, stage=self.stage, out=self.out, frozen=frozen)
-        return functions.run(self.config, begin, data, loss, collate, stage=self.stage, out=self.out, frozen=frozen)
+        config = self.config
+        options: dict[str, Any] = {"optimizer": config.optimizer, "mesh": config.mesh, "seed": config.run.seed}
+        options |= {"stage": self.stage, "out": self.out, "frozen": frozen}
+        if adapter is None:
+            return functions.fit_model(started, data, loss, collate, **options)
+        base = config.model.model
+        return adapters.fit_adapter(adapter, started, data, loss, collate, base=base, **options)
 
     def evaluate(
         self,
@@ -117,15 +142,15 @@ class Job(Generic[C_co]):
         collate: Callable[[list[Any]], Any],
     ) -> Any:
         """f(params, batch), a tree of arrays [b,...], of all rows, in batches of --batch-size."""
-        return functions.evaluate(f, params, rows, collate, self.config.batch_size)
+        return functions.evaluate(f, params, rows, collate, self.config.optimizer.batch_size)
 
     def finish(
-        self, begin: functions.Start, params: Params, data: functions.Data, summary: dict[str, Any]
+        self, started: functions.StartedModel, params: Params, data: functions.Data, summary: dict[str, Any]
     ) -> dict[str, Any]:
         """Writes the trained model and the summary, and prints the figures and the next command.
 
         Args:
-          begin: its model and tokenizer are written.
+          started: its model and tokenizer are written.
           params: the trained parameters.
           data: its numbers of rows go into the summary.
           summary: figures of the run.
@@ -133,4 +158,4 @@ class Job(Generic[C_co]):
         Returns:
           The summary as it is written to summary.json, last of all: where that file is, the run is whole.
         """
-        return functions.finish(self.out, begin, params, data, summary, self.following)
+        return functions.finish(self.out, started, params, data, summary, self.following)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -13,15 +12,14 @@ import numpy as np
 from jaxalign import models, shaping
 from jaxalign.data import encoded, preferences
 from jaxalign.training import job, objectives, rollouts
+from jaxalign.training.options import RolloutOptions, check_finite, check_rollout_options
 from jaxalign.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ValueOptions(rollouts.RolloutOptions):
-    """Options of a job that trains a value model."""
+class ValueOptions:
+    """What a value model learns."""
 
-    prompts: str = ""
-    """File of prompts: .txt, .jsonl or .jsonl.gz; each is answered by the base."""
     responses: str = ""
     """In place of --prompts: rows of "prompt" and "response" by any policy, of any form of data (docs/data.md), such as
     responses.jsonl of eval.decode; each is scored as a whole text, EOS added."""
@@ -65,114 +63,120 @@ class ValueRow(NamedTuple):
     """Of its prompt; 0 without shaping."""
 
 
-def check_value_options(config: ValueOptions) -> None:
+def check_value_options(options: ValueOptions, rolled: RolloutOptions, *, model: str) -> None:
     """Checks the values of options that need no file.
 
     Args:
-      config: the options.
+      options: of the value model.
+      rolled: of its roll-outs.
+      model: folder of the model that is trained.
 
     Raises:
       ValueError: it names the option, what was expected and what was found.
     """
-    rollouts.check(config)
-    if bool(config.prompts) == bool(config.responses):
-        found = "both" if config.prompts else "neither"
+    check_rollout_options(rolled)
+    if bool(rolled.prompts) == bool(options.responses):
+        found = "both" if rolled.prompts else "neither"
         raise ValueError(f"prompts: expected either --prompts or --responses, found {found}")
-    for name in ("bound", "rollouts"):
-        if config.responses and getattr(config, name):
+    for name, value in (("bound", options.bound), ("rollouts", rolled.rollouts)):
+        if options.responses and value:
             raise ValueError(f"{name}: expected --prompts, of which roll-outs are made, found --responses")
-    if config.objective == "cd_q" and config.head != "q":
+    if options.objective == "cd_q" and options.head != "q":
         raise ValueError("head: expected q for --objective cd_q, whose target is a mean over the vocabulary")
-    for name in ("bound", "beta", "sharpness", "pair_weight"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name}: expected a finite value >= 0, found {getattr(config, name)}")
-    if config.head_layers < 1:
-        raise ValueError(f"head_layers: expected at least 1, found {config.head_layers}")
-    if config.frozen and config.head != "scalar":
+    check_finite(options, "bound", "beta", "sharpness", "pair_weight")
+    if options.head_layers < 1:
+        raise ValueError(f"head_layers: expected at least 1, found {options.head_layers}")
+    if options.frozen and options.head != "scalar":
         raise ValueError("head: expected scalar with --frozen, found q")
-    if config.frozen and (config.bound or config.objective not in ("fudge", "td", "pairs")):
+    if options.frozen and (options.bound or options.objective not in ("fudge", "td", "pairs")):
         raise ValueError("objective: expected fudge, td or pairs, and no --bound, with --frozen")
-    if config.frozen and config.model != config.base:
+    if options.frozen and model != rolled.base:
         raise ValueError("model: expected the base with --frozen, whose hidden states are edited")
-    if config.objective == "exceedance" and not config.bound:
+    if options.objective == "exceedance" and not options.bound:
         raise ValueError(
             "bound: expected a value > 0 for --objective exceedance, which is for a shaped reward, found 0"
         )
-    if (config.bound or config.objective == "soft") and not config.beta:
+    if (options.bound or options.objective == "soft") and not options.beta:
         raise ValueError("beta: expected a value > 0 with --bound and with --objective soft, found 0")
-    if config.bound and config.samples < 2:
-        raise ValueError(f"samples: expected at least 2 for a threshold per prompt, found {config.samples}")
-    if config.objective == "exceedance" and config.sharpness:
+    if options.bound and rolled.samples < 2:
+        raise ValueError(f"samples: expected at least 2 for a threshold per prompt, found {rolled.samples}")
+    if options.objective == "exceedance" and options.sharpness:
         raise ValueError("sharpness: expected 0 for --objective exceedance; --objective soft serves a soft threshold")
 
 
-def value_rows(config: ValueOptions, found: list[rollouts.Rollout]) -> list[ValueRow]:
+def value_rows(options: ValueOptions, found: list[rollouts.Rollout]) -> list[ValueRow]:
     """Makes rows to learn values from; with --bound each reward is shaped by its prompt's threshold.
 
     Args:
-      config: bound, beta and sharpness are read.
+      options: bound, beta and sharpness are read.
       found: all roll-outs of each prompt, of which its threshold is solved.
 
     Returns:
       A row for each roll-out, in the order of prompts.
     """
-    if not config.bound:
+    if not options.bound:
         return [ValueRow(r.prompt, r.response, r.reward, r.reward, 0.0) for r in found]
     groups = list(rollouts.by_prompt(found).values())
     utility = np.asarray([[row.reward for row in rows] for rows in groups], np.float32)
-    threshold = shaping.optimal_threshold(utility, gain=config.bound / config.beta)
-    if config.sharpness:
-        paid = shaping.soft_threshold_reward(
-            utility, threshold=threshold, bound=config.bound, sharpness=config.sharpness
+    threshold = shaping.optimal_threshold(utility, gain=options.bound / options.beta)
+    if options.sharpness:
+        shaped = shaping.soft_threshold_reward(
+            utility, threshold=threshold, bound=options.bound, sharpness=options.sharpness
         )
     else:
-        paid = shaping.threshold_reward(utility, threshold=threshold, bound=config.bound)
+        shaped = shaping.threshold_reward(utility, threshold=threshold, bound=options.bound)
     return [
         ValueRow(row.prompt, row.response, r, row.reward, m)
-        for rows, rewards, m in zip(groups, np.asarray(paid).tolist(), np.asarray(threshold).tolist(), strict=True)
+        for rows, rewards, m in zip(groups, np.asarray(shaped).tolist(), np.asarray(threshold).tolist(), strict=True)
         for row, r in zip(rows, rewards, strict=True)
     ]
 
 
-def value_head(config: ValueOptions, body: models.Config) -> models.Head:
+def value_head(options: ValueOptions, body: models.Config) -> models.Head:
     """The head that the options ask for on a model.
 
     Args:
-      config: head, its size, layers and activation; objective, beta and bound say what a follower decodes by.
+      options: head, its size, layers and activation; objective, beta and bound say what a follower decodes by.
       body: the model's config, whose hidden size is the default of --head-size.
 
     Returns:
       A head of scalars or of the values of every next token.
     """
-    exact: Any = "exceedance" if config.objective == "exceedance" else "soft"
-    follower = models.Follower(exact, beta=config.beta, bound=config.bound) if log_weight(config) else None
-    kind: Any = "q" if config.head == "q" else "value"
+    exact: Any = "exceedance" if options.objective == "exceedance" else "soft"
+    follower = models.Follower(exact, beta=options.beta, bound=options.bound) if log_weight(options) else None
+    kind: Any = "q" if options.head == "q" else "value"
     return models.Head(
         kind,
-        hidden_size=config.head_size or body.hidden_size,
-        num_hidden=config.head_layers,
-        activation=config.activation,
+        hidden_size=options.head_size or body.hidden_size,
+        num_hidden=options.head_layers,
+        activation=options.activation,
         follower=follower,
     )
 
 
-def log_weight(config: ValueOptions) -> bool:
+def log_weight(options: ValueOptions) -> bool:
     """True where the head gives the exact log weight of a shaped reward, which a follower decodes by."""
-    return config.objective == "exceedance" or (config.objective == "soft" and bool(config.bound))
+    return options.objective == "exceedance" or (options.objective == "soft" and bool(options.bound))
 
 
-def collate_values(config: ValueOptions) -> Callable[[list[ValueRow]], dict[str, np.ndarray]]:
-    """Gives the function that pads b rows: {"tokens", "mask", "loss_mask" [b,L], "reward", "threshold" [b]}.
+def collate_values(options: ValueOptions, max_length: int) -> Callable[[list[ValueRow]], dict[str, np.ndarray]]:
+    """Makes the function that pads rows.
 
-    The reward of --objective exceedance is the utility, which its classifier compares with the threshold.
+    Args:
+      options: the objective is read.
+      max_length: longest row [tokens].
+
+    Returns:
+      A list of b rows -> {"tokens", "mask", "loss_mask" [b,L], "reward", "threshold" [b]}. The reward of --objective
+      exceedance is the utility, which its classifier compares with the threshold.
     """
-    classify = config.objective == "exceedance"
+    classify = options.objective == "exceedance"
 
     def collate(rows: list[ValueRow]) -> dict[str, np.ndarray]:
         texts = [encoded.TextTokens(row.prompt, row.response, "roll-out") for row in rows]
-        length = job.row_length(config, [len(row.prompt) + len(row.response) for row in rows])
-        paid = [row.utility if classify else row.reward for row in rows]
-        more = {"reward": paid, "threshold": [row.threshold for row in rows]}
+        length = job.row_length([len(row.prompt) + len(row.response) for row in rows], max_length)
+        rewards = [row.utility if classify else row.reward for row in rows]
+        more = {"reward": rewards, "threshold": [row.threshold for row in rows]}
         arrays = {name: np.asarray(values, np.float32) for name, values in more.items()}
         return preferences.pad_texts(texts, length=length) | arrays
 
@@ -180,33 +184,37 @@ def collate_values(config: ValueOptions) -> Callable[[list[ValueRow]], dict[str,
 
 
 def measure_values(
-    config: ValueOptions,
+    options: ValueOptions,
     lm: models.LanguageModel,
     params: Params,
     rows: list[ValueRow],
-    split: job.Data,
+    data: job.Data,
+    collate: Callable[[list[ValueRow]], dict[str, np.ndarray]],
+    batch_size: int,
 ) -> dict[str, Any]:
     """The figures of summary.json.
 
     Args:
-      config: objective, bound, frozen and batch_size are read.
+      options: objective, bound and frozen are read.
       lm: the model with its head.
       params: its trained parameters.
       rows: all rows.
-      split: the same, of which the validation rows are measured.
+      data: the same, of which the validation rows are measured.
+      collate: pads rows, as `collate_values` gives it.
+      batch_size: rows measured together.
 
     Returns:
       Number of roll-outs, mean and deviation of their reward and, with validation rows, squared error of the values
       and the share of the target's variance that they explain.
     """
-    classify, collate = config.objective == "exceedance", collate_values(config)
+    classify = options.objective == "exceedance"
 
     def score(params: Params, batch: Any) -> Any:
         cast = objectives.cast(lm, params)
         hidden = lm.hidden(cast, batch["tokens"], mask=batch["mask"])
         found = objectives.values_of(lm, cast, hidden, batch["tokens"])
         drawn = batch["loss_mask"]
-        if config.frozen:
+        if options.frozen:
             found, drawn = found[:, :-1], drawn[:, 1:]
         target = batch["reward"][:, None]
         if classify:
@@ -215,17 +223,17 @@ def measure_values(
         error = jnp.where(drawn, (found - target) ** 2, 0).sum(-1)
         return {"error": error / drawn.sum(-1), "target": target[:, 0]}
 
-    paid, utility = (np.asarray([getattr(row, name) for row in rows]) for name in ("reward", "utility"))
+    rewards, utility = (np.asarray([getattr(row, name) for row in rows]) for name in ("reward", "utility"))
     summary: dict[str, Any] = {
         "rollouts": len(rows),
         "reward": float(utility.mean()),
         "reward_deviation": float(utility.std()),
     }
-    if config.bound:
-        summary |= {"shaped_reward": float(paid.mean()), "threshold": float(np.mean([r.threshold for r in rows]))}
+    if options.bound:
+        summary |= {"shaped_reward": float(rewards.mean()), "threshold": float(np.mean([r.threshold for r in rows]))}
         summary["exceed"] = float(np.mean([row.utility > row.threshold for row in rows]))
-    if split.validation:
-        measured = job.evaluate(score, params, split.validation, collate, config.batch_size)
+    if data.validation:
+        measured = job.evaluate(score, params, data.validation, collate, batch_size)
         mean, half = job.interval(measured["error"])
         # Of the target's variance; the share that a prefix cannot know is never explained.
         variance = measured["target"].var()
