@@ -16,6 +16,7 @@ from jaxalign import _io, models
 from jaxalign.data import tokenizers
 from jaxalign.evaluation import specs
 from jaxalign.training import job, tables
+from jaxalign.training.options import ModelOptions
 from tests.conftest import tiny_lm
 from train import arm, calibrate, reward_model, sft
 
@@ -139,8 +140,10 @@ def test_a_reward_model_is_trained_as_an_adapter_and_a_score(root, tmp_path):
     base, trained = models.load(root / "base")[1]["transformer"], params["transformer"]
     assert jnp.any(trained["layer_0"]["down"]["kernel"] != base["layer_0"]["down"]["kernel"])
     assert jnp.all(trained["embedding"] == base["embedding"])
-    config = reward_model.Config(out="", data="", model=str(root / "base"), max_length=16)
-    new = job.start(config, lambda _: lm.config.head).params["head"]["score"]["kernel"]
+    started = job.start(
+        ModelOptions(model=str(root / "base")), lambda _: lm.config.head, seed=0, dtype="float32", max_length=16
+    )
+    new = started.params["head"]["score"]["kernel"]
     assert jnp.any(new != params["head"]["score"]["kernel"])
 
 

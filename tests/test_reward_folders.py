@@ -164,7 +164,7 @@ def test_roll_outs_are_scored_by_it(folders):
     """train.value, train.calibrate and train.shaping draw and score through the one function."""
     lm, _ = models.load(folders / "base")
     tokenizer = models.tokenizer(folders / "base")
-    reward, params = rollouts.judge(str(folders / "other"), lm, tokenizer, dtype="float32", sources=CHATS)
+    reward, params = rollouts.open_reward(str(folders / "other"), lm, tokenizer, dtype="float32", sources=CHATS)
     assert params is None
     args, _ = row_of(reader(folders, CHATS), CHATS[0], "Yes")
     other, loaded = models.load(folders / "other")
@@ -178,7 +178,7 @@ def test_transcripts_are_read_as_their_turns(folders):
     transcript = "\n\nHuman: How are you?\n\nAssistant:"
     lm, _ = models.load(folders / "base")
     tokenizer = models.tokenizer(folders / "base")
-    reward, _ = rollouts.judge(str(folders / "other"), lm, tokenizer, dtype="float32", sources=[transcript])
+    reward, _ = rollouts.open_reward(str(folders / "other"), lm, tokenizer, dtype="float32", sources=[transcript])
     other, loaded = models.load(folders / "other")
     own = models.tokenizer(folders / "other")
     chat = [{"role": "user", "content": "How are you?"}]

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from eval import decode
-from jaxalign import rewards
+from jaxalign import commands, rewards
 from jaxalign.training import rollouts, tables
 from tests.conftest import VOCAB, on_devices, tiny_lm
 from tests.test_eval_decode import arguments, folders, methods, read, tokenizer
-from train import calibrate, rl
 
 __all__ = ["folders"]  # a fixture
 
@@ -44,10 +43,10 @@ def test_what_is_no_sum_is_refused(spec):
 def test_a_trainers_reward_is_the_weighted_sum_of_its_terms(folders):
     lm, _ = tiny_lm(0, num_layers=1)
     spec = f"{folders['reward']} + 0.5 * {folders['gold']} - 3 * {LETTERS}"
-    reward, params = rollouts.judge(spec, lm, tokenizer(), dtype="float32")
+    reward, params = rollouts.open_reward(spec, lm, tokenizer(), dtype="float32")
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, VOCAB, (4, 7)), jnp.int32)
     text = tokens, jnp.ones((4, 7), bool), jnp.full(4, 3), jnp.arange(4)
-    each = [rollouts.judge(name, lm, tokenizer(), dtype="float32") for _, name in rewards.parse_reward(spec)]
+    each = [rollouts.open_reward(name, lm, tokenizer(), dtype="float32") for _, name in rewards.parse_reward(spec)]
     one, two, three = (np.asarray(r(p, *text)) for r, p in each)
     np.testing.assert_allclose(reward(params, *text), one + 0.5 * two - 3 * three, rtol=1e-5)
     assert np.abs(one).min() > 0
@@ -73,20 +72,21 @@ def test_rl_maximises_a_calibrated_sum_and_its_table_names_the_next_command(fold
         "max_new_tokens": 4,
         "max_length": 32,
     }
-    table = calibrate.Config(**shared, base=folders["base"], samples=4, out=str(tmp_path / "table"))
-    calibrate.run(table)
+    table = str(tmp_path / "table")
+    commands.run("calibrate", **shared, base=folders["base"], samples=4, out=table)
     assert f"--reward '{shared['reward']}' --calibration" in capsys.readouterr().out.splitlines()[-1]
-    run = rl.Config(
+    summary = commands.run(
+        "rl",
         **shared,
         model=folders["base"],
-        calibration=table.out,
+        calibration=table,
         steps=2,
         batch_size=2,
         samples=2,
         validation=0.4,
         out=str(tmp_path / "run"),
     )
-    assert np.isfinite(rl.run(run)["reward"])
+    assert np.isfinite(summary["reward"])
     # The folders of the sum are inputs of the run.
     stamps = json.loads((tmp_path / "run/inputs.json").read_text())
     assert all(any(name.startswith(folders[role] + "/") for name in stamps) for role in ("reward", "gold"))

@@ -16,6 +16,7 @@ from jaxalign.prompts import prompt_batch
 from jaxalign.training import job, logging, rl_rewards
 from jaxalign.training import rl as rl_parts
 from jaxalign.training.rl import PromptRow, collate_prompts
+from jaxalign.training.rl_options import RewardOptions
 from jaxalign.worlds import opinions
 from tests.conftest import on_devices
 from train import calibrate, dpo, rl, sft, world
@@ -213,21 +214,13 @@ def test_four_devices_train_as_one(files, tmp_path):
 
 
 def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(files, tmp_path):
-    command = rl.Config(
-        out=str(tmp_path),
-        model=str(files / "base/model"),
-        prompts=str(files / "prompts.jsonl"),
-        reward=GOLD,
-        max_new_tokens=LIMIT,
-        calibration=str(files / "table"),
-        transform="exp:3",
-        beta=0.5,
-    )
+    options = RewardOptions(reward=GOLD, calibration=str(files / "table"), transform="exp:3", beta=0.5)
     lm, params = models.load(files / "base/model")
     tokenizer = models.tokenizer(str(files / "base/model"))
     asked = [tokenizer(p)["input_ids"] for p in opinions.prompts()[:PROMPTS]]
     given = [data.Prompt(p, ids, p) for p, ids in zip(opinions.prompts(), asked, strict=False)]
-    begin = job.Start(lm, params, tokenizer)
+    begin = job.StartedModel(lm, params, tokenizer)
+    settings = {"base": str(files / "base/model"), "dtype": "float32", "max_new_tokens": LIMIT}
     prompts = prompt_batch(asked, length=12)
     drawn = decoding.sample(
         policies.language_model(lm), params, jax.random.key(5), prompts, max_new_tokens=LIMIT, eos_ids=lm.config.eos_ids
@@ -236,7 +229,8 @@ def test_the_composed_reward_is_shaped_after_it_is_transformed_and_calibrated(fi
     # The rows of the prompts, and the same rows as they are numbered where a prompt comes again.
     for index in (jnp.arange(PROMPTS, dtype=jnp.int32), jnp.arange(PROMPTS, dtype=jnp.int32) + 2 * PROMPTS):
         plain, shaped = (
-            rl_rewards.build(dataclasses.replace(command, bound=bound), begin, given) for bound in (0.0, 2.0)
+            rl_rewards.compose(dataclasses.replace(options, bound=bound), begin, given, **settings)
+            for bound in (0.0, 2.0)
         )
         score = np.asarray(plain.raw(plain.raw_params, *text, index))
         with np.load(files / "table/table.npz") as table:

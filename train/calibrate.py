@@ -28,7 +28,6 @@ class Config:
     """Options of train.calibrate."""
 
     run: RunOptions
-    """The run folder, and what holds for all of the run."""
     rollouts: RolloutOptions = dataclasses.field(
         default_factory=functools.partial(RolloutOptions, samples=100, decode_batch=512)
     )
@@ -36,7 +35,6 @@ class Config:
     max_length: int = 256
     """Longest row [tokens], prompt and response; a longer roll-out is an error."""
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
-    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any, Literal
-
-import jax.numpy as jnp
 
 from jaxalign import commands
 from jaxalign._options import from_fields
 from jaxalign.data import encoded
 from jaxalign.data.text_options import TextOptions, format_of
-from jaxalign.training import adapters, distillation, objectives, pairs, reading, rollouts, tables
+from jaxalign.training import adapters, distillation, pairs, reading, rollouts
 from jaxalign.training.options import (
     AdapterOptions,
     MeshOptions,
@@ -43,7 +40,6 @@ class Config:
     """Options of train.distil."""
 
     run: RunOptions
-    """The run folder, and what holds for all of the run."""
     calibration: str
     """Folder of train.calibrate, whose samples are used."""
     n: int = 4
@@ -53,19 +49,13 @@ class Config:
     sft_weight: float = 0.005
     """With bonbon: weight of the likelihood, the rest is IPO's, in (0, 1)."""
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
-    """The model that is trained."""
     rows: RowOptions = dataclasses.field(default_factory=RowOptions)
-    """The rows, and which of them are held out."""
     optimizer: OptimizerOptions = dataclasses.field(
         default_factory=functools.partial(OptimizerOptions, learning_rate=1e-6)
     )
-    """How long and how fast."""
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    """Micro-batches and devices."""
     adapters: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
-    """An adapter in place of all weights."""
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
-    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -76,7 +66,8 @@ def run(config: Config) -> dict[str, Any]:
         raise ValueError(f"n: expected at least 2, found {config.n}")
     if not 0 < config.sft_weight < 1:
         raise ValueError(f"sft_weight: expected a share in (0, 1), found {config.sft_weight}")
-    source = _source(config)
+    source = from_fields(calibrate.Config, distillation.table_options(config.calibration), where=config.calibration)
+    distillation.check_table(config.calibration, source.rollouts, n=config.n, model=config.model.model)
     job = Job.open(
         config,
         stage="distil",
@@ -109,36 +100,10 @@ def run(config: Config) -> dict[str, Any]:
         loss = distillation.bonbon(started.lm, n=config.n, sft_weight=config.sft_weight)
     reference = adapters.reference(adapter, started)
     params = job.fit(started, data, loss, collate, frozen=reference, adapter=adapter)
-
-    def score(both: Any, batch: Any) -> Any:
-        own, reference = both
-        sides = (batch["chosen"], batch["rejected"])
-        return jnp.stack(
-            [objectives.implicit_rewards(started.lm, own, reference, side, beta=1.0) for side in sides], -1
-        )
-
+    score = pairs.implicit_scores(started.lm, beta=1.0)
     summary = pairs.accuracy(score, (params, reference), data, collate, config.optimizer.batch_size)
     summary |= {"wanted_margin": distillation.best_of_n_margin(config.n), "pairs": len(rows)}
     return job.finish(started, params, data, summary)
-
-
-def _source(config: Config) -> calibrate.Config:
-    """The options that the table's samples were drawn with. ValueErrors: no table, another base, too few samples."""
-    path = pathlib.Path(config.calibration)
-    if not (path / tables.ABOUT).is_file():
-        raise ValueError(f"calibration: expected a folder of train.calibrate, found no {tables.ABOUT} in {path}")
-    made = json.loads((path / "config.json").read_text())
-    source = from_fields(calibrate.Config, made, where=str(path / "config.json"))
-    about = json.loads((path / tables.ABOUT).read_text())
-    if about["base"] != tables.folder_digest(config.model.model):
-        raise ValueError(
-            f"model: expected the base that {path} was made with, {source.rollouts.base}, found {config.model.model}"
-        )
-    if config.n > source.rollouts.samples:
-        raise ValueError(
-            f"n: expected at most the table's {source.rollouts.samples} samples per prompt, found {config.n}"
-        )
-    return source
 
 
 def main(args: list[str] | None = None) -> None:

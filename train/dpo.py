@@ -15,8 +15,6 @@ import dataclasses
 import functools
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
 from jaxalign import commands
 from jaxalign.data.text_options import CompareOptions, TextOptions
 from jaxalign.training import adapters, objectives, pairs, reading
@@ -37,7 +35,6 @@ class Config:
     """Options of train.dpo."""
 
     run: RunOptions
-    """The run folder, and what holds for all of the run."""
     data: str
     """Preference pairs: files, folders or a data set's name (docs/data.md)."""
     loss: Literal["dpo", "ipo"] = "dpo"
@@ -47,21 +44,14 @@ class Config:
     label_smoothing: float = 0.0
     """Share of pairs taken to be labelled the wrong way round, in [0, 0.5); dpo alone."""
     compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
-    """Which responses make a pair."""
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
-    """The model that is trained."""
     rows: RowOptions = dataclasses.field(default_factory=RowOptions)
-    """The rows, and which of them are held out."""
     optimizer: OptimizerOptions = dataclasses.field(
         default_factory=functools.partial(OptimizerOptions, learning_rate=1e-6)
     )
-    """How long and how fast."""
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    """Micro-batches and devices."""
     adapters: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
-    """An adapter in place of all weights."""
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
-    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -96,15 +86,7 @@ def run(config: Config) -> dict[str, Any]:
     loss = objectives.dpo(started.lm, beta=config.beta, objective=config.loss, label_smoothing=config.label_smoothing)
     reference = adapters.reference(adapter, started)
     params = job.fit(started, data, loss, collate, frozen=reference, adapter=adapter)
-
-    def score(both: Any, batch: Any) -> Any:
-        params, reference = both
-        sides = [
-            objectives.implicit_rewards(started.lm, params, reference, batch[side], beta=config.beta)
-            for side in ("chosen", "rejected")
-        ]
-        return jnp.stack(sides, -1)
-
+    score = pairs.implicit_scores(started.lm, beta=config.beta)
     summary = pairs.accuracy(score, (params, reference), data, collate, config.optimizer.batch_size)
     return job.finish(started, params, data, summary)
 

@@ -39,23 +39,15 @@ class Config:
     """Options of train.reward_model."""
 
     run: RunOptions
-    """The run folder, and what holds for all of the run."""
     data: str
     """Preference pairs: files, folders or a data set's name (docs/data.md)."""
     compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
-    """Which responses make a pair."""
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
-    """The model that is trained."""
     rows: RowOptions = dataclasses.field(default_factory=RowOptions)
-    """The rows, and which of them are held out."""
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
-    """How long and how fast."""
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    """Micro-batches and devices."""
     adapters: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
-    """An adapter in place of all weights."""
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
-    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -38,27 +38,18 @@ class Config:
     """Options of train.rl."""
 
     run: RunOptions
-    """The run folder, and what holds for all of the run."""
     prompts: str
     """Prompts: files, folders or a data set's name, of any form (docs/data.md)."""
     reward: RewardOptions
-    """What the policy is aligned with."""
     rl: RLOptions = dataclasses.field(default_factory=RLOptions)
-    """How the policy is improved."""
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
-    """The model that is trained."""
     rows: RowOptions = dataclasses.field(default_factory=functools.partial(RowOptions, validation=0.1))
-    """The rows, and which of them are held out."""
     optimizer: OptimizerOptions = dataclasses.field(
         default_factory=functools.partial(OptimizerOptions, batch_size=16, learning_rate=1e-5)
     )
-    """How long and how fast."""
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    """Micro-batches and devices."""
     adapters: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
-    """An adapter in place of all weights."""
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
-    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -108,17 +99,8 @@ def run(config: Config) -> dict[str, Any]:
     )
     pad = functools.partial(rl.collate_prompts, length=bucket(longest), count=len(prompts))
     before = rl.measure_policy(learner, trained, frozen, data.validation, pad, batch_size=size)
-    state = rl.train_policy(
-        learner,
-        trained,
-        frozen,
-        data.train,
-        pad,
-        beta=config.reward.beta,
-        optimizer=config.optimizer,
-        mesh=config.mesh,
-        out=job.out,
-    )
+    options: dict[str, Any] = {"optimizer": config.optimizer, "mesh": config.mesh, "out": job.out}
+    state = rl.train_policy(learner, trained, frozen, data.train, pad, beta=config.reward.beta, **options)
     after = rl.measure_policy(learner, state.train.params, frozen, data.validation, pad, batch_size=size)
     summary: dict[str, Any] = {f"{name}_before": value for name, value in before.items() if "kl" not in name} | after
     summary |= {"beta": float(state.beta), "dropped_iterations": int(state.dropped[0])}

@@ -31,7 +31,6 @@ class Config:
     """Options of train.sft."""
 
     run: RunOptions
-    """The run folder, and what holds for all of the run."""
     data: str
     """Texts, chats or preference pairs: files, folders or a data set's name (docs/data.md)."""
     learn: Learn = "all"
@@ -39,15 +38,10 @@ class Config:
     compare: CompareOptions = dataclasses.field(default_factory=CompareOptions)
     """Which response of a preference counts."""
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
-    """The model that is trained."""
     rows: RowOptions = dataclasses.field(default_factory=RowOptions)
-    """The rows, and which of them are held out."""
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
-    """How long and how fast."""
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    """Micro-batches and devices."""
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
-    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:

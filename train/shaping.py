@@ -39,21 +39,14 @@ class Config:
     """Options of train.shaping."""
 
     run: RunOptions
-    """The run folder, and what holds for all of the run."""
     rollouts: RolloutOptions = dataclasses.field(default_factory=functools.partial(RolloutOptions, samples=16))
     """The roll-outs of a base, with their true utility."""
     shaping: ShapingOptions = dataclasses.field(default_factory=ShapingOptions)
-    """What the leader is."""
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
-    """The model that is trained."""
     rows: RowOptions = dataclasses.field(default_factory=RowOptions)
-    """The rows, and which of them are held out."""
     optimizer: OptimizerOptions = dataclasses.field(default_factory=functools.partial(OptimizerOptions, batch_size=8))
-    """How long and how fast."""
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    """Micro-batches and devices."""
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
-    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -85,16 +78,8 @@ def run(config: Config) -> dict[str, Any]:
         return done
     bound = options.bound if options.leader == "reward_model" and not options.amortise else None
     started = job.start(lambda _: models.Head("reward", bound=bound))
-    found = rollouts.roll_out(
-        config.rollouts,
-        read(format_of(config.text, started.tokenizer)).rows,
-        started.tokenizer,
-        run=config.run,
-        out=job.out,
-        stage="shaping",
-        max_length=config.rows.max_length,
-        model=config.model.model or config.model.tokenizer,
-    )
+    prompts = read(format_of(config.text, started.tokenizer)).rows
+    found = rollouts.roll_out_for(job, config.rollouts, prompts, started)
     data = job.split(encoded.Loaded(shaping_data.prompt_groups(found), 0, []))
     if options.amortise:
         return leaders.train_threshold(job, options, started, data)

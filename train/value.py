@@ -33,10 +33,10 @@ import functools
 import pathlib
 from typing import Any
 
-from jaxalign import commands, models
+from jaxalign import commands
 from jaxalign.data import encoded
 from jaxalign.data.text_options import TextOptions, format_of
-from jaxalign.training import objectives, reading, responses, rollouts, values
+from jaxalign.training import reading, responses, rollouts, values
 from jaxalign.training.options import (
     MeshOptions,
     ModelOptions,
@@ -47,7 +47,6 @@ from jaxalign.training.options import (
 )
 from jaxalign.training.training_job import Job
 from jaxalign.training.values import ValueOptions
-from jaxalign.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,21 +54,14 @@ class Config:
     """Options of train.value."""
 
     run: RunOptions
-    """The run folder, and what holds for all of the run."""
     rollouts: RolloutOptions = dataclasses.field(default_factory=functools.partial(RolloutOptions, prompts=""))
     """The roll-outs of a base, with their rewards; given --responses, none are made."""
     value: ValueOptions = dataclasses.field(default_factory=ValueOptions)
-    """What the value model learns."""
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
-    """The model that is trained."""
     rows: RowOptions = dataclasses.field(default_factory=RowOptions)
-    """The rows, and which of them are held out."""
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
-    """How long and how fast."""
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    """Micro-batches and devices."""
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
-    """How texts and chats become tokens."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -94,45 +86,18 @@ def run(config: Config) -> dict[str, Any]:
         return done
     started = job.start(lambda body: values.value_head(options, body))
     if options.responses:
-        texts_read = texts(job.form(started))
-        found = responses.scored(texts_read, rolled, started, dtype=config.run.dtype, max_length=rows.max_length)
+        given = texts(job.form(started))
+        found = responses.scored(given, rolled, started, dtype=config.run.dtype, max_length=rows.max_length)
     else:
-        drawn = rollouts.roll_out(
-            rolled,
-            prompts(format_of(config.text, started.tokenizer)).rows,
-            started.tokenizer,
-            run=config.run,
-            out=job.out,
-            stage="value",
-            max_length=rows.max_length,
-            model=config.model.model or config.model.tokenizer,
-        )
-        found = encoded.Loaded(drawn, 0, [])
+        read = prompts(format_of(config.text, started.tokenizer)).rows
+        found = encoded.Loaded(rollouts.roll_out_for(job, rolled, read, started), 0, [])
     learned = values.value_rows(options, found.rows)
     data = job.split(found._replace(rows=learned))
 
     collate = values.collate_values(options, rows.max_length)
-    base: Any = None
-    frozen: Params = None
-    if options.objective == "cd_q":
-        base, frozen = models.load_beside(
-            rolled.base, started.lm, started.tokenizer, name="base", dtype=config.run.dtype
-        )
-    loss = objectives.value(
-        started.lm,
-        options.objective,
-        base=base,
-        beta=options.beta or None,
-        pair_weight=options.pair_weight,
-        before=options.frozen,
-    )
+    loss, frozen = values.value_loss(options, started, base=rolled.base, dtype=config.run.dtype)
     if options.frozen:
-        # The body is no parameter of the run: neither gradients nor moments of it are made, and no decay reaches it.
-        frozen = {"transformer": started.params["transformer"]}
-        train = lambda params, batch, frozen: loss({**frozen, **params}, batch, None)  # noqa: E731
-        alone = started._replace(params={"head": started.params["head"]})
-        params = job.fit(alone, data, train, collate, frozen=frozen)
-        params = {**frozen, **params}
+        params = values.fit_head(job, started, data, loss, collate)
     else:
         params = job.fit(started, data, loss, collate, frozen=frozen)
 

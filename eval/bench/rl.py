@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxalign import commands, models, training
 from jaxalign.training import job, policy_gradient, rl, rl_iteration, rl_rewards
+from jaxalign.training.rl_options import RLOptions
 from jaxalign.types import Array
 
 from . import common
@@ -98,26 +99,15 @@ def even_share(params: Any, tokens: Array, mask: Array, prompt_length: Array, in
 def _ours(lm: models.LanguageModel, params: Any, config: Config) -> list[dict[str, float]]:
     """Seconds of roll-out and update of each timed iteration."""
     count = config.batch // config.samples
-    options = rl.RLOptions(
-        out="",
-        model="x",
-        prompts="",
-        reward="",
-        samples=config.samples,
-        batch_size=count,
-        beta=BETA,
-        max_new_tokens=config.new,
-        learning_rate=1e-5,
-        dtype=config.dtype,
-    )
+    options = RLOptions(samples=config.samples, max_new_tokens=config.new)
     lm = models.LanguageModel(dataclasses.replace(lm.config, eos_ids=()), config.dtype)
     optimizer, schedule = training.adamw(learning_rate=1e-5, steps=100, clip=CLIP)
-    begin = job.Start(lm, params, None)
-    learner, trained, frozen = rl.learner_of(options, begin, rl_rewards.Composed(even_share, None, even_share, None))
+    reward = rl_rewards.Composed(even_share, None, even_share, None)
+    learner, trained, frozen = rl.learner_of(options, job.StartedModel(lm, params, None), reward, seed=0)
     once = options.passes * options.minibatches == 1
     loss = policy_gradient.loss(learner.method, policy_gradient.of_model(lm), once=once)
     update = training.train_step(loss, optimizer, schedule=schedule, donate=True)
-    state = rl_iteration.State(
+    state = rl_iteration.RLState(
         jnp.zeros((), jnp.int32),
         training.create(jax.tree.map(jnp.array, trained), optimizer),
         jnp.asarray(BETA, jnp.float32),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from jaxalign import models
 from jaxalign.data import encoded
-from jaxalign.training import objectives, rollouts
+from jaxalign.training import objectives, rollouts, tables
+from jaxalign.training.options import RolloutOptions
 from jaxalign.training.step import Loss
 
 
@@ -47,6 +51,34 @@ def likelihood(lm: models.LanguageModel) -> Loss:
     """
     sft = objectives.language_model(lm)
     return lambda params, batch, frozen: sft(params, batch["chosen"], frozen)
+
+
+def table_options(folder: str) -> dict[str, Any]:
+    """Option -> value that a calibration table was made with. ValueError for a folder without a table."""
+    path = pathlib.Path(folder)
+    if not (path / tables.ABOUT).is_file():
+        raise ValueError(f"calibration: expected a folder of train.calibrate, found no {tables.ABOUT} in {path}")
+    found: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return found
+
+
+def check_table(folder: str, made: RolloutOptions, *, n: int, model: str) -> None:
+    """Checks that a table's samples serve to distil a model.
+
+    Args:
+      folder: of train.calibrate.
+      made: the options of its samples.
+      n: samples of a group.
+      model: folder of the model that is trained.
+
+    Raises:
+      ValueError: a table of another base, too few samples.
+    """
+    about = json.loads((pathlib.Path(folder) / tables.ABOUT).read_text())
+    if about["base"] != tables.folder_digest(model):
+        raise ValueError(f"model: expected the base that {folder} was made with, {made.base}, found {model}")
+    if n > made.samples:
+        raise ValueError(f"n: expected at most the table's {made.samples} samples per prompt, found {n}")
 
 
 def best_and_worst(found: list[rollouts.Rollout], n: int) -> Iterator[encoded.PairTokens]:

@@ -22,7 +22,8 @@ class RunOptions:
     """The run folder, and what holds for all of the run."""
 
     out: str
-    """Run folder: model/ (Hugging Face form), summary.json, metrics.jsonl, tensorboard/, checkpoints/, config.json."""
+    """Run folder: config.json, summary.json, and what the job makes: model/ (Hugging Face form) with metrics.jsonl,
+    tensorboard/ and checkpoints/, or a table of rewards with its rollouts/."""
     seed: int = 0
     """Seed of new weights, of the split, of the order of rows and of all draws."""
     dtype: DType = "float32"

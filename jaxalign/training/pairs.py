@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import models
 from jaxalign.data import encoded, preferences
-from jaxalign.training import job
-from jaxalign.types import Params
+from jaxalign.training import job, objectives
+from jaxalign.types import Array, Params
 
 
 def padding(max_length: int) -> Callable[[list[encoded.PairTokens]], dict[str, Any]]:
@@ -29,8 +31,26 @@ def padding(max_length: int) -> Callable[[list[encoded.PairTokens]], dict[str, A
     return collate
 
 
+def implicit_scores(lm: models.LanguageModel, *, beta: float) -> Callable[[tuple[Params, Params], Any], Array]:
+    """DPO's implicit rewards of a batch of pairs, as `accuracy` takes them.
+
+    Args:
+      lm: the model that is trained.
+      beta: KL weight [units of the implicit reward per nat].
+
+    Returns:
+      ((parameters, those of the reference), batch) -> [b,2]: of the chosen responses, of the rejected ones.
+    """
+
+    def score(both: tuple[Params, Params], batch: Any) -> Array:
+        sides = (batch["chosen"], batch["rejected"])
+        return jnp.stack([objectives.implicit_rewards(lm, *both, side, beta=beta) for side in sides], -1)
+
+    return score
+
+
 def accuracy(
-    score: Callable[[Params, Any], Any],
+    score: Callable[[Any, Any], Any],
     params: Params,
     data: job.Data,
     collate: Callable[[list[Any]], Any],

@@ -18,8 +18,9 @@ from jaxalign import _io, _progress, decoding, models, policies, rewards, tokens
 from jaxalign.data import chats, encoded, preferences
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Text
-from jaxalign.training import job
+from jaxalign.training.job import StartedModel, first_rows, iterate
 from jaxalign.training.options import RolloutOptions, RunOptions
+from jaxalign.training.training_job import Job
 from jaxalign.types import Params, Reward
 
 
@@ -153,6 +154,23 @@ def roll_out(
     return found
 
 
+def roll_out_for(
+    job: Job, options: RolloutOptions, prompts: Sequence[encoded.Prompt], started: StartedModel
+) -> list[Rollout]:
+    """`roll_out` in a job's folder, by its seed and type, for the model that it trains."""
+    config = job.config
+    return roll_out(
+        options,
+        prompts,
+        started.tokenizer,
+        run=config.run,
+        out=job.out,
+        stage=job.stage,
+        max_length=config.rows.max_length,
+        model=config.model.model or config.model.tokenizer,
+    )
+
+
 def _check_same(options: RolloutOptions, run: RunOptions, paths: list[pathlib.Path]) -> None:
     """ValueError where the roll-outs of --rollouts are not those that this run would make, or are not complete."""
     other = pathlib.Path(options.rollouts) / "config.json"
@@ -196,7 +214,7 @@ def write_shard(
     """One shard: a function of the seed and its prompts' rows. Written under a temporary name, then renamed."""
     parts = []
     size = max(options.decode_batch // options.samples, 1)
-    for part in job.iterate(list(rows), size):
+    for part in iterate(list(rows), size):
         batch = prompt_batch([prompts[i].tokens for i in part], index=part, batch_size=size)
         drawn = decoding.best_of_n(
             policy,
@@ -209,7 +227,7 @@ def write_shard(
             eos_ids=eos_ids,
         ).info
         kept = drawn.samples.tokens, drawn.samples.mask, drawn.reward
-        tokens, mask, scores = job.first_rows(kept, len(part))
+        tokens, mask, scores = first_rows(kept, len(part))
         if not np.isfinite(scores).all():
             raise ValueError(f"reward: expected finite numbers, found {scores} for prompts {part}")
         index = np.repeat(part, options.samples)

@@ -11,9 +11,12 @@ import numpy as np
 
 from jaxalign import models, shaping
 from jaxalign.data import encoded, preferences
-from jaxalign.training import job, objectives, rollouts
+from jaxalign.training import job as functions
+from jaxalign.training import objectives, rollouts
 from jaxalign.training.options import RolloutOptions, check_finite, check_rollout_options
-from jaxalign.types import Params
+from jaxalign.training.step import Loss, LossAux
+from jaxalign.training.training_job import Job
+from jaxalign.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +177,7 @@ def collate_values(options: ValueOptions, max_length: int) -> Callable[[list[Val
 
     def collate(rows: list[ValueRow]) -> dict[str, np.ndarray]:
         texts = [encoded.TextTokens(row.prompt, row.response, "roll-out") for row in rows]
-        length = job.row_length([len(row.prompt) + len(row.response) for row in rows], max_length)
+        length = functions.row_length([len(row.prompt) + len(row.response) for row in rows], max_length)
         rewards = [row.utility if classify else row.reward for row in rows]
         more = {"reward": rewards, "threshold": [row.threshold for row in rows]}
         arrays = {name: np.asarray(values, np.float32) for name, values in more.items()}
@@ -183,12 +186,71 @@ def collate_values(options: ValueOptions, max_length: int) -> Callable[[list[Val
     return collate
 
 
+def value_loss(options: ValueOptions, started: functions.StartedModel, *, base: str, dtype: str) -> tuple[Loss, Params]:
+    """The loss of the objective.
+
+    Args:
+      options: objective, beta, pair_weight and frozen are read.
+      started: the model with its head.
+      base: folder of the base, which cd_q needs.
+      dtype: type that the base computes in.
+
+    Returns:
+      (loss, the base's parameters, which it takes as frozen, or None).
+
+    Raises:
+      ValueError: a base of another vocabulary.
+    """
+    lm: models.LanguageModel | None = None
+    frozen: Params = None
+    if options.objective == "cd_q":
+        lm, frozen = models.load_beside(base, started.lm, started.tokenizer, name="base", dtype=dtype)
+    loss = objectives.value(
+        started.lm,
+        options.objective,
+        base=lm,
+        beta=options.beta or None,
+        pair_weight=options.pair_weight,
+        before=options.frozen,
+    )
+    return loss, frozen
+
+
+def fit_head(
+    job: Job,
+    started: functions.StartedModel,
+    data: functions.Data,
+    loss: Loss,
+    collate: Callable[[list[ValueRow]], dict[str, np.ndarray]],
+) -> Params:
+    """Trains the head alone. The body is no parameter of the run: neither gradients nor moments of it are made, and no
+    decay reaches it.
+
+    Args:
+      job: its options say how to train.
+      started: the model.
+      data: its training rows are used.
+      loss: of the whole model's parameters.
+      collate: pads rows, as `collate_values` gives it.
+
+    Returns:
+      Parameters of the whole model, float32, on the host.
+    """
+    body = {"transformer": started.params["transformer"]}
+
+    def of_head(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
+        return loss({**frozen, **params}, batch, None)
+
+    alone = started._replace(params={"head": started.params["head"]})
+    return {**body, **job.fit(alone, data, of_head, collate, frozen=body)}
+
+
 def measure_values(
     options: ValueOptions,
     lm: models.LanguageModel,
     params: Params,
     rows: list[ValueRow],
-    data: job.Data,
+    data: functions.Data,
     collate: Callable[[list[ValueRow]], dict[str, np.ndarray]],
     batch_size: int,
 ) -> dict[str, Any]:
@@ -233,8 +295,8 @@ def measure_values(
         summary |= {"shaped_reward": float(rewards.mean()), "threshold": float(np.mean([r.threshold for r in rows]))}
         summary["exceed"] = float(np.mean([row.utility > row.threshold for row in rows]))
     if data.validation:
-        measured = job.evaluate(score, params, data.validation, collate, batch_size)
-        mean, half = job.interval(measured["error"])
+        measured = functions.evaluate(score, params, data.validation, collate, batch_size)
+        mean, half = functions.interval(measured["error"])
         # Of the target's variance; the share that a prefix cannot know is never explained.
         variance = measured["target"].var()
         explained = 1 - float(measured["error"].mean() / variance) if variance > 0 else None

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import models, rewards
+from jaxalign import commands, models, rewards
 from jaxalign.data import tokenizers
-from jaxalign.training import job, objectives, pairs
+from jaxalign.training import job, objectives, pairs, reading
 from tests.conftest import tiny_config
 from tests.models.test_parity import label_scores, needs_torch
 from train import reward_model
@@ -45,21 +45,23 @@ def trained(request, tmp_path_factory):
         for i, word in enumerate(WORDS)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = reward_model.Config(
-        out=str(folder / "run"),
-        data=str(folder / "pairs.jsonl"),
-        architecture=str(folder / "config.json"),
-        tokenizer=str(folder / "tokenizer"),
-        max_length=32,
-        steps=2,
-        batch_size=4,
-        learning_rate=0.05,
-        validation=0.0,
-    )
+    options = {
+        "out": str(folder / "run"),
+        "data": str(folder / "pairs.jsonl"),
+        "architecture": str(folder / "config.json"),
+        "tokenizer": str(folder / "tokenizer"),
+        "max_length": 32,
+        "steps": 2,
+        "batch_size": 4,
+        "learning_rate": 0.05,
+        "validation": 0.0,
+    }
+    config = commands.from_fields(reward_model.Config, options)
     reward_model.run(config)
-    begin = job.Start(*models.load(folder / "run/model"), models.tokenizer(folder / "run/model"))
-    data, collate = pairs.load(config, begin, tail=True)
-    return request.param, folder / "run/model", collate(list(data.train))
+    begin = job.StartedModel(*models.load(folder / "run/model"), models.tokenizer(folder / "run/model"))
+    shared = {"rows": config.rows, "text": config.text, "compare": config.compare}
+    found = reading.read_pairs(config.data, job.form_of(config.text, begin), tail=True, **shared)
+    return request.param, folder / "run/model", pairs.padding(config.rows.max_length)(found.rows)
 
 
 def test_the_pad_id_of_the_tokenizer_is_written(trained):

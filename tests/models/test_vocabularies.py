@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import types
 import warnings
 
 import jax
@@ -17,6 +15,8 @@ import transformers
 from jaxalign import data, models, text
 from jaxalign.evaluation import loading
 from jaxalign.training import job, rl_rewards, rollouts
+from jaxalign.training.options import ModelOptions
+from jaxalign.training.rl_options import RewardOptions
 from tests.conftest import forward, tiny_lm
 
 WORDS = ("<unk>", "<eos>", "the", "cat", "sat", "on", "a", "mat")
@@ -142,15 +142,16 @@ def evaluate(base, reward):
 def judge(base, reward):
     """train.calibrate, train.shaping, and train.value with prompts or with responses."""
     lm = models.load(base)[0]
-    found = rollouts.judge(reward, lm, models.tokenizer(base), dtype="float32")[0]
+    found = rollouts.open_reward(reward, lm, models.tokenizer(base), dtype="float32")[0]
     return lm.vocab_size, found.vocab_size
 
 
 def reinforce(base, reward):
     """train.rl."""
     lm, params = models.load(base)
-    config = types.SimpleNamespace(reward=reward, transform="", calibration="", dtype="float32", beta=1.0)
-    found = rl_rewards.build(config, job.Start(lm, params, models.tokenizer(base)), [data.Prompt("", [2, 3])])
+    started = job.StartedModel(lm, params, models.tokenizer(base))
+    settings = {"base": base, "dtype": "float32", "max_new_tokens": 1}
+    found = rl_rewards.compose(RewardOptions(reward=reward), started, [data.Prompt("", [2, 3])], **settings)
     return lm.vocab_size, found.reward.vocab_size
 
 
@@ -187,21 +188,19 @@ def test_a_vocabulary_that_texts_tell_apart_is_refused(command, folders):
 def test_a_tokenizer_with_a_padding_token_beyond_the_rows_starts_a_training_and_generates(folders, tmp_path):
     lm, params = models.load(folders["base"])
     models.save(tmp_path / "model", lm, params, tokenizer=PADDED)
-    config = job.TrainingOptions(out=str(tmp_path / "out"), model=str(tmp_path / "model"), max_length=8)
+    options = ModelOptions(model=str(tmp_path / "model"))
     with pytest.warns(UserWarning, match=r"beyond the model's rows, .*\[PAD\]"):
-        job.start(config, lambda _: None)
+        job.start(options, lambda _: None, seed=0, dtype="float32", max_length=8)
     with pytest.warns(UserWarning, match=r"beyond the model's rows, .*\[PAD\]"):
         assert text.generate(lm, params, PADDED, ["the cat"], max_new_tokens=1, rng=jax.random.key(0))
 
 
-def test_rollouts_of_a_base_are_read_by_the_model_that_learns_from_them(folders, tmp_path):
+def test_rollouts_of_a_base_are_read_by_the_model_that_learns_from_them(folders):
     """train.value and train.shaping with a --model other than the --base."""
 
     def load(base, model):
-        config = rollouts.RolloutOptions(
-            out=str(tmp_path / "out"), base=folders[base], model=folders[model], prompts="x", reward="x"
-        )
-        return rollouts.load_base(config, models.tokenizer(folders[model]))[0].vocab_size
+        tokenizer = models.tokenizer(folders[model])
+        return rollouts.load_base(folders[base], tokenizer, dtype="float32", model=folders[model])[0].vocab_size
 
     assert load("base", "base") == load("base", "reward") == 11
     lacking = pytest.warns(UserWarning, match="model: 1 special tokens of the base that no text holds are lacking")
@@ -230,8 +229,9 @@ def test_a_command_names_one_of_several_chat_templates(folders, tmp_path):
     words = made()
     words.chat_template = {"rag": "RAG", "tool_use": "TOOL"}
     models.save(tmp_path / "model", lm, params, tokenizer=words)
-    config = job.TrainingOptions(out=str(tmp_path / "out"), model=str(tmp_path / "model"), max_length=8)
+    options = ModelOptions(model=str(tmp_path / "model"))
     with pytest.raises(ValueError, match=r"chat_template: expected one of \['rag', 'tool_use'\].*--chat-template"):
-        job.start(config, lambda _: None)
-    named = dataclasses.replace(config, text=dataclasses.replace(config.text, chat_template="rag"))
-    assert job.start(named, lambda _: None).tokenizer.chat_template == "RAG"
+        job.start(options, lambda _: None, seed=0, dtype="float32", max_length=8)
+    settings = {"seed": 0, "dtype": "float32", "max_length": 8}
+    named = job.start(options, lambda _: None, **settings, chat_template="rag")
+    assert named.tokenizer.chat_template == "RAG"
