@@ -1,0 +1,95 @@
+"""The stages of the quickstart: each is a command that parses, reads what stages before it wrote, and is done once."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from jaxalign import _options, commands, evaluation
+from jaxalign.evaluation import runs
+from jaxalign.launch import stages
+from train import quickstart
+
+SHARED = {"seed": 0, "dtype": "float32", "mesh": ""}
+PRESETS = sorted(stages.SIZES)
+
+
+def strings(options: dict) -> list[str]:
+    return [value for value in options.values() if isinstance(value, str)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_stage_reads_the_folders_of_stages_before_it(preset, tmp_path):
+    done: set[str] = set()
+    for stage in stages.training_stages(tmp_path, preset, SHARED):
+        out = pathlib.Path(stage.options["out"])
+        read = [pathlib.Path(word).relative_to(tmp_path).parts[0] for word in strings(stage.options) if "/" in word]
+        assert {name for name in read if name != out.name} <= done, stage.title
+        assert out.name not in done
+        done.add(out.name)
+    for methods in stages.decoding_groups(tmp_path, preset).values():
+        for method in methods:
+            folders = [part for part in method.partition("@")[0].split(":") if "/" in part]
+            assert {pathlib.Path(folder).relative_to(tmp_path).parts[0] for folder in folders} <= done
+    decoded = strings(stages.decode_options(tmp_path, preset, SHARED))
+    assert {pathlib.Path(w).relative_to(tmp_path).parts[0] for w in decoded if "/" in w} <= done | {"decode"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_command_of_each_stage_parses_with_its_scripts_parser(preset, tmp_path):
+    for stage in stages.training_stages(tmp_path, preset, SHARED):
+        config = commands.load(stage.job).Config
+        words: list[str] = []
+        for name, value in stage.options.items():
+            option = f"--{name.replace('_', '-')}"
+            words += [option] if value is True else [option, str(value)]
+        parsed = _options.parse(config, description="", args=words, prog=stage.job)
+        assert parsed == commands.from_fields(config, stage.options)
+        assert {name: _options.flat(parsed)[name] for name in stage.options} == stage.options
+    for methods in stages.decoding_groups(tmp_path, preset).values():
+        options = evaluation.DecodeOptions(**stages.decode_options(tmp_path, preset, SHARED), method=methods)
+        assert len(runs.check(options)) == len(methods) + (not any(m.startswith("base") for m in methods))
+
+
+def test_finished_stages_are_reported_and_not_run_again(tmp_path, capsys):
+    """There are no models to run them on."""
+    for number, stage in enumerate(stages.training_stages(tmp_path, "tiny", SHARED)):
+        if stage.job == "world":
+            continue
+        out = pathlib.Path(stage.options["out"])
+        out.mkdir()
+        options = _options.flat(commands.from_fields(commands.load(stage.job).Config, stage.options))
+        if stage.job == "value":
+            options["model"] = options["base"]
+        (out / "config.json").write_text(json.dumps(options))
+        (out / "summary.json").write_text(json.dumps({"number": number}))
+        capsys.readouterr()
+        assert commands.run(stage.job, **stage.options) == {"number": number}
+        assert f"number: {number}" in capsys.readouterr().out
+        with pytest.raises(ValueError, match=r"^seed: expected 0 of the run .*, found 1"):
+            commands.run(stage.job, **(stage.options | {"seed": 1}))
+
+
+def test_the_quickstart_runs_its_stages_in_order_and_the_world_once(tmp_path, monkeypatch, capsys):
+    run: list[str] = []
+
+    def record(job: str, **options) -> None:
+        run.append(pathlib.Path(options["out"]).name)
+        pathlib.Path(options["out"]).mkdir(exist_ok=True)
+
+    monkeypatch.setattr(quickstart.commands, "run", record)
+    monkeypatch.setattr(quickstart.evaluation, "run", lambda *_, **__: [])
+    for module, name in ((quickstart.plots, "frontier"), (quickstart.report, "side_by_side")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(quickstart.results, "print_table", lambda _: None)
+    config = quickstart.Config(out=str(tmp_path), preset="tiny")
+    every = [pathlib.Path(s.options["out"]).name for s in stages.training_stages(tmp_path, "tiny", SHARED)]
+    for expected in (every, every[1:]):
+        run.clear()
+        found = quickstart.run(config)
+        assert run == expected
+    titles = {stage.title for stage in stages.training_stages(tmp_path, "tiny", SHARED)}
+    assert titles < set(found["seconds"])
+    assert f"[1/{len(titles) + len(stages.decoding_groups(tmp_path, 'tiny'))}]" in capsys.readouterr().out
