@@ -102,10 +102,17 @@ def from_fields(config: type[C], values: Mapping[str, Any], *, where: str = "the
 
 
 def flat_values(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Option -> value of a mapping in which a group's name may map to its own options, as files hold them."""
+    """Option -> value of a mapping in which a group's name may map to its own options, as files hold them.
+
+    ValueError: an option that has a value of its own and one in its group.
+    """
     groups, opened = _groups(config), dict[str, Any]()
     for key, value in values.items():
-        opened |= flat_values(groups[key], value) if key in groups and isinstance(value, dict) else {key: value}
+        more = flat_values(groups[key], value) if key in groups and isinstance(value, dict) else {key: value}
+        twice = sorted(set(more) & set(opened))
+        if twice:
+            raise ValueError(f"{twice[0]}: expected one value, found {opened[twice[0]]!r} and {more[twice[0]]!r}")
+        opened |= more
     return opened
 
 

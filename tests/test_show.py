@@ -61,6 +61,8 @@ def test_every_job_that_reads_texts_shows_them(job, folder, tmp_path, capsys):
 
 
 def test_options_of_texts_reach_the_tokens(folder, tmp_path, capsys):
+    given = {"base": str(folder / "base"), "responses": str(folder / "chats.jsonl"), "reward": "x:y"}
+    assert "+'I':48" in lines(capsys, "value", **given, out=str(tmp_path / "run"), show=1)
     common = {"model": str(folder / "base"), "out": str(tmp_path / "run"), "show": 1}
     chats = common | {"data": str(folder / "chats.jsonl")}
     assert "'yst'" not in lines(capsys, "sft", **chats)

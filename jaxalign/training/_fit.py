@@ -101,7 +101,7 @@ def fit(
     position = position or {}
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(checkpoints.open_checkpoints(out / "checkpoints", keep=keep)) if out else None
-        asked = stack.enter_context(_Signal())
+        signal = stack.enter_context(_Signal())
         restored = checkpoints.restore(manager, state, position) if manager else None
         start = int(taken) if restored is None else restored[1]
         if restored is not None:
@@ -140,7 +140,7 @@ def fit(
                 stop = reader.read(*pending)
                 bar.update(1)
             pending = done, values
-            stop = stop or asked.stop
+            stop = stop or signal.stop
             if stop or done % save_every == 0 or done == steps:
                 stop = reader.read(*pending) or stop
                 bar.update(1)
@@ -150,7 +150,7 @@ def fit(
                         hook.on_save(done, state)
         if manager is not None:
             manager.wait_until_finished()
-        if asked.stop and done < steps:
+        if signal.stop and done < steps:
             print(f"{stage}: stopped at step {done} of {steps}, saved; the same command goes on from here", flush=True)
             raise Stopped(0)
         return state
@@ -169,7 +169,7 @@ class _Reader:
 
     def __init__(self, stage: str, hooks: Sequence[Hooks], steps: int, log_every: int) -> None:
         self.stage, self.hooks, self.steps, self.log_every = stage, hooks, steps, log_every
-        self.tokens, self.begin = 0, time.perf_counter()
+        self.tokens, self.since = 0, time.perf_counter()
 
     def read(self, taken: int, values: Mapping[str, Any]) -> bool:
         """Reads the metrics of a step; whether a hook ends the run."""
@@ -180,15 +180,15 @@ class _Reader:
         bad = {name: value for name, value in host.items() if not math.isfinite(value)}
         if bad:
             raise FloatingPointError(f"{self.stage}: {bad} at step {taken}; the last checkpoint is from before it")
-        asked = [stops(hook, taken, host) for hook in self.hooks]  # each hook is asked, whatever the others say
+        answers = [stops(hook, taken, host) for hook in self.hooks]  # each hook is asked, whatever the others say
         if taken % self.log_every == 0 or taken in (1, self.steps):
             now = time.perf_counter()
-            host["tokens_per_second"] = self.tokens / (now - self.begin)
-            self.tokens, self.begin = 0, now
+            host["tokens_per_second"] = self.tokens / (now - self.since)
+            self.tokens, self.since = 0, now
             for hook in self.hooks:
                 if hook.on_metrics is not None:
                     hook.on_metrics(taken, host)
-        return any(asked)
+        return any(answers)
 
 
 def _shown(values: Mapping[str, float]) -> str:

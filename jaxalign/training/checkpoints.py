@@ -15,8 +15,16 @@ S = TypeVar("S")
 
 
 def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
-    """A manager of the folder; the last `keep` checkpoints stay. Saves run in the background, into a temporary folder
-    that is renamed at the end: after a kill the newest whole one is found, and what was cut short is removed."""
+    """Opens a folder of checkpoints. Saves run in the background, into a temporary folder that is renamed at the end:
+    after a kill the newest whole one is found, and what was cut short is removed.
+
+    Args:
+      folder: of the checkpoints; it is made where it does not exist.
+      keep: how many of the newest stay.
+
+    Returns:
+      Its manager.
+    """
     import orbax.checkpoint as ocp  # it takes seconds, and a run alone needs it
 
     # Removed here and one by one: orbax removes a folder and the temporary ones inside it at the same time, which fails
@@ -45,9 +53,18 @@ def save(manager: ocp.CheckpointManager, state: Any, position: dict[str, Any]) -
 
 
 def restore(manager: ocp.CheckpointManager, template: S, position: dict[str, Any]) -> tuple[S, int] | None:
-    """(state, its step) of the newest checkpoint, None without one. Arrays take the template's shapes and places.
+    """Reads the newest checkpoint.
 
-    ValueError when the checkpoint was made on other data than `position` names: its batches would not go on.
+    Args:
+      manager: of the folder.
+      template: a state whose shapes, types and places the arrays take.
+      position: what the run's data is (JSON values).
+
+    Returns:
+      (state, its step), None without a checkpoint.
+
+    Raises:
+      ValueError: the checkpoint was made on other data than `position` names: its batches would not go on.
     """
     import orbax.checkpoint as ocp
 

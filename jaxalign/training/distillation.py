@@ -92,8 +92,8 @@ def best_and_worst(found: list[rollouts.Rollout], n: int) -> Iterator[encoded.Pa
       A pair for each group; groups of one reward have no best and are left out.
     """
     for rows in rollouts.by_prompt(found).values():
-        for begin in range(0, len(rows) - n + 1, n):
-            group = sorted(rows[begin : begin + n], key=lambda row: row.reward)
+        for first in range(0, len(rows) - n + 1, n):
+            group = sorted(rows[first : first + n], key=lambda row: row.reward)
             if group[0].reward < group[-1].reward:
-                where = f"prompt {group[0].row}, samples {begin} to {begin + n - 1}"
+                where = f"prompt {group[0].row}, samples {first} to {first + n - 1}"
                 yield encoded.PairTokens(group[0].prompt, group[-1].response, group[0].response, where)

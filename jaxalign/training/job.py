@@ -103,13 +103,20 @@ def start(
 
 
 def with_tokenizer_pad(config: models.Config, tokenizer: Any) -> models.Config:
-    """The config of a reward model with the pad id that its texts are padded with: the tokenizer's, or its own where
-    the tokenizer has none. A model without a reward head keeps its config.
+    """Gives a reward model the pad id that its texts are padded with: the tokenizer's, or its own where the tokenizer
+    has none. A model without a reward head keeps its config.
 
     A reward model is trained at the token at which transformers reads it by that id (`models.read_index`), so that the
     saved folder has one meaning: with an EOS as pad id that is the token before the end of a response. Where neither
-    has a pad id none is written: transformers then scores one text at a time, at its last token. What comes of it is
-    told in one line.
+    has a pad id none is written: transformers then scores one text at a time, at its last token. One printed line says
+    what is done.
+
+    Args:
+      config: of the model.
+      tokenizer: its tokenizer.
+
+    Returns:
+      The config with that pad id.
     """
     if config.head is None or config.head.kind != "reward":
         return config
@@ -126,8 +133,20 @@ def with_tokenizer_pad(config: models.Config, tokenizer: Any) -> models.Config:
 def replace_head(
     lm: models.LanguageModel, params: Params, head: models.Head | None, rng: jax.Array
 ) -> tuple[models.LanguageModel, Params]:
-    """The same transformer under another head with new weights; lm_head stays or goes as the head's kind says.
-    ValueError: a language model is asked of a classifier, which has no lm_head."""
+    """Puts a new head on a transformer; lm_head stays or goes as the head's kind says.
+
+    Args:
+      lm: the model.
+      params: its parameters.
+      head: the new head, None for a language model.
+      rng: a key for the head's weights; consumed.
+
+    Returns:
+      The model and its parameters.
+
+    Raises:
+      ValueError: a language model is to be made of a classifier, which has no lm_head.
+    """
     new = models.with_head(lm, head)
     if new.has_lm_head and not lm.has_lm_head:
         raise ValueError("model: expected a language model, found a sequence classifier without lm_head")
@@ -145,8 +164,16 @@ def form_of(text: TextOptions, started: StartedModel) -> TextFormat:
 
 
 def with_taught(started: StartedModel, data: Data) -> StartedModel:
-    """The model whose EOS ids hold those in which the data's responses end: what is taught to end a response ends
-    generation. An id that is added is told."""
+    """Adds the ids in which the data's responses end to the model's EOS ids: what is taught to end a response ends
+    generation.
+
+    Args:
+      started: the model.
+      data: `taught` is read.
+
+    Returns:
+      The model with those ids; each one that is added is printed.
+    """
     known = started.lm.eos_ids
     added = [i for i in data.taught if i not in known]
     if not added:
@@ -259,7 +286,21 @@ def adamw_of(options: OptimizerOptions, steps: int) -> tuple[optax.GradientTrans
 def evaluate(
     f: Callable[[Params, Any], Any], params: Params, rows: Sequence[Any], collate: Callable[[list[Any]], Any], size: int
 ) -> Any:
-    """f(params, batch), a tree of arrays [b,...], of all rows, in batches of `size` filled up with the last row."""
+    """Applies a function to all rows, in batches that are filled up with the last row.
+
+    Args:
+      f: f(params, batch) -> a tree of arrays [b,...]; it is jitted.
+      params: its parameters.
+      rows: all rows.
+      collate: a list of b rows -> a tree of arrays [b,...].
+      size: b, rows of a batch.
+
+    Returns:
+      The tree of arrays [rows,...], on the host.
+
+    Raises:
+      ValueError: `f` or `collate` gives arrays of another number of rows.
+    """
     compiled, pad = jax.jit(f), checked_collate(collate)
     parts = []
     for part in iterate(rows, size):
@@ -277,8 +318,19 @@ def first_rows(tree: Any, count: int) -> Any:
 def finish(
     out: pathlib.Path, started: StartedModel, params: Params, data: Data, summary: dict[str, Any], following: str
 ) -> dict[str, Any]:
-    """Writes model/ and summary.json, says so, and names the next command. summary.json comes last: where it is, the
-    run is whole."""
+    """Writes model/ and summary.json, and prints the figures and the next command.
+
+    Args:
+      out: the run folder.
+      started: its model and tokenizer are written.
+      params: the trained parameters.
+      data: its numbers of rows go into the summary.
+      summary: figures of the run.
+      following: the command that comes next.
+
+    Returns:
+      The summary as it is written, last of all: where summary.json is, the run is whole.
+    """
     lm = models.LanguageModel(with_taught(started, data).lm.config, "float32")
     models.save(out / "model", lm, params, tokenizer=started.tokenizer, overwrite=True)
     rows = {"rows": len(data.train), "validation_rows": len(data.validation), "skipped_rows": data.skipped}
@@ -291,13 +343,13 @@ def finish(
 
 
 def report(out: pathlib.Path, summary: dict[str, Any], following: str, *, product: str = "model") -> None:
-    """The figures, and as the last line what was written and what comes next."""
+    """Prints the figures, and as the last line what was written (`product`, in `out`) and what comes next."""
     show(summary)
     print(f"wrote {out / product} and {out / 'summary.json'}; next: {following}", flush=True)
 
 
 def show(summary: dict[str, Any]) -> None:
-    """One line per figure."""
+    """Prints a line per figure."""
     for name, value in summary.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 
@@ -309,7 +361,7 @@ def finished(out: pathlib.Path) -> dict[str, Any] | None:
 
 
 def interval(values: np.ndarray) -> tuple[float, float] | tuple[None, None]:
-    """(mean, 95 % half-width) as floats for JSON, Nones without values."""
+    """Gives (mean, 95 % half-width) as floats for JSON, Nones for fewer than two values."""
     from jaxalign import metrics
 
     if len(values) < 2:
@@ -319,6 +371,6 @@ def interval(values: np.ndarray) -> tuple[float, float] | tuple[None, None]:
 
 
 def iterate(rows: Sequence[Any], size: int) -> Iterator[list[Any]]:
-    """Consecutive parts of at most `size` rows."""
+    """Gives consecutive parts of at most `size` rows."""
     for first in range(0, len(rows), size):
         yield list(rows[first : first + size])

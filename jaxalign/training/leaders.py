@@ -26,7 +26,16 @@ def prompt_thresholds(lm: models.LanguageModel, params: Params, batch: Any) -> j
 
 
 def amortised_loss(lm: models.LanguageModel, *, gain: float) -> Loss:
-    """The expectile loss of the head's threshold over all roll-outs of each prompt."""
+    """Makes the expectile loss of the head's threshold over all roll-outs of each prompt.
+
+    Args:
+      lm: the model with a reward head.
+      gain: bound / beta of the shaped reward [per unit of utility].
+
+    Returns:
+      The loss of batches {"tokens", "mask" [b,P], "utility" [b,n]}. Metric: error, the mean distance to the exact
+      threshold.
+    """
 
     def loss(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         found = prompt_thresholds(lm, params, batch)
@@ -41,7 +50,14 @@ def amortised_loss(lm: models.LanguageModel, *, gain: float) -> Loss:
 
 
 def compare_leaders(delivered: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Mean utility delivered on held-out prompts per leader, and the first one's gain over each other, paired."""
+    """Compares leaders on the same prompts.
+
+    Args:
+      delivered: name -> utility [prompts], the leader in question first.
+
+    Returns:
+      Mean and 95 % half-width of each, and of the first one's gain over each other, paired by prompt.
+    """
     out: dict[str, Any] = {}
     names = list(delivered)
     for name in names:

@@ -9,10 +9,12 @@ from typing import Any
 
 
 class MetricWriter:
-    """metrics.jsonl and tensorboard/ in a run folder; one line and one event per call of `write`.
+    """Writes metrics.jsonl and tensorboard/ in a run folder: one line and one event per call of `write`.
 
-    step: where the run goes on. Lines of a former call from that step on are dropped, so that a resumed run holds each
-    step once; TensorBoard is told to do the same.
+    Args:
+      folder: the run folder.
+      step: steps that were taken before. Lines after them are dropped, so that a resumed run holds each step once; so
+        does TensorBoard.
     """
 
     def __init__(self, folder: pathlib.Path, *, step: int):
@@ -28,7 +30,7 @@ class MetricWriter:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if lines else None)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """step: optimizer steps taken; metrics: finite numbers by name."""
+        """Writes the metrics (finite numbers by name) of a step, the number of steps taken."""
         self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in metrics.items():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxalign import losses, mdp, models, shaping
 from jaxalign._builders import cached
+from jaxalign.training.protocols import HasDType, ScoringModel, TextModel
 from jaxalign.training.step import Loss, LossAux
 from jaxalign.types import Array, Params
 
@@ -21,14 +22,21 @@ VALUE_OBJECTIVES = ("fudge", "cd_q", "td", "pairs", "soft", "exceedance")
 DPO_OBJECTIVES = ("dpo", "ipo")
 
 
-def cast(lm: Any, params: Params) -> Params:
+def cast(lm: HasDType, params: Params) -> Params:
     """Parameters in the dtype that the model computes in."""
     return jax.tree.map(lambda x: x.astype(lm.dtype), params)
 
 
 @cached
-def language_model(lm: Any) -> Loss:
-    """`losses.language_model` over the tokens of loss_mask; batch {"tokens", "mask", "loss_mask"}. Weight: tokens."""
+def language_model(lm: TextModel) -> Loss:
+    """Makes the negative log-likelihood of the responses (`losses.language_model`).
+
+    Args:
+      lm: the model that is trained.
+
+    Returns:
+      The loss, a mean over the tokens of loss_mask, which are its weight.
+    """
 
     def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         log_prob, target = _response_log_prob(lm, cast(lm, params), batch)
@@ -38,9 +46,15 @@ def language_model(lm: Any) -> Loss:
 
 
 @cached
-def bradley_terry(lm: Any) -> Loss:
-    """`losses.bradley_terry` of the rewards of a scalar head (`rewards_of`); batch {"chosen", "rejected"} of batches as
-    above. Metrics: accuracy (ties half), margin."""
+def bradley_terry(lm: ScoringModel) -> Loss:
+    """Makes `losses.bradley_terry` of the rewards of a scalar head (`rewards_of`).
+
+    Args:
+      lm: the reward model that is trained.
+
+    Returns:
+      The loss of batches {"chosen", "rejected"}, each as above. Metrics: accuracy (ties half), margin.
+    """
 
     def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         chosen, rejected = jnp.split(rewards_of(lm, cast(lm, params), _joined(batch)), 2)
@@ -50,8 +64,16 @@ def bradley_terry(lm: Any) -> Loss:
 
 
 @cached
-def autoregressive_reward(lm: Any, *, beta_r: float) -> Loss:
-    """`losses.autoregressive_reward` of the responses' log-likelihoods; batch and metrics as `bradley_terry`."""
+def autoregressive_reward(lm: TextModel, *, beta_r: float) -> Loss:
+    """Makes `losses.autoregressive_reward` of the responses' log-likelihoods.
+
+    Args:
+      lm: the model that is trained.
+      beta_r: scale of the log-likelihood [1].
+
+    Returns:
+      The loss; batches and metrics are those of `bradley_terry`.
+    """
 
     def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         chosen, rejected = jnp.split(log_likelihoods(lm, cast(lm, params), _joined(batch)), 2)
@@ -62,15 +84,31 @@ def autoregressive_reward(lm: Any, *, beta_r: float) -> Loss:
 
 @cached
 def dpo(
-    lm: Any, *, beta: float, objective: str = "dpo", label_smoothing: float = 0.0, likelihood_weight: float = 0.0
+    lm: TextModel,
+    *,
+    beta: float,
+    objective: str = "dpo",
+    label_smoothing: float = 0.0,
+    likelihood_weight: float = 0.0,
 ) -> Loss:
-    """`losses.dpo` or `losses.ipo` against the reference whose parameters are `frozen`, a model of the same config;
-    batch as `bradley_terry`. Metrics of the implicit reward beta·log(pi/pi_ref)(y): accuracy (ties half), margin.
+    """Makes `losses.dpo` or `losses.ipo` against a reference, a model of the same config.
 
-    likelihood_weight: w in [0, 1), the loss is (1 − w) of that and −w·mean log pi(chosen) (BoNBoN, arXiv 2406.00832).
+    The reference reads each batch in a pass of the same shape, so that at the first step both are equal to the last
+    bit.
 
-    The reference reads each batch beside the model, so that at the first step both are equal to the last bit.
-    ValueError for an unknown objective, and for label smoothing outside [0, 1/2) or with "ipo", which has none.
+    Args:
+      lm: the model that is trained.
+      beta: KL weight [units of the implicit reward per nat].
+      objective: "dpo" or "ipo".
+      label_smoothing: share of pairs taken to be labelled the wrong way round, in [0, 1/2); "dpo" alone.
+      likelihood_weight: w in [0, 1); the loss is (1 − w) of that and −w·mean log pi(chosen) (BoNBoN, arXiv 2406.00832).
+
+    Returns:
+      The loss, which takes the reference's parameters as frozen; batches are those of `bradley_terry`. Metrics of the
+      implicit reward beta·log(pi/pi_ref)(y): accuracy (ties half), margin.
+
+    Raises:
+      ValueError: an unknown objective, label smoothing outside its range.
     """
     if objective not in DPO_OBJECTIVES:
         raise ValueError(f"objective: expected one of {DPO_OBJECTIVES}, found {objective!r}")
@@ -104,38 +142,58 @@ def dpo(
     return loss
 
 
-def implicit_rewards(lm: Any, params: Params, reference: Params, batch: Any, *, beta: float) -> Array:
-    """beta·log(pi/pi_ref)(y|x) [b], summed over the response's tokens: DPO's reward (arXiv 2305.18290, eq. 5, up to a
-    constant of the prompt)."""
+def implicit_rewards(lm: TextModel, params: Params, reference: Params, batch: Any, *, beta: float) -> Array:
+    """Gives DPO's reward of responses.
+
+    Args:
+      lm: the model.
+      params: its parameters.
+      reference: those of the reference, a model of the same config.
+      batch: {"tokens", "mask", "loss_mask"} [b,L].
+      beta: KL weight [units of the implicit reward per nat].
+
+    Returns:
+      beta·log(pi/pi_ref)(y|x) [b], summed over the response's tokens (arXiv 2305.18290, eq. 5, up to a constant of the
+      prompt).
+    """
     ratio = log_likelihoods(lm, cast(lm, params), batch) - log_likelihoods(lm, cast(lm, reference), batch)
     return beta * ratio
 
 
 @cached
 def value(
-    lm: Any,
+    lm: ScoringModel,
     objective: str,
     *,
-    base: Any = None,
+    base: TextModel | None = None,
     beta: float | None = None,
     pair_weight: float = 1.0,
     before: bool = False,
 ) -> Loss:
-    """A value after each response token, by the loss of that name (`losses.fudge`, `cd_q`, `td`, `last_and_pairs`,
-    `soft_value`, `exceedance`); batch {"tokens", "mask", "loss_mask", "reward" [b]}. Metrics: squared_error to the
-    reward at the last token. "soft" needs beta; its metric clipped is the share of response tokens whose exponent was
-    clipped, where the fit is of less than V_soft. "exceedance" needs a "threshold" [b] in the batch, its reward is the
-    utility, and its metric is the accuracy at the last token.
+    """Makes the loss of a value after each response token.
 
-    A scalar head is read at y_t; a Q head at the position before, in the column of y_t. "cd_q" needs a Q head and the
-    base model, whose parameters are `frozen`: its target is the exact mean over pi_ref's next tokens.
+    A scalar head is read at y_t; a Q head at the position before, in the column of y_t.
 
-    before: the value of each state that a response token is drawn from, in place of the state after it: the prompt's
-    first, and last the one that draws the last token, whose target is the reward. With "td" that is RE-Control's loss
-    (arXiv 2406.05954, eq. 6; here with a factor ½ and stopped gradients), for `policies.re_control`.
+    Args:
+      lm: the model with its head.
+      objective: the loss: "fudge", "cd_q", "td", "pairs" (`losses.last_and_pairs`), "soft" (`losses.soft_value`) or
+        "exceedance". "cd_q" needs a Q head and `base`: its target is the exact mean over pi_ref's next tokens.
+      base: with "cd_q": the model that made the responses.
+      beta: KL weight, with "soft" [units of reward per nat].
+      pair_weight: of the pair term, with "pairs" [1].
+      before: the value of each state that a response token is drawn from, in place of the state after it: the prompt's
+        first, and last the one that draws the last token, whose target is the reward. With "td" that is RE-Control's
+        loss (arXiv 2406.05954, eq. 6; here with a factor ½ and stopped gradients), for `policies.re_control`.
 
-    ValueError for an unknown objective, a model without a head, cd_q without Q head and base, soft without beta, before
-    with a Q head.
+    Returns:
+      The loss of batches {"tokens", "mask", "loss_mask", "reward" [b]}, with "exceedance" also "threshold" [b], where
+      the reward is the utility. With "cd_q" it takes the base's parameters as frozen. Metrics: squared_error to the
+      reward at the last token, or with "exceedance" accuracy there; with "soft" also clipped, the share of response
+      tokens whose exponent was clipped, where the fit is of less than V_soft.
+
+    Raises:
+      ValueError: an unknown objective, a model without a head, cd_q without Q head and base, soft without beta, before
+        with a Q head.
     """
     if objective not in VALUE_OBJECTIVES:
         raise ValueError(f"objective: expected one of {VALUE_OBJECTIVES}, found {objective!r}")
@@ -168,10 +226,11 @@ def value(
         elif objective == "exceedance":
             total = losses.exceedance(found, utility=reward, threshold=batch["threshold"], mask=drawn)
         else:
-            below = jax.lax.stop_gradient(base.hidden(cast(base, frozen), tokens, mask=mask))
+            assert base is not None
+            base_hidden = jax.lax.stop_gradient(base.hidden(cast(base, frozen), tokens, mask=mask))
             total = losses.cd_q(
                 found,
-                expected=_expected_next(lm, params, base, frozen, hidden, below)[:, 1:],
+                expected=_expected_next(lm, params, base, frozen, hidden, base_hidden)[:, 1:],
                 reward=reward,
                 mask=drawn,
             )
@@ -194,11 +253,20 @@ def value(
     return loss
 
 
-def values_of(lm: Any, params: Params, hidden: Array, tokens: Array) -> Array:
-    """V([x,y^t]) at the position of y_t, [b,L] in float32, from hidden [b,L,D]; position 0 of a Q head is 0."""
-    if lm.config.head.kind != "q":
-        scalar: Array = lm.head(params, hidden)[..., 0]
-        return scalar
+def values_of(lm: ScoringModel, params: Params, hidden: Array, tokens: Array) -> Array:
+    """Reads the value of each prefix.
+
+    Args:
+      lm: the model with its head.
+      params: its parameters.
+      hidden: hidden states [b,L,D] of the texts.
+      tokens: their ids [b,L].
+
+    Returns:
+      V([x,y^t]) at the position of y_t, [b,L] in float32; position 0 of a Q head is 0.
+    """
+    if lm.config.head is None or lm.config.head.kind != "q":
+        return lm.head(params, hidden)[..., 0]
 
     def read(hidden: Array, following: Array) -> Array:
         return jnp.take_along_axis(lm.head(params, hidden), following[..., None], axis=-1)[..., 0]
@@ -206,25 +274,37 @@ def values_of(lm: Any, params: Params, hidden: Array, tokens: Array) -> Array:
     return jnp.pad(models.chunked(read, hidden[:, :-1], tokens[:, 1:], width=lm.vocab_size), ((0, 0), (1, 0)))
 
 
-def _expected_next(lm: Any, params: Params, base: Any, frozen: Params, hidden: Array, below: Array) -> Array:
+def _expected_next(
+    lm: ScoringModel, params: Params, base: TextModel, frozen: Params, hidden: Array, base_hidden: Array
+) -> Array:
     """Σ_z pi_ref(z|s)·Q(s,z) at each position [b,L], in chunks: neither table is held for all positions."""
     frozen = cast(base, frozen)
 
-    def read(hidden: Array, below: Array) -> Array:
+    def read(hidden: Array, base_hidden: Array) -> Array:
         return losses.expected_next(
-            lm.head(params, hidden), log_prob_ref=jax.nn.log_softmax(base.logits(frozen, below))
+            lm.head(params, hidden), log_prob_ref=jax.nn.log_softmax(base.logits(frozen, base_hidden))
         )
 
-    return jax.lax.stop_gradient(models.chunked(read, jax.lax.stop_gradient(hidden), below))
+    return jax.lax.stop_gradient(models.chunked(read, jax.lax.stop_gradient(hidden), base_hidden))
 
 
 @cached
-def stackelberg(lm: Any, *, beta: float) -> Loss:
-    """−E[u] under the follower of the model's reward: −Σ_i w_i·u_i per prompt, w = softmax(r/beta) over its n samples
-    of the base; batch {"tokens", "mask" [b,n,L], "utility" [b,n]}. Metrics: utility, effective_samples (1/Σ w²).
+def stackelberg(lm: ScoringModel, *, beta: float) -> Loss:
+    """Makes the loss −E[u] under the follower of the model's reward.
 
-    The weights are self-normalised estimates of the closed form, and the gradient passes through them into every
-    parameter: dU/dr_i = w_i·(u_i − U)/beta. The head's bound keeps r within [0, B]. ValueError for a model without one.
+    −Σ_i w_i·u_i per prompt, w = softmax(r/beta) over its n samples of the base. The weights are self-normalised
+    estimates of the closed form, and the gradient passes through them into every parameter:
+    dU/dr_i = w_i·(u_i − U)/beta.
+
+    Args:
+      lm: the reward model; the bound of its head keeps r within [0, B].
+      beta: KL weight of the follower [units of reward per nat].
+
+    Returns:
+      The loss of batches {"tokens", "mask" [b,n,L], "utility" [b,n]}. Metrics: utility, effective_samples (1/Σ w²).
+
+    Raises:
+      ValueError: a head without a bound.
     """
     if lm.config.head is None or lm.config.head.bound is None:
         raise ValueError(f"stackelberg: expected a reward head with a bound, found {lm.config.head}")
@@ -239,31 +319,41 @@ def stackelberg(lm: Any, *, beta: float) -> Loss:
     return loss
 
 
-def group_rewards(lm: Any, params: Params, batch: Any) -> Array:
+def group_rewards(lm: ScoringModel, params: Params, batch: Any) -> Array:
     """r(x,y_i) [b,n] of {"tokens", "mask" [b,n,L]}."""
     shape = batch["tokens"].shape
     flat = {name: batch[name].reshape(-1, shape[-1]) for name in ("tokens", "mask")}
     return rewards_of(lm, params, flat).reshape(shape[:-1])
 
 
-def rewards_of(lm: Any, params: Params, batch: Any) -> Array:
-    """r(x,y) [b], at the token at which `rewards.from_model` and transformers read the model once it is saved.
-    ValueError for a head that is not a scalar."""
+def rewards_of(lm: ScoringModel, params: Params, batch: Any) -> Array:
+    """Reads rewards at the token at which `rewards.from_model` and transformers read the model once it is saved.
+
+    Args:
+      lm: the reward model.
+      params: its parameters.
+      batch: {"tokens", "mask"} [b,L].
+
+    Returns:
+      r(x,y) [b].
+
+    Raises:
+      ValueError: a head that is not a scalar.
+    """
     if lm.head_width != 1:
         raise ValueError(f"reward: expected a model with a scalar head, found head_width = {lm.head_width}")
     at = models.read_index(batch["tokens"], batch["mask"], lm.reward_pad_id)[:, None]
     hidden = lm.hidden(params, batch["tokens"], mask=batch["mask"], at=at)
-    reward: Array = lm.head(params, hidden)[:, 0, 0]
-    return reward
+    return lm.head(params, hidden)[:, 0, 0]
 
 
-def log_likelihoods(lm: Any, params: Params, batch: Any) -> Array:
+def log_likelihoods(lm: TextModel, params: Params, batch: Any) -> Array:
     """log pi(y|x) [b], summed over the response's tokens."""
     log_prob, target = _response_log_prob(lm, params, batch)
     return jnp.where(target, log_prob, 0).sum(axis=-1)
 
 
-def _response_log_prob(lm: Any, params: Params, batch: Any) -> tuple[Array, Array]:
+def _response_log_prob(lm: TextModel, params: Params, batch: Any) -> tuple[Array, Array]:
     """(log pi(token), whether it counts) [b,L-1] of tokens 1..L-1."""
     tokens, mask = batch["tokens"], batch["mask"]
     hidden = lm.hidden(params, tokens[:, :-1], mask=mask[:, :-1])

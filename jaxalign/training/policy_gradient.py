@@ -21,6 +21,7 @@ from jaxalign import advantages, decoding, gibbs, losses, models
 from jaxalign._arrays import at_least_float32, repeat_rows
 from jaxalign._builders import cached
 from jaxalign.training.objectives import cast
+from jaxalign.training.protocols import PolicyModel, TextModel
 from jaxalign.training.step import Loss, LossAux
 from jaxalign.types import Array, Params, Policy, Reward, TokenBatch
 
@@ -34,24 +35,24 @@ vocabulary in nats), [b,T] each."""
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is estimated, and how. Static under jit.
-
-    algorithm: "rloo", rewards against the mean of the prompt's other samples; "grpo", the group's rewards standardised,
-      so that beta weighs the KL against rewards of unit spread; "ppo", generalised advantages with a value head.
-    kl: "reward", beta·log(pi/pi_ref) is taken off the reward: right in the mean; "k2" and "k3": a term of the loss
-      (`losses.kl_penalty`); k3 is the one of GRPO's paper and leads to another optimum. "exact": the sum over the
-      vocabulary at each state, in the loss as it stands and, for the states that a token leads to, off its advantage:
-      right in the mean, and without the noise of which token was drawn (arXiv 2504.10637). Ratios are of tokens.
-    clip: of the ratios; of a token, for "rloo" of the whole response.
-    decay, value_weight, value_clip: of PPO's advantages and value loss.
-    """
+    """What is estimated, and how. Static under jit."""
 
     algorithm: Literal["rloo", "grpo", "ppo"] = "rloo"
+    """"rloo": rewards against the mean of the prompt's other samples; "grpo": the group's rewards standardised, so that
+    beta weighs the KL against rewards of unit spread; "ppo": generalised advantages with a value head."""
     kl: Literal["reward", "k2", "k3", "exact"] = "reward"
+    """"reward": beta·log(pi/pi_ref) is taken off the reward, right in the mean. "k2" and "k3": a term of the loss
+    (`losses.kl_penalty`); k3 is the one of GRPO's paper and leads to another optimum. "exact": the sum over the
+    vocabulary at each state, in the loss as it stands and, for the states that a token leads to, off its advantage:
+    right in the mean, and without the noise of which token was drawn (arXiv 2504.10637). Ratios are of tokens."""
     clip: float = 0.2
+    """Of the probability ratios: of a token's, for "rloo" of the whole response's."""
     decay: float = 0.95
+    """Of PPO's generalised advantages, in [0, 1]."""
     value_weight: float = 0.1
+    """Of PPO's value loss."""
     value_clip: float = math.inf
+    """Largest change of a value that PPO's value loss follows [units of reward]."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("algorithm", ("rloo", "grpo", "ppo")), ("kl", ("reward", "k2", "k3", "exact"))):
@@ -67,7 +68,7 @@ class Method:
 
 
 @cached
-def of_model(lm: Any) -> Read:
+def of_model(lm: PolicyModel) -> Read:
     """Log-probabilities, and the values of the model's scalar head where it has one, in one pass."""
 
     def read(params: Params, rows: Any) -> tuple[Array, Array | None]:
@@ -80,21 +81,21 @@ def of_model(lm: Any) -> Read:
 
 
 @cached
-def of_models(lm: Any, reference: Any) -> ReadBoth:
+def of_models(lm: PolicyModel, reference: TextModel) -> ReadBoth:
     """`ReadBoth` of a model and its reference, whose parameters are `frozen`: its KL is Σ_z pi·log(pi/pi_ref),
     logits of both in chunks."""
 
     def read(params: Params, frozen: Params, rows: Any) -> tuple[Array, Array | None, Array, Array]:
         params, frozen = cast(lm, params), cast(reference, frozen)
-        asked, tokens = prompts_of(rows), rows["tokens"]
-        own = models.response_hidden(lm, params, asked, tokens, rows["mask"])
-        base = jax.lax.stop_gradient(models.response_hidden(reference, frozen, asked, tokens, rows["mask"]))
+        prompts, tokens = prompts_of(rows), rows["tokens"]
+        own = models.response_hidden(lm, params, prompts, tokens, rows["mask"])
+        base = jax.lax.stop_gradient(models.response_hidden(reference, frozen, prompts, tokens, rows["mask"]))
 
         def part(own: Array, base: Array, tokens: Array) -> tuple[Array, Array, Array]:
             log_p = jax.nn.log_softmax(lm.logits(params, own))
             log_q = jax.lax.stop_gradient(jax.nn.log_softmax(reference.logits(frozen, base)))
-            picked, below = (jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0] for x in (log_p, log_q))
-            return picked, below, gibbs.kl(log_p, log_q)
+            chosen, chosen_ref = (jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0] for x in (log_p, log_q))
+            return chosen, chosen_ref, gibbs.kl(log_p, log_q)
 
         log_prob, ref, kl = models.chunked(part, own, base, tokens, width=4 * lm.vocab_size)
         return log_prob, None if lm.config.head is None else lm.head(params, own)[..., 0], ref, kl
@@ -128,8 +129,21 @@ def collect(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
 ) -> decoding.BestOfNInfo:
-    """n responses of each prompt from the policy as it is, with their rewards [B,n] and the log-probabilities that they
-    were drawn with. params {"policy", "reward"}; rng: consumed. A reward may come out NaN: look before learning."""
+    """Draws responses from the policy as it stands, and scores them.
+
+    Args:
+      policy: the policy.
+      reward: its Reward. A value may come out NaN: look before learning.
+      params: {"policy", "reward"}.
+      rng: a key; consumed.
+      prompts: B prompts, left-padded.
+      samples: n, responses of each prompt.
+      max_new_tokens: limit of a response.
+      eos_ids: the ids that end one.
+
+    Returns:
+      Samples, with the log-probabilities that they were drawn with, and rewards [B,n].
+    """
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
     return decoding.best_of_n(policy, reward, params, rng, prompts, num_samples=samples, allow_nan=True, **options).info
 
@@ -146,23 +160,41 @@ def prepare(
     *,
     both: ReadBoth | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """(rows of B·n responses, metrics) of what `collect` drew. Pure; jit it with the first three static.
+    """Makes rows to learn from of what `collect` drew. Pure; jit it with the first three arguments static.
 
-    reference(frozen, rows) -> log pi_ref(y_t) [b,T]; params: the policy's, which PPO reads its values from; beta [];
-    both: for the exact KL, in place of the other two. Metrics: reward, kl (mean of log pi/pi_ref(y), or of the exact KL
-    of its states, and its 95 % half-width over responses), length [tokens], entropy (−log pi(y)). ValueError: the exact
-    KL without `both`, PPO without values.
+    Args:
+      method: the settings of the algorithm.
+      read: reads the policy, whose values PPO needs.
+      reference: (frozen, rows) -> log pi_ref(y_t) [b,T].
+      params: the policy's.
+      frozen: the reference's.
+      prompts: B prompts, left-padded.
+      drawn: n responses of each, with their rewards.
+      beta: KL weight [].
+      both: for the exact KL, in place of `read` and `reference`.
+
+    Returns:
+      (rows of B·n responses, metrics): reward, kl (mean of log pi/pi_ref(y), or of the exact KL of its states) and its
+      95 % half-width over responses, length [tokens], entropy (−log pi(y)).
+
+    Raises:
+      ValueError: the exact KL without `both`, PPO without values.
     """
     _check_both(method, both)
-    samples, paid = drawn.samples, at_least_float32(drawn.reward)
-    count, n = paid.shape
+    samples, reward = drawn.samples, at_least_float32(drawn.reward)
+    count, n = reward.shape
 
     def flat(x: Array) -> Array:
         return x.reshape(count * n, *x.shape[2:])
 
-    beside = repeat_rows(prompts, n)
+    repeated = repeat_rows(prompts, n)
     mask = flat(samples.mask)
-    rows = {"prompt_tokens": beside.tokens, "prompt_mask": beside.mask, "tokens": flat(samples.tokens), "mask": mask}
+    rows = {
+        "prompt_tokens": repeated.tokens,
+        "prompt_mask": repeated.mask,
+        "tokens": flat(samples.tokens),
+        "mask": mask,
+    }
     rows["old"] = jnp.where(mask, flat(samples.log_prob), 0)
     kl, value = None, None
     if both is not None:
@@ -180,25 +212,25 @@ def prepare(
         if value is None:
             raise ValueError("ppo: expected a model with a value head, found none")
         rows["value"] = jnp.where(mask, value, 0)
-        each = advantages.token_rewards(flat(paid), log_ratio=ratio, mask=mask, beta=penalty) - ahead
+        each = advantages.token_rewards(flat(reward), log_ratio=ratio, mask=mask, beta=penalty) - ahead
         rows["advantage"], rows["returns"] = advantages.gae(each, value=rows["value"], mask=mask, decay=method.decay)
     elif kl is not None:
         # Against the mean of the prompt's other samples at the same token, which tells nothing of this one.
         later = advantages.to_come(ahead).reshape(count, n, -1)
         later = jnp.moveaxis(advantages.leave_one_out(jnp.moveaxis(later, 1, 2)), 2, 1)
         plain = advantages.leave_one_out if method.algorithm == "rloo" else advantages.group_relative
-        rows["advantage"] = flat(plain(paid))[:, None] - flat(later)
+        rows["advantage"] = flat(plain(reward))[:, None] - flat(later)
     else:
         cost = penalty * ratio.sum(axis=-1).reshape(count, n)
         if method.algorithm == "rloo":
-            rows["advantage"] = flat(advantages.leave_one_out(paid - cost))
+            rows["advantage"] = flat(advantages.leave_one_out(reward - cost))
         else:
             # The KL stays outside the division: in a group of equal rewards it alone would have unit spread.
-            found = advantages.group_relative(paid) - advantages.leave_one_out(cost)
+            found = advantages.group_relative(reward) - advantages.leave_one_out(cost)
             rows["advantage"] = jnp.broadcast_to(flat(found)[:, None], mask.shape)
     kl = ratio.sum(axis=-1) if kl is None else jnp.where(mask, kl, 0).sum(axis=-1)
     metrics = {
-        "reward": paid.mean(),
+        "reward": reward.mean(),
         "kl": kl.mean(),
         "kl_95": 1.96 * kl.std() / jnp.sqrt(kl.size),
         "length": mask.sum(axis=-1).mean(),
@@ -214,11 +246,20 @@ def _check_both(method: Method, both: ReadBoth | None) -> None:
 
 @cached
 def loss(method: Method, read: Read, both: ReadBoth | None = None, *, once: bool = False) -> Loss:
-    """The clipped policy-gradient loss on rows of `prepare`, with the KL term and PPO's value loss as the method says.
-    both: as there. once: the rows serve one update, so that pi_old is the policy itself: its log-probability is that of
-    this very pass, and each ratio is 1 exactly, whatever the rounding of the pass that drew. Metrics: clipped (share of
-    ratios outside the clip), drift (mean log pi_old/pi, pi_old as it drew), value_error (PPO); with `once`, mismatch
-    and mismatch_max (mean and largest |log pi_old/pi| of a token, pi_old as it drew)."""
+    """Makes the clipped policy-gradient loss, with the KL term and PPO's value loss as the method says.
+
+    Args:
+      method: the settings of the algorithm.
+      read: reads the policy.
+      both: for the exact KL, in place of `read`.
+      once: whether the rows serve one update, so that pi_old is the policy itself: its log-probability is that of this
+        very pass, and each ratio is 1 exactly, whatever the rounding of the pass that drew.
+
+    Returns:
+      The loss of rows of `prepare`. Metrics: clipped (share of ratios outside the clip), drift (mean log pi_old/pi,
+      pi_old as it drew), value_error (PPO); with `once`, mismatch and mismatch_max (mean and largest |log pi_old/pi| of
+      a token, pi_old as it drew).
+    """
     _check_both(method, both)
     whole = method.algorithm == "rloo" and both is None
 
@@ -258,14 +299,26 @@ def loss(method: Method, read: Read, both: ReadBoth | None = None, *, once: bool
 
 
 def trim(drawn: decoding.BestOfNInfo, length: int) -> decoding.BestOfNInfo:
-    """The first `length` tokens of every sample: columns that no response reaches cost a pass."""
+    """Cuts every sample to its first `length` tokens: columns that no response reaches cost a pass."""
     cut = lambda x: x[:, :, :length] if x is not None and x.ndim == 3 else x  # noqa: E731
     return drawn._replace(samples=jax.tree.map(cut, drawn.samples))
 
 
 def split(rows: Any, rng: Array, *, minibatches: int, accumulate: int) -> list[Any]:
-    """The rows in random order as `minibatches` batches for `train_step`, leaves [A,b,...]. rng: consumed. ValueError
-    where they do not divide."""
+    """Deals rows into batches for `train_step`.
+
+    Args:
+      rows: R rows of `prepare`.
+      rng: a key for their order; consumed.
+      minibatches: number of batches.
+      accumulate: A, micro-batches of each.
+
+    Returns:
+      The batches, leaves [A,b,...].
+
+    Raises:
+      ValueError: minibatches x accumulate does not divide R.
+    """
     count = rows["mask"].shape[0]
     if count % (minibatches * accumulate):
         raise ValueError(f"minibatches: expected minibatches x accumulate to divide {count} responses")

@@ -238,7 +238,7 @@ def measure_policy(
     """
     if not rows:
         return {}
-    beside = policies.with_reference(learner.policy, policies.language_model(learner.reference))
+    measured = policies.with_reference(learner.policy, policies.language_model(learner.reference))
     whole = weights(learner.lm, learner.assemble, params, frozen)
     both = {"policy": whole, "reference": frozen["reference"]}
     score, raw = jax.jit(learner.reward.reward), jax.jit(learner.reward.raw)
@@ -251,7 +251,7 @@ def measure_policy(
             "max_new_tokens": learner.options.max_new_tokens,
             "eos_ids": learner.lm.config.eos_ids,
         }
-        drawn = decoding.sample(beside, both, rng, prompts, **options)
+        drawn = decoding.sample(measured, both, rng, prompts, **options)
         text = decoding.join(prompts, drawn)
         assert drawn.kl is not None
         found = {

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import advantages, models, training
+from jaxalign.decoding import BestOfNInfo
 from jaxalign.prompts import bucket
 from jaxalign.training import objectives, policy_gradient, rl_rewards
 from jaxalign.training.rl_options import RLOptions
 from jaxalign.types import Params, Policy, TokenBatch
 
 BAD_IN_A_ROW = 3
+"""Iterations with a reward that is not finite, after which training stops."""
 
 
 class RLState(NamedTuple):
@@ -58,8 +60,19 @@ class Learner(NamedTuple):
     """(what is trained, frozen) -> the model's parameters: an adapter with the weights under it."""
 
 
-def draw(learner: Learner, params: Params, frozen: Params, rng: jax.Array, prompts: TokenBatch) -> Any:
-    """The policy's own responses with their rewards, a `decoding.BestOfNInfo`."""
+def draw(learner: Learner, params: Params, frozen: Params, rng: jax.Array, prompts: TokenBatch) -> BestOfNInfo:
+    """Draws the policy's own responses and scores them.
+
+    Args:
+      learner: what an iteration is made of.
+      params: what is trained.
+      frozen: {"reference", "reward"}.
+      rng: a key; consumed.
+      prompts: B prompts, left-padded.
+
+    Returns:
+      Samples and rewards [B,n].
+    """
     own = weights(learner.lm, learner.assemble, params, frozen)
     both = {"policy": own, "reward": frozen["reward"]}
     return policy_gradient.collect(
@@ -75,7 +88,10 @@ def draw(learner: Learner, params: Params, frozen: Params, rng: jax.Array, promp
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def weights(lm: models.LanguageModel, assemble: Any, params: Params, frozen: Params) -> Params:
+def weights(
+    lm: models.LanguageModel, assemble: Callable[[Params, Params], Params], params: Params, frozen: Params
+) -> Params:
+    """The model's parameters in the type that it computes in."""
     return objectives.cast(lm, assemble(params, frozen))
 
 
@@ -87,9 +103,19 @@ def read_both(learner: Learner) -> policy_gradient.ReadBoth | None:
     return lambda params, frozen, rows: read(params, frozen["reference"], rows)
 
 
-def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, float]], None] | None = None) -> Any:
-    """(state, batch, frozen) -> (state, metrics): one roll-out and the updates on it, for `training.fit`. after: told
-    the seconds of roll-out and update, which waits for both: benchmarks."""
+def make_iteration(
+    learner: Learner, update: training.TrainStep, *, after: Callable[[dict[str, float]], None] | None = None
+) -> training.StepFunction[RLState]:
+    """Makes the step of `training.fit`: one roll-out and the updates on it.
+
+    Args:
+      learner: what an iteration is made of.
+      update: the optimizer's step on a part of the responses.
+      after: called with the seconds of roll-out and update, which waits for both: benchmarks.
+
+    Returns:
+      (state, batch of `rl.collate_prompts` with one part, frozen) -> (state, metrics).
+    """
     options = learner.options
     read_model, read_reference = policy_gradient.of_model(learner.lm), policy_gradient.of_model(learner.reference)
     reference = lambda frozen, rows: read_reference(frozen["reference"], rows)[0]  # noqa: E731
@@ -102,7 +128,7 @@ def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, 
     def prepare(
         params: Params, frozen: Params, prompts: TokenBatch, drawn: Any, beta: jax.Array, rng: jax.Array, length: int
     ) -> Any:
-        """(parts of every pass, metrics), of the first `length` tokens of each response."""
+        """Gives (parts of every pass, metrics), of the first `length` tokens of each response."""
         whole, drawn = learner.assemble(params, frozen), policy_gradient.trim(drawn, length)
         rows, metrics = policy_gradient.prepare(
             learner.method, read_model, reference, whole, frozen, prompts, drawn, beta, both=both
@@ -143,7 +169,7 @@ def make_iteration(learner: Learner, update: Any, *, after: Callable[[dict[str, 
 
 
 def _drop(state: RLState, rewards: np.ndarray, index: np.ndarray) -> tuple[RLState, dict[str, Any]]:
-    """The state without an update. FloatingPointError at the third such batch in a row, with the prompts named."""
+    """Counts an iteration without an update. FloatingPointError at the third in a row, which names the prompts."""
     dropped = state.dropped + 1
     bad = sorted({int(i) for i in index[~np.isfinite(rewards).all(axis=1)]})
     print(f"rl: dropped iteration {int(state.step) + 1}: rewards that are not finite for prompts {bad}", flush=True)

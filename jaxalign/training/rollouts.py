@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 from jaxalign import _io, _progress, decoding, models, policies, rewards, tokens
-from jaxalign.data import chats, encoded, preferences
+from jaxalign.data import chats, encoded
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Text
 from jaxalign.training.job import StartedModel, first_rows, iterate
 from jaxalign.training.options import RolloutOptions, RunOptions
 from jaxalign.training.training_job import Job
-from jaxalign.types import Params, Reward
+from jaxalign.types import Params, Policy, Reward
 
 
 class Rollout(NamedTuple):
@@ -202,7 +202,7 @@ def _read(path: pathlib.Path, prompts: Sequence[encoded.Prompt], digest: str, na
 def write_shard(
     options: RolloutOptions,
     seed: int,
-    policy: Any,
+    policy: Policy,
     reward: Reward,
     arguments: Params,
     eos_ids: tuple[int, ...],
@@ -211,7 +211,21 @@ def write_shard(
     path: pathlib.Path,
     digest: str,
 ) -> None:
-    """One shard: a function of the seed and its prompts' rows. Written under a temporary name, then renamed."""
+    """Makes one shard, a function of the seed and its prompts' rows. Its file is whole or absent.
+
+    Args:
+      options: samples, limit and rows decoded together.
+      seed: of the draws.
+      policy, reward, arguments: the base, the Reward, and {"policy", "reward"}, their parameters.
+      eos_ids: the ids that end a response.
+      prompts: all prompts.
+      rows: those of the shard.
+      path: the shard's file.
+      digest: of all prompts, which is kept with the roll-outs.
+
+    Raises:
+      ValueError: a reward that is not finite.
+    """
     parts = []
     size = max(options.decode_batch // options.samples, 1)
     for part in iterate(list(rows), size):
@@ -239,20 +253,9 @@ def write_shard(
     temporary.replace(path)
 
 
-def pad(rows: list[Rollout], *, length: int) -> dict[str, np.ndarray]:
-    """{"tokens", "mask", "loss_mask" [b,L], "reward" [b]}, right-padded."""
-    texts = [encoded.TextTokens(row.prompt, row.response, "roll-out") for row in rows]
-    return preferences.pad_texts(texts, length=length) | {"reward": np.asarray([r.reward for r in rows], np.float32)}
-
-
 def by_prompt(rows: list[Rollout]) -> dict[int, list[Rollout]]:
-    """Row of the prompt -> the roll-outs of that prompt, in order."""
+    """Groups roll-outs: row of the prompt -> its roll-outs, in order."""
     found: dict[int, list[Rollout]] = {}
     for row in rows:
         found.setdefault(row.row, []).append(row)
     return found
-
-
-def total_length(row: Rollout) -> int:
-    """Tokens of prompt and response."""
-    return len(row.prompt) + len(row.response)

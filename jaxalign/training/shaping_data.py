@@ -46,7 +46,7 @@ def check_shaping_options(options: ShapingOptions, rolled: RolloutOptions) -> No
 
 
 def prompt_groups(found: list[rollouts.Rollout]) -> list[PromptGroup]:
-    """One row per prompt."""
+    """Makes a row of each prompt from all its roll-outs."""
     return [
         PromptGroup(rows[0].prompt, [row.response for row in rows], [row.reward for row in rows])
         for rows in rollouts.by_prompt(found).values()
@@ -54,7 +54,11 @@ def prompt_groups(found: list[rollouts.Rollout]) -> list[PromptGroup]:
 
 
 def collate_groups(rows: list[PromptGroup], max_length: int) -> dict[str, np.ndarray]:
-    """{"tokens", "mask", "loss_mask" [b,n,L], "utility" [b,n]}, right-padded."""
+    """Pads b prompts with all their roll-outs, at most `max_length` tokens each.
+
+    Returns:
+      {"tokens", "mask", "loss_mask" [b,n,L], "utility" [b,n]}, right-padded.
+    """
     texts = [encoded.TextTokens(row.prompt, r, "roll-out") for row in rows for r in row.responses]
     length = job.row_length([len(text.prompt) + len(text.response) for text in texts], max_length)
     flat = preferences.pad_texts(texts, length=length)
@@ -63,7 +67,11 @@ def collate_groups(rows: list[PromptGroup], max_length: int) -> dict[str, np.nda
 
 
 def collate_prompts(rows: list[PromptGroup], max_length: int) -> dict[str, np.ndarray]:
-    """{"tokens", "mask" [b,P], "utility" [b,n]}: the prompts alone, right-padded."""
+    """Pads b prompts alone, at most `max_length` tokens each.
+
+    Returns:
+      {"tokens", "mask" [b,P], "utility" [b,n]}, right-padded.
+    """
     length = job.row_length([len(row.prompt) for row in rows], max_length)
     tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):

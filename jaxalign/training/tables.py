@@ -30,10 +30,12 @@ MEANING = {
 
 
 class Table(NamedTuple):
-    """reward [prompts,K] ascending; about: each key of `MEANING`, K as "samples", and the seed."""
+    """A calibration table."""
 
     reward: np.ndarray
+    """Rewards [prompts,K] of the base's samples, ascending."""
     about: dict[str, Any]
+    """What it was made with: each key of `MEANING`, K as "samples", and the seed."""
 
 
 def made_with(
@@ -46,8 +48,20 @@ def made_with(
     dtype: str,
     temperature: float = 1.0,
 ) -> dict[str, Any]:
-    """What a table depends on. base: folder of the model; reward: as `rewards.parse_reward` reads it, MODULE:FUNCTION
-    by its name and the text of its source files; prompts: token ids. Weights count, names of folders do not."""
+    """Says what a table depends on. Weights count, names of folders do not.
+
+    Args:
+      base: folder of the model whose samples are ranked against.
+      reward: as `rewards.parse_reward` reads it; MODULE:FUNCTION counts by its name and the text of its source files.
+      tokenizer: the model's; its vocabulary and template count.
+      prompts: token ids of all prompts.
+      max_new_tokens: limit of a response [tokens].
+      dtype: type that models and rewards compute in.
+      temperature: of the samples.
+
+    Returns:
+      A value for each key of `MEANING`.
+    """
     terms = sorted((_source_digest(name), weight) for weight, name in rewards.parse_reward(reward))
     return {
         "base": folder_digest(base),
@@ -62,8 +76,15 @@ def made_with(
 
 
 def write(folder: pathlib.Path, table: Table) -> None:
-    """table.npz, then table.json: where the second is, the table is whole. ValueErrors: fewer than 2 samples a prompt,
-    a reward that is not finite."""
+    """Writes table.npz, then table.json: where the second is, the table is whole.
+
+    Args:
+      folder: the run folder.
+      table: rewards in any order, which are sorted here, and what they were made with.
+
+    Raises:
+      ValueError: fewer than 2 samples a prompt, a reward that is not finite.
+    """
     reward = np.sort(np.asarray(table.reward), axis=-1)
     if reward.ndim != 2 or reward.shape[1] < 2:
         raise ValueError(f"samples: expected at least 2 for each prompt, found rewards of shape {reward.shape}")
@@ -78,8 +99,18 @@ def write(folder: pathlib.Path, table: Table) -> None:
 
 
 def read(folder: str | pathlib.Path, expected: dict[str, Any]) -> Table:
-    """The table of a folder, made with what `made_with` says. ValueError: no table there, or one made otherwise, with
-    the first thing that differs named."""
+    """Reads the table of a folder.
+
+    Args:
+      folder: of train.calibrate.
+      expected: what it has to be made with, as `made_with` says.
+
+    Returns:
+      The table.
+
+    Raises:
+      ValueError: no table there, or one made otherwise; it names the first thing that differs.
+    """
     path = pathlib.Path(folder)
     if not (path / ABOUT).is_file():
         raise ValueError(f"calibration: expected a folder of train.calibrate, found no {ABOUT} in {path}")
@@ -95,7 +126,7 @@ def read(folder: str | pathlib.Path, expected: dict[str, Any]) -> Table:
 
 
 def folder_digest(folder: str | pathlib.Path) -> str:
-    """A short hash of a model folder's config and weights, of an adapter's and its base's; of the name itself where
+    """Gives a short hash of a model folder's config and weights, of an adapter's and its base's; the name itself where
     there is no such folder."""
     folders = [pathlib.Path(name) for name in models.source_folders(str(folder))]
     if not folders[0].is_dir():
