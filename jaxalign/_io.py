@@ -49,9 +49,8 @@ def open_run(folder: str | os.PathLike[str], config: Any, *, inputs: Sequence[st
     values = _as_json(_options.flat(config))
     stored = out / "config.json"
     if stored.exists():
-        before = _as_json(_options.defaults(type(config))) | _options.flat_values(
-            type(config), json.loads(stored.read_text())
-        )
+        options, found = type(config), json.loads(stored.read_text())
+        before = _as_json(_options.defaults(options)) | _options.flat_values(options, found, where=str(stored))
         for name in sorted((set(values) | set(before)) - {"config", "out"}):
             if before.get(name) != values.get(name):
                 raise ValueError(

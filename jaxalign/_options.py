@@ -101,17 +101,21 @@ def from_fields(config: type[C], values: Mapping[str, Any], *, where: str = "the
     return _make(config, _checked(config, values, where), where, missing=None)
 
 
-def flat_values(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def flat_values(config: type[Any], values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """Option -> value of a mapping in which a group's name may map to its own options, as files hold them.
 
-    ValueError: an option that has a value of its own and one in its group.
+    ValueError: an option that has a value of its own and one in its group; `where` says what the values are of.
     """
     groups, opened = _groups(config), dict[str, Any]()
     for key, value in values.items():
-        more = flat_values(groups[key], value) if key in groups and isinstance(value, dict) else {key: value}
+        more = (
+            flat_values(groups[key], value, where=where) if key in groups and isinstance(value, dict) else {key: value}
+        )
         twice = sorted(set(more) & set(opened))
         if twice:
-            raise ValueError(f"{twice[0]}: expected one value, found {opened[twice[0]]!r} and {more[twice[0]]!r}")
+            raise ValueError(
+                f"{twice[0]}: expected one value, found {opened[twice[0]]!r} and {more[twice[0]]!r} in {where}"
+            )
         opened |= more
     return opened
 
@@ -159,7 +163,7 @@ def _read(config: type[Any], path: str) -> dict[str, Any]:
 
 def _checked(config: type[Any], values: Mapping[str, Any], where: str, *, name: str = "options") -> dict[str, Any]:
     """The values by option, with groups opened. ValueErrors: a name that is no option, a value of another type."""
-    known, opened = _options(config), flat_values(config, values)
+    known, opened = _options(config), flat_values(config, values, where=where)
     unknown = sorted(set(opened) - set(known))
     if unknown:
         raise ValueError(f"{name}: expected keys among {sorted(known)}, found {unknown} in {where}")

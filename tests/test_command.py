@@ -70,7 +70,7 @@ def test_groups_of_options_are_flat_on_the_command_line_and_in_files(tmp_path):
 
 
 def test_a_config_from_keywords_names_what_is_wrong():
-    with pytest.raises(ValueError, match="steps: expected one value, found 2 and 4"):
+    with pytest.raises(ValueError, match="steps: expected one value, found 2 and 4 in the options"):
         _options.from_fields(Config, {"out": "x", "optimizer": {"steps": 2}, "steps": 4})
     made = _options.from_fields(Config, {"out": "x", "steps": 4, "names": ["a"]})
     assert made == Config(place=Place(out="x"), optimizer=Optimizer(rate=2.0, steps=4), names=("a",))

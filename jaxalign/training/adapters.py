@@ -125,8 +125,16 @@ def merged(
 
 
 def reference(spec: models.Lora | None, started: job.StartedModel) -> Params:
-    """The model that a run starts from, to be compared with: the weights under an adapter themselves, else a copy in
-    the type that it is used in, since a training step gives the state's own arrays away."""
+    """Gives the model that a run starts from, to be compared with.
+
+    Args:
+      spec: the adapter that is trained, None for all weights.
+      started: the model.
+
+    Returns:
+      The weights under an adapter themselves, else a copy in the type that it is used in, since a training step gives
+      the state's own arrays away.
+    """
     if spec is not None:
         return started.params
     return jax.tree.map(lambda x: jnp.array(x, started.lm.dtype), started.params)
@@ -134,7 +142,7 @@ def reference(spec: models.Lora | None, started: job.StartedModel) -> Params:
 
 @cached
 def with_adapter(loss: Loss, spec: models.Lora) -> Loss:
-    """The loss of an adapter: params are its own, frozen the model's weights."""
+    """Makes the loss of an adapter of a model's loss: params are the adapter's, frozen the model's weights."""
 
     def adapted(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         return loss(models.lora.attach(frozen, params, spec), batch, frozen)
@@ -144,7 +152,7 @@ def with_adapter(loss: Loss, spec: models.Lora) -> Loss:
 
 @cached
 def with_adapter_and_head(loss: Loss, spec: models.Lora) -> Loss:
-    """The loss of an adapter and a head: params are {"lora", "head"}, frozen the model's weights."""
+    """Makes the loss of an adapter and a head: params are {"lora", "head"}, frozen the model's weights."""
 
     def adapted(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         return loss(models.lora.attach({**frozen, "head": params["head"]}, params["lora"], spec), batch, frozen)
