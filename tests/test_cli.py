@@ -167,7 +167,18 @@ def test_mesh():
     mesh = sharding.make_mesh("data=1")
     assert mesh is not None
     assert mesh.shape == {"data": 1}
-    for bad in ("1", "data", "data=", "data=0", "data=-1", "data=x", "rows=1", "data=1000000"):
+    for bad in (
+        "1",
+        "data",
+        "data=",
+        "data=0",
+        "data=-2",
+        "data=x",
+        "rows=1",
+        "data=1000000",
+        "data=1,data=1",
+        "fsdp=-1,data=-1",
+    ):
         with pytest.raises(ValueError, match=r"^mesh: "):
             sharding.make_mesh(bad)
 

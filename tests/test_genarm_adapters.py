@@ -131,7 +131,8 @@ def test_genarm_A15_each_adapter_reads_its_own_template(separate):
 def test_genarm_A15_a_step_reads_each_weight_once(separate):
     """Products with a weight matrix in the step's program: one each where the separate models need three."""
     fused, params, tilt, tilt_params = separate
-    kernels = {leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params["policy"]) if leaf.ndim == 2}
+    leaves = [leaf for leaf in jax.tree.leaves(params["policy"]) if leaf.ndim > 1]
+    kernels = {(leaf.shape[0], leaf.size // leaf.shape[0]) for leaf in leaves}  # as the products take them
     token = jnp.zeros(len(PROMPTS), jnp.int32)
 
     def products(policy, values) -> int:

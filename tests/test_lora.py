@@ -42,7 +42,7 @@ def test_a_new_adapter_changes_nothing_and_is_small():
         f"layer_{i}/{p}" for i in (0, 1) for p in ("attention/out", "attention/qkv", "down", "gate_up")
     ]
     a, b = found["layer_0/attention/qkv"]
-    assert (a.shape, b.shape) == ((16, 3), (3, 32))
+    assert (a.shape, b.shape) == ((16, 3), (3, 2, 4, 4))
     assert float(jnp.abs(a).max()) <= 0.25  # 1/sqrt(16)
     assert float(a.std()) > 0.1
 
@@ -96,6 +96,7 @@ def test_gradients_are_the_adapters_alone_and_those_of_the_merged_weights():
             ("layer_1/down", whole["layer_1"]["down"]["kernel"]),
         ):
             (a, b), (da, db) = lora.pairs(adapter)[place], lora.pairs(found)[place]
+            kernel, b, db = (x.reshape(x.shape[0], -1) for x in (kernel, b, db))  # the columns have axes of their own
             np.testing.assert_allclose(db, SPEC.scale * a.T @ kernel, rtol=1e-9, atol=1e-14)
             np.testing.assert_allclose(da, SPEC.scale * kernel @ b.T, rtol=1e-9, atol=1e-14)
         assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(found))
@@ -146,8 +147,8 @@ def test_stacked_ranks_and_targets_may_differ():
         assert a.shape[0] == b.shape[0] == 2
         for i, spec in enumerate(specs):
             own = lora.pairs(parts[i]).get(place)
-            expected = 0 if own is None else spec.scale * own[0] @ own[1]
-            np.testing.assert_allclose(a[i] @ b[i], expected, rtol=1e-5, atol=1e-6)
+            expected = 0 if own is None else spec.scale * np.tensordot(own[0], own[1], axes=1)
+            np.testing.assert_allclose(np.tensordot(a[i], b[i], axes=1), expected, rtol=1e-5, atol=1e-6)
 
 
 def misshapen(adapter, place, shape):
@@ -252,7 +253,9 @@ def test_a_folder_with_an_adapter_for_each_of_q_and_v_is_read_exactly(tmp_path):
     change = np.asarray(merged - params["transformer"]["layer_1"]["attention"]["qkv"]["kernel"])
     name = "base_model.model.model.layers.1.self_attn.{}_proj.lora_{}.weight"
     q, v = (8 * (tensors[name.format(p, "B")] @ tensors[name.format(p, "A")]).T for p in "qv")
-    np.testing.assert_allclose(change, np.concatenate([q, np.zeros((16, 8)), v], axis=1), rtol=1e-4, atol=1e-4)
+    # For each of two heads of keys: its two queries, then its keys, then its values.
+    parts = [x.reshape(16, 2, -1, 4) for x in (q, np.zeros((16, 8)), v)]
+    np.testing.assert_allclose(change, np.concatenate(parts, axis=2), rtol=1e-4, atol=1e-4)
     # Saved again, ranks are evened out with zeros and the product stays.
     models.save_adapter(tmp_path / "again", lm, spec, adapter)
     again, found = models.load_adapter(tmp_path / "again", lm)

@@ -75,7 +75,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         )
         return np.asarray(drawn.tokens)
 
-    placed = {size: common.place(common.prompts(size, config.prompt), mesh, "data") for size in config.batch}
+    placed = {size: common.share(common.prompts(size, config.prompt), mesh) for size in config.batch}
     runs: dict[str, Any] = {f"jaxalign {size}": lambda x=inputs: ours(x) for size, inputs in placed.items()}
     single = common.prompts(1, config.prompt)
     if loop is not None:

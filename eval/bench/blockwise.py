@@ -45,7 +45,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     both = common.place({"policy": params, "critic": values}, mesh)
     rows = []
     for size in config.batch:
-        inputs = common.place(common.prompts(size, config.prompt), mesh, "data")
+        inputs = common.share(common.prompts(size, config.prompt), mesh)
 
         def draw(candidates: int, seed: int, inputs: Any = inputs) -> None:
             drawn = decoding.blockwise(

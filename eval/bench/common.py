@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxalign import models
 from jaxalign.models import sharding
@@ -31,7 +31,7 @@ class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the parameters and activations; torch on a CPU always runs float32."""
     mesh: str = ""
-    """data=N: N devices share each batch of ours; N divides every batch size."""
+    """Devices by axis, as in data=2,tensor=4; the product of data and fsdp divides every batch size."""
     out: str = ""
     """Folder for NAME.json, the printed rows; none is written when empty."""
     config: str = ""
@@ -50,14 +50,19 @@ def check(options: Options, batch: tuple[int, ...]) -> Mesh | None:
         if field.name == "width" and any(w % 64 for w in (value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"width: expected a multiple of 64, the width of a head, found {value}")
     mesh = sharding.make_mesh(options.mesh)
-    if mesh is not None and any(size % mesh.size for size in batch):
+    if any(size % sharding.row_devices(mesh) for size in batch):
         raise ValueError(f"mesh: expected a divisor of every batch size {batch}, found {options.mesh!r}")
     return mesh
 
 
-def place(tree: Any, mesh: Mesh | None, *axes: str) -> Any:
-    """The tree's leaves on the mesh: replicated, or split along their first axis by `axes` ("data")."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """Parameters or a state on the mesh, by the table of logical axes."""
+    return tree if mesh is None else sharding.shard(tree, mesh, others=True)
+
+
+def share(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays on the mesh, their rows shared by its devices."""
+    return tree if mesh is None else jax.device_put(tree, sharding.batch_sharding(mesh))
 
 
 def config(

@@ -43,7 +43,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     rows = []
     for size in config.batch:
         inputs = common.prompts(size, config.prompt)
-        placed = common.place(inputs, mesh, "data")
+        placed = common.share(inputs, mesh)
 
         def ours(inputs: Any = placed) -> None:
             drawn = decoding.sample(policy, params, jax.random.key(1), inputs, max_new_tokens=config.new, eos_ids=())

@@ -51,7 +51,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     shared = {"policy": params, "adapters": stacked, "weights": jnp.ones(1)}
     rows = []
     for size in config.batch:
-        inputs = common.place(common.prompts(size, config.prompt), mesh, "data")
+        inputs = common.share(common.prompts(size, config.prompt), mesh)
 
         def draw(policy: Any, values: Any, inputs: Any = inputs) -> None:
             drawn = decoding.sample(policy, values, jax.random.key(1), inputs, max_new_tokens=config.new, eos_ids=())

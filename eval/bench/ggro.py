@@ -55,7 +55,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     rows = []
     for size in config.batch:
         batch = common.prompts(size, config.prompt)
-        inputs = common.place(batch, mesh, "data")
+        inputs = common.share(batch, mesh)
         singles = [TokenBatch(batch.tokens[i : i + 1], batch.mask[i : i + 1], jnp.array([i])) for i in range(size)]
         threshold = _threshold(lm, params, batch, config)
 

@@ -56,8 +56,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         arguments = {"policy": params, "value": value_params, "step_size": jnp.asarray(0.5)}
         passes = _passes(value, config.steps * config.new)
         for size in config.batch:
-            inputs = common.place(common.prompts(size, config.prompt), mesh, "data")
-            hidden = common.place(jax.random.normal(jax.random.key(2), (size, config.width)), mesh, "data")
+            inputs = common.share(common.prompts(size, config.prompt), mesh)
+            hidden = common.share(jax.random.normal(jax.random.key(2), (size, config.width)), mesh)
             runs: dict[str, Callable[[], Any]] = {
                 "base": functools.partial(_draw, base, params, inputs, config.new),
                 "edited": functools.partial(_draw, edited, arguments, inputs, config.new),

@@ -56,7 +56,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     lm, params = common.build(0, shape, config.dtype)
     params = common.place(params, mesh)
     inputs = common.prompts(config.batch, config.length, vocab=config.vocab)
-    tokens = common.place(inputs.tokens, mesh, "data")
+    tokens = common.share(inputs.tokens, mesh)
 
     def ours(params: Params, tokens: Array) -> Array:
         hidden = lm.hidden(params, tokens)

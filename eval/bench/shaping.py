@@ -70,7 +70,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     if not config.gain >= 0:
         raise ValueError(f"gain: expected at least 0, found {config.gain}")
     host = np.random.default_rng(0).normal(size=(config.prompts, config.samples)).astype(np.float32)
-    utility = common.place(jnp.asarray(host), mesh, "data")
+    utility = common.share(jnp.asarray(host), mesh)
     find = functools.partial(shaping.optimal_threshold, gain=config.gain)
     sides = {
         "threshold": jax.jit(find),
@@ -107,7 +107,7 @@ def _prefill(config: Config, mesh: Any) -> list[dict[str, Any]]:
     params = {"base": params, "head": headed_lm.init_head(jax.random.key(1))}
     params = common.place(params, mesh)
     batch = common.prompts(config.batch, config.length)
-    batch = common.place(batch, mesh, "data")
+    batch = common.share(batch, mesh)
 
     def plain(params: Params, tokens: Array, mask: Array) -> Any:
         hidden, cache = lm.prefill(params["base"], tokens, mask, config.length + 8)

@@ -78,7 +78,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             runs["torch"] = _torch_step(twin, stage, np.asarray(tokens), iter(rates), config.dtype)
         work = _model_flops(params, config) / 1e9
         state = common.place(training.create(params, optimizer), mesh)
-        batch = jax.tree.map(lambda x: x[None], common.place(_batch(stage, tokens), mesh, "data"))
+        batch = jax.tree.map(lambda x: x[None], common.share(_batch(stage, tokens), mesh))
         jitted: Any = training.train_step(
             LOSSES[stage](models.LanguageModel(lm.config, config.dtype)), optimizer, schedule=schedule, donate=True
         )

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign import _progress, decoding
 from jaxalign.evaluation import results
@@ -98,8 +97,7 @@ def batches(ids: list[list[int]], *, batch_size: int, mesh: str) -> list[Batch]:
         rows = order[begin : begin + batch_size]
         prompts = prompt_batch([ids[i] for i in rows], index=rows, batch_size=batch_size)
         if devices is not None:
-            spec = PartitionSpec("data")  # type: ignore[no-untyped-call, unused-ignore]
-            prompts = jax.device_put(prompts, NamedSharding(devices, spec))
+            prompts = jax.device_put(prompts, sharding.batch_sharding(devices))
         out.append(Batch(rows, prompts))
     return out
 
@@ -130,7 +128,7 @@ def decode(
       prompts: of the run.
       final: the responses file.
       batch_size: prompts decoded together.
-      mesh: "data=N" or "".
+      mesh: as `sharding.make_mesh` reads it.
       seed: of all draws.
       embed: texts -> one vector each, for coherence.
 

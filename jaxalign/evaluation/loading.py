@@ -35,8 +35,8 @@ def load(folders: dict[str, str], tokenizer: Any, *, dtype: str, mesh: str, batc
       folders: {"model": the base's folder, role: folder, …}; roles that share a folder load it once.
       tokenizer: the base's.
       dtype: of parameters and activations.
-      mesh: "data=N" or "".
-      batch_size: rows of a batch, which N divides.
+      mesh: as `sharding.make_mesh` reads it.
+      batch_size: rows of a batch.
 
     Returns:
       Model and parameters by role.
@@ -45,8 +45,7 @@ def load(folders: dict[str, str], tokenizer: Any, *, dtype: str, mesh: str, batc
       ValueError: names the role: another tokenizer, an EOS that the common vocabulary lacks, a mesh that does not fit.
     """
     devices = sharding.make_mesh(mesh)
-    if devices is not None and batch_size % devices.size:
-        raise ValueError(f"mesh: expected a divisor of batch_size {batch_size}, found {mesh!r}")
+    sharding.check_rows_divide(devices, batch_size, name="batch_size")
     distinct: dict[str, str] = {}  # folder -> its first role, the base's before all others
     for name, folder in folders.items():
         distinct.setdefault(folder, name)

@@ -61,7 +61,8 @@ class ResponseOptions:
     dtype: str = "float32"
     """Type of all models' parameters and activations: float32 or bfloat16."""
     mesh: str = ""
-    """data=N: N devices share each batch; N divides --batch-size."""
+    """Devices by axis, as in data=2,fsdp=4,tensor=2, -1 for the rest of them: data and fsdp share each batch, fsdp and
+    tensor the parameters (docs/scale.md). "": one device."""
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
     """How texts and chats become tokens."""
 

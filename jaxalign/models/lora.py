@@ -1,6 +1,7 @@
 """Low-rank adapters: a second, small tree of parameters beside a model's (LoRA, arXiv 2106.09685, eq. 3).
 
-A projection x·W of the transformer becomes x·W + scale·(x·a)·b with a [in,rank] and b [rank,out]. An adapter is a tree
+A projection x·W of the transformer becomes x·W + scale·(x·a)·b with a [in,rank] and b [rank,out], where out may be
+several axes, as of W [in,out]. An adapter is a tree
 {"layer_0": {"attention": {"qkv": {"a", "b"}, …}, …}, …} of plain arrays. `attach` puts it beside a model's parameters,
 whose arrays it shares: every function of the model then applies it inside the forward pass. `merge` adds it to copies
 of the weights. The fused projections have one adapter each: one `a` serves queries, keys and values.
@@ -79,12 +80,13 @@ def init(rng: Array, lm: LanguageModel, spec: Lora) -> Params:
     kernels = kernel_shapes(jax.eval_shape(lm.init, jax.random.key(0)))
     flat = {}
     for place, key in zip(places, jax.random.split(rng, len(places)), strict=True):
-        inside, outside = kernels[place]
-        if spec.rank > min(inside, outside):
-            raise ValueError(f"rank: expected at most {min(inside, outside)} for {place}, found {spec.rank}")
+        inside, *outside = kernels[place]
+        largest = min(inside, math.prod(outside))
+        if spec.rank > largest:
+            raise ValueError(f"rank: expected at most {largest} for {place}, found {spec.rank}")
         bound = inside**-0.5
         flat[f"{place}/a"] = jax.random.uniform(key, (inside, spec.rank), lm.dtype, -bound, bound)
-        flat[f"{place}/b"] = jnp.zeros((spec.rank, outside), lm.dtype)
+        flat[f"{place}/b"] = jnp.zeros((spec.rank, *outside), lm.dtype)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -126,7 +128,7 @@ def merge(params: Params, adapter: Params, spec: Lora) -> Params:
     flat = traverse_util.flatten_dict(params["transformer"], sep="/")
     for place, (a, b) in pairs(adapter).items():
         kernel = flat[f"{place}/kernel"]
-        change = spec.scale * jnp.matmul(at_least_float32(a), at_least_float32(b), precision="highest")
+        change = spec.scale * jnp.tensordot(at_least_float32(a), at_least_float32(b), axes=1, precision="highest")
         flat[f"{place}/kernel"] = (at_least_float32(kernel) + change).astype(kernel.dtype)
     return {**params, "transformer": traverse_util.unflatten_dict(flat, sep="/")}
 
@@ -157,14 +159,14 @@ def stack(adapters: Sequence[Params], specs: Sequence[Lora]) -> Params:
     flat = {}
     for place in sorted({place for found in all_pairs for place in found}):
         present = [found[place] for found in all_pairs if place in found]
-        rank, (inside, outside) = max(a.shape[1] for a, _ in present), (present[0][0].shape[0], present[0][1].shape[1])
+        rank, inside, outside = max(a.shape[1] for a, _ in present), present[0][0].shape[0], present[0][1].shape[1:]
         parts = []
         for i, found in enumerate(all_pairs):
-            a, b = found.get(place, (jnp.zeros((inside, 0), present[0][0].dtype), jnp.zeros((0, outside))))
-            if (a.shape[0], b.shape[1]) != (inside, outside):
+            a, b = found.get(place, (jnp.zeros((inside, 0), present[0][0].dtype), jnp.zeros((0, *outside))))
+            if (a.shape[0], b.shape[1:]) != (inside, outside):
                 raise ValueError(
-                    f"{place} of adapter {i}: expected {inside} inputs and {outside} outputs as in the others, found "
-                    f"{a.shape[0]} and {b.shape[1]}"
+                    f"{place} of adapter {i}: expected {inside} inputs and {_times(outside)} outputs as in the others, "
+                    f"found {a.shape[0]} and {_times(b.shape[1:])}"
                 )
             parts.append(pad_rank(a, b, rank))
         flat[f"{place}/a"] = jnp.stack([a for a, _ in parts])
@@ -172,10 +174,14 @@ def stack(adapters: Sequence[Params], specs: Sequence[Lora]) -> Params:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def _times(axes: Sequence[int]) -> str:
+    return "x".join(map(str, axes))
+
+
 def pad_rank(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     """a [in,r] and b [r,out] with zeros up to `rank`: the same product."""
     more = rank - a.shape[1]
-    return jnp.pad(a, ((0, 0), (0, more))), jnp.pad(b, ((0, more), (0, 0)))
+    return jnp.pad(a, ((0, 0), (0, more))), jnp.pad(b, ((0, more), *((0, 0),) * (b.ndim - 1)))
 
 
 def pairs(adapter: Params) -> dict[str, tuple[Array, Array]]:
@@ -195,21 +201,21 @@ def _map_pairs(f: Any, adapter: Params) -> Params:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def kernel_shapes(params: Params) -> dict[str, tuple[int, int]]:
-    """Place -> (in, out) of the projections that an adapter may change."""
+def kernel_shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    """Place -> (in, *out) of the projections that an adapter may change."""
     flat = traverse_util.flatten_dict(params["transformer"], sep="/")
     ends = tuple(f"/{place}/kernel" for place in TARGETS.values())
     return {name.removesuffix("/kernel"): leaf.shape for name, leaf in flat.items() if name.endswith(ends)}
 
 
-def check_fits(kernels: dict[str, tuple[int, int]], adapter: Params, *, m: int | None = None) -> None:
+def check_fits(kernels: dict[str, tuple[int, ...]], adapter: Params, *, m: int | None = None) -> None:
     """ValueError naming the tensor of an adapter (m None), or of m stacked ones, that does not fit the projections."""
     ahead = () if m is None else (m,)
     for place, (a, b) in pairs(adapter).items():
         if place not in kernels:
             raise ValueError(f"adapter: expected projections of the model, found {place!r}")
-        inside, outside = kernels[place]
+        inside, *outside = kernels[place]
         rank = jnp.shape(a)[-1] if jnp.ndim(a) else 0
-        for name, leaf, shape in (("a", a, (*ahead, inside, rank)), ("b", b, (*ahead, rank, outside))):
+        for name, leaf, shape in (("a", a, (*ahead, inside, rank)), ("b", b, (*ahead, rank, *outside))):
             if jnp.shape(leaf) != shape:
                 raise ValueError(f"{place}/{name}: expected shape {shape}, found {jnp.shape(leaf)}")

@@ -1,43 +1,65 @@
-"""Logical axes: every parameter and every cache array names its axes in one table, and rules map them to a mesh."""
+"""Where arrays lie on a mesh of devices: parameters and caches name their logical axes in one table, and rules map
+these to the mesh's axes: "data" (rows), "fsdp" (rows, and the parameters' embed axis) and "tensor" (heads, columns of
+the MLP, the vocabulary)."""
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+T = TypeVar("T")
+Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
+
+MESH_AXES = ("data", "fsdp", "tensor")
+"""The axes of a mesh that `make_mesh` makes, neighbouring devices along the last."""
+
 AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"transformer/embedding", ("vocab", "embed")),
     (r"transformer/lm_head", ("embed", "vocab")),
-    (r"transformer/layer_\d+/attention/qkv/kernel", ("embed", "heads")),
-    (r"transformer/layer_\d+/attention/qkv/bias", ("heads",)),
+    (r"transformer/layer_\d+/attention/qkv/kernel", ("embed", "kv_heads", None, None)),
     (r"transformer/layer_\d+/attention/out/kernel", ("heads", "embed")),
-    (r"transformer/layer_\d+/attention/[qk]_norm/scale", (None,)),
-    (r"transformer/layer_\d+/gate_up/kernel", ("embed", "mlp")),
-    (r"transformer/layer_\d+/gate_up/bias", ("mlp",)),
+    (r"transformer/layer_\d+/gate_up/kernel", ("embed", None, "mlp")),
     (r"transformer/layer_\d+/down/kernel", ("mlp", "embed")),
-    (r"transformer/(layer_\d+/)?(attention/out|down)/bias", ("embed",)),
-    (r"transformer/layer_\d+/(attention|mlp)_norm/scale", ("embed",)),
-    (r"transformer/norm/scale", ("embed",)),
+    (r"transformer/(layer_\d+/)?(attention/(qkv|out)|gate_up|down)/bias", (None,)),
+    (r"transformer/(layer_\d+/)?((attention|mlp)_norm|norm|attention/[qk]_norm)/scale", (None,)),
     (r"(lora/)?layer_\d+/(attention/qkv|gate_up)/a", ("embed", None)),
-    (r"(lora/)?layer_\d+/attention/qkv/b", (None, "heads")),
-    (r"(lora/)?layer_\d+/gate_up/b", (None, "mlp")),
+    (r"(lora/)?layer_\d+/attention/qkv/b", (None, "kv_heads", None, None)),
+    (r"(lora/)?layer_\d+/gate_up/b", (None, None, "mlp")),
     (r"(lora/)?layer_\d+/attention/out/a", ("heads", None)),
     (r"(lora/)?layer_\d+/down/a", ("mlp", None)),
     (r"(lora/)?layer_\d+/(attention/out|down)/b", (None, "embed")),
-    (r"head/(score|outer|inner(_\d+)?)/kernel", ("embed", None)),
+    (r"head/score/kernel", ("embed", None)),
+    (r"head/inner/kernel", ("embed", None)),
+    (r"head/inner_\d+/kernel", (None, None)),
+    (r"head/outer/kernel", ("head_in", "head_out")),
     (r"head/(outer|inner(_\d+)?)/bias", (None,)),
     (r"layers/\d+/[kv]", ("batch", "kv_heads", "length", None)),
     (r"length", ("batch",)),
 )
-"""Path pattern (whole path) -> the logical name of each axis."""
+"""Path pattern (whole path) -> the logical name of each axis. Vectors are replicated: they are small."""
 
-RULES: Mapping[str, str | None] = {"batch": "data"}
-"""Logical axis -> mesh axis. Axes without a rule are replicated: fsdp and tensor axes are entries to come."""
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_in": "fsdp",
+    "head_out": "tensor",
+}
+"""Logical axis -> mesh axis, or several. Axes without a rule are replicated."""
+
+REPLICATED_WHERE_ODD = ("kv_heads", "head_in", "head_out")
+"""Logical axes that are replicated where their size does not divide over the devices, which one line tells: a model may
+have fewer heads of keys and values than a mesh has devices."""
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -46,17 +68,66 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def logical_axes(path: str) -> tuple[str | None, ...]:
-    """The logical axes of the parameter or cache array at a path. ValueError for a path that the table lacks."""
-    for pattern, axes in AXES:
-        if re.fullmatch(pattern, path):
-            return axes
-    raise ValueError(f"axes: no entry of the table names {path!r}")
+    """The logical axes of the parameter or cache array at a path, also behind other names, as in an optimizer's state
+    ("opt_state/mu/transformer/embedding"). ValueError for a path that the table lacks."""
+    found = _known_axes(path)
+    if found is None:
+        raise ValueError(f"axes: no entry of the table names {path!r}")
+    return found
 
 
-def partition_spec(path: str, rules: Mapping[str, str | None] = RULES) -> PartitionSpec:
-    """The PartitionSpec of an array under `rules`."""
-    axes = [rules.get(axis) if axis is not None else None for axis in logical_axes(path)]
-    return PartitionSpec(*axes)  # type: ignore[no-untyped-call, unused-ignore]
+@functools.cache
+def _known_axes(path: str) -> tuple[str | None, ...] | None:
+    return next((axes for pattern, axes in AXES if re.fullmatch(rf"(?:.*/)?(?:{pattern})", path)), None)
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
+    """How an array is split over a mesh.
+
+    Args:
+      path: of a parameter or cache array.
+      shape: its axes; one more in front than the table has (stacked adapters) is not split.
+      mesh: whose axes the rules name; those that it lacks count as one device.
+      rules: logical axis -> mesh axis.
+
+    Raises:
+      ValueError: a path that the table lacks, or an axis that does not divide over its devices; the parameter, axis,
+        size and devices are named.
+    """
+    names = logical_axes(path)
+    names = (*(None,) * (len(shape) - len(names)), *names)
+    spec = []
+    for name, size in zip(names, shape, strict=True):
+        axes = () if name is None else present_axes(mesh, rules.get(name))
+        devices = math.prod(mesh.shape[axis] for axis in axes)
+        if size % devices and name in REPLICATED_WHERE_ODD:
+            where = re.sub(r"layer_\d+", "layer_*", path)
+            _tell_once(
+                f"mesh: {where}: {name} of size {size} does not divide over {named_sizes(mesh, axes)}: replicated"
+            )
+            axes = ()
+        elif size % devices:
+            raise ValueError(
+                f"{path}: expected axis {name} to divide over {named_sizes(mesh, axes)} devices, found size {size}"
+            )
+        spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*spec)  # type: ignore[no-untyped-call, unused-ignore]
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    print(line, flush=True)
+
+
+def present_axes(mesh: Mesh, rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of a rule that a mesh has, those of one device left out."""
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    return tuple(name for name in names if mesh.shape.get(name, 1) > 1)
+
+
+def named_sizes(mesh: Mesh, axes: tuple[str, ...]) -> str:
+    """ "data=2,fsdp=4", for messages."""
+    return ",".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
 
 
 def check_mesh(mesh: Mesh | None) -> None:
@@ -74,43 +145,103 @@ def check_mesh(mesh: Mesh | None) -> None:
         raise ValueError(f"mesh: expected Auto axes, as of jax.sharding.Mesh(devices, names), found {explicit}")
 
 
-def shard(tree: Any, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
-    """Places parameters or a cache on a mesh by the table of logical axes.
+def placements(tree: Any, mesh: Mesh, rules: Rules = RULES, *, others: bool = False) -> Any:
+    """Gives the place of every array by the table of logical axes.
 
     Args:
-      tree: the model's parameters or its cache.
+      tree: parameters, a cache, or a state that holds such; arrays or their shapes (`jax.eval_shape`).
       mesh: a mesh with Auto axes.
       rules: logical axis -> mesh axis; mesh axes that the mesh lacks count as replicated.
+      others: whether an array that the table does not name is replicated, as a state's counters are.
+
+    Returns:
+      A tree of NamedSharding.
 
     Raises:
-      ValueError: another mesh (`check_mesh`), a rule for an unknown logical axis, or an array that the table lacks.
+      ValueError: another mesh (`check_mesh`), a rule for an unknown logical axis, an array that the table lacks, or an
+        axis that does not divide (`partition_spec`).
     """
     check_mesh(mesh)
     known = {axis for _, axes in AXES for axis in axes if axis is not None}
     if set(rules) - known:
         raise ValueError(f"rules: expected logical axes of {sorted(known)}, found {sorted(set(rules) - known)}")
-    present = {logical: axis for logical, axis in rules.items() if axis in mesh.axis_names}
 
-    def place(path: tuple[Any, ...], leaf: Any) -> Any:
-        return jax.device_put(leaf, NamedSharding(mesh, partition_spec(path_name(path), present)))
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name, shape = path_name(path), np.shape(leaf)
+        axes = _known_axes(name)
+        if others and (axes is None or len(axes) not in (len(shape), len(shape) - 1)):
+            return NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call, unused-ignore]
+        return NamedSharding(mesh, partition_spec(name, shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def make_mesh(spec: str) -> jax.sharding.Mesh | None:
+def shard(tree: T, mesh: Mesh, rules: Rules = RULES, *, others: bool = False) -> T:
+    """Places parameters, a cache or a state on a mesh: Args and errors as in `placements`."""
+    placed: T = jax.device_put(tree, placements(tree, mesh, rules, others=others))
+    return placed
+
+
+def constrain(tree: T, mesh: Mesh | None, rules: Rules = RULES) -> T:
+    """The arrays of a traced function where `shard(…, others=True)` would put them; as they are without a mesh."""
+    if mesh is None:
+        return tree
+    held: T = jax.lax.with_sharding_constraint(tree, placements(tree, mesh, rules, others=True))
+    return held
+
+
+def batch_sharding(mesh: Mesh, *, ahead: int = 0) -> NamedSharding:
+    """Arrays whose rows are shared by the data and fsdp axes; `ahead` axes come before that of the rows."""
+    spec = PartitionSpec(*(None,) * ahead, present_axes(mesh, RULES["batch"]))  # type: ignore[no-untyped-call, unused-ignore]
+    return NamedSharding(mesh, spec)
+
+
+def row_devices(mesh: Mesh | None) -> int:
+    """Among how many devices the rows of a batch are divided: data × fsdp."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in present_axes(mesh, RULES["batch"]))
+
+
+def check_rows_divide(mesh: Mesh | None, rows: int, *, name: str) -> None:
+    """ValueError where a batch of `rows` rows does not divide over a mesh; name: what gives their number."""
+    if mesh is not None and rows % row_devices(mesh):
+        sizes = named_sizes(mesh, present_axes(mesh, RULES["batch"]))
+        raise ValueError(f"mesh: expected sizes of data and fsdp whose product divides {name} {rows}, found {sizes}")
+
+
+def make_mesh(spec: str) -> Mesh | None:
     """Makes a mesh of a command line's option.
 
     Args:
-      spec: "data=N", N devices along the data axis, or "" for none.
+      spec: sizes of some of the axes data, fsdp and tensor, as in "data=2,fsdp=4"; -1 stands for the rest of the
+        devices, once. Fewer devices than there are may be used. "" for no mesh.
 
     Raises:
-      ValueError: another form, or more devices than there are.
+      ValueError: another form, or sizes that the devices do not give; the axis is named.
     """
     if not spec:
         return None
-    name, _, count = spec.partition("=")
-    if name != "data" or not count.isdigit() or int(count) < 1:
-        raise ValueError(f"mesh: expected data=N with N >= 1, found {spec!r}")
-    if int(count) > len(jax.devices()):
-        raise ValueError(f"mesh: expected at most {len(jax.devices())} devices, found {spec!r}")
-    return jax.sharding.Mesh(np.asarray(jax.devices()[: int(count)]), ("data",))
+    sizes: dict[str, int] = {}
+    for part in spec.split(","):
+        name, _, count = (text.strip() for text in part.partition("="))
+        if name not in MESH_AXES:
+            raise ValueError(f"mesh: expected axes of {MESH_AXES}, as in data=2,fsdp=4, found {part!r} in {spec!r}")
+        if name in sizes:
+            raise ValueError(f"mesh: {name}: expected one size, found two in {spec!r}")
+        if not re.fullmatch(r"-1|[1-9]\d*", count):
+            raise ValueError(f"mesh: {name}: expected a size >= 1, or -1 for the rest, found {count!r} in {spec!r}")
+        sizes[name] = int(count)
+    devices = jax.devices()
+    rest = [name for name, size in sizes.items() if size == -1]
+    product = math.prod(size for size in sizes.values() if size != -1)
+    if len(rest) > 1:
+        raise ValueError(f"mesh: expected -1 for one axis at most, found it for {' and '.join(rest)}")
+    if rest and len(devices) % product:
+        expected = f"other sizes whose product divides {len(devices)} devices"
+        raise ValueError(f"mesh: {rest[0]}: expected {expected}, found {product} in {spec!r}")
+    if rest:
+        sizes[rest[0]] = len(devices) // product
+    elif product > len(devices):
+        raise ValueError(f"mesh: expected at most {len(devices)} devices, found {product} in {spec!r}")
+    names = tuple(name for name in MESH_AXES if name in sizes)
+    shape = tuple(sizes[name] for name in names)
+    return Mesh(np.asarray(devices[: math.prod(shape)]).reshape(shape), names)

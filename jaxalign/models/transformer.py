@@ -37,55 +37,65 @@ class RMSNorm(nn.Module):
         return found
 
 
-class Projection(nn.Dense):
-    """x·W (+ bias), and the term of a low-rank adapter where the collection "lora" holds one (`models.lora`)."""
+class Projection(nn.Module):
+    """x·W (+ bias), and the term of a low-rank adapter where the collection "lora" holds one (`models.lora`).
 
-    def __call__(self, x: Array) -> Array:
-        y = by_rows(super().__call__, x)
+    W [in, *out] has the axes of its columns (`families.fused_shape`), by which it is placed on devices; the bias is
+    flat. It is one product of two matrices all the same."""
+
+    features: tuple[int, ...]
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, start: int = 0, stop: int | None = None) -> Array:
+        """[...,in] -> [..., *out]; with start or stop these entries of the last axis but one alone, for the price of
+        these."""
+
+        def part(w: Array) -> Array:
+            return w if start == 0 and stop is None else w[..., start:stop, :]
+
+        shape = (x.shape[-1], *self.features)
+        kernel = part(self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)).astype(self.dtype)
+        x = x.astype(self.dtype)
+        y = by_rows(lambda flat: columns_of(flat, kernel), x)
+        if self.use_bias:
+            bias: Array = self.param("bias", nn.initializers.zeros, (math.prod(self.features),), self.dtype)
+            y += part(bias.reshape(self.features)).astype(self.dtype)
         if not self.has_variable("lora", "a"):
             return y
-        return y + low_rank(x, self.get_variable("lora", "a"), self.get_variable("lora", "b"))
+        return y + low_rank(x, self.get_variable("lora", "a"), part(self.get_variable("lora", "b")))
 
-    def columns(self, x: Array, start: int, stop: int) -> Array:
-        """The columns start to stop of what `__call__` gives, for the price of these."""
-        bias = self.get_variable("params", "bias") if self.use_bias else None
-        x, kernel, bias = self.promote_dtype(x, self.get_variable("params", "kernel"), bias, dtype=self.dtype)
-        y = by_rows(lambda flat: flat @ kernel[:, start:stop], x)
-        if bias is not None:
-            y += bias[start:stop]
-        if not self.has_variable("lora", "a"):
-            return y
-        return y + low_rank(x, self.get_variable("lora", "a"), self.get_variable("lora", "b")[..., start:stop])
+
+def columns_of(x: Array, kernel: Array) -> Array:
+    """x [N,D] times W [D, *out]: [N, *out], as one product of two matrices."""
+    return (x @ kernel.reshape(kernel.shape[0], math.prod(kernel.shape[1:]))).reshape(x.shape[0], *kernel.shape[1:])
 
 
 def by_rows(f: Callable[[Array], Array], x: Array) -> Array:
     """f of x [...,D] as one matrix [N,D]. A product's gradient by its weights is then one of two matrices; with more
     axes XLA transposes the larger operand first and multiplies at half the speed on a CPU (140 for 190 GFLOP/s)."""
     y: Array = f(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # no −1: an axis may be empty
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y.reshape(*x.shape[:-1], *y.shape[1:])
 
 
 def low_rank(x: Array, a: Array, b: Array) -> Array:
-    """(x·a)·b of rows x [N,L,D], in x's type. With m stacked adapters, a [m,D,r] and b [m,r,out], the rows are groups
+    """(x·a)·b of rows x [N,L,D], in x's type. With m stacked adapters, a [m,D,r] and b [m,r,*out], the rows are groups
     of 1+m neighbours: the first of each has no adapter, the i-th after it has the i-th."""
     a, b = a.astype(x.dtype), b.astype(x.dtype)
 
     def term(x: Array, a: Array, b: Array) -> Array:
         low = by_rows(lambda flat: wide_einsum("nd,dr->nr", flat, a).astype(x.dtype), x)
-        return by_rows(lambda flat: wide_einsum("nr,ro->no", flat, b).astype(x.dtype), low)
+        flat_b = b.reshape(b.shape[0], math.prod(b.shape[1:]))
+        y = by_rows(lambda flat: wide_einsum("nr,ro->no", flat, flat_b).astype(x.dtype), low)
+        return y.reshape(*y.shape[:-1], *b.shape[1:])
 
     if a.ndim == 2:
         return term(x, a, b)
     # One product for each adapter: as one batched product, a CPU transposes every a and b at every step.
     grouped = x.reshape(-1, 1 + a.shape[0], *x.shape[1:])
     terms = [term(grouped[:, i + 1], a[i], b[i]) for i in range(a.shape[0])]
-    return jnp.stack([jnp.zeros_like(terms[0]), *terms], axis=1).reshape(*x.shape[:-1], b.shape[-1])
-
-
-def dense(features: int, bias: bool, dtype: Any, name: str) -> Projection:
-    return Projection(
-        features, bias, dtype=dtype, param_dtype=dtype, name=name, kernel_init=nn.initializers.normal(0.02)
-    )
+    return jnp.stack([jnp.zeros_like(terms[0]), *terms], axis=1).reshape(*x.shape[:-1], *b.shape[2:])
 
 
 def blocks(length: int) -> list[tuple[int, int, int]]:
@@ -109,8 +119,9 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.qkv = dense((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias, self.dtype, "qkv")
-        self.out = dense(c.hidden_size, c.out_bias, self.dtype, "out")
+        self.group = c.num_heads // c.num_kv_heads
+        self.qkv = Projection((c.num_kv_heads, self.group + 2, c.head_dim), c.qkv_bias, self.dtype)
+        self.out = Projection((c.hidden_size,), c.out_bias, self.dtype)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.norm_eps, self.dtype)
             self.k_norm = RMSNorm(c.norm_eps, self.dtype)
@@ -119,17 +130,14 @@ class Attention(nn.Module):
         self, x: Array, position: Array, at: Array | None = None, limit: int | None = None
     ) -> tuple[Array, Array, Array]:
         """q [B,L,H,hd], k, v [B,L,Hkv,hd], rotated; of q the columns at [B,R] alone, where they are given."""
-        c = self.config
         if at is None:
-            fused = self.qkv(x)
-            heads = fused.reshape(*fused.shape[:-1], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-            q, k, v = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=-2)
-            return *self.turn(q, k, position, position, limit), v
-        width = c.num_heads * c.head_dim
-        q = self.qkv.columns(at_columns(x, at), 0, width).reshape(*at.shape, c.num_heads, c.head_dim)
-        rest = self.qkv.columns(x, width, self.qkv.features).reshape(*x.shape[:-1], 2 * c.num_kv_heads, c.head_dim)
-        k, v = jnp.split(rest, 2, axis=-2)
-        return *self.turn(q, k, at_columns(position, at), position, limit), v
+            q, k, v = jnp.split(self.qkv(x), [self.group, self.group + 1], axis=-2)
+        else:
+            q = self.qkv(at_columns(x, at), stop=self.group)
+            k, v = jnp.split(self.qkv(x, start=self.group), 2, axis=-2)
+        q = q.reshape(*q.shape[:-3], self.config.num_heads, self.config.head_dim)
+        at_position = position if at is None else at_columns(position, at)
+        return *self.turn(q, k[..., 0, :], at_position, position, limit), v[..., 0, :]
 
     def turn(
         self, q: Array, k: Array, query_position: Array, position: Array, limit: int | None
@@ -236,12 +244,13 @@ class Layer(nn.Module):
         self.attention_norm = RMSNorm(c.norm_eps, self.dtype)
         self.attention = Attention(c, self.window, self.dtype)
         self.mlp_norm = RMSNorm(c.norm_eps, self.dtype)
-        self.gate_up = dense(2 * c.intermediate_size, c.mlp_bias, self.dtype, "gate_up")
-        self.down = dense(c.hidden_size, c.mlp_bias, self.dtype, "down")
+        self.gate_up = Projection((2, c.intermediate_size), c.mlp_bias, self.dtype)
+        self.down = Projection((c.hidden_size,), c.mlp_bias, self.dtype)
 
     def mlp(self, x: Array) -> Array:
-        gate, up = jnp.split(self.gate_up(self.mlp_norm(x)), 2, axis=-1)
-        return x + self.down(jax.nn.silu(gate) * up)
+        both = self.gate_up(self.mlp_norm(x))
+        down: Array = self.down(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])
+        return x + down
 
     def __call__(self, x: Array, position: Array, allowed: Array, at: Array | None = None) -> tuple[Array, KeyValue]:
         mixed, entries = self.attention(self.attention_norm(x), position, allowed, at)

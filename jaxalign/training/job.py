@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign import _io, models, training
 from jaxalign.data import batches, encoded, preferences
@@ -245,18 +244,13 @@ def fit_model(
     state = training.create(params, update)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     if devices is not None:
-        everywhere, by_row = (
-            NamedSharding(devices, PartitionSpec()),
-            NamedSharding(devices, PartitionSpec(None, "data")),
-        )
-        # Moments are kept as their parameters are.
-        state = jax.device_put(state, everywhere)._replace(params=sharding.shard(params, devices))
-        frozen = None if frozen is None else sharding.shard(frozen, devices)
+        state, frozen = sharding.shard((state, frozen), devices, others=True)
+        by_row = sharding.batch_sharding(devices, ahead=1)
         place = lambda batch: jax.device_put(batch, by_row)  # noqa: E731
     size, accumulate = optimizer.batch_size, mesh.accumulate
     source = batches.batches(data.train, checked_collate(collate), batch_size=size, seed=seed, accumulate=accumulate)
     final = training.fit(
-        training.train_step(loss, update, schedule=schedule, donate=True),
+        training.train_step(loss, update, schedule=schedule, donate=True, mesh=devices),
         state,
         source,
         steps=steps,

@@ -93,7 +93,8 @@ class MeshOptions:
     """Micro-batches that the rows of an optimizer step are run in, a divisor of their number: memory of one, gradient
     of all."""
     mesh: str = ""
-    """data=N: N devices share each micro-batch; N divides its rows."""
+    """Devices by axis, as in data=2,fsdp=4,tensor=2, -1 for the rest of them: data and fsdp share each micro-batch,
+    fsdp and tensor the parameters (docs/scale.md). "": one device."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,9 +208,9 @@ def check_mesh_options(options: MeshOptions, rows: int, *, name: str) -> None:
     """ValueErrors that name the option; rows, name: number of rows of an optimizer step, and what gives it."""
     if options.accumulate < 1 or rows % options.accumulate:
         raise ValueError(f"accumulate: expected a divisor of {name} {rows}, found {options.accumulate}")
-    mesh, part = sharding.make_mesh(options.mesh), rows // options.accumulate
-    if mesh is not None and part % mesh.size:
-        raise ValueError(f"mesh: expected a divisor of the {part} rows of a micro-batch, found {options.mesh!r}")
+    sharding.check_rows_divide(
+        sharding.make_mesh(options.mesh), rows // options.accumulate, name="the rows of a micro-batch,"
+    )
 
 
 def check_rollout_options(options: RolloutOptions) -> None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign import decoding, models, policies
 from jaxalign.data import batches
@@ -163,12 +162,12 @@ def train_policy(
     def assembled(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         return loss(learner.assemble(params, frozen), batch, frozen)
 
-    step = train_step(assembled, update, schedule=schedule, donate=True)
     devices = sharding.make_mesh(mesh.mesh)
+    step = train_step(assembled, update, schedule=schedule, donate=True, mesh=devices)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     if devices is not None:
-        state, frozen = jax.device_put((state, frozen), NamedSharding(devices, PartitionSpec()))
-        by_row = NamedSharding(devices, PartitionSpec(None, "data"))
+        state, frozen = sharding.shard((state, frozen), devices, others=True)
+        by_row = sharding.batch_sharding(devices, ahead=1)
         place = lambda batch: jax.device_put(batch, by_row)  # noqa: E731
     source = batches.batches(rows, pad, batch_size=size, seed=learner.seed)
     ended: RLState = fit(

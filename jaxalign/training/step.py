@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.models import sharding
 from jaxalign.types import Array, Params
 
 Batch = Any  # a pytree of arrays, each [A,b,...]: A micro-batches of b rows
@@ -120,6 +121,7 @@ def train_step(
     *,
     schedule: optax.Schedule | None = None,
     donate: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> TrainStep:
     """The compiled optimizer step of a loss.
 
@@ -132,6 +134,8 @@ def train_step(
       schedule: its learning rate, reported as a metric where it is given.
       donate: give the state's memory to the new state. The state that went in, and the parameters that `create` was
         called with, must not be used afterwards.
+      mesh: of devices that the state lies on (`models.sharding.shard(state, mesh, others=True)`): gradients, moments
+        and parameters of the new state lie as the table of logical axes says.
 
     Returns:
       step(state, batch, frozen) -> (state, metrics): "loss", the loss's own metrics, "grad_norm" before clipping, and
@@ -155,7 +159,7 @@ def train_step(
         if parts == 1:
             return gradient(params, jax.tree.map(lambda x: x[0], batch), frozen)
         shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch), frozen)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        zero = sharding.constrain(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), mesh)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient(params, part, frozen)), None
@@ -164,6 +168,7 @@ def train_step(
 
     def step(state: TrainState, batch: Batch, frozen: Params = None) -> tuple[TrainState, Metrics]:
         grads, (weight, sums) = accumulate(state.params, batch, frozen)
+        grads = sharding.constrain(grads, mesh)
         # A batch without items has sums of zero: it moves nothing and reports zero.
         total = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
@@ -172,7 +177,8 @@ def train_step(
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        return sharding.constrain(after, mesh), metrics
 
     return jax.jit(step, donate_argnums=(0,) if donate else ())
 

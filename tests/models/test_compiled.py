@@ -134,12 +134,16 @@ MESH = """
     expected = both(alone, tokens)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
-    # Rules to come: the same table places kernels over a tensor axis, with the same values.
+    # The same table places kernels over a tensor axis, with the same values: whole heads, gate beside up.
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2), ("data", "tensor"))
-    rules = dict(sharding.RULES) | dict(heads="tensor", mlp="tensor", vocab=None)
-    split = sharding.shard(alone, mesh, rules)
-    kernel = split["transformer"]["layer_0"]["gate_up"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], kernel.shape[1] // 2)
+    split = sharding.shard(alone, mesh, dict(sharding.RULES) | dict(vocab=None))
+    for path, axis in (("gate_up", 2), ("attention/qkv", 1), ("attention/out", 0), ("down", 0)):
+        kernel = split["transformer"]["layer_0"]
+        for name in path.split("/"):
+            kernel = kernel[name]
+        kernel = kernel["kernel"]
+        shape = [size // 2 if i == axis else size for i, size in enumerate(kernel.shape)]
+        assert list(kernel.addressable_shards[0].data.shape) == shape, path
     found = jax.jit(lm.hidden)(split, tokens)
     np.testing.assert_allclose(found, jax.jit(lm.hidden)(alone, tokens), rtol=1e-5, atol=1e-5)
 """

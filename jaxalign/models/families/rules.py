@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
+
 from jaxalign.models.config import Config
+from jaxalign.types import Array
 
 
 class Rule(NamedTuple):
@@ -15,11 +18,11 @@ class Rule(NamedTuple):
     ours: str
     """Path of our array; {i} stands for the layer."""
     theirs: tuple[str, ...]
-    """Names of the checkpoint's tensors, joined along our last axis."""
+    """Names of the checkpoint's tensors, joined as `sizes` says."""
     transpose: bool = False
     """True where theirs are [out, in]."""
     sizes: str = ""
-    """Which split the join has ("qkv" or "gate_up", see `split_sizes`); "" for a single tensor."""
+    """Which fused layout the join has ("qkv" or "gate_up", see `fuse`); "" for a single tensor."""
 
 
 class Family(NamedTuple):
@@ -103,6 +106,33 @@ def split_sizes(config: Config, sizes: str) -> tuple[int, ...]:
     if sizes == "qkv":
         return (config.num_heads * config.head_dim,) + (config.num_kv_heads * config.head_dim,) * 2
     return (config.intermediate_size,) * 2
+
+
+def fused_shape(config: Config, sizes: str) -> tuple[int, ...]:
+    """The axes of a fused array's columns, "qkv" or "gate_up": one axis of each is split over devices, so that each
+    device gets whole heads, and columns of gate and up that belong together."""
+    if sizes == "qkv":  # for each head of keys its queries, then k, then v
+        return (config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, config.head_dim)
+    return (2, config.intermediate_size)
+
+
+def fuse(config: Config, sizes: str, parts: Sequence[Array]) -> Array:
+    """Parts [...,width] of q, k and v, or of gate and up, as one array [..., *fused_shape]."""
+    heads, _, head_dim = fused_shape(config, "qkv")
+    if sizes == "qkv":
+        return jnp.concatenate([x.reshape(*x.shape[:-1], heads, -1, head_dim) for x in parts], axis=-2)
+    return jnp.stack(parts, axis=-2)
+
+
+def unfuse(config: Config, sizes: str, array: Array) -> list[Array]:
+    """The parts [...,width] of an array [..., *fused_shape]: `fuse` undone."""
+    if sizes == "qkv":
+        group = array.shape[-2] - 2
+        parts = jnp.split(array, [group, group + 1], axis=-2)
+    else:
+        parts = jnp.split(array, 2, axis=-2)
+    ahead = array.shape[: array.ndim - len(fused_shape(config, sizes))]
+    return [part.reshape(*ahead, -1) for part in parts]
 
 
 def is_harmless(config: Config, key: str) -> bool:

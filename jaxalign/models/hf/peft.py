@@ -13,7 +13,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from safetensors import safe_open
 from safetensors.flax import save_file
@@ -21,7 +20,7 @@ from safetensors.flax import save_file
 from jaxalign._arrays import at_least_float32
 from jaxalign.models.checks import named
 from jaxalign.models.config import Config
-from jaxalign.models.families import Rule, split_sizes
+from jaxalign.models.families import Rule, fuse, fused_shape, split_sizes, unfuse
 from jaxalign.models.hf.adapter_fields import MUST_BE, SCORES, check_fields, module_scale, targets
 from jaxalign.models.hf.files import local_folder, read_json, whole_folder, write_json
 from jaxalign.models.hf.tensors import plain_name, rules_of
@@ -71,8 +70,8 @@ def save_adapter(
             absent |= {_short(key) for key in rule.theirs}
             continue
         a, b = pad_rank(*found[place], rank)
-        widths = split_sizes(lm.config, rule.sizes) if rule.sizes else (b.shape[1],)
-        for key, part in zip(rule.theirs, jnp.split(b, np.cumsum(widths)[:-1].tolist(), axis=1), strict=True):
+        parts = unfuse(lm.config, rule.sizes, b) if rule.sizes else [b]
+        for key, part in zip(rule.theirs, parts, strict=True):
             module = key.removesuffix(".weight")
             modules.append(module)
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.T
@@ -143,8 +142,8 @@ def read_adapter(folder: pathlib.Path, config: Config) -> AdapterFile:
     tensors = _read_tensors(folder)
     products = {}
     for place, rule in _projections(config).items():
-        inside, outside = _shapes(config)[place]
-        widths = split_sizes(config, rule.sizes) if rule.sizes else (outside,)
+        inside, *outside = _shapes(config)[place]
+        widths = split_sizes(config, rule.sizes) if rule.sizes else tuple(outside)
         for key, width in zip(rule.theirs, widths, strict=True):
             found = _product(values, key.removesuffix(".weight"), inside, width, tensors)
             if found is not None:
@@ -246,17 +245,18 @@ def _join(
     lm: LanguageModel, place: str, rule: Rule, products: dict[str, tuple[Array, Array, float]], scale: float
 ) -> tuple[Array, Array] | None:
     """Our (a, b) from the parts of a projection; None where the file has none of them."""
-    _, outside = _shapes(lm.config)[place]
-    widths = split_sizes(lm.config, rule.sizes) if rule.sizes else (outside,)
-    parts, blocks, start = [], [], 0
-    for key, width in zip(rule.theirs, widths, strict=True):
+    _, *outside = _shapes(lm.config)[place]
+    widths = split_sizes(lm.config, rule.sizes) if rule.sizes else tuple(outside)
+    parts, blocks = [], []
+    for i, key in enumerate(rule.theirs):
         if key in products:
             a, b, own = products[key]
             if own != scale:  # in float32: bfloat16 may not hold the ratio
                 b = at_least_float32(b) * (own / scale)
             parts.append(a.T.astype(lm.dtype))
-            blocks.append(jnp.pad(b.T.astype(lm.dtype), ((0, 0), (start, outside - start - width))))
-        start += width
+            alone = [jnp.zeros((b.shape[1], width), lm.dtype) for width in widths]
+            alone[i] = b.T.astype(lm.dtype)
+            blocks.append(fuse(lm.config, rule.sizes, alone) if rule.sizes else alone[0])
     if not parts:
         return None
     if all(a.shape == parts[0].shape and bool((a == parts[0]).all()) for a in parts):
@@ -276,13 +276,13 @@ def _projections(config: Config) -> dict[str, Rule]:
     return {rule.ours.removeprefix("transformer/").removesuffix("/kernel"): rule for rule in table}
 
 
-def _shapes(config: Config) -> dict[str, tuple[int, int]]:
-    """Place -> (in, out)."""
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Place -> (in, *out)."""
     heads, wide = config.num_heads * config.head_dim, config.intermediate_size
     sizes = {
-        "qkv": (config.hidden_size, sum(split_sizes(config, "qkv"))),
+        "qkv": (config.hidden_size, *fused_shape(config, "qkv")),
         "out": (heads, config.hidden_size),
-        "gate_up": (config.hidden_size, 2 * wide),
+        "gate_up": (config.hidden_size, *fused_shape(config, "gate_up")),
         "down": (wide, config.hidden_size),
     }
     return {f"layer_{i}/{TARGETS[name]}": sizes[name] for i in range(config.num_layers) for name in TARGETS}

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from safetensors import safe_open
 from safetensors.flax import save_file
 
@@ -17,7 +16,7 @@ from jaxalign._arrays import at_least_float32
 from jaxalign.models import sharding
 from jaxalign.models.checks import named
 from jaxalign.models.config import Config
-from jaxalign.models.families import FAMILIES, Rule, is_harmless, split_sizes, write_out
+from jaxalign.models.families import FAMILIES, Rule, fuse, fused_shape, is_harmless, split_sizes, unfuse, write_out
 from jaxalign.models.hf.files import read_json, tell, write_json
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.types import Params
@@ -150,12 +149,14 @@ def _added(key: str, tensor: jax.Array, products: Sequence[tuple[jax.Array, jax.
 def _join(config: Config, rule: Rule, parts: list[Any], shape: tuple[int, ...]) -> jax.Array:
     """One of our arrays from the checkpoint's; every part's shape is checked against the config."""
     widths = split_sizes(config, rule.sizes) if rule.sizes else shape[-1:]
+    ahead = shape[:1] if rule.transpose else shape[:-1] if not rule.sizes else ()
     for key, part, width in zip(rule.theirs, parts, widths, strict=True):
-        ours = (*shape[:-1], width)
+        ours = (*ahead, width)
         expected = ours[::-1] if rule.transpose else ours
         if part.shape != expected:
             raise ValueError(f"{key}: expected shape {expected}, found {part.shape}")
-    return jnp.concatenate([part.T if rule.transpose else part for part in parts], axis=-1)
+    parts = [part.T if rule.transpose else part for part in parts]
+    return fuse(config, rule.sizes, parts).reshape(shape) if rule.sizes else parts[0]
 
 
 def to_checkpoint(lm: LanguageModel, params: Params) -> dict[str, jax.Array]:
@@ -172,8 +173,14 @@ def to_checkpoint(lm: LanguageModel, params: Params) -> dict[str, jax.Array]:
         array = flat[rule.ours]
         if array.shape != expected[rule.ours]:
             raise ValueError(f"{rule.ours}: expected shape {expected[rule.ours]}, found {array.shape}")
-        widths = split_sizes(lm.config, rule.sizes) if rule.sizes else array.shape[-1:]
-        parts = jnp.split(array, np.cumsum(widths)[:-1].tolist(), axis=-1)
+        if rule.sizes:  # a bias is flat
+            parts = unfuse(
+                lm.config,
+                rule.sizes,
+                array.reshape(*array.shape[: array.ndim > 1], *fused_shape(lm.config, rule.sizes)),
+            )
+        else:
+            parts = [array]
         for key, part in zip(rule.theirs, parts, strict=True):
             tensors[key] = part.T if rule.transpose else part
     return tensors
