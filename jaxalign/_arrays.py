@@ -91,6 +91,61 @@ def at_least_float32(x: ArrayLike) -> Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
+def middle(x: ArrayLike) -> Array:
+    """Gives the middle of a group's range, the offset that its numbers share.
+
+    Args:
+      x: [...,n].
+
+    Returns:
+      [...,1], in at least float32; exactly the common value where all numbers of a group are equal, which a mean of
+      them is not: it is rounded by some units in the last place.
+    """
+    x = at_least_float32(x)
+    low, high = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
+    return low + (high - low) / 2
+
+
+def centred(x: ArrayLike) -> Array:
+    """Gives x − mean(x) over the last axis, exactly 0 where all numbers of a group are equal.
+
+    Args:
+      x: [...,n].
+
+    Returns:
+      [...,n], in at least float32; they sum to 0 up to rounding of the group's range, whatever its offset.
+    """
+    inner = at_least_float32(x) - middle(x)
+    return inner - inner.mean(axis=-1, keepdims=True)
+
+
+def resolution(x: ArrayLike) -> Array:
+    """Gives the size below which differences within a group are rounding: 4 units in the last place of its largest |x|.
+
+    Args:
+      x: [...,n].
+
+    Returns:
+      [...,1], in at least float32.
+    """
+    x = at_least_float32(x)
+    size: Array = 4 * jnp.finfo(x.dtype).eps * jnp.abs(x).max(axis=-1, keepdims=True)
+    return size
+
+
+def is_flat(x: ArrayLike) -> Array:
+    """Tells the groups whose range is rounding (`resolution`), and holds no signal.
+
+    Args:
+      x: [...,n].
+
+    Returns:
+      bool [...,1].
+    """
+    x = at_least_float32(x)
+    return x.max(axis=-1, keepdims=True) - x.min(axis=-1, keepdims=True) <= resolution(x)
+
+
 def is_supported(log_prob: Array) -> Array:
     """Tells which log-probabilities are not the stand-in for log 0.
 

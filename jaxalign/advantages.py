@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import mdp
-from jaxalign._arrays import at_least_float32
+from jaxalign._arrays import at_least_float32, centred, is_flat
 from jaxalign.types import Array, ArrayLike
 
 
@@ -92,27 +92,53 @@ def gae(reward: Array, *, value: Array, mask: Array, discount: float = 1.0, deca
 
 
 def leave_one_out(reward: Array) -> Array:
-    """A_i = r_i − mean of the others' r, over the last axis, n >= 2 independent samples of a prompt: the baseline does
-    not see the sample, so the gradient has no bias (RLOO, arXiv 2402.14740, eq. 7). ValueError for n < 2."""
-    n = reward.shape[-1]
-    if n < 2:
-        raise ValueError(f"reward: expected at least 2 samples of each prompt, found {n}")
-    reward = at_least_float32(reward)
-    return (reward - reward.mean(axis=-1, keepdims=True)) * (n / (n - 1))
+    """Gives A_i = r_i − mean of the others' r: the baseline does not see the sample, so the gradient has no bias.
+
+    Args:
+      reward: [...,n], n >= 2 independent samples of a prompt.
+
+    Returns:
+      [...,n]; exactly 0 in a group of equal rewards.
+
+    Raises:
+      ValueError: n < 2.
+
+    Source: RLOO, arXiv 2402.14740, eq. 7.
+    """
+    n = _group_size(reward)
+    return centred(reward) * (n / (n - 1))
 
 
 def group_relative(reward: Array, *, epsilon: float = 1e-4) -> Array:
-    """A_i = (r_i − mean)/(std + epsilon) over the last axis (GRPO, arXiv 2402.03300, section 4.1.2).
+    """Gives A_i = (r_i − mean)/(std + epsilon), the advantages of GRPO.
 
     The division by the standard deviation (of n − 1) gives every prompt the same weight whatever the scale of its
     rewards: the sum over prompts is then no longer the mean reward, and no beta fits all of them.
-    ValueError for n < 2.
+
+    Args:
+      reward: [...,n], n >= 2 samples of a prompt.
+      epsilon: added to the standard deviation, in units of reward.
+
+    Returns:
+      [...,n]; exactly 0 in a group whose range is rounding, at most 4 units in the last place of its largest |r|: the
+      division would make advantages of size 1 of it.
+
+    Raises:
+      ValueError: n < 2.
+
+    Source: GRPO, arXiv 2402.03300, section 4.1.2.
     """
+    n = _group_size(reward)
+    inner = centred(reward)
+    deviation = jnp.sqrt((inner**2).sum(axis=-1, keepdims=True) / (n - 1))
+    return jnp.where(is_flat(reward), 0, inner / (deviation + epsilon))
+
+
+def _group_size(reward: Array) -> int:
     n = reward.shape[-1]
     if n < 2:
         raise ValueError(f"reward: expected at least 2 samples of each prompt, found {n}")
-    reward = at_least_float32(reward)
-    return (reward - reward.mean(axis=-1, keepdims=True)) / (reward.std(axis=-1, ddof=1, keepdims=True) + epsilon)
+    return n
 
 
 def adapt_beta(beta: ArrayLike, *, kl: ArrayLike, target: float, rate: float = 0.1) -> Array:

@@ -152,7 +152,8 @@ def smc(
 
 
 class _Memory(NamedTuple):
-    log_weight: Array  # [B·N], the sum of log_norm since the last resampling, and the mean weight of all before
+    log_weight: Array  # [B·N], the sum of log_norm since the last resampling, and the mean weight of all before, less
+    # the prompt's log_norm before the first token: of a sharp tilt it is so large that small weights would be lost
     resamplings: Array  # [B]
     truncated: Array  # [B]
 
@@ -180,7 +181,8 @@ def _smc(
     def resample(t: Array, frame: rollout.Frame, memory: _Memory) -> tuple[rollout.Frame, _Memory]:
         """The weight of the step, and a resampling where it is due."""
         output, active = frame.output, ~frame.finished
-        log_weight = each(memory.log_weight + jnp.where(active, output.log_norm, 0))
+        promised = jnp.where(t == 0, output.log_norm - first, output.log_norm)
+        log_weight = each(memory.log_weight + jnp.where(active, promised, 0))
         lost = is_supported(output.log_prob_ref) & ~is_supported(output.log_prob)
         truncated = memory.truncated | each(active & lost.any(axis=-1)).any(axis=1)
         due = when(t, log_weight, params["ess_threshold"])
@@ -203,6 +205,8 @@ def _smc(
 
     state, output = start_policy(policy, params["policy"], start, prompts["policy"], max_new_tokens)
     state, output = repeat_rows((state, output), n)
+    # The same for all particles of a prompt, which begin in one state.
+    first = jnp.where(jnp.isfinite(output.log_norm), output.log_norm, 0)
     memory = _Memory(jnp.zeros(batch * n, output.log_prob.dtype), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
     rolled = rollout.rollout(
         policy,
@@ -221,16 +225,22 @@ def _smc(
     drawn, memory = rolled.completions, rolled.memory
 
     score = each(score_completions(reward, params["reward"], repeat_rows(prompts["reward"], n), drawn))
-    scaled = score / params["beta"][:, None]
-    rest = (drawn.log_prob_ref - drawn.log_prob - drawn.log_norm).sum(axis=1)
+    beta = params["beta"]
+    # Differences first: r/beta of 1e7 has no digits left for the weights, whose KL would read 0.
+    top = score.max(axis=1)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    scaled = (score - top[:, None]) / beta[:, None]
+    promised = jnp.where(jnp.arange(max_new_tokens) == 0, drawn.log_norm - first[:, None], drawn.log_norm)
+    rest = (drawn.log_prob_ref - drawn.log_prob - promised).sum(axis=1)
     log_weight = each(memory.log_weight + rest) + scaled
-    log_z = jax.nn.logsumexp(log_weight, axis=1) - jnp.log(n)
+    log_mean = jax.nn.logsumexp(log_weight, axis=1) - jnp.log(n)
     ess = resampling.effective_size(log_weight)
     share = jnp.where(ess[:, None] == 0, 0, jax.nn.softmax(log_weight, axis=1))
-    kl = jnp.where(share == 0, 0, share * scaled).sum(axis=1) - log_z
+    kl = jnp.where(share == 0, 0, share * scaled).sum(axis=1) - log_mean
     samples: Completions = jax.tree.map(each, drawn)
     coin = uniform_per_prompt(coins, max_new_tokens, index)
     chosen = rollout.draw(jnp.where(ess[:, None] == 0, 0, log_weight), coin)
     pick: Completions = jax.tree.map(lambda x: x[jnp.arange(batch), chosen], samples)
+    log_weight, log_z = log_weight + (top / beta)[:, None], log_mean + top / beta
     info = SMCInfo(samples, score, log_weight, log_z, ess, memory.resamplings, memory.truncated)
     return Decoded(pick, _kl.gibbs_estimate(kl), info)

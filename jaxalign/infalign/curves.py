@@ -139,53 +139,75 @@ def _curve(log_policy: Array, best: Procedure, worst: Procedure) -> Curve:
 def match_kl(transform: Transform, *, kl: ArrayLike) -> Array:
     """Gives the beta at which the policy tilted by Phi(C) has a given KL to its base.
 
-    Differentiable in kl and in what Phi depends on: bisected over many decades, then one Newton step at the root. Steep
-    transforms for worst-of-N need a tiny beta, since they hardly tell the upper quantiles apart.
+    Bisected over many decades, and differentiated through the implicit function, in both modes and to any order, in kl
+    and in what Phi depends on: with theta = Phi/beta, dKL = Cov_pi(theta, dtheta). Steep transforms for worst-of-N need
+    a tiny beta, since they hardly tell the upper quantiles apart.
 
     Args:
       transform: Phi, called once on the grid's quantiles [M].
       kl: > 0, any shape [...], in nats.
 
     Returns:
-      beta [...]; NaN under jit for a KL that no beta of the grid's reach gives (a transform that is flat at its top, or
-      a KL above 20).
+      beta [...]; NaN under jit, with derivatives of NaN, for a KL that no beta of the grid's reach gives (a transform
+      that is flat at its top, or a KL above 20).
 
     Raises:
       ValueError: kl <= 0, a transform that changes the shape; on concrete values a KL that is not reached.
     """
     check_positive("kl", kl)
     kl = at_least_float32(kl)
-    c, log_base = grid(kl.dtype)
-    beta, reached = _beta_of(log_base, transformed(transform, c).astype(kl.dtype), kl)
-    if is_concrete(reached) and not bool(np.all(np.asarray(reached))):
-        raise ValueError(f"kl: expected a KL that the transform reaches in {kl.dtype}, found {np.asarray(kl)}")
-    result: Array = beta
-    return result
-
-
-@jax.jit
-def _beta_of(log_base: Array, value: Array, kl: Array) -> tuple[Array, Array]:
+    c, _ = grid(kl.dtype)
+    value = transformed(transform, c).astype(kl.dtype)
+    # A unit for the root: beta is the same, and so are its derivatives, whatever the unit.
     spread = jax.lax.stop_gradient(value.max() - value.min())
-    usable = spread > 0
-    target = jax.lax.stop_gradient(kl)
+    log_t = _log_inverse(value / jnp.where(spread > 0, spread, 1), kl)
+    if is_concrete(log_t) and np.isnan(np.asarray(log_t)).any():
+        raise ValueError(f"kl: expected a KL that the transform reaches in {kl.dtype}, found {np.asarray(kl)}")
+    return spread * jnp.exp(-log_t)
+
+
+def _tilted_at(value: Array, log_t: Array) -> tuple[Array, Array]:
+    """(log policy [...,M], theta [...,M] = (value − its largest)·t) at log t [...]."""
+    theta = (value - jax.lax.stop_gradient(value.max())) * jnp.exp(log_t)[..., None]
+    return jax.nn.log_softmax(grid(value.dtype).log_base + theta, axis=-1), theta
+
+
+@jax.custom_jvp
+@jax.jit  # op by op, each call would compile the loop anew
+def _log_inverse(value: Array, kl: Array) -> Array:
+    """log(1/beta) [...] of values [M] of range 1 and kl [...]; NaN where no root is within reach."""
     highest = 250.0 if kl.dtype == jnp.float64 else 30.0  # decades
 
-    def kl_at(log_t: Array, value: Array) -> Array:
-        beta = jnp.where(usable, spread, 1) * jnp.exp(-log_t)
-        return curve_kl(gibbs.log_policy(log_base, jnp.broadcast_to(value, (*kl.shape, *value.shape)), beta=beta))
+    def kl_at(log_t: Array) -> Array:
+        return curve_kl(_tilted_at(value, log_t)[0])
 
     def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bracket
         middle = (low + high) / 2
-        below = kl_at(middle, jax.lax.stop_gradient(value)) < target
+        below = kl_at(middle) < kl
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
     low = jnp.full(kl.shape, -7 * np.log(10), kl.dtype)
     low, high = jax.lax.fori_loop(0, 64, halve, (low, jnp.full(kl.shape, highest * np.log(10), kl.dtype)))
     root = (low + high) / 2
-    found, slope = jax.jvp(lambda t: kl_at(t, jax.lax.stop_gradient(value)), (root,), (jnp.ones_like(root),))
-    reached = usable & (jnp.abs(found - target) < 1e-4 * jnp.maximum(target, 1e-2)) & (slope > 0)
-    # Zero in value but for rounding, and the derivative of the root in slope.
-    moved = kl - kl_at(root, value)
-    log_t = root + (moved - jax.lax.stop_gradient(moved)) / jax.lax.stop_gradient(jnp.where(slope > 0, slope, 1))
-    return jnp.where(reached, jnp.where(usable, spread, 1) * jnp.exp(-log_t), jnp.nan), reached
+    found, slope = jax.jvp(kl_at, (root,), (jnp.ones_like(root),))
+    reached = (value.max() > value.min()) & (jnp.abs(found - kl) < 1e-4 * jnp.maximum(kl, 1e-2)) & (slope > 0)
+    return jnp.where(reached, root, jnp.nan)
+
+
+@_log_inverse.defjvp
+@jax.jit
+def _log_inverse_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """dkl = Var_pi(theta)·dlog t + Cov_pi(theta, t·dvalue). The root is that of the function itself, so that it carries
+    its own derivative into those of this rule: none is stopped, and all orders are right."""
+    value, kl = primals
+    log_t = _log_inverse(value, kl)
+    log_policy, theta = _tilted_at(value, log_t)
+    policy = jnp.exp(log_policy)
+    # Quantiles without mass are at −1e30, whose square is no number in float32.
+    inside = ~(policy <= 0)
+    theta = jnp.where(inside, theta, 0)
+    inner = theta - (policy * theta).sum(axis=-1, keepdims=True)
+    moved = jnp.where(inside, policy * inner, 0) * (jnp.exp(log_t)[..., None] * tangents[0])
+    variance = jnp.where(inside, policy * inner**2, 0).sum(axis=-1)
+    return log_t, (tangents[1] - moved.sum(axis=-1)) / variance

@@ -88,7 +88,7 @@ class ReControlExpectedState(NamedTuple):
     step_size: PerPrompt
     """[B]."""
     q: Scores
-    """[B,V], the scores of the next tokens, 0 outside the support."""
+    """[B,V], the scores of the next tokens less the largest of them, 0 outside the support."""
 
 
 @cached
@@ -213,7 +213,10 @@ def re_control_expected(
         frozen: Array | None,
     ) -> tuple[ReControlExpectedState, StepOutput]:
         q, proposal = score_critic(critic, params.critic, rng, state.critic, output, None)
-        q = jnp.where(is_supported(output.log_prob), at_least_float32(q), 0)
+        inside = is_supported(output.log_prob)
+        # Less the largest: g's gradient knows differences alone, which a large level would round away.
+        top = jnp.where(inside, q, -jnp.inf).max(axis=-1, keepdims=True)
+        q = jnp.where(inside, at_least_float32(q) - jnp.where(jnp.isfinite(top), top, 0), 0)
         if frozen is not None:
             q = where_rows(frozen, state.q, q)
         state = state._replace(critic=proposal, q=q)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._arrays import NEGATIVE, at_least_float32, per_row, where_rows
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, per_row, where_rows
 from jaxalign._builders import cached
 from jaxalign._checks import (
     advance_critic,
@@ -52,9 +52,9 @@ class TiltState(NamedTuple):
     beta: PerPrompt
     """[B]."""
     previous: PerPrompt
-    """[B], q/beta of the token chosen last for a level critic; 0 at the start and for an increment critic."""
+    """[B], q of the token chosen last for a level critic; 0 at the start and for an increment critic."""
     q: Scores
-    """[B,K], q/beta of the next candidates (K = V without top_k)."""
+    """[B,K], q of the next candidates (K = V without top_k)."""
     candidates: Candidates | None
     """[B,K] under top_k, else None."""
 
@@ -69,7 +69,8 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
 
     previous = q/beta of the token chosen last for a level critic (0 at the start), 0 for an increment critic; so the
     sum of log_norm over a response is its sequential Monte Carlo weight under any critic. With the exact soft value,
-    log_norm is log Z at the first token and 0 after.
+    log_norm is log Z at the first token and 0 after. Differences of q are taken before they are divided by beta, so
+    that log_prob' keeps the digits of log pi whatever the size of q/beta.
 
     Args:
       policy: the policy below, often `language_model(lm)`; a tilt may be tilted again.
@@ -104,19 +105,22 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
             if frozen is not None:
                 candidates = where_rows(frozen, state.candidates, candidates)
         q, proposal = score_critic(critic, params.critic, rng, state.critic, output, candidates)
-        q = at_least_float32(q) / state.beta[:, None]
+        q = at_least_float32(q)
         if frozen is not None:
             q = where_rows(frozen, state.q, q)
         log_prob = output.log_prob
         if candidates is not None:
             log_prob = jnp.take_along_axis(log_prob, candidates, axis=-1)
-        logit = log_prob + q
+        # The largest score of a token that has mass: a constant of the policy, whose derivatives cancel.
+        top = jnp.where(is_supported(log_prob), jax.lax.stop_gradient(q), -jnp.inf).max(axis=-1)
+        top = jnp.where(jnp.isfinite(top), top, 0)
+        logit = log_prob + (q - top[:, None]) / state.beta[:, None]
         norm = jax.nn.logsumexp(logit, axis=-1)
         tilted = logit - norm[:, None]
         if candidates is not None:
             outside = jnp.full(output.log_prob.shape, NEGATIVE, tilted.dtype)
             tilted = jax.vmap(lambda row, index, value: row.at[index].set(value))(outside, candidates, tilted)
-        log_norm = output.log_norm + norm - state.previous
+        log_norm = output.log_norm + norm + (top - state.previous) / state.beta
         state = state._replace(critic=proposal, q=q, candidates=candidates)
         return state, output._replace(log_prob=tilted, log_norm=log_norm)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import at_least_float32
+from jaxalign._arrays import at_least_float32, centred, is_flat, middle, resolution
 from jaxalign.shaping.threshold import column, optimal_threshold, soft_threshold_reward, threshold_reward
 from jaxalign.types import Array, ArrayLike
 
@@ -56,14 +56,25 @@ def minmax(utility: ArrayLike, *, reference: ArrayLike, bound: ArrayLike, range_
     spread = reference.max(axis=-1, keepdims=True) - low
     bound = column(at_least_float32(bound))
     bound = bound if range_factor is None else jnp.minimum(bound, range_factor * spread)
-    return bound * (utility - low) / jnp.maximum(spread, _SMALL)
+    above = _without_rounding(utility - low, reference)
+    return bound * above / jnp.maximum(spread, _SMALL)
 
 
 def meanstd(utility: ArrayLike, *, reference: ArrayLike) -> Array:
-    """r = (u − mean)/max(deviation, 1e-6)."""
+    """r = (u − mean)/max(deviation, 1e-6); 0 where the reference and u agree up to rounding, 4 units in the last place
+    of the largest |reference|."""
     utility, reference = at_least_float32(utility), at_least_float32(reference)
-    deviation = reference.std(axis=-1, keepdims=True)
-    return (utility - reference.mean(axis=-1, keepdims=True)) / jnp.maximum(deviation, _SMALL)
+    offset = middle(reference)
+    variance = (centred(reference) ** 2).mean(axis=-1, keepdims=True)
+    deviation = jnp.sqrt(jnp.where(is_flat(reference), _SMALL**2, variance))
+    above = _without_rounding(utility - offset - (reference - offset).mean(axis=-1, keepdims=True), reference)
+    return above / jnp.maximum(deviation, _SMALL)
+
+
+def _without_rounding(difference: Array, reference: Array) -> Array:
+    """Differences [...,n] to a statistic of the reference [...,K], 0 where the samples are alike up to rounding and the
+    difference is no more: divided by a deviation of that size it would be a signal."""
+    return jnp.where(is_flat(reference) & (jnp.abs(difference) <= resolution(reference)), 0, difference)
 
 
 def cap(utility: ArrayLike, *, reference: ArrayLike, bound: ArrayLike) -> Array:
@@ -75,7 +86,9 @@ def cap(utility: ArrayLike, *, reference: ArrayLike, bound: ArrayLike) -> Array:
 def mean_sigmoid(utility: ArrayLike, *, reference: ArrayLike, bound: ArrayLike, sharpness: float) -> Array:
     """r = bound·sigmoid(sharpness·(u − mean)): the soft threshold with its centre at the mean, where the optimal one
     lies above."""
-    mean = at_least_float32(reference).mean(axis=-1)
+    reference = at_least_float32(reference)
+    offset = middle(reference)
+    mean = (offset + (reference - offset).mean(axis=-1, keepdims=True))[..., 0]
     return soft_threshold_reward(utility, threshold=mean, bound=bound, sharpness=sharpness)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign import gibbs
-from jaxalign._arrays import at_least_float32
+from jaxalign._arrays import at_least_float32, centred
 from jaxalign._checks import check_positive
 from jaxalign.types import Array, ArrayLike
 
@@ -165,5 +165,6 @@ def score_function(log_prob: Array, *, utility: ArrayLike) -> Array:
     n = utility.shape[-1]
     if n < 2:
         raise ValueError(f"utility: expected at least 2 draws for a leave-one-out baseline, found {n}")
-    others = (utility.sum(axis=-1, keepdims=True) - utility) / (n - 1)
-    return (jax.lax.stop_gradient(utility - others) * log_prob).mean()
+    # u_i − mean of the others, exactly 0 for equal utilities.
+    advantage = centred(utility) * (n / (n - 1))
+    return (jax.lax.stop_gradient(advantage) * log_prob).mean()

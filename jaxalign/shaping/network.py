@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import at_least_float32
+from jaxalign._arrays import at_least_float32, is_flat, middle
 from jaxalign.types import Array, ArrayLike
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -14,12 +14,16 @@ QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 def statistics(reference: ArrayLike) -> tuple[Array, Array, Array]:
     """(mean [...], scale [...], features [...,6]) of the utilities of base samples [...,K]: the scale is their standard
-    deviation, 1 where it is 0; the features are standardised quantiles, so that u -> a·u + c changes none of them."""
+    deviation, 1 where it is rounding; the features are standardised quantiles, so that u -> a·u + c changes none of
+    them."""
     reference = at_least_float32(reference)
-    mean, deviation = reference.mean(axis=-1), reference.std(axis=-1)
-    scale = jnp.where(deviation > 0, deviation, 1)
-    found = jnp.quantile(reference, jnp.asarray(QUANTILES, reference.dtype), axis=-1)
-    return mean, scale, jnp.moveaxis((found - mean) / scale, 0, -1)
+    offset = middle(reference)
+    inner = reference - offset
+    mean = inner.mean(axis=-1)
+    # A deviation that is rounding would turn it into features of size 1.
+    scale = jnp.sqrt(jnp.where(is_flat(reference)[..., 0], 1, inner.var(axis=-1)))
+    found = jnp.quantile(inner, jnp.asarray(QUANTILES, reference.dtype), axis=-1)
+    return offset[..., 0] + mean, scale, jnp.moveaxis((found - mean) / scale, 0, -1)
 
 
 class MonotoneShaping(nn.Module):

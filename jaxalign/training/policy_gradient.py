@@ -223,7 +223,8 @@ def prepare(
     else:
         cost = penalty * ratio.sum(axis=-1).reshape(count, n)
         if method.algorithm == "rloo":
-            rows["advantage"] = flat(advantages.leave_one_out(reward - cost))
+            # Each by itself: beside a reward of 1e6 the KL would have lost its digits.
+            rows["advantage"] = flat(advantages.leave_one_out(reward) - advantages.leave_one_out(cost))
         else:
             # The KL stays outside the division: in a group of equal rewards it alone would have unit spread.
             found = advantages.group_relative(reward) - advantages.leave_one_out(cost)

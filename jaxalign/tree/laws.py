@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._arrays import at_least_float32
+from jaxalign._arrays import at_least_float32, is_supported
 from jaxalign.tree.structure import Tree, check_table
 from jaxalign.types import Array, ArrayLike
 
@@ -89,7 +89,10 @@ def step_kl(tree: Tree, log_p: Array, log_q: Array) -> Array:
 def optimal_log_prob(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
     """The Gibbs optimum over responses, log pi*(y) = log pi_ref(y) + r(y)/beta − log Z, [M]."""
     check_table(tree, "reward", reward, "M")
-    return jax.nn.log_softmax(response_log_prob(tree, log_ref) + at_least_float32(reward) / beta)
+    log_base, reward = response_log_prob(tree, log_ref), at_least_float32(reward)
+    # Differences of the reward before the division: beside r/beta of 1e7 the base would be lost.
+    top = jnp.where(is_supported(log_base), jax.lax.stop_gradient(reward), -jnp.inf).max(axis=-1, keepdims=True)
+    return jax.nn.log_softmax(log_base + (reward - jnp.where(jnp.isfinite(top), top, 0)) / beta)
 
 
 def greedy_response(tree: Tree, log_policy: Array) -> int:

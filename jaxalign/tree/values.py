@@ -70,12 +70,18 @@ def soft_value(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) ->
 @jax.jit
 def tilted_policy(log_policy: Array, q: Array, *, beta: ArrayLike) -> Array:
     """One tilt in tables: log softmax_z(log pi(z|s) + q(s,z)/beta), [S,V]."""
-    return jax.nn.log_softmax(at_least_float32(log_policy) + at_least_float32(q) / beta)
+    log_policy, q = at_least_float32(log_policy), at_least_float32(q)
+    # Differences of q before the division: beside q/beta of 1e7 log_policy would be lost.
+    top = jnp.where(is_supported(log_policy), jax.lax.stop_gradient(q), -jnp.inf).max(axis=-1, keepdims=True)
+    return jax.nn.log_softmax(log_policy + (q - jnp.where(jnp.isfinite(top), top, 0)) / beta)
 
 
 def optimal_policy(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
     """The token-level factors [S,V] of the Gibbs optimum: pi*(z|s) = pi_ref(z|s)·exp((V_soft(sz) − V_soft(s))/beta)."""
-    q = q_values(tree, soft_value(tree, log_ref, reward, beta=beta), reward=reward)
+    # Less the largest reward that the base can reach: a soft value of 1e6 would know beta·log Z to a 16th alone.
+    top = jax.lax.stop_gradient(max_value(tree, log_ref, reward)[0])
+    below = at_least_float32(reward) - jnp.where(jnp.isfinite(top), top, 0)
+    q = q_values(tree, soft_value(tree, log_ref, below, beta=beta), reward=below)
     result: Array = tilted_policy(log_ref, q, beta=beta)
     return result
 
