@@ -27,6 +27,26 @@ def check_positive(name: str, value: ArrayLike) -> None:
         raise ValueError(f"{name}: expected a value > 0, found {np.asarray(value)}")
 
 
+def check_rng(rng: object, *, name: str = "rng", per_row: bool = False, hint: str = "") -> None:
+    """ValueError naming the argument unless rng is one jax key, of jax.random.key or uint32 data as of PRNGKey; with
+    per_row, an array [B] of them. Shape and dtype alone are looked at, so that a traced key passes; jax checks the
+    width of raw key data."""
+    rank = int(per_row)
+    shape, dtype = getattr(rng, "shape", None), getattr(rng, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        if shape is not None and len(shape) == rank:
+            return
+        found = f"an array of keys of shape {shape}"
+    elif dtype is not None and shape is not None:
+        if dtype == jnp.uint32 and len(shape) == rank + 1:
+            return
+        found = f"an array of shape {shape} and dtype {dtype}"
+    else:
+        found = repr(rng) if rng is None or isinstance(rng, int | float | str) else f"a {type(rng).__name__}"
+    expected = "a jax key per row, [B], as of jax.random.split" if per_row else "a jax key as of jax.random.key(0)"
+    raise ValueError(f"{name}: expected {expected}, found {found:.80}{hint}")
+
+
 class ParamsError(ValueError):
     """Params (or an entry of them) of the wrong form. `path` grows as the error leaves nested parts."""
 

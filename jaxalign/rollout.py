@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import is_supported, where_rows
-from jaxalign._checks import called, check_same_types, step_policy
+from jaxalign._checks import called, check_rng, check_same_types, step_policy
 from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, State, StepOutput
 
 _BLOCK = 128  # tokens per block of the two-level inverse CDF: about the square root of usual vocabularies
@@ -70,12 +70,14 @@ def is_eos(token: Array, eos_ids: tuple[int, ...]) -> Array:
 
 def step_key(rng: Array, t: ArrayLike) -> Array:
     """The key of the policy's step after token t of a rollout with key rng."""
+    check_rng(rng)
     return jax.random.fold_in(jax.random.fold_in(rng, t), _MOVE)
 
 
 def draw_rows(log_prob: Array, rng: Array, rows: Array) -> Array:
     """Token [B] of log_prob [B,V]; row b draws with rng folded with each number of rows[b] [B,m]. rng: consumed."""
-    keys = jnp.broadcast_to(rng, rows.shape[:1])
+    check_rng(rng)
+    keys = jnp.broadcast_to(rng, rows.shape[:1] + rng.shape)
     for i in range(rows.shape[1]):
         keys = jax.vmap(jax.random.fold_in)(keys, rows[:, i])
     return draw(log_prob, jax.vmap(lambda key: jax.random.uniform(key, dtype=log_prob.dtype))(keys))
@@ -205,6 +207,9 @@ def rollout(
     Returns:
       Rolled. A policy that has no distribution (NaN, as of a model whose cache is full) leaves NaN in log_prob and kl.
     """
+    check_rng(rng)
+    if step_rng is not None:
+        check_rng(step_rng, name="step_rng")
     batch = output.log_prob.shape[0]
     if rows is None:
         rows = jnp.stack([jnp.arange(batch), jnp.zeros(batch, jnp.int32)], axis=1)

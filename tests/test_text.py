@@ -312,7 +312,7 @@ def test_log_prob_of_texts_is_that_of_their_tokens(model, words):
         (r"eos_ids: expected ids in \[0, 11\)", ["a"], {"eos_ids": 11}),
         (r"chat_template_kwargs: expected chats among the prompts", ["a"], {"chat_template_kwargs": {"x": 1}}),
         (r"seed: expected None beside rng", ["a"], {"seed": 1, "rng": KEY}),
-        (r"rng: expected a key", ["a"], {"rng": 1}),
+        (r"rng: expected a jax key as of jax.random.key\(0\), found 1; seed= takes", ["a"], {"rng": 1}),
     ],
 )
 def test_bad_requests_are_named(match, items, options, model, words):

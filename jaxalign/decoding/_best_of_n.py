@@ -91,7 +91,16 @@ def best_of_n(
     if n % chunk:
         raise ValueError(f"chunk: expected a divisor of num_samples = {n}, found {chunk}")
     request = open_request(
-        policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, tokenizer=tokenizer, whole_responses=True
+        policy,
+        reward,
+        params,
+        rng,
+        prompts,
+        max_new_tokens,
+        eos_ids,
+        temperature,
+        tokenizer=tokenizer,
+        whole_responses=True,
     )
     host = rewards.on_host(request.reward)
     found: Decoded[BestOfNInfo] = _best_of_n(

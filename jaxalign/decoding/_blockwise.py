@@ -106,7 +106,8 @@ def blockwise(
     given = open_params(params, BlockwiseParams._fields)
     prompts = same_prompts(open_prompts(prompts, tokenizer))
     inner, scored = prompts_for(prompts, "policy"), prompts_for(prompts, "critic")
-    inner, max_new_tokens, ids = check_request(policy, given["policy"], inner, max_new_tokens, eos_ids, path=POLICY)
+    own = given["policy"]
+    inner, max_new_tokens, ids = check_request(policy, own, rng, inner, max_new_tokens, eos_ids, path=POLICY)
     check_below(critic, given["critic"], scored, max_new_tokens, "['critic']")
     tempered, policy_params, inner = with_temperature(policy, given["policy"], inner, temperature)
     both, arrays = {"policy": inner, "critic": scored}, {"policy": policy_params, "critic": given["critic"]}

@@ -144,6 +144,7 @@ def cards(
         policy,
         reward,
         given,
+        rng,
         prompts,
         max_new_tokens,
         eos_ids,

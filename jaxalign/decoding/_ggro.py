@@ -128,7 +128,8 @@ def ggro(
         raise ValueError("entropy_threshold: expected numbers, found NaN")
     prompts = same_prompts(open_prompts(prompts, tokenizer))
     inner, scored = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
-    inner, max_new_tokens, ids = check_request(policy, given["policy"], inner, max_new_tokens, eos_ids, path=POLICY)
+    own = given["policy"]
+    inner, max_new_tokens, ids = check_request(policy, own, rng, inner, max_new_tokens, eos_ids, path=POLICY)
     score = None if reward is None else open_reward(reward, tokenizer)
     if score is not None:
         check_reward(score, given["reward"], scored, max_new_tokens, policy.vocab_size)

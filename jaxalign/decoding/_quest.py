@@ -137,6 +137,7 @@ def quest(
         policy,
         reward,
         params,
+        rng,
         prompts,
         max_new_tokens,
         eos_ids,

@@ -104,7 +104,16 @@ def rejection(
     """
     names = RejectionParams._fields[2:]
     request = open_request(
-        policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, per_prompt=names, tokenizer=tokenizer
+        policy,
+        reward,
+        params,
+        rng,
+        prompts,
+        max_new_tokens,
+        eos_ids,
+        temperature,
+        per_prompt=names,
+        tokenizer=tokenizer,
     )
     found, highest = _run(request, rng, max_tries, chunk, _exponential, False)
     bound = request.params["bound"]
@@ -152,7 +161,16 @@ def first_above(
     """
     names = FirstAboveParams._fields[2:]
     request = open_request(
-        policy, reward, params, prompts, max_new_tokens, eos_ids, temperature, per_prompt=names, tokenizer=tokenizer
+        policy,
+        reward,
+        params,
+        rng,
+        prompts,
+        max_new_tokens,
+        eos_ids,
+        temperature,
+        per_prompt=names,
+        tokenizer=tokenizer,
     )
     return _run(request, rng, max_tries, chunk, _above, True)[0]
 

@@ -66,7 +66,7 @@ def sample(
     """
     n = None if num_samples is None else count("num_samples", num_samples)
     prompts = open_prompts(prompts, tokenizer)
-    prompts, max_new_tokens, ids = check_request(policy, params, prompts, max_new_tokens, eos_ids)
+    prompts, max_new_tokens, ids = check_request(policy, params, rng, prompts, max_new_tokens, eos_ids)
     policy, params, prompts = with_temperature(policy, params, prompts, temperature)
     drawn: Completions = _sample(policy, drop_weak_types(params), rng, prompts, max_new_tokens, ids, n)
     return drawn
@@ -136,7 +136,7 @@ def log_prob(
         eos_ids = ()
     _check_types(tokens, mask)
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
-    prompts, _, ids = check_request(policy, params, open_prompts(prompts, None), tokens.shape[1], eos_ids)
+    prompts, _, ids = check_request(policy, params, rng, open_prompts(prompts, None), tokens.shape[1], eos_ids)
     if tokens.shape[0] != any_prompts(prompts).tokens.shape[0]:
         raise ValueError(
             f"tokens: expected one response per prompt, {any_prompts(prompts).tokens.shape[0]}, found {tokens.shape[0]}"

@@ -128,6 +128,7 @@ def smc(
         policy,
         reward,
         given,
+        rng,
         prompts,
         max_new_tokens,
         eos_ids,

@@ -15,7 +15,15 @@ import numpy as np
 from jaxalign import mdp, policies, rewards
 from jaxalign._arrays import drop_weak_types, per_row
 from jaxalign._builders import cached
-from jaxalign._checks import check_below, check_positive, is_concrete, named_entries, run_check, same_prompts
+from jaxalign._checks import (
+    check_below,
+    check_positive,
+    check_rng,
+    is_concrete,
+    named_entries,
+    run_check,
+    same_prompts,
+)
 from jaxalign.prompts import any_prompts, prompt_batch, prompt_index, prompts_for
 from jaxalign.rewards.models import TokenScore
 from jaxalign.rewards.values import function_name
@@ -75,6 +83,7 @@ def open_request(
     policy: Policy,
     reward: Reward | TextReward,
     params: Params,
+    rng: Array,
     prompts: Prompts,
     max_new_tokens: int,
     eos_ids: EosIds,
@@ -105,7 +114,8 @@ def open_request(
     inner, scored = prompts_for(prompts, "policy"), prompts_for(prompts, "reward")
     if "beta" in per_prompt:
         check_positive("beta", number("beta", given["beta"]))
-    inner, max_new_tokens, eos_ids = check_request(policy, given["policy"], inner, max_new_tokens, eos_ids, path=POLICY)
+    own = given["policy"]
+    inner, max_new_tokens, eos_ids = check_request(policy, own, rng, inner, max_new_tokens, eos_ids, path=POLICY)
     check_reward(reward, given["reward"], scored, max_new_tokens, policy.vocab_size)
     tempered, policy_params, inner = with_temperature(policy, given["policy"], inner, temperature)
     batch = prompt_index(scored).shape[0]
@@ -117,7 +127,14 @@ def open_request(
 
 
 def check_request(
-    policy: Policy, params: Params, prompts: Prompts, max_new_tokens: int, eos_ids: EosIds, *, path: str = ""
+    policy: Policy,
+    params: Params,
+    rng: Array,
+    prompts: Prompts,
+    max_new_tokens: int,
+    eos_ids: EosIds,
+    *,
+    path: str = "",
 ) -> tuple[Prompts, int, tuple[int, ...]]:
     """The checks that every decoder makes of its policy.
 
@@ -136,6 +153,7 @@ def check_request(
     ids = open_eos_ids(policy, eos_ids)
     prompts = same_prompts(prompts)
     check_below(policy, params, prompts, max_new_tokens, path)
+    check_rng(rng)
     return prompts, max_new_tokens, ids
 
 

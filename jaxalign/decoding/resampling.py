@@ -13,6 +13,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxalign._checks import check_rng
 from jaxalign.types import Array
 
 __all__ = [
@@ -113,6 +114,7 @@ def residual(rng: Array, log_weight: Array) -> Array:
 
 
 def _uniform(rng: Array, *shape: int) -> Array:
+    check_rng(rng, per_row=True)
     return jax.vmap(lambda key: jax.random.uniform(key, shape))(rng)
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxalign import _progress, decoding
+from jaxalign._checks import check_rng
 from jaxalign.evaluation import results
 from jaxalign.evaluation.loading import Scorer, program_errors
 from jaxalign.evaluation.records import add_coherence, check_finite, on_host, record_of
@@ -104,6 +105,7 @@ def batches(ids: list[list[int]], *, batch_size: int, mesh: str) -> list[Batch]:
 
 def decode_batch(method: Method, rng: Array, prompts: TokenBatch) -> Drawn:
     """Decodes one batch by one method."""
+    check_rng(rng)
     return method.draw(rng, prompts)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._arrays import at_least_float32
-from jaxalign._checks import is_concrete
+from jaxalign._checks import check_rng, is_concrete
 from jaxalign.infalign.procedures import Procedure
 from jaxalign.types import Array, ArrayLike
 
@@ -197,6 +197,7 @@ def sampled_win_rate(
     approximation). log_prob, log_base [M], normalised or not; rng: consumed. ValueError for pairs < 2 or n < 1."""
     if pairs < 2 or n < 1:
         raise ValueError(f"pairs, n: expected at least 2 and 1, found {pairs} and {n}")
+    check_rng(rng)
     ranks = jnp.asarray(rank)
 
     def kept(rng: Array, log_law: Any) -> Array:

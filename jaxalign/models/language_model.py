@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxalign import mdp
-from jaxalign._checks import is_concrete
+from jaxalign._checks import check_rng, is_concrete
 from jaxalign.models import cache as caches
 from jaxalign.models import checks
 from jaxalign.models.attention import pack_segments
@@ -120,6 +120,7 @@ class LanguageModel:
         Args:
           rng: a key; consumed.
         """
+        check_rng(rng)
         return _init(self, rng)
 
     @property
@@ -136,6 +137,7 @@ class LanguageModel:
         Raises:
           ValueError: a model without a head.
         """
+        check_rng(rng)
         hidden = jnp.zeros((1, self.config.hidden_size), jnp.dtype(self.dtype))
         return self._head_module.init(rng, hidden)["params"]
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from jaxalign._arrays import at_least_float32
+from jaxalign._checks import check_rng
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.types import Array, Params
 
@@ -61,7 +62,6 @@ class Lora:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def init(rng: Array, lm: LanguageModel, spec: Lora) -> Params:
     """A new adapter: a uniform within ±1/sqrt(in) (Kaiming's, as peft draws it), b zero, so that it changes nothing.
 
@@ -74,8 +74,15 @@ def init(rng: Array, lm: LanguageModel, spec: Lora) -> Params:
       The adapter's tree, in the model's dtype.
 
     Raises:
-      ValueError: a rank above a projection's smaller side.
+      ValueError: a rank above a projection's smaller side, or an rng that is no key.
     """
+    check_rng(rng)
+    adapter: Params = _init(rng, lm, spec)
+    return adapter
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _init(rng: Array, lm: LanguageModel, spec: Lora) -> Params:
     places = [f"layer_{i}/{TARGETS[name]}" for i in range(lm.config.num_layers) for name in spec.targets]
     kernels = kernel_shapes(jax.eval_shape(lm.init, jax.random.key(0)))
     flat = {}

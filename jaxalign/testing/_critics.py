@@ -178,7 +178,7 @@ def check_critic(
         raise ValueError(f"num_candidates: expected 2 to {vocab}, found {num_candidates}")
     _laws.assert_hashable("critic", critic)
     policy = random_policy(vocab) if policy is None else policy
-    below = Compiled(policy, jax.random.key(0) if rng is None else rng, max_new_tokens)
+    below = Compiled(policy, _laws.opened_rng(rng), max_new_tokens)
     made = _Scorer(critic, below, policy_params)
     check = _Checks(made, params, prompts, batch, rtol, atol)
     check.forms()

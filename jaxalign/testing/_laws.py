@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._checks import LawError, entries_of, same_prompts
+from jaxalign._checks import LawError, check_rng, entries_of, same_prompts
 from jaxalign.prompts import any_prompts
 from jaxalign.types import Array, Params, Prompts, TokenBatch
 
@@ -165,6 +165,14 @@ def opened(prompts: Prompts) -> Prompts:
     if any_prompts(prompts).tokens.shape[0] < 2:
         raise ValueError("prompts: expected at least two, so that rows can be mixed, found one")
     return prompts
+
+
+def opened_rng(rng: Array | None) -> Array:
+    """The key, or key 0 for None. ValueError for what is no key."""
+    if rng is None:
+        return jax.random.key(0)
+    check_rng(rng)
+    return rng
 
 
 def each_batch(change: Callable[[TokenBatch], TokenBatch], prompts: Prompts) -> Prompts:

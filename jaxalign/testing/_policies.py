@@ -127,7 +127,7 @@ def check_policy(
         raise ValueError(f"max_new_tokens: expected at least 3, found {max_new_tokens}")
     prompts = _laws.opened(prompts)
     _laws.assert_hashable("policy", policy)
-    run = Compiled(policy, jax.random.key(0) if rng is None else rng, max_new_tokens)
+    run = Compiled(policy, _laws.opened_rng(rng), max_new_tokens)
     close = _Close(rtol, atol)
     tokens = _check_walk(run, params, prompts, close)
     _check_per_prompt(run, params, prompts, tokens, per_prompt, close)

@@ -47,7 +47,7 @@ def check_reward(
         raise ValueError(f"max_new_tokens: expected at least 2, found {max_new_tokens}")
     prompts = _laws.opened(prompts)
     size, index = prompts.tokens.shape[0], prompt_index(prompts)
-    key = jax.random.key(0) if rng is None else rng
+    key = _laws.opened_rng(rng)
     responses = jax.random.randint(key, (size, max_new_tokens), 0, vocab_size, jnp.int32)
     # Rows of each length, from T down to 1.
     real = jnp.arange(max_new_tokens) < max_new_tokens - jnp.arange(size)[:, None] % max_new_tokens

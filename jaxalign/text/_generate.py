@@ -115,7 +115,7 @@ def generate(
 
     parts, found = [], list(batches(sequences, batch_size))
     for batch in found:  # all of them before the first is drawn
-        check_request(policy, params, batch.prompts, max_new_tokens, ends)
+        check_request(policy, params, key, batch.prompts, max_new_tokens, ends)
     for batch in found:
         here = heat if np.ndim(heat) == 0 else jnp.asarray(np.asarray(heat)[batch.source])
         if stream is None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxalign import models
+from jaxalign._checks import check_rng
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Messages, TextFormat, Tokenizer, encode_prompt, text_format
 from jaxalign.types import Array, TokenBatch
@@ -81,8 +82,7 @@ def key_of(rng: Array | None, seed: int | None) -> Array:
         return jax.random.key(0 if seed is None else seed)
     if seed is not None:
         raise ValueError(f"seed: expected None beside rng, found {seed!r}")
-    if isinstance(rng, int):
-        raise ValueError(f"rng: expected a key of jax.random.key, found {rng!r}; seed= takes an integer")
+    check_rng(rng, hint="; seed= takes an integer")
     return rng
 
 

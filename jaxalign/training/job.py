@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from jaxalign import _io, models, training
+from jaxalign._checks import check_rng
 from jaxalign.data import batches, encoded, preferences
 from jaxalign.data.text_options import TextOptions, format_of
 from jaxalign.models import sharding
@@ -144,8 +145,9 @@ def replace_head(
       The model and its parameters.
 
     Raises:
-      ValueError: a language model is to be made of a classifier, which has no lm_head.
+      ValueError: a language model is to be made of a classifier, which has no lm_head; an rng that is no key.
     """
+    check_rng(rng)
     new = models.with_head(lm, head)
     if new.has_lm_head and not lm.has_lm_head:
         raise ValueError("model: expected a language model, found a sequence classifier without lm_head")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxalign import advantages, decoding, gibbs, losses, models
 from jaxalign._arrays import at_least_float32, repeat_rows
 from jaxalign._builders import cached
+from jaxalign._checks import check_rng
 from jaxalign.training.objectives import cast
 from jaxalign.training.protocols import PolicyModel, TextModel
 from jaxalign.training.step import Loss, LossAux
@@ -318,11 +319,12 @@ def split(rows: Any, rng: Array, *, minibatches: int, accumulate: int) -> list[A
       The batches, leaves [A,b,...].
 
     Raises:
-      ValueError: minibatches x accumulate does not divide R.
+      ValueError: minibatches x accumulate does not divide R, or an rng that is no key.
     """
     count = rows["mask"].shape[0]
     if count % (minibatches * accumulate):
         raise ValueError(f"minibatches: expected minibatches x accumulate to divide {count} responses")
+    check_rng(rng)
     if minibatches == 1 and accumulate == 1:
         return [jax.tree.map(lambda x: x[None], rows)]
     return list(_split(rows, rng, minibatches, accumulate))

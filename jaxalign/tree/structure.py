@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign._checks import check_rng
 from jaxalign.types import Array, ArrayLike
 
 
@@ -133,6 +134,7 @@ def check_table(tree: Tree, name: str, table: ArrayLike, axes: str) -> None:
 
 def random(rng: Array, tree: Tree, *, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Array, Array]:
     """(log_policy [S,V] = log_softmax of N(0,1) logits, reward [M] ~ N(0,1)). rng: consumed."""
+    check_rng(rng)
     base, paid = jax.random.split(rng)
     logits = jax.random.normal(base, (tree.num_states, tree.vocab_size), dtype)
     return jax.nn.log_softmax(logits), jax.random.normal(paid, (tree.num_responses,), dtype)
