@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxalign import mdp
 from jaxalign._checks import check_rng, is_concrete
 from jaxalign.models import cache as caches
-from jaxalign.models import checks
+from jaxalign.models import checks, sharding
 from jaxalign.models.attention import pack_segments
 from jaxalign.models.cache import Cache, KeyValue
 from jaxalign.models.config import Config, Head
@@ -60,19 +60,23 @@ class LanguageModel:
       dtype: of parameters, activations and caches, in any form that jax takes; it is kept by its name: "float32",
         "bfloat16", "float16" or (under jax.enable_x64) "float64". Norms, softmax, logits and heads come out in at least
         float32.
+      mesh: the devices that the parameters lie on (`sharding.shard`): weights and logits are then held where the table
+        of logical axes says, rows over data and fsdp. None: one device, or where the partitioner guesses.
 
     Raises:
-      ValueError: another dtype, or a config that is not a `Config`.
+      ValueError: another dtype or mesh, or a config that is not a `Config`.
     """
 
     config: Config
     dtype: DTypeLike = "float32"
+    mesh: jax.sharding.Mesh | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config):
             raise ValueError(f"config: expected a models.Config, found {type(self.config).__name__}")
         # By name: equal models are then equal and hash alike, however the dtype was written.
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        sharding.check_mesh(self.mesh)
 
     @property
     def vocab_size(self) -> int:
@@ -106,7 +110,7 @@ class LanguageModel:
 
     @property
     def _module(self) -> Transformer:
-        return Transformer(self.config, jnp.dtype(self.dtype))
+        return Transformer(self.config, jnp.dtype(self.dtype), self.mesh)
 
     @property
     def _head_module(self) -> HeadModule:

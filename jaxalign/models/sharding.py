@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxalign.types import Array
+
 T = TypeVar("T")
 Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 
@@ -99,7 +101,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules =
     spec = []
     for name, size in zip(names, shape, strict=True):
         axes = () if name is None else present_axes(mesh, rules.get(name))
-        devices = math.prod(mesh.shape[axis] for axis in axes)
+        devices = size_of(mesh, axes)
         if size % devices and name in REPLICATED_WHERE_ODD:
             where = re.sub(r"layer_\d+", "layer_*", path)
             _tell_once(
@@ -123,6 +125,16 @@ def present_axes(mesh: Mesh, rule: str | tuple[str, ...] | None) -> tuple[str, .
     """The axes of a rule that a mesh has, those of one device left out."""
     names = (rule,) if isinstance(rule, str) else rule or ()
     return tuple(name for name in names if mesh.shape.get(name, 1) > 1)
+
+
+def size_of(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    """The number of devices along some axes."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def is_split(mesh: Mesh | None, axis: str) -> bool:
+    """Whether an axis of a mesh has several devices."""
+    return mesh is not None and mesh.shape.get(axis, 1) > 1
 
 
 def named_sizes(mesh: Mesh, axes: tuple[str, ...]) -> str:
@@ -190,6 +202,26 @@ def constrain(tree: T, mesh: Mesh | None, rules: Rules = RULES) -> T:
     return held
 
 
+def hold(x: Array, mesh: Mesh | None, *names: str | None, gather: tuple[str, ...] = ()) -> Array:
+    """An array of a traced function with each axis where the rules say, which the partitioner else has to guess.
+
+    Args:
+      x: the array.
+      mesh: None: x is given back.
+      names: the logical name of each axis; None is not split. An axis that does not divide is left to the partitioner.
+      gather: mesh axes over which the array is put together, as a layer's weights are from their shards.
+    """
+    if mesh is None:
+        return x
+    spec: list[Any] = []
+    for name, size in zip(names, x.shape, strict=True):
+        axes = tuple(a for a in present_axes(mesh, None if name is None else RULES[name]) if a not in gather)
+        divides = size % size_of(mesh, axes) == 0
+        spec.append((axes or None) if divides else PartitionSpec.UNCONSTRAINED)
+    held: Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    return held
+
+
 def batch_sharding(mesh: Mesh, *, ahead: int = 0) -> NamedSharding:
     """Arrays whose rows are shared by the data and fsdp axes; `ahead` axes come before that of the rows."""
     spec = PartitionSpec(*(None,) * ahead, present_axes(mesh, RULES["batch"]))  # type: ignore[no-untyped-call, unused-ignore]
@@ -198,7 +230,7 @@ def batch_sharding(mesh: Mesh, *, ahead: int = 0) -> NamedSharding:
 
 def row_devices(mesh: Mesh | None) -> int:
     """Among how many devices the rows of a batch are divided: data × fsdp."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in present_axes(mesh, RULES["batch"]))
+    return 1 if mesh is None else size_of(mesh, present_axes(mesh, RULES["batch"]))
 
 
 def check_rows_divide(mesh: Mesh | None, rows: int, *, name: str) -> None:

@@ -14,11 +14,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxalign._arrays import NEGATIVE, at_least_float32
+from jaxalign.models import sharding
 from jaxalign.models.attention import PackedSegments, attend, rotate, wide_einsum, zero_invalid
 from jaxalign.models.cache import KeyValue, write_slot
 from jaxalign.models.config import Config
+from jaxalign.models.embedding import look_up
 from jaxalign.types import Array
 
 
@@ -46,6 +49,7 @@ class Projection(nn.Module):
     features: tuple[int, ...]
     use_bias: bool
     dtype: Any
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x: Array, start: int = 0, stop: int | None = None) -> Array:
@@ -57,8 +61,10 @@ class Projection(nn.Module):
 
         shape = (x.shape[-1], *self.features)
         kernel = part(self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)).astype(self.dtype)
+        axes = sharding.logical_axes("/".join(("transformer", *self.path, "kernel")))
+        kernel = sharding.hold(kernel, self.mesh, *axes, gather=("fsdp",))
         x = x.astype(self.dtype)
-        y = by_rows(lambda flat: columns_of(flat, kernel), x)
+        y = by_rows(lambda flat: columns_of(flat, kernel, split=sharding.is_split(self.mesh, "tensor")), x)
         if self.use_bias:
             bias: Array = self.param("bias", nn.initializers.zeros, (math.prod(self.features),), self.dtype)
             y += part(bias.reshape(self.features)).astype(self.dtype)
@@ -67,8 +73,11 @@ class Projection(nn.Module):
         return y + low_rank(x, self.get_variable("lora", "a"), part(self.get_variable("lora", "b")))
 
 
-def columns_of(x: Array, kernel: Array) -> Array:
-    """x [N,D] times W [D, *out]: [N, *out], as one product of two matrices."""
+def columns_of(x: Array, kernel: Array, *, split: bool) -> Array:
+    """x [N,D] times W [D, *out]: [N, *out], as one product of two matrices; split: whether an axis of `out` may be, of
+    which a matrix would have to be put together first. (On a CPU the product without reshaping transposes W.)"""
+    if split:
+        return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())))
     return (x @ kernel.reshape(kernel.shape[0], math.prod(kernel.shape[1:]))).reshape(x.shape[0], *kernel.shape[1:])
 
 
@@ -116,12 +125,13 @@ class Attention(nn.Module):
     config: Config
     window: int | None
     dtype: Any
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         c = self.config
         self.group = c.num_heads // c.num_kv_heads
-        self.qkv = Projection((c.num_kv_heads, self.group + 2, c.head_dim), c.qkv_bias, self.dtype)
-        self.out = Projection((c.hidden_size,), c.out_bias, self.dtype)
+        self.qkv = Projection((c.num_kv_heads, self.group + 2, c.head_dim), c.qkv_bias, self.dtype, self.mesh)
+        self.out = Projection((c.hidden_size,), c.out_bias, self.dtype, self.mesh)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.norm_eps, self.dtype)
             self.k_norm = RMSNorm(c.norm_eps, self.dtype)
@@ -238,14 +248,15 @@ class Layer(nn.Module):
     config: Config
     window: int | None
     dtype: Any
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         c = self.config
         self.attention_norm = RMSNorm(c.norm_eps, self.dtype)
-        self.attention = Attention(c, self.window, self.dtype)
+        self.attention = Attention(c, self.window, self.dtype, self.mesh)
         self.mlp_norm = RMSNorm(c.norm_eps, self.dtype)
-        self.gate_up = Projection((2, c.intermediate_size), c.mlp_bias, self.dtype)
-        self.down = Projection((c.hidden_size,), c.mlp_bias, self.dtype)
+        self.gate_up = Projection((2, c.intermediate_size), c.mlp_bias, self.dtype, self.mesh)
+        self.down = Projection((c.hidden_size,), c.mlp_bias, self.dtype, self.mesh)
 
     def mlp(self, x: Array) -> Array:
         both = self.gate_up(self.mlp_norm(x))
@@ -276,13 +287,14 @@ class Transformer(nn.Module):
 
     config: Config
     dtype: Any
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         c = self.config
         self.embedding = self.param(
             "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype
         )
-        self.layers = [Layer(c, c.window(i), self.dtype, name=f"layer_{i}") for i in range(c.num_layers)]
+        self.layers = [Layer(c, c.window(i), self.dtype, self.mesh, name=f"layer_{i}") for i in range(c.num_layers)]
         self.norm = RMSNorm(c.norm_eps, self.dtype)
         if not c.tie_embeddings and not (c.head is not None and c.head.kind == "reward"):
             self.lm_head = self.param(
@@ -290,7 +302,7 @@ class Transformer(nn.Module):
             )
 
     def embed(self, tokens: Array) -> Array:
-        return jnp.take(self.embedding, tokens, axis=0)
+        return look_up(self.embedding, tokens, self.mesh)
 
     def __call__(self, x: Array, mask: Array, at: Array | None = None) -> tuple[Array, list[KeyValue]]:
         """x [B,L,D] embeddings, mask [B,L] -> (hidden [B,L,D], keys and values per layer [B,Hkv,L,hd]).
@@ -336,5 +348,9 @@ class Transformer(nn.Module):
     def logits(self, hidden: Array) -> Array:
         """[...,D] -> [...,V] in at least float32."""
         if self.config.tie_embeddings:
-            return by_rows(lambda flat: wide_einsum("nd,vd->nv", flat, self.embedding), hidden)
-        return by_rows(lambda flat: wide_einsum("nd,dv->nv", flat, self.lm_head), hidden)
+            embedding = sharding.hold(self.embedding, self.mesh, "vocab", "embed", gather=("fsdp",))
+            logits = by_rows(lambda flat: wide_einsum("nd,vd->nv", flat, embedding), hidden)
+        else:
+            lm_head = sharding.hold(self.lm_head, self.mesh, "embed", "vocab", gather=("fsdp",))
+            logits = by_rows(lambda flat: wide_einsum("nd,dv->nv", flat, lm_head), hidden)
+        return sharding.hold(logits, self.mesh, "batch", *(None,) * (logits.ndim - 2), "vocab")

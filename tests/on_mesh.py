@@ -1,0 +1,98 @@
+"""What eight simulated devices give beside one: run as a process of its own by test_mesh.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import models, training
+from jaxalign.models import sharding
+
+MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
+CONFIG = models.Config(
+    vocab_size=32,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=4,
+    intermediate_size=24,
+    max_length=64,
+    eos_ids=(0,),
+    qkv_bias=True,
+    mlp_bias=True,
+)
+TOKENS = jax.random.randint(jax.random.key(1), (8, 12), 1, 32)
+
+
+def build(head: models.Head | None = None, seed: int = 0, **changes: Any) -> tuple[models.LanguageModel, Any]:
+    """A model with weights large enough that the next-token distribution is far from uniform."""
+    config = models.Config(**{**vars(CONFIG), "head": head, **changes})
+    lm = models.LanguageModel(config)
+    return lm, jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, lm.init(jax.random.key(seed)))
+
+
+def on(mesh: Any, lm: models.LanguageModel, params: Any) -> tuple[models.LanguageModel, Any]:
+    """The model on a mesh."""
+    return models.LanguageModel(lm.config, lm.dtype, mesh), sharding.shard(params, mesh)
+
+
+def close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, expected)
+
+
+def loss_of(lm: models.LanguageModel) -> Callable[..., Any]:
+    def loss(params: Any, batch: Any, frozen: Any) -> Any:
+        del frozen
+        hidden = lm.hidden(params, batch["tokens"])[:, :-1]
+        log_prob = models.token_log_prob(lm, params, hidden, batch["tokens"][:, 1:], chunk=5)
+        return -log_prob.mean(), training.LossAux(jnp.float32(1), {})
+
+    return loss
+
+
+def gradient_of(lm: models.LanguageModel) -> Callable[..., Any]:
+    return jax.jit(jax.value_and_grad(lambda params, tokens: loss_of(lm)(params, {"tokens": tokens}, None)[0]))
+
+
+def steps_of(lm: models.LanguageModel) -> Callable[..., Any]:
+    """A prefill, two steps and four candidates: all logits."""
+
+    def both(params: Any, tokens: Any) -> Any:
+        hidden, cache = lm.prefill(params, tokens[:, :8], tokens[:, :8] > 3, 12)
+        found = [lm.logits(params, hidden)]
+        for i in range(2):
+            hidden, cache = lm.step(params, cache, tokens[:, 8 + i])
+            found.append(lm.logits(params, hidden))
+        hidden, entries = lm.candidates(params, cache, tokens[:, 4:8])
+        cache = lm.commit(cache, entries, tokens[:, 0] % 4)
+        return found, lm.logits(params, hidden), cache.length
+
+    return jax.jit(both)
+
+
+def check_model(spec: str) -> None:
+    """Log-probabilities, gradients by all parameters, a prefill and steps against the cache are those of one device."""
+    mesh = sharding.make_mesh(spec)
+    for changes in ({}, {"tie_embeddings": True, "num_kv_heads": 2}):
+        lm, params = build(**changes)
+        placed_lm, placed = on(mesh, lm, params)
+        tokens = jax.device_put(TOKENS, sharding.batch_sharding(mesh))
+        close(gradient_of(placed_lm)(placed, tokens), gradient_of(lm)(params, TOKENS))
+        close(steps_of(placed_lm)(placed, tokens), steps_of(lm)(params, TOKENS))
+        one = TOKENS[:1]  # rows that do not divide are on each device
+        close(steps_of(placed_lm)(placed, one), steps_of(lm)(params, one))
+        odd = TOKENS.at[0, 0].set(32)  # as on one device, an id beyond the table gives NaN
+        found = placed_lm.embed(placed, odd)
+        assert np.isnan(found[0, 0]).all()
+        assert not np.isnan(found[1:]).any()
+        close(found[1:], lm.embed(params, odd)[1:])
+
+
+def main() -> None:
+    for spec in MESHES:
+        check_model(spec)
