@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _io, commands, decoding, metrics, policies, tree
+from jaxalign import _hosts, _io, commands, decoding, metrics, policies, tree
 from jaxalign.evaluation.exact_laws import METHODS, Point, critic_tables, exact_law, plot, print_table
 from jaxalign.types import Array
 
@@ -65,6 +65,7 @@ def check(config: Config) -> None:
 
 def run(config: Config) -> list[Point]:
     """All points; the table is printed, results.json and frontier.png are written."""
+    _hosts.check_single("eval.demo")
     check(config)
     t = tree.Tree(config.vocab, config.horizon, eos_id=0)
     out = _io.open_run(config.out, config)

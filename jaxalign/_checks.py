@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import _hosts
 from jaxalign.prompts import any_prompts, prompts_for
 from jaxalign.types import Array, ArrayLike, Critic, HostCheck, Params, Policy, Prompts, State, StepOutput, TokenBatch
 
@@ -17,8 +18,14 @@ Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 
 def is_concrete(*trees: Any) -> bool:
-    """True when no leaf is a tracer, so that values can be checked on the host."""
-    return not any(isinstance(leaf, jax.core.Tracer) for tree in trees for leaf in jax.tree.leaves(tree))
+    """True when values can be checked on the host: no leaf is a tracer, nor an array that lies across processes."""
+    leaves = [leaf for tree in trees for leaf in jax.tree.leaves(tree)]
+    return not any(isinstance(leaf, jax.core.Tracer) or _hosts.is_spread(leaf) for leaf in leaves)
+
+
+def is_traced(*trees: Any) -> bool:
+    """True when a leaf is a tracer: the caller is under jit."""
+    return any(isinstance(leaf, jax.core.Tracer) for tree in trees for leaf in jax.tree.leaves(tree))
 
 
 def check_positive(name: str, value: ArrayLike) -> None:

@@ -13,14 +13,17 @@ from typing import Any
 
 import jax
 
-from jaxalign import _options
+from jaxalign import _hosts, _options
 
 PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """Indented JSON under a temporary name, then renamed. ValueError for NaN and infinities, which are not JSON."""
+    """Indented JSON under a temporary name, then renamed; of several processes the first writes. ValueError for NaN and
+    infinities, which are not JSON."""
     text = json.dumps(values, indent=2, default=str, allow_nan=False)
+    if not _hosts.is_first():
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text + "\n")
     temporary.replace(path)
@@ -43,20 +46,41 @@ def open_run(folder: str | os.PathLike[str], config: Any, *, inputs: Sequence[st
 
     Raises:
       ValueError: the folder holds a run with another value of an option (it is named), or one whose inputs have changed
-        (the file is named), or files but no config.json.
+        (the file is named), or files but no config.json; of several processes, one that does not see the folder of the
+        first, or has other options.
     """
     out = pathlib.Path(folder)
-    values = _as_json(_options.flat(config))
-    stored = out / "config.json"
+    return _hosts.first_then_others(lambda: _open(out, config, inputs), lambda: _opened(out, config))
+
+
+def _opened(out: pathlib.Path, config: Any) -> pathlib.Path:
+    """The run folder that the first process has opened."""
+    if not (out / "config.json").exists():
+        raise ValueError(
+            f"out: expected a folder that all {_hosts.count()} processes share, found no config.json of process 0 in "
+            f"{out} on process {_hosts.index()} ({platform.node()})"
+        )
+    _check_options(out, config)
+    return out
+
+
+def _check_options(out: pathlib.Path, config: Any) -> None:
+    """ValueError where the run of a folder has another value of an option."""
+    stored, values = out / "config.json", _as_json(_options.flat(config))
+    options, found = type(config), json.loads(stored.read_text())
+    before = _as_json(_options.defaults(options)) | _options.flat_values(options, found, where=str(stored))
+    for name in sorted((set(values) | set(before)) - {"config", "out"}):
+        if before.get(name) != values.get(name):
+            raise ValueError(
+                f"{name}: expected {before.get(name)!r} of the run in {out}, found {values.get(name)!r}; "
+                "name another --out, or remove that folder"
+            )
+
+
+def _open(out: pathlib.Path, config: Any, inputs: Sequence[str]) -> pathlib.Path:
+    values, stored = _as_json(_options.flat(config)), out / "config.json"
     if stored.exists():
-        options, found = type(config), json.loads(stored.read_text())
-        before = _as_json(_options.defaults(options)) | _options.flat_values(options, found, where=str(stored))
-        for name in sorted((set(values) | set(before)) - {"config", "out"}):
-            if before.get(name) != values.get(name):
-                raise ValueError(
-                    f"{name}: expected {before.get(name)!r} of the run in {out}, found {values.get(name)!r}; "
-                    "name another --out, or remove that folder"
-                )
+        _check_options(out, config)
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"out: expected a new or empty folder, or one of this run, found files in {out}")
     stamps, known = _stamps(inputs), out / "inputs.json"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from jaxalign import _hosts
+
 
 class _Lines:
     """A stream that ends each of tqdm's redrawn lines: a pipe or a log file keeps them all."""
@@ -22,12 +24,14 @@ class _Lines:
 
 
 def progress(stage: str, total: int, *, initial: int = 0, unit: str = "it") -> Any:
-    """A tqdm bar on stderr: stage, count, rate and ETA. Redrawn on a terminal; elsewhere one line every ten seconds."""
+    """A tqdm bar on stderr: stage, count, rate and ETA. Redrawn on a terminal; elsewhere one line every ten seconds.
+    Of several processes the first shows its own."""
     from tqdm import tqdm  # a bar alone needs it: importing the library does not load it
 
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
+        disable=not _hosts.is_first(),
         initial=initial,
         desc=stage,
         unit=unit,

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 from jaxalign import launch
 from jaxalign._options import from_fields, parse
 from jaxalign._version import __version__
+from jaxalign.launch import processes
 
 if TYPE_CHECKING:
     from tyro.conf import UseAppendAction as Repeated
@@ -109,6 +111,8 @@ def choose(package: str, arguments: Sequence[str] | None = None) -> Any:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     inside = package.startswith(launch.__name__)
     prog = f"jaxalign {package.rpartition('.')[2]}" if inside else f"python -m {package}"
+    if processes.label():
+        raise ValueError(f"processes: expected one process for {prog}, found several")
     found = jobs(package)
     if not arguments or arguments[0] in ("-h", "--help"):
         text = f"usage: {prog} NAME [options]\n\n{_spoken(_group(package).__doc__ or '', prog)}\n{_listed(found)}"
@@ -165,7 +169,8 @@ def jobs(package: str) -> dict[str, str]:
 def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a program's `main` on its arguments and ends the process.
 
-    An error is one line on stderr; --debug, anywhere among the arguments, shows the traceback as well. A warning, which
+    The words about processes (`launch.processes`) are taken out, and these are joined before `main` runs. An error is
+    one line on stderr; --debug, anywhere among the arguments, shows the traceback as well. A warning, which
     tells what was passed over or cut, is one line too. Exit codes: 0;
     2 for usage (a ValueError, which names what is wrong with an option or an input); 1 for a run that failed otherwise;
     130 after an interrupt; 141 where the reader of stdout has gone.
@@ -175,7 +180,9 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
-            main([word for word in given if word != "--debug"])
+            joined, rest = processes.take([word for word in given if word != "--debug"])
+            processes.start(joined)
+            main(rest)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -190,9 +197,20 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         words = " ".join(words.split()) if usage else next(iter(words.strip().splitlines()), "")
         kind = "" if usage else f"{type(error).__name__}: "
         hint = "" if debug else " (--debug shows the traceback)"
-        print(f"error: {kind}{words}{hint}", file=sys.stderr)
-        sys.exit(USAGE if usage else FAILED)
+        print(f"error: {processes.label()}{kind}{words}{hint}", file=sys.stderr)
+        _end(USAGE if usage else FAILED)
     sys.exit(0)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends a process that failed. One of several leaves the others a second for their own line and does not say
+    goodbye: jax would wait for them, and they for this one; once it is gone, they end as well."""
+    if processes.label():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(1)
+        os._exit(code)
+    sys.exit(code)
 
 
 def _note(
@@ -205,7 +223,7 @@ def _note(
 ) -> None:
     """Shows a warning as one line: with its place where it is not one of the library's own."""
     place = "" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: "
-    print(f"note: {place}{' '.join(str(message).split())}", file=sys.stderr)
+    print(f"note: {processes.label()}{place}{' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _run_with(module: Any, arguments: list[str], *, prog: str) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from jaxalign import _io, commands, evaluation
+from jaxalign import _hosts, _io, commands, evaluation
 from jaxalign.evaluation import plots, report, results
 from jaxalign.launch import stages
 
@@ -40,6 +40,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Runs all stages, and gives what results.json holds."""
+    _hosts.check_single("train.quickstart")
     out = _io.open_run(config.out, config)
     clock = stages.Clock(out / "timings.json")
     shared = {"seed": config.seed, "dtype": config.dtype, "mesh": config.mesh}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxalign import commands
+from jaxalign import _hosts, commands
 from jaxalign.worlds import smollm2
 
 
@@ -26,6 +26,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Writes the folder, whole or not at all."""
+    _hosts.check_single("train.smollm2")
     smollm2.packaged_gguf()
     smollm2.write_smollm2(config.out)
     print(f"wrote {config.out}; next: python -m eval.decode --model {config.out} --prompts FILE --out DIR")

@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import shutil
 
-from jaxalign import commands
+from jaxalign import _hosts, commands
 from jaxalign.data import preferences, tokenizers
 
 
@@ -33,6 +33,7 @@ class Config:
 
 def run(config: Config) -> pathlib.Path:
     """Trains and writes the tokenizer; gives its folder."""
+    _hosts.check_single("train.tokenizer")
     out = pathlib.Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: expected a new or empty folder, found {out}")

@@ -16,7 +16,7 @@ import json
 import pathlib
 import shutil
 
-from jaxalign import _io, commands, models
+from jaxalign import _hosts, _io, commands, models
 from jaxalign.data import tokenizers
 from jaxalign.worlds import files, opinions, summaries
 
@@ -47,6 +47,7 @@ class Config:
 
 def run(config: Config) -> pathlib.Path:
     """Writes the files, whole or not at all; gives their folder."""
+    _hosts.check_single("train.world")
     for name in ("texts", "pairs", "held_out", "layers"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: expected at least 1, found {getattr(config, name)}")

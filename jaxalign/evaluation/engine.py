@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import pathlib
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
 
-from jaxalign import _progress, decoding
+from jaxalign import _hosts, _progress, decoding
 from jaxalign._checks import check_rng
 from jaxalign.evaluation import results
 from jaxalign.evaluation.loading import Scorer, program_errors
@@ -91,7 +91,7 @@ class Batch(NamedTuple):
 
 def batches(ids: list[list[int]], *, batch_size: int, mesh: str) -> list[Batch]:
     """Puts prompts of near lengths together: the same batches for every method and after every interruption."""
-    devices = sharding.make_mesh(mesh)
+    devices = sharding.make_mesh(mesh, local=True)
     order = sorted(range(len(ids)), key=lambda i: (bucket(len(ids[i])), i))
     out = []
     for begin in range(0, len(order), batch_size):
@@ -122,7 +122,8 @@ def decode(
 ) -> dict[results.Key, float]:
     """Writes the responses of every method to a file, unless it is there.
 
-    Each finished batch is appended to a partial file beside it, from which the next call goes on.
+    Each finished batch is appended to a partial file beside it, from which the next call goes on. Several processes
+    share the batches: each has a partial file of its own, and the first makes one file of all.
 
     Args:
       plan: the methods; the one named "base" draws with the run's key, all others with one of their own.
@@ -135,16 +136,17 @@ def decode(
       embed: texts -> one vector each, for coherence.
 
     Returns:
-      Tokens/s of each method and strength that was decoded here beyond its first, compiling batch.
+      Tokens/s of each method and strength that was decoded here beyond its first, compiling batch; of several processes
+      the sum, where each knows its own.
 
     Raises:
       ValueError: a response, reward or KL that is not finite (the method or reward is named), or a former call's
         responses to other prompts.
     """
-    if final.exists():
+    if _hosts.from_first("whole" if final.exists() else ""):
         return {}
     partial = final.with_name(final.name + ".partial")
-    found = {(r["method"], r["beta"], r["index"]): r for r in results.read(partial)}
+    found = _read_partial(partial)
     results.check_texts(list(found.values()), prompts.texts, partial)
     parts = batches(prompts.ids, batch_size=batch_size, mesh=mesh)
     # A batch that was cut short is decoded again whole: the same shapes and neighbours give the same bits.
@@ -155,7 +157,13 @@ def decode(
         if all((method.name, method.beta, i) in found for i in batch.rows)
     }
     records = [found[plan[k].name, plan[k].beta, i] for k, j in sorted(whole) for i in parts[j].rows]
-    results.write(partial, records)
+    _hosts.barrier("decode: read")
+    if _hosts.is_first():
+        results.write(partial, records)
+        _remove(path for path in _partials(partial) if path != partial)
+    _hosts.barrier("decode: begin")
+    own = partial if _hosts.count() == 1 else partial.with_name(f"{partial.name}-{_hosts.index():05d}")
+    missing = [(k, j) for k in range(len(plan)) for j in range(len(parts)) if (k, j) not in whole]
     traced: set[Hashable] = set()
     timed: dict[results.Key, tuple[int, float]] = {}
     rng = jax.random.key(seed)
@@ -163,36 +171,61 @@ def decode(
     keys = [rng if method.name == "base" else jax.random.fold_in(rng, 1) for method in plan]
     total = len(plan) * len(prompts.ids)
     progress = _progress.progress("decode", total, initial=len(records), unit="response")
-    with partial.open("a") as sink, progress, program_errors():
-        for k, method in enumerate(plan):
-            for j, batch in enumerate(parts):
-                if (k, j) in whole:
-                    continue
-                begin = time.perf_counter()
-                drawn = decode_batch(method, keys[k], batch.prompts)
-                jax.block_until_ready(drawn)  # type: ignore[no-untyped-call, unused-ignore]
-                seconds = time.perf_counter() - begin
-                if method.measure is not None:
-                    drawn = method.measure(keys[k], batch.prompts, drawn)
-                new = _records(method, _scores(scorers, batch, drawn), prompts, batch, drawn)
-                if embed is not None:
-                    add_coherence(new, embed)
-                sink.writelines(json.dumps(record, allow_nan=False) + "\n" for record in new)
-                sink.flush()
-                records += new
-                tokens = sum(len(record["tokens"]) for record in new)
-                trace = (method.trace, batch.prompts.tokens.shape)
-                if trace in traced:
-                    before = timed.get((method.name, method.beta), (0, 0.0))
-                    timed[method.name, method.beta] = (before[0] + tokens, before[1] + seconds)
-                traced.add(trace)
-                progress.set_postfix_str(f"{method.name} {tokens / seconds:.0f} tokens/s")
-                progress.update(len(batch.rows))
+    with own.open("a") as sink, progress, program_errors():
+        for k, j in _hosts.dealt(missing):
+            method, batch = plan[k], parts[j]
+            begin = time.perf_counter()
+            drawn = decode_batch(method, keys[k], batch.prompts)
+            jax.block_until_ready(drawn)  # type: ignore[no-untyped-call, unused-ignore]
+            seconds = time.perf_counter() - begin
+            if method.measure is not None:
+                drawn = method.measure(keys[k], batch.prompts, drawn)
+            new = _records(method, _scores(scorers, batch, drawn), prompts, batch, drawn)
+            if embed is not None:
+                add_coherence(new, embed)
+            sink.writelines(json.dumps(record, allow_nan=False) + "\n" for record in new)
+            sink.flush()
+            tokens = sum(len(record["tokens"]) for record in new)
+            trace = (method.trace, batch.prompts.tokens.shape)
+            if trace in traced:
+                before = timed.get((method.name, method.beta), (0, 0.0))
+                timed[method.name, method.beta] = (before[0] + tokens, before[1] + seconds)
+            traced.add(trace)
+            progress.set_postfix_str(f"{method.name} {tokens / seconds:.0f} tokens/s")
+            progress.update(len(batch.rows))
+    _hosts.barrier("decode: done")
+    if _hosts.is_first():
+        _join_partial(partial, plan, final)
+    _hosts.barrier("decode: written")
+    speeds = [
+        json.loads(text) for text in _hosts.gather_texts(json.dumps([[*key, n / s] for key, (n, s) in timed.items()]))
+    ]
+    each = [{(name, beta): rate for name, beta, rate in rates} for rates in speeds]
+    return {key: sum(rates[key] for rates in each) for key in each[0] if all(key in rates for rates in each)}
+
+
+def _partials(partial: pathlib.Path) -> list[pathlib.Path]:
+    """The partial file and those of single processes, of this call or of one with another number of them."""
+    return [path for path in (partial, *sorted(partial.parent.glob(partial.name + "-*"))) if path.exists()]
+
+
+def _remove(paths: Iterable[pathlib.Path]) -> None:
+    for path in paths:
+        path.unlink()
+
+
+def _read_partial(partial: pathlib.Path) -> dict[tuple[str, float | None, int], results.Record]:
+    """(method, strength, prompt) -> record, of all partial files."""
+    return {(r["method"], r["beta"], r["index"]): r for path in _partials(partial) for r in results.read(path)}
+
+
+def _join_partial(partial: pathlib.Path, plan: Sequence[Method], final: pathlib.Path) -> None:
+    """Makes the responses file of the partial files, which go."""
     order = {(m.name, m.beta): k for k, m in enumerate(plan)}
+    records = list(_read_partial(partial).values())
     records.sort(key=lambda r: (order[r["method"], r["beta"]], r["index"]))
     results.write(final, records)
-    partial.unlink()
-    return {key: count / seconds for key, (count, seconds) in timed.items()}
+    _remove(_partials(partial))
 
 
 def _scores(scorers: Mapping[str, Scorer], batch: Batch, drawn: Drawn) -> dict[str, np.ndarray]:
@@ -201,7 +234,7 @@ def _scores(scorers: Mapping[str, Scorer], batch: Batch, drawn: Drawn) -> dict[s
     assert batch.prompts.index is not None
     out = {}
     for name, scorer in scorers.items():
-        out[name] = np.asarray(scorer.reward(scorer.params, *joined, batch.prompts.index))
+        out[name] = _hosts.host_value(scorer.reward(scorer.params, *joined, batch.prompts.index))
         if not np.isfinite(out[name]).all():
             raise ValueError(f"{name}: expected finite rewards, found {out[name]} for prompts {batch.rows}")
     return out

@@ -44,7 +44,7 @@ def load(folders: dict[str, str], tokenizer: Any, *, dtype: str, mesh: str, batc
     Raises:
       ValueError: names the role: another tokenizer, an EOS that the common vocabulary lacks, a mesh that does not fit.
     """
-    devices = sharding.make_mesh(mesh)
+    devices = sharding.make_mesh(mesh, local=True)
     sharding.check_rows_divide(devices, batch_size, name="batch_size")
     distinct: dict[str, str] = {}  # folder -> its first role, the base's before all others
     for name, folder in folders.items():

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from jaxalign import metrics
+from jaxalign import _hosts, metrics
 from jaxalign.evaluation.results import Embed, Record
 from jaxalign.types import Completions, Decoded
 
@@ -28,7 +27,7 @@ class Numbers(NamedTuple):
 
 def on_host(drawn: Decoded[Any]) -> Numbers:
     """Fetches a decoded batch; of its info, the fields of shape [B]."""
-    host = jax.tree.map(np.asarray, drawn)
+    host = _hosts.host_value(drawn)
     rows = np.shape(host.completions.finished)
     info = host.info._asdict() if hasattr(host.info, "_asdict") else (host.info or {})
     own = {name: value for name, value in info.items() if isinstance(value, np.ndarray) and value.shape == rows}

@@ -8,7 +8,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from jaxalign import _io, models, rewards
+from jaxalign import _hosts, _io, models, rewards
 from jaxalign.data import chats, encoded
 from jaxalign.data.text_options import format_of
 from jaxalign.evaluation import engine, loading, plots, results
@@ -79,7 +79,7 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     out = pathlib.Path(options.out)
     _io.write_json(out / "results.json", rows)
     written = str(out / "results.json")
-    if not quiet:
+    if not quiet and _hosts.is_first():
         if scorers:
             plots.frontier(rows, out / "frontier.png")
             written += f" and {out / 'frontier.png'}"
@@ -187,4 +187,5 @@ def _decode(
     rows = results.summarise(records)
     results.add_speed(rows, speed, folder / "summary.json")
     _io.write_json(folder / "summary.json", rows)
+    _hosts.barrier("decode: summary")  # which is read from the file
     return folder, records

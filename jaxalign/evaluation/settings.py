@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import decoding, models, policies, rewards
+from jaxalign import _hosts, decoding, models, policies, rewards
 from jaxalign.evaluation.engine import Texts
 from jaxalign.evaluation.loading import Model, Scorer
 from jaxalign.evaluation.options import ResponseOptions
@@ -104,4 +104,4 @@ def default_threshold(setting: Setting) -> float:
         num_samples=-(-32 // len(ids)),
         **setting.limits,
     )
-    return float(np.quantile(np.asarray(found.info.reward)[: len(ids)], 0.9))
+    return float(np.quantile(_hosts.host_value(found.info.reward)[: len(ids)], 0.9))

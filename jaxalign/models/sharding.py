@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxalign import _hosts
 from jaxalign.types import Array
 
 T = TypeVar("T")
@@ -190,8 +191,7 @@ def placements(tree: Any, mesh: Mesh, rules: Rules = RULES, *, others: bool = Fa
 
 def shard(tree: T, mesh: Mesh, rules: Rules = RULES, *, others: bool = False) -> T:
     """Places parameters, a cache or a state on a mesh: Args and errors as in `placements`."""
-    placed: T = jax.device_put(tree, placements(tree, mesh, rules, others=others))
-    return placed
+    return _hosts.put(tree, placements(tree, mesh, rules, others=others))
 
 
 def constrain(tree: T, mesh: Mesh | None, rules: Rules = RULES) -> T:
@@ -240,17 +240,25 @@ def check_rows_divide(mesh: Mesh | None, rows: int, *, name: str) -> None:
         raise ValueError(f"mesh: expected sizes of data and fsdp whose product divides {name} {rows}, found {sizes}")
 
 
-def make_mesh(spec: str) -> Mesh | None:
+def make_mesh(spec: str, *, local: bool = False) -> Mesh | None:
     """Makes a mesh of a command line's option.
 
     Args:
       spec: sizes of some of the axes data, fsdp and tensor, as in "data=2,fsdp=4"; -1 stands for the rest of the
-        devices, once. Fewer devices than there are may be used. "" for no mesh.
+        devices, once. Fewer devices than there are may be used, of one process. "" for no mesh.
+      local: of several processes, this one's part of that mesh: each works on rows of its own. The sizes are divided by
+        the number of processes, data first.
 
     Raises:
-      ValueError: another form, or sizes that the devices do not give; the axis is named.
+      ValueError: another form, or sizes that the devices do not give; the axis is named. Of several processes, a mesh
+        that leaves out devices, or none where `local` is not set.
     """
     if not spec:
+        if _hosts.count() > 1 and not local:
+            raise ValueError(
+                f"mesh: expected one of all {len(jax.devices())} devices of the {_hosts.count()} processes, as in "
+                f"data={len(jax.devices())}, found none"
+            )
         return None
     sizes: dict[str, int] = {}
     for part in spec.split(","):
@@ -275,5 +283,27 @@ def make_mesh(spec: str) -> Mesh | None:
     elif product > len(devices):
         raise ValueError(f"mesh: expected at most {len(devices)} devices, found {product} in {spec!r}")
     names = tuple(name for name in MESH_AXES if name in sizes)
+    if _hosts.count() > 1:
+        sizes, devices = _among_processes({name: sizes[name] for name in names}, spec, local=local)
     shape = tuple(sizes[name] for name in names)
     return Mesh(np.asarray(devices[: math.prod(shape)]).reshape(shape), names)
+
+
+def _among_processes(sizes: dict[str, int], spec: str, *, local: bool) -> tuple[dict[str, int], list[jax.Device]]:
+    """(sizes, devices) of a mesh over several processes, or of this process's part of it: the axes are divided by the
+    number of processes, rows first. ValueError for a mesh that leaves out devices, or does not divide."""
+    count, devices = _hosts.count(), jax.devices()
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh: expected all {len(devices)} devices of the {count} processes, found {math.prod(sizes.values())} "
+            f"in {spec!r}"
+        )
+    if not local:
+        return sizes, devices
+    part, left = dict(sizes), count
+    for name, size in sizes.items():
+        common = math.gcd(size, left)
+        part[name], left = size // common, left // common
+    if left > 1 or math.prod(part.values()) != len(jax.local_devices()):
+        raise ValueError(f"mesh: expected sizes that {count} processes divide, found {spec!r}")
+    return part, jax.local_devices()

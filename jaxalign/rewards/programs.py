@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import _hosts
 from jaxalign._builders import cached
-from jaxalign._checks import is_concrete
+from jaxalign._checks import is_traced
 from jaxalign.rewards.text_models import SourceReward
 from jaxalign.rewards.values import function_name, host_values, on_host
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
@@ -30,7 +31,7 @@ class NumpyReward(Protocol):
 
 
 @cached
-def from_numpy(f: NumpyReward) -> Reward:
+def from_numpy(f: NumpyReward, *, between_programs: bool = False) -> Reward:
     """Builds a Reward of a program on host arrays.
 
     It works under jit through a callback and has no gradient. Its numbers are float32, or float64 where jax has that
@@ -38,6 +39,8 @@ def from_numpy(f: NumpyReward) -> Reward:
 
     Args:
       f: f(tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> [N] numbers, all numpy arrays.
+      between_programs: whether it is called between compiled programs in place of through a callback in one, as it has
+        to be where the rows lie across processes: each process then scores its share of them.
 
     Returns:
       A Reward whose params are None.
@@ -45,7 +48,7 @@ def from_numpy(f: NumpyReward) -> Reward:
     Raises:
       ValueError: when it is used, f returns anything but one real number per row.
     """
-    return _from_numpy(f, f)
+    return _called_on_host(f, f) if between_programs else _from_numpy(f, f)
 
 
 def _from_numpy(f: NumpyReward, named: NumpyReward | TextReward | SourceReward) -> Reward:
@@ -75,6 +78,7 @@ def from_text(
     *,
     sources: Sequence[Text] | None = None,
     rendered: Callable[[Sequence[int]], str] | None = None,
+    between_programs: bool = False,
 ) -> Reward:
     """Builds a Reward of a program on text, or of a reward model with another tokenizer (`text_model`).
 
@@ -90,6 +94,7 @@ def from_text(
       f: f(prompts, responses) -> one number per response; responses are text without special tokens.
       sources: the prompts as they were given, which a prompt's index counts; f's that ask for them need it.
       rendered: turns token ids into text with special tokens, for f's that ask for it.
+      between_programs: as in `from_numpy`.
 
     Returns:
       A Reward whose params are None.
@@ -124,22 +129,30 @@ def from_text(
         found: Numbers = host_values(f(prompts_of(rows, lengths, index), responses), prompt_length.shape, function=f)
         return found
 
-    return _called_on_host(score, f) if on_host(f) else _from_numpy(score, f)
+    return _called_on_host(score, f) if between_programs or on_host(f) else _from_numpy(score, f)
 
 
-def _called_on_host(f: NumpyReward, named: TextReward | SourceReward) -> Reward:
-    """A Reward of a host function that runs programs of its own on the device."""
+def _called_on_host(f: NumpyReward, named: NumpyReward | TextReward | SourceReward) -> Reward:
+    """A Reward of a host function that is called between compiled programs, since it may run some of its own."""
+
+    def scored(*arrays: np.ndarray) -> Numbers:
+        found: Numbers = host_values(f(*arrays), arrays[2].shape, function=named)
+        return found
 
     def reward(
         params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
     ) -> RewardValues:
-        if not is_concrete(tokens, mask, prompt_length, index):
+        if is_traced(tokens, mask, prompt_length, index):
             raise ValueError(
                 f"reward: expected to be called outside jit, since {function_name(named)} reads texts by programs of "
                 "its own; decoding.best_of_n, text.score and the commands do so"
             )
-        arrays = (np.asarray(a) for a in (tokens, mask, prompt_length, index))
-        return jnp.asarray(host_values(f(*arrays), np.shape(prompt_length), function=named), dtype=float)
+
+        given = (tokens, mask, prompt_length, index)
+        arrays = _hosts.host_value(given)
+        # Of rows that lie across processes each scores its share, unless its model does so too.
+        across = any(map(_hosts.is_spread, given)) and not getattr(named, "across", False)
+        return jnp.asarray(_hosts.in_shares(scored, *arrays) if across else scored(*arrays), dtype=float)
 
     return CheckedReward(reward, on_host=True)
 

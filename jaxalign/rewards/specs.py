@@ -168,7 +168,9 @@ def reward_inputs(spec: str, *, name: str = "reward") -> tuple[str, ...]:
     return tuple(file for found in files for file in found)
 
 
-def build_reward(spec: str, *, open_model: Open, reader: Reader, name: str = "reward") -> tuple[Reward, Params]:
+def build_reward(
+    spec: str, *, open_model: Open, reader: Reader, name: str = "reward", between_programs: bool = False
+) -> tuple[Reward, Params]:
     """Builds the Reward of a spec.
 
     Args:
@@ -177,6 +179,7 @@ def build_reward(spec: str, *, open_model: Open, reader: Reader, name: str = "re
         reward model. `open_reward` does so for a folder.
       reader: gives programs the texts of token ids and the prompts as they were given.
       name: the field that errors name.
+      between_programs: of its programs, as in `from_text`.
 
     Returns:
       (reward, params): the one reward itself where there is one, of weight 1, else a `weighted_sum`.
@@ -191,7 +194,8 @@ def build_reward(spec: str, *, open_model: Open, reader: Reader, name: str = "re
         role = _role(terms, source, name)
         if is_program(source):
             f = program(source, name=role)
-            return from_text(reader.decode, f, sources=sources, rendered=reader.rendered), None
+            options: dict[str, Any] = {"sources": sources, "rendered": reader.rendered}
+            return from_text(reader.decode, f, between_programs=between_programs, **options), None
         return open_model(role, *split_label(source))
 
     built = {source: build(source) for source in dict.fromkeys(term.source for term in terms)}

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import _hosts
 from jaxalign.prompts import bucket
 from jaxalign.rewards.values import host_values
 from jaxalign.tokens import Encoded, Messages, Text, TextFormat, encode_pair
@@ -74,11 +75,12 @@ def text_model(
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             arrays = _pad([rows[key] for key in part], batch_size if len(order) > batch_size else len(part))
-            values = np.asarray(host_values(program(*arrays), (arrays[0].shape[0],), function=reward))
+            values = _hosts.host_value(host_values(program(*arrays), (arrays[0].shape[0],), function=reward))
             kept.update(zip(part, values.tolist(), strict=False))
         return np.asarray([kept[key] for key in keys], np.dtype(jnp.result_type(float)))
 
     score.on_host = True  # type: ignore[attr-defined]  # as `values.on_host` asks
+    score.across = any(map(_hosts.is_spread, jax.tree.leaves(params)))  # type: ignore[attr-defined]
     return score
 
 

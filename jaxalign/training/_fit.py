@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _progress
+from jaxalign import _hosts, _progress
 from jaxalign.training import checkpoints
 from jaxalign.training.hooks import Hooks, check_hooks, stops
 from jaxalign.training.logging import MetricWriter
@@ -103,7 +103,7 @@ def fit(
         manager = stack.enter_context(checkpoints.open_checkpoints(out / "checkpoints", keep=keep)) if out else None
         signal = stack.enter_context(_Signal())
         restored = checkpoints.restore(manager, state, position) if manager else None
-        start = int(taken) if restored is None else restored[1]
+        start = int(_hosts.host_value(taken)) if restored is None else restored[1]
         if restored is not None:
             state = restored[0]
         elif not donate:
@@ -140,7 +140,7 @@ def fit(
                 stop = reader.read(*pending)
                 bar.update(1)
             pending = done, values
-            stop = stop or signal.stop
+            stop = stop or signal.asked(done)
             if stop or done % save_every == 0 or done == steps:
                 stop = reader.read(*pending) or stop
                 bar.update(1)
@@ -175,7 +175,7 @@ class _Reader:
         """Reads the metrics of a step; whether a hook ends the run."""
         if wrong := {name: jnp.shape(value) for name, value in values.items() if jnp.shape(value) != ()}:
             raise ValueError(f"step: expected metrics of shape (), found {wrong}")
-        host = {name: float(value) for name, value in values.items()}
+        host = {name: float(value) for name, value in _hosts.host_value(dict(values)).items()}
         self.tokens += int(host.pop("tokens", 0))
         bad = {name: value for name, value in host.items() if not math.isfinite(value)}
         if bad:
@@ -209,8 +209,17 @@ class _Signal:
         self.stop = False
         self._former: Any = None
 
+    def asked(self, step: int) -> bool:
+        """Whether the run is to stop after so many steps: all processes after the same, whichever got the signal."""
+        if _hosts.count() > 1:
+            from jax.experimental import multihost_utils
+
+            self.stop = multihost_utils.reached_preemption_sync_point(step)
+        return self.stop
+
     def __enter__(self) -> _Signal:
-        if threading.current_thread() is threading.main_thread():
+        # Of several processes jax takes the signal, and settles the step.
+        if _hosts.count() == 1 and threading.current_thread() is threading.main_thread():
             self._former = signal.signal(signal.SIGTERM, self._note)
         return self
 

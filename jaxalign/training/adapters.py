@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign import models
+from jaxalign import _hosts, models
 from jaxalign._builders import cached
 from jaxalign.training import job, objectives
 from jaxalign.training.options import AdapterOptions, MeshOptions, OptimizerOptions
@@ -121,7 +121,7 @@ def merged(
     """
     head = params["head"] if lm.config.head is not None else None
     models.save_adapter(out / "adapter", lm, spec, adapter, base=base, head=head, tokenizer=tokenizer, overwrite=True)
-    return jax.device_get(models.lora.merge(params, adapter, spec))
+    return _hosts.host_value(models.lora.merge(params, adapter, spec))
 
 
 def reference(spec: models.Lora | None, started: job.StartedModel) -> Params:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
+from jaxalign import _hosts
+
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
@@ -30,8 +32,10 @@ def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.Checkp
     # Removed here and one by one: orbax removes a folder and the temporary ones inside it at the same time, which fails
     # now and then.
     path = pathlib.Path(folder).resolve()
-    for cut_short in path.glob("*orbax-checkpoint-tmp*"):
-        shutil.rmtree(cut_short)
+    if _hosts.is_first():
+        for cut_short in path.glob("*orbax-checkpoint-tmp*"):
+            shutil.rmtree(cut_short)
+    _hosts.barrier("checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(path, options=options)
 
@@ -46,7 +50,7 @@ def save(manager: ocp.CheckpointManager, state: Any, position: dict[str, Any]) -
     """Saves the state at its step (state.step) with the data position (JSON values), once."""
     import orbax.checkpoint as ocp
 
-    step = int(state.step)
+    step = int(_hosts.host_value(state.step))
     if manager.latest_step() == step:
         return
     manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position)))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign import _io, models, training
+from jaxalign import _hosts, _io, models, training
 from jaxalign._checks import check_rng
 from jaxalign.data import batches, encoded, preferences
 from jaxalign.data.text_options import TextOptions, format_of
@@ -248,7 +248,7 @@ def fit_model(
     if devices is not None:
         state, frozen = sharding.shard((state, frozen), devices, others=True)
         by_row = sharding.batch_sharding(devices, ahead=1)
-        place = lambda batch: jax.device_put(batch, by_row)  # noqa: E731
+        place = lambda batch: _hosts.put(batch, by_row)  # noqa: E731
     size, accumulate = optimizer.batch_size, mesh.accumulate
     source = batches.batches(data.train, checked_collate(collate), batch_size=size, seed=seed, accumulate=accumulate)
     final = training.fit(
@@ -265,7 +265,7 @@ def fit_model(
         save_every=optimizer.save_every,
         log_every=optimizer.log_every,
     )
-    return jax.device_get(final.params)
+    return _hosts.host_value(final.params)
 
 
 def adamw_of(options: OptimizerOptions, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -308,7 +308,7 @@ def evaluate(
 
 def first_rows(tree: Any, count: int) -> Any:
     """The first rows of every array, on the host."""
-    return jax.tree.map(lambda x: np.asarray(x)[:count], tree)
+    return jax.tree.map(lambda x: x[:count], _hosts.host_value(tree))
 
 
 def finish(
@@ -353,7 +353,9 @@ def show(summary: dict[str, Any]) -> None:
 def finished(out: pathlib.Path) -> dict[str, Any] | None:
     """The summary of a run that is whole, None otherwise."""
     path = out / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    # Of several processes the first looks, since it also writes.
+    text = _hosts.from_first(path.read_text() if _hosts.is_first() and path.exists() else "")
+    return json.loads(text) if text else None
 
 
 def interval(values: np.ndarray) -> tuple[float, float] | tuple[None, None]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import save_file
 
-from jaxalign import _io, models, shaping
+from jaxalign import _hosts, _io, models, shaping
 from jaxalign.training import LossAux, objectives
 from jaxalign.training import job as functions
 from jaxalign.training.shaping_data import ShapingOptions, collate_groups, collate_prompts
@@ -182,9 +182,10 @@ def train_network(
     )
     ess = np.asarray(shaping.effective_samples(reward, beta=options.beta))
     flat = {"/".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    temporary = job.out / f".{NETWORK}"
-    save_file(flat, temporary, metadata={"bound": str(options.bound), "beta": str(options.beta)})
-    temporary.replace(job.out / NETWORK)
+    if _hosts.is_first():
+        temporary = job.out / f".{NETWORK}"
+        save_file(flat, temporary, metadata={"bound": str(options.bound), "beta": str(options.beta)})
+        temporary.replace(job.out / NETWORK)
     summary = {"rows": len(data.train), "validation_rows": len(data.validation)} | compare_leaders(delivered)
     summary["effective_samples"] = float(ess.mean())
     _io.write_json(job.out / "summary.json", summary)

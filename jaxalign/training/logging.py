@@ -7,9 +7,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign import _hosts
+
 
 class MetricWriter:
-    """Writes metrics.jsonl and tensorboard/ in a run folder: one line and one event per call of `write`.
+    """Writes metrics.jsonl and tensorboard/ in a run folder: one line and one event per call of `write`. Of
+    several processes the first writes.
 
     Args:
       folder: the run folder.
@@ -18,6 +21,9 @@ class MetricWriter:
     """
 
     def __init__(self, folder: pathlib.Path, *, step: int):
+        self._writes = _hosts.is_first()
+        if not self._writes:
+            return
         from tensorboardX import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
@@ -31,12 +37,16 @@ class MetricWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics (finite numbers by name) of a step, the number of steps taken."""
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
 

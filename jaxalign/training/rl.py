@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import decoding, models, policies
+from jaxalign import _hosts, decoding, models, policies, rewards
 from jaxalign.data import batches
 from jaxalign.models import sharding
 from jaxalign.prompts import prompt_batch
@@ -168,7 +168,7 @@ def train_policy(
     if devices is not None:
         state, frozen = sharding.shard((state, frozen), devices, others=True)
         by_row = sharding.batch_sharding(devices, ahead=1)
-        place = lambda batch: jax.device_put(batch, by_row)  # noqa: E731
+        place = lambda batch: _hosts.put(batch, by_row)  # noqa: E731
     source = batches.batches(rows, pad, batch_size=size, seed=learner.seed)
     ended: RLState = fit(
         make_iteration(learner, step),
@@ -203,9 +203,9 @@ def trained_policy(
       Parameters, float32, on the host.
     """
     if spec is None:
-        return jax.device_get({"transformer": state.train.params["transformer"]})
+        return _hosts.host_value({"transformer": state.train.params["transformer"]})
     # Into the float32 weights: the reference may be held in bfloat16.
-    masters, adapter = {"transformer": started.params["transformer"]}, jax.device_get(state.train.params["adapter"])
+    masters, adapter = {"transformer": started.params["transformer"]}, _hosts.host_value(state.train.params["adapter"])
     lm = models.LanguageModel(models.with_head(started.lm, None).config)
     return adapters.merged(spec, lm, masters, adapter, out, base=base)
 
@@ -240,7 +240,7 @@ def measure_policy(
     measured = policies.with_reference(learner.policy, policies.language_model(learner.reference))
     whole = weights(learner.lm, learner.assemble, params, frozen)
     both = {"policy": whole, "reference": frozen["reference"]}
-    score, raw = jax.jit(learner.reward.reward), jax.jit(learner.reward.raw)
+    score, raw = rewards.compiled(learner.reward.reward), rewards.compiled(learner.reward.raw)
     parts = []
     for part in job.iterate(rows, batch_size):
         filled = pad(part + [part[-1]] * (batch_size - len(part)))
@@ -253,6 +253,7 @@ def measure_policy(
         drawn = decoding.sample(measured, both, rng, prompts, **options)
         text = decoding.join(prompts, drawn)
         assert drawn.kl is not None
+        assert prompts.index is not None
         found = {
             "score": raw(learner.reward.raw_params, *text, prompts.index),
             "reward": score(frozen["reward"], *text, prompts.index),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import advantages, models, training
+from jaxalign import _hosts, advantages, models, training
 from jaxalign.decoding import BestOfNInfo
 from jaxalign.prompts import bucket
 from jaxalign.training import objectives, policy_gradient, rl_rewards
@@ -141,13 +141,13 @@ def make_iteration(
         started = time.perf_counter()
         part = jax.tree.map(lambda x: x[0], batch)
         prompts = TokenBatch(part["prompt_tokens"], part["prompt_mask"], part["index"])
-        rng, order = jax.random.split(jax.random.fold_in(streams, int(state.step)))
+        rng, order = jax.random.split(jax.random.fold_in(streams, int(_hosts.host_value(state.step))))
         drawn = draw(learner, state.train.params, frozen, rng, prompts)
         # The one wait of an iteration: whether every reward is a number, and how long the longest response is.
-        rewards, mask = np.asarray(drawn.reward), np.asarray(drawn.samples.mask)
+        rewards, mask = _hosts.host_value((drawn.reward, drawn.samples.mask))
         rolled = time.perf_counter()
         if not np.isfinite(rewards).all():
-            return _drop(state, rewards, np.asarray(part["row"]))
+            return _drop(state, rewards, _hosts.host_value(part["row"]))
         length = min(bucket(int(mask.sum(axis=-1).max())), mask.shape[-1])
         parts, metrics = prepare(state.train.params, frozen, prompts, drawn, state.beta, order, length)
         train, sums = state.train, []
@@ -171,9 +171,10 @@ def make_iteration(
 def _drop(state: RLState, rewards: np.ndarray, index: np.ndarray) -> tuple[RLState, dict[str, Any]]:
     """Counts an iteration without an update. FloatingPointError at the third in a row, which names the prompts."""
     dropped = state.dropped + 1
+    step, in_a_row = (int(n) for n in _hosts.host_value((state.step, dropped[1])))
     bad = sorted({int(i) for i in index[~np.isfinite(rewards).all(axis=1)]})
-    print(f"rl: dropped iteration {int(state.step) + 1}: rewards that are not finite for prompts {bad}", flush=True)
-    if int(dropped[1]) >= BAD_IN_A_ROW:
+    print(f"rl: dropped iteration {step + 1}: rewards that are not finite for prompts {bad}", flush=True)
+    if in_a_row >= BAD_IN_A_ROW:
         raise FloatingPointError(
             f"reward: expected finite numbers, found others in {BAD_IN_A_ROW} batches in a row, the last for "
             f"prompts {bad}"

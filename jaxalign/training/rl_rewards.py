@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import infalign, rewards, shaping
+from jaxalign import _hosts, infalign, rewards, shaping
 from jaxalign.data import Prompt
 from jaxalign.prompts import prompt_index
 from jaxalign.training import job, rollouts, tables
@@ -63,7 +63,14 @@ def compose(
       ValueError: a table made with anything else than this run's model, reward, tokenizer, limit and prompts.
     """
     sources, count = [prompt.source for prompt in prompts], len(prompts)
-    raw = rollouts.open_reward(options.reward, started.lm, started.tokenizer, dtype=dtype, sources=sources)
+    raw = rollouts.open_reward(
+        options.reward,
+        started.lm,
+        started.tokenizer,
+        dtype=dtype,
+        sources=sources,
+        between_programs=_hosts.count() > 1,  # the rows of an iteration lie across the processes
+    )
     table = None
     if options.calibration:
         ids = [prompt.tokens for prompt in prompts]

@@ -1,6 +1,7 @@
 """Roll-outs of a base, scored, in numbered shards: what train.value and train.shaping learn from.
 
-An interrupted job goes on with the first shard that is missing; no prompt is lost or repeated.
+An interrupted job goes on with the first shard that is missing; no prompt is lost or repeated. Several processes share
+the shards that are missing, each on devices of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import _io, _progress, decoding, models, policies, rewards, tokens
+from jaxalign import _hosts, _io, _progress, decoding, models, policies, rewards, tokens
 from jaxalign.data import chats, encoded
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Text
@@ -48,7 +49,13 @@ def _source_inputs(options: RolloutOptions) -> list[str]:
 
 
 def open_reward(
-    spec: str, lm: models.LanguageModel, tokenizer: Any, *, dtype: str, sources: Sequence[Text] | None = None
+    spec: str,
+    lm: models.LanguageModel,
+    tokenizer: Any,
+    *,
+    dtype: str,
+    sources: Sequence[Text] | None = None,
+    between_programs: bool = False,
 ) -> tuple[Reward, Params]:
     """The Reward of --reward.
 
@@ -58,6 +65,7 @@ def open_reward(
       tokenizer: its tokenizer.
       dtype: type that reward models compute in.
       sources: all prompts as they were given, by their index.
+      between_programs: of its programs, as in `rewards.from_text`.
 
     Returns:
       The Reward and its parameters.
@@ -70,7 +78,7 @@ def open_reward(
     def open_model(role: str, folder: str, label: str | None) -> tuple[Reward, Params]:
         return rewards.open_reward(reader, folder, label=label, dtype=dtype, name=role)
 
-    return rewards.build_reward(spec, open_model=open_model, reader=reader)
+    return rewards.build_reward(spec, open_model=open_model, reader=reader, between_programs=between_programs)
 
 
 def load_base(base: str, tokenizer: Any, *, dtype: str, model: str = "") -> tuple[models.LanguageModel, Params]:
@@ -133,20 +141,25 @@ def roll_out(
     paths = [folder / f"{k:05d}.npz" for k in range(shards)]
     if options.rollouts:
         _check_same(options, run, paths)
+    shard_rows = [range(k * options.shard, min((k + 1) * options.shard, len(prompts))) for k in range(shards)]
+    # What the first process finds missing is dealt out: the others may look later, when some are written.
+    lacking: list[int] = json.loads(_hosts.from_first(json.dumps([k for k in range(shards) if not paths[k].exists()])))
     folder.mkdir(exist_ok=True)
-    if not all(path.exists() for path in paths):
+    if lacking:
         lm, params = load_base(options.base, tokenizer, dtype=run.dtype, model=model)
         policy = policies.language_model(lm)
         sources = [prompt.source for prompt in prompts]
         reward, reward_params = open_reward(options.reward, lm, tokenizer, dtype=run.dtype, sources=sources)
         arguments = {"policy": params, "reward": reward_params}
         with _progress.progress(f"{stage}: roll-outs", len(prompts), unit="prompt") as bar:
-            for k, path in enumerate(paths):
-                rows = range(k * options.shard, min((k + 1) * options.shard, len(prompts)))
-                if not path.exists():
-                    ends = lm.config.eos_ids
-                    write_shard(options, run.seed, policy, reward, arguments, ends, prompts, rows, path, digest)
-                bar.update(len(rows))
+            ends = lm.config.eos_ids
+            bar.update(sum(map(len, (shard_rows[k] for k in range(shards) if k not in lacking))))
+            for k in _hosts.dealt(lacking):
+                write_shard(
+                    options, run.seed, policy, reward, arguments, ends, prompts, shard_rows[k], paths[k], digest
+                )
+                bar.update(len(shard_rows[k]))
+        _hosts.barrier("roll-outs")
     found = [row for path in paths for row in _read(path, prompts, digest, options.prompts)]
     longest = max(len(row.prompt) + len(row.response) for row in found)
     if longest > max_length:

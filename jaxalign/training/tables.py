@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign import _io, models, rewards
+from jaxalign import _hosts, _io, models, rewards
 
 REWARDS, ABOUT = "table.npz", "table.json"
 MEANING = {
@@ -76,7 +76,7 @@ def made_with(
 
 
 def write(folder: pathlib.Path, table: Table) -> None:
-    """Writes table.npz, then table.json: where the second is, the table is whole.
+    """Writes table.npz, then table.json: where the second is, the table is whole. Of several processes the first does.
 
     Args:
       folder: the run folder.
@@ -91,10 +91,11 @@ def write(folder: pathlib.Path, table: Table) -> None:
     bad = np.flatnonzero(~np.isfinite(reward).all(axis=1)).tolist()
     if bad:
         raise ValueError(f"reward: expected finite numbers, found others for prompts {bad}")
-    temporary = folder / f".{REWARDS}"
-    with temporary.open("wb") as sink:
-        np.savez(sink, reward=reward)
-    temporary.replace(folder / REWARDS)
+    if _hosts.is_first():
+        temporary = folder / f".{REWARDS}"
+        with temporary.open("wb") as sink:
+            np.savez(sink, reward=reward)
+        temporary.replace(folder / REWARDS)
     _io.write_json(folder / ABOUT, table.about | {"samples": reward.shape[1]})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
+from jaxalign import _hosts
 from jaxalign.models import sharding
 from jaxalign.models.config import Config
 from jaxalign.models.hf import tensors
@@ -128,6 +129,14 @@ def save(
         files without `overwrite`.
     """
     arrays = tensors.to_checkpoint(lm, params)
+    with _hosts.together():
+        if _hosts.is_first():
+            _write(path, lm, arrays, tokenizer, overwrite=overwrite)
+
+
+def _write(
+    path: str | pathlib.Path, lm: LanguageModel, arrays: dict[str, Any], tokenizer: Any, *, overwrite: bool
+) -> None:
     values = config_to_hf(lm.config) | {"dtype": lm.dtype}
     with whole_folder(path, overwrite=overwrite) as temporary:
         write_json(temporary / "config.json", values)

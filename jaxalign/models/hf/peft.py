@@ -17,6 +17,7 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.flax import save_file
 
+from jaxalign import _hosts
 from jaxalign._arrays import at_least_float32
 from jaxalign.models.checks import named
 from jaxalign.models.config import Config
@@ -91,11 +92,13 @@ def save_adapter(
     if score is not None:
         tensors[f"{_PREFIX}score.weight"] = score
         values |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    with whole_folder(path, overwrite=overwrite) as temporary:
-        write_json(temporary / "adapter_config.json", values)
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+    with _hosts.together():
+        if _hosts.is_first():
+            with whole_folder(path, overwrite=overwrite) as temporary:
+                write_json(temporary / "adapter_config.json", values)
+                save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
 
 
 def _score(lm: LanguageModel, head: Params) -> Array:
