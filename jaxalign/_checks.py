@@ -212,6 +212,19 @@ def check_has_logits(name: str, lm: object) -> None:
         raise ValueError(f"{name}: expected a language model, found a sequence classifier without lm_head")
 
 
+def check_language_model(name: str, lm: object, folder: str) -> None:
+    """ValueError that names the role and the folder of a model that is no language model: a classifier, which has no
+    vocabulary logits, or a value or Q model, whose hidden states were trained for its head."""
+    head = getattr(getattr(lm, "config", None), "head", None)
+    if not getattr(lm, "has_lm_head", True):
+        raise ValueError(f"{name}: expected a language model, found a sequence classifier in {folder}")
+    if head is not None:
+        raise ValueError(
+            f"{name}: expected a language model, found a model with a {head.kind} head in {folder}, whose hidden "
+            "states were trained for that head (the folder that it was trained from is one)"
+        )
+
+
 def check_prompt_fits(lm: Sized, prompts: TokenBatch, max_new_tokens: int, *, name: str = "prompts") -> None:
     """Host-side checks of a batch for a model: a full cache, a token id outside the vocabulary, an empty prompt.
     ValueErrors that name the field."""

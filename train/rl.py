@@ -74,8 +74,7 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
-    head = models.Head("value", hidden_size=64) if config.rl.algorithm == "ppo" else None
-    started = job.start(lambda _: head)
+    started = job.start(rl.head_of(config.rl, config.model.model))
     prompts = read(format_of(config.text, started.tokenizer)).rows
     longest = max(len(prompt.tokens) for prompt in prompts)
     if longest + limit > config.rows.max_length:

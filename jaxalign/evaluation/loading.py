@@ -78,12 +78,6 @@ def over_base_tokens(reader: rewards.Reader, given: dict[str, str]) -> dict[str,
     return found
 
 
-def check_language_model(name: str, lm: models.LanguageModel, folder: str) -> None:
-    """ValueError that names the role of a model without vocabulary logits."""
-    if not lm.has_lm_head:
-        raise ValueError(f"{name}: expected a language model, found a sequence classifier in {folder}")
-
-
 def scorers(
     given: dict[str, str],
     loaded: dict[str, Model],

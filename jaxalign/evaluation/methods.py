@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import decoding, gibbs, policies, rewards
+from jaxalign._checks import check_language_model
 from jaxalign.evaluation import functions
 from jaxalign.evaluation.engine import Drawn, Forwards, Method
-from jaxalign.evaluation.loading import check_language_model
 from jaxalign.evaluation.settings import Setting, default_threshold
 from jaxalign.evaluation.specs import Spec
 from jaxalign.evaluation.tilts import summed, tilt, trained_beta

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 from jaxalign import _hosts, _io, models, rewards
+from jaxalign._checks import check_language_model
 from jaxalign.data import chats, encoded
 from jaxalign.data.text_options import format_of
 from jaxalign.evaluation import engine, loading, plots, results
@@ -52,7 +53,7 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
         folders |= spec.folders
     loaded = loading.load(folders, tokenizer, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
     base = loaded["model"][0]
-    loading.check_language_model("model", base, options.model)
+    check_language_model("model", base, options.model)
     reader = reader._replace(form=format_of(options.text, tokenizer, base.eos_ids), lm=base)
     everything = prompt_batch(texts.ids)
     scorers = loading.scorers(scored, loaded, reader, everything, options.max_new_tokens, dtype=options.dtype)

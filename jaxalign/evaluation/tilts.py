@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 
 from jaxalign import critics, models, policies, rewards
-from jaxalign.evaluation.loading import check_language_model
+from jaxalign._checks import check_language_model
 from jaxalign.evaluation.settings import Setting
 from jaxalign.evaluation.specs import Term
 from jaxalign.types import Critic, Params, Policy

@@ -129,8 +129,9 @@ class LanguageModel:
 
     @property
     def has_lm_head(self) -> bool:
-        """False for …ForSequenceClassification models, which have no vocabulary logits."""
-        return self.config.tie_embeddings or self.config.head is None or self.config.head.kind != "reward"
+        """False for …ForSequenceClassification models, which have no vocabulary logits: also where the embeddings are
+        tied, since the hidden states were trained for the score."""
+        return self.config.head is None or self.config.head.kind != "reward"
 
     def init_head(self, rng: Array) -> Params:
         """Random parameters of the head alone.

@@ -138,6 +138,8 @@ def own_texts(
         raise ValueError(f"{name}: expected the base's tokenizer, found another in {folder}, which reads whole texts")
     own = models.tokenizer(folder)
     lm, params = models.load(folder, dtype=dtype)
+    if lm.head_width < 1:
+        raise ValueError(f"{name}: expected a model with a scalar head, found {lm.config.head} in {folder}")
     form = tokens.text_format(own, eos_ids=lm.eos_ids)
     read = text_model(from_model(lm, label=label), params, form, max_length=lm.max_length, turns=reader.turns)
     return from_text(reader.decode, read, sources=tuple(reader.sources)), None

@@ -63,8 +63,9 @@ def reading_of(
       The Reading.
 
     Raises:
-      ValueError: no head of scalars, several labels of which none is named (they are listed), a label that there is
-        not, ids outside the vocabulary, a tail without an id that ends a response.
+      ValueError: no head of scalars, or one of log weights (models.Follower), several labels of which none is named
+        (they are listed), a label that there is not, ids outside the vocabulary, a tail without an id that ends a
+        response.
     """
     check_model(name, lm, ("vocab_size", "head_width"))
     width = lm.head_width
@@ -72,6 +73,9 @@ def reading_of(
     if len(names) != width:
         found = "no head" if width == 0 else f"a head of width {width}"
         raise ValueError(f"{name}: expected a model with a scalar head, found {found}")
+    spec = getattr(getattr(lm, "config", None), "head", None)
+    if spec is not None and spec.follower is not None:
+        raise ValueError(f"{name}: expected a head of rewards, found one of log weights ({spec.follower})")
     ended = _ids(name, "ends", getattr(lm, "eos_ids", ()) if ends is None else ends, lm.vocab_size)
     after = _ids(name, "tail", tail, lm.vocab_size)
     if after and not ended:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxalign import _hosts, _io, models, training
-from jaxalign._checks import check_rng
+from jaxalign._checks import check_language_model, check_rng
 from jaxalign.data import batches, encoded, preferences
 from jaxalign.data.text_options import TextOptions, format_of
 from jaxalign.models import sharding
@@ -77,7 +77,8 @@ def start(
       Model, float32 parameters and tokenizer.
 
     Raises:
-      ValueError: a tokenizer that does not fit, a context shorter than `max_length`.
+      ValueError: a tokenizer that does not fit, a context shorter than `max_length`, a --model that is no language
+        model where one is trained.
     """
     rng, head_rng = jax.random.split(jax.random.key(seed))
     if options.architecture:
@@ -93,8 +94,11 @@ def start(
     else:
         tokenizer = models.tokenizer(options.model, chat_template=chat_template)
         lm, params = models.load(options.model)
-        if head(lm.config) != lm.config.head:
-            lm, params = replace_head(lm, params, head(lm.config), head_rng)
+        wanted = head(lm.config)
+        if wanted is None:
+            check_language_model("model", lm, options.model)
+        if wanted != lm.config.head:
+            lm, params = replace_head(lm, params, wanted, head_rng)
     models.check_rows(tokenizer, lm.vocab_size)
     if max_length > lm.max_length:
         raise ValueError(f"max_length: expected at most the model's context of {lm.max_length}, found {max_length}")

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxalign import models
+from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
 from jaxalign.training import job, rollouts
 from jaxalign.training.options import RolloutOptions
@@ -35,6 +36,7 @@ def scored(
     if bare is not None:
         raise ValueError(f'{bare}: expected a "prompt" beside the response, found none')
     lm, _ = models.load(options.base, dtype=dtype)
+    check_language_model("base", lm, options.base)
     reward, params = rollouts.open_reward(options.reward, lm, started.tokenizer, dtype=dtype)
     number: dict[tuple[int, ...], int] = {}
     index = [number.setdefault(tuple(row.prompt), len(number)) for row in found.rows]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _hosts, decoding, models, policies, rewards
+from jaxalign._checks import check_language_model
 from jaxalign.data import batches
 from jaxalign.models import sharding
 from jaxalign.prompts import prompt_batch
@@ -31,6 +32,25 @@ class PromptRow(NamedTuple):
     """Its token ids."""
     row: int
     """Its row in the file, by which per-prompt tables are looked up."""
+
+
+def head_of(options: RLOptions, model: str) -> Callable[[models.Config], models.Head | None]:
+    """The head that the policy learns with: PPO's value head, none otherwise.
+
+    Args:
+      options: of the algorithm.
+      model: folder that the policy comes from, "" for a new one.
+
+    Returns:
+      config of the model in the folder -> its new head; a ValueError where that is no language model.
+    """
+    head = models.Head("value", hidden_size=64) if options.algorithm == "ppo" else None
+
+    def wanted(config: models.Config) -> models.Head | None:
+        check_language_model("model", models.LanguageModel(config), model)
+        return head
+
+    return wanted
 
 
 def method_of(options: RLOptions) -> policy_gradient.Method:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxalign import _hosts, _io, _progress, decoding, models, policies, rewards, tokens
+from jaxalign._checks import check_language_model
 from jaxalign.data import chats, encoded
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Text
@@ -94,9 +95,10 @@ def load_base(base: str, tokenizer: Any, *, dtype: str, model: str = "") -> tupl
       The base and its parameters.
 
     Raises:
-      ValueError: a base whose texts hold ids that this tokenizer reads as other tokens.
+      ValueError: a folder of no language model; a base whose texts hold ids that this tokenizer reads as other tokens.
     """
     lm, params = models.load(base, dtype=dtype)
+    check_language_model("base", lm, base)
     if model in ("", base):
         return lm, params
     models.check_tokens(models.tokenizer(base), tokenizer, name="model")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import models, shaping
+from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
 from jaxalign.training import job as functions
 from jaxalign.training import objectives, rollouts
@@ -205,6 +206,7 @@ def value_loss(options: ValueOptions, started: functions.StartedModel, *, base: 
     frozen: Params = None
     if options.objective == "cd_q":
         lm, frozen = models.load_beside(base, started.lm, started.tokenizer, name="base", dtype=dtype)
+        check_language_model("base", lm, base)
     loss = objectives.value(
         started.lm,
         options.objective,
