@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 from jaxalign import mdp
 from jaxalign._arrays import at_least_float32, centred, is_flat
+from jaxalign.shapes import PerPrompt, PerToken, ResponseMask, Samples
 from jaxalign.types import Array, ArrayLike
 
 
-def token_rewards(reward: Array, *, log_ratio: Array, mask: Array, beta: ArrayLike) -> Array:
+def token_rewards(reward: PerPrompt, *, log_ratio: PerToken, mask: ResponseMask, beta: ArrayLike) -> PerToken:
     """Gives the KL-regularised reward of each token: −beta·log(pi/pi_ref)(y_t), and r(x,y) on the last one.
 
     Its sum is r − beta·log(pi/pi_ref)(y), whose mean under pi is E[r] − beta·KL(pi‖pi_ref).
@@ -35,7 +36,7 @@ def token_rewards(reward: Array, *, log_ratio: Array, mask: Array, beta: ArrayLi
     return paid + jnp.where(last, at_least_float32(reward)[:, None], 0)
 
 
-def following(kl: Array, *, mask: Array) -> Array:
+def following(kl: PerToken, *, mask: ResponseMask) -> PerToken:
     """Gives the KL of the next state, k_{t+1}: what the draw of y_t leads to at once (arXiv 2504.10637).
 
     Args:
@@ -48,7 +49,7 @@ def following(kl: Array, *, mask: Array) -> Array:
     return jnp.pad(jnp.where(mask, at_least_float32(kl), 0)[:, 1:], ((0, 0), (0, 1)))
 
 
-def to_come(cost: Array) -> Array:
+def to_come(cost: PerToken) -> PerToken:
     """Gives the undiscounted cost-to-go, Σ_{t' >= t} cost_t'.
 
     Args:
@@ -60,7 +61,9 @@ def to_come(cost: Array) -> Array:
     return jnp.cumsum(cost[:, ::-1], axis=1)[:, ::-1]
 
 
-def gae(reward: Array, *, value: Array, mask: Array, discount: float = 1.0, decay: float = 0.95) -> tuple[Array, Array]:
+def gae(
+    reward: PerToken, *, value: PerToken, mask: ResponseMask, discount: float = 1.0, decay: float = 0.95
+) -> tuple[PerToken, PerToken]:
     """Gives generalised advantage estimates and the returns that a value is fitted to.
 
     δ_t = r_t + discount·V(s_{t+1}) − V(s_t),   A_t = Σ_k (discount·decay)^k·δ_{t+k},   return_t = A_t + V(s_t)
@@ -91,7 +94,7 @@ def gae(reward: Array, *, value: Array, mask: Array, discount: float = 1.0, deca
     return advantage, jnp.where(mask, advantage + value, 0)
 
 
-def leave_one_out(reward: Array) -> Array:
+def leave_one_out(reward: Samples) -> Samples:
     """Gives A_i = r_i − mean of the others' r: the baseline does not see the sample, so the gradient has no bias.
 
     Args:
@@ -109,7 +112,7 @@ def leave_one_out(reward: Array) -> Array:
     return centred(reward) * (n / (n - 1))
 
 
-def group_relative(reward: Array, *, epsilon: float = 1e-4) -> Array:
+def group_relative(reward: Samples, *, epsilon: float = 1e-4) -> Samples:
     """Gives A_i = (r_i − mean)/(std + epsilon), the advantages of GRPO.
 
     The division by the standard deviation (of n − 1) gives every prompt the same weight whatever the scale of its

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
 from jaxalign._checks import check_positive, is_concrete
+from jaxalign.shapes import Numbers, Outcomes
 from jaxalign.types import Array, ArrayLike
 
 _FLOOR = 1e-6  # of the range of the reward: the clamp of match_kl
@@ -33,27 +34,54 @@ def _tilted(log_base: ArrayLike, reward: ArrayLike, beta: ArrayLike) -> tuple[Ar
     return logit, (shift / scale)[..., 0], inside
 
 
-def log_policy(log_base: ArrayLike, reward: ArrayLike, *, beta: ArrayLike) -> Array:
-    """log pi(y) = log base(y) + r(y)/beta − log Z, [...,K] in nats.
+def log_policy(log_base: ArrayLike, reward: ArrayLike, *, beta: ArrayLike) -> Outcomes:
+    """Gives the tilted policy, log pi(y) = log base(y) + r(y)/beta − log Z.
 
-    log_base [...,K], normalised or not; reward [...,K]; beta > 0, a scalar or [...]. Outside the base's support the
-    result is NEGATIVE. ValueError (concrete values) when beta <= 0.
+    Args:
+      log_base: [...,K], log-probabilities of the base, normalised or not.
+      reward: [...,K].
+      beta: the KL weight > 0, scalar or [...], in units of reward per nat.
+
+    Returns:
+      [...,K], in nats; NEGATIVE outside the support of the base.
+
+    Raises:
+      ValueError: on concrete values, beta <= 0.
     """
     check_positive("beta", beta)
     logit, _, inside = _tilted(log_base, reward, beta)
     return jnp.where(inside, logit - jax.nn.logsumexp(logit, axis=-1, keepdims=True), NEGATIVE)
 
 
-def log_partition(log_base: ArrayLike, reward: ArrayLike, *, beta: ArrayLike) -> Array:
-    """log Z = log Σ_y base(y)·exp(r(y)/beta), [...] in nats; beta·log Z is the soft value of the reward. Arguments and
-    errors as `log_policy`."""
+def log_partition(log_base: ArrayLike, reward: ArrayLike, *, beta: ArrayLike) -> Numbers:
+    """Gives log Z = log Σ_y base(y)·exp(r(y)/beta); beta·log Z is the soft value of the reward.
+
+    Args:
+      log_base: [...,K], log-probabilities of the base; one that is not normalised adds the log of its sum.
+      reward: [...,K].
+      beta: the KL weight > 0, scalar or [...], in units of reward per nat.
+
+    Returns:
+      [...], in nats.
+
+    Raises:
+      ValueError: on concrete values, beta <= 0.
+    """
     check_positive("beta", beta)
     logit, shift, _ = _tilted(log_base, reward, beta)
     return jax.nn.logsumexp(logit, axis=-1) + shift
 
 
-def kl(log_p: ArrayLike, log_q: ArrayLike) -> Array:
-    """KL(p‖q) = Σ p·(log p − log q) over the last axis, in nats; 0·log 0 = 0; inf where p has mass outside q."""
+def kl(log_p: ArrayLike, log_q: ArrayLike) -> Numbers:
+    """Gives KL(p‖q) = Σ p·(log p − log q), with 0·log 0 = 0.
+
+    Args:
+      log_p: [...,K], normalised.
+      log_q: [...,K], normalised.
+
+    Returns:
+      [...], in nats; inf where p has mass outside the support of q.
+    """
     log_p, log_q = at_least_float32(log_p), at_least_float32(log_q)
     inside = is_supported(log_p)
     outside = inside & ~is_supported(log_q) & (log_p > -80)
@@ -62,25 +90,40 @@ def kl(log_p: ArrayLike, log_q: ArrayLike) -> Array:
     return jnp.where(outside.any(axis=-1), jnp.inf, total)
 
 
-def utility(log_p: ArrayLike, utility: ArrayLike) -> Array:
-    """E_p[u] = Σ p·u over the last axis, in units of u; entries without mass may hold any u."""
+def utility(log_p: ArrayLike, utility: ArrayLike) -> Numbers:
+    """Gives the expected utility, E_p[u] = Σ p·u.
+
+    Args:
+      log_p: [...,K], normalised.
+      utility: [...,K]; entries outside the support of p may hold anything, NaN included.
+
+    Returns:
+      [...], in units of u.
+    """
     log_p = at_least_float32(log_p)
     inside = is_supported(log_p)
     weight = jnp.where(inside, jnp.exp(jnp.where(inside, log_p, 0)), 0)
     return (weight * jnp.where(inside, at_least_float32(utility), 0)).sum(axis=-1)
 
 
-def match_kl(log_base: ArrayLike, reward: ArrayLike, *, kl: ArrayLike) -> Array:
-    """The beta at which KL(pi_beta‖base) = kl, [...].
+def match_kl(log_base: ArrayLike, reward: ArrayLike, *, kl: ArrayLike) -> Numbers:
+    """Gives the beta at which the tilted policy has a given KL to its base, KL(pi_beta‖base) = kl.
 
-    KL falls from −log base(best) at beta -> 0 to 0 at beta -> inf, so the root is unique; it is bracketed and
-    bisected in log beta and differentiated through the implicit function: with t = 1/beta, dKL/dt = t·Var_pi(r).
+    KL falls from −log base(best) at beta -> 0 to 0 at beta -> inf, so the root is unique; it is bracketed and bisected
+    in log beta and differentiated through the implicit function: with t = 1/beta, dKL/dt = t·Var_pi(r).
 
-    A budget at or above −log base(best), base(best) the mass of all responses of highest reward, has no root: the
-    result is the clamp 1e-6·(range of the reward over the support), with zero gradient. A constant reward has no root
-    either and no scale: the result is 1, with zero gradient.
+    Args:
+      log_base: [...,K], log-probabilities of the base; normalised inside.
+      reward: [...,K].
+      kl: the budget > 0, scalar or [...], in nats.
 
-    log_base [...,K], normalised inside; reward [...,K]; kl > 0 in nats, scalar or [...] (ValueError on the host).
+    Returns:
+      beta [...], in units of reward per nat. A budget at or above −log base(best), base(best) the mass of all responses
+      of highest reward, has no root: the result is the clamp 1e-6·(range of the reward over the support), with zero
+      gradient. A constant reward has no root either and no scale: the result is 1, with zero gradient.
+
+    Raises:
+      ValueError: on concrete values, a budget that is not > 0 or not finite.
     """
     check_positive("kl", kl)
     if is_concrete(kl) and not np.all(np.isfinite(np.asarray(kl))):

@@ -4,7 +4,8 @@ The prediction comes first; targets, masks and references are keyword-only, sinc
 would go unnoticed. Pairs keep the field's order, chosen before rejected.
 
 Nothing needs [B,L,V] at once: log-probabilities of the tokens come in, or (for the Bellman target) one chunk of
-positions. Masks are double-where: an entry that is masked out may hold NaN and leaves value and gradient finite.
+positions. Arrays whose shapes differ are AssertionErrors. Masks are double-where: an entry that is masked out may hold
+NaN and leaves value and gradient finite.
 """
 
 from __future__ import annotations
@@ -14,23 +15,30 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32
+from jaxalign.shapes import Numbers, OverTokens, PerPrompt, PerToken, ResponseMask, Scalar
 from jaxalign.types import Array, ArrayLike
 
 MAX_EXPONENT = 20.0  # of the linex loss, and of probability ratios
 
 
-def language_model(log_prob: Array, *, mask: Array, count: ArrayLike | None = None) -> Array:
-    """−Σ_{b,t} m·log pi(y_t|y_<t) / count, in nats per token.
+def language_model(log_prob: PerToken, *, mask: ResponseMask, count: ArrayLike | None = None) -> Scalar:
+    """Gives the negative log-likelihood per token, −Σ_{b,t} m·log pi(y_t|y_<t) / count.
 
-    log_prob, mask [B,T]; count: tokens to divide by (those of the mask when None). A caller that accumulates gradients
-    over micro-batches passes the large batch's count, so that the sum is the large batch's loss.
+    Args:
+      log_prob: [B,T], of each token, in nats.
+      mask: [B,T], True on the tokens that count.
+      count: tokens to divide by; those of the mask when None. A caller that accumulates gradients over micro-batches
+        passes the large batch's count, so that the sum is the large batch's loss.
+
+    Returns:
+      A scalar, in nats per token.
     """
     chex.assert_equal_shape([log_prob, mask])
     total = _masked(log_prob, mask).sum()
     return -total / (jnp.maximum(mask.sum(), 1) if count is None else count)
 
 
-def bradley_terry(chosen: Array, rejected: Array) -> Array:
+def bradley_terry(chosen: PerPrompt, rejected: PerPrompt) -> Scalar:
     """Gives the pairwise ranking loss of a reward model, mean −log sigmoid(r_w − r_l).
 
     Args:
@@ -44,10 +52,21 @@ def bradley_terry(chosen: Array, rejected: Array) -> Array:
     return -jax.nn.log_sigmoid(at_least_float32(chosen) - at_least_float32(rejected)).mean()
 
 
-def autoregressive_reward(chosen_log_prob: Array, rejected_log_prob: Array, *, beta_r: ArrayLike) -> Array:
-    """mean −log sigmoid(beta_r·(log pi_r(y_w|x) − log pi_r(y_l|x))): GenARM (arXiv 2410.08193, eq. 5).
+def autoregressive_reward(chosen_log_prob: PerPrompt, rejected_log_prob: PerPrompt, *, beta_r: ArrayLike) -> Scalar:
+    """Gives GenARM's loss of an autoregressive reward model.
 
-    chosen_log_prob, rejected_log_prob [B]: sums over response tokens, EOS included, no length normalisation (nats).
+    mean −log sigmoid(beta_r·(log pi_r(y_w|x) − log pi_r(y_l|x)))
+
+    Args:
+      chosen_log_prob: [B], of the preferred responses, summed over response tokens, EOS included and without length
+        normalisation, in nats.
+      rejected_log_prob: [B], of the others, likewise.
+      beta_r: > 0, the scale of the reward.
+
+    Returns:
+      A scalar.
+
+    Source: GenARM, arXiv 2410.08193, eq. 5.
     """
     chex.assert_equal_shape([chosen_log_prob, rejected_log_prob])
     difference = at_least_float32(chosen_log_prob) - at_least_float32(rejected_log_prob)
@@ -55,14 +74,14 @@ def autoregressive_reward(chosen_log_prob: Array, rejected_log_prob: Array, *, b
 
 
 def dpo(
-    chosen_log_prob: Array,
-    rejected_log_prob: Array,
+    chosen_log_prob: PerPrompt,
+    rejected_log_prob: PerPrompt,
     *,
-    chosen_log_prob_ref: Array,
-    rejected_log_prob_ref: Array,
+    chosen_log_prob_ref: PerPrompt,
+    rejected_log_prob_ref: PerPrompt,
     beta: ArrayLike,
     label_smoothing: float = 0.0,
-) -> Array:
+) -> Scalar:
     """Gives the DPO loss, mean −(1−e)·log sigmoid(beta·Δ) − e·log sigmoid(−beta·Δ).
 
     Δ is the difference of the two log-ratios to the reference (`log_ratio_difference`).
@@ -86,13 +105,13 @@ def dpo(
 
 
 def ipo(
-    chosen_log_prob: Array,
-    rejected_log_prob: Array,
+    chosen_log_prob: PerPrompt,
+    rejected_log_prob: PerPrompt,
     *,
-    chosen_log_prob_ref: Array,
-    rejected_log_prob_ref: Array,
+    chosen_log_prob_ref: PerPrompt,
+    rejected_log_prob_ref: PerPrompt,
     beta: ArrayLike,
-) -> Array:
+) -> Scalar:
     """Gives the IPO loss, mean (Δ − 1/(2·beta))², Δ as in `dpo`.
 
     Args:
@@ -111,14 +130,26 @@ def ipo(
     return ((difference - 1 / (2 * jnp.asarray(beta))) ** 2).mean()
 
 
-def log_ratio_difference(chosen: Array, rejected: Array, *, chosen_ref: Array, rejected_ref: Array) -> Array:
-    """Δ = log(pi/pi_ref)(y_w) − log(pi/pi_ref)(y_l), [B]."""
+def log_ratio_difference(
+    chosen: PerPrompt, rejected: PerPrompt, *, chosen_ref: PerPrompt, rejected_ref: PerPrompt
+) -> PerPrompt:
+    """Gives Δ = log(pi/pi_ref)(y_w) − log(pi/pi_ref)(y_l), the implicit reward margin over beta.
+
+    Args:
+      chosen: [B], log-probabilities of the preferred responses under the policy, in nats.
+      rejected: [B], of the others.
+      chosen_ref: [B], as `chosen`, under the reference.
+      rejected_ref: [B], as `rejected`, under the reference.
+
+    Returns:
+      [B], in nats.
+    """
     chex.assert_equal_shape([chosen, rejected, chosen_ref, rejected_ref])
     chosen, rejected, chosen_ref, rejected_ref = map(at_least_float32, (chosen, rejected, chosen_ref, rejected_ref))
     return (chosen - chosen_ref) - (rejected - rejected_ref)
 
 
-def fudge(value: Array, *, reward: Array, mask: Array) -> Array:
+def fudge(value: PerToken, *, reward: PerPrompt, mask: ResponseMask) -> Scalar:
     """Gives the CD-FUDGE loss, mean_b ½ Σ_t m·(v_t − r)²: the same Monte-Carlo target for every prefix.
 
     It is a SUM over t: long responses weigh more. Its expected gradient is that of the error to V of the policy that
@@ -137,21 +168,37 @@ def fudge(value: Array, *, reward: Array, mask: Array) -> Array:
     return _squared(value, at_least_float32(reward)[:, None], mask)
 
 
-def expected_next(q: Array, *, log_prob_ref: Array) -> Array:
-    """Σ_z pi_ref(z|s)·q(s,z) over the last axis, the whole vocabulary; q and log_prob_ref [...,V]. Tokens of
-    probability zero may hold any q."""
+def expected_next(q: OverTokens, *, log_prob_ref: OverTokens) -> Numbers:
+    """Gives the mean of q over the next token, Σ_z pi_ref(z|s)·q(s,z).
+
+    Args:
+      q: [...,V], over the whole vocabulary; tokens of probability zero may hold anything.
+      log_prob_ref: [...,V], in nats.
+
+    Returns:
+      [...], in units of q.
+    """
     chex.assert_equal_shape([q, log_prob_ref])
     weight = jnp.exp(at_least_float32(log_prob_ref))
     return jnp.where(weight > 0, weight * jnp.where(weight > 0, q, 0), 0).sum(axis=-1)
 
 
-def cd_q(value: Array, *, expected: Array, reward: Array, mask: Array) -> Array:
-    """mean_b ½ Σ_t m·(v_t − sg(target_t))²: CD-Q (arXiv 2310.17022).
+def cd_q(value: PerToken, *, expected: PerToken, reward: PerPrompt, mask: ResponseMask) -> Scalar:
+    """Gives the CD-Q loss, mean_b ½ Σ_t m·(v_t − sg(target_t))².
 
     target_t = r at the last token of the response (EOS, or the last kept token of a truncated one), else `expected`_t =
     Σ_z pi_ref(z|s_t)·v(s_t z), with s_t the state AFTER token t.
 
-    value [B,T]: v([x, y_1..y_t]), a Q head read at the token drawn; expected [B,T]; reward [B]; mask [B,T].
+    Args:
+      value: [B,T], v([x, y_1..y_t]), a Q head read at the token drawn.
+      expected: [B,T], `expected_next` of the state after each token.
+      reward: [B].
+      mask: [B,T], EOS included.
+
+    Returns:
+      A scalar.
+
+    Source: arXiv 2310.17022.
     """
     chex.assert_equal_shape([value, expected, mask])
     last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
@@ -160,23 +207,40 @@ def cd_q(value: Array, *, expected: Array, reward: Array, mask: Array) -> Array:
     return _squared(value, jax.lax.stop_gradient(target), mask)
 
 
-def td(value: Array, *, reward: Array, mask: Array) -> Array:
-    """mean_b ½ Σ_t m·(v_t − sg(target_t))², target_t = v_{t+1}, or r at the last token: TD(0), one sampled successor.
+def td(value: PerToken, *, reward: PerPrompt, mask: ResponseMask) -> Scalar:
+    """Gives the TD(0) loss, mean_b ½ Σ_t m·(v_t − sg(target_t))², target_t = v_{t+1}, or r at the last token.
 
-    value [B,T]: v([x, y_1..y_t]); the same expected semi-gradient as CD-Q when y_{t+1} ~ pi_ref.
+    It takes one sampled successor: the same expected semi-gradient as `cd_q` when y_{t+1} ~ pi_ref.
+
+    Args:
+      value: [B,T], v([x, y_1..y_t]), after token t.
+      reward: [B].
+      mask: [B,T], EOS included.
+
+    Returns:
+      A scalar.
     """
     following = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
     return cd_q(value, expected=following, reward=reward, mask=mask)
 
 
 def soft_value(
-    value: Array, *, reward: Array, mask: Array, beta: ArrayLike, max_exponent: float = MAX_EXPONENT
-) -> Array:
-    """mean_b Σ_t m·(exp(d) − d − 1), d = (r − v_t)/beta: the linex loss, whose minimiser over y ~ pi_ref is
-    V_soft = beta·log E[exp(r/beta)], the exact token-level solution.
+    value: PerToken, *, reward: PerPrompt, mask: ResponseMask, beta: ArrayLike, max_exponent: float = MAX_EXPONENT
+) -> Scalar:
+    """Gives the linex loss of a soft value, mean_b Σ_t m·(exp(d) − d − 1), d = (r − v_t)/beta.
 
-    value [B,T] after token t; reward [B]. Above max_exponent the exponential goes on as its tangent, so that one sample
-    cannot blow up the gradient; the loss stays convex. `clipped_share` tells how often.
+    Its minimiser over y ~ pi_ref is V_soft = beta·log E[exp(r/beta)], the exact token-level solution.
+
+    Args:
+      value: [B,T], after token t.
+      reward: [B].
+      mask: [B,T], EOS included.
+      beta: the KL weight > 0, in units of reward per nat.
+      max_exponent: above it the exponential goes on as its tangent, so that one sample cannot blow up the gradient; the
+        loss stays convex. `clipped_share` tells how often.
+
+    Returns:
+      A scalar.
     """
     chex.assert_equal_shape([value, mask])
     d = (at_least_float32(reward)[:, None] - _masked(value, mask)) / beta
@@ -186,16 +250,38 @@ def soft_value(
 
 
 def clipped_share(
-    value: Array, *, reward: Array, mask: Array, beta: ArrayLike, max_exponent: float = MAX_EXPONENT
-) -> Array:
-    """The share of each response's tokens whose exponent (r − v_t)/beta `soft_value` clips, [B]."""
+    value: PerToken, *, reward: PerPrompt, mask: ResponseMask, beta: ArrayLike, max_exponent: float = MAX_EXPONENT
+) -> PerPrompt:
+    """Gives the share of each response's tokens whose exponent (r − v_t)/beta `soft_value` clips.
+
+    Args:
+      value: [B,T], after token t.
+      reward: [B].
+      mask: [B,T], EOS included.
+      beta: the KL weight > 0.
+      max_exponent: as `soft_value`.
+
+    Returns:
+      [B] in [0, 1].
+    """
     d = (at_least_float32(reward)[:, None] - _masked(value, mask)) / beta
     return ((d > max_exponent) & mask).sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)
 
 
-def exceedance(logit: Array, *, utility: Array, threshold: Array, mask: Array) -> Array:
-    """mean_b Σ_t m·BCE(sigmoid(logit_t), 1[u > m]): a classifier of Pr(u > m | prefix), whose exact token-level use is
-    `shaping.exceedance_log_weight`. logit [B,T] after token t; utility, threshold [B]; mask [B,T]."""
+def exceedance(logit: PerToken, *, utility: PerPrompt, threshold: PerPrompt, mask: ResponseMask) -> Scalar:
+    """Gives the loss of a classifier of Pr(u > m | prefix), mean_b Σ_t m_t·BCE(sigmoid(logit_t), 1[u > m]).
+
+    Its exact token-level use is `shaping.exceedance_log_weight`.
+
+    Args:
+      logit: [B,T], after token t.
+      utility: [B], u of the whole responses.
+      threshold: [B], m of each prompt, in units of u.
+      mask: [B,T], EOS included.
+
+    Returns:
+      A scalar.
+    """
     chex.assert_equal_shape([logit, mask])
     above = (utility > threshold)[:, None]
     logit = _masked(logit, mask)
@@ -203,11 +289,22 @@ def exceedance(logit: Array, *, utility: Array, threshold: Array, mask: Array) -
     return _masked(each, mask).sum(axis=-1).mean()
 
 
-def last_and_pairs(value: Array, *, reward: Array, mask: Array, pair_weight: float = 1.0) -> Array:
-    """mean_b (v_T − r)² + c·mean over pairs (v_t − v_{t+1})²: the value head of SRS-CD as its authors train it.
+def last_and_pairs(value: PerToken, *, reward: PerPrompt, mask: ResponseMask, pair_weight: float = 1.0) -> Scalar:
+    """Gives the loss of SRS-CD's value head as its authors train it.
+
+    mean_b (v_T − r)² + c·mean over pairs (v_t − v_{t+1})²
 
     Only the last token of the response sees the reward; the pair term, without a stopped gradient, spreads it and is 0
-    exactly when v is constant along the response. value [B,T] after token t; reward [B]; mask [B,T]; c: pair_weight.
+    exactly when v is constant along the response.
+
+    Args:
+      value: [B,T], after token t.
+      reward: [B].
+      mask: [B,T], EOS included.
+      pair_weight: c.
+
+    Returns:
+      A scalar.
     """
     chex.assert_equal_shape([value, mask])
     value = _masked(value, mask)
@@ -221,15 +318,34 @@ def last_and_pairs(value: Array, *, reward: Array, mask: Array, pair_weight: flo
 
 
 def policy_gradient(
-    log_prob: Array, *, old_log_prob: Array, advantage: Array, mask: Array, clip: float, whole: bool = False
-) -> Array:
-    """−mean_b Σ_t m·min(ρ_t·A_t, clip(ρ_t, 1 ± clip)·A_t), ρ_t = pi(y_t)/pi_old(y_t) (PPO, arXiv 1707.06347, eq. 7).
+    log_prob: PerToken,
+    *,
+    old_log_prob: PerToken,
+    advantage: PerToken | PerPrompt,
+    mask: ResponseMask,
+    clip: float,
+    whole: bool = False,
+) -> Scalar:
+    """Gives the clipped policy-gradient loss.
 
-    whole: one ratio for the response, ρ = exp(Σ_t log pi − log pi_old), and A the same for all its tokens; the sum over
-    t is then counted once (the clipped form of RLOO). Where pi = pi_old the gradient is −mean_b Σ_t A_t·∇log pi(y_t):
-    a SUM over tokens, so that the mean over y ~ pi is the gradient of E[r], whatever the lengths.
+    −mean_b Σ_t m·min(ρ_t·A_t, clip(ρ_t, 1 ± clip)·A_t), ρ_t = pi(y_t)/pi_old(y_t)
 
-    log_prob, old_log_prob, mask [b,T]; advantage [b,T], or [b] with `whole`; clip > 0, inf for no clipping.
+    Where pi = pi_old the gradient is −mean_b Σ_t A_t·∇log pi(y_t): a SUM over tokens, so that the mean over y ~ pi is
+    the gradient of E[r], whatever the lengths.
+
+    Args:
+      log_prob: [b,T], of the policy, in nats.
+      old_log_prob: [b,T], of the policy that drew the tokens.
+      advantage: [b,T], or [b] with `whole`.
+      mask: [b,T], EOS included.
+      clip: > 0; inf for no clipping.
+      whole: one ratio for the response, ρ = exp(Σ_t log pi − log pi_old), and A the same for all its tokens; the sum
+        over t is then counted once (the clipped form of RLOO).
+
+    Returns:
+      A scalar.
+
+    Source: PPO, arXiv 1707.06347, eq. 7.
     """
     chex.assert_equal_shape([log_prob, old_log_prob, mask])
     difference = _masked(log_prob, mask) - _masked(old_log_prob, mask)
@@ -240,9 +356,21 @@ def policy_gradient(
     return -jnp.where(mask, _clipped(ratio, advantage, clip), 0).sum(axis=-1).mean()
 
 
-def clipped_ratios(log_prob: Array, *, old_log_prob: Array, mask: Array, clip: float, whole: bool = False) -> Array:
-    """The share of tokens (`whole`: of responses) whose ratio lies outside 1 ± clip, [b]; arguments as
-    `policy_gradient`."""
+def clipped_ratios(
+    log_prob: PerToken, *, old_log_prob: PerToken, mask: ResponseMask, clip: float, whole: bool = False
+) -> PerPrompt:
+    """Gives the share of tokens (`whole`: of responses) whose ratio lies outside 1 ± clip.
+
+    Args:
+      log_prob: [b,T], of the policy, in nats.
+      old_log_prob: [b,T], of the policy that drew the tokens.
+      mask: [b,T], EOS included.
+      clip: > 0.
+      whole: one ratio for the response, as `policy_gradient`.
+
+    Returns:
+      [b] in [0, 1].
+    """
     difference = _masked(log_prob, mask) - _masked(old_log_prob, mask)
     if whole:
         return (jnp.abs(jnp.expm1(difference.sum(axis=-1))) > clip).astype(difference.dtype)
@@ -250,9 +378,21 @@ def clipped_ratios(log_prob: Array, *, old_log_prob: Array, mask: Array, clip: f
     return outside.sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)
 
 
-def clipped_value(value: Array, *, old_value: Array, returns: Array, mask: Array, clip: float) -> Array:
-    """mean_b ½ Σ_t m·max((V_t − R_t)², (V_old + clip(V_t − V_old, ± clip) − R_t)²), PPO's value loss; all [b,T].
-    clip inf: no clipping."""
+def clipped_value(
+    value: PerToken, *, old_value: PerToken, returns: PerToken, mask: ResponseMask, clip: float
+) -> Scalar:
+    """Gives PPO's value loss, mean_b ½ Σ_t m·max((V_t − R_t)², (V_old + clip(V_t − V_old, ± clip) − R_t)²).
+
+    Args:
+      value: [b,T], V_t.
+      old_value: [b,T], V_old, as it was when the tokens were drawn.
+      returns: [b,T], R_t.
+      mask: [b,T], EOS included.
+      clip: > 0; inf for no clipping.
+
+    Returns:
+      A scalar.
+    """
     chex.assert_equal_shape([value, old_value, returns, mask])
     value, old_value, returns = (_masked(x, mask) for x in (value, old_value, returns))
     error = (value - returns) ** 2
@@ -262,14 +402,28 @@ def clipped_value(value: Array, *, old_value: Array, returns: Array, mask: Array
     return 0.5 * error.sum(axis=-1).mean()
 
 
-def kl_penalty(log_prob: Array, *, log_prob_ref: Array, mask: Array, estimator: str) -> Array:
-    """A term for the loss that stands for KL(pi‖pi_ref), from y ~ pi; mean over rows of, with l_t = log pi/pi_ref(y_t):
+def kl_penalty(log_prob: PerToken, *, log_prob_ref: PerToken, mask: ResponseMask, estimator: str) -> Scalar:
+    """Gives a term for the loss that stands for KL(pi‖pi_ref), from y ~ pi.
+
+    It is the mean over rows, with l_t = log pi/pi_ref(y_t), of
 
         "k2": ½ (Σ_t l_t)². Its gradient is (Σ l)·∇log pi(y): in the mean that of KL(pi‖pi_ref), exactly.
-        "k3": Σ_t exp(−l_t) − 1 + l_t (GRPO, arXiv 2402.03300, eq. 4). In value it has the mean of the KL, but its
-              gradient is the one of Σ_t KL(pi_ref‖pi)(s_t) at the states of pi: another optimum than Gibbs'.
+        "k3": Σ_t exp(−l_t) − 1 + l_t. In value it has the mean of the KL, but its gradient is the one of
+              Σ_t KL(pi_ref‖pi)(s_t) at the states of pi: another optimum than Gibbs'.
 
-    log_prob, log_prob_ref, mask [b,T]. ValueError for another estimator.
+    Args:
+      log_prob: [b,T], of the policy, in nats.
+      log_prob_ref: [b,T], of the reference.
+      mask: [b,T], EOS included.
+      estimator: "k2" or "k3".
+
+    Returns:
+      A scalar, in nats.
+
+    Raises:
+      ValueError: another estimator.
+
+    Source: k3 is GRPO's, arXiv 2402.03300, eq. 4.
     """
     ratio = _masked(log_prob, mask) - _masked(log_prob_ref, mask)
     if estimator == "k2":

@@ -10,14 +10,26 @@ import numpy as np
 
 
 class Estimate(NamedTuple):
-    """mean, and the half-width of its 95 % interval (normal approximation; NaN for fewer than two values)."""
+    """A mean and its 95 % interval."""
 
     mean: float
+    """The mean."""
     half_width: float
+    """Half the width of its 95 % interval (normal approximation); NaN for fewer than two values."""
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> Estimate:
-    """Mean of independent values and 1.96 standard errors. ValueError for no values."""
+    """Gives the mean of independent values and 1.96 standard errors (normal approximation).
+
+    Args:
+      values: at least one number; an array is read flat.
+
+    Returns:
+      An Estimate; its half-width is NaN for a single value.
+
+    Raises:
+      ValueError: no values.
+    """
     x = np.asarray(values, np.float64)
     if x.size == 0:
         raise ValueError("values: expected at least one, found none")
@@ -27,15 +39,42 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Estimate:
 
 
 def best_of_n_kl_bound(n: int) -> float:
-    """log n − (n−1)/n, in nats: an upper bound of KL(best of n‖base). ValueError for n < 1."""
+    """Gives an upper bound of the KL of best-of-n to its base, log n − (n−1)/n.
+
+    Args:
+      n: samples >= 1.
+
+    Returns:
+      The bound, in nats.
+
+    Raises:
+      ValueError: n below 1.
+
+    Source: arXiv 2401.01879.
+    """
     if n < 1:
         raise ValueError(f"n: expected at least 1, found {n}")
     return math.log(n) - (n - 1) / n
 
 
 def blockwise_kl_bound(mask: np.ndarray, *, block_size: int, num_samples: int) -> np.ndarray:
-    """⌈|y|/M⌉·(log K − (K−1)/K) of each response, [...] from its mask [...,T], in nats: the mean over decoded responses
-    bounds KL(blockwise best-of-K with blocks of M‖base) (arXiv 2310.17022). ValueError for M or K < 1."""
+    """Gives the bound of each response for blockwise best-of-K, ⌈|y|/M⌉·(log K − (K−1)/K).
+
+    Its mean over decoded responses bounds KL(blockwise best-of-K with blocks of M‖base).
+
+    Args:
+      mask: [...,T], of decoded responses, EOS included.
+      block_size: M >= 1 tokens.
+      num_samples: K >= 1 blocks to choose from.
+
+    Returns:
+      [...], in nats.
+
+    Raises:
+      ValueError: block_size or num_samples below 1.
+
+    Source: arXiv 2310.17022.
+    """
     if block_size < 1:
         raise ValueError(f"block_size: expected at least 1, found {block_size}")
     if num_samples < 1:
@@ -45,13 +84,22 @@ def blockwise_kl_bound(mask: np.ndarray, *, block_size: int, num_samples: int) -
 
 
 def best_of_n_curve(reward: np.ndarray, *, value: np.ndarray | None = None) -> np.ndarray:
-    """[...,N]: entry n−1 estimates E[value of the best of n by reward] without bias, for all n = 1..N at once, from N
-    independent samples with reward and value [...,N] (the reward itself when None).
+    """Estimates E[value of the best of n by reward] without bias, for all n = 1..N at once.
 
     It is the mean over all subsets of n samples. In the order of rewards sample i is the best of a share
     C(i−1, n−1)/C(N, n) of them; equal rewards share theirs evenly, which is the law of a best-of-n that breaks ties at
-    random (`tree.best_of_n_law`). Entry 0 is the mean of the values, entry N−1 the value of the best. ValueError for
-    no samples, shapes that differ, or a reward that is NaN.
+    random (`tree.best_of_n_law`).
+
+    Args:
+      reward: [...,N], of N independent samples.
+      value: [...,N], what the chosen sample is worth; the reward itself when None.
+
+    Returns:
+      [...,N] in units of value: entry n−1 is the estimate for n. Entry 0 is the mean of the values, entry N−1 the value
+      of the best.
+
+    Raises:
+      ValueError: no samples, shapes that differ, or a reward that is NaN.
     """
     r = np.asarray(reward, np.float64)
     v = r if value is None else np.asarray(value, np.float64)
@@ -77,21 +125,31 @@ def best_of_n_curve(reward: np.ndarray, *, value: np.ndarray | None = None) -> n
 
 
 class SelectionWinRates(NamedTuple):
-    """best_of_n, worst_of_n [...,N]: entry n−1 estimates the win rate when n draws a side are reduced to the best (the
-    worst) by reward; entry 0 is the plain win rate in both."""
+    """Win rates when n draws a side are reduced to one by reward: entry n−1 is for n, entry 0 the plain win rate."""
 
     best_of_n: np.ndarray
+    """[...,N], the best of n draws by reward on both sides."""
     worst_of_n: np.ndarray
+    """[...,N], the worst of n draws by reward on both sides."""
 
 
 def selection_win_rates(reward: np.ndarray, *, base_reward: np.ndarray) -> SelectionWinRates:
-    """Win rates of a policy over its base under best-of-n and worst-of-n on both sides, without bias, for all n at once
-    from one set of samples a side: reward [...,K] of the policy's, base_reward [...,L] of the base's, n = 1..min(K,L).
+    """Estimates the win rates of a policy over its base under best-of-n and worst-of-n on both sides, for all n at
+    once.
 
     W = Σ_ij v_i·v'_j·(1[y_i > z_j] + ½·1[y_i = z_j]) in ascending order, v_i = C(i−1, n−1)/C(K, n) for the best and
-    C(K−i, n−1)/C(K, n) for the worst: the mean over all pairs of subsets. How equal rewards are ordered changes
-    nothing. The estimates of different n rest on the same samples. ValueError for no samples, leading axes that differ,
-    or NaN.
+    C(K−i, n−1)/C(K, n) for the worst: the mean over all pairs of subsets, without bias. How equal rewards are ordered
+    changes nothing. The estimates of different n rest on the same samples.
+
+    Args:
+      reward: [...,K], of the policy's samples.
+      base_reward: [...,L], of the base's.
+
+    Returns:
+      SelectionWinRates for n = 1..min(K,L).
+
+    Raises:
+      ValueError: no samples, leading axes that differ, or NaN.
     """
     y, z = np.sort(np.asarray(reward, np.float64)), np.sort(np.asarray(base_reward, np.float64))
     if y.ndim == 0 or y.shape[:-1] != z.shape[:-1] or 0 in (y.shape[-1], z.shape[-1]):
@@ -119,11 +177,18 @@ def _subset_weights(count: int) -> np.ndarray:
 
 
 def diversity(tokens: Sequence[object]) -> float:
-    """Π_{n=2..4} |unique n-grams| / (|n-grams| + 1): the diversity of ARGS (arXiv 2402.01694, its code), of one
-    response as words or token ids.
+    """Gives the diversity of one response, Π_{n=2..4} |unique n-grams| / (|n-grams| + 1).
 
     The +1 avoids 0/0 and makes W >= 4 distinct tokens come out at exactly (W−3)/W, and one token at 0: the measure
     rewards length.
+
+    Args:
+      tokens: words or token ids.
+
+    Returns:
+      A number in [0, 1).
+
+    Source: ARGS, arXiv 2402.01694, as its code computes it.
     """
     out = 1.0
     for n in (2, 3, 4):
@@ -133,7 +198,15 @@ def diversity(tokens: Sequence[object]) -> float:
 
 
 def coherence(prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """Cosine of sentence embeddings [...,D] of prompt and response; 1 for identical ones. Any embedding model."""
+    """Gives the cosine of the sentence embeddings of prompt and response, by any embedding model.
+
+    Args:
+      prompt: [...,D].
+      response: [...,D].
+
+    Returns:
+      [...] in [−1, 1]; 1 for embeddings of one direction.
+    """
     prompt, response = np.asarray(prompt, np.float64), np.asarray(response, np.float64)
     norm = np.linalg.norm(prompt, axis=-1) * np.linalg.norm(response, axis=-1)
     result: np.ndarray = (prompt * response).sum(axis=-1) / norm

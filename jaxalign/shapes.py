@@ -1,8 +1,9 @@
 """Array types with their shapes, named by what they hold: the only place where shapes of the public signatures stand.
 
 B prompts, P prompt tokens, T new tokens, L tokens of any text, N texts, n samples of a prompt, V vocabulary, K
-candidates, D hidden size. jaxtyping's types are plain arrays to a type checker; where a rank error would be silent, the
-functions check at run time.
+candidates, D hidden size; S states and M responses, or outcomes, of a small process; "..." any axes, those of prompts.
+jaxtyping's types are plain arrays to a type checker; where a rank error would be silent, the functions check at run
+time.
 """
 
 from __future__ import annotations
@@ -34,3 +35,14 @@ TextLength = Int[Array, "N"]
 TextIndex = Int[Array, "N"]
 RewardValues = Float[Array, "N"]
 Scalar = Float[Array, ""]
+
+Numbers = Float[Array, "..."]
+Samples = Float[Array, "... n"]
+OverTokens = Float[Array, "... V"]
+Outcomes = Float[Array, "... M"]
+TokenIds = Int[Array, "... L"]
+TokenMask = Bool[Array, "... L"]
+TokenIndex = Int[Array, "..."]
+StateValues = Float[Array, "S"]
+StateTable = Float[Array, "S V"]
+PerResponse = Float[Array, "M"]
