@@ -1,8 +1,9 @@
 """Language models: one decoder-only transformer for all families, its cache and heads, and Hugging Face folders."""
 
 from jaxalign.models import lora
+from jaxalign.models.block import Block, Experts, Rope
 from jaxalign.models.cache import Cache
-from jaxalign.models.config import Config, Follower, Head, Rope
+from jaxalign.models.config import Config, Follower, Head
 from jaxalign.models.hf.beside import load_beside
 from jaxalign.models.hf.config import config_from_hf, config_to_hf
 from jaxalign.models.hf.folders import load, read_config, save
@@ -16,8 +17,10 @@ from jaxalign.models.pooling import last_read_index, read_index
 from jaxalign.models.vocabulary import check_rows, check_tokens, cut_vocabulary, match_vocabulary
 
 __all__ = [
+    "Block",
     "Cache",
     "Config",
+    "Experts",
     "Follower",
     "Head",
     "LanguageModel",

@@ -1,4 +1,4 @@
-"""Attention as functions of arrays: rotary positions, and segments that continue a cache."""
+"""Attention as functions of arrays: scores, and segments that continue a cache."""
 
 from __future__ import annotations
 
@@ -9,41 +9,17 @@ import jax.numpy as jnp
 
 from jaxalign._arrays import NEGATIVE
 from jaxalign.models.cache import KeyValue
-from jaxalign.models.config import Rope
 from jaxalign.types import Array
-
-
-def inverse_frequencies(rope: Rope, head_dim: int) -> Array:
-    """theta^(−2i/hd), scaled: linear divides by the factor; llama3 divides the long wavelengths by it, keeps the short
-    ones and blends between (transformers' `rope_type` of these names)."""
-    frequency = 1.0 / rope.theta ** (jnp.arange(0, head_dim, 2) / head_dim)
-    if rope.kind == "linear":
-        return frequency / rope.factor
-    if rope.kind == "llama3":
-        wavelength = 2 * jnp.pi / frequency
-        ratio = rope.original_max_length / wavelength
-        smooth = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        return frequency * (jnp.clip(smooth, 0, 1) * (1 - 1 / rope.factor) + 1 / rope.factor)
-    return frequency
-
-
-def rotate(x: Array, position: Array, rope: Rope, *, limit: int | None = None) -> Array:
-    """Rotary embedding of x [B,L,H,hd] at position [B,L]; halves rotated together; angles in at least float32.
-
-    limit: no position reaches it. Cosines are then looked up in a table; the compiler else takes them again for each
-    head, in each of its readers, which is a twentieth of a training step."""
-    at = position if limit is None else jnp.arange(limit)
-    angle = at[..., None, None] * inverse_frequencies(rope, x.shape[-1])
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if limit is not None:
-        cos, sin = cos[position], sin[position]
-    left, right = jnp.split(x.astype(jnp.promote_types(x.dtype, angle.dtype)), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
 def wide_einsum(spec: str, left: Array, right: Array) -> Array:
     """An einsum with sums and result in at least float32; for bfloat16 also 2-4x faster on a CPU than a rounded one."""
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """cap·tanh(x/cap), or x without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class PackedSegments(NamedTuple):
@@ -60,6 +36,11 @@ class PackedSegments(NamedTuple):
     """[P]: the place in [B·M·S] of each packed token; None: all places, in order."""
     target: Array | None
     """[B·M·S]: the packed number of each place, arbitrary where there is no real token; None as for source."""
+
+    @property
+    def total(self) -> Array:
+        """[B,M,S]: how many tokens the text of each has, its segment included."""
+        return jnp.broadcast_to(self.position[..., -1:] + 1, self.position.shape)
 
     def gather(self, x: Array) -> Array:
         """Packs x [B,M,S,...] into [1,P,...]."""
@@ -118,12 +99,15 @@ def attend(
     segments: PackedSegments,
     window: int | None,
     at: Array | None = None,
+    *,
+    scale: float,
+    cap: float | None = None,
 ) -> Array:
     """What segments read: q [B,M,S,H,hd], k, v [B,M,S,Hkv,hd] -> [B,M,S,H·hd]. With at [B,M], one query of each segment
     alone: q [B,M,1,H,hd] -> [B,M,1,H·hd].
 
     A token attends to the first length [B] slots of its row's cache, which all M segments share, and to the tokens of
-    its own segment up to itself; both no further back than `window`."""
+    its own segment up to itself; both no further back than `window`. Scores are multiplied by `scale` and capped."""
     batch, count, width, _, head_dim = q.shape
     position, order = segments.position, jnp.arange(width)
     if at is not None:
@@ -139,7 +123,7 @@ def attend(
     if window is not None:
         seen &= slot > position[..., None] - window
         allowed &= position[..., None] - segments.position[:, :, None] < window
-    score = jnp.concatenate([before, own], axis=-1) * head_dim**-0.5
+    score = soft_cap(jnp.concatenate([before, own], axis=-1) * scale, cap)
     reads = jnp.concatenate([seen, allowed], axis=-1)[:, None, :, :, None]
     weight = jax.nn.softmax(jnp.where(reads, score, NEGATIVE), axis=-1).astype(v.dtype)
     weight, weight_own = jnp.split(weight, [slots], axis=-1)

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
+
+from jaxalign.models.block import Block, Rope, check_integer, check_positive
 
 ACTIVATION_NAMES = ("silu", "relu", "gelu", "tanh")
 HEAD_KINDS = ("reward", "value", "q")
-ROPE_KINDS = ("default", "linear", "llama3")
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer, at least {least}, found {value!r}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite value > 0, found {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +34,7 @@ class Follower:
         if self.objective not in ("exceedance", "soft"):
             raise ValueError(f"objective: expected 'exceedance' or 'soft', found {self.objective!r}")
         for name in ("beta", "bound"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
 
 
 def default_labels(count: int) -> tuple[str, ...]:
@@ -88,9 +78,9 @@ class Head:
         if self.kind == "reward" and self.hidden_size is not None:
             raise ValueError(f"hidden_size: expected None for a reward head, found {self.hidden_size}")
         if self.hidden_size is not None:
-            _check_integer("hidden_size", self.hidden_size, 1)
+            check_integer("hidden_size", self.hidden_size, 1)
         if self.bound is not None:
-            _check_positive("bound", self.bound)
+            check_positive("bound", self.bound)
             if self.kind != "reward":
                 raise ValueError(f"bound: expected None of a {self.kind} head, found {self.bound}")
         if self.follower is not None and self.kind == "reward":
@@ -100,7 +90,7 @@ class Head:
         if self.kind != "reward" and self.num_labels != 1:
             raise ValueError(f"num_labels: expected 1 for a {self.kind} head, found {self.num_labels}")
         for name in ("num_labels", "num_hidden"):
-            _check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1)
         self._check_labels()
 
     def _check_labels(self) -> None:
@@ -129,37 +119,6 @@ class Head:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary positions.
-
-    Fields:
-      theta: the base of the wavelengths.
-      kind: "default": unscaled; "linear": frequencies divided by factor; "llama3": only the long wavelengths are
-        scaled, by what follows.
-      factor: by which frequencies are divided.
-      low_freq_factor: wavelengths above original_max_length/low_freq_factor are scaled whole.
-      high_freq_factor: wavelengths below original_max_length/high_freq_factor are left as they are.
-      original_max_length: the context that the model was first trained for [tokens].
-
-    Raises:
-      ValueError: another kind, or a value that is not finite and > 0.
-    """
-
-    theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_length: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind not in ROPE_KINDS:
-            raise ValueError(f"rope kind: expected one of {ROPE_KINDS}, found {self.kind!r}")
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_length"):
-            _check_positive(name, getattr(self, name))
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     """A decoder-only transformer. Hashable: two models of one configuration share their traces.
 
@@ -169,12 +128,15 @@ class Config:
       num_layers: layers.
       num_heads: query heads of each layer.
       num_kv_heads: heads of keys and values, a divisor of num_heads.
-      head_dim: the width of a head, even.
+      head_dim: the width of a head; what is rotated of it is even.
       intermediate_size: the width of the MLP.
       max_length: the context, prompt and response together [tokens].
       family: how a folder names its tensors, a key of `families.FAMILIES`; the computation does not depend on it.
-      rope: rotary positions.
-      norm_eps: of the RMS norms.
+      block: what a layer computes, where families differ.
+      rope: rotary positions, or None for none in any layer.
+      ropes: those of each layer, None in a layer without, where they differ; () when all layers have `rope`. With
+        them `rope` is the first of them.
+      norm_eps: of the norms.
       windows: one sliding window per layer [tokens], None for full attention; () when all layers are full.
       tie_embeddings: whether the embedding is also the output matrix.
       qkv_bias, out_bias, mlp_bias: which projections have a bias.
@@ -200,7 +162,9 @@ class Config:
     intermediate_size: int
     max_length: int
     family: str = "llama"
-    rope: Rope = Rope()
+    block: Block = Block()  # noqa: RUF009
+    rope: Rope | None = Rope()  # noqa: RUF009
+    ropes: tuple[Rope | None, ...] = ()
     norm_eps: float = 1e-6
     windows: tuple[int | None, ...] = ()
     tie_embeddings: bool = False
@@ -217,16 +181,15 @@ class Config:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         for name in (*sizes, "intermediate_size", "max_length"):
-            _check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of {self.num_heads} heads, found {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim: expected an even number, whose halves rotate together, found {self.head_dim}")
-        if not isinstance(self.rope, Rope):
-            raise ValueError(f"rope: expected a models.Rope, found {self.rope!r}")
+        if not isinstance(self.block, Block):
+            raise ValueError(f"block: expected a models.Block, found {self.block!r}")
+        self._set_ropes()
         if self.head is not None and not isinstance(self.head, Head):
             raise ValueError(f"head: expected a models.Head or None, found {self.head!r}")
-        _check_positive("norm_eps", self.norm_eps)
+        check_positive("norm_eps", self.norm_eps)
         self._set_tuple("windows", self.windows)
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"windows: expected one per layer ({self.num_layers}), found {len(self.windows)}")
@@ -236,7 +199,20 @@ class Config:
             object.__setattr__(self, "windows", ())
         self._set_tuple("eos_ids", (self.eos_ids,) if isinstance(self.eos_ids, int) else self.eos_ids)
         for i in self.eos_ids:
-            _check_integer("eos_ids", i, 0)
+            check_integer("eos_ids", i, 0)
+
+    def _set_ropes(self) -> None:
+        self._set_tuple("ropes", self.ropes)
+        if self.ropes and len(self.ropes) != self.num_layers:
+            raise ValueError(f"ropes: expected one per layer ({self.num_layers}), found {len(self.ropes)}")
+        if self.ropes:  # one spelling of "all alike" and of what is not read, so that equal models are equal
+            object.__setattr__(self, "rope", next((rope for rope in self.ropes if rope is not None), None))
+            object.__setattr__(self, "ropes", self.ropes if len(set(self.ropes)) > 1 else ())
+        for rope in (self.rope, *self.ropes):
+            if rope is not None and not isinstance(rope, Rope):
+                raise ValueError(f"rope: expected a models.Rope or None, found {rope!r}")
+            if rope is not None:
+                rope.rotated(self.head_dim)
 
     def _set_tuple(self, name: str, values: Any) -> None:
         """A list as a tuple, without which the Config has no hash."""
@@ -247,6 +223,21 @@ class Config:
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer [tokens], None for full attention."""
         return self.windows[layer] if self.windows else None
+
+    def layer_rope(self, layer: int) -> Rope | None:
+        """The rotary positions of a layer, None for none."""
+        return self.ropes[layer] if self.ropes else self.rope
+
+    @property
+    def fixed_length(self) -> int | None:
+        """Up to how many tokens a text has frequencies that do not depend on its length; None where none do."""
+        read = [rope.original_max_length for rope in (self.rope, *self.ropes) if rope is not None and rope.reads_length]
+        return min(read) if read else None
+
+    @property
+    def query_scale(self) -> float:
+        """What scores q·k are multiplied by."""
+        return self.head_dim**-0.5 if self.block.query_scale is None else self.block.query_scale
 
     @property
     def reward_pad_id(self) -> int | None:

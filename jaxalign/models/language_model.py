@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -272,6 +273,14 @@ class LanguageModel:
         tokens, mask = checks.real_tokens("tokens", tokens, mask, "[B,P]", self.vocab_size)
         if capacity < tokens.shape[1]:
             raise ValueError(f"capacity: expected at least the prompt's {tokens.shape[1]} slots, found {capacity}")
+        fixed = self.config.fixed_length
+        if fixed is not None and capacity > fixed:
+            warnings.warn(
+                f"capacity: {capacity} slots pass the {fixed} tokens beyond which rotary frequencies change with a "
+                "text's length: keys that a cache holds keep those they were written with, as in transformers' "
+                "generate, and differ from those of a pass over the whole text",
+                stacklevel=2,
+            )
         tokens, mask = mdp.compact(tokens, mask)
         last = mdp.last_index(mask)
         hidden, entries = self._encode(params, tokens, mask, at=(last if at is None else at)[:, None])

@@ -85,6 +85,10 @@ def init(rng: Array, lm: LanguageModel, spec: Lora) -> Params:
 def _init(rng: Array, lm: LanguageModel, spec: Lora) -> Params:
     places = [f"layer_{i}/{TARGETS[name]}" for i in range(lm.config.num_layers) for name in spec.targets]
     kernels = kernel_shapes(jax.eval_shape(lm.init, jax.random.key(0)))
+    absent = sorted({name for name in spec.targets if f"layer_0/{TARGETS[name]}" not in kernels})
+    if absent:
+        there = tuple(name for name in TARGETS if f"layer_0/{TARGETS[name]}" in kernels)
+        raise ValueError(f"targets: expected some of {there}, which the model has (experts have none), found {absent}")
     flat = {}
     for place, key in zip(places, jax.random.split(rng, len(places)), strict=True):
         inside, *outside = kernels[place]

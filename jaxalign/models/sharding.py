@@ -25,13 +25,17 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"transformer/embedding", ("vocab", "embed")),
+    (r"transformer/positions", (None, "embed")),
     (r"transformer/lm_head", ("embed", "vocab")),
     (r"transformer/layer_\d+/attention/qkv/kernel", ("embed", "kv_heads", None, None)),
     (r"transformer/layer_\d+/attention/out/kernel", ("heads", "embed")),
     (r"transformer/layer_\d+/gate_up/kernel", ("embed", None, "mlp")),
     (r"transformer/layer_\d+/down/kernel", ("mlp", "embed")),
+    (r"transformer/layer_\d+/experts/router", ("embed", None)),
+    (r"transformer/layer_\d+/experts/gate_up", (None, "embed", None, "mlp")),
+    (r"transformer/layer_\d+/experts/down", (None, "mlp", "embed")),
     (r"transformer/(layer_\d+/)?(attention/(qkv|out)|gate_up|down)/bias", (None,)),
-    (r"transformer/(layer_\d+/)?((attention|mlp)_norm|norm|attention/[qk]_norm)/scale", (None,)),
+    (r"transformer/(layer_\d+/)?((attention|mlp)_(post_)?norm|norm|attention/[qk]_norm)/(scale|bias)", (None,)),
     (r"(lora/)?layer_\d+/(attention/qkv|gate_up)/a", ("embed", None)),
     (r"(lora/)?layer_\d+/attention/qkv/b", (None, "kv_heads", None, None)),
     (r"(lora/)?layer_\d+/gate_up/b", (None, None, "mlp")),

@@ -18,26 +18,15 @@ from jax.sharding import Mesh
 
 from jaxalign._arrays import NEGATIVE, at_least_float32
 from jaxalign.models import sharding
-from jaxalign.models.attention import PackedSegments, attend, rotate, wide_einsum, zero_invalid
+from jaxalign.models.attention import PackedSegments, attend, soft_cap, wide_einsum, zero_invalid
+from jaxalign.models.block import Rope
 from jaxalign.models.cache import KeyValue, write_slot
 from jaxalign.models.config import Config
 from jaxalign.models.embedding import look_up
+from jaxalign.models.experts import ACTIVATIONS, ExpertMLP
+from jaxalign.models.norms import norm
+from jaxalign.models.rotary import rotate
 from jaxalign.types import Array
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean x² + eps) · scale, in at least float32."""
-
-    eps: float
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        wide = at_least_float32(x)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        found: Array = wide.astype(x.dtype) * scale
-        return found
 
 
 class Projection(nn.Module):
@@ -120,10 +109,11 @@ def at_columns(x: Array, at: Array) -> Array:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, optional biases, q/k norms and a sliding window."""
+    """Grouped-query attention with or without rotary positions, biases, q/k norms, a cap and a sliding window."""
 
     config: Config
     window: int | None
+    rope: Rope | None
     dtype: Any
     mesh: Mesh | None = None
 
@@ -133,13 +123,14 @@ class Attention(nn.Module):
         self.qkv = Projection((c.num_kv_heads, self.group + 2, c.head_dim), c.qkv_bias, self.dtype, self.mesh)
         self.out = Projection((c.hidden_size,), c.out_bias, self.dtype, self.mesh)
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.norm_eps, self.dtype)
-            self.k_norm = RMSNorm(c.norm_eps, self.dtype)
+            self.q_norm = norm(c.block, c.norm_eps, self.dtype)
+            self.k_norm = norm(c.block, c.norm_eps, self.dtype)
 
     def project(
-        self, x: Array, position: Array, at: Array | None = None, limit: int | None = None
+        self, x: Array, position: Array, total: Array, at: Array | None = None, limit: int | None = None
     ) -> tuple[Array, Array, Array]:
-        """q [B,L,H,hd], k, v [B,L,Hkv,hd], rotated; of q the columns at [B,R] alone, where they are given."""
+        """q [B,L,H,hd], k, v [B,L,Hkv,hd], rotated, in texts of total [B,L] or [B,1] tokens; of q the columns at [B,R]
+        alone, where they are given."""
         if at is None:
             q, k, v = jnp.split(self.qkv(x), [self.group, self.group + 1], axis=-2)
         else:
@@ -147,21 +138,28 @@ class Attention(nn.Module):
             k, v = jnp.split(self.qkv(x, start=self.group), 2, axis=-2)
         q = q.reshape(*q.shape[:-3], self.config.num_heads, self.config.head_dim)
         at_position = position if at is None else at_columns(position, at)
-        return *self.turn(q, k[..., 0, :], at_position, position, limit), v[..., 0, :]
+        at_total = total if at is None or total.shape[1] == 1 else at_columns(total, at)
+        k = self.turn(k[..., 0, :], position, total, limit, keys=True)
+        return self.turn(q, at_position, at_total, limit), k, v[..., 0, :]
 
-    def turn(
-        self, q: Array, k: Array, query_position: Array, position: Array, limit: int | None
-    ) -> tuple[Array, Array]:
-        """q, k after their norms and the rotation, each at its positions, below the limit."""
-        c = self.config
-        if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, query_position, c.rope, limit=limit), rotate(k, position, c.rope, limit=limit)
+    def turn(self, x: Array, position: Array, total: Array, limit: int | None, *, keys: bool = False) -> Array:
+        """Queries or keys x [B,L,H,hd] after their norm and the rotation at their positions, below the limit."""
+        if self.config.qk_norm:
+            apply = self.k_norm if keys else self.q_norm
+            if self.config.block.qk_norm == "head":
+                x = apply(x)
+            else:
+                x = apply(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+        return x if self.rope is None else rotate(x, position, self.rope, limit=limit, total=total)
+
+    def scores(self, product: Array) -> Array:
+        """What the softmax is taken of, from products q·k."""
+        return soft_cap(product * self.config.query_scale, self.config.block.attention_cap)
 
     def __call__(self, x: Array, position: Array, allowed: Array, at: Array | None = None) -> tuple[Array, KeyValue]:
         """Rows of L tokens attend to each other where allowed [B,L,L] (query, key): all of them, or those at [B,R]."""
         c = self.config
-        q, k, v = self.project(x, position, at, limit=x.shape[1])
+        q, k, v = self.project(x, position, position[:, -1:] + 1, at, limit=x.shape[1])
         if self.window is not None:
             distance = position[:, :, None] - position[:, None, :]
             allowed = allowed & (distance < self.window)
@@ -170,7 +168,7 @@ class Attention(nn.Module):
         q = q.reshape(batch, length, c.num_kv_heads, -1, c.head_dim)
         parts = []
         for start, stop, keys in blocks(length) if at is None else [(0, length, k.shape[1])]:
-            score = wide_einsum("blgrd,bmgd->bgrlm", q[:, start:stop], k[:, :keys]) * c.head_dim**-0.5
+            score = self.scores(wide_einsum("blgrd,bmgd->bgrlm", q[:, start:stop], k[:, :keys]))
             score = jnp.where(allowed[:, None, None, start:stop, :keys], score, NEGATIVE)
             weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
             parts.append(jnp.einsum("bgrlm,bmgd->blgrd", weight, v[:, :keys]))
@@ -182,15 +180,15 @@ class Attention(nn.Module):
         by one extra logit, to itself. Neither a K×K mask nor a copy of the cache."""
         c = self.config
         batch, k_tokens = x.shape[:2]
-        q, k, v = self.project(x, jnp.broadcast_to(length[:, None], (batch, k_tokens)))
+        q, k, v = self.project(x, jnp.broadcast_to(length[:, None], (batch, k_tokens)), length[:, None] + 1)
         seen = self._seen(cache, length) & (jnp.arange(cache.k.shape[2]) < length[:, None])
         q = q.reshape(batch, k_tokens, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 1, 3, 4)
         groups = q.shape[3]
         flat = q.reshape(batch, c.num_kv_heads, k_tokens * groups, c.head_dim)
-        score = wide_einsum("bgqd,bgsd->bgqs", flat, cache.k) * c.head_dim**-0.5
+        score = self.scores(wide_einsum("bgqd,bgsd->bgqs", flat, cache.k))
         score = jnp.where(seen[:, None, None], score, NEGATIVE)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        own = (at_least_float32(q) * k[:, :, :, None]).sum(axis=-1) * c.head_dim**-0.5
+        own = self.scores((at_least_float32(q) * k[:, :, :, None]).sum(axis=-1))
         own = own.reshape(batch, c.num_kv_heads, -1)
         top = jnp.maximum(score.max(axis=-1), own)
         weight, weight_own = jnp.exp(score - top[..., None]), jnp.exp(own - top)
@@ -206,11 +204,11 @@ class Attention(nn.Module):
         writes nowhere), then attended with it. Nothing reads the old cache after the write, so it happens in place."""
         c = self.config
         batch = x.shape[0]
-        q, k, v = self.project(x, length[:, None])
+        q, k, v = self.project(x, length[:, None], length[:, None] + 1)
         cache = KeyValue(write_slot(cache.k, k[:, 0], slot), write_slot(cache.v, v[:, 0], slot))
         seen = self._seen(cache, length)
         q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
-        score = wide_einsum("bgqd,bgsd->bgqs", q, cache.k) * c.head_dim**-0.5
+        score = self.scores(wide_einsum("bgqd,bgsd->bgqs", q, cache.k))
         weight = jax.nn.softmax(jnp.where(seen[:, None, None], score, NEGATIVE), axis=-1)
         mixed = jnp.einsum("bgqs,bgsd->bgqd", weight.astype(cache.v.dtype), cache.v)
         return self.out(mixed.reshape(batch, 1, -1)), cache
@@ -221,15 +219,16 @@ class Attention(nn.Module):
         """Continuations of the cache's first `length` [B] slots, x [1,P,D] their packed tokens: each token, or the one
         at [B,M] of each, attends to the cache of its row and to its own segment up to itself. [1,P,D] or [1,B·M,D],
         and entries [B,M,Hkv,S,hd], zeros where there is none."""
-        position = packing.gather(packing.position)
-        q, k, v = self.project(x, position, None if at is None else packing.packed_number(at))
+        position, total = packing.gather(packing.position), packing.gather(packing.total)
+        q, k, v = self.project(x, position, total, None if at is None else packing.packed_number(at))
         if at is None:
             q = packing.scatter(q)
         else:
             valid = packing.valid_at(at)
             q = zero_invalid(q.reshape(*valid.shape, *q.shape[2:]), valid)
         k, v = packing.scatter(k), packing.scatter(v)
-        mixed = attend(q, k, v, cache, length, packing, self.window, at)
+        scale, cap = self.config.query_scale, self.config.block.attention_cap
+        mixed = attend(q, k, v, cache, length, packing, self.window, at, scale=scale, cap=cap)
         mixed = packing.gather(mixed) if at is None else mixed.reshape(1, at.size, -1)
         return self.out(mixed), KeyValue(k.swapaxes(2, 3), v.swapaxes(2, 3))
 
@@ -243,43 +242,76 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and gated SiLU MLP."""
+    """Attention and MLP around a residual stream, as the config's `Block` has them."""
 
     config: Config
     window: int | None
+    rope: Rope | None
     dtype: Any
     mesh: Mesh | None = None
 
     def setup(self) -> None:
-        c = self.config
-        self.attention_norm = RMSNorm(c.norm_eps, self.dtype)
-        self.attention = Attention(c, self.window, self.dtype, self.mesh)
-        self.mlp_norm = RMSNorm(c.norm_eps, self.dtype)
-        self.gate_up = Projection((2, c.intermediate_size), c.mlp_bias, self.dtype, self.mesh)
-        self.down = Projection((c.hidden_size,), c.mlp_bias, self.dtype, self.mesh)
+        c, block = self.config, self.config.block
+        self.attention = Attention(c, self.window, self.rope, self.dtype, self.mesh)
+        if block.has_attention_norm:
+            self.attention_norm = norm(block, c.norm_eps, self.dtype)
+        if block.has_mlp_norm:
+            self.mlp_norm = norm(block, c.norm_eps, self.dtype)
+        if block.has_post_norms:
+            self.attention_post_norm = norm(block, c.norm_eps, self.dtype)
+            self.mlp_post_norm = norm(block, c.norm_eps, self.dtype)
+        if block.experts is not None:
+            self.experts = ExpertMLP(block.experts, c.hidden_size, c.intermediate_size, block.activation, self.dtype)
+        else:
+            self.gate_up = Projection((1 + block.gated, c.intermediate_size), c.mlp_bias, self.dtype, self.mesh)
+            self.down = Projection((c.hidden_size,), c.mlp_bias, self.dtype, self.mesh)
+
+    def before(self, x: Array) -> Array:
+        """What attention reads of the residual stream."""
+        return self.attention_norm(x) if self.config.block.has_attention_norm else x
+
+    def after(self, x: Array, mixed: Array) -> Array:
+        """The residual stream x with what attention gave, and with the MLP."""
+        block, scale = self.config.block, self.config.block.residual_scale
+        if block.has_post_norms:
+            mixed = self.attention_post_norm(mixed)
+        added = x + (mixed if scale == 1 else mixed * scale)
+        read = added if block.residual == "sequential" else x
+        if block.residual == "parallel_shared":
+            read = self.attention_norm(read)
+        elif block.has_mlp_norm:
+            read = self.mlp_norm(read)
+        given = self.mlp(read)
+        if block.has_post_norms:
+            given = self.mlp_post_norm(given)
+        return added + (given if scale == 1 else given * scale)
 
     def mlp(self, x: Array) -> Array:
-        both = self.gate_up(self.mlp_norm(x))
-        down: Array = self.down(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])
-        return x + down
+        block = self.config.block
+        if block.experts is not None:
+            return self.experts(x)
+        activation, both = ACTIVATIONS[block.activation], self.gate_up(x)
+        inner = activation(both[..., 0, :])
+        given: Array = self.down(inner * both[..., 1, :] if block.gated else inner)
+        return given
 
     def __call__(self, x: Array, position: Array, allowed: Array, at: Array | None = None) -> tuple[Array, KeyValue]:
-        mixed, entries = self.attention(self.attention_norm(x), position, allowed, at)
-        return self.mlp((x if at is None else at_columns(x, at)) + mixed), entries
+        mixed, entries = self.attention(self.before(x), position, allowed, at)
+        return self.after(x if at is None else at_columns(x, at), mixed), entries
 
     def extend(self, x: Array, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
-        mixed, entries = self.attention.extend(self.attention_norm(x), length, cache)
-        return self.mlp(x + mixed), entries
+        mixed, entries = self.attention.extend(self.before(x), length, cache)
+        return self.after(x, mixed), entries
 
     def segments(
         self, x: Array, packing: PackedSegments, length: Array, cache: KeyValue, at: Array | None
     ) -> tuple[Array, KeyValue]:
-        mixed, entries = self.attention.segments(self.attention_norm(x), packing, length, cache, at)
-        return self.mlp((x if at is None else packing.pick(x, at)) + mixed), entries
+        mixed, entries = self.attention.segments(self.before(x), packing, length, cache, at)
+        return self.after(x if at is None else packing.pick(x, at), mixed), entries
 
     def append(self, x: Array, length: Array, slot: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
-        mixed, cache = self.attention.append(self.attention_norm(x), length, slot, cache)
-        return self.mlp(x + mixed), cache
+        mixed, cache = self.attention.append(self.before(x), length, slot, cache)
+        return self.after(x, mixed), cache
 
 
 class Transformer(nn.Module):
@@ -294,15 +326,28 @@ class Transformer(nn.Module):
         self.embedding = self.param(
             "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype
         )
-        self.layers = [Layer(c, c.window(i), self.dtype, self.mesh, name=f"layer_{i}") for i in range(c.num_layers)]
-        self.norm = RMSNorm(c.norm_eps, self.dtype)
+        if c.block.learned_positions:
+            rows = c.max_length + c.block.position_offset
+            self.positions = self.param("positions", nn.initializers.normal(0.02), (rows, c.hidden_size), self.dtype)
+        self.layers = [
+            Layer(c, c.window(i), c.layer_rope(i), self.dtype, self.mesh, name=f"layer_{i}")
+            for i in range(c.num_layers)
+        ]
+        self.norm = norm(c.block, c.norm_eps, self.dtype)
         if not c.tie_embeddings and not (c.head is not None and c.head.kind == "reward"):
             self.lm_head = self.param(
                 "lm_head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size), self.dtype
             )
 
     def embed(self, tokens: Array) -> Array:
-        return look_up(self.embedding, tokens, self.mesh)
+        found, scale = look_up(self.embedding, tokens, self.mesh), self.config.block.embedding_scale
+        return found if scale == 1 else found * scale
+
+    def placed(self, x: Array, position: Array) -> Array:
+        """Embeddings x [B,L,D] with what an embedding of their position adds; NaN past the last position."""
+        if not self.config.block.learned_positions:
+            return x
+        return x + jnp.take(self.positions, position + self.config.block.position_offset, axis=0)
 
     def __call__(self, x: Array, mask: Array, at: Array | None = None) -> tuple[Array, list[KeyValue]]:
         """x [B,L,D] embeddings, mask [B,L] -> (hidden [B,L,D], keys and values per layer [B,Hkv,L,hd]).
@@ -312,6 +357,7 @@ class Transformer(nn.Module):
         position = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         order = jnp.arange(x.shape[1])
         allowed = mask[:, None, :] & (order[:, None] >= order[None, :])
+        x = self.placed(x, position)
         entries = []
         for i, layer in enumerate(self.layers):
             x, entry = layer(x, position, allowed, at if i == len(self.layers) - 1 else None)
@@ -320,6 +366,7 @@ class Transformer(nn.Module):
 
     def extend(self, x: Array, length: Array, caches: list[KeyValue]) -> tuple[Array, list[KeyValue]]:
         """x [B,K,D] embeddings of alternatives at position length [B] -> (hidden [B,K,D], entries per layer)."""
+        x = self.placed(x, length[:, None])
         entries = []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, entry = layer.extend(x, length, cache)
@@ -331,6 +378,7 @@ class Transformer(nn.Module):
     ) -> tuple[Array, list[KeyValue]]:
         """x [1,P,D] packed embeddings of continuations of length [B] slots -> (hidden [1,P,D], entries per layer); at
         [B,M], a place in each: hidden [1,B·M,D] there alone."""
+        x = self.placed(x, packing.gather(packing.position))
         entries = []
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             x, entry = layer.segments(x, packing, length, cache, at if i == len(self.layers) - 1 else None)
@@ -339,6 +387,7 @@ class Transformer(nn.Module):
 
     def append(self, x: Array, length: Array, slot: Array, caches: list[KeyValue]) -> tuple[Array, list[KeyValue]]:
         """x [B,1,D], one token at position length [B], written to slot [B] -> (hidden [B,1,D], caches)."""
+        x = self.placed(x, length[:, None])
         updated = []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer.append(x, length, slot, cache)
@@ -353,4 +402,6 @@ class Transformer(nn.Module):
         else:
             lm_head = sharding.hold(self.lm_head, self.mesh, "embed", "vocab", gather=("fsdp",))
             logits = by_rows(lambda flat: wide_einsum("nd,dv->nv", flat, lm_head), hidden)
+        scale, cap = self.config.block.logits_scale, self.config.block.logits_cap
+        logits = soft_cap(logits if scale == 1 else logits * scale, cap)
         return sharding.hold(logits, self.mesh, "batch", *(None,) * (logits.ndim - 2), "vocab")

@@ -1,4 +1,5 @@
-"""python -m tests.models.make_golden: writes tests/models/golden, tiny checkpoints by transformers and their outputs.
+"""python -m tests.models.make_golden [NAME …]: writes tests/models/golden, tiny checkpoints by transformers and their
+outputs; of these names alone where some are given.
 
 Needs torch. Weights are random with a seed, larger than usual so that an error in any part shows in the logits, and
 stored as bfloat16, which halves the files; the outputs are those of the same values in float32. Logits and rewards are
@@ -7,12 +8,27 @@ what the model's own `forward` gives: which token a classifier is read at is tra
 
 from __future__ import annotations
 
+import inspect
 import json
 import pathlib
+import sys
 
 import numpy as np
 
-from tests.models.families import CHECKPOINTS, COMMON, LIVE, PADDINGS, PADS, ROWS, inputs, reward_batches
+from tests.models.families import (
+    CHECKPOINTS,
+    COLUMNS,
+    COMMON,
+    FURTHER,
+    LIVE,
+    PADDINGS,
+    PADS,
+    ROWS,
+    class_names,
+    inputs,
+    known_fields,
+    reward_batches,
+)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -24,8 +40,9 @@ def build(name: str):
 
     family, kind, fields = (CHECKPOINTS | LIVE)[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**COMMON | fields)
-    model = getattr(transformers, f"{family}{kind}")(config).eval()
+    config_class, model_class = (getattr(transformers, name) for name in class_names(family, kind))
+    config = config_class(**known_fields(config_class, COMMON | fields))
+    model = model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             scale = 0.15 if parameter.ndim > 1 else 0.3
@@ -35,27 +52,39 @@ def build(name: str):
     return model
 
 
-def outputs(model, padding: str, rows: list[list[int]] = ROWS) -> np.ndarray:
-    """Logits [B,L,V] of real positions (zeros at padding)."""
+def forward(model, tokens: list[list[int]], mask: list[list[int]]) -> np.ndarray:
+    """The model's own logits or scores of padded rows, at positions that count real tokens.
+
+    Rotary frequencies that read a text's length read the longest of a batch in transformers, and may keep those of the
+    batch before: such a model reads row by row, each after a row of one token."""
     import torch
 
-    tokens, mask = (torch.tensor(x) for x in inputs(padding, rows))
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    settings = getattr(model.config, "rope_parameters", None) or {}
+    alone = settings.get("rope_type") in ("dynamic", "longrope")
+    found = []
     with torch.no_grad():
-        logits = model(tokens, attention_mask=mask, position_ids=positions).logits
-    return (logits * mask[..., None]).numpy()
+        for part in [slice(b, b + 1) for b in range(len(tokens))] if alone else [slice(None)]:
+            if alone:
+                model(input_ids=torch.tensor([[7]]))
+            given = {"attention_mask": torch.tensor(mask[part])}
+            if "position_ids" in inspect.signature(model.forward).parameters:
+                given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            found.append(model(input_ids=torch.tensor(tokens[part]), **given).logits)
+    return torch.cat(found).numpy()
+
+
+def outputs(model, padding: str, rows: list[list[int]] = ROWS) -> np.ndarray:
+    """Logits [B,L,V] of real positions (zeros at padding)."""
+    tokens, mask = inputs(padding, rows)
+    return forward(model, tokens, mask) * np.asarray(mask, np.float32)[..., None]
 
 
 def scores(model, pad: str) -> dict[str, np.ndarray]:
     """Padding -> the labels' scores [B,W] of a classifier whose config has that pad id, by its own `forward`."""
-    import torch
-
     model.config.pad_token_id = PADS[pad]
     found = {}
-    with torch.no_grad():
-        for padding, (tokens, mask) in reward_batches(pad).items():
-            logits = model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits.numpy()
-            found.setdefault(padding.split()[0], []).append(logits)
+    for padding, (tokens, mask) in reward_batches(pad).items():
+        found.setdefault(padding.split()[0], []).append(forward(model, tokens, mask))
     return {padding: np.concatenate(parts) for padding, parts in found.items()}
 
 
@@ -70,11 +99,14 @@ def everything(model) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    for name in CHECKPOINTS:
+    for name in sys.argv[1:] or CHECKPOINTS:
         model = build(name)
         folder = GOLDEN / name
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(folder / "outputs.npz", **{k: x.astype(np.float32) for k, x in everything(model).items()})
+        found = {k: x.astype(np.float32) for k, x in everything(model).items()}
+        if name in FURTHER:
+            found = {k: x[..., :COLUMNS] for k, x in found.items()}
+        np.savez_compressed(folder / "outputs.npz", **found)
         model.bfloat16().save_pretrained(folder)
         # Written by version: keep what the computation depends on, drop the version string.
         config = json.loads((folder / "config.json").read_text())

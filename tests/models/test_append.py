@@ -19,6 +19,7 @@ TOKENS = jax.random.randint(jax.random.key(0), (len(PREFIXES), M, S), 0, 60)
 COUNTS = np.array([[5, 2], [0, 4], [1, 3]])
 MASK = jnp.arange(S) < COUNTS[..., None]
 CHOICE = jnp.array([1, 1, -1])
+LEFT_OUT = {*families.STRETCHED, *(f"{name}_reward" for name in families.FURTHER)}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
@@ -73,7 +74,7 @@ def assert_close(found, wanted, scale=1.0):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("name", families.CHECKPOINTS)
+@pytest.mark.parametrize("name", [name for name in families.CHECKPOINTS if name not in LEFT_OUT])
 def test_segments_over_a_cache_equal_the_full_forward_pass(name):
     """Every family, sliding windows among them; rows and segments of different lengths, an empty one too; every other
     family packed; after an append; with gradients in the embedding of the first token."""

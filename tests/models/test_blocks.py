@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jaxalign import rewards
-from jaxalign.models import attention, transformer
-from jaxalign.models.config import Rope
+from jaxalign.models import rotary, transformer
+from jaxalign.models.block import Rope
 from tests.conftest import needs_jit, tiny_lm
 
 LENGTH = 200
@@ -87,12 +87,12 @@ def test_an_empty_axis_stays_empty():
     np.testing.assert_array_equal(reward(params, one, one > 0, jnp.ones(2, jnp.int32), jnp.arange(2)), 0)
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
 def test_a_table_of_cosines_rotates_to_the_same_bits(kind):
     rope = Rope(kind=kind, factor=4.0, original_max_length=64)
     x = jax.random.normal(jax.random.key(0), (3, 40, 2, 16))
     position = jax.random.randint(jax.random.key(1), (3, 40), 0, 40)
-    plain, looked_up = attention.rotate(x, position, rope), attention.rotate(x, position, rope, limit=40)
+    plain, looked_up = rotary.rotate(x, position, rope), rotary.rotate(x, position, rope, limit=40)
     np.testing.assert_array_equal(plain, looked_up)
     assert np.abs(np.asarray(plain - x)).max() > 0.1
 

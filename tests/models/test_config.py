@@ -13,10 +13,11 @@ from jaxalign.models.config import Config, Head
 from jaxalign.models.families import FAMILIES, Family
 from jaxalign.models.families.rules import LAYER, QK_NORM
 from tests.conftest import tiny_config, tiny_lm
+from tests.models import families
 
 SMALL = {
     "vocab_size": 61,
-    "hidden_size": 64,
+    "hidden_size": 256,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 32,
@@ -34,15 +35,34 @@ def test_absent_fields_mean_what_transformers_takes_them_to_be(family):
     import transformers
 
     config = from_hf(model_type=family)
-    theirs = getattr(transformers, FAMILIES[family].architecture + "Config")(**SMALL)
-    assert config.num_kv_heads == theirs.num_key_value_heads
-    assert config.head_dim == (getattr(theirs, "head_dim", None) or 2)
-    assert config.norm_eps == theirs.rms_norm_eps
-    assert config.rope.theta == theirs.rope_parameters["rope_theta"]
+    config_class = getattr(transformers, FAMILIES[family].architecture + "Config")
+    theirs = config_class(**families.known_fields(config_class, SMALL))
+
+    def taken(field: str, otherwise=None):
+        name = FAMILIES[family].names.get(field, field)
+        return otherwise if name is None else getattr(theirs, name, otherwise)
+
+    groups = {"falcon": 1}.get(family, theirs.num_attention_heads)  # Falcon's default is one group for all heads
+    assert config.num_kv_heads == taken("num_key_value_heads", groups)
+    assert config.head_dim == (taken("head_dim") or 8)
+    assert config.norm_eps == taken("rms_norm_eps", 1e-5)
+    if config.rope is None:
+        assert not hasattr(theirs, "rope_parameters")
+    else:
+        settings = theirs.rope_parameters
+        settings = settings.get("sliding_attention", settings) if family == "gemma3_text" else settings
+        assert (config.rope.theta, config.rope.kind) == (settings["rope_theta"], settings["rope_type"])
+        assert config.rope.share == settings.get("partial_rotary_factor", 1.0)
     assert config.eos_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
-    assert config.bos_id == theirs.bos_token_id
+    assert (config.bos_id, config.pad_id) == (theirs.bos_token_id, theirs.pad_token_id)
     assert config.tie_embeddings == theirs.tie_word_embeddings
-    assert config.window(0) == getattr(theirs, "sliding_window", None)
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 2
+    windows = [getattr(theirs, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds]
+    assert [config.window(i) for i in range(2)] == windows
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_windows_by_default(family):
     windows = {"use_sliding_window": True, "max_window_layers": 1}
     assert from_hf(model_type=family, **windows).window(1) == (None if family == "llama" else 4096)
     assert from_hf(model_type=family, **windows).window(0) == (4096 if family == "mistral" else None)
@@ -74,7 +94,7 @@ def test_rope_settings_of_both_layouts_may_stand_together_but_not_disagree():
         ("factor", {"rope_scaling": {"type": "linear"}}),
         ("low_freq_factor", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}),
         ("beta_fast", {"rope_parameters": LLAMA3 | {"beta_fast": 32}}),
-        ("rope_type", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        ("rope_type", {"rope_scaling": {"type": "proportional", "factor": 2.0}}),
         ("rope_parameters", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
         ("partial_rotary_factor", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
         ("auto_map", {"auto_map": {"AutoModelForCausalLM": "modeling_own.Model"}}),

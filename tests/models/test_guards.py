@@ -202,7 +202,7 @@ def test_heads_and_positions():
         "num_labels: expected 1 for a value head": lambda: models.Head("value", num_labels=2),
         "bound: expected None of a q head": lambda: models.Head("q", bound=1.0),
         "follower": lambda: models.Head("value", follower="soft"),
-        "rope kind": lambda: models.Rope(kind="yarn"),
+        "rope kind": lambda: models.Rope(kind="proportional"),
         "theta": lambda: models.Rope(theta=0.0),
         "factor": lambda: models.Rope(kind="linear", factor=float("inf")),
         "beta": lambda: models.Follower("soft", "1", 1.0),

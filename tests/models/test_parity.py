@@ -63,7 +63,8 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("name", [name for name in families.CHECKPOINTS if name not in families.classifiers()])
 def test_parity_with_transformers(name, padding):
     folder = make_golden.GOLDEN / name
-    assert_close(ours(folder, padding), np.load(folder / "outputs.npz")[padding])
+    expected = np.load(folder / "outputs.npz")[padding]  # of further families the first columns
+    assert_close(ours(folder, padding)[..., : expected.shape[-1]], expected)
 
 
 @pytest.mark.parametrize("pad", families.PADS)
@@ -139,12 +140,12 @@ def test_transformers_reads_what_we_save(name, tmp_path):
     lm, params = models.load(make_golden.GOLDEN / name)
     models.save(tmp_path / "model", lm, params)
     family, kind, _ = families.CHECKPOINTS[name]
-    model = getattr(transformers, f"{family}{kind}").from_pretrained(tmp_path / "model").eval()
+    model = getattr(transformers, families.class_names(family, kind)[1]).from_pretrained(tmp_path / "model").eval()
     expected = np.load(make_golden.GOLDEN / name / "outputs.npz")
     found = make_golden.everything(model)
     assert found.keys() == set(expected)
     for key, values in found.items():
-        assert_close(values, expected[key])
+        assert_close(values[..., : expected[key].shape[-1]], expected[key])
 
 
 def test_windows_and_scalings_change_the_outputs():
@@ -181,11 +182,11 @@ def test_old_layout_of_rope_settings(name, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "gpt2"),
-        ("hidden_act", "gelu"),
+        ("model_type", "bloom"),
+        ("hidden_act", "quick_gelu"),
         ("quantization_config", {"bits": 4}),
         ("partial_rotary_factor", 0.5),
-        ("rope_type", "yarn"),
+        ("rope_type", "proportional"),
         ("attn_logit_softcapping", 50.0),
         ("architectures", ["LlamaForTokenClassification"]),
         ("num_hidden_layers", None),

@@ -79,19 +79,20 @@ class ModuleScale(NamedTuple):
     """The field that gives the rank, for messages: "r" or "rank_pattern"."""
 
 
-def check_fields(config: dict[str, Any], file: pathlib.Path) -> None:
+def check_fields(config: dict[str, Any], file: pathlib.Path, *, stored_in_out: bool = False) -> None:
     """Checks every field of an adapter_config.json.
 
     Args:
       config: its values.
       file: named in messages.
+      stored_in_out: whether the model's matrices are stored [in, out], as fan_in_fan_out says then (GPT-2).
 
     Raises:
       ValueError: a field that changes the computation in a way that is not supported, or that is not known and is not
         empty; the field and its value are named.
     """
     for name, value in config.items():
-        if name in NEUTRAL or name in SUPPORTED:
+        if name in NEUTRAL or name in SUPPORTED or (stored_in_out and name == "fan_in_fan_out"):
             continue
         if name not in MUST_BE:
             if not _is_empty(value):

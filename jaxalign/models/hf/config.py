@@ -6,19 +6,21 @@ A field that changes the computation and is not supported raises and is named; f
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
-from jaxalign.models.config import Config, Follower, Head, Rope, default_labels
+from jaxalign.models.config import Config, Follower, Head, default_labels
 from jaxalign.models.families import FAMILIES, Family
+from jaxalign.models.hf.rope import KINDS, context, read_ropes, write_ropes
 
-# Fields of other families or options that change what a layer computes, and the values under which they do nothing.
+# Fields that change what a layer computes, and the values under which they do nothing: others are refused unless the
+# family reads the field (`Family.reads`).
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1.0),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "query_pre_attn_scalar": (None,),
+    "use_bidirectional_attention": (None, False),
     "logit_scale": (None, 1.0),
     "logits_scaling": (None, 1.0),
     "embedding_multiplier": (None, 1.0),
@@ -27,16 +29,46 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_sinks": (None, False),
     "num_local_experts": (None, 0),
     "num_experts": (None, 0),
+    "num_experts_per_tok": (None,),
+    "norm_topk_prob": (None,),
+    "mlp_only_layers": (None, []),
+    "decoder_sparse_step": (None, 1),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
     "attention_chunk_size": (None,),
     "qk_layernorm": (None, False),
     "use_parallel_residual": (None, False),
+    "parallel_attn": (None, False),
+    "num_ln_in_parallel_attn": (None,),
+    "new_decoder_architecture": (None, False),
+    "multi_query": (None, False),
+    "bias": (None, False),
     "alibi": (None, False),
     "position_embedding_type": (None, "rope", "rotary"),
+    "no_rope_layers": (None,),
+    "no_rope_layer_interval": (None,),
+    "rope_local_base_freq": (None,),
+    "sliding_window_pattern": (None,),
+    "scale_attn_weights": (None, True),
+    "scale_attn_by_inverse_layer_idx": (None, False),
+    "do_layer_norm_before": (None, True),
+    "_remove_final_layer_norm": (None, False),
+    "layer_norm_elementwise_affine": (None, True),
+    "word_embed_proj_dim": (None,),
+    "enable_bias": (None, False),
     "clip_qkv": (None,),
     "kv_lora_rank": (None,),
 }
+
+ACTIVATION_FIELDS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+"""What transformers calls an activation -> `Block.activation`."""
 
 
 def family_of(name: Any) -> Family:
@@ -61,9 +93,9 @@ def config_from_hf(values: dict[str, Any]) -> Config:
     if code and name not in FAMILIES:
         raise ValueError(f"auto_map: expected a model without code of its own, found {code!r} for model_type {name!r}")
     family = family_of(name)
-    values = {**family.defaults, **values}
+    values = _canonical(values, family)
     for field, neutral in NEUTRAL.items():
-        if field in values and values[field] not in neutral:
+        if field in values and field not in family.reads and values[field] not in neutral:
             raise ValueError(f"{field}: expected one of {neutral}, which is what is supported, found {values[field]!r}")
     for field in family.must_be_false:
         if values.get(field):
@@ -78,7 +110,15 @@ def config_from_hf(values: dict[str, Any]) -> Config:
         source = family.options.get(field, False)
         return bool(values.get(source, False)) if isinstance(source, str) else source
 
-    layers, heads, width = required("num_hidden_layers"), required("num_attention_heads"), required("hidden_size")
+    for field in ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings"):
+        required(field)
+    values = family.complete(values)
+    layers, heads, width = values["num_hidden_layers"], values["num_attention_heads"], values["hidden_size"]
+    activation = ACTIVATION_FIELDS.get(values.get("hidden_act") or "silu")
+    if activation is None:
+        raise ValueError(f"hidden_act: expected one of {sorted(ACTIVATION_FIELDS)}, found {values['hidden_act']!r}")
+    kinds = _layer_kinds(values, family, layers)
+    rope, ropes = read_ropes(values, family, kinds)
     return Config(
         vocab_size=required("vocab_size"),
         hidden_size=width,
@@ -87,11 +127,13 @@ def config_from_hf(values: dict[str, Any]) -> Config:
         num_kv_heads=values.get("num_key_value_heads") or heads,
         head_dim=values.get("head_dim") or width // heads,
         intermediate_size=required("intermediate_size"),
-        max_length=required("max_position_embeddings"),
+        max_length=context(values, rope),
         family=values["model_type"],
-        rope=_rope(values),
+        block=dataclasses.replace(family.block(values), activation=activation),
+        rope=rope,
+        ropes=ropes,
         norm_eps=values.get("rms_norm_eps", 1e-6),
-        windows=_windows(values, family, layers),
+        windows=_windows(values, family, kinds),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         qkv_bias=option("qkv_bias"),
         out_bias=option("out_bias"),
@@ -100,8 +142,19 @@ def config_from_hf(values: dict[str, Any]) -> Config:
         eos_ids=id_set(values.get("eos_token_id")),
         bos_id=values.get("bos_token_id"),
         pad_id=values.get("pad_token_id"),
-        head=_head(values),
+        head=_head(values, family),
     )
+
+
+def _canonical(values: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The fields under Llama's names, with the family's defaults for those that are absent."""
+    renamed = dict(values)
+    for name, theirs in family.names.items():
+        if theirs is None:
+            renamed.pop(name, None)
+        elif theirs in values:
+            renamed[name] = values[theirs]
+    return {**family.defaults, **renamed}
 
 
 def id_set(value: Any) -> tuple[int, ...]:
@@ -111,70 +164,31 @@ def id_set(value: Any) -> tuple[int, ...]:
     return tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)
 
 
-ROPE_FIELDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-"""rope_type -> what it is scaled by."""
-
-
-def _rope(values: dict[str, Any]) -> Rope:
-    settings = _rope_settings(values)
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    if kind not in ROPE_FIELDS:
-        raise ValueError(f"rope_type: expected one of {sorted(ROPE_FIELDS)}, found {kind!r}")
-    if settings.get("partial_rotary_factor") not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor: expected 1.0, found {settings['partial_rotary_factor']!r}")
-    if kind == "llama3":  # as transformers: beside the set, in it, or the context itself
-        name = "original_max_position_embeddings"
-        settings[name] = values.get(name) or settings.get(name) or values["max_position_embeddings"]
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_FIELDS["llama3"]}
-    unknown = sorted(name for name in settings.keys() - known if settings[name] is not None)
-    if unknown and kind != "default":
-        raise ValueError(f"rope_parameters: expected {sorted(known)} for rope_type {kind!r}, found also {unknown}")
-    missing = [name for name in ROPE_FIELDS[kind] if settings.get(name) is None]
-    if missing:
-        raise ValueError(f"rope_parameters: expected {missing} for rope_type {kind!r}, found {settings}")
-    theta = float(settings.get("rope_theta") or values.get("rope_theta") or 10000.0)
-    scaling = {name: settings[name] for name in ROPE_FIELDS[kind]}
-    if kind == "llama3":
-        scaling["original_max_length"] = scaling.pop("original_max_position_embeddings")
-    return Rope(theta, kind, **scaling)
-
-
-def _rope_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """New files hold everything in rope_parameters; old ones rope_theta at top level and rope_scaling beside it."""
-    settings: dict[str, Any] = {}
-    for layout in ("rope_parameters", "rope_scaling"):
-        given = values.get(layout) or {}
-        if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
-            raise ValueError(f"{layout}: expected one flat set for all layers, found {given!r}")
-        for name, value in given.items():
-            if settings.setdefault(name, value) != value:
-                raise ValueError(f"{name}: expected one value, found {settings[name]!r} and {value!r} in {layout}")
-    return settings
-
-
-def _windows(values: dict[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
+def _layer_kinds(values: dict[str, Any], family: Family, layers: int) -> list[str]:
+    """Of each layer whether it has a window, of `rope.KINDS`."""
     window = values.get("sliding_window")
-    if family.windows == "never":
-        return ()
     if family.windows == "every_layer":
-        return (window,) * layers if window is not None else ()
-    if not values.get("use_sliding_window", False) or window is None:
-        return ()
+        return [KINDS[window is not None]] * layers
+    if family.windows == "never" or (family.window_switch and not values.get("use_sliding_window", False)):
+        return [KINDS[0]] * layers
     kinds = values.get("layer_types")
+    if kinds is None and window is None:
+        return [KINDS[0]] * layers
     if kinds is None:
         first = values["max_window_layers"]
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+        kinds = [KINDS[i >= first] for i in range(layers)]
+    unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
         raise ValueError(f"layer_types: expected 'full_attention' or 'sliding_attention', found {unknown}")
+    return list(kinds)
+
+
+def _windows(values: dict[str, Any], family: Family, kinds: list[str]) -> tuple[int | None, ...]:
+    window = None if family.windows == "never" else values.get("sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _head(values: dict[str, Any]) -> Head | None:
+def _head(values: dict[str, Any], family: Family) -> Head | None:
     architecture = (values.get("architectures") or [""])[0]
     own = values.get("jaxalign_head")
     if own is not None:
@@ -183,14 +197,19 @@ def _head(values: dict[str, Any]) -> Head | None:
             raise ValueError(f"jaxalign_head: expected the fields of models.Head, found also {unknown}")
         follower = own.get("follower")
         return Head(**own | {"follower": None if follower is None else Follower(**follower)})
-    code = sorted(name for name in values.get("auto_map") or {} if name.startswith("AutoModel"))
+    code = sorted(
+        name
+        for name, target in (values.get("auto_map") or {}).items()
+        if name.startswith("AutoModel") and not (family.code and str(target).startswith(family.code))
+    )
     if code:
         raise ValueError(f"auto_map: expected a model without code of its own, found {code}")
     if architecture.endswith("ForSequenceClassification"):
         labels = _labels(values)
         return Head("reward", num_labels=len(labels), bound=values.get("jaxalign_bound"), labels=labels)
-    if architecture and not architecture.endswith("ForCausalLM"):
-        raise ValueError(f"architectures: expected …ForCausalLM or …ForSequenceClassification, found {architecture!r}")
+    causal = family.causal or "…ForCausalLM"
+    if architecture and not architecture.endswith(causal.removeprefix("…")):
+        raise ValueError(f"architectures: expected {causal} or …ForSequenceClassification, found {architecture!r}")
     return None
 
 
@@ -215,18 +234,13 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         raise ValueError(f"family: expected one of {sorted(FAMILIES)}, found {config.family!r}")
     family = FAMILIES[config.family]
     reward = config.head is not None and config.head.kind == "reward"
-    rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
-    if config.rope.kind != "default":
-        rope["factor"] = config.rope.factor
-    if config.rope.kind == "llama3":
-        rope |= {
-            "low_freq_factor": config.rope.low_freq_factor,
-            "high_freq_factor": config.rope.high_freq_factor,
-            "original_max_position_embeddings": config.rope.original_max_length,
-        }
     values: dict[str, Any] = {
         "model_type": config.family,
-        "architectures": [family.architecture + ("ForSequenceClassification" if reward else "ForCausalLM")],
+        "architectures": [
+            f"{family.architecture}ForSequenceClassification"
+            if reward
+            else family.causal or f"{family.architecture}ForCausalLM"
+        ],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -234,14 +248,13 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
         "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
+        "hidden_act": _activation_field(config, family),
         "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else (config.eos_ids or (None,))[0],
         "bos_token_id": config.bos_id,
         "pad_token_id": config.pad_id,
+        **write_ropes(config, family),
     }
     for field, source in family.options.items():
         if isinstance(source, str):
@@ -250,11 +263,14 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         values["sliding_window"] = config.window(0)
     if family.windows == "by_layer":
         window = next((w for w in config.windows if w is not None), None)
-        values["use_sliding_window"] = window is not None
+        if family.window_switch:
+            values["use_sliding_window"] = window is not None
         values["sliding_window"] = window
         values["layer_types"] = [
             "full_attention" if config.window(i) is None else "sliding_attention" for i in range(config.num_layers)
         ]
+    named = {family.names.get(name, name): value for name, value in values.items()}
+    values = {name: value for name, value in named.items() if name is not None} | family.describe(config)
     if reward and config.head is not None:
         values["id2label"] = {str(i): name for i, name in enumerate(config.head.label_names)}
         values["label2id"] = {name: i for i, name in enumerate(config.head.label_names)}
@@ -265,3 +281,11 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     if config_from_hf(values) != dataclasses.replace(config, generation=""):  # which has a file of its own
         raise ValueError(f"config: family {config.family!r} cannot express {config}")
     return values
+
+
+def _activation_field(config: Config, family: Family) -> str:
+    """What transformers calls the block's activation, as the family's own models have it where that is one of two."""
+    usual = family.defaults.get("hidden_act", "silu")
+    if ACTIVATION_FIELDS.get(usual) == config.block.activation:
+        return str(usual)
+    return next(name for name, ours in ACTIVATION_FIELDS.items() if ours == config.block.activation)

@@ -21,10 +21,10 @@ from jaxalign import _hosts
 from jaxalign._arrays import at_least_float32
 from jaxalign.models.checks import named
 from jaxalign.models.config import Config
-from jaxalign.models.families import Rule, fuse, fused_shape, split_sizes, unfuse
+from jaxalign.models.families import Rule, fuse, fused_shape, packed, split_sizes, unfuse, unpacked
 from jaxalign.models.hf.adapter_fields import MUST_BE, SCORES, check_fields, module_scale, targets
 from jaxalign.models.hf.files import local_folder, read_json, whole_folder, write_json
-from jaxalign.models.hf.tensors import plain_name, rules_of
+from jaxalign.models.hf.tensors import plain_name, rules_of, theirs_widths
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.models.lora import TARGETS, Lora, check_fits, pad_rank, pairs
 from jaxalign.types import Array, Params
@@ -72,6 +72,7 @@ def save_adapter(
             continue
         a, b = pad_rank(*found[place], rank)
         parts = unfuse(lm.config, rule.sizes, b) if rule.sizes else [b]
+        parts = [packed(lm.config, rule, parts)] if rule.packed else parts
         for key, part in zip(rule.theirs, parts, strict=True):
             module = key.removesuffix(".weight")
             modules.append(module)
@@ -89,6 +90,8 @@ def save_adapter(
         "target_modules": sorted({m if _short(m) in absent else _short(m) for m in modules}),
         "inference_mode": True,
     }
+    if _stored_in_out(lm.config):
+        values["fan_in_fan_out"] = True
     if score is not None:
         tensors[f"{_PREFIX}score.weight"] = score
         values |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
@@ -141,12 +144,12 @@ def read_adapter(folder: pathlib.Path, config: Config) -> AdapterFile:
     """
     path = folder / "adapter_config.json"
     values = read_json(path)
-    check_fields(values, path)
+    check_fields(values, path, stored_in_out=_stored_in_out(config))
     tensors = _read_tensors(folder)
     products = {}
     for place, rule in _projections(config).items():
         inside, *outside = _shapes(config)[place]
-        widths = split_sizes(config, rule.sizes) if rule.sizes else tuple(outside)
+        widths = theirs_widths(config, rule, tuple(outside))
         for key, width in zip(rule.theirs, widths, strict=True):
             found = _product(values, key.removesuffix(".weight"), inside, width, tensors)
             if found is not None:
@@ -257,8 +260,11 @@ def _join(
             if own != scale:  # in float32: bfloat16 may not hold the ratio
                 b = at_least_float32(b) * (own / scale)
             parts.append(a.T.astype(lm.dtype))
-            alone = [jnp.zeros((b.shape[1], width), lm.dtype) for width in widths]
-            alone[i] = b.T.astype(lm.dtype)
+            if rule.packed:
+                alone = unpacked(lm.config, rule, b.T.astype(lm.dtype))
+            else:
+                alone = [jnp.zeros((b.shape[1], width), lm.dtype) for width in widths]
+                alone[i] = b.T.astype(lm.dtype)
             blocks.append(fuse(lm.config, rule.sizes, alone) if rule.sizes else alone[0])
     if not parts:
         return None
@@ -270,6 +276,11 @@ def _join(
 def _short(module: str) -> str:
     """ "q_proj" of "model.layers.0.self_attn.q_proj", or of the name of its weight."""
     return module.removesuffix(".weight").rpartition(".")[2]
+
+
+def _stored_in_out(config: Config) -> bool:
+    """Whether the family's matrices are [in, out] in a checkpoint, which peft calls fan_in_fan_out."""
+    return not any(rule.transpose for rule in _projections(config).values())
 
 
 def _projections(config: Config) -> dict[str, Rule]:
@@ -288,4 +299,5 @@ def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "gate_up": (config.hidden_size, *fused_shape(config, "gate_up")),
         "down": (wide, config.hidden_size),
     }
-    return {f"layer_{i}/{TARGETS[name]}": sizes[name] for i in range(config.num_layers) for name in TARGETS}
+    names = [name for name in TARGETS if config.block.experts is None or name in ("qkv", "out")]
+    return {f"layer_{i}/{TARGETS[name]}": sizes[name] for i in range(config.num_layers) for name in names}

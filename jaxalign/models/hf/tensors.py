@@ -16,7 +16,20 @@ from jaxalign._arrays import at_least_float32
 from jaxalign.models import sharding
 from jaxalign.models.checks import named
 from jaxalign.models.config import Config
-from jaxalign.models.families import FAMILIES, Rule, fuse, fused_shape, is_harmless, split_sizes, unfuse, write_out
+from jaxalign.models.families import (
+    FAMILIES,
+    Rule,
+    fuse,
+    fused_shape,
+    is_harmless,
+    packed,
+    split_sizes,
+    stack_experts,
+    unfuse,
+    unpacked,
+    unstack_experts,
+    write_out,
+)
 from jaxalign.models.hf.files import read_json, tell, write_json
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.types import Params
@@ -100,16 +113,16 @@ def _files(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
 
 def read_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits = Edits()) -> Params:  # noqa: B008
     """The parameters of a folder's safetensors, with the edits of adapters, in the model's dtype."""
-    table = rules_of(lm.config)
-    files = _files(folder)
+    table, family = rules_of(lm.config), FAMILIES[lm.config.family]
     wanted = [key for rule in table for key in rule.theirs]
+    files = _with_prefix(_files(folder), family.prefix, wanted)
     missing = [key for key in wanted if key not in files and key not in edits.replaced]
-    surplus = [key for key in sorted(set(files) - set(wanted)) if not is_harmless(lm.config, key)]
+    surplus = [key for key in sorted(set(files) - set(wanted)) if not is_harmless(family, lm.config, key)]
     surplus += sorted((set(edits.products) | set(edits.replaced)) - set(wanted))
-    if not lm.has_lm_head and "lm_head.weight" in surplus and "lm_head.weight" not in edits.replaced:
-        surplus.remove("lm_head.weight")
+    if not lm.has_lm_head and family.lm_head in surplus and family.lm_head not in edits.replaced:
+        surplus.remove(family.lm_head)
         if "score.weight" not in edits.replaced:  # an adapter's score stands on a language model, which has one
-            tell(f"{folder}: lm_head.weight is passed over: a sequence classifier has no logits")
+            tell(f"{folder}: {family.lm_head} is passed over: a sequence classifier has no logits")
     if missing or surplus:
         raise ValueError(
             f"tensors of {folder}: missing {named(missing)}; surplus {named(surplus)} "
@@ -124,39 +137,68 @@ def read_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits = Edits())
             file: stack.enter_context(safe_open(file, "flax")) for file in sorted({f for f, _ in files.values()})
         }
 
-        def read(key: str) -> jax.Array:
+        def read(key: str, transpose: bool) -> jax.Array:
             if key in edits.replaced:
                 return edits.replaced[key]
             file, name = files[key]
-            return _added(key, handles[file].get_tensor(name), edits.products.get(key, ()))
+            return _added(key, handles[file].get_tensor(name), edits.products.get(key, ()), transpose)
 
         for rule in table:
-            parts = [read(key) for key in rule.theirs]
+            parts = [read(key, rule.transpose) for key in rule.theirs]
             flat[rule.ours] = _join(lm.config, rule, parts, flat[rule.ours].shape).astype(lm.dtype)
     return jax.tree_util.tree_map_with_path(lambda path, _: flat[sharding.path_name(path)], shapes)
 
 
-def _added(key: str, tensor: jax.Array, products: Sequence[tuple[jax.Array, jax.Array, float]]) -> jax.Array:
-    """A checkpoint's tensor [out,in] and the products of adapters, summed in float32."""
+def _with_prefix(
+    files: dict[str, tuple[pathlib.Path, str]], prefix: str, wanted: list[str]
+) -> dict[str, tuple[pathlib.Path, str]]:
+    """The files' tensors by the names of a model with a head: a file of the model without one lacks the prefix."""
+    if any(name.startswith(prefix) for name in files):
+        return files
+    known = set(wanted)
+    return {prefix + name if prefix + name in known else name: place for name, place in files.items()}
+
+
+def _added(
+    key: str, tensor: jax.Array, products: Sequence[tuple[jax.Array, jax.Array, float]], transpose: bool
+) -> jax.Array:
+    """A checkpoint's tensor and the products of adapters, summed in float32; the tensor is [out,in] as they are, or
+    [in,out] where our own is not its transpose."""
     for a, b, scale in products:
-        shape = (b.shape[0], a.shape[1])
+        shape = (b.shape[0], a.shape[1]) if transpose else (a.shape[1], b.shape[0])
         if tensor.shape != shape:
             raise ValueError(f"{key}: expected shape {shape} as its adapter has it, found {tensor.shape}")
-        tensor = at_least_float32(tensor) + scale * jnp.matmul(b, a, precision="highest")
+        product = scale * jnp.matmul(b, a, precision="highest")
+        tensor = at_least_float32(tensor) + (product if transpose else product.T)
     return tensor
 
 
 def _join(config: Config, rule: Rule, parts: list[Any], shape: tuple[int, ...]) -> jax.Array:
     """One of our arrays from the checkpoint's; every part's shape is checked against the config."""
-    widths = split_sizes(config, rule.sizes) if rule.sizes else shape[-1:]
-    ahead = shape[:1] if rule.transpose else shape[:-1] if not rule.sizes else ()
+    if rule.packed == "experts":
+        widths, ahead = shape[-1:] * len(parts), shape[1:2]
+    else:  # a bias is flat
+        widths, ahead = theirs_widths(config, rule, shape), shape[: len(shape) > 1] if rule.sizes else shape[:-1]
     for key, part, width in zip(rule.theirs, parts, widths, strict=True):
         ours = (*ahead, width)
         expected = ours[::-1] if rule.transpose else ours
         if part.shape != expected:
             raise ValueError(f"{key}: expected shape {expected}, found {part.shape}")
     parts = [part.T if rule.transpose else part for part in parts]
-    return fuse(config, rule.sizes, parts).reshape(shape) if rule.sizes else parts[0]
+    if rule.packed == "experts":
+        return stack_experts(config, parts)
+    if not rule.sizes:
+        joined: jax.Array = parts[0]
+        return joined
+    return fuse(config, rule.sizes, unpacked(config, rule, parts[0]) if rule.packed else parts).reshape(shape)
+
+
+def theirs_widths(config: Config, rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The widths of a rule's tensors along their output."""
+    if not rule.sizes:
+        return shape[-1:]
+    widths = split_sizes(config, rule.sizes)
+    return (sum(widths),) if rule.packed else widths
 
 
 def to_checkpoint(lm: LanguageModel, params: Params) -> dict[str, jax.Array]:
@@ -173,12 +215,12 @@ def to_checkpoint(lm: LanguageModel, params: Params) -> dict[str, jax.Array]:
         array = flat[rule.ours]
         if array.shape != expected[rule.ours]:
             raise ValueError(f"{rule.ours}: expected shape {expected[rule.ours]}, found {array.shape}")
-        if rule.sizes:  # a bias is flat
-            parts = unfuse(
-                lm.config,
-                rule.sizes,
-                array.reshape(*array.shape[: array.ndim > 1], *fused_shape(lm.config, rule.sizes)),
-            )
+        if rule.packed == "experts":
+            parts = unstack_experts(array)
+        elif rule.sizes:  # a bias is flat
+            fused = array.reshape(*array.shape[: array.ndim > 1], *fused_shape(lm.config, rule.sizes))
+            parts = unfuse(lm.config, rule.sizes, fused)
+            parts = [packed(lm.config, rule, parts)] if rule.packed else parts
         else:
             parts = [array]
         for key, part in zip(rule.theirs, parts, strict=True):
