@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +25,8 @@ CONFIG = models.Config(
     intermediate_size=24,
     max_length=64,
     eos_ids=(0,),
+    family="qwen2",
     qkv_bias=True,
-    mlp_bias=True,
 )
 TOKENS = jax.random.randint(jax.random.key(1), (8, 12), 1, 32)
 
@@ -93,6 +95,35 @@ def check_model(spec: str) -> None:
         close(found[1:], lm.embed(params, odd)[1:])
 
 
+def check_folders(spec: str, folder: pathlib.Path) -> None:
+    """A folder is read into the shards that `shard` gives, with an adapter too, and written from them to the same
+    bytes."""
+    mesh = sharding.make_mesh(spec)
+    lm, params = build(models.Head("reward"))
+    adapter_spec = models.Lora(2)
+    adapter = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size), x.shape),
+        models.lora.init(jax.random.key(5), lm, adapter_spec),
+    )
+    models.save(folder / "base", lm, params, overwrite=True)
+    models.save_adapter(folder / "adapter", lm, adapter_spec, adapter, base=str(folder / "base"), overwrite=True)
+    for name in ("base", "adapter"):
+        _, alone = models.load(folder / name)
+        found_lm, found = models.load(folder / name, mesh=mesh)
+        assert found_lm == models.LanguageModel(found_lm.config, mesh=mesh)
+        wanted = sharding.shard(alone, mesh)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), found, wanted)
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, found, wanted)))
+        if name == "base":
+            models.save(folder / "again", found_lm, found, overwrite=True)
+            written = [(folder / name / "model.safetensors").read_bytes() for name in ("base", "again")]
+            assert written[0] == written[1]
+    half = models.load(folder / "base", dtype="bfloat16", mesh=mesh)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), half, params)
+
+
 def main() -> None:
     for spec in MESHES:
         check_model(spec)
+        with tempfile.TemporaryDirectory() as folder:
+            check_folders(spec, pathlib.Path(folder))

@@ -49,7 +49,7 @@ class Projection(nn.Module):
             return w if start == 0 and stop is None else w[..., start:stop, :]
 
         shape = (x.shape[-1], *self.features)
-        kernel = part(self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)).astype(self.dtype)
+        kernel = part(self.param("kernel", initial_kernel, shape, self.dtype)).astype(self.dtype)
         axes = sharding.logical_axes("/".join(("transformer", *self.path, "kernel")))
         kernel = sharding.hold(kernel, self.mesh, *axes, gather=("fsdp",))
         x = x.astype(self.dtype)
@@ -60,6 +60,17 @@ class Projection(nn.Module):
         if not self.has_variable("lora", "a"):
             return y
         return y + low_rank(x, self.get_variable("lora", "a"), part(self.get_variable("lora", "b")))
+
+
+def initial_kernel(rng: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """A kernel [in, *out] from normal(0.02). One of heads [D,Hkv,G+2,hd] is drawn in the order queries, keys, values:
+    where a head lies changes no model of a seed."""
+    flat: Array = nn.initializers.normal(0.02)(rng, (shape[0], math.prod(shape[1:])), dtype)
+    if len(shape) < 4:
+        return flat.reshape(shape)
+    ahead, heads, group, head_dim = shape[0], shape[1], shape[2] - 2, shape[3]
+    parts = jnp.split(flat, [heads * group * head_dim, heads * (group + 1) * head_dim], axis=1)
+    return jnp.concatenate([part.reshape(ahead, heads, -1, head_dim) for part in parts], axis=2)
 
 
 def columns_of(x: Array, kernel: Array, *, split: bool) -> Array:

@@ -12,7 +12,7 @@ from safetensors.flax import load_file, save_file
 
 from jaxalign import models
 from jaxalign.models import sharding
-from jaxalign.models.hf import tensors
+from jaxalign.models.hf import writing
 from tests.conftest import forward, tiny_lm
 from tests.models import families, make_golden
 
@@ -50,7 +50,7 @@ def test_heads_and_dtypes_round_trip(head, dtype, tmp_path):
 
 def test_shards_round_trip(tmp_path, monkeypatch):
     lm, params = tiny_lm(0)
-    monkeypatch.setattr(tensors, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 4000)
     models.save(tmp_path / "model", lm, params)
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
     assert_trees_identical(models.load(tmp_path / "model")[1], params)

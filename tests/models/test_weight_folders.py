@@ -15,7 +15,7 @@ import pytest
 from safetensors.flax import load_file, save_file
 
 from jaxalign import models
-from jaxalign.models.hf import tensors
+from jaxalign.models.hf import writing
 from tests.conftest import tiny_lm
 from tests.models.make_golden import GOLDEN
 
@@ -115,7 +115,7 @@ def test_the_command_that_converts_a_pickle_does_it(tmp_path):
 
 
 def test_shards_that_are_missing_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 4000)
     lm, params = tiny_lm(0)
     models.save(tmp_path / "model", lm, params)
     gone = sorted(path for path in (tmp_path / "model").glob("model-*.safetensors"))[1:3]
@@ -130,7 +130,7 @@ def test_shards_that_are_missing_are_named(tmp_path, monkeypatch):
 
 def both(tmp_path, monkeypatch):
     """A folder with shards of one model and a single file of another, whose parameters are given too."""
-    monkeypatch.setattr(tensors, "SHARD_BYTES", 9000)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 9000)
     lm, params = models.load(GOLDEN / "llama")
     models.save(tmp_path / "model", lm, jax.tree.map(lambda x: x + 1, params))
     shutil.copy(GOLDEN / "llama/model.safetensors", tmp_path / "model")

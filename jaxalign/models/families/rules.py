@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign.models.block import Block
 from jaxalign.models.config import Config
@@ -192,21 +193,27 @@ def fused_shape(config: Config, sizes: str) -> tuple[int, ...]:
     return (1 + config.block.gated, config.intermediate_size)
 
 
-def fuse(config: Config, sizes: str, parts: Sequence[Array]) -> Array:
-    """Parts [...,width] of q, k and v, or of gate and up, as one array [..., *fused_shape]."""
-    heads, _, head_dim = fused_shape(config, "qkv")
+def numpy_of(array: Any) -> Any:
+    """numpy for arrays of the host, jax.numpy for others."""
+    return np if isinstance(array, np.ndarray) else jnp
+
+
+def fuse(config: Config, sizes: str, parts: Sequence[Any]) -> Array:
+    """Parts [...,width] of q, k and v, or of gate and up, as one array [..., *fused_shape]; of parts of some heads of
+    keys, or some columns, the array of these."""
+    xp, join = numpy_of(parts[0]), "stack"
     if sizes == "qkv":
-        return jnp.concatenate([x.reshape(*x.shape[:-1], heads, -1, head_dim) for x in parts], axis=-2)
-    return jnp.stack(parts, axis=-2)
+        heads, join = parts[1].shape[-1] // config.head_dim, "concatenate"
+        parts = [x.reshape(*x.shape[:-1], heads, -1, config.head_dim) for x in parts]
+    joined: Array = getattr(xp, join)(parts, axis=-2)
+    return joined
 
 
-def unfuse(config: Config, sizes: str, array: Array) -> list[Array]:
+def unfuse(config: Config, sizes: str, array: Any) -> list[Array]:
     """The parts [...,width] of an array [..., *fused_shape]: `fuse` undone."""
-    if sizes == "qkv":
-        group = array.shape[-2] - 2
-        parts = jnp.split(array, [group, group + 1], axis=-2)
-    else:
-        parts = jnp.split(array, array.shape[-2], axis=-2)
+    xp = numpy_of(array)
+    group = array.shape[-2] - 2
+    parts = xp.split(array, [group, group + 1] if sizes == "qkv" else array.shape[-2], axis=-2)
     ahead = array.shape[: array.ndim - len(fused_shape(config, sizes))]
     return [part.reshape(*ahead, -1) for part in parts]
 

@@ -18,10 +18,7 @@ def whole_folder(path: str | pathlib.Path, *, overwrite: bool) -> Iterator[pathl
     """A temporary folder to write to, renamed to `path` at the end: what stands there is whole, old or new.
     ValueError when the target is a file, or holds files and `overwrite` is False."""
     target = pathlib.Path(path)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"path: expected a folder, found a file {target}")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"path: expected a new or empty folder, found files in {target} (overwrite=True replaces it)")
+    check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     old = temporary.with_name(temporary.name + ".old")
@@ -37,6 +34,14 @@ def whole_folder(path: str | pathlib.Path, *, overwrite: bool) -> Iterator[pathl
         if old.exists() and not target.exists():
             old.rename(target)
         raise
+
+
+def check_target(target: pathlib.Path, *, overwrite: bool) -> None:
+    """ValueError when a folder to write is a file, or holds files and `overwrite` is False."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"path: expected a folder, found a file {target}")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"path: expected a new or empty folder, found files in {target} (overwrite=True replaces it)")
 
 
 def local_folder(path: str | pathlib.Path, *, revision: str | None = None) -> pathlib.Path:

@@ -18,7 +18,7 @@ from jaxalign.models import sharding
 from jaxalign.models.config import Config
 from jaxalign.models.hf import tensors
 from jaxalign.models.hf.config import config_from_hf, config_to_hf, id_set
-from jaxalign.models.hf.files import read_json, tell, whole_folder, write_json
+from jaxalign.models.hf.files import check_target, read_json, tell, whole_folder, write_json
 from jaxalign.models.hf.sources import find_source, merge_plan
 from jaxalign.models.language_model import LanguageModel, dtype_name
 from jaxalign.types import Params
@@ -49,14 +49,16 @@ def load(
 ) -> tuple[LanguageModel, Params]:
     """Loads a model from a folder, or from the hub by its name.
 
-    An adapter's folder gives the whole model: its base with the adapter merged in float32, tensor by tensor.
+    It is read array by array: no more than the largest is in memory beside what the devices hold. An adapter's folder
+    gives the whole model: its base with the adapter merged in float32, likewise.
 
     Args:
       path: a folder with config.json and model.safetensors (or its index and shards), or "owner/model"; a folder of an
         adapter (peft's adapter_config.json), or "ADAPTER_DIR@BASE_DIR".
       base: with an adapter, the model that it changes, in place of the base that its folder names.
       dtype: of the parameters, whatever the files hold, in any form that jax takes.
-      mesh: where the parameters are placed, by the table of logical axes (`sharding.shard`); None: on one device.
+      mesh: where the parameters are placed, by the table of logical axes: each device's part alone is read. The model
+        keeps the mesh. None: on one device.
 
     Returns:
       The model and its parameters.
@@ -72,9 +74,8 @@ def load(
     source = find_source(path, base=base)
     folder = source.base
     config, edits = merge_plan(source, _config_of(folder))
-    lm = LanguageModel(config, name)
-    params = tensors.read_params(folder, lm, edits)
-    return lm, params if mesh is None else sharding.shard(params, mesh)
+    lm = LanguageModel(config, name, mesh)
+    return lm, tensors.read_params(folder, lm, edits)
 
 
 def read_config(path: str | pathlib.Path, *, base: str | pathlib.Path | None = None) -> Config:
@@ -128,21 +129,33 @@ def save(
       ValueError: parameters that are not this model's, a config that its family cannot express, a folder that holds
         files without `overwrite`.
     """
-    arrays = tensors.to_checkpoint(lm, params)
+    with _hosts.together():
+        tensors.check_params(lm, params)
+        values = config_to_hf(lm.config) | {"dtype": lm.dtype}
+        if _hosts.is_first():
+            check_target(pathlib.Path(path), overwrite=overwrite)
+    # Every process takes its part in fetching what lies across several.
     with _hosts.together():
         if _hosts.is_first():
-            _write(path, lm, arrays, tokenizer, overwrite=overwrite)
+            _write(path, lm, params, values, tokenizer, overwrite=overwrite)
+        else:
+            tensors.fetch_all(lm, params)
 
 
 def _write(
-    path: str | pathlib.Path, lm: LanguageModel, arrays: dict[str, Any], tokenizer: Any, *, overwrite: bool
+    path: str | pathlib.Path,
+    lm: LanguageModel,
+    params: Params,
+    values: dict[str, Any],
+    tokenizer: Any,
+    *,
+    overwrite: bool,
 ) -> None:
-    values = config_to_hf(lm.config) | {"dtype": lm.dtype}
     with whole_folder(path, overwrite=overwrite) as temporary:
         write_json(temporary / "config.json", values)
         generation = json.loads(lm.config.generation or "{}")
         generation |= {name: values[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
         write_json(temporary / "generation_config.json", generation)
-        tensors.write_tensors(temporary, arrays)
+        tensors.write_params(temporary, lm, params)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors import safe_open
-from safetensors.flax import save_file
 
-from jaxalign._arrays import at_least_float32
+from jaxalign import _hosts
 from jaxalign.models import sharding
 from jaxalign.models.checks import named
 from jaxalign.models.config import Config
@@ -30,12 +30,15 @@ from jaxalign.models.families import (
     unstack_experts,
     write_out,
 )
-from jaxalign.models.hf.files import read_json, tell, write_json
+from jaxalign.models.hf.files import read_json, tell
+from jaxalign.models.hf.writing import Planned, write_tensors
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.types import Params
 
-SHARD_BYTES = 4 << 30
-"""Largest file that is written; a model beyond it is written in shards."""
+Index: TypeAlias = tuple[slice, ...]
+Read: TypeAlias = Callable[[str, Index], np.ndarray]
+"""(name of a tensor, the part that is wanted) -> that part."""
+Product: TypeAlias = tuple[jax.Array, jax.Array, float]
 
 
 def rules_of(config: Config) -> list[Rule]:
@@ -48,7 +51,7 @@ def rules_of(config: Config) -> list[Rule]:
 class Edits(NamedTuple):
     """What adapters make of a checkpoint's tensors while they are read."""
 
-    products: Mapping[str, Sequence[tuple[jax.Array, jax.Array, float]]] = {}
+    products: Mapping[str, Sequence[Product]] = {}
     """Name of a tensor [out,in] -> (A [r,in], B [out,r], scale) of each adapter; scale·B·A is added in float32."""
     replaced: Mapping[str, jax.Array] = {}
     """Name of a tensor -> what stands in its place; the checkpoint need not hold it."""
@@ -112,7 +115,8 @@ def _files(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
 
 
 def read_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits = Edits()) -> Params:  # noqa: B008
-    """The parameters of a folder's safetensors, with the edits of adapters, in the model's dtype."""
+    """The parameters of a folder's safetensors, with the edits of adapters, in the model's dtype and on its mesh. Array
+    by array, and of each what this machine's devices hold: neither the model nor the sum of its files is in memory."""
     table, family = rules_of(lm.config), FAMILIES[lm.config.family]
     wanted = [key for rule in table for key in rule.theirs]
     files = _with_prefix(_files(folder), family.prefix, wanted)
@@ -134,18 +138,23 @@ def read_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits = Edits())
         raise AssertionError("jaxalign.models.families and the transformer name different parameters")
     with contextlib.ExitStack() as stack:
         handles = {
-            file: stack.enter_context(safe_open(file, "flax")) for file in sorted({f for f, _ in files.values()})
+            file: stack.enter_context(safe_open(file, "numpy")) for file in sorted({f for f, _ in files.values()})
         }
 
-        def read(key: str, transpose: bool) -> jax.Array:
+        def slice_of(key: str) -> Any:
             if key in edits.replaced:
-                return edits.replaced[key]
-            file, name = files[key]
-            return _added(key, handles[file].get_tensor(name), edits.products.get(key, ()), transpose)
+                return np.asarray(edits.replaced[key])
+            return handles[files[key][0]].get_slice(files[key][1])
 
         for rule in table:
-            parts = [read(key, rule.transpose) for key in rule.theirs]
-            flat[rule.ours] = _join(lm.config, rule, parts, flat[rule.ours].shape).astype(lm.dtype)
+            shape = flat[rule.ours].shape
+            for key, expected in zip(rule.theirs, their_shapes(lm.config, rule, shape), strict=True):
+                _check_shape(key, slice_of(key), expected, edits.products.get(key, ()), rule.transpose)
+
+            def read(key: str, index: Index, rule: Rule = rule) -> np.ndarray:
+                return _added(np.asarray(slice_of(key)[index]), index, edits.products.get(key, ()), rule.transpose)
+
+            flat[rule.ours] = _placed(lm, rule, shape, read)
     return jax.tree_util.tree_map_with_path(lambda path, _: flat[sharding.path_name(path)], shapes)
 
 
@@ -159,38 +168,72 @@ def _with_prefix(
     return {prefix + name if prefix + name in known else name: place for name, place in files.items()}
 
 
-def _added(
-    key: str, tensor: jax.Array, products: Sequence[tuple[jax.Array, jax.Array, float]], transpose: bool
-) -> jax.Array:
-    """A checkpoint's tensor and the products of adapters, summed in float32; the tensor is [out,in] as they are, or
-    [in,out] where our own is not its transpose."""
-    for a, b, scale in products:
-        shape = (b.shape[0], a.shape[1]) if transpose else (a.shape[1], b.shape[0])
-        if tensor.shape != shape:
-            raise ValueError(f"{key}: expected shape {shape} as its adapter has it, found {tensor.shape}")
-        product = scale * jnp.matmul(b, a, precision="highest")
-        tensor = at_least_float32(tensor) + (product if transpose else product.T)
-    return tensor
+def _placed(lm: LanguageModel, rule: Rule, shape: tuple[int, ...], read: Read) -> jax.Array:
+    """One of our arrays in the model's type, on its devices: each gets what it holds, which is read once."""
+    kept: dict[str, np.ndarray] = {}
+
+    def part(index: Index | None) -> np.ndarray:
+        whole = tuple(slice(*one.indices(size)) for one, size in zip(index or (), shape, strict=True))
+        if str(whole) not in kept:
+            kept[str(whole)] = np.ascontiguousarray(read_part(lm.config, rule, shape, whole, read).astype(lm.dtype))
+        return kept[str(whole)]
+
+    everything = (slice(None),) * len(shape)
+    if lm.mesh is None:
+        return jnp.asarray(part(everything))
+    spec = sharding.partition_spec(rule.ours, shape, lm.mesh)
+    return jax.make_array_from_callback(shape, jax.sharding.NamedSharding(lm.mesh, spec), part)
 
 
-def _join(config: Config, rule: Rule, parts: list[Any], shape: tuple[int, ...]) -> jax.Array:
-    """One of our arrays from the checkpoint's; every part's shape is checked against the config."""
-    if rule.packed == "experts":
-        widths, ahead = shape[-1:] * len(parts), shape[1:2]
-    else:  # a bias is flat
-        widths, ahead = theirs_widths(config, rule, shape), shape[: len(shape) > 1] if rule.sizes else shape[:-1]
-    for key, part, width in zip(rule.theirs, parts, widths, strict=True):
-        ours = (*ahead, width)
-        expected = ours[::-1] if rule.transpose else ours
-        if part.shape != expected:
-            raise ValueError(f"{key}: expected shape {expected}, found {part.shape}")
+def read_part(config: Config, rule: Rule, shape: tuple[int, ...], index: Index, read: Read) -> np.ndarray:
+    """The part of one of our arrays at `index`, made of the parts of the checkpoint's tensors that it needs."""
+    if not rule.sizes and not rule.packed:
+        (key,) = rule.theirs
+        return read(key, index[::-1]).T if rule.transpose else read(key, index)
+    if rule.packed or len(shape) == 1:  # the order of a packed tensor is not ours, and a bias is flat
+        return whole_array(config, rule, shape, read)[index]
+    rows, axes = index[0], fused_shape(config, rule.sizes)
+    axis = 1 if rule.sizes == "qkv" else 2  # that which devices split: heads of keys, or columns
+    begin, end = index[axis].start, index[axis].stop
+    parts = []
+    for key, width in zip(rule.theirs, split_sizes(config, rule.sizes), strict=True):
+        each = width // axes[axis - 1]
+        columns = slice(begin * each, end * each)
+        parts.append(read(key, (columns, rows)).T if rule.transpose else read(key, (rows, columns)))
+    fused = np.asarray(fuse(config, rule.sizes, parts))
+    return fused[tuple(slice(None) if i in (0, axis) else one for i, one in enumerate(index))]
+
+
+def whole_array(config: Config, rule: Rule, shape: tuple[int, ...], read: Read) -> np.ndarray:
+    """One of our arrays from the whole of the checkpoint's tensors."""
+    parts = [read(key, (slice(None),) * (1 if len(shape) == 1 else 2)) for key in rule.theirs]
     parts = [part.T if rule.transpose else part for part in parts]
     if rule.packed == "experts":
-        return stack_experts(config, parts)
-    if not rule.sizes:
-        joined: jax.Array = parts[0]
-        return joined
-    return fuse(config, rule.sizes, unpacked(config, rule, parts[0]) if rule.packed else parts).reshape(shape)
+        return np.asarray(stack_experts(config, parts))
+    fused = fuse(config, rule.sizes, unpacked(config, rule, parts[0]) if rule.packed else parts)
+    return np.asarray(fused).reshape(shape)
+
+
+def _check_shape(key: str, found: Any, expected: tuple[int, ...], products: Sequence[Product], transpose: bool) -> None:
+    """ValueError for a tensor of another shape than the config says, or its adapter."""
+    shape = tuple(found.shape if isinstance(found, np.ndarray) else found.get_shape())
+    for a, b, _ in products:
+        adapted = (b.shape[0], a.shape[1]) if transpose else (a.shape[1], b.shape[0])
+        if shape != adapted:
+            raise ValueError(f"{key}: expected shape {adapted} as its adapter has it, found {shape}")
+    if shape != expected:
+        raise ValueError(f"{key}: expected shape {expected}, found {shape}")
+
+
+def _added(tensor: np.ndarray, index: Index, products: Sequence[Product], transpose: bool) -> np.ndarray:
+    """A part of a checkpoint's tensor and of the products of adapters, summed in float32; the tensor is [out,in] as
+    they are, or [in,out] where our own is not its transpose."""
+    for a, b, scale in products:
+        wide = np.float64 if tensor.dtype == np.float64 else np.float32
+        out, inside = index if transpose else index[::-1]
+        low = np.asarray(b[out], wide) @ np.asarray(a[:, inside], wide)
+        tensor = tensor.astype(wide) + scale * (low if transpose else low.T)
+    return tensor
 
 
 def theirs_widths(config: Config, rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -201,7 +244,55 @@ def theirs_widths(config: Config, rule: Rule, shape: tuple[int, ...]) -> tuple[i
     return (sum(widths),) if rule.packed else widths
 
 
-def to_checkpoint(lm: LanguageModel, params: Params) -> dict[str, jax.Array]:
+def their_shapes(config: Config, rule: Rule, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shape of each of the checkpoint's tensors that one of our arrays is made of."""
+    if rule.packed == "experts":
+        widths, ahead = shape[-1:] * len(rule.theirs), shape[1:2]
+    else:  # a bias is flat
+        widths, ahead = theirs_widths(config, rule, shape), shape[: len(shape) > 1] if rule.sizes else shape[:-1]
+    return [(*ahead, width)[::-1] if rule.transpose else (*ahead, width) for width in widths]
+
+
+def write_params(folder: pathlib.Path, lm: LanguageModel, params: Params) -> None:
+    """Writes parameters as a checkpoint's tensors; each is fetched from its devices when its turn comes.
+
+    ValueError: parameters that are not this model's, naming them."""
+    flat = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    rules = {rule.ours: rule for rule in rules_of(lm.config)}
+    plan = []
+    for rule in rules.values():
+        array = flat[rule.ours]
+        shapes = their_shapes(lm.config, rule, array.shape)
+        dtype = str(jnp.dtype(array.dtype).name)
+        plan += [Planned(key, shape, dtype, rule.ours) for key, shape in zip(rule.theirs, shapes, strict=True)]
+
+    write_tensors(folder, plan, lambda ours: _fetched(lm.config, rules[ours], flat[ours]))
+
+
+def _fetched(config: Config, rule: Rule, ours: jax.Array) -> dict[str, np.ndarray]:
+    """The checkpoint's tensors of one of our arrays, on the host."""
+    array = np.asarray(_hosts.host_value(ours))
+    parts: list[Any] = [array]
+    if rule.packed == "experts":
+        parts = list(unstack_experts(array))
+    elif rule.sizes:  # a bias is flat
+        parts = unfuse(
+            config, rule.sizes, array.reshape(*array.shape[: array.ndim > 1], *fused_shape(config, rule.sizes))
+        )
+        parts = [packed(config, rule, parts)] if rule.packed else parts
+    return {key: np.asarray(part.T if rule.transpose else part) for key, part in zip(rule.theirs, parts, strict=True)}
+
+
+def fetch_all(lm: LanguageModel, params: Params) -> None:
+    """Takes part in what `write_params` fetches, on a process that writes nothing: in the same order, each once."""
+    flat = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    for rule in rules_of(lm.config):
+        if _hosts.is_spread(flat[rule.ours]):
+            _hosts.host_value(flat[rule.ours])
+
+
+def check_params(lm: LanguageModel, params: Params) -> None:
+    """ValueError for parameters that are not this model's, naming them."""
     flat = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     shapes = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lm.init, jax.random.key(0)))
     expected = {sharding.path_name(path): leaf.shape for path, leaf in shapes}
@@ -210,41 +301,6 @@ def to_checkpoint(lm: LanguageModel, params: Params) -> dict[str, jax.Array]:
             f"params: missing {named(sorted(set(expected) - set(flat)))}; "
             f"surplus {named(sorted(set(flat) - set(expected)))}"
         )
-    tensors = {}
-    for rule in rules_of(lm.config):
-        array = flat[rule.ours]
-        if array.shape != expected[rule.ours]:
-            raise ValueError(f"{rule.ours}: expected shape {expected[rule.ours]}, found {array.shape}")
-        if rule.packed == "experts":
-            parts = unstack_experts(array)
-        elif rule.sizes:  # a bias is flat
-            fused = array.reshape(*array.shape[: array.ndim > 1], *fused_shape(lm.config, rule.sizes))
-            parts = unfuse(lm.config, rule.sizes, fused)
-            parts = [packed(lm.config, rule, parts)] if rule.packed else parts
-        else:
-            parts = [array]
-        for key, part in zip(rule.theirs, parts, strict=True):
-            tensors[key] = part.T if rule.transpose else part
-    return tensors
-
-
-def write_tensors(folder: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
-    """One file, or shards of at most SHARD_BYTES with their index, as transformers writes them."""
-    shards: list[dict[str, jax.Array]] = [{}]
-    size = 0
-    for key, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][key] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for i, part in enumerate(shards):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(part, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, name)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name, shape in expected.items():
+        if flat[name].shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, found {flat[name].shape}")
