@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxalign import mdp
 from jaxalign._checks import check_rng, is_concrete
 from jaxalign.models import cache as caches
-from jaxalign.models import checks, sharding
+from jaxalign.models import checks, remat, sharding
 from jaxalign.models.attention import pack_segments
 from jaxalign.models.cache import Cache, KeyValue
 from jaxalign.models.config import Config, Head
@@ -63,18 +63,24 @@ class LanguageModel:
         float32.
       mesh: the devices that the parameters lie on (`sharding.shard`): weights and logits are then held where the table
         of logical axes says, rows over data and fsdp. None: one device, or where the partitioner guesses.
+      remat: what the backward pass of whole rows keeps of each layer beside its input: "none": all that it reads;
+        "dots": the products by weights; "full": nothing, so that each layer runs twice, in the memory of one layer.
+        Losses and gradients are the same.
 
     Raises:
-      ValueError: another dtype or mesh, or a config that is not a `Config`.
+      ValueError: another dtype, mesh or remat, or a config that is not a `Config`.
     """
 
     config: Config
     dtype: DTypeLike = "float32"
     mesh: jax.sharding.Mesh | None = None
+    remat: Literal["none", "dots", "full"] = "none"
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config):
             raise ValueError(f"config: expected a models.Config, found {type(self.config).__name__}")
+        if self.remat not in remat.POLICIES:
+            raise ValueError(f"remat: expected one of {tuple(remat.POLICIES)}, found {self.remat!r}")
         # By name: equal models are then equal and hash alike, however the dtype was written.
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         sharding.check_mesh(self.mesh)
@@ -111,7 +117,7 @@ class LanguageModel:
 
     @property
     def _module(self) -> Transformer:
-        return Transformer(self.config, jnp.dtype(self.dtype), self.mesh)
+        return Transformer(self.config, jnp.dtype(self.dtype), self.mesh, self.remat)
 
     @property
     def _head_module(self) -> HeadModule:

@@ -7,6 +7,7 @@ a cache (decoding), `extend` over K alternative next tokens at one position agai
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,9 @@ from jaxalign.models.config import Config
 from jaxalign.models.embedding import look_up
 from jaxalign.models.experts import ACTIVATIONS, ExpertMLP
 from jaxalign.models.norms import norm
+from jaxalign.models.remat import rematerialised
 from jaxalign.models.rotary import rotate
+from jaxalign.models.row_attention import RowMask, attention, kernel_fits, order_of
 from jaxalign.types import Array
 
 
@@ -107,16 +110,14 @@ def low_rank(x: Array, a: Array, b: Array) -> Array:
     return jnp.stack([jnp.zeros_like(terms[0]), *terms], axis=1).reshape(*x.shape[:-1], *b.shape[2:])
 
 
-def blocks(length: int) -> list[tuple[int, int, int]]:
-    """(start, stop, keys) of up to four groups of queries: none reads a key behind its last. Of the square of
-    scores four equal groups leave out three eighths. Short rows stay one."""
-    size = length if length < 128 else 8 * -(-length // (8 * min(4, -(-length // 64))))
-    return [(start, min(start + size, length), min(start + size, length)) for start in range(0, length, size)]
-
-
 def at_columns(x: Array, at: Array) -> Array:
     """x [B,L,...] at the columns at [B,R]: [B,R,...]."""
     return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def real_position(mask: Array) -> Array:
+    """The position [B,L] of each real token among those of its row of mask [B,L], at least 0."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
 
 
 class Attention(nn.Module):
@@ -167,23 +168,12 @@ class Attention(nn.Module):
         """What the softmax is taken of, from products q·k."""
         return soft_cap(product * self.config.query_scale, self.config.block.attention_cap)
 
-    def __call__(self, x: Array, position: Array, allowed: Array, at: Array | None = None) -> tuple[Array, KeyValue]:
-        """Rows of L tokens attend to each other where allowed [B,L,L] (query, key): all of them, or those at [B,R]."""
-        c = self.config
+    def __call__(self, x: Array, rows: RowMask, at: Array | None = None) -> tuple[Array, KeyValue]:
+        """Tokens x [B,L,D] read their own rows: all of them, or those at the columns at [B,R]."""
+        position, scale, cap = rows.position, self.config.query_scale, self.config.block.attention_cap
         q, k, v = self.project(x, position, position[:, -1:] + 1, at, limit=x.shape[1])
-        if self.window is not None:
-            distance = position[:, :, None] - position[:, None, :]
-            allowed = allowed & (distance < self.window)
-        allowed = allowed if at is None else at_columns(allowed, at)
-        batch, length = q.shape[:2]
-        q = q.reshape(batch, length, c.num_kv_heads, -1, c.head_dim)
-        parts = []
-        for start, stop, keys in blocks(length) if at is None else [(0, length, k.shape[1])]:
-            score = self.scores(wide_einsum("blgrd,bmgd->bgrlm", q[:, start:stop], k[:, :keys]))
-            score = jnp.where(allowed[:, None, None, start:stop, :keys], score, NEGATIVE)
-            weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
-            parts.append(jnp.einsum("bgrlm,bmgd->blgrd", weight, v[:, :keys]))
-        mixed = jnp.concatenate(parts, axis=1).reshape(batch, length, -1)
+        compact = kernel_fits(self.config, self.dtype)
+        mixed = attention(q, k, v, rows, scale=scale, cap=cap, window=self.window, at=at, compact=compact)
         return self.out(mixed), KeyValue(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
 
     def extend(self, x: Array, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
@@ -306,8 +296,8 @@ class Layer(nn.Module):
         given: Array = self.down(inner * both[..., 1, :] if block.gated else inner)
         return given
 
-    def __call__(self, x: Array, position: Array, allowed: Array, at: Array | None = None) -> tuple[Array, KeyValue]:
-        mixed, entries = self.attention(self.before(x), position, allowed, at)
+    def __call__(self, x: Array, rows: RowMask, at: Array | None = None) -> tuple[Array, KeyValue]:
+        mixed, entries = self.attention(self.before(x), rows, at)
         return self.after(x if at is None else at_columns(x, at), mixed), entries
 
     def extend(self, x: Array, length: Array, cache: KeyValue) -> tuple[Array, KeyValue]:
@@ -325,12 +315,32 @@ class Layer(nn.Module):
         return self.after(x, mixed), cache
 
 
+def layer_of(config: Config, i: int, dtype: Any, mesh: Mesh | None) -> Layer:
+    """Layer i of a model, under its name."""
+    return Layer(config, config.window(i), config.layer_rope(i), dtype, mesh, name=f"layer_{i}")
+
+
+class OneLayer(nn.Module):
+    """A layer as a model of its own, whose parameters have the names that they have in the whole model."""
+
+    config: Config
+    i: int
+    dtype: Any
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, rows: RowMask, at: Array | None = None) -> tuple[Array, KeyValue]:
+        found: tuple[Array, KeyValue] = layer_of(self.config, self.i, self.dtype, self.mesh)(x, rows, at)
+        return found
+
+
 class Transformer(nn.Module):
     """Embedding, layers, final norm; logits and heads are separate so that nobody pays for what is not read."""
 
     config: Config
     dtype: Any
     mesh: Mesh | None = None
+    remat: str = "none"
 
     def setup(self) -> None:
         c = self.config
@@ -340,10 +350,7 @@ class Transformer(nn.Module):
         if c.block.learned_positions:
             rows = c.max_length + c.block.position_offset
             self.positions = self.param("positions", nn.initializers.normal(0.02), (rows, c.hidden_size), self.dtype)
-        self.layers = [
-            Layer(c, c.window(i), c.layer_rope(i), self.dtype, self.mesh, name=f"layer_{i}")
-            for i in range(c.num_layers)
-        ]
+        self.layers = [layer_of(c, i, self.dtype, self.mesh) for i in range(c.num_layers)]
         self.norm = norm(c.block, c.norm_eps, self.dtype)
         if not c.tie_embeddings and not (c.head is not None and c.head.kind == "reward"):
             self.lm_head = self.param(
@@ -364,16 +371,25 @@ class Transformer(nn.Module):
         """x [B,L,D] embeddings, mask [B,L] -> (hidden [B,L,D], keys and values per layer [B,Hkv,L,hd]).
 
         at [B,R]: columns; hidden [B,R,D] of these alone. The last layer then takes of all others no more than their
-        keys and values."""
-        position = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        order = jnp.arange(x.shape[1])
-        allowed = mask[:, None, :] & (order[:, None] >= order[None, :])
+        keys and values. These stand by columns where the real tokens of each row come first, as those of `prefill`."""
+        position = real_position(mask)
         x = self.placed(x, position)
-        entries = []
+        # The kernel takes lengths for a mask: the real tokens of each row come first, and go back at the end.
+        compact = kernel_fits(self.config, self.dtype)
+        if compact:
+            x = at_columns(x, order_of(mask))
+            at = None if at is None else at_columns(position, at)
+            mask = jnp.arange(mask.shape[1]) < mask.sum(axis=1, keepdims=True)
+        rows, entries = RowMask(mask, real_position(mask) if compact else position), []
         for i, layer in enumerate(self.layers):
-            x, entry = layer(x, position, allowed, at if i == len(self.layers) - 1 else None)
+            read: Callable[..., tuple[Array, KeyValue]] = layer
+            if self.remat != "none" and not self.is_initializing():
+                alone = OneLayer(self.config, i, self.dtype, self.mesh, parent=None)
+                variables = {kind: {f"layer_{i}": found} for kind, found in layer.variables.items()}
+                read = functools.partial(rematerialised(alone.apply, self.remat), variables)
+            x, entry = read(x, rows, at if i == len(self.layers) - 1 else None)
             entries.append(entry)
-        return self.norm(x), entries
+        return self.norm(at_columns(x, position) if compact and at is None else x), entries
 
     def extend(self, x: Array, length: Array, caches: list[KeyValue]) -> tuple[Array, list[KeyValue]]:
         """x [B,K,D] embeddings of alternatives at position length [B] -> (hidden [B,K,D], entries per layer)."""

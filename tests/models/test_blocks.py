@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxalign import rewards
-from jaxalign.models import rotary, transformer
+from jaxalign.models import rotary, row_attention
 from jaxalign.models.block import Rope
 from tests.conftest import needs_jit, tiny_lm
 
@@ -33,7 +33,7 @@ def rows(lm) -> tuple[jax.Array, jax.Array]:
 
 @pytest.mark.parametrize("length", [1, 9, 127, 128, 129, 193, 200, 255, 256, 257, 1000])
 def test_every_query_is_in_one_group_that_reads_all_keys_up_to_it(length):
-    found = transformer.blocks(length)
+    found = row_attention.blocks(length)
     assert [i for start, stop, _ in found for i in range(start, stop)] == list(range(length))
     assert all(keys == stop for _, stop, keys in found)
     assert len(found) <= 4
@@ -57,7 +57,7 @@ def test_groups_of_queries_read_what_one_group_does(name, monkeypatch):
         return jnp.where(mask[..., None], hidden, 0), gradient
 
     grouped = both()
-    monkeypatch.setattr(transformer, "blocks", lambda length: [(0, length, length)])
+    monkeypatch.setattr(row_attention, "blocks", lambda length, short=True: [(0, length, length)])
     jax.clear_caches()
     for a, b in zip(jax.tree.leaves(grouped), jax.tree.leaves(both()), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.abs(b).max()))
