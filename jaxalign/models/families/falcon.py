@@ -40,9 +40,9 @@ def describe(config: Config) -> dict[str, Any]:
     new = residual == "parallel" or groups not in (1, heads)
     found: dict[str, Any] = {
         "new_decoder_architecture": new,
-        "multi_query": not new and groups == 1,
+        "multi_query": new or groups == 1,
         "parallel_attn": residual != "sequential",
-        "num_kv_heads": groups,
+        "num_kv_heads": groups if new else heads,
     }
     return found | ({"num_ln_in_parallel_attn": 2 if residual == "parallel" else 1} if new else {})
 
@@ -88,7 +88,14 @@ FALCON = Family(
     complete=complete,
     block=block,
     describe=describe,
-    reads=("new_decoder_architecture", "multi_query", "parallel_attn", "num_ln_in_parallel_attn", "bias"),
+    reads=(
+        "new_decoder_architecture",
+        "multi_query",
+        "parallel_attn",
+        "num_ln_in_parallel_attn",
+        "num_kv_heads",
+        "bias",
+    ),
     surround=(
         Rule("transformer/embedding", ("transformer.word_embeddings.weight",)),
         Rule("transformer/norm/scale", ("transformer.ln_f.weight",)),
