@@ -17,7 +17,7 @@ from jaxalign import mdp
 from jaxalign._arrays import at_least_float32
 from jaxalign._tables import check_index
 from jaxalign.prompts import prompt_index
-from jaxalign.shapes import Candidates, NextToken, PromptIndex
+from jaxalign.shapes import Candidates, NextToken, PromptIndex, ResponseMask, ResponseTokens, TextIndex
 from jaxalign.tree.structure import Tree
 from jaxalign.types import (
     Array,
@@ -34,7 +34,15 @@ from jaxalign.types import (
 
 
 def prompts(batch: int, *, length: int = 1) -> TokenBatch:
-    """`batch` dummy prompts."""
+    """Gives prompts for a tree, where only the response counts.
+
+    Args:
+      batch: B, how many.
+      length: P, tokens of each, all 0.
+
+    Returns:
+      A TokenBatch [B,P].
+    """
     return TokenBatch(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
 
 
@@ -90,7 +98,20 @@ def _move(tree: Tree, state: TreeState, token: Array) -> TreeState:
 
 @functools.lru_cache(maxsize=64)
 def policy(tree: Tree) -> Policy:
-    """Policy whose params are a table of log-probabilities (or logits) [S,V], or [N,S,V] by the prompt's index."""
+    """Gives the Policy of a table, which every decoder takes.
+
+    params: log-probabilities or logits [S,V], or [N,S,V] by the prompt's index; each row is normalised.
+
+    Args:
+      tree: the tree. Equal trees give the same Policy.
+
+    Returns:
+      A Policy that ends with the tree's EOS.
+
+    Raises:
+      ValueError: where it is used: a table of another shape, a prompt's index outside it, more new tokens than the
+        tree's horizon.
+    """
 
     def output(params: Array, state: State) -> StepOutput:
         log_prob = jax.nn.log_softmax(_row(tree, params, state))
@@ -110,7 +131,20 @@ def policy(tree: Tree) -> Policy:
 
 @functools.lru_cache(maxsize=64)
 def critic(tree: Tree, kind: Literal["level", "increment"]) -> Critic:
-    """Critic whose params are a table q(s,z) [S,V], or [N,S,V] by the prompt's index."""
+    """Gives the Critic of a table.
+
+    params: q(s,z) [S,V], or [N,S,V] by the prompt's index.
+
+    Args:
+      tree: the tree. Equal trees give the same Critic.
+      kind: "level" for a table of values V(sz), "increment" for one whose sum over the tokens is the score.
+
+    Returns:
+      A Critic of that kind.
+
+    Raises:
+      ValueError: another kind; where it is used, as `policy`.
+    """
 
     def init(params: Params, rng: Array, prompts: TokenBatch, max_new_tokens: int) -> State:
         return _start(prompts)
@@ -135,10 +169,19 @@ def critic(tree: Tree, kind: Literal["level", "increment"]) -> Critic:
 
 @functools.lru_cache(maxsize=64)
 def reward(tree: Tree) -> Reward:
-    """Reward whose params are a table [M] over responses, or [N,M] by the prompt's index.
+    """Gives the Reward of a table.
 
-    The table pays whole responses only: NaN for one that was cut short, goes on past its end, or whose prompt's index
-    is outside the table.
+    params: the reward [M] of each response, or [N,M] by the prompt's index. The table pays whole responses only: NaN
+    for one that was cut short or goes on past its end, or whose prompt's index is outside the table.
+
+    Args:
+      tree: the tree. Equal trees give the same Reward.
+
+    Returns:
+      A Reward.
+
+    Raises:
+      ValueError: where it is used: a table of another shape, a prompt's index outside it.
     """
 
     def score(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
@@ -170,9 +213,17 @@ def reward(tree: Tree) -> Reward:
     return CheckedReward(score, check, tree.vocab_size)
 
 
-def response_index(tree: Tree, tokens: Array, mask: Array) -> Array:
-    """The number [B] of each response, tokens and mask [B,T] right-padded; −1 for one that is not complete, or holds
-    tokens after its end or outside the vocabulary."""
+def response_index(tree: Tree, tokens: ResponseTokens, mask: ResponseMask) -> TextIndex:
+    """Gives the number of each response in the order of `Tree.responses`.
+
+    Args:
+      tree: the tree.
+      tokens: [B,T] ids, right-padded.
+      mask: [B,T], EOS included.
+
+    Returns:
+      [B] int32; −1 for a response that is not complete, or holds tokens after its end or outside the vocabulary.
+    """
     node, found = jnp.zeros(tokens.shape[:1], jnp.int32), jnp.full(tokens.shape[:1], -1, jnp.int32)
     leaf, past = jnp.asarray(tree.leaf), tree.num_states
     for t in range(tokens.shape[1]):

@@ -9,13 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._arrays import at_least_float32, is_supported
+from jaxalign.shapes import Numbers, PerResponse, Scalar, StateTable, StateValues
 from jaxalign.tree.structure import Tree, check_table
 from jaxalign.types import Array, ArrayLike
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def response_log_prob(tree: Tree, log_policy: Array) -> Array:
-    """log pi(y) = Σ_t log pi(y_t|s_t), [M] from log_policy [S,V]."""
+def response_log_prob(tree: Tree, log_policy: StateTable) -> PerResponse:
+    """Gives the law of a policy over whole responses, log pi(y) = Σ_t log pi(y_t|s_t).
+
+    Args:
+      tree: the tree.
+      log_policy: [S,V], in nats.
+
+    Returns:
+      [M], in nats.
+
+    Raises:
+      ValueError: a table of another shape.
+    """
     check_table(tree, "log_policy", log_policy, "SV")
     tokens, mask = tree.responses
     each = at_least_float32(log_policy)[jnp.asarray(tree.nodes), jnp.asarray(tokens)]
@@ -23,8 +35,19 @@ def response_log_prob(tree: Tree, log_policy: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def state_log_prob(tree: Tree, log_policy: Array) -> Array:
-    """log Pr(s is reached), [S]; −inf for dead states."""
+def state_log_prob(tree: Tree, log_policy: StateTable) -> StateValues:
+    """Gives the log-probability that a policy reaches each state.
+
+    Args:
+      tree: the tree.
+      log_policy: [S,V], in nats.
+
+    Returns:
+      [S], in nats; −inf for dead states.
+
+    Raises:
+      ValueError: a table of another shape.
+    """
     check_table(tree, "log_policy", log_policy, "SV")
     log_policy = at_least_float32(log_policy)
     levels = [jnp.zeros(1, log_policy.dtype)]
@@ -34,9 +57,19 @@ def state_log_prob(tree: Tree, log_policy: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def policy_of(tree: Tree, log_prob: Array) -> Array:
-    """The conditionals [S,V] of any law over responses log_prob [M] (normalised or not); uniform where the law has no
-    mass and in dead states."""
+def policy_of(tree: Tree, log_prob: PerResponse) -> StateTable:
+    """Gives the policy that has a given law over responses: its conditionals.
+
+    Args:
+      tree: the tree.
+      log_prob: [M], log of the law, normalised or not.
+
+    Returns:
+      [S,V], in nats; uniform where the law has no mass and in dead states.
+
+    Raises:
+      ValueError: a law of another shape.
+    """
     check_table(tree, "log_prob", log_prob, "M")
     log_prob = at_least_float32(log_prob)
     leaf = jnp.asarray(tree.leaf)
@@ -55,16 +88,32 @@ def policy_of(tree: Tree, log_prob: Array) -> Array:
 
 
 @jax.jit
-def expected(log_prob: Array, *, values: Array) -> Array:
-    """E_pi[f] = Σ_y pi(y)·f(y), from [M] and [M]."""
+def expected(log_prob: PerResponse, *, values: PerResponse) -> Scalar:
+    """Gives the mean of a function of the response, E_pi[f] = Σ_y pi(y)·f(y).
+
+    Args:
+      log_prob: [M], normalised, in nats.
+      values: [M], f; where the law has no mass it may hold anything.
+
+    Returns:
+      A scalar in units of f; NaN where the law has a NaN.
+    """
     weight = jnp.exp(at_least_float32(log_prob))
     # Tested for zero, not for positive: a NaN in a law must show in every number that rests on it.
     return jnp.where(weight == 0, 0, weight * values).sum(axis=-1)
 
 
 @jax.jit
-def sequence_kl(log_p: Array, log_q: Array) -> Array:
-    """KL(p‖q) of two laws over responses [M], in nats; 0·log 0 = 0."""
+def sequence_kl(log_p: PerResponse, log_q: PerResponse) -> Scalar:
+    """Gives KL(p‖q) of two laws over responses, with 0·log 0 = 0.
+
+    Args:
+      log_p: [M], normalised.
+      log_q: [M], normalised.
+
+    Returns:
+      A scalar, in nats.
+    """
     return _divergence(log_p, log_q)
 
 
@@ -76,9 +125,22 @@ def _divergence(log_p: Array, log_q: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def step_kl(tree: Tree, log_p: Array, log_q: Array) -> Array:
-    """KL(p(·|s)‖q(·|s)) [S] of two policies [S,V], weighted by the probability of reaching s under p: the sum over s is
-    the sequence KL (chain rule)."""
+def step_kl(tree: Tree, log_p: StateTable, log_q: StateTable) -> StateValues:
+    """Gives the share of each state in the KL of two policies, Pr_p(s)·KL(p(·|s)‖q(·|s)).
+
+    Its sum over the states is the sequence KL (chain rule).
+
+    Args:
+      tree: the tree.
+      log_p: [S,V], in nats.
+      log_q: [S,V], in nats.
+
+    Returns:
+      [S], in nats; 0 for states that p does not reach.
+
+    Raises:
+      ValueError: a table of another shape.
+    """
     check_table(tree, "log_p", log_p, "SV")
     check_table(tree, "log_q", log_q, "SV")
     each = _divergence(log_p, log_q)
@@ -86,8 +148,21 @@ def step_kl(tree: Tree, log_p: Array, log_q: Array) -> Array:
     return jnp.where(reach == 0, 0, reach * each)
 
 
-def optimal_log_prob(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
-    """The Gibbs optimum over responses, log pi*(y) = log pi_ref(y) + r(y)/beta − log Z, [M]."""
+def optimal_log_prob(tree: Tree, log_ref: StateTable, reward: PerResponse, *, beta: ArrayLike) -> PerResponse:
+    """Gives the Gibbs optimum over responses, log pi*(y) = log pi_ref(y) + r(y)/beta − log Z.
+
+    Args:
+      tree: the tree.
+      log_ref: [S,V], the base policy, in nats.
+      reward: [M].
+      beta: the KL weight > 0, in units of reward per nat.
+
+    Returns:
+      [M], in nats.
+
+    Raises:
+      ValueError: a table of another shape.
+    """
     check_table(tree, "reward", reward, "M")
     log_base, reward = response_log_prob(tree, log_ref), at_least_float32(reward)
     # Differences of the reward before the division: beside r/beta of 1e7 the base would be lost.
@@ -95,8 +170,19 @@ def optimal_log_prob(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLi
     return jax.nn.log_softmax(log_base + (reward - jnp.where(jnp.isfinite(top), top, 0)) / beta)
 
 
-def greedy_response(tree: Tree, log_policy: Array) -> int:
-    """The response of taking the most probable token in each state (the first among equals)."""
+def greedy_response(tree: Tree, log_policy: StateTable) -> int:
+    """Gives the response of taking the most probable token in each state, the first among equals.
+
+    Args:
+      tree: the tree.
+      log_policy: [S,V].
+
+    Returns:
+      The response's number.
+
+    Raises:
+      ValueError: a table of another shape.
+    """
     check_table(tree, "log_policy", log_policy, "SV")
     best = np.argmax(np.asarray(log_policy), axis=-1)
     state = 0
@@ -108,8 +194,18 @@ def greedy_response(tree: Tree, log_policy: Array) -> int:
 
 
 @jax.jit
-def win_rate(log_p: Array, log_q: Array, *, reward: Array, ties: ArrayLike = 0.5) -> Array:
-    """Pr(r(y) > r(y')) + ties·Pr(r(y) = r(y')), y ~ p and y' ~ q independent, laws [M]."""
+def win_rate(log_p: PerResponse, log_q: PerResponse, *, reward: PerResponse, ties: ArrayLike = 0.5) -> Scalar:
+    """Gives Pr(r(y) > r(y')) + ties·Pr(r(y) = r(y')) for independent y ~ p and y' ~ q.
+
+    Args:
+      log_p: [M], normalised.
+      log_q: [M], normalised.
+      reward: [M].
+      ties: what a tie counts.
+
+    Returns:
+      A scalar in [0, 1].
+    """
     below, at, total = _ranks(jnp.zeros(reward.shape, jnp.int32), reward, jnp.exp(at_least_float32(log_q)))
     return (jnp.exp(log_p) * (below + ties * at) / total).sum()
 
@@ -156,35 +252,75 @@ def _log_best(log_own: Array, below: Array, at: Array, total: Array, n: ArrayLik
 
 
 @jax.jit
-def best_of_n_law(log_prob: Array, *, score: Array, n: ArrayLike) -> Array:
-    """log-law [M] of the best of n independent responses by score [M], ties split by their share of the base:
-    P(y) = share(y)·(F(<=v)^n − F(<v)^n); −inf where the base has no mass."""
+def best_of_n_law(log_prob: PerResponse, *, score: PerResponse, n: ArrayLike) -> PerResponse:
+    """Gives the law of the best of n independent responses, P(y) = share(y)·(F(<=v)^n − F(<v)^n).
+
+    Ties are split by their share of the base.
+
+    Args:
+      log_prob: [M], the base's law, in nats.
+      score: [M], what the best is chosen by.
+      n: samples >= 1; any real number.
+
+    Returns:
+      [M], in nats; −inf where the base has no mass.
+    """
     log_prob = at_least_float32(log_prob)
     below, at, total = _ranks(jnp.zeros(score.shape, jnp.int32), score, jnp.exp(log_prob))
     return _log_best(log_prob, below, at, total, n)
 
 
 @jax.jit
-def worst_of_n_law(log_prob: Array, *, score: Array, n: ArrayLike) -> Array:
-    """log-law [M] of the worst of n: the best by the negated score."""
+def worst_of_n_law(log_prob: PerResponse, *, score: PerResponse, n: ArrayLike) -> PerResponse:
+    """Gives the law of the worst of n independent responses: the best by the negated score.
+
+    Args:
+      log_prob: [M], the base's law, in nats.
+      score: [M], what the worst is chosen by.
+      n: samples >= 1; any real number.
+
+    Returns:
+      [M], in nats; −inf where the base has no mass.
+    """
     result: Array = best_of_n_law(log_prob, score=-score, n=n)
     return result
 
 
-def best_of_n_bound(n: ArrayLike) -> Array:
-    """log n − (n−1)/n, in nats: KL(best of n‖base) is at most this, and tends to it for continuous scores."""
+def best_of_n_bound(n: ArrayLike) -> Numbers:
+    """Gives an upper bound of KL(best of n‖base), log n − (n−1)/n, to which it tends for continuous scores.
+
+    Args:
+      n: samples >= 1, any shape.
+
+    Returns:
+      In nats, in n's shape.
+    """
     n = at_least_float32(n)
     return jnp.log(n) - (n - 1) / n
 
 
 def blockwise_law(
-    tree: Tree, log_ref: Array, *, state_score: Array, reward: Array, num_samples: int, block_size: int
-) -> Array:
-    """log-law [M] of blockwise best-of-N: repeat {draw N blocks of M tokens from the base, cut at the response's end;
-    keep the best by the score of what the block reaches}, ties split by their share.
+    tree: Tree, log_ref: StateTable, *, state_score: StateValues, reward: PerResponse, num_samples: int, block_size: int
+) -> PerResponse:
+    """Gives the law of blockwise best-of-N over responses.
 
-    state_score [S] scores a state at a block's end, reward [M] a completed response. num_samples = N >= 1, block_size =
-    M >= 1 tokens. block_size >= horizon is best-of-N by reward; N = 1 is the base.
+    The decoder repeats {draw N blocks of M tokens from the base, cut at the response's end; keep the best by the score
+    of what the block reaches}; ties are split by their share. A block_size of at least the horizon is best-of-N by
+    reward; N = 1 is the base.
+
+    Args:
+      tree: the tree.
+      log_ref: [S,V], the base policy, in nats.
+      state_score: [S], the score of a state at a block's end.
+      reward: [M], the score of a completed response.
+      num_samples: N >= 1 blocks to choose from.
+      block_size: M >= 1 tokens.
+
+    Returns:
+      [M], in nats.
+
+    Raises:
+      ValueError: num_samples or block_size below 1, a table of another shape.
     """
     if num_samples < 1 or block_size < 1:
         raise ValueError(f"num_samples, block_size: expected at least 1 each, found {num_samples} and {block_size}")
@@ -225,9 +361,23 @@ def _blockwise(tree: Tree, log_ref: Array, state_score: Array, reward: Array, ca
     return total
 
 
-def blockwise_bound(tree: Tree, log_prob: Array, *, num_samples: int, block_size: int) -> Array:
-    """E⌈|y|/M⌉·(log N − (N−1)/N) under the decoded law log_prob [M]: an upper bound of its KL to the base. The ceiling
-    is needed (arXiv 2310.17022 has it; without it the bound is violated)."""
+def blockwise_bound(tree: Tree, log_prob: PerResponse, *, num_samples: int, block_size: int) -> Scalar:
+    """Gives an upper bound of KL(blockwise best-of-N‖base), E⌈|y|/M⌉·(log N − (N−1)/N) under the decoded law.
+
+    Args:
+      tree: the tree.
+      log_prob: [M], the decoded law (`blockwise_law`), in nats.
+      num_samples: N >= 1 blocks to choose from.
+      block_size: M >= 1 tokens.
+
+    Returns:
+      A scalar, in nats.
+
+    Raises:
+      ValueError: a law of another shape.
+
+    Source: arXiv 2310.17022. Without the ceiling the bound is violated.
+    """
     check_table(tree, "log_prob", log_prob, "M")
     blocks = -(-jnp.asarray(tree.responses[1]).sum(axis=-1) // block_size)
     result: Array = expected(log_prob, values=blocks) * best_of_n_bound(num_samples)

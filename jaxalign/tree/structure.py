@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._checks import check_rng
+from jaxalign.shapes import PerResponse, StateTable
 from jaxalign.types import Array, ArrayLike
 
 
@@ -17,17 +18,22 @@ from jaxalign.types import Array, ArrayLike
 class Tree:
     """All token sequences of up to `horizon` tokens over `vocab_size`; hashable, static under jit.
 
-    eos_id None: every response has exactly T = horizon tokens. Otherwise a response ends with its first EOS, included,
-    or at T tokens ("ragged").
-
     States are heap-numbered: the root is 0 and the child of state s under token z is s·V + 1 + z. There are
     S = (V^T − 1)/(V − 1) states in which a token is drawn; those after an EOS are dead, never reached. Tables of
     policies and Q are [S,V]. The M responses are numbered in the order of the rows of `responses`.
+
+    Raises:
+      ValueError: a vocabulary below 2, a horizon below 1, an eos_id outside the vocabulary, or more than 2^24
+        sequences.
     """
 
     vocab_size: int
+    """V >= 2."""
     horizon: int
+    """T >= 1, the longest response."""
     eos_id: int | None = 0
+    """The token that ends a response, included in it; one without an EOS ends at T tokens. None: every response has
+    exactly T tokens."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2:
@@ -51,7 +57,14 @@ class Tree:
         return len(self.responses[0])
 
     def level(self, depth: int) -> slice:
-        """The states of one depth, a contiguous slice of [S]."""
+        """Gives the states of one depth.
+
+        Args:
+          depth: tokens drawn before them, from 0.
+
+        Returns:
+          A contiguous slice of [S].
+        """
         first = (self.vocab_size**depth - 1) // (self.vocab_size - 1)
         return slice(first, first + self.vocab_size**depth)
 
@@ -132,8 +145,20 @@ def check_table(tree: Tree, name: str, table: ArrayLike, axes: str) -> None:
         raise ValueError(f"{name}: expected a table [{','.join(axes)}] of shape {expected}, found {np.shape(table)}")
 
 
-def random(rng: Array, tree: Tree, *, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Array, Array]:
-    """(log_policy [S,V] = log_softmax of N(0,1) logits, reward [M] ~ N(0,1)). rng: consumed."""
+def random(rng: Array, tree: Tree, *, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[StateTable, PerResponse]:
+    """Draws a policy and a reward.
+
+    Args:
+      rng: a key; consumed.
+      tree: the tree.
+      dtype: of both tables.
+
+    Returns:
+      (log_policy [S,V], the log_softmax of N(0,1) logits; reward [M] ~ N(0,1)).
+
+    Raises:
+      ValueError: an rng that is no key.
+    """
     check_rng(rng)
     base, paid = jax.random.split(rng)
     logits = jax.random.normal(base, (tree.num_states, tree.vocab_size), dtype)

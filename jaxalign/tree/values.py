@@ -4,17 +4,24 @@ every Q [S,V] after it: Q(s,z) = V(sz), or the reward of the response that z com
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
+from jaxalign.shapes import PerResponse, StateTable, StateValues
 from jaxalign.tree.structure import Tree, check_table
 from jaxalign.types import Array, ArrayLike
 
 
-def _backward(tree: Tree, reward: Array, backup: Callable[[Array, slice], Array]) -> Array:
+class _Backup(Protocol):
+    """The values [n] of one level's states from their Q(s,·) [n,V]; at: the level's slice of [S]."""
+
+    def __call__(self, q: Array, at: slice) -> Array: ...
+
+
+def _backward(tree: Tree, reward: Array, backup: _Backup) -> Array:
     """V [S], V(s) = backup(Q(s,·) [n,V], the level's slice) from the deepest level to the root."""
     leaf = jnp.asarray(tree.leaf)
     paid = reward[jnp.maximum(leaf, 0)]
@@ -34,8 +41,20 @@ def _mean(log_policy: Array, q: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def value(tree: Tree, log_policy: Array, reward: Array) -> Array:
-    """V_pi(s) = E_pi[r | s], [S] from log_policy [S,V] and reward [M]; V_ref for the base policy."""
+def value(tree: Tree, log_policy: StateTable, reward: PerResponse) -> StateValues:
+    """Gives the value of a policy, V_pi(s) = E_pi[r | s]; V_ref for the base.
+
+    Args:
+      tree: the tree.
+      log_policy: [S,V], in nats.
+      reward: [M].
+
+    Returns:
+      [S], in units of reward.
+
+    Raises:
+      ValueError: a table of another shape.
+    """
     check_table(tree, "log_policy", log_policy, "SV")
     check_table(tree, "reward", reward, "M")
     log_policy, reward = at_least_float32(log_policy), at_least_float32(reward)
@@ -43,8 +62,20 @@ def value(tree: Tree, log_policy: Array, reward: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def q_values(tree: Tree, values: Array, *, reward: Array) -> Array:
-    """Q(s,z) [S,V] of values V [S]: V(sz), or the reward [M] of the response that z completes."""
+def q_values(tree: Tree, values: StateValues, *, reward: PerResponse) -> StateTable:
+    """Gives Q(s,z) of values: V(sz), or the reward of the response that z completes.
+
+    Args:
+      tree: the tree.
+      values: [S], V.
+      reward: [M].
+
+    Returns:
+      [S,V], in units of reward.
+
+    Raises:
+      ValueError: a table of another shape.
+    """
     check_table(tree, "values", values, "S")
     check_table(tree, "reward", reward, "M")
     leaf = jnp.asarray(tree.leaf)
@@ -54,8 +85,23 @@ def q_values(tree: Tree, values: Array, *, reward: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def soft_value(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
-    """V_soft(s) = beta·log E_ref[exp(r/beta) | s] = beta·logsumexp_z(log pi_ref(z|s) + V_soft(sz)/beta), [S]."""
+def soft_value(tree: Tree, log_ref: StateTable, reward: PerResponse, *, beta: ArrayLike) -> StateValues:
+    """Gives the soft value, V_soft(s) = beta·log E_ref[exp(r/beta) | s].
+
+    It is beta·logsumexp_z(log pi_ref(z|s) + V_soft(sz)/beta), level by level.
+
+    Args:
+      tree: the tree.
+      log_ref: [S,V], the base policy, in nats.
+      reward: [M].
+      beta: the KL weight > 0, in units of reward per nat.
+
+    Returns:
+      [S], in units of reward.
+
+    Raises:
+      ValueError: a table of another shape.
+    """
     check_table(tree, "log_ref", log_ref, "SV")
     check_table(tree, "reward", reward, "M")
     log_ref, reward = at_least_float32(log_ref), at_least_float32(reward)
@@ -68,16 +114,38 @@ def soft_value(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) ->
 
 
 @jax.jit
-def tilted_policy(log_policy: Array, q: Array, *, beta: ArrayLike) -> Array:
-    """One tilt in tables: log softmax_z(log pi(z|s) + q(s,z)/beta), [S,V]."""
+def tilted_policy(log_policy: StateTable, q: StateTable, *, beta: ArrayLike) -> StateTable:
+    """Gives one tilt in tables, log softmax_z(log pi(z|s) + q(s,z)/beta).
+
+    Args:
+      log_policy: [S,V], in nats.
+      q: [S,V].
+      beta: the KL weight > 0, in units of q per nat.
+
+    Returns:
+      [S,V], in nats.
+    """
     log_policy, q = at_least_float32(log_policy), at_least_float32(q)
     # Differences of q before the division: beside q/beta of 1e7 log_policy would be lost.
     top = jnp.where(is_supported(log_policy), jax.lax.stop_gradient(q), -jnp.inf).max(axis=-1, keepdims=True)
     return jax.nn.log_softmax(log_policy + (q - jnp.where(jnp.isfinite(top), top, 0)) / beta)
 
 
-def optimal_policy(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
-    """The token-level factors [S,V] of the Gibbs optimum: pi*(z|s) = pi_ref(z|s)·exp((V_soft(sz) − V_soft(s))/beta)."""
+def optimal_policy(tree: Tree, log_ref: StateTable, reward: PerResponse, *, beta: ArrayLike) -> StateTable:
+    """Gives the token-level factors of the Gibbs optimum, pi*(z|s) = pi_ref(z|s)·exp((V_soft(sz) − V_soft(s))/beta).
+
+    Args:
+      tree: the tree.
+      log_ref: [S,V], the base policy, in nats.
+      reward: [M].
+      beta: the KL weight > 0, in units of reward per nat.
+
+    Returns:
+      [S,V], in nats.
+
+    Raises:
+      ValueError: a table of another shape.
+    """
     # Less the largest reward that the base can reach: a soft value of 1e6 would know beta·log Z to a 16th alone.
     top = jax.lax.stop_gradient(max_value(tree, log_ref, reward)[0])
     below = at_least_float32(reward) - jnp.where(jnp.isfinite(top), top, 0)
@@ -86,15 +154,42 @@ def optimal_policy(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike
     return result
 
 
-def transfer_value(tree: Tree, log_ref: Array, reward: Array, *, beta: ArrayLike) -> Array:
-    """V_TQ(s) = E_{pi*_beta}[r | s], [S]: the value of the Gibbs optimum itself."""
+def transfer_value(tree: Tree, log_ref: StateTable, reward: PerResponse, *, beta: ArrayLike) -> StateValues:
+    """Gives the value of the Gibbs optimum itself, V_TQ(s) = E_{pi*_beta}[r | s].
+
+    Args:
+      tree: the tree.
+      log_ref: [S,V], the base policy, in nats.
+      reward: [M].
+      beta: the KL weight > 0, in units of reward per nat.
+
+    Returns:
+      [S], in units of reward.
+
+    Raises:
+      ValueError: a table of another shape.
+
+    Source: Transfer Q*, arXiv 2405.20495.
+    """
     result: Array = value(tree, optimal_policy(tree, log_ref, reward, beta=beta), reward)
     return result
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def max_value(tree: Tree, log_ref: Array, reward: Array) -> Array:
-    """max r over the responses reachable from s under log_ref [S,V], [S]."""
+def max_value(tree: Tree, log_ref: StateTable, reward: PerResponse) -> StateValues:
+    """Gives the largest reward that the base can still reach from each state.
+
+    Args:
+      tree: the tree.
+      log_ref: [S,V], the base policy, in nats.
+      reward: [M].
+
+    Returns:
+      [S], in units of reward.
+
+    Raises:
+      ValueError: a table of another shape.
+    """
     check_table(tree, "log_ref", log_ref, "SV")
     check_table(tree, "reward", reward, "M")
     log_ref = at_least_float32(log_ref)
