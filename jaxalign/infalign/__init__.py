@@ -21,8 +21,9 @@ from jaxalign.infalign.curves import (
     match_kl,
     tilted_curve,
 )
-from jaxalign.infalign.fixed_point import FixedPoint, bon_fp, optimal_reward, optimal_transform, solve, won_fp
+from jaxalign.infalign.fixed_point import FixedPoint, WinRate, bon_fp, optimal_reward, optimal_transform, solve, won_fp
 from jaxalign.infalign.levels import (
+    Rule,
     Sampled,
     enumerated,
     keep_best,
@@ -36,7 +37,7 @@ from jaxalign.infalign.levels import (
     win_rate_gradient,
 )
 from jaxalign.infalign.parsing import fixed_transform, needs_beta, parse_transform
-from jaxalign.infalign.procedures import Procedure, best_of, none, worst_of
+from jaxalign.infalign.procedures import OfQuantile, Procedure, best_of, none, worst_of
 from jaxalign.infalign.transforms import (
     Transform,
     best_of_n_power,
@@ -52,9 +53,12 @@ __all__ = [
     "Curve",
     "FixedPoint",
     "Grid",
+    "OfQuantile",
     "Procedure",
+    "Rule",
     "Sampled",
     "Transform",
+    "WinRate",
     "best_of",
     "best_of_n_power",
     "bon_fp",

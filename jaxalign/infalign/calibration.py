@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxalign._arrays import at_least_float32
 from jaxalign._checks import check_positive, is_concrete
+from jaxalign.shapes import Samples
 from jaxalign.types import Array, ArrayLike
 
 
@@ -24,7 +25,7 @@ def calibrate(
     width: ArrayLike | None = None,
     smooth: bool = False,
     is_sorted: bool = False,
-) -> Array:
+) -> Samples:
     """Gives the calibrated reward Ĉ = (1/K)·Σ_i (1[s_i < r] + ½·1[s_i = r]): the mean win against K base samples.
 
     Args:
@@ -59,7 +60,7 @@ def calibrate(
     return result
 
 
-def calibration_table(reference: ArrayLike) -> Array:
+def calibration_table(reference: ArrayLike) -> Samples:
     """Gives the table that is kept per prompt for `calibrate(..., is_sorted=True)`.
 
     Args:

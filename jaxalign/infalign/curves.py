@@ -20,6 +20,7 @@ from jaxalign._arrays import at_least_float32
 from jaxalign._checks import check_positive, is_concrete
 from jaxalign.infalign.procedures import Procedure, best_of, none, worst_of
 from jaxalign.infalign.transforms import Transform, transformed
+from jaxalign.shapes import Numbers, Outcomes, PerResponse
 from jaxalign.types import Array, ArrayLike
 
 _CELLS, _POINTS = 160, 6  # cells, even in the logit of c over ±_REACH, and Gauss points in each
@@ -29,22 +30,22 @@ _REACH = 24.0
 class Grid(NamedTuple):
     """Points of the integrals over quantiles."""
 
-    c: Array
+    c: PerResponse
     """[M], quantiles in (0, 1), increasing."""
-    log_base: Array
+    log_base: PerResponse
     """[M], log of their weights, which add to 1."""
 
 
 class Curve(NamedTuple):
     """A tilted policy against its base."""
 
-    kl: Array
+    kl: Numbers
     """[...], in nats."""
-    win_rate: Array
+    win_rate: Numbers
     """[...], without a procedure."""
-    best_of_n: Array
+    best_of_n: Numbers
     """[...], the win rate when best-of-n runs on both sides."""
-    worst_of_n: Array
+    worst_of_n: Numbers
     """[...], the win rate when worst-of-n runs on both sides."""
 
 
@@ -65,14 +66,28 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def grid(dtype: jax.typing.DTypeLike | None = None) -> Grid:
-    """The grid's quantiles and log weights, [M] each, in the given type (None: jax's default)."""
+    """Gives the points on which integrals over quantiles are summed.
+
+    Args:
+      dtype: of both arrays; None for jax's default.
+
+    Returns:
+      A Grid of M quantiles and log weights.
+    """
     c, weight, _ = _tables()
     dtype = jnp.result_type(float) if dtype is None else dtype
     return Grid(jnp.asarray(c, dtype), jnp.asarray(np.log(weight), dtype))
 
 
-def distribution(prob: ArrayLike) -> Array:
-    """F(c) = Pr_pi(quantile <= c) at the grid's points, [...,M], from masses [...,M] there."""
+def distribution(prob: ArrayLike) -> Outcomes:
+    """Gives the quantile law of a policy, F(c) = Pr_pi(quantile <= c), at the grid's points.
+
+    Args:
+      prob: [...,M], the policy's masses at the grid's points.
+
+    Returns:
+      [...,M] in [0, 1].
+    """
     prob = at_least_float32(prob)
     cells = prob.reshape(*prob.shape[:-1], -1, _POINTS)
     total = cells.sum(axis=-1)
@@ -84,16 +99,32 @@ def distribution(prob: ArrayLike) -> Array:
     return upto + jax.lax.stop_gradient(jnp.clip(upto, 0, 1) - upto)
 
 
-def curve_win_rate(prob: ArrayLike, procedure: Procedure) -> Array:
-    """W^P = ∫ G(c)·g(F)·f dc = 1 − ∫ g(c)·G(F) dc, [...]: how often P(pi) beats P(base), from masses [...,M]. Its
-    gradient in the masses is −∫_v^1 g(c)·g(F(c)) dc at each point v, up to a constant."""
+def curve_win_rate(prob: ArrayLike, procedure: Procedure) -> Numbers:
+    """Gives how often P(pi) beats P(base), W^P = ∫ G(c)·g(F)·f dc = 1 − ∫ g(c)·G(F) dc.
+
+    Its gradient in the masses is −∫_v^1 g(c)·g(F(c)) dc at each point v, up to a constant.
+
+    Args:
+      prob: [...,M], the policy's masses at the grid's points.
+      procedure: P, which runs on both sides.
+
+    Returns:
+      [...] in [0, 1].
+    """
     upto = distribution(prob)
     c, log_base = grid(upto.dtype)
     return 1 - (jnp.exp(log_base) * procedure.density(c) * procedure.cumulative(upto)).sum(axis=-1)
 
 
-def curve_kl(log_policy: ArrayLike) -> Array:
-    """KL(pi‖base) = ∫ f·log f dc, [...] in nats, from log masses [...,M]."""
+def curve_kl(log_policy: ArrayLike) -> Numbers:
+    """Gives KL(pi‖base) = ∫ f·log f dc of a policy on the grid.
+
+    Args:
+      log_policy: [...,M], log masses at the grid's points.
+
+    Returns:
+      [...], in nats.
+    """
     log_policy = at_least_float32(log_policy)
     log_base = grid(log_policy.dtype).log_base
     d = log_policy - log_base
@@ -126,7 +157,18 @@ def tilted_curve(transform: Transform, *, beta: ArrayLike, n: int = 4) -> Curve:
 
 
 def curve(log_policy: ArrayLike, *, n: int = 4) -> Curve:
-    """The `Curve` of any policy on the grid, from log masses [...,M]."""
+    """Gives KL and win rates of any policy on the grid.
+
+    Args:
+      log_policy: [...,M], log masses at the grid's points.
+      n: the N of best-of-N and worst-of-N, >= 1.
+
+    Returns:
+      A Curve.
+
+    Raises:
+      ValueError: n below 1.
+    """
     result: Curve = _curve(at_least_float32(log_policy), best_of(n), worst_of(n))
     return result
 
@@ -136,7 +178,7 @@ def _curve(log_policy: Array, best: Procedure, worst: Procedure) -> Curve:
     return Curve(curve_kl(log_policy), *(curve_win_rate(jnp.exp(log_policy), p) for p in (none(), best, worst)))
 
 
-def match_kl(transform: Transform, *, kl: ArrayLike) -> Array:
+def match_kl(transform: Transform, *, kl: ArrayLike) -> Numbers:
     """Gives the beta at which the policy tilted by Phi(C) has a given KL to its base.
 
     Bisected over many decades, and differentiated through the implicit function, in both modes and to any order, in kl

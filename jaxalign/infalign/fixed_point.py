@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,22 +23,27 @@ from jaxalign._checks import check_positive
 from jaxalign.infalign import curves
 from jaxalign.infalign.levels import procedure_win_rate
 from jaxalign.infalign.procedures import Procedure, best_of, worst_of
+from jaxalign.shapes import Numbers, Outcomes
 from jaxalign.types import Array, ArrayLike
 
-WinRate = Callable[..., Array]
-"""(probabilities [M] of a policy, *arguments) -> W^P [] against its base; differentiable in the first."""
+
+class WinRate(Protocol):
+    """W^P [] of a policy against its base from the policy's probabilities [M], in which it is differentiable; the
+    further arguments are those that `solve` is given."""
+
+    def __call__(self, prob: Array, /, *arguments: Any, **keywords: Any) -> Array: ...
 
 
 class FixedPoint(NamedTuple):
     """A solution of (a) and (b)."""
 
-    reward: Array
+    reward: Outcomes
     """[...,M], R, with its largest value 0."""
-    log_policy: Array
+    log_policy: Outcomes
     """[...,M], log pi."""
-    objective: Array
+    objective: Numbers
     """[...], W^P − beta·KL."""
-    residual: Array
+    residual: Numbers
     """[...], the largest |log pi − log(base·exp(R/beta)/Z)| in nats."""
     steps: Array
     """[...], steps taken."""
@@ -53,17 +58,28 @@ def solve(
     steps: int = 4000,
     tolerance: float | None = None,
 ) -> FixedPoint:
-    """The fixed point of (a) and (b) over M outcomes, of any procedure, [...] for beta of shape [...].
+    """Gives the fixed point of (a) and (b) over M outcomes, of any procedure.
 
-    win_rate(probabilities [M], *arguments) -> W^P [], whose gradient is R: of ranks `levels.procedure_win_rate`, of any
-    rule `levels.rule_win_rate`; a function built once is one trace. log_base [M], normalised inside. tolerance: of the
-    residual; None: 1e-10 in float64, 1e-4 in float32.
+    It starts at the base, or at `start`. First KL-proximal ascent, log pi <- (1 − η)·log pi + η·(log base + R/beta) −
+    log Z, η halved until the objective does not fall: safe from anywhere. Where the objective is flat to rounding the
+    same step goes on by the residual, η halved whenever it grows: undamped it would diverge for best-of-N and small
+    beta.
 
-    Starts at the base, or at log probabilities `start` [M] on its support. First KL-proximal ascent,
-    log pi <- (1 − η)·log pi + η·(log base + R/beta) − log Z, η halved until the objective does not fall: safe from
-    anywhere. Where the objective is flat to rounding the same step goes on by the residual, η halved whenever it grows:
-    undamped it would diverge for best-of-N and small beta. The residual says whether it converged. ValueError:
-    beta <= 0.
+    Args:
+      win_rate: a WinRate, whose gradient is R: of ranks `procedure_win_rate`, of any rule `rule_win_rate`. A function
+        that is built once is one trace.
+      log_base: [M], log-probabilities of the base; normalised inside.
+      arguments: handed on to win_rate after the probabilities.
+      beta: the KL weight > 0, any shape [...], in units of win rate per nat.
+      start: [M], log-probabilities to start from on the base's support; None for the base.
+      steps: at most so many.
+      tolerance: of the residual, in nats; None for 1e-10 in float64, 1e-4 in float32.
+
+    Returns:
+      A FixedPoint of beta's shape. Its residual says whether it converged.
+
+    Raises:
+      ValueError: on concrete values beta <= 0; a win_rate that does not give one real number.
     """
     check_positive("beta", beta)
     log_base, beta = at_least_float32(log_base), at_least_float32(beta)
@@ -149,9 +165,21 @@ def _solve(
 
 
 def optimal_transform(procedure: Procedure, *, beta: ArrayLike, steps: int = 4000) -> FixedPoint:
-    """The optimal transform of a calibrated reward without ties, on the points c [M] of `curves.grid()`:
-    Phi*(v) = −∫_v^1 g(c)·g(F(c)) dc, F the quantile law of the policy it tilts to; the same for every base, reward and
-    prompt. `FixedPoint` [...,M], beta > 0 [...]; `transforms.tabulated(grid().c, reward)` makes it a transform.
+    """Gives the optimal transform of a calibrated reward without ties, Phi*(v) = −∫_v^1 g(c)·g(F(c)) dc.
+
+    F is the quantile law of the policy that it tilts to; Phi* is the same for every base, reward and prompt.
+    `tabulated(grid().c, found.reward)` makes a transform of it.
+
+    Args:
+      procedure: what runs on top.
+      beta: the KL weight > 0, any shape [...], in units of win rate per nat.
+      steps: at most so many, of `solve`.
+
+    Returns:
+      A FixedPoint [...,M] at the points of `grid()`.
+
+    Raises:
+      ValueError: on concrete values, beta <= 0.
     """
     beta = at_least_float32(beta)
     return solve(_on_grid(procedure), curves.grid(beta.dtype).log_base, beta=beta, steps=steps)
@@ -163,14 +191,38 @@ def _on_grid(procedure: Procedure) -> WinRate:
 
 
 def bon_fp(n: int, *, beta: ArrayLike) -> FixedPoint:
-    """The optimal transform for best-of-N: Phi*(v) = −N²·∫_v^1 (c·F)^(N−1) dc; v − 1 at N = 1; towards
-    N²/(2N−1)·c^(2N−1) as beta -> inf."""
+    """Gives the optimal transform for best-of-N, Phi*(v) = −N²·∫_v^1 (c·F)^(N−1) dc.
+
+    It is v − 1 at N = 1 and tends to N²/(2N−1)·c^(2N−1), up to a constant, as beta -> inf.
+
+    Args:
+      n: N >= 1.
+      beta: the KL weight > 0, any shape [...], in units of win rate per nat.
+
+    Returns:
+      A FixedPoint [...,M] at the points of `grid()`.
+
+    Raises:
+      ValueError: n below 1; on concrete values, beta <= 0.
+    """
     return optimal_transform(best_of(n), beta=beta)
 
 
 def won_fp(n: int, *, beta: ArrayLike) -> FixedPoint:
-    """The optimal transform for worst-of-N: Phi*(v) = −N²·∫_v^1 ((1 − c)·(1 − F))^(N−1) dc; v − 1 at N = 1; towards
-    −N²/(2N−1)·(1 − c)^(2N−1) as beta -> inf."""
+    """Gives the optimal transform for worst-of-N, Phi*(v) = −N²·∫_v^1 ((1 − c)·(1 − F))^(N−1) dc.
+
+    It is v − 1 at N = 1 and tends to −N²/(2N−1)·(1 − c)^(2N−1) as beta -> inf.
+
+    Args:
+      n: N >= 1.
+      beta: the KL weight > 0, any shape [...], in units of win rate per nat.
+
+    Returns:
+      A FixedPoint [...,M] at the points of `grid()`.
+
+    Raises:
+      ValueError: n below 1; on concrete values, beta <= 0.
+    """
     return optimal_transform(worst_of(n), beta=beta)
 
 
@@ -183,9 +235,22 @@ def optimal_reward(
     selection_rank: ArrayLike | None = None,
     steps: int = 4000,
 ) -> FixedPoint:
-    """The same over M outcomes with ties, [...,M]: log_base [M] in nats, rank [M] of each outcome by reward
-    (`levels.ranks`), selection_rank: the ranks by which the procedure picks, where it is not by the reward itself.
-    vmap-able over prompts."""
+    """Gives the optimal reward over M outcomes with ties; vmap-able over prompts.
+
+    Args:
+      log_base: [M], log-probabilities of the base, in nats.
+      rank: [M], of each outcome by reward (`ranks`).
+      procedure: what runs on top.
+      beta: the KL weight > 0, any shape [...], in units of win rate per nat.
+      selection_rank: [M], the ranks by which the procedure picks, where it is not by the reward itself.
+      steps: at most so many, of `solve`.
+
+    Returns:
+      A FixedPoint [...,M].
+
+    Raises:
+      ValueError: ranks that are no whole numbers from 0 to M−1; on concrete values, beta <= 0.
+    """
     log_base = at_least_float32(log_base)
     others = () if selection_rank is None else (selection_rank,)
     return solve(_on_levels(procedure), log_base, jax.nn.softmax(log_base), rank, *others, beta=beta, steps=steps)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +20,31 @@ import numpy as np
 from jaxalign._arrays import at_least_float32
 from jaxalign._checks import check_rng, is_concrete
 from jaxalign.infalign.procedures import Procedure
+from jaxalign.shapes import Numbers, OutcomeRanks, Outcomes, PerResponse, Scalar
 from jaxalign.types import Array, ArrayLike
 
-Rule = Callable[[Array], Array]
-"""drawn outcomes [...,N] -> the probability [...,N] with which each draw is the one that is kept; adds to 1."""
+
+class Rule(Protocol):
+    """Drawn outcomes [...,N] -> the probability [...,N] with which each draw is the one that is kept; adds to 1."""
+
+    def __call__(self, drawn: Array, /) -> Array: ...
+
 
 _MOST_TUPLES = 1 << 20
 
 
-def ranks(score: ArrayLike) -> Array:
-    """rank [...,M]: the dense rank of each score [...,M] from 0, equal for equal scores. ValueError: no
-    outcomes; on concrete values NaN. Under jit a NaN makes its prompt's ranks −1 and what is computed from them NaN."""
+def ranks(score: ArrayLike) -> OutcomeRanks:
+    """Gives the dense rank of each score from 0, equal for equal scores.
+
+    Args:
+      score: [...,M].
+
+    Returns:
+      [...,M] int. Under jit a NaN makes its prompt's ranks −1, and what is computed from them NaN.
+
+    Raises:
+      ValueError: no outcomes; on concrete values a NaN.
+    """
     score = jnp.asarray(score)
     if score.ndim == 0 or score.shape[-1] == 0:
         raise ValueError(f"score: expected shape [...,M], M at least 1, found {score.shape}")
@@ -75,16 +88,41 @@ def _of_each(level: Array, rank: Array) -> Array:
     return jnp.take_along_axis(level, rank, axis=-1)
 
 
-def mid_rank(prob: ArrayLike, *, rank: ArrayLike) -> Array:
-    """C(y) = Pr_z(r(z) < r(y)) + ½·Pr(r(z) = r(y)) for z ~ prob, [...,M]: the exact calibrated reward."""
+def mid_rank(prob: ArrayLike, *, rank: ArrayLike) -> Outcomes:
+    """Gives the exact calibrated reward, C(y) = Pr_z(r(z) < r(y)) + ½·Pr(r(z) = r(y)) for z ~ prob.
+
+    Args:
+      prob: [...,M], the law of z.
+      rank: [...,M], of each outcome by reward.
+
+    Returns:
+      [...,M] in [0, 1].
+
+    Raises:
+      ValueError: ranks that are no whole numbers; on concrete values, ranks outside 0 to M−1.
+    """
     mass, rank = _pooled(prob, rank)
     return _of_each(jnp.cumsum(mass, axis=-1) - mass / 2, rank)
 
 
-def selected(prob: ArrayLike, *, rank: ArrayLike, procedure: Procedure) -> Array:
-    """The law [...,M] of what a procedure that ranks by `rank` emits: level k gets G(F_k) − G(F_{k−1}), shared by its
-    outcomes in proportion to prob. For best-of-N F_k^N − F_{k−1}^N, for worst-of-N S_k^N − S_{k+1}^N. `rank` may be
-    that of another reward than the one that win rates are counted with."""
+def selected(prob: ArrayLike, *, rank: ArrayLike, procedure: Procedure) -> Outcomes:
+    """Gives the law of what a procedure emits: level k gets G(F_k) − G(F_{k−1}), shared by its outcomes in proportion
+    to prob.
+
+    For best-of-N that is F_k^N − F_{k−1}^N, for worst-of-N S_k^N − S_{k+1}^N.
+
+    Args:
+      prob: [...,M], the law of each draw.
+      rank: [...,M], by which the procedure ranks; it may be that of another reward than the one that win rates are
+        counted with.
+      procedure: P.
+
+    Returns:
+      [...,M], a law.
+
+    Raises:
+      ValueError: as `mid_rank`.
+    """
     prob = at_least_float32(prob)
     mass, rank = _pooled(prob, rank)
     upto = _upto(mass)
@@ -95,8 +133,20 @@ def selected(prob: ArrayLike, *, rank: ArrayLike, procedure: Procedure) -> Array
     return prob * _of_each(jnp.where(small, procedure.density((upto + below) / 2), quotient), rank)
 
 
-def win_rate(emitted: ArrayLike, *, against: ArrayLike, rank: ArrayLike) -> Array:
-    """E[1[r(y) > r(z)] + ½·1[r(y) = r(z)]], y ~ emitted and z ~ against, [...] from laws [...,M]."""
+def win_rate(emitted: ArrayLike, *, against: ArrayLike, rank: ArrayLike) -> Numbers:
+    """Gives E[1[r(y) > r(z)] + ½·1[r(y) = r(z)]] for independent y ~ emitted and z ~ against.
+
+    Args:
+      emitted: [...,M], the law of y.
+      against: [...,M], the law of z.
+      rank: [...,M], of each outcome by reward.
+
+    Returns:
+      [...] in [0, 1].
+
+    Raises:
+      ValueError: as `mid_rank`.
+    """
     return (at_least_float32(emitted) * mid_rank(against, rank=rank)).sum(axis=-1)
 
 
@@ -107,9 +157,23 @@ def procedure_win_rate(
     rank: ArrayLike,
     procedure: Procedure,
     selection_rank: ArrayLike | None = None,
-) -> Array:
-    """W^P(pi > base) = Σ_y P(pi)(y)·C_{r,P(base)}(y), [...] from laws [...,M]. selection_rank: the
-    ranks [...,M] by which the procedure picks, where they are not those that win rates are counted with."""
+) -> Numbers:
+    """Gives the win rate with a procedure on both sides, W^P(pi > base) = Σ_y P(pi)(y)·C_{r,P(base)}(y).
+
+    Args:
+      prob: [...,M], pi.
+      base: [...,M].
+      rank: [...,M], of each outcome by reward.
+      procedure: P.
+      selection_rank: [...,M], the ranks by which the procedure picks, where they are not those that win rates are
+        counted with.
+
+    Returns:
+      [...] in [0, 1].
+
+    Raises:
+      ValueError: as `mid_rank`.
+    """
     if selection_rank is not None:
         mine, other = (selected(law, rank=selection_rank, procedure=procedure) for law in (prob, base))
         return win_rate(mine, against=other, rank=rank)
@@ -125,9 +189,23 @@ def _emitted_mid(base: ArrayLike, rank: ArrayLike, procedure: Procedure) -> Arra
     return (upto + _before(upto)) / 2
 
 
-def win_rate_gradient(prob: ArrayLike, *, base: ArrayLike, rank: ArrayLike, procedure: Procedure) -> Array:
-    """dW^P/dpi(y) up to a constant, [...,M]: −Σ_{k >= level(y)} g(F_k)·(mid_{k+1} − mid_k), mid the mid-ranks of
-    P(base). It increases with the level: the transformed reward of the fixed point."""
+def win_rate_gradient(prob: ArrayLike, *, base: ArrayLike, rank: ArrayLike, procedure: Procedure) -> Outcomes:
+    """Gives dW^P/dpi(y) up to a constant in y: the transformed reward of the fixed point.
+
+    It is −Σ_{k >= level(y)} g(F_k)·(mid_{k+1} − mid_k), mid the mid-ranks of P(base), and increases with the level.
+
+    Args:
+      prob: [...,M], pi.
+      base: [...,M].
+      rank: [...,M], of each outcome by reward.
+      procedure: P, on both sides.
+
+    Returns:
+      [...,M]; 0 at the highest level.
+
+    Raises:
+      ValueError: as `mid_rank`.
+    """
     mass, rank = _pooled(prob, rank)
     step = jnp.diff(_emitted_mid(base, rank, procedure), axis=-1)
     term = procedure.density(_upto(mass)[..., :-1]) * step
@@ -136,7 +214,14 @@ def win_rate_gradient(prob: ArrayLike, *, base: ArrayLike, rank: ArrayLike, proc
 
 
 def keep_best(score: ArrayLike) -> Rule:
-    """The rule of best-of-N by score [M], ties kept with equal probability; with −score that of worst-of-N."""
+    """Gives the rule of best-of-N, ties kept with equal probability; with −score that of worst-of-N.
+
+    Args:
+      score: [M], of each outcome.
+
+    Returns:
+      A Rule.
+    """
     score = jnp.asarray(score)
 
     def rule(drawn: Array) -> Array:
@@ -156,18 +241,44 @@ def _kept(rule: Rule, drawn: Array) -> Array:
     return jnp.asarray(found)
 
 
-def enumerated(prob: ArrayLike, rule: Rule, n: int) -> Array:
-    """The law [M] of what a rule keeps of N independent draws, by enumeration of the M^N tuples: P(y) = Σ_tuples
-    Π_i prob(y_i)·Σ_i keep_i·1[y_i = y]. ValueError above 2^20 tuples: see `sampled_win_rate`."""
+def enumerated(prob: ArrayLike, rule: Rule, n: int) -> PerResponse:
+    """Gives the law of what a rule keeps of N independent draws, by enumeration of the M^N tuples.
+
+    P(y) = Σ_tuples Π_i prob(y_i)·Σ_i keep_i·1[y_i = y]
+
+    Args:
+      prob: [M], the law of each draw.
+      rule: which draw is kept.
+      n: N >= 1 draws.
+
+    Returns:
+      [M], a law.
+
+    Raises:
+      ValueError: more than 2^20 tuples (see `sampled_win_rate`), a rule that gives another shape.
+    """
     prob = at_least_float32(prob)
     drawn = _tuples(prob.shape[-1], n)
     weight = prob[drawn].prod(axis=-1, keepdims=True) * _kept(rule, jnp.asarray(drawn)).astype(prob.dtype)
     return jax.ops.segment_sum(weight.reshape(-1), jnp.asarray(drawn.reshape(-1)), num_segments=prob.shape[-1])
 
 
-def rule_win_rate(prob: ArrayLike, *, base: ArrayLike, rank: ArrayLike, rule: Rule, n: int) -> Array:
-    """W^P(pi > base), [], of any rule that keeps one of N draws, on both sides, from laws [M]. Errors as
-    `enumerated`."""
+def rule_win_rate(prob: ArrayLike, *, base: ArrayLike, rank: ArrayLike, rule: Rule, n: int) -> Scalar:
+    """Gives the win rate with any rule that keeps one of N draws on both sides, W^P(pi > base), by enumeration.
+
+    Args:
+      prob: [M], pi.
+      base: [M].
+      rank: [M], of each outcome by reward.
+      rule: which draw is kept.
+      n: N >= 1 draws.
+
+    Returns:
+      A scalar in [0, 1].
+
+    Raises:
+      ValueError: as `enumerated` and `mid_rank`.
+    """
     return win_rate(enumerated(prob, rule, n), against=enumerated(base, rule, n), rank=rank)
 
 
@@ -184,17 +295,32 @@ def _tuples(count: int, n: int) -> np.ndarray:
 class Sampled(NamedTuple):
     """A win rate estimated from samples."""
 
-    mean: Array
+    mean: Scalar
     """The estimate."""
-    half_width: Array
+    half_width: Scalar
     """Of its 95 % interval."""
 
 
 def sampled_win_rate(
     rng: Array, *, log_prob: ArrayLike, log_base: ArrayLike, rank: ArrayLike, rule: Rule, n: int, pairs: int
 ) -> Sampled:
-    """W^P(pi > base) of any rule from `pairs` independent pairs of N draws a side, unbiased, with its interval (normal
-    approximation). log_prob, log_base [M], normalised or not; rng: consumed. ValueError for pairs < 2 or n < 1."""
+    """Estimates W^P(pi > base) of any rule from independent pairs of N draws a side, without bias.
+
+    Args:
+      rng: a key; consumed.
+      log_prob: [M], pi, normalised or not.
+      log_base: [M], likewise.
+      rank: [M], of each outcome by reward.
+      rule: which draw is kept.
+      n: N >= 1 draws.
+      pairs: >= 2.
+
+    Returns:
+      A Sampled, with its interval by the normal approximation.
+
+    Raises:
+      ValueError: counts below these, an rng that is no key, a rule that gives another shape.
+    """
     if pairs < 2 or n < 1:
         raise ValueError(f"pairs, n: expected at least 2 and 1, found {pairs} and {n}")
     check_rng(rng)

@@ -19,9 +19,20 @@ RESIDUAL = 1e-6
 
 
 def parse_transform(text: str, *, beta: float | None = None) -> Transform:
-    """The transform of a command line: identity, log, exp:A, bon:N (`best_of_n_power`), won:N (`worst_of_n_power`);
-    for KL weight beta also bon_fp:N and won_fp:N, the optimum for best-of-N and worst-of-N (`fixed_transform`).
-    The same text and beta give the same function. ValueError that lists them."""
+    """Gives the transform that a command line names.
+
+    Args:
+      text: identity, log, exp:A, bon:N (`best_of_n_power`) or won:N (`worst_of_n_power`); for a beta also bon_fp:N and
+        won_fp:N, the optimum for best-of-N and worst-of-N (`fixed_transform`).
+      beta: the KL weight > 0 that a fixed point is solved for.
+
+    Returns:
+      A Transform; the same text and beta give the same function.
+
+    Raises:
+      ValueError: another text, with the list of those that there are.
+      RuntimeError: as `fixed_transform`.
+    """
     name, colon, number = text.strip().partition(":")
     try:
         if name == "identity" and not colon:
@@ -44,16 +55,37 @@ def parse_transform(text: str, *, beta: float | None = None) -> Transform:
 
 
 def needs_beta(text: str) -> bool:
-    """Whether the transform of that name is solved for one beta."""
+    """Tells whether the transform of a name is solved for one beta.
+
+    Args:
+      text: as for `parse_transform`.
+
+    Returns:
+      True for bon_fp and won_fp.
+    """
     return text.strip().partition(":")[0] in ("bon_fp", "won_fp")
 
 
 @functools.cache
 def fixed_transform(procedure: Procedure, *, beta: float) -> Transform:
-    """The optimal transform for a procedure at KL weight beta (`optimal_transform`) as a function of the quantile, in
-    units of the procedure's win rate: RLHF with it at the same beta maximises W^P − beta·KL. Solved in float64,
-    interpolated between the grid's points. Source: InfAlign, arXiv 2412.19792. ValueError: beta <= 0. RuntimeError: the
-    residual stays above 1e-6 nats."""
+    """Gives the optimal transform for a procedure as a function of the quantile: RLHF with it maximises W^P − beta·KL.
+
+    It is solved in float64 and interpolated between the grid's points; its values are in units of the procedure's win
+    rate.
+
+    Args:
+      procedure: what runs on top.
+      beta: the KL weight > 0 of that RLHF, in units of win rate per nat.
+
+    Returns:
+      A Transform; equal arguments give the same function.
+
+    Raises:
+      ValueError: beta <= 0.
+      RuntimeError: the residual stays above 1e-6 nats.
+
+    Source: InfAlign, arXiv 2412.19792.
+    """
     check_positive("beta", beta)
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
         found = optimal_transform(procedure, beta=beta)

@@ -7,37 +7,67 @@ says which quantiles it favours, G(s) = ∫_0^s g is the law of the emitted quan
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 
 from jaxalign.types import Array
 
 
-class Procedure(NamedTuple):
-    """density: g, and cumulative: G with G(0) = 0, G(1) = 1 and G' = g, on quantiles [...] in [0, 1]."""
+class OfQuantile(Protocol):
+    """A function of quantiles s [...] in [0, 1] -> [...]."""
 
-    density: Callable[[Array], Array]
-    cumulative: Callable[[Array], Array]
+    def __call__(self, s: Array, /) -> Array: ...
+
+
+class Procedure(NamedTuple):
+    """An inference-time procedure that looks at ranks alone, as a reweighting of quantiles [...] in [0, 1]."""
+
+    density: OfQuantile
+    """g, how much it favours each quantile; its integral is 1."""
+    cumulative: OfQuantile
+    """G, with G(0) = 0, G(1) = 1 and G' = g."""
 
 
 def none() -> Procedure:
-    """The policy itself: g = 1, G = s."""
+    """Gives the policy itself: g = 1, G = s.
+
+    Returns:
+      A Procedure.
+    """
     return _NONE
 
 
 @functools.cache
 def best_of(n: int) -> Procedure:
-    """The best of N independent draws: g = N·s^(N−1), G = s^N. The same N gives the same object. ValueError for
-    N < 1."""
+    """Gives the best of N independent draws: g = N·s^(N−1), G = s^N.
+
+    Args:
+      n: N >= 1.
+
+    Returns:
+      A Procedure; the same N gives the same object.
+
+    Raises:
+      ValueError: no whole number of at least 1.
+    """
     _check(n)
     return Procedure(lambda s: n * s ** (n - 1), lambda s: s**n)
 
 
 @functools.cache
 def worst_of(n: int) -> Procedure:
-    """The worst of N independent draws: g = N·(1 − s)^(N−1), G = 1 − (1 − s)^N. ValueError for N < 1."""
+    """Gives the worst of N independent draws: g = N·(1 − s)^(N−1), G = 1 − (1 − s)^N.
+
+    Args:
+      n: N >= 1.
+
+    Returns:
+      A Procedure; the same N gives the same object.
+
+    Raises:
+      ValueError: no whole number of at least 1.
+    """
     _check(n)
     return Procedure(lambda s: n * (1 - s) ** (n - 1), lambda s: 1 - (1 - s) ** n)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +17,55 @@ import numpy as np
 
 from jaxalign._arrays import at_least_float32
 from jaxalign._checks import is_concrete
+from jaxalign.shapes import Numbers
 from jaxalign.types import Array, ArrayLike
 
-Transform = Callable[[Array], Array]
-"""Phi: calibrated rewards [...] -> rewards [...]."""
+
+class Transform(Protocol):
+    """Phi: calibrated rewards [...] in [0, 1] -> rewards [...]."""
+
+    def __call__(self, c: Array, /) -> Array: ...
 
 
-def identity(c: ArrayLike) -> Array:
-    """Phi(c) = c: optimal for the standard win rate."""
+def identity(c: ArrayLike) -> Numbers:
+    """Gives Phi(c) = c, which is optimal for the standard win rate.
+
+    Args:
+      c: [...], calibrated rewards.
+
+    Returns:
+      [...], at least float32.
+    """
     return at_least_float32(c)
 
 
-def log(c: ArrayLike) -> Array:
-    """Phi(c) = log c: its tilt is the law of best-of-(1 + 1/beta), the target of best-of-n distillation. −inf at 0:
-    calibrate with smooth=True."""
+def log(c: ArrayLike) -> Numbers:
+    """Gives Phi(c) = log c, whose tilt is the law of best-of-(1 + 1/beta), the target of best-of-n distillation.
+
+    Args:
+      c: [...], calibrated rewards; calibrate with smooth=True, so that none is 0.
+
+    Returns:
+      [...]; −inf at 0.
+    """
     return jnp.log(at_least_float32(c))
 
 
 @functools.cache
 def exponential(a: float) -> Transform:
-    """Phi(c) = (e^{ac} − 1)/(e^a − 1) for a > 0, (1 − e^{ac})/(1 − e^a) for a < 0: sign(a)·e^{ac}, shifted and scaled
-    to run from 0 to 1. a > 0 stresses the top quantiles (best-of-N), a < 0 the bottom (worst-of-N).
+    """Gives Phi(c) = (e^{ac} − 1)/(e^a − 1) for a > 0, (1 − e^{ac})/(1 − e^a) for a < 0.
 
-    A beta for sign(a)·e^{ac} itself is beta/|e^a − 1| here. ValueError for a = 0 or not finite.
+    That is sign(a)·e^{ac}, shifted and scaled to run from 0 to 1. A beta for sign(a)·e^{ac} itself is beta/|e^a − 1|
+    here.
+
+    Args:
+      a: not 0. a > 0 stresses the top quantiles (best-of-N), a < 0 the bottom (worst-of-N).
+
+    Returns:
+      A Transform; the same a gives the same function.
+
+    Raises:
+      ValueError: a that is 0 or not finite.
     """
     a = float(a)
     if a == 0 or not math.isfinite(a):
@@ -57,22 +83,51 @@ def exponential(a: float) -> Transform:
 
 @functools.cache
 def best_of_n_power(n: int) -> Transform:
-    """Phi(c) = c^(2N−1): the shape of the optimal transform for best-of-N as beta -> inf; nothing to tune. ValueError
-    for N < 1."""
+    """Gives Phi(c) = c^(2N−1), the shape of the optimal transform for best-of-N as beta -> inf.
+
+    Args:
+      n: N >= 1.
+
+    Returns:
+      A Transform; the same N gives the same function.
+
+    Raises:
+      ValueError: no whole number of at least 1.
+    """
     _check_n(n)
     return lambda c: at_least_float32(c) ** (2 * n - 1)
 
 
 @functools.cache
 def worst_of_n_power(n: int) -> Transform:
-    """Phi(c) = −(1 − c)^(2N−1): as `best_of_n_power`, for worst-of-N. ValueError for N < 1."""
+    """Gives Phi(c) = −(1 − c)^(2N−1), the shape of the optimal transform for worst-of-N as beta -> inf.
+
+    Args:
+      n: N >= 1.
+
+    Returns:
+      A Transform; the same N gives the same function.
+
+    Raises:
+      ValueError: no whole number of at least 1.
+    """
     _check_n(n)
     return lambda c: -((1 - at_least_float32(c)) ** (2 * n - 1))
 
 
 def tabulated(c: ArrayLike, value: ArrayLike) -> Transform:
-    """Phi by linear interpolation of value [M] at sorted c [M] (constant beyond its ends): a fixed point as a
-    transform. ValueError: shapes; on concrete values also c not sorted, a value that is NaN or falls."""
+    """Gives Phi by linear interpolation, constant beyond the table's ends: a fixed point as a transform.
+
+    Args:
+      c: [M], M >= 2 sorted quantiles.
+      value: [M], Phi at these.
+
+    Returns:
+      A Transform.
+
+    Raises:
+      ValueError: shapes; on concrete values also c not sorted, a value that is NaN or falls.
+    """
     c, value = at_least_float32(c), at_least_float32(value)
     if c.ndim != 1 or c.shape != value.shape or c.shape[0] < 2:
         raise ValueError(f"c, value: expected one shape [M], M at least 2, found {c.shape} and {value.shape}")
@@ -106,8 +161,17 @@ def transformed(transform: Transform, c: Array) -> Array:
 
 
 def check_increasing(transform: Transform, *, name: str = "transform") -> None:
-    """ValueError unless the transform is finite inside (0, 1), never falls there, and is no constant: a map that falls
-    would train for the worse. Seen at 1023 equal steps, on the host."""
+    """Checks that a transform is finite inside (0, 1), never falls there, and is no constant.
+
+    A map that falls would train for the worse. It is looked at on the host, at 1023 equal steps.
+
+    Args:
+      transform: Phi.
+      name: the argument, for the error.
+
+    Raises:
+      ValueError: a transform that is none of these, or changes the shape.
+    """
     with jax.ensure_compile_time_eval():
         values = np.asarray(transformed(transform, jnp.arange(1, 1024) / 1024))
     if not np.isfinite(values).all():

@@ -19,7 +19,15 @@ from jaxalign.shaping.baselines import (
     raw,
     stackelberg,
 )
-from jaxalign.shaping.leader import Leader, effective_samples, excess_kl, leader_utility, score_function, solve_leader
+from jaxalign.shaping.leader import (
+    Leader,
+    Objective,
+    effective_samples,
+    excess_kl,
+    leader_utility,
+    score_function,
+    solve_leader,
+)
 from jaxalign.shaping.network import MonotoneShaping, statistics
 from jaxalign.shaping.threshold import (
     accept_log_prob,
@@ -36,6 +44,7 @@ from jaxalign.shaping.threshold import (
 __all__ = [
     "Leader",
     "MonotoneShaping",
+    "Objective",
     "accept_log_prob",
     "cap",
     "effective_samples",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,11 @@ import optax
 from jaxalign import gibbs
 from jaxalign._arrays import at_least_float32, centred
 from jaxalign._checks import check_positive
+from jaxalign.shapes import Numbers, Samples, Scalar
 from jaxalign.types import Array, ArrayLike
 
 
-def leader_utility(log_base: ArrayLike, reward: ArrayLike, *, utility: ArrayLike, beta: ArrayLike) -> Array:
+def leader_utility(log_base: ArrayLike, reward: ArrayLike, *, utility: ArrayLike, beta: ArrayLike) -> Numbers:
     """Gives what the leader gets for paying a reward: U(r) = E_{pi_r}[u], pi_r ∝ base·exp(r/beta).
 
     With n base samples and log_base = zeros it is the self-normalised estimate of the same (`effective_samples`).
@@ -37,7 +37,7 @@ def leader_utility(log_base: ArrayLike, reward: ArrayLike, *, utility: ArrayLike
     return gibbs.utility(gibbs.log_policy(log_base, reward, beta=beta), utility)
 
 
-def effective_samples(reward: ArrayLike, *, beta: ArrayLike) -> Array:
+def effective_samples(reward: ArrayLike, *, beta: ArrayLike) -> Numbers:
     """Gives the number of samples that an estimate rests on: 1/Σ w², w = softmax(r/beta).
 
     Args:
@@ -54,7 +54,7 @@ def effective_samples(reward: ArrayLike, *, beta: ArrayLike) -> Array:
     return jnp.exp(-jax.nn.logsumexp(2 * log_weight, axis=-1))
 
 
-def excess_kl(log_base: ArrayLike, reward: ArrayLike, *, beta: ArrayLike, budget: ArrayLike) -> Array:
+def excess_kl(log_base: ArrayLike, reward: ArrayLike, *, beta: ArrayLike, budget: ArrayLike) -> Numbers:
     """Gives the KL beyond a budget, max(KL(pi_r‖base) − budget, 0).
 
     As a penalty with a factor above the budget's shadow price (in units of u per nat) it holds a leader to the budget
@@ -76,12 +76,18 @@ def excess_kl(log_base: ArrayLike, reward: ArrayLike, *, beta: ArrayLike, budget
     return jnp.maximum(gibbs.kl(gibbs.log_policy(log_base, reward, beta=beta), log_base) - budget, 0)
 
 
+class Objective(Protocol):
+    """What a leader climbs: a reward table, of log_base's shape -> a number []."""
+
+    def __call__(self, reward: Array, /) -> Array: ...
+
+
 class Leader(NamedTuple):
     """What `solve_leader` found."""
 
-    reward: Array
+    reward: Samples
     """The table, in log_base's shape, within [0, bound]."""
-    objective: Array
+    objective: Scalar
     """[], the objective at that table."""
     history: Array
     """[steps], the objective before each step."""
@@ -93,7 +99,7 @@ def solve_leader(
     utility: ArrayLike,
     bound: ArrayLike,
     beta: ArrayLike,
-    objective: Callable[[Array], Array] | None = None,
+    objective: Objective | None = None,
     steps: int = 600,
     step_size: float = 0.05,
 ) -> Leader:
@@ -145,7 +151,7 @@ def _mean_utility(reward: Array, *, utility: ArrayLike, log_base: Array, beta: A
     return leader_utility(log_base, reward, utility=utility, beta=beta).mean()
 
 
-def score_function(log_prob: Array, *, utility: ArrayLike) -> Array:
+def score_function(log_prob: Samples, *, utility: ArrayLike) -> Scalar:
     """Gives a number whose gradient is an unbiased estimate of the gradient of E_pi[u].
 
     It is mean_i sg(u_i − mean of the others)·log pi(y_i): REINFORCE with the leave-one-out baseline.

@@ -7,15 +7,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32, is_flat, middle
+from jaxalign.shapes import Numbers, Samples
 from jaxalign.types import Array, ArrayLike
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
-def statistics(reference: ArrayLike) -> tuple[Array, Array, Array]:
-    """(mean [...], scale [...], features [...,6]) of the utilities of base samples [...,K]: the scale is their standard
-    deviation, 1 where it is rounding; the features are standardised quantiles, so that u -> a·u + c changes none of
-    them."""
+def statistics(reference: ArrayLike) -> tuple[Numbers, Numbers, Array]:
+    """Gives what a shaping function knows of a prompt: statistics of the utilities of its base samples.
+
+    Args:
+      reference: [...,K], utilities of base samples.
+
+    Returns:
+      (mean [...], scale [...], features [...,6]). The scale is the standard deviation, 1 where it is rounding; the
+      features are standardised quantiles, so that u -> a·u + c changes none of them.
+    """
     reference = at_least_float32(reference)
     offset = middle(reference)
     inner = reference - offset
@@ -30,16 +37,27 @@ class MonotoneShaping(nn.Module):
     """r(u, x) = bound·sigmoid(Σ_k a_k·tanh(b_k·(z − c_k)) + d), z = (u − mean)/scale, a and b > 0: non-decreasing in u.
 
     a, b, c, d are functions of the prompt's statistics by a small network. Trained through the follower's closed form
-    on samples of many prompts: the loss is −leader_utility of the rewards. units: steps k; width: of the network.
+    on samples of many prompts: the loss is −leader_utility of the rewards.
     """
 
     bound: float
+    """B, the largest reward."""
     units: int = 4
+    """Steps k of the sum."""
     width: int = 32
+    """Of the network's hidden layer."""
 
     @nn.compact
-    def __call__(self, utility: Array, *, reference: Array) -> Array:
-        """reward [...,n] in [0, bound] of utility [...,n], given base samples' utilities [...,K]."""
+    def __call__(self, utility: Samples, *, reference: Samples) -> Samples:
+        """Gives the reward of responses of one prompt each.
+
+        Args:
+          utility: [...,n].
+          reference: [...,K], utilities of base samples of the same prompt.
+
+        Returns:
+          [...,n] in [0, bound].
+        """
         mean, scale, features = statistics(reference)
         hidden = nn.tanh(nn.Dense(self.width)(features))
         shape = nn.Dense(3 * self.units + 1, kernel_init=nn.initializers.normal(0.1))(hidden)

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
 from jaxalign._checks import check_positive, is_concrete
+from jaxalign.shapes import Numbers, Samples
 from jaxalign.types import Array, ArrayLike
 
 ABSENT = -87.0
@@ -22,7 +23,7 @@ ABSENT = -87.0
 
 def optimal_threshold(
     utility: ArrayLike, *, log_base: ArrayLike | None = None, gain: ArrayLike, max_gain: float | None = None
-) -> Array:
+) -> Numbers:
     """Gives the threshold m* = max over r in [0, bound] of E_{pi_r}[u]: the utility delivered, and what delivers it.
 
     m* is the only root of F(m) = Σ p·w_m·(u − m), w_m = e^gain where u >= m, else 1 (theorem 2): an expectile of the
@@ -153,7 +154,7 @@ def _threshold_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> t
     return m, (policy * moved).sum(axis=-1)
 
 
-def threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLike) -> Array:
+def threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLike) -> Samples:
     """Gives the threshold reward r = bound·1[u > m] (theorem 1).
 
     Identical utilities equal their threshold and get 0: no signal, no shaping. There is no gradient in u or m:
@@ -176,7 +177,9 @@ def threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLi
     return jnp.where(unknown, jnp.nan, column(bound) * (utility > column(threshold)))
 
 
-def soft_threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLike, sharpness: ArrayLike) -> Array:
+def soft_threshold_reward(
+    utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLike, sharpness: ArrayLike
+) -> Samples:
     """Gives the sigmoid form of the threshold reward, r = bound·sigmoid(sharpness·(u − m)).
 
     The threshold is the hard one, not solved again.
@@ -203,7 +206,7 @@ def column(x: Array) -> Array:
     return x[..., None] if x.ndim else x
 
 
-def kl_bound(gain: ArrayLike) -> Array:
+def kl_bound(gain: ArrayLike) -> Numbers:
     """Gives the largest KL(pi_r‖base) over every base and every r in [0, bound].
 
     It is z − 1 − ln z with z = L/(1 − e^−L), L = gain.
@@ -230,11 +233,11 @@ def kl_bound(gain: ArrayLike) -> Array:
 class Mixture(NamedTuple):
     """pi* = (1 − share)·base + share·base(· | u > m)."""
 
-    share: Array
+    share: Numbers
     """[...], the weight of the best part."""
-    exceed: Array
+    exceed: Numbers
     """[...], base(u > m)."""
-    log_norm: Array
+    log_norm: Numbers
     """[...], log Z in nats."""
 
 
@@ -261,7 +264,7 @@ def mixture(utility: ArrayLike, *, log_base: ArrayLike | None = None, threshold:
     return Mixture(-jnp.expm1(-log_norm), exceed, log_norm)
 
 
-def accept_log_prob(utility: ArrayLike, *, threshold: ArrayLike, gain: ArrayLike) -> Array:
+def accept_log_prob(utility: ArrayLike, *, threshold: ArrayLike, gain: ArrayLike) -> Samples:
     """Gives the log-probability of keeping a draw from the base, so that the draws kept follow pi*.
 
     Args:
@@ -276,7 +279,7 @@ def accept_log_prob(utility: ArrayLike, *, threshold: ArrayLike, gain: ArrayLike
     return jnp.where(utility > column(threshold), 0, -column(gain))
 
 
-def exceedance_log_weight(logit: ArrayLike, *, gain: ArrayLike) -> Array:
+def exceedance_log_weight(logit: ArrayLike, *, gain: ArrayLike) -> Numbers:
     """Gives the follower's exact weight of a prefix, log(1 + (e^gain − 1)·p), p = Pr_base(u > m | prefix).
 
     pi*(z|s) ∝ pi_ref(z|s)·(1 + (e^gain − 1)·p(sz)): as q of a tilt with beta 1 it gives the sequence optimum, which
@@ -293,7 +296,7 @@ def exceedance_log_weight(logit: ArrayLike, *, gain: ArrayLike) -> Array:
     return jnp.logaddexp(jax.nn.log_sigmoid(-logit), gain + jax.nn.log_sigmoid(logit))
 
 
-def exceedance_soft_value(p: ArrayLike, *, bound: ArrayLike, beta: ArrayLike) -> Array:
+def exceedance_soft_value(p: ArrayLike, *, bound: ArrayLike, beta: ArrayLike) -> Numbers:
     """Gives the soft value of a prefix that exceeds the threshold with probability p.
 
     V_soft = beta·log(1 + (e^(bound/beta) − 1)·p).
@@ -314,7 +317,7 @@ def exceedance_soft_value(p: ArrayLike, *, bound: ArrayLike, beta: ArrayLike) ->
     return beta * jnp.logaddexp(jnp.log1p(-p), bound / beta + jnp.log(p))
 
 
-def expectile_loss(prediction: ArrayLike, *, utility: ArrayLike, gain: ArrayLike) -> Array:
+def expectile_loss(prediction: ArrayLike, *, utility: ArrayLike, gain: ArrayLike) -> Numbers:
     """Gives the loss ½·w·(u − m̂)², w = 1 where u >= m̂, else e^−gain, elementwise.
 
     Its minimiser over u ~ base is the optimal threshold, so that m(x) can be learned from one sample a prompt.
