@@ -15,6 +15,16 @@ from jaxalign._arrays import at_least_float32, centred, is_flat
 from jaxalign.shapes import PerPrompt, PerToken, ResponseMask, Samples
 from jaxalign.types import Array, ArrayLike
 
+__all__ = [
+    "adapt_beta",
+    "following",
+    "gae",
+    "group_relative",
+    "leave_one_out",
+    "to_come",
+    "token_rewards",
+]
+
 
 def token_rewards(reward: PerPrompt, *, log_ratio: PerToken, mask: ResponseMask, beta: ArrayLike) -> PerToken:
     """Gives the KL-regularised reward of each token: −beta·log(pi/pi_ref)(y_t), and r(x,y) on the last one.

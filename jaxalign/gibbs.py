@@ -15,6 +15,14 @@ from jaxalign._checks import check_positive, is_concrete
 from jaxalign.shapes import Numbers, Outcomes
 from jaxalign.types import Array, ArrayLike
 
+__all__ = [
+    "kl",
+    "log_partition",
+    "log_policy",
+    "match_kl",
+    "utility",
+]
+
 _FLOOR = 1e-6  # of the range of the reward: the clamp of match_kl
 
 

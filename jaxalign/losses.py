@@ -18,6 +18,27 @@ from jaxalign._arrays import at_least_float32
 from jaxalign.shapes import Numbers, OverTokens, PerPrompt, PerToken, ResponseMask, Scalar
 from jaxalign.types import Array, ArrayLike
 
+__all__ = [
+    "autoregressive_reward",
+    "bradley_terry",
+    "cd_q",
+    "clipped_ratios",
+    "clipped_share",
+    "clipped_value",
+    "dpo",
+    "exceedance",
+    "expected_next",
+    "fudge",
+    "ipo",
+    "kl_penalty",
+    "language_model",
+    "last_and_pairs",
+    "log_ratio_difference",
+    "policy_gradient",
+    "soft_value",
+    "td",
+]
+
 MAX_EXPONENT = 20.0  # of the linex loss, and of probability ratios
 
 

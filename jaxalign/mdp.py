@@ -28,6 +28,19 @@ from jaxalign.shapes import (
 )
 from jaxalign.types import Array, TokenBatch
 
+__all__ = [
+    "State",
+    "compact",
+    "concatenate",
+    "initial_state",
+    "last_index",
+    "response_mask",
+    "response_part",
+    "terminal_reward",
+    "trajectory_log_prob",
+    "transition",
+]
+
 
 def last_index(mask: TokenMask) -> TokenIndex:
     """Gives the index of the last True of each row, where argmax of a mask would give the first.

@@ -8,6 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+__all__ = [
+    "Estimate",
+    "SelectionWinRates",
+    "best_of_n_curve",
+    "best_of_n_kl_bound",
+    "blockwise_kl_bound",
+    "coherence",
+    "diversity",
+    "mean_interval",
+    "selection_win_rates",
+]
+
 
 class Estimate(NamedTuple):
     """A mean and its 95 % interval."""

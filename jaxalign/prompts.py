@@ -10,11 +10,30 @@ import numpy as np
 
 from jaxalign.types import Array, Prompts, TokenBatch
 
+__all__ = [
+    "any_prompts",
+    "bucket",
+    "prompt_batch",
+    "prompt_index",
+    "prompts_at",
+    "prompts_for",
+]
+
 
 def bucket(n: int, *, smallest: int = 8) -> int:
-    """The bucket of a length or a batch size n >= 1: `smallest`·2^i, or half-way between two of them.
+    """Gives the bucket of a length or a batch size: `smallest`·2^i, or half-way between two of them.
 
     8, 12, 16, 24, 32, 48, 64, …: at most a third of a bucket is padding, and lengths up to 4096 need 19 traces.
+
+    Args:
+      n: >= 1.
+      smallest: the first bucket.
+
+    Returns:
+      The smallest bucket that holds n.
+
+    Raises:
+      ValueError: n below 1.
     """
     if n < 1:
         raise ValueError(f"n: expected at least 1, found {n}")
@@ -43,6 +62,9 @@ def prompt_batch(
       batch_size: fills the batch up by repeating the last prompt; the caller drops the rows beyond len(sequences).
       length: P; a bucket of the longest prompt when None.
       pad_id: any id; masks never depend on it.
+
+    Returns:
+      A TokenBatch [B,P].
 
     Raises:
       ValueError: no sequences, an empty one (its row is named), more than batch_size, or one longer than `length`.
@@ -73,7 +95,18 @@ def prompt_batch(
 
 
 def prompts_for(prompts: Prompts, name: str) -> Prompts:
-    """The prompts of the model `name` (law 4): a TokenBatch serves all, a dict is looked up. ValueError if missing."""
+    """Gives the prompts of one model (law 4): a TokenBatch serves all, a dict is looked up.
+
+    Args:
+      prompts: a TokenBatch, or a dict that mirrors params.
+      name: the model's entry.
+
+    Returns:
+      The entry, or the TokenBatch.
+
+    Raises:
+      ValueError: a dict without that entry.
+    """
     if isinstance(prompts, TokenBatch):
         return prompts
     if isinstance(prompts, tuple) and hasattr(prompts, "_asdict"):  # the NamedTuple of the params, filled with prompts
@@ -88,7 +121,18 @@ def prompts_for(prompts: Prompts, name: str) -> Prompts:
 
 
 def prompts_at(prompts: Prompts, i: int) -> Prompts:
-    """As `prompts_for`, where params hold a sequence of models."""
+    """Gives the prompts of one model where params hold a sequence of models.
+
+    Args:
+      prompts: a TokenBatch, or a sequence of them.
+      i: the model's place.
+
+    Returns:
+      The entry, or the TokenBatch.
+
+    Raises:
+      ValueError: a sequence that is too short.
+    """
     if isinstance(prompts, TokenBatch):
         return prompts
     if not isinstance(prompts, Sequence) or i >= len(prompts):
@@ -99,13 +143,27 @@ def prompts_at(prompts: Prompts, i: int) -> Prompts:
 
 
 def any_prompts(prompts: Prompts) -> TokenBatch:
-    """One TokenBatch of a tree of them: batch size and index are the same in all (`checks.same_prompts`)."""
+    """Gives one TokenBatch of a tree of them; batch size and index are the same in all.
+
+    Args:
+      prompts: a TokenBatch, or a tree of them.
+
+    Returns:
+      The first.
+    """
     batches: list[TokenBatch] = jax.tree.leaves(prompts, is_leaf=lambda leaf: isinstance(leaf, TokenBatch))
     return batches[0]
 
 
 def prompt_index(prompts: Prompts) -> Array:
-    """index [B] of a batch, 0..B-1 where it is None."""
+    """Gives the prompts' rows in their set.
+
+    Args:
+      prompts: a TokenBatch, or a tree of them.
+
+    Returns:
+      [B] int32; 0..B-1 where the batch names none.
+    """
     batch = any_prompts(prompts)
     if batch.index is None:
         return jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)

@@ -19,16 +19,40 @@ from jaxalign._arrays import is_supported, where_rows
 from jaxalign._checks import called, check_rng, check_same_types, step_policy
 from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, State, StepOutput
 
+__all__ = [
+    "AfterStep",
+    "BeforeDraw",
+    "ChooseToken",
+    "Frame",
+    "Hooks",
+    "Rolled",
+    "draw",
+    "draw_rows",
+    "exact_kl",
+    "is_eos",
+    "no_records",
+    "record",
+    "rollout",
+    "step_key",
+    "token_value",
+]
+
 _BLOCK = 128  # tokens per block of the two-level inverse CDF: about the square root of usual vocabularies
 _MOVE = 2**31 - 1  # no prompt's index: keys of the policy's steps are none of the draws'
 
 
 def draw(log_prob: Array, uniform: Array) -> Array:
-    """Token [B] of log_prob [B,V] by the inverse CDF at uniform [B] in [0,1).
+    """Draws a token of each row by the inverse CDF.
 
-    One uniform number per row, and two short prefix sums (over blocks, then inside the chosen block) in place of
-    noise over the whole vocabulary. log_prob need not be normalised; a token of probability zero is never drawn.
-    Probabilities are right up to the resolution of the uniform number, 2^-23 in float32.
+    One uniform number per row, and two short prefix sums (over blocks, then inside the chosen block) in place of noise
+    over the whole vocabulary. Probabilities are right up to the resolution of the uniform number, 2^-23 in float32.
+
+    Args:
+      log_prob: [B,V], normalised or not.
+      uniform: [B] in [0,1).
+
+    Returns:
+      Tokens [B]; one of probability zero is never drawn.
     """
     chex.assert_rank([log_prob, uniform], [2, 1])
     batch, vocab = log_prob.shape
@@ -50,32 +74,79 @@ def draw(log_prob: Array, uniform: Array) -> Array:
 
 
 def exact_kl(log_prob: Array, log_prob_ref: Array) -> Array:
-    """Σ_z pi(z)·(log pi(z) − log pi_ref(z)) over the last axis, in nats; 0·log 0 = 0, with finite gradients."""
+    """Gives the KL of one step's distribution, Σ_z pi(z)·(log pi(z) − log pi_ref(z)), with finite gradients.
+
+    Args:
+      log_prob: [...,V], in nats.
+      log_prob_ref: [...,V], in nats.
+
+    Returns:
+      [...], in nats; 0·log 0 = 0.
+    """
     inside = is_supported(log_prob)
     difference = jnp.where(inside, log_prob, 0) - jnp.where(inside, log_prob_ref, 0)
     return jnp.sum(jnp.where(inside, jnp.exp(jnp.where(inside, log_prob, 0)), 0) * difference, axis=-1)
 
 
 def token_value(table: Array, token: Array) -> Array:
-    """table [B,V] at token [B] -> [B]; token -1 reads column 0 (callers mask it)."""
+    """Reads a table at one token of each row.
+
+    Args:
+      table: [B,V].
+      token: [B]; −1 reads column 0, which callers mask.
+
+    Returns:
+      [B].
+    """
     return jnp.take_along_axis(table, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
 
 
 def is_eos(token: Array, eos_ids: tuple[int, ...]) -> Array:
-    """token in eos_ids, elementwise; an empty set holds nothing."""
+    """Tells which tokens end a response.
+
+    Args:
+      token: ids of any shape.
+      eos_ids: the ids that end one; () holds none.
+
+    Returns:
+      bool, in token's shape.
+    """
     if not eos_ids:
         return jnp.zeros(token.shape, bool)
     return (token[..., None] == jnp.asarray(eos_ids, token.dtype)).any(axis=-1)
 
 
 def step_key(rng: Array, t: ArrayLike) -> Array:
-    """The key of the policy's step after token t of a rollout with key rng."""
+    """Gives the key of the policy's step after one token of a rollout.
+
+    Args:
+      rng: the rollout's key.
+      t: the token's number.
+
+    Returns:
+      A key.
+
+    Raises:
+      ValueError: an rng that is no key.
+    """
     check_rng(rng)
     return jax.random.fold_in(jax.random.fold_in(rng, t), _MOVE)
 
 
 def draw_rows(log_prob: Array, rng: Array, rows: Array) -> Array:
-    """Token [B] of log_prob [B,V]; row b draws with rng folded with each number of rows[b] [B,m]. rng: consumed."""
+    """Draws a token of each row from its own random stream.
+
+    Args:
+      log_prob: [B,V], normalised or not.
+      rng: consumed; row b draws with it folded with each number of rows[b].
+      rows: [B,m] integers.
+
+    Returns:
+      Tokens [B].
+
+    Raises:
+      ValueError: an rng that is no key.
+    """
     check_rng(rng)
     keys = jnp.broadcast_to(rng, rows.shape[:1] + rng.shape)
     for i in range(rows.shape[1]):
@@ -84,7 +155,16 @@ def draw_rows(log_prob: Array, rng: Array, rows: Array) -> Array:
 
 
 def record(output: StepOutput, token: Array, active: Array) -> dict[str, Array]:
-    """What Completions keep of one step, each [B]: zeros where active [B] is False."""
+    """Gives what Completions keep of one step.
+
+    Args:
+      output: of the policy, before the token.
+      token: [B].
+      active: [B]; the entries of other rows are 0.
+
+    Returns:
+      The fields by name, each [B].
+    """
     new = {
         "tokens": token,
         "mask": active,
@@ -97,7 +177,15 @@ def record(output: StepOutput, token: Array, active: Array) -> dict[str, Array]:
 
 
 def no_records(shape: tuple[int, ...], dtype: jnp.dtype) -> dict[str, Array]:
-    """Zeros of `shape` for every entry of `record`, in the dtype of the log-probabilities."""
+    """Gives zeros for every field of `record`.
+
+    Args:
+      shape: of each.
+      dtype: of the log-probabilities.
+
+    Returns:
+      The fields by name.
+    """
     records = {name: jnp.zeros(shape, dtype) for name in ("log_prob", "log_prob_ref", "log_norm", "kl")}
     return records | {"tokens": jnp.zeros(shape, jnp.int32), "mask": jnp.zeros(shape, bool)}
 
@@ -202,10 +290,14 @@ def rollout(
       limits: of the T = steps tokens, draw at most this many, one number or [B]; all when None. May be traced.
       step_rng: the policy's step after token t gets this key folded with t; one made of rng when None.
       keep_output: a row that does not step keeps its output, at the cost of one more copy of the outputs a step.
-      hooks: what happens at each step besides, and memory: the initial memory of its before_draw.
+      hooks: what happens at each step besides.
+      memory: the initial memory of the hooks' before_draw.
 
     Returns:
       Rolled. A policy that has no distribution (NaN, as of a model whose cache is full) leaves NaN in log_prob and kl.
+
+    Raises:
+      ValueError: a key that is none; while tracing, a policy or hook that changes the form of what it is given.
     """
     check_rng(rng)
     if step_rng is not None:

@@ -12,6 +12,43 @@ import jax
 from jaxtyping import Array as Array
 from jaxtyping import Bool, Float, Int
 
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "Candidates",
+    "Choice",
+    "Hidden",
+    "LogProbs",
+    "NextToken",
+    "Numbers",
+    "OutcomeRanks",
+    "Outcomes",
+    "OverTokens",
+    "PerPrompt",
+    "PerPromptFlag",
+    "PerResponse",
+    "PerSample",
+    "PerToken",
+    "PromptIndex",
+    "PromptMask",
+    "PromptTokens",
+    "ResponseMask",
+    "ResponseTokens",
+    "RewardValues",
+    "Samples",
+    "Scalar",
+    "Scores",
+    "StateTable",
+    "StateValues",
+    "TextIndex",
+    "TextLength",
+    "TextMask",
+    "TextTokens",
+    "TokenIds",
+    "TokenIndex",
+    "TokenMask",
+]
+
 ArrayLike = jax.typing.ArrayLike
 
 PromptTokens = Int[Array, "B P"]

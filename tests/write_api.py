@@ -15,8 +15,12 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs/api.md"
 
 def entry(name: str, found: object) -> str:
     """The lines of one name: its parameters, and the first paragraph of its docstring where it has one of its own."""
+    found = inspect.unwrap(found) if callable(found) else found  # of jit and of a cache of builders
+    if hasattr(found, "dim_str"):
+        kind, axes = found.__name__.split("[")[0], found.dim_str.replace(" ", ",")
+        return f"{name}: {kind} [{axes}]"  # a named shape
     if not (inspect.isfunction(found) or inspect.isclass(found)) or not found.__module__.startswith("jaxalign"):
-        return name  # a type alias
+        return name  # a type alias or a constant
     own = found.__doc__ if inspect.isfunction(found) else vars(found).get("__doc__")
     text = " ".join((own or "").strip().split("\n\n")[0].split())
     generated = text.startswith(f"{name}(")  # what a NamedTuple or dataclass without a docstring is given
@@ -32,6 +36,11 @@ def signature(found: object) -> str:
     if inspect.isclass(found) and issubclass(found, BaseException):
         return ""
     text = re.sub(r"\((self|_cls), ", "(", str(inspect.signature(found)))  # type: ignore[arg-type]
+    text = re.sub(r", parent: .*?, name: Optional\[str\] = None", "", text)  # of a flax module
+    text = re.sub(r"<class 'jax\.numpy\.(\w+)'>", r"jnp.\1", text)
+    text = (
+        text.replace(", /)", ")").replace("(/, ", "(").replace(", /, ", ", ")
+    )  # by position, as the one argument of a map is given
     text = re.sub(r"ForwardRef\('([^']*)'\)", r"\1", text)
     text = re.sub(r"(?<=: )('|\")(.*?)\1(?=[,) ])", r"\2", text)
     text = re.sub(r"(?<=-> )'([^']*)'", r"\1", text)
@@ -51,7 +60,7 @@ def written(page: str) -> str:
     def fresh(match: re.Match[str]) -> str:
         return f"### jaxalign.{match[1]}\n\n```text\n{listing(match[1])}\n```"
 
-    return re.sub(r"### jaxalign\.(\w+)\n\n```text\n.*?```", fresh, page, flags=re.DOTALL)
+    return re.sub(r"### jaxalign\.([\w.]+)\n\n```text\n.*?```", fresh, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ def args(
       tail: ids that follow a response that has ended, as a chat template writes them.
       ends: the ids that end a response; None: the model's EOS ids.
 
+    Returns:
+      A level Critic.
+
     Raises:
       ValueError: as in `rewards.from_model`.
     """

@@ -58,6 +58,9 @@ def weighted_sum(critics: Sequence[Critic]) -> Critic:
     Args:
       critics: at least one, all of one kind (levels and increments do not add) and one vocabulary.
 
+    Returns:
+      A Critic of the parts' kind.
+
     Raises:
       ValueError: no critics, something that is no Critic, two kinds, vocabularies or betas; on the host before tracing,
         weights of another shape or not finite, or parameters of another number of critics.
@@ -178,6 +181,9 @@ def map_scores(critic: Critic, f: ScoreMap) -> Critic:
       f: gives scores [B,K]. A table per prompt is read as `critics.look_up(map_params["table"], index)`: plain indexing
         of a jax array takes the last row in silence where the table is too short. Values per prompt cannot come from
         params by position: decoders repeat rows.
+
+    Returns:
+      A Critic of the same kind.
 
     Raises:
       ValueError: arguments of another kind; while tracing, a result of f that is not [B,K].

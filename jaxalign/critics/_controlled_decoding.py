@@ -24,6 +24,9 @@ def value(lm: CandidateModel) -> Critic:
     Args:
       lm: a model with a scalar head or a Q head, of the base's vocabulary.
 
+    Returns:
+      A level Critic.
+
     Raises:
       ValueError: a model without such a head, or with one of log weights (`follower` reads those).
     """
@@ -56,6 +59,9 @@ def hidden_value(head: QHead, *, vocab_size: int | None = None) -> Critic:
     Args:
       head: `lm.head` of a model with a Q head is one.
       vocab_size: V, to be compared with the policy's; None: unknown.
+
+    Returns:
+      A level Critic.
 
     Raises:
       ValueError: while tracing, a policy without hidden states, or a head of another shape.

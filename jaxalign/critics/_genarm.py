@@ -19,6 +19,9 @@ def genarm(lm: LanguageModel) -> Critic:
     Args:
       lm: a language model of the base's vocabulary: the library's, or one of your own (`types.LanguageModel`).
 
+    Returns:
+      An increment Critic.
+
     Raises:
       ValueError: a model that lacks a method (it is named), or without vocabulary logits.
     """

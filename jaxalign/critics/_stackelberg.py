@@ -39,6 +39,9 @@ def follower(lm: models.LanguageModel, *, beta: float | None = None, bound: floa
         beta.
       beta, bound: those that the caller wants.
 
+    Returns:
+      A level Critic for beta 1.
+
     Raises:
       ValueError: a head that was trained for another beta or bound, or for none.
     """
@@ -103,6 +106,9 @@ def shaped_over_candidates(
       sharpness: of the sigmoid; None: the step 1[q > m].
       range_factor: B_t = min(B, range_factor·range of the candidates' scores) (the authors: 1.01); None: B.
       max_gain: cap of B/beta (the authors: log 2); None: no cap.
+
+    Returns:
+      A Critic of the same kind, for the tilt's beta that is given here.
 
     Raises:
       ValueError: `critic` is no Critic, beta <= 0; on the host before tracing, a bound <= 0 or of another shape.

@@ -245,10 +245,16 @@ def _transfer_q(
 
 
 def effective_rollouts(proposal: TransferQState) -> Array:
-    """The effective number of roll-outs behind each q [B,K] of a proposal of `transfer_q`.
+    """Gives the effective number of roll-outs behind each q of a proposal of `transfer_q`.
 
-    1/Σ w² of the weights of indirect transfer, between 1 (they have degenerated, q is one roll-out's reward) and n; n
-    for direct transfer. The state of a tilt holds the proposal of its last scores as `state.critic`.
+    It is 1/Σ w² of the weights of indirect transfer, between 1 (they have degenerated, q is one roll-out's reward) and
+    n; n for direct transfer.
+
+    Args:
+      proposal: as `critic.score` gave it; the state of a tilt holds that of its last scores as `state.critic`.
+
+    Returns:
+      [B,K].
 
     Raises:
       ValueError: a state that has not been scored.

@@ -83,6 +83,7 @@ def blockwise(
     candidate, so a map over candidates (`critics.shaped_over_candidates`) has nothing to rank.
 
     Args:
+      critic: any Critic of the policy's vocabulary; its score chooses.
       params: BlockwiseParams, or {"policy", "critic"}; prompts may mirror it.
       rng: consumed. Candidate j of a prompt draws token t by rng, t, the prompt's index and j alone. So num_samples = 1
         is `sample`, and block_size >= max_new_tokens draws the samples of `best_of_n`.

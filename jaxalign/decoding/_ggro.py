@@ -94,6 +94,7 @@ def ggro(
       num_samples: S >= 1, candidates per segment; 1 is greedy decoding.
       top_k: k, tokens that may be forced; 1 is greedy decoding. More than the vocabulary: all of it.
       temperature: scalar or [B] >= 0, of the proposal [units of reward]; 0: the best.
+      rule: what proposals maximise, "difference" or "code", as above.
       min_segment: tokens >= 1 that a segment has at least, unless the response ends.
       segment_rule: where a segment ends, a function of `stopping`.
       prompts, max_new_tokens, eos_ids, tokenizer: as `best_of_n`.

@@ -18,6 +18,9 @@ def sum_of_steps(completions: Completions) -> KL:
     Args:
       completions: as `decoding.sample` gives them, [...,T]; numpy arrays are summed by numpy.
 
+    Returns:
+      A KL of [...], in nats.
+
     Raises:
       ValueError: completions that hold no exact KL, as those of a policy's parallel scoring.
     """
@@ -27,7 +30,14 @@ def sum_of_steps(completions: Completions) -> KL:
 
 
 def surprisal(completions: Completions) -> KL:
-    """The KL of a deterministic decoder: −log pi_ref(y) of its response, [...] of completions [...,T]."""
+    """Gives the KL of a deterministic decoder: −log pi_ref(y) of its response.
+
+    Args:
+      completions: [...,T], as the decoder gives them.
+
+    Returns:
+      A KL of [...], in nats, of kind "surprisal".
+    """
     return KL(-completions.log_prob_ref.sum(axis=-1), "surprisal", "mean -log pi_ref(y)")
 
 

@@ -386,7 +386,15 @@ def score_completions(reward: Reward, params: Params, prompts: TokenBatch, compl
 
 
 def join(prompts: TokenBatch, completions: Completions) -> tuple[Array, Array, Array]:
-    """(tokens [B,P+T], mask [B,P+T], prompt_length [B]) of prompts and their responses: what a Reward takes."""
+    """Joins prompts and their responses into the whole texts that a Reward takes.
+
+    Args:
+      prompts: [B,P].
+      completions: [B,T].
+
+    Returns:
+      (tokens [B,P+T], mask [B,P+T], prompt_length [B]), right-padded.
+    """
     return mdp.concatenate(prompts, completions.tokens, completions.mask)
 
 

@@ -221,7 +221,14 @@ class Config:
         object.__setattr__(self, name, tuple(values))
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of a layer [tokens], None for full attention."""
+        """Gives the sliding window of a layer.
+
+        Args:
+          layer: its number, from 0.
+
+        Returns:
+          The window [tokens]; None for full attention.
+        """
         return self.windows[layer] if self.windows else None
 
     def layer_rope(self, layer: int) -> Rope | None:

@@ -126,10 +126,16 @@ class LanguageModel:
         return HeadModule(self.config.head, self.head_width, jnp.dtype(self.dtype))
 
     def init(self, rng: Array) -> Params:
-        """Random parameters (normal, 0.02): {"transformer": …, "head": …}.
+        """Draws random parameters (normal, 0.02).
 
         Args:
           rng: a key; consumed.
+
+        Returns:
+          {"transformer": …, "head": …}.
+
+        Raises:
+          ValueError: an rng that is no key.
         """
         check_rng(rng)
         return _init(self, rng)
@@ -141,13 +147,16 @@ class LanguageModel:
         return self.config.head is None or self.config.head.kind != "reward"
 
     def init_head(self, rng: Array) -> Params:
-        """Random parameters of the head alone.
+        """Draws random parameters of the head alone.
 
         Args:
           rng: a key; consumed.
 
+        Returns:
+          The entry "head" of the model's parameters.
+
         Raises:
-          ValueError: a model without a head.
+          ValueError: a model without a head, or an rng that is no key.
         """
         check_rng(rng)
         hidden = jnp.zeros((1, self.config.hidden_size), jnp.dtype(self.dtype))
@@ -160,7 +169,18 @@ class LanguageModel:
         return self._module.apply(variables, *args, method=method)
 
     def embed(self, params: Params, tokens: Array) -> Array:
-        """Input embeddings [...,D] of tokens [...]. ValueError for tokens that are not integers."""
+        """Gives the input embeddings of tokens.
+
+        Args:
+          params: the model's.
+          tokens: [...] ids.
+
+        Returns:
+          [...,D].
+
+        Raises:
+          ValueError: tokens that are not integers.
+        """
         if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
             raise ValueError(f"tokens: expected integers, found {jnp.result_type(tokens)}")
         found: Array = self._call(params, Transformer.embed, tokens)
@@ -226,16 +246,31 @@ class LanguageModel:
     def apply(
         self, params: Params, tokens: Array, *, mask: Array | None = None, embeddings: Array | None = None
     ) -> ModelOutput:
-        """Logits, hidden states and the head at all positions, in parallel.
+        """Gives logits, hidden states and the head at all positions, in parallel.
 
-        Args and errors as in `hidden`.
+        Args:
+          params: the model's.
+          tokens, mask, embeddings: as in `hidden`.
+
+        Returns:
+          A ModelOutput over [B,L].
+
+        Raises:
+          ValueError: as in `hidden`.
         """
         hidden = self.hidden(params, tokens, mask=mask, embeddings=embeddings)
         logits = self.logits(params, hidden) if self.has_lm_head else None
         return ModelOutput(logits, hidden, None if self.config.head is None else self.head(params, hidden))
 
     def logits(self, params: Params, hidden: Array) -> Array:
-        """Vocabulary logits [...,V] of hidden [...,D], in at least float32.
+        """Gives the logits of the next token.
+
+        Args:
+          params: the model's.
+          hidden: [...,D], after the final norm.
+
+        Returns:
+          [...,V], in at least float32.
 
         Raises:
           ValueError: a model without vocabulary logits, or hidden states of another width.
@@ -247,7 +282,14 @@ class LanguageModel:
         return found
 
     def head(self, params: Params, hidden: Array) -> Array:
-        """The head's output [...,W] of hidden [...,D], in at least float32.
+        """Gives the output of the model's head.
+
+        Args:
+          params: the model's.
+          hidden: [...,D], after the final norm.
+
+        Returns:
+          [...,W], in at least float32.
 
         Raises:
           ValueError: a model without a head, or hidden states of another width.
@@ -293,7 +335,12 @@ class LanguageModel:
         return hidden[:, 0], caches.filled(entries, last + 1, capacity)
 
     def candidates(self, params: Params, cache: Cache, tokens: Array) -> tuple[Array, tuple[KeyValue, ...]]:
-        """Reads K alternative next tokens [B,K] in one pass over the shared prefix.
+        """Reads K alternative next tokens in one pass over the shared prefix.
+
+        Args:
+          params: the model's.
+          cache: of the prefix.
+          tokens: [B,K] ids.
 
         Returns:
           (hidden [B,K,D], entries to `commit`). Hidden states are NaN where more tokens were appended than the cache
@@ -310,7 +357,15 @@ class LanguageModel:
         return jnp.where(lost[:, None, None], jnp.nan, hidden), tuple(entries)
 
     def commit(self, cache: Cache, entries: tuple[KeyValue, ...], choice: Array) -> Cache:
-        """Writes candidate choice [B] of each row into its next slot; -1 writes nowhere and keeps the length.
+        """Writes one of the candidates of each row into its next slot.
+
+        Args:
+          cache: that which the candidates were read with.
+          entries: as `candidates` gave them.
+          choice: [B], which candidate; −1 writes nowhere and keeps the length.
+
+        Returns:
+          The cache.
 
         Raises:
           ValueError: a choice of another rank or type, or of another number of rows than the cache.
@@ -376,9 +431,16 @@ class LanguageModel:
         return jnp.where(lost, jnp.nan, hidden), tuple(entries)
 
     def append(self, cache: Cache, entries: tuple[KeyValue, ...], mask: Array, choice: Array) -> Cache:
-        """Writes the real tokens of segment choice [B] of each row into its next slots.
+        """Writes the real tokens of one of the segments of each row into its next slots.
 
-        mask [B,M,S] is that of `segments`. Choice -1 writes nowhere and keeps the length.
+        Args:
+          cache: that which the segments were read with.
+          entries: as `segments` gave them.
+          mask: [B,M,S], that of `segments`.
+          choice: [B], which segment; −1 writes nowhere and keeps the length.
+
+        Returns:
+          The cache.
 
         Raises:
           ValueError: a mask or choice of another rank or type, or of another number of rows than the cache.
@@ -389,13 +451,16 @@ class LanguageModel:
         return caches.append(cache, entries, checks.valid_mask("mask", mask, expected, "[B,M,S]"), choice)
 
     def step(self, params: Params, cache: Cache, token: Array) -> tuple[Array, Cache]:
-        """Appends token [B] to the cache.
+        """Appends a token to each row.
 
-        Token -1 freezes a row: its hidden state is undefined. NaN where the cache has no slot left, since a token that
-        nothing attends to would be silently wrong.
+        Args:
+          params: the model's.
+          cache: of the tokens before.
+          token: [B] ids; −1 freezes a row, whose hidden state is then undefined.
 
         Returns:
-          (hidden [B,D], cache).
+          (hidden [B,D], cache). Hidden states are NaN where the cache has no slot left, since a token that nothing
+          attends to would be silently wrong.
 
         Raises:
           ValueError: a token of another rank or type, or of another number of rows than the cache.
@@ -427,9 +492,16 @@ def _init(lm: LanguageModel, rng: Array) -> Params:
 
 
 def with_head(lm: LanguageModel, head: Head | None) -> LanguageModel:
-    """The same transformer with another head, or with none.
+    """Gives the same transformer with another head, or with none.
 
     `init_head` makes the head's parameters, which stand beside the body's under "head". A reward head leaves out
     lm_head, as …ForSequenceClassification does.
+
+    Args:
+      lm: the model.
+      head: the head; None for a language model.
+
+    Returns:
+      The model.
     """
     return dataclasses.replace(lm, config=dataclasses.replace(lm.config, head=head))

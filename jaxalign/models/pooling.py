@@ -9,7 +9,16 @@ from jaxalign.types import Array
 
 
 def last_read_index(tokens: Array, mask: Array, pad_id: int | None) -> Array:
-    """Index [...] of the last real token of tokens [...,L] that is not pad_id; -1 where there is none."""
+    """Gives the index of the last real token that is not the model's pad id, at which a reward model is read.
+
+    Args:
+      tokens: [...,L] ids.
+      mask: [...,L], True on real tokens.
+      pad_id: the id that is passed over; None for none.
+
+    Returns:
+      [...] int32; −1 where there is none.
+    """
     mask = mask.astype(bool)
     return mdp.last_index(mask if pad_id is None else mask & (tokens != pad_id))
 

@@ -51,6 +51,9 @@ def adapters(lm: models.LanguageModel, m: int) -> Policy:
       lm: the base's model.
       m: the number of adapters, >= 1.
 
+    Returns:
+      A Policy.
+
     Raises:
       ValueError: m < 1 or a model without logits; on the host before tracing, an adapter that does not fit (the tensor
         is named), or weights of another shape or not finite.

@@ -120,6 +120,9 @@ def re_control(
       num_steps: >= 0.
       max_norm: the edit is scaled back to |d| <= max_norm·|h| after each step; None: no cap.
 
+    Returns:
+      A Policy.
+
     Raises:
       ValueError: an argument of another kind, num_steps < 0, max_norm <= 0; on the host before tracing, a step_size
         that is negative, not finite or of another shape; while tracing, a policy without hidden states, or a
@@ -183,6 +186,9 @@ def re_control_expected(
         `critics.hidden_value`).
       num_steps: >= 0.
       max_norm: as in `re_control`.
+
+    Returns:
+      A Policy.
 
     Raises:
       ValueError: as `re_control`; a critic of increments; two vocabularies.
@@ -259,6 +265,12 @@ def head_value(lm: models.LanguageModel) -> HiddenValue:
     It computes in float32 whatever the model's dtype: in bfloat16 small steps would leave V as it was. params: the
     model's, of which the head is read.
 
+    Args:
+      lm: a model with a scalar value head.
+
+    Returns:
+      The value function.
+
     Raises:
       ValueError: a model without a scalar value head.
     """
@@ -273,8 +285,17 @@ def head_value(lm: models.LanguageModel) -> HiddenValue:
 
 
 def linear_value(direction: Array, hidden: Array, /) -> Array:
-    """The value V(h) = a·h [B] of a direction a [D]: its edit is the same for every state, which is static editing.
-    The policy is then pi(z|s)·exp(num_steps·step_size·(W a)_z)/Z."""
+    """Gives the value V(h) = a·h, whose edit is the same for every state: static editing.
+
+    The policy is then pi(z|s)·exp(num_steps·step_size·(W a)_z)/Z.
+
+    Args:
+      direction: a [D].
+      hidden: [B,D].
+
+    Returns:
+      [B].
+    """
     return hidden @ direction
 
 

@@ -77,6 +77,9 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
       critic: gives q.
       top_k: the candidates are the top_k of log_prob; None: the whole vocabulary.
 
+    Returns:
+      A Policy.
+
     Raises:
       ValueError: swapped arguments, two vocabularies, or a top_k outside [1, V]; on the host before tracing, a
         beta <= 0 or of another shape, or one that the critic's scores are not for.

@@ -60,6 +60,12 @@ def temperature(policy: Policy) -> Policy:
     that log_norm' = log_norm/temperature + logsumexp(log pi/temperature) is the weight for the tempered target. Greedy
     is the truncation to one token: log_norm' = log_norm + max log pi.
 
+    Args:
+      policy: the policy below.
+
+    Returns:
+      A Policy.
+
     Raises:
       ValueError: `policy` is no Policy; on the host before tracing, a temperature < 0 or of another shape.
     """
@@ -85,6 +91,12 @@ def top_p(policy: Policy) -> Policy:
     """The nucleus: the smallest set of most probable tokens whose mass reaches p, renormalised; never empty.
 
     params: TopPParams(policy, top_p), or a dict of these names. log_norm' = log_norm + log(kept mass).
+
+    Args:
+      policy: the policy below.
+
+    Returns:
+      A Policy.
 
     Raises:
       ValueError: `policy` is no Policy; on the host before tracing, a top_p outside (0, 1] or of another shape.
@@ -146,6 +158,13 @@ def top_k(policy: Policy, k: int) -> Policy:
     """The k most probable tokens, renormalised (equal ones: lower ids first). params: the policy's own.
 
     log_norm' = log_norm + log(kept mass).
+
+    Args:
+      policy: the policy below.
+      k: tokens that are kept, in [1, V].
+
+    Returns:
+      A Policy.
 
     Raises:
       ValueError: `policy` is no Policy, or k is no integer in [1, V].

@@ -44,6 +44,13 @@ def with_reference(policy: Policy, reference: Policy) -> Policy:
     The KL of a decoder is then against the reference; log_norm stays the policy's own. params:
     ReferenceParams(policy, reference), or a dict of these names.
 
+    Args:
+      policy: what is drawn from.
+      reference: the base that KL is measured to, of the same vocabulary.
+
+    Returns:
+      A Policy.
+
     Raises:
       ValueError: an argument that is no Policy, or two vocabularies.
     """

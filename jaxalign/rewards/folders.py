@@ -30,16 +30,37 @@ class Reader(NamedTuple):
     """Makes a chat of a prompt in plain text, for reward models with a template; None: one user's turn."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids without special tokens."""
+        """Gives the text of ids without special tokens.
+
+        Args:
+          ids: the base's token ids.
+
+        Returns:
+          The text.
+        """
         return tokens.decode_text(self.form.tokenizer, ids)
 
     def rendered(self, ids: Sequence[int]) -> str:
-        """The text of ids with special tokens."""
+        """Gives the text of ids with special tokens.
+
+        Args:
+          ids: the base's token ids.
+
+        Returns:
+          The text.
+        """
         return tokens.decode_text(self.form.tokenizer, ids, special=True)
 
 
 def split_label(source: str) -> tuple[str, str | None]:
-    """(folder, label) of "FOLDER#LABEL"; the label is None where there is none."""
+    """Splits "FOLDER#LABEL".
+
+    Args:
+      source: a folder, and a label of its model behind "#" where one is meant.
+
+    Returns:
+      (folder, label); the label is None where there is none.
+    """
     folder, sign, label = source.rpartition("#")
     if not sign or pathlib.Path(source).exists():
         return source, None
@@ -47,10 +68,20 @@ def split_label(source: str) -> tuple[str, str | None]:
 
 
 def own_reading(reader: Reader, folder: str) -> str:
-    """Why the reward model of a folder reads texts through a tokenizer of its own; "" where it reads the base's tokens.
+    """Tells why the reward model of a folder reads texts through a tokenizer of its own.
 
     It does so where its tokenizer gives other tokens than the base's, and where prompts are chats and its chat template
     writes a conversation in another way. A reward model without a template reads chats as the base's writes them.
+
+    Args:
+      reader: the tokenizer and template of the base.
+      folder: the reward model's.
+
+    Returns:
+      The reason; "" where it reads the base's tokens.
+
+    Raises:
+      ValueError: a folder that cannot be read.
     """
     own = models.tokenizer(folder)
     try:
@@ -101,8 +132,24 @@ def open_reward(
 def base_tokens(
     reader: Reader, folder: str, lm: Any, params: Params, *, label: str | None = None, name: str = "reward"
 ) -> tuple[Reward, Params]:
-    """(reward, params) of a loaded reward model over the base's tokens, with the tail of the base's template where the
-    prompts are chats. ValueErrors as of `open_reward`, and another number of tokens."""
+    """Makes the reward of a loaded reward model that reads the base's tokens.
+
+    It reads responses with the tail of the base's template where the prompts are chats.
+
+    Args:
+      reader: the tokenizer and template of the base.
+      folder: where the model comes from, for error texts.
+      lm: the loaded model.
+      params: its parameters.
+      label: which label is the score, where there are several.
+      name: the field that errors name.
+
+    Returns:
+      (reward, its params).
+
+    Raises:
+      ValueError: as of `open_reward`, and another number of tokens than the base's.
+    """
     if lm.head_width < 1 or (lm.head_width > 1 and label is None and lm.has_lm_head):
         raise ValueError(f"{name}: expected a model with a scalar head, found {lm.config.head} in {folder}")
     if reader.lm is not None and lm.vocab_size != reader.lm.vocab_size:
@@ -114,10 +161,19 @@ def base_tokens(
 def template_tail(
     reader: Reader, lm: models.LanguageModel, *, name: str = "reward"
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """(tail, ends) with which a reward model over the base's tokens reads responses: what the base's template writes
-    after a turn that has ended, and the ids that end one.
+    """Gives what a reward model over the base's tokens reads after a response: what the base's template writes there.
 
-    Plain text has no tail: ((), None). ValueError where chats and texts are mixed and there is a tail."""
+    Args:
+      reader: the tokenizer and template of the base.
+      lm: the reward model.
+      name: the field that errors name.
+
+    Returns:
+      (tail, ends): what follows a turn that has ended, and the ids that end one; ((), None) for plain texts.
+
+    Raises:
+      ValueError: chats and texts are mixed, and there is a tail.
+    """
     if not _has_chats(reader):
         return (), None
     closing, tail = tokens.turn_end(reader.form)
@@ -132,8 +188,21 @@ def template_tail(
 def own_texts(
     reader: Reader, folder: str, *, label: str | None = None, dtype: str = "float32", name: str = "reward"
 ) -> tuple[Reward, Params]:
-    """(reward, None) of a reward model that reads whole texts through its own tokenizer and template. ValueErrors as of
-    `open_reward`."""
+    """Makes the reward of a reward model that reads whole texts through its own tokenizer and template.
+
+    Args:
+      reader: the tokenizer and template of the base.
+      folder: the reward model's.
+      label: which label is the score, where there are several.
+      dtype: of the loaded weights.
+      name: the field that errors name.
+
+    Returns:
+      (reward, None).
+
+    Raises:
+      ValueError: as of `open_reward`.
+    """
     if reader.sources is None:
         raise ValueError(f"{name}: expected the base's tokenizer, found another in {folder}, which reads whole texts")
     own = models.tokenizer(folder)

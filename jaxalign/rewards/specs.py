@@ -44,6 +44,9 @@ def program(spec: str, *, name: str = "reward") -> Callable[..., Any]:
       spec: "MODULE:FUNCTION"; of a reward, f(prompts, responses) -> one number per response.
       name: the field that errors name.
 
+    Returns:
+      The function.
+
     Raises:
       ValueError: there is none.
     """
@@ -81,7 +84,14 @@ def program_files(spec: str, *, name: str = "reward") -> tuple[str, ...]:
 
 
 def is_program(spec: str) -> bool:
-    """True where a term names a program, MODULE:FUNCTION, and not a folder."""
+    """Tells whether a term names a program, MODULE:FUNCTION, and not a folder.
+
+    Args:
+      spec: one term of a sum of rewards.
+
+    Returns:
+      True for a program.
+    """
     return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec)) and not pathlib.Path(spec).exists()
 
 

@@ -49,7 +49,19 @@ def host_values(values: Any, shape: tuple[int, ...], *, function: Any) -> Any:
 
 
 def check_values(values: Any, shape: tuple[int, ...], *, function: Any) -> Array:
-    """As `host_values`, as a jax array of at least float32."""
+    """Checks what a user's reward gave and makes an array of it.
+
+    Args:
+      values: what it gave.
+      shape: the shape expected, one number per text.
+      function: the reward, for the error.
+
+    Returns:
+      The values, at least float32.
+
+    Raises:
+      ValueError: as of `host_values`: another shape, or what are no real numbers.
+    """
     return at_least_float32(host_values(values, shape, function=function))
 
 
@@ -60,13 +72,29 @@ def _as_array(values: Any) -> Any:
 
 
 def on_host(reward: Any) -> bool:
-    """Whether a reward runs programs of its own on the device: a callback inside a compiled program would wait for the
-    device that waits for it, so it is called between programs."""
+    """Tells whether a reward runs programs of its own on the device.
+
+    A callback inside a compiled program would wait for the device that waits for it, so such a reward is called between
+    programs.
+
+    Args:
+      reward: a Reward.
+
+    Returns:
+      True for such a reward.
+    """
     return bool(getattr(reward, "on_host", False))
 
 
 def compiled(reward: Reward) -> Reward:
-    """The reward under jit; a reward that is called on the host as it is."""
+    """Gives a reward under jit; one that is called on the host as it is.
+
+    Args:
+      reward: a Reward.
+
+    Returns:
+      A Reward of the same numbers.
+    """
     return reward if on_host(reward) else jax.jit(reward)
 
 

@@ -64,7 +64,15 @@ class Encoded(NamedTuple):
 
 
 def encode_text(form: TextFormat, text: str) -> list[int]:
-    """Ids of a whole text, with the tokenizer's prefix exactly once."""
+    """Gives the ids of a whole text, with the tokenizer's prefix exactly once.
+
+    Args:
+      form: the format.
+      text: the text.
+
+    Returns:
+      The ids.
+    """
     return _with_prefix(form, raw_ids(form.tokenizer, text))
 
 
@@ -94,19 +102,49 @@ def encode_prompt(form: TextFormat, prompt: Text) -> PromptTokens:
 
 
 def prompt_text(form: TextFormat, prompt: Text) -> str:
-    """The text of a prompt: a plain text as it is, of a chat what its template writes. ValueErrors as of
-    `encode_prompt`."""
+    """Gives the text of a prompt: a plain text as it is, of a chat what its template writes.
+
+    Args:
+      form: the format.
+      prompt: a text, or a list of messages.
+
+    Returns:
+      The text.
+
+    Raises:
+      ValueError: as of `encode_prompt`.
+    """
     return prompt if isinstance(prompt, str) else _chat.render_prompt(form, prompt)
 
 
 def conversation_text(form: TextFormat, messages: Messages) -> str:
-    """The text that the template writes of a whole conversation. ValueErrors as of `encode_prompt`."""
+    """Gives the text that the template writes of a whole conversation.
+
+    Args:
+      form: the format, of a tokenizer with a template.
+      messages: the turns.
+
+    Returns:
+      The text.
+
+    Raises:
+      ValueError: as of `encode_prompt`.
+    """
     return _chat.render(form, messages, open_reply=False)
 
 
 def turn_end(form: TextFormat) -> tuple[list[int], list[int]]:
-    """What the template writes after an assistant's turn: (the closing ids, the last of which ends generation; the
-    tail). ValueError for a tokenizer without a template."""
+    """Gives what the template writes after an assistant's turn.
+
+    Args:
+      form: the format.
+
+    Returns:
+      (the closing ids, the last of which ends generation; the tail).
+
+    Raises:
+      ValueError: a tokenizer without a template.
+    """
     found = _reply(form, [{"role": "user", "content": "one"}], {"role": "assistant", "content": "two"})
     return found.closing, found.tail
 

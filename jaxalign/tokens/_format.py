@@ -64,6 +64,9 @@ def text_format(
         nothing where neither is known.
       system: a system turn for chats that have none.
       template_options: further arguments of the chat template.
+
+    Returns:
+      The TextFormat.
     """
     own = getattr(tokenizer, "eos_token_id", None)
     ends = tuple(int(i) for i in eos_ids) or (() if own is None else (int(own),))

@@ -41,7 +41,14 @@ def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.Checkp
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
-    """Optimizer steps of the newest whole checkpoint, None without one."""
+    """Gives the optimizer steps of the newest whole checkpoint.
+
+    Args:
+      manager: as `open_checkpoints` gave it.
+
+    Returns:
+      The number; None without a checkpoint.
+    """
     newest: int | None = manager.latest_step()
     return newest
 

@@ -36,7 +36,12 @@ class MetricWriter:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if lines else None)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics (finite numbers by name) of a step, the number of steps taken."""
+        """Writes the metrics of a step.
+
+        Args:
+          step: the number of steps taken.
+          metrics: finite numbers by name.
+        """
         if not self._writes:
             return
         self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
@@ -45,6 +50,7 @@ class MetricWriter:
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Closes the file."""
         if not self._writes:
             return
         self._file.close()

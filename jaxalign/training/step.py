@@ -72,7 +72,15 @@ class TrainStep(Protocol):
 
 
 def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; it holds `params` themselves, not a copy."""
+    """Gives the state before the first step.
+
+    Args:
+      params: what is trained; the state holds them, not a copy.
+      optimizer: any optax transformation.
+
+    Returns:
+      The TrainState.
+    """
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 

