@@ -97,7 +97,17 @@ class Rope:
         return self.kind in ("dynamic", "longrope")
 
     def rotated(self, head_dim: int) -> int:
-        """How many numbers of a head are rotated. ValueError for an odd number, or factors for another number."""
+        """Gives how many numbers of a head are rotated.
+
+        Args:
+          head_dim: the width of a head.
+
+        Returns:
+          An even number.
+
+        Raises:
+          ValueError: an odd number, or factors for another number.
+        """
         width = int(head_dim * self.share)
         if width < (4 if self.kind == "dynamic" else 2) or width % 2:
             raise ValueError(

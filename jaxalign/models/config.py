@@ -232,7 +232,14 @@ class Config:
         return self.windows[layer] if self.windows else None
 
     def layer_rope(self, layer: int) -> Rope | None:
-        """The rotary positions of a layer, None for none."""
+        """Gives the rotary positions of a layer.
+
+        Args:
+          layer: its number, from 0.
+
+        Returns:
+          The Rope; None for none.
+        """
         return self.ropes[layer] if self.ropes else self.rope
 
     @property
