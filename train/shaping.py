@@ -77,7 +77,8 @@ def run(config: Config) -> dict[str, Any]:
     if done is not None:
         return done
     bound = options.bound if options.leader == "reward_model" and not options.amortise else None
-    started = job.start(lambda _: models.Head("reward", bound=bound))
+    texts = 1 if network or options.amortise else config.rollouts.samples
+    started = job.start(lambda _: models.Head("reward", bound=bound), texts_per_row=texts)
     prompts = read(format_of(config.text, started.tokenizer)).rows
     found = rollouts.roll_out_for(job, config.rollouts, prompts, started)
     data = job.split(encoded.Loaded(shaping_data.prompt_groups(found), 0, []))

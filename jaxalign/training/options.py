@@ -15,6 +15,7 @@ from jaxalign.data.text_options import TextOptions, check_text_options
 from jaxalign.models import sharding
 
 DType = Literal["float32", "bfloat16"]
+Remat = Literal["auto", "none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class OptimizerOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshOptions:
-    """How the rows of an optimizer step are divided over time and devices."""
+    """How an optimizer step is divided over time and devices, and what it keeps in memory."""
 
     accumulate: int = 1
     """Micro-batches that the rows of an optimizer step are run in, a divisor of their number: memory of one, gradient
@@ -95,6 +96,9 @@ class MeshOptions:
     mesh: str = ""
     """Devices by axis, as in data=2,fsdp=4,tensor=2, -1 for the rest of them: data and fsdp share each micro-batch,
     fsdp and tensor the parameters (docs/scale.md). "": one device."""
+    remat: Remat = "auto"
+    """What the backward pass keeps of each layer: none: all that it reads; dots: products by weights; full: the layer's
+    input alone, which computes each layer twice; auto: full where an accelerator's memory is less than the estimate."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 from jaxalign import _io, models
 from jaxalign.data import encoded
 from jaxalign.tokens import TextFormat
-from jaxalign.training import adapters
+from jaxalign.training import adapters, memory
 from jaxalign.training import job as functions
 from jaxalign.training.options import TrainingConfig, check_training_config
 from jaxalign.training.step import Loss
@@ -31,6 +31,8 @@ class Job:
     """The command that comes next."""
     product: str = "model"
     """What the run writes, in its folder."""
+    rows_per_step: int = 0
+    """Rows of an optimizer step."""
 
     @staticmethod
     def open(
@@ -64,7 +66,7 @@ class Job:
         names = [*inputs, config.model.model, config.model.architecture, config.model.tokenizer]
         read = [folder for name in names for folder in models.source_folders(name)]
         out = _io.open_run(config.run.out, config, inputs=read)
-        return Job(config, stage, out, following(out), product)
+        return Job(config, stage, out, following(out), product, rows_per_step or config.optimizer.batch_size)
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that is whole, which is printed, None for one that is to be done."""
@@ -73,11 +75,14 @@ class Job:
             functions.report(self.out, done, self.following, product=self.product)
         return done
 
-    def start(self, head: Callable[[models.Config], models.Head | None]) -> functions.StartedModel:
+    def start(
+        self, head: Callable[[models.Config], models.Head | None], *, texts_per_row: int = 1
+    ) -> functions.StartedModel:
         """Loads or makes the model to train.
 
         Args:
           head: config -> the head that the model has to have; its own weights are kept where it has them.
+          texts_per_row: texts that a row of an optimizer step holds, by which --remat is chosen.
 
         Returns:
           Model, float32 parameters and tokenizer.
@@ -86,14 +91,17 @@ class Job:
           ValueError: a tokenizer that does not fit, a context shorter than --max-length.
         """
         config = self.config
-        return functions.start(
+        length, texts = config.rows.max_length, self.rows_per_step * texts_per_row
+        started = functions.start(
             config.model,
             head,
             seed=config.run.seed,
             dtype=config.run.dtype,
-            max_length=config.rows.max_length,
+            max_length=length,
             chat_template=config.text.chat_template,
         )
+        lm = memory.with_remat(started.lm, started.params, config.mesh, texts=texts, length=length)
+        return started._replace(lm=lm)
 
     def form(self, started: functions.StartedModel) -> TextFormat:
         """How the job's texts become tokens. ValueError for a tokenizer without an end of a response."""

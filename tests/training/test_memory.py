@@ -1,0 +1,91 @@
+"""--remat: the same training in less memory, chosen by an estimate that follows what the compiler plans."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import training
+from jaxalign.training import memory, objectives
+from jaxalign.training.options import MeshOptions
+from tests.conftest import needs_jit, tiny_lm
+
+SMALL = {"num_layers": 8, "max_length": 256, "hidden_size": 64, "intermediate_size": 192}
+
+
+def step_of(lm):
+    optimizer, schedule = training.adamw(learning_rate=1e-3, steps=4)
+    return optimizer, training.train_step(objectives.language_model(lm), optimizer, schedule=schedule)
+
+
+def abstract_step(lm, texts: int, length: int):
+    """The compiled step of float32 masters on abstract values."""
+    optimizer, step = step_of(lm)
+    masters = jax.eval_shape(dataclasses.replace(lm, dtype="float32").init, jax.random.key(0))
+    state = jax.eval_shape(lambda params: training.create(params, optimizer), masters)
+    shape = (1, texts, length)
+    names = {"tokens": jnp.int32, "mask": bool, "loss_mask": bool}
+    return step.lower(state, {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in names.items()}, None).compile()
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_training_is_the_same(remat):
+    lm, params = tiny_lm(0, num_layers=2, max_length=64)
+    tokens = jax.random.randint(jax.random.key(1), (1, 3, 24), 0, lm.vocab_size)
+    batch = {"tokens": tokens, "mask": tokens >= 0, "loss_mask": tokens > 2}
+    found = []
+    for m in (lm, dataclasses.replace(lm, remat=remat)):
+        optimizer, step = step_of(m)
+        state = training.create(params, optimizer)
+        for _ in range(2):
+            state, metrics = step(state, batch, None)
+        found.append((metrics["loss"], metrics["grad_norm"], state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+
+
+@needs_jit
+def test_a_step_with_full_remat_plans_a_third_of_the_temporaries():
+    lm, _ = tiny_lm(0, dtype="bfloat16", **SMALL)
+    kept, again = (
+        abstract_step(m, 4, 256).memory_analysis().temp_size_in_bytes
+        for m in (lm, dataclasses.replace(lm, remat="full"))
+    )
+    assert again < kept / 3
+
+
+@needs_jit
+@pytest.mark.parametrize("length", [128, 640])
+def test_the_estimate_follows_the_compiler(length):
+    lm, _ = tiny_lm(0, **SMALL | {"max_length": 1024, "num_heads": 4, "head_dim": 16})
+    one, two = (
+        abstract_step(dataclasses.replace(lm, config=dataclasses.replace(lm.config, num_layers=n)), 8, length)
+        .memory_analysis()
+        .temp_size_in_bytes
+        for n in (4, 8)
+    )
+    estimate = memory.kept_bytes(lm, texts=8, length=length) / 2
+    assert 0.75 < estimate / (two - one) < 1.35
+
+
+def test_auto_is_full_where_a_device_has_less_than_the_estimate(monkeypatch, capsys):
+    lm, params = tiny_lm(0)
+    given = {"texts": 4, "length": 8}
+
+    def chosen(remat: str, **more) -> str:
+        return memory.with_remat(lm, params, MeshOptions(remat=remat, **more), **given).remat
+
+    assert chosen("auto") == "none"
+    assert [chosen(name) for name in ("none", "dots", "full")] == ["none", "dots", "full"]
+    state = memory.STATE_BYTES * sum(x.size for x in jax.tree.leaves(params))
+    need = state + memory.kept_bytes(lm, **given)
+    monkeypatch.setattr(memory, "device_bytes", lambda: need)
+    assert chosen("auto") == "none"
+    monkeypatch.setattr(memory, "device_bytes", lambda: need - 1)
+    capsys.readouterr()
+    assert chosen("auto") == "full"
+    assert "remat: full, by an estimate" in capsys.readouterr().out
+    assert chosen("auto", accumulate=2) == "none"
