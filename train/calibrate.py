@@ -57,7 +57,14 @@ def run(config: Config) -> dict[str, Any]:
         tokenizer = models.tokenizer(options.base, chat_template=config.text.chat_template)
         prompts = read(format_of(config.text, tokenizer)).rows
         found = rollouts.roll_out(
-            options, prompts, tokenizer, run=config.run, out=out, stage="calibrate", max_length=config.max_length
+            options,
+            prompts,
+            tokenizer,
+            run=config.run,
+            out=out,
+            stage="calibrate",
+            max_length=config.max_length,
+            text=config.text,
         )
         rewards = np.asarray([row.reward for row in found], np.float32).reshape(-1, options.samples)
         about = tables.made_with(

@@ -84,10 +84,9 @@ def run(config: Config) -> dict[str, Any]:
     room = source.max_length - source.rollouts.max_new_tokens
     form = format_of(source.text, started.tokenizer)
     prompts = reading.read_prompts(source.rollouts.prompts, form, text=source.text, room=room).rows
-    table, length = pathlib.Path(config.calibration), source.max_length
-    found = rollouts.roll_out(
-        source.rollouts, prompts, started.tokenizer, run=source.run, out=table, stage="distil", max_length=length
-    )
+    table: dict[str, Any] = {"run": source.run, "out": pathlib.Path(config.calibration), "stage": "distil"}
+    limits: dict[str, Any] = {"max_length": source.max_length, "text": source.text}
+    found = rollouts.roll_out(source.rollouts, prompts, started.tokenizer, **table, **limits)
     rows = list(distillation.best_and_worst(found, config.n))
     if not rows:
         raise ValueError(f"calibration: expected samples of different rewards in {config.calibration}, found none")

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxalign import commands, models
 from jaxalign.data import encoded
-from jaxalign.data.text_options import TextOptions, format_of
+from jaxalign.data.text_options import TextOptions, ending_ids, format_of
 from jaxalign.prompts import bucket
 from jaxalign.training import adapters, reading, rl, rl_rewards
 from jaxalign.training.options import (
@@ -82,10 +82,12 @@ def run(config: Config) -> dict[str, Any]:
             f"max_length: expected at least the longest prompt's {longest} and {limit} new tokens, "
             f"found {config.rows.max_length}"
         )
+    ends = ending_ids(config.text, started.tokenizer, started.lm.eos_ids, [prompt.source for prompt in prompts])
+    started = started._replace(lm=models.with_eos(started.lm, ends))
     data = job.split(encoded.Loaded([rl.PromptRow(prompt.tokens, i) for i, prompt in enumerate(prompts)], 0, []))
     base = config.model.model or config.model.architecture
     reward = rl_rewards.compose(
-        config.reward, started, prompts, base=base, dtype=config.run.dtype, max_new_tokens=limit
+        config.reward, started, prompts, base=base, dtype=config.run.dtype, max_new_tokens=limit, text=config.text
     )
     learner, trained, frozen = rl.learner_of(
         config.rl,

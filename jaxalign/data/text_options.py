@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxalign import tokens
@@ -93,6 +93,30 @@ def format_of(options: TextOptions, tokenizer: Any, eos_ids: Sequence[int] = ())
         system=options.system or None,
         template_options=template_options(options),
     )
+
+
+def ending_ids(
+    options: TextOptions, tokenizer: Any, eos_ids: Sequence[int], prompts: Iterable[tokens.Text]
+) -> tuple[int, ...]:
+    """The ids that end a response to these prompts, of which those that the model does not name are printed.
+
+    Args:
+      options: the command's.
+      tokenizer: the model's.
+      eos_ids: the ids at which the model's generation ends.
+      prompts: texts and chats as they were given.
+
+    Returns:
+      eos_ids (the tokenizer's EOS where the model names none), the token of --eos-token, and, where a prompt is a chat,
+      the special token in which the chat template ends an assistant's turn.
+    """
+    form = format_of(options, tokenizer, eos_ids)
+    end = None if all(isinstance(prompt, str) for prompt in prompts) else tokens.chat_end(form)
+    found = tuple(dict.fromkeys((*eos_ids, *form.eos_ids, *(() if end is None else (end,)))))
+    if added := found[len(set(eos_ids)) :]:
+        names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in added)
+        print(f"responses end in {names} too, beside the model's EOS ids {list(eos_ids)}", flush=True)
+    return found
 
 
 def token_id(tokenizer: Any, token: str) -> int:

@@ -83,7 +83,7 @@ def build(setting: Setting, spec: Spec) -> list[Method]:
 
     def at(strength: float | None) -> Method:
         given = MethodInputs(
-            setting.base, setting.params, reward, reward_params, setting.prompts.tokenizer, setting.limits, strength
+            setting.proposal, setting.params, reward, reward_params, setting.prompts.tokenizer, setting.limits, strength
         )
         own = function(given)
         if not callable(own):

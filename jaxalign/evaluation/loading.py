@@ -56,12 +56,7 @@ def load(folders: dict[str, str], tokenizer: Any, *, dtype: str, mesh: str, batc
     matched = models.match_vocabulary(*pairs, names=tuple(distinct.values()))
     by_folder = dict(zip(distinct, matched, strict=True))
     models.check_rows(tokenizer, matched[0][0].vocab_size)
-    lost = set(pairs[0][0].config.eos_ids) - set(matched[0][0].config.eos_ids)
-    if lost:
-        raise ValueError(
-            f"model: expected EOS ids within the common vocabulary of {matched[0][0].vocab_size} tokens, found "
-            f"{sorted(lost)}: responses would not end"
-        )
+    models.check_ends_kept(pairs[0][0], matched[0][0])
     return {name: by_folder[folder] for name, folder in folders.items()}
 
 

@@ -35,10 +35,11 @@ def _sampled(
 ) -> Method:
     """Ancestral sampling from any Policy. cost(prompt, length): tokens through models for each token drawn."""
 
+    policy = policies.with_sampling(policy, setting.sampling)
+
     def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
         drawn = decoding.sample(policy, params, rng, prompts, **setting.limits)
-        greedy = setting.options.temperature == 0
-        return Decoded(drawn, decoding.surprisal(drawn) if greedy else decoding.sum_of_steps(drawn), None)
+        return Decoded(drawn, decoding.surprisal(drawn) if setting.greedy else decoding.sum_of_steps(drawn), None)
 
     check = functools.partial(_check, policy, params, setting.options.max_new_tokens)
     return Method(name, beta, draw, check, policy, lambda prompt, length, info: length * cost(prompt, length))
@@ -48,7 +49,7 @@ def _of_base(
     setting: Setting, name: str, beta: float | None, draw: Any, *, trace: Hashable, forwards: Forwards
 ) -> Method:
     """A method that draws from the base."""
-    check = functools.partial(_check, setting.base, setting.params, setting.options.max_new_tokens)
+    check = functools.partial(_check, setting.proposal, setting.params, setting.options.max_new_tokens)
     return Method(name, beta, draw, check, trace, forwards)
 
 
@@ -80,7 +81,9 @@ def _best_of_n(setting: Setting, spec: Spec) -> list[Method]:
 
     def at(n: int) -> Method:
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
-            return decoding.best_of_n(setting.base, scorer.reward, both, rng, prompts, num_samples=n, **setting.limits)
+            return decoding.best_of_n(
+                setting.proposal, scorer.reward, both, rng, prompts, num_samples=n, **setting.limits
+            )
 
         return _of_base(
             setting,
@@ -102,7 +105,7 @@ def _blockwise(setting: Setting, spec: Spec) -> list[Method]:
     def at(n: int, block_size: int) -> Method:
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
             return decoding.blockwise(
-                setting.base,
+                setting.proposal,
                 part.critic,
                 both,
                 rng,
@@ -219,7 +222,7 @@ def _quest(setting: Setting, spec: Spec) -> list[Method]:
             chunk = 8 if samples % 8 == 0 else None
             key = jax.random.fold_in(rng, 2)
             drawn = decoding.best_of_n(
-                setting.base, scorer.reward, both, key, prompts, num_samples=samples, chunk=chunk, **setting.limits
+                setting.proposal, scorer.reward, both, key, prompts, num_samples=samples, chunk=chunk, **setting.limits
             )
             known[name] = drawn.info.reward
         return known[name]
@@ -229,7 +232,7 @@ def _quest(setting: Setting, spec: Spec) -> list[Method]:
 
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
             return decoding.quest(
-                setting.base, scorer.reward, three, rng, prompts, num_steps=num_steps, **setting.limits
+                setting.proposal, scorer.reward, three, rng, prompts, num_steps=num_steps, **setting.limits
             )
 
         def measure(rng: Array, prompts: TokenBatch, drawn: Drawn, /) -> Drawn:
@@ -264,7 +267,7 @@ def _cards(setting: Setting, spec: Spec) -> list[Method]:
 
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
             return decoding.cards(
-                setting.base, scorer.reward, own, rng, prompts, max_tries=options.max_tries, **setting.limits
+                setting.proposal, scorer.reward, own, rng, prompts, max_tries=options.max_tries, **setting.limits
             )
 
         return _of_base(

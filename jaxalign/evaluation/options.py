@@ -54,6 +54,9 @@ class ResponseOptions:
     temperature: float = 1.0
     """Sampling temperature, the outermost transform; 0 is greedy. Methods that keep one of several draws need one > 0,
     smc needs 1, and ggro is greedy at any."""
+    generation_config: bool = False
+    """Draw as the base's generation_config.json says (temperature, top_k, top_p; do_sample false is greedy), in place
+    of --temperature, in every method; ggro stays greedy."""
     batch_size: int = 16
     """Prompts decoded together."""
     seed: int = 0

@@ -8,10 +8,10 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from jaxalign import _hosts, _io, models, rewards
+from jaxalign import _hosts, _io, models, policies, rewards
 from jaxalign._checks import check_language_model
 from jaxalign.data import chats, encoded
-from jaxalign.data.text_options import format_of
+from jaxalign.data.text_options import ending_ids, format_of
 from jaxalign.evaluation import engine, loading, plots, results
 from jaxalign.evaluation.engine import Method, Texts
 from jaxalign.evaluation.methods import METHODS
@@ -45,15 +45,17 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     tokenizer = models.tokenizer(options.model, chat_template=options.text.chat_template)
     prompts = _read_prompts(options, format_of(options.text, tokenizer)).rows
     texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
-    reader = rewards.Reader(
-        format_of(options.text, tokenizer), None, [prompt.source for prompt in prompts], chats.prompt_chat
-    )
+    sources = [prompt.source for prompt in prompts]
+    reader = rewards.reader_of(format_of(options.text, tokenizer), None, sources, turns=chats.prompt_chat)
     folders = {"model": options.model} | loading.over_base_tokens(reader, scored)
     for spec in specs:
         folders |= spec.folders
     loaded = loading.load(folders, tokenizer, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
-    base = loaded["model"][0]
+    base, params = loaded["model"]
     check_language_model("model", base, options.model)
+    base = models.with_eos(base, ending_ids(options.text, tokenizer, base.eos_ids, sources))
+    loaded["model"] = base, params
+    _check_sampling(options, specs, base)
     reader = reader._replace(form=format_of(options.text, tokenizer, base.eos_ids), lm=base)
     everything = prompt_batch(texts.ids)
     scorers = loading.scorers(scored, loaded, reader, everything, options.max_new_tokens, dtype=options.dtype)
@@ -128,6 +130,25 @@ def check(options: DecodeOptions) -> list[Spec]:
     if len(set(slugs)) < len(slugs):
         raise ValueError(f"method: expected folders of different names for each kind, found {options.method}")
     return specs
+
+
+def _check_sampling(options: DecodeOptions, specs: Sequence[Spec], base: models.LanguageModel) -> None:
+    """ValueErrors for a generation_config.json that the methods cannot follow."""
+    if not options.generation_config:
+        return
+    if not base.config.generation:
+        raise ValueError(f"generation_config: expected fields in {options.model}/generation_config.json, found none")
+    sampling = policies.read_generation_config(base.config.generation)
+    if options.temperature != 1:
+        raise ValueError(
+            f"temperature: expected none beside --generation-config, which has {sampling.temperature}, found "
+            f"{options.temperature}"
+        )
+    for spec in specs:
+        if KINDS[spec.kind].draws == "several" and sampling.temperature == 0:
+            raise ValueError(f"generation_config: expected one that draws for {spec.text}, found a greedy one")
+        if KINDS[spec.kind].draws == "untempered" and sampling != policies.Sampling():
+            raise ValueError(f"generation_config: expected none for {spec.text}, found {sampling}")
 
 
 SOME_READ = {name for kind in (*KINDS.values(), *CRITICS.values()) for name in kind.reads}

@@ -59,6 +59,23 @@ class Setting(NamedTuple):
         return policies.language_model(self.lm)
 
     @property
+    def sampling(self) -> policies.Sampling:
+        """How responses are drawn beside --temperature: as generation_config.json says, or from the whole
+        distribution."""
+        given = self.lm.config.generation if self.options.generation_config else ""
+        return policies.read_generation_config(given)
+
+    @property
+    def proposal(self) -> Policy:
+        """The base as responses are drawn from it, which decoders with several draws take."""
+        return policies.with_sampling(self.base, self.sampling)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken."""
+        return self.options.temperature == 0 or self.sampling.temperature == 0
+
+    @property
     def reward_lm(self) -> models.LanguageModel | None:
         """The proxy's model, for methods that look inside it; None where it is a program or a sum."""
         return self.loaded["reward"][0] if "reward" in self.loaded else None
@@ -96,7 +113,7 @@ def default_threshold(setting: Setting) -> float:
     scorer = setting.reward
     ids = setting.prompts.ids[:: max(len(setting.prompts.ids) // 32, 1)][:32]
     found = decoding.best_of_n(
-        setting.base,
+        setting.proposal,
         scorer.reward,
         {"policy": setting.params, "reward": scorer.params},
         jax.random.key(setting.options.seed),

@@ -14,7 +14,14 @@ from jaxalign.models.language_model import LanguageModel, ModelOutput, with_head
 from jaxalign.models.log_prob import chunked, response_hidden, token_log_prob
 from jaxalign.models.lora import Lora
 from jaxalign.models.pooling import last_read_index, read_index
-from jaxalign.models.vocabulary import check_rows, check_tokens, cut_vocabulary, match_vocabulary
+from jaxalign.models.vocabulary import (
+    check_ends_kept,
+    check_rows,
+    check_tokens,
+    cut_vocabulary,
+    match_vocabulary,
+    with_eos,
+)
 
 __all__ = [
     "Block",
@@ -27,6 +34,7 @@ __all__ = [
     "Lora",
     "ModelOutput",
     "Rope",
+    "check_ends_kept",
     "check_rows",
     "check_tokens",
     "chunked",
@@ -48,5 +56,6 @@ __all__ = [
     "split_source",
     "token_log_prob",
     "tokenizer",
+    "with_eos",
     "with_head",
 ]

@@ -147,7 +147,7 @@ class Config:
         (`models.read_index`).
       head: what reads the hidden states beside the vocabulary, or None.
       generation: the further fields of generation_config.json (temperature, top_p, repetition_penalty, …) as a JSON
-        object, "" for none; they are kept when the model is saved, and no computation reads them.
+        object, "" for none; they are kept when the model is saved, and `policies.read_generation_config` reads them.
 
     Raises:
       ValueError: a field outside its range.

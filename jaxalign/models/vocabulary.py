@@ -193,6 +193,25 @@ def match_vocabulary(
     return out
 
 
+def check_ends_kept(before: LanguageModel, after: LanguageModel, *, name: str = "model") -> None:
+    """Checks that a model whose responses are drawn has kept the ids that end them.
+
+    Args:
+      before: the model.
+      after: the model over fewer ids.
+      name: the field that the message names.
+
+    Raises:
+      ValueError: an EOS id was cut.
+    """
+    lost = set(before.eos_ids) - set(after.eos_ids)
+    if lost:
+        raise ValueError(
+            f"{name}: expected EOS ids within the common vocabulary of {after.vocab_size} tokens, found {sorted(lost)}, so "
+            "that responses would not end"
+        )
+
+
 def _filled_up(name: str, lm: LanguageModel, params: Params, size: int) -> tuple[LanguageModel, Params]:
     """A model with rows of zeros in its embedding, up to `size` ids. ValueError for one that scores ids."""
     config = lm.config
@@ -201,3 +220,16 @@ def _filled_up(name: str, lm: LanguageModel, params: Params, size: int) -> tuple
     body = dict(params["transformer"])
     body["embedding"] = jnp.pad(body["embedding"], ((0, size - lm.vocab_size), (0, 0)))
     return dataclasses.replace(lm, config=dataclasses.replace(config, vocab_size=size)), {**params, "transformer": body}
+
+
+def with_eos(lm: LanguageModel, eos_ids: Sequence[int]) -> LanguageModel:
+    """Gives a model other ids that end a response.
+
+    Args:
+      lm: the model.
+      eos_ids: all of its EOS ids.
+
+    Returns:
+      The model with these ids; its parameters are the same.
+    """
+    return LanguageModel(dataclasses.replace(lm.config, eos_ids=tuple(eos_ids)), lm.dtype)

@@ -9,6 +9,7 @@ Params of a builder are its NamedTuple, as TiltParams(policy, critic, beta), or 
 """
 
 from jaxalign.policies._adapters import AdaptersParams, adapters
+from jaxalign.policies._generation import Sampling, read_generation_config, with_sampling
 from jaxalign.policies._language_model import language_model
 from jaxalign.policies._re_control import (
     HiddenValue,
@@ -30,6 +31,7 @@ __all__ = [
     "ReControlExpectedParams",
     "ReControlParams",
     "ReferenceParams",
+    "Sampling",
     "TemperatureParams",
     "TiltParams",
     "TopPParams",
@@ -40,9 +42,11 @@ __all__ = [
     "linear_value",
     "re_control",
     "re_control_expected",
+    "read_generation_config",
     "temperature",
     "tilt",
     "top_k",
     "top_p",
     "with_reference",
+    "with_sampling",
 ]

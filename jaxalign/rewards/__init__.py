@@ -13,6 +13,7 @@ from jaxalign.rewards.folders import (
     open_reward,
     own_reading,
     own_texts,
+    reader_of,
     split_label,
     template_tail,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "parse_reward",
     "program",
     "program_files",
+    "reader_of",
     "reward_inputs",
     "reward_roles",
     "shaped",

@@ -52,6 +52,23 @@ class Reader(NamedTuple):
         return tokens.decode_text(self.form.tokenizer, ids, special=True)
 
 
+def reader_of(
+    form: TextFormat,
+    lm: models.LanguageModel | None,
+    sources: Sequence[Text] | None,
+    *,
+    turns: Callable[[str], Messages] | None = None,
+) -> Reader:
+    """A Reader of prompts as they were given; the format's system turn is put into chats that have none.
+
+    Args:
+      form, lm, sources, turns: the fields of `Reader`.
+    """
+    if sources is not None:
+        sources = [x if isinstance(x, str) else tokens.with_system(form, x) for x in sources]
+    return Reader(form, lm, sources, turns)
+
+
 def split_label(source: str) -> tuple[str, str | None]:
     """Splits "FOLDER#LABEL".
 

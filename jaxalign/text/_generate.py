@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -27,7 +28,7 @@ from jaxalign.text._requests import (
     key_of,
     prompt_ids,
 )
-from jaxalign.tokens import Tokenizer, byte_tokens, decode_text, settled_text
+from jaxalign.tokens import TextFormat, Tokenizer, byte_tokens, chat_end, decode_text, settled_text
 from jaxalign.types import Array, ArrayLike, Completions, LanguageModel, Params, Policy, Prompts, State, StepOutput
 
 Watch: TypeAlias = Callable[[Completions, bool], None]
@@ -66,6 +67,7 @@ def generate(
     stream_every: int = 8,
     system: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    generation_config: bool | Mapping[str, Any] = False,
 ) -> Generated:
     """Draws a response to each prompt. The draws are those of `decoding.sample` with the same key.
 
@@ -79,7 +81,8 @@ def generate(
       max_new_tokens: the limit of a response, its EOS included [tokens].
       temperature: one value, or one for each prompt, >= 0; 0 is greedy.
       num_samples: n responses to each prompt; None: one, which is the first of any n.
-      eos_ids: the id or ids that end a response; None: the model's own.
+      eos_ids: the id or ids that end a response; None: the model's own, and for chats the special token in which the
+        chat template ends an assistant's turn, which is told in a warning where the model does not name it.
       batch_size: prompts that are decoded together. Those of like length share a batch, padded to a bucket, so that
         few shapes are compiled.
       stream: called as stream(row, text) while the texts grow; the pieces of a row add up to its text. A character is
@@ -87,6 +90,8 @@ def generate(
       stream_every: tokens between two calls of `stream`.
       system: a system turn for chats that have none.
       chat_template_kwargs: further arguments of the chat template, for instance {"enable_thinking": False}.
+      generation_config: temperature, top_k and top_p as transformers names them, in place of `temperature`; True: those
+        of the model's generation_config.json (`policies.read_generation_config`).
 
     Returns:
       Generated: the texts and their Completions.
@@ -109,7 +114,10 @@ def generate(
     sequences = prompt_ids(form, items)
     if not isinstance(model, Policy):
         _check_room(sequences, model.max_length, max_new_tokens)
-    ends = open_eos_ids(policy, eos_ids)
+    ends = (
+        _with_chat_end(form, open_eos_ids(policy, eos_ids), items) if eos_ids is None else open_eos_ids(policy, eos_ids)
+    )
+    policy = _with_generation_config(policy, model, generation_config, temperature)
     key = key_of(rng, seed)
     heat = _temperatures(temperature, len(items))
 
@@ -160,6 +168,35 @@ def _check_room(sequences: Sequence[Sequence[int]], max_length: int, max_new_tok
                 f"prompts[{row}]: expected at most {room} tokens, so that {max_new_tokens} new ones fit in the model's "
                 f"context of {max_length}, found {len(ids)}"
             )
+
+
+def _with_generation_config(
+    policy: Policy, model: LanguageModel | Policy, given: bool | Mapping[str, Any], temperature: ArrayLike
+) -> Policy:
+    if given is False:
+        return policy
+    if np.ndim(temperature) or temperature != 1:
+        raise ValueError(f"temperature: expected 1 beside generation_config, found {temperature}")
+    fields: Any = given
+    if given is True:
+        fields = getattr(getattr(model, "config", None), "generation", "")
+        if not fields:
+            raise ValueError("generation_config: expected a model with fields of generation_config.json, found none")
+    return policies.with_sampling(policy, policies.read_generation_config(fields))
+
+
+def _with_chat_end(form: TextFormat, eos_ids: tuple[int, ...], prompts: Sequence[Prompt]) -> tuple[int, ...]:
+    """The EOS ids, and the end of an assistant's turn where a prompt is a chat."""
+    end = None if all(isinstance(prompt, str) for prompt in prompts) else chat_end(form)
+    if end is None or end in eos_ids:
+        return eos_ids
+    name = decode_text(form.tokenizer, [end], special=True)
+    warnings.warn(
+        f"the chat template ends a turn in {name!r} ({end}), which is not among the model's EOS ids {list(eos_ids)}: "
+        "responses end there too (eos_ids= says otherwise)",
+        stacklevel=3,
+    )
+    return (*eos_ids, end)
 
 
 def _temperatures(temperature: ArrayLike, count: int) -> ArrayLike:

@@ -4,11 +4,13 @@
 `encode_prompt`, `encode_pair` and `encode_chat` give token ids, and `show_row` prints them.
 """
 
+from jaxalign.tokens._chat import with_system
 from jaxalign.tokens._decode import byte_tokens, decode_text, settled_text
 from jaxalign.tokens._encode import (
     NOTES,
     Encoded,
     PromptTokens,
+    chat_end,
     conversation_text,
     encode_chat,
     encode_pair,
@@ -30,6 +32,7 @@ __all__ = [
     "TextFormat",
     "Tokenizer",
     "byte_tokens",
+    "chat_end",
     "conversation_text",
     "decode_text",
     "encode_chat",
@@ -41,4 +44,5 @@ __all__ = [
     "show_row",
     "text_format",
     "turn_end",
+    "with_system",
 ]

@@ -31,6 +31,13 @@ def check_messages(messages: Any) -> Messages:
     return messages
 
 
+def with_system(form: TextFormat, messages: Messages) -> Messages:
+    """The chat with the format's system turn, where it has none of its own."""
+    if form.system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": form.system}, *messages]
+
+
 def render(form: TextFormat, messages: Messages, *, open_reply: bool) -> str:
     """The text that the chat template makes of messages; it holds the template's special tokens.
 
@@ -45,8 +52,7 @@ def render(form: TextFormat, messages: Messages, *, open_reply: bool) -> str:
     check_messages(messages)
     if getattr(form.tokenizer, "chat_template", None) is None:
         raise ValueError("expected a tokenizer with a chat template for messages, found none")
-    if form.system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": form.system}, *messages]
+    messages = with_system(form, messages)
     try:
         text = form.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=open_reply, **form.template_options

@@ -149,6 +149,18 @@ def turn_end(form: TextFormat) -> tuple[list[int], list[int]]:
     return found.closing, found.tail
 
 
+def chat_end(form: TextFormat) -> int | None:
+    """The special token in which the chat template ends an assistant's turn; None for a tokenizer without a template
+    and for a template that ends a turn in plain text, in another way each time, or not at all."""
+    if not getattr(form.tokenizer, "chat_template", None):
+        return None
+    try:
+        closing = turn_end(form._replace(closing=()))[0]
+    except ValueError:
+        return None
+    return closing[-1] if closing and closing[-1] in {*form.eos_ids, *form.specials} else None
+
+
 def encode_pair(form: TextFormat, prompt: Text, response: Text, *, allow_empty: bool = False) -> Encoded:
     """Token ids of a prompt and a response.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxalign import _hosts, infalign, rewards, shaping
 from jaxalign.data import Prompt
+from jaxalign.data.text_options import TextOptions
 from jaxalign.prompts import prompt_index
 from jaxalign.training import job, rollouts, tables
 from jaxalign.training.rl_options import RewardOptions
@@ -42,6 +43,7 @@ def compose(
     base: str,
     dtype: str,
     max_new_tokens: int,
+    text: TextOptions | None = None,
 ) -> Composed:
     """Composes the reward of a policy.
 
@@ -55,6 +57,7 @@ def compose(
       base: folder that the model came from.
       dtype: type that reward models compute in.
       max_new_tokens: limit of a response.
+      text: how the prompts became tokens.
 
     Returns:
       The Reward with its parameters, and the one before any map.
@@ -69,6 +72,7 @@ def compose(
         started.tokenizer,
         dtype=dtype,
         sources=sources,
+        text=text,
         between_programs=_hosts.count() > 1,  # the rows of an iteration lie across the processes
     )
     table = None

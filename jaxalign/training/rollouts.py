@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import _hosts, _io, _progress, decoding, models, policies, rewards, tokens
+from jaxalign import _hosts, _io, _progress, decoding, models, policies, rewards
 from jaxalign._checks import check_language_model
 from jaxalign.data import chats, encoded
+from jaxalign.data.text_options import TextOptions, ending_ids, format_of
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Text
 from jaxalign.training.job import StartedModel, first_rows, iterate
@@ -56,6 +57,7 @@ def open_reward(
     *,
     dtype: str,
     sources: Sequence[Text] | None = None,
+    text: TextOptions | None = None,
     between_programs: bool = False,
 ) -> tuple[Reward, Params]:
     """The Reward of --reward.
@@ -66,6 +68,7 @@ def open_reward(
       tokenizer: its tokenizer.
       dtype: type that reward models compute in.
       sources: all prompts as they were given, by their index.
+      text: how the prompts became tokens.
       between_programs: of its programs, as in `rewards.from_text`.
 
     Returns:
@@ -74,7 +77,9 @@ def open_reward(
     Raises:
       ValueError: no such program, no scalar head.
     """
-    reader = rewards.Reader(tokens.text_format(tokenizer, eos_ids=lm.eos_ids), lm, sources, chats.prompt_chat)
+    reader = rewards.reader_of(
+        format_of(TextOptions() if text is None else text, tokenizer, lm.eos_ids), lm, sources, turns=chats.prompt_chat
+    )
 
     def open_model(role: str, folder: str, label: str | None) -> tuple[Reward, Params]:
         return rewards.open_reward(reader, folder, label=label, dtype=dtype, name=role)
@@ -95,7 +100,8 @@ def load_base(base: str, tokenizer: Any, *, dtype: str, model: str = "") -> tupl
       The base and its parameters.
 
     Raises:
-      ValueError: a folder of no language model; a base whose texts hold ids that this tokenizer reads as other tokens.
+      ValueError: a folder of no language model; a base whose texts hold ids that this tokenizer reads as other tokens,
+        or whose EOS it lacks.
     """
     lm, params = models.load(base, dtype=dtype)
     check_language_model("base", lm, base)
@@ -105,7 +111,9 @@ def load_base(base: str, tokenizer: Any, *, dtype: str, model: str = "") -> tupl
     known = 1 + max(tokenizer.get_vocab().values())
     if known >= lm.vocab_size:
         return lm, params
-    return models.match_vocabulary((lm, params), names=("base",), size=known)[0]
+    cut, cut_params = models.match_vocabulary((lm, params), names=("base",), size=known)[0]
+    models.check_ends_kept(lm, cut, name="base")
+    return cut, cut_params
 
 
 def roll_out(
@@ -117,6 +125,7 @@ def roll_out(
     out: pathlib.Path,
     stage: str,
     max_length: int,
+    text: TextOptions,
     model: str = "",
 ) -> list[Rollout]:
     """Makes roll-outs in shards; shards that are there are read.
@@ -129,6 +138,7 @@ def roll_out(
       out: run folder, in which rollouts/ is written.
       stage: name of the job on the progress bar.
       max_length: longest row [tokens], prompt and response.
+      text: how the prompts became tokens; what ends a response follows from it (`ending_ids`).
       model: as in `load_base`.
 
     Returns:
@@ -149,9 +159,10 @@ def roll_out(
     folder.mkdir(exist_ok=True)
     if lacking:
         lm, params = load_base(options.base, tokenizer, dtype=run.dtype, model=model)
-        policy = policies.language_model(lm)
         sources = [prompt.source for prompt in prompts]
-        reward, reward_params = open_reward(options.reward, lm, tokenizer, dtype=run.dtype, sources=sources)
+        lm = models.with_eos(lm, ending_ids(text, tokenizer, lm.eos_ids, sources))
+        policy = policies.language_model(lm)
+        reward, reward_params = open_reward(options.reward, lm, tokenizer, dtype=run.dtype, sources=sources, text=text)
         arguments = {"policy": params, "reward": reward_params}
         with _progress.progress(f"{stage}: roll-outs", len(prompts), unit="prompt") as bar:
             ends = lm.config.eos_ids
@@ -182,6 +193,7 @@ def roll_out_for(
         out=job.out,
         stage=job.stage,
         max_length=config.rows.max_length,
+        text=config.text,
         model=config.model.model or config.model.tokenizer,
     )
 

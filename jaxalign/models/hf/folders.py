@@ -37,7 +37,7 @@ SAMPLING = (
     "no_repeat_ngram_size",
     "num_beams",
 )
-"""Fields of generation_config.json that would change what transformers draws; no command reads them."""
+"""Fields of generation_config.json that change what transformers draws; they are used where that is asked for."""
 
 
 def load(
@@ -107,7 +107,10 @@ def _config_of(folder: pathlib.Path) -> Config:
     further = {name: value for name, value in values.items() if name not in WRITTEN and value is not None}
     settings = [f"{name}={further[name]}" for name in SAMPLING if name in further]
     if settings:
-        tell(f"{folder}: generation_config.json has {', '.join(settings)}, kept when the model is saved and not used")
+        tell(
+            f"{folder}: generation_config.json has {', '.join(settings)}, kept when the model is saved and not used "
+            "(--generation-config of eval.decode and generation_config= of text.generate use them)"
+        )
     return dataclasses.replace(config, eos_ids=eos, generation=json.dumps(further, sort_keys=True) if further else "")
 
 

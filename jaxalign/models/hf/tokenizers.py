@@ -84,6 +84,7 @@ def _read(folder: pathlib.Path) -> Any:
         if alone:
             _write_bos(loaded, folder)
         _name_specials(loaded, folder)
+    _tell_differences(loaded, folder)
     return loaded
 
 
@@ -137,6 +138,22 @@ def _name_specials(loaded: Any, folder: pathlib.Path) -> None:
                 break
     if named:
         tell(f"{folder}: without tokenizer_config.json the tokenizer has the {' and the '.join(named)}")
+
+
+def _tell_differences(loaded: Any, folder: pathlib.Path) -> None:
+    """Tells in one line which special ids of the tokenizer are not those of the model's files."""
+    values: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).exists():
+            values |= {role: i for role, i in read_json(folder / name).items() if i is not None}
+    found = []
+    for role, kind in (("bos_token", "BOS"), ("eos_token", "EOS"), ("pad_token", "pad")):
+        own, given = getattr(loaded, f"{role}_id", None), values.get(f"{role}_id")
+        known = given if isinstance(given, list) else [given]
+        if own is not None and given is not None and own not in known:
+            found.append(f"{kind} {getattr(loaded, role)!r} ({own}), where the model's files have {given}")
+    if found:
+        tell(f"{folder}: the tokenizer has {'; '.join(found)}")
 
 
 def _one_template(found: Any, wanted: str, folder: pathlib.Path) -> str | None:
