@@ -2,8 +2,8 @@
 
 One iteration is `collect` (draws and scores), `prepare` (advantages) and one or more steps of `loss` on rows of what
 came out; the policy's parameters serve both sides and never leave the device. Rows are {"prompt_tokens", "prompt_mask"
-[b,P], "tokens", "mask" [b,T], "old", "ref" [b,T] (log-probabilities when drawn, and of the reference), "beta" [b],
-"advantage" [b,T] or [b], and for PPO "value", "returns" [b,T]}.
+[b,P], "tokens", "mask" [b,T], "drawn", "old", "ref" [b,T] (log-probabilities of the sampler, of the policy before the
+first update, and of the reference), "beta" [b], "advantage" [b,T] or [b], and for PPO "value", "returns" [b,T]}.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def prepare(
         "tokens": flat(samples.tokens),
         "mask": mask,
     }
-    rows["old"] = jnp.where(mask, flat(samples.log_prob), 0)
+    rows["drawn"] = rows["old"] = jnp.where(mask, flat(samples.log_prob), 0)
     kl, value = None, None
     if both is not None:
         _, value, ref, kl = both(params, frozen, rows)
@@ -247,7 +247,9 @@ def _check_both(method: Method, both: ReadBoth | None) -> None:
 
 
 @cached
-def loss(method: Method, read: Read, both: ReadBoth | None = None, *, once: bool = False) -> Loss:
+def loss(
+    method: Method, read: Read, both: ReadBoth | None = None, *, once: bool = False, sampler_clip: float = 0.0
+) -> Loss:
     """Makes the clipped policy-gradient loss, with the KL term and PPO's value loss as the method says.
 
     Args:
@@ -256,14 +258,28 @@ def loss(method: Method, read: Read, both: ReadBoth | None = None, *, once: bool
       both: for the exact KL, in place of `read`.
       once: whether the rows serve one update, so that pi_old is the policy itself: its log-probability is that of this
         very pass, and each ratio is 1 exactly, whatever the rounding of the pass that drew.
+      sampler_clip: C > 0 weighs each token by min(pi_old/pi_sampler, C), which corrects for a sampler that is not the
+        policy itself (another type, temperature or engine); 0: no weights. Of ratios of tokens alone.
 
     Returns:
-      The loss of rows of `prepare`. Metrics: clipped (share of ratios outside the clip), drift (mean log pi_old/pi,
-      pi_old as it drew), value_error (PPO); with `once`, mismatch and mismatch_max (mean and largest |log pi_old/pi| of
-      a token, pi_old as it drew).
+      The loss of rows of `prepare`, whose "old" is `own_log_prob` where they serve several updates. Metrics: clipped
+      (share of ratios outside the clip); drift (mean log pi_sampler/pi of a response); mismatch and mismatch_max (mean
+      and largest |log pi_old/pi_sampler| of a token) and sampler_kl (mean of x − 1 − log x at x = pi_old/pi_sampler,
+      an estimate of KL(pi_sampler‖pi_old) of a token in nats); with sampler_clip, sampler_clipped (share of weights at
+      C); value_error (PPO).
+
+    Raises:
+      ValueError: a sampler_clip that is negative, or one with the ratio of whole responses (rloo without the exact KL).
     """
     _check_both(method, both)
     whole = method.algorithm == "rloo" and both is None
+    if not sampler_clip >= 0:
+        raise ValueError(f"sampler_clip: expected a value >= 0, found {sampler_clip}")
+    if sampler_clip and whole:
+        raise ValueError(
+            "sampler_clip: expected ratios of tokens (grpo, ppo, or the exact KL): a product of weights over a whole "
+            f"response has no bound, found {sampler_clip} for rloo"
+        )
 
     def measured(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         rows = batch
@@ -273,8 +289,13 @@ def loss(method: Method, read: Read, both: ReadBoth | None = None, *, once: bool
         else:
             log_prob, value, _, kl = both(params, frozen, rows)
         before = jax.lax.stop_gradient(log_prob) if once else old
+        drawn = rows.get("drawn", old)
+        apart = jnp.where(mask, at_least_float32(before) - drawn, 0)
+        advantage = rows["advantage"]
+        if sampler_clip:
+            advantage = advantage * jnp.minimum(jnp.exp(apart), sampler_clip)
         total = losses.policy_gradient(
-            log_prob, old_log_prob=before, advantage=rows["advantage"], mask=mask, clip=method.clip, whole=whole
+            log_prob, old_log_prob=before, advantage=advantage, mask=mask, clip=method.clip, whole=whole
         )
         if both is not None:
             total += rows["beta"].mean() * jnp.where(mask, kl, 0).sum(axis=-1).mean()
@@ -283,11 +304,16 @@ def loss(method: Method, read: Read, both: ReadBoth | None = None, *, once: bool
                 log_prob, log_prob_ref=rows["ref"], mask=mask, estimator=method.kl
             )
         clipped = losses.clipped_ratios(log_prob, old_log_prob=before, mask=mask, clip=method.clip, whole=whole).mean()
-        metrics = {"clipped": clipped, "drift": jnp.where(mask, old - log_prob, 0).sum(axis=-1).mean()}
-        if once:
-            apart = jnp.where(mask, jnp.abs(old - log_prob), 0)
-            metrics["mismatch"] = apart.sum() / jnp.maximum(mask.sum(), 1)
-            metrics["mismatch_max"] = apart.max()
+        count = jnp.maximum(mask.sum(), 1)
+        metrics = {
+            "clipped": clipped,
+            "drift": jnp.where(mask, drawn - log_prob, 0).sum(axis=-1).mean(),
+            "mismatch": jnp.abs(apart).sum() / count,
+            "mismatch_max": jnp.abs(apart).max(),
+            "sampler_kl": (jnp.expm1(apart) - apart).sum() / count,
+        }
+        if sampler_clip:
+            metrics["sampler_clipped"] = (mask & (jnp.exp(apart) >= sampler_clip)).sum() / count
         if method.algorithm == "ppo":
             assert value is not None
             error = losses.clipped_value(
@@ -298,6 +324,25 @@ def loss(method: Method, read: Read, both: ReadBoth | None = None, *, once: bool
         return total, LossAux(jnp.asarray(mask.shape[0]), metrics)
 
     return measured
+
+
+def own_log_prob(read: Callable[[Any], Array], rows: Any, *, batches: int) -> Array:
+    """The policy's own log-probabilities of rows, in batches of the size that the updates have.
+
+    They are pi_old where rows serve several updates. The sampler's own numbers are of another program and are rounded
+    in another way, in bfloat16 by enough to clip the ratios of a policy that has not moved.
+
+    Args:
+      read: rows -> log pi(y_t) [b,T], as the loss reads the policy.
+      rows: R rows of `prepare`.
+      batches: how many batches the updates take the rows in, a divisor of R.
+
+    Returns:
+      [R,T], 0 outside the mask.
+    """
+    parts = jax.tree.map(lambda x: x.reshape(batches, -1, *x.shape[1:]), rows)
+    found = jax.lax.map(read, parts)
+    return jax.lax.stop_gradient(jnp.where(rows["mask"], found.reshape(rows["mask"].shape), 0))
 
 
 def trim(drawn: decoding.BestOfNInfo, length: int) -> decoding.BestOfNInfo:

@@ -177,7 +177,9 @@ def train_policy(
     )
     once = learner.options.passes * learner.options.minibatches == 1
     read = policy_gradient.of_model(learner.lm)
-    loss = policy_gradient.loss(learner.method, read, read_both(learner), once=once)
+    loss = policy_gradient.loss(
+        learner.method, read, read_both(learner), once=once, sampler_clip=learner.options.sampler_clip
+    )
 
     def assembled(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         return loss(learner.assemble(params, frozen), batch, frozen)

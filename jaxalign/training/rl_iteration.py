@@ -134,6 +134,10 @@ def make_iteration(
             learner.method, read_model, reference, whole, frozen, prompts, drawn, beta, both=both
         )
         counts = {"minibatches": options.minibatches, "accumulate": learner.accumulate}
+        if options.passes * options.minibatches > 1:
+            own = (lambda rows: both(whole, frozen, rows)[0]) if both else (lambda rows: read_model(whole, rows)[0])
+            count = options.minibatches * learner.accumulate
+            rows["old"] = policy_gradient.own_log_prob(own, rows, batches=count)
         order = [jax.random.fold_in(rng, i) for i in range(options.passes)]
         return [part for key in order for part in policy_gradient.split(rows, key, **counts)], metrics
 

@@ -53,6 +53,10 @@ class RLOptions:
     """Passes over an iteration's responses."""
     ratio_clip: float = 0.2
     """Largest change of a token's probability ratio (rloo: of a response's) that is rewarded."""
+    sampler_clip: float = 0.0
+    """Weigh each token by its probability under the policy over that under the sampler, at most this (2 is usual):
+    corrects for the rounding of a sampler in bfloat16, which the metrics mismatch and sampler_kl show. 0: no weights.
+    Of ratios by token: grpo, ppo, or --kl exact."""
     decay: float = 0.95
     """ppo: decay of generalised advantages, in [0, 1]."""
     value_weight: float = 0.1
@@ -94,6 +98,12 @@ def check_rl_options(options: RLOptions, *, batch_size: int, accumulate: int) ->
       ValueError: it names the option, what was expected and what was found.
     """
     check_finite(options, "ratio_clip", above=True)
+    check_finite(options, "sampler_clip")
+    if options.sampler_clip and options.algorithm == "rloo" and options.kl != "exact":
+        raise ValueError(
+            f"sampler_clip: expected with ratios by token (grpo, ppo, or --kl exact), found {options.sampler_clip} "
+            "with rloo, whose ratio is of a whole response"
+        )
     least = 1 if options.algorithm == "ppo" else 2
     if options.samples < least:
         raise ValueError(f"samples: expected at least {least} for {options.algorithm}, found {options.samples}")

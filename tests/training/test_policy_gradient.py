@@ -4,6 +4,7 @@ E[r] − beta·KL, or, where it is not, the one that its docstring says."""
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -234,6 +235,35 @@ def test_the_mean_gradient_of_the_exact_kl_is_that_of_the_regularised_reward_wit
     for mean, _ in found.values():
         np.testing.assert_allclose(mean, expected, atol=1e-12)
     assert found["exact"][1] < found["reward"][1]
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_weights_of_a_tempered_sampler_give_the_policys_own_gradient(once):
+    """Of texts of one token, listed with the sampler's law; a cut at C takes the rest of a weight away."""
+    flat = tree.Tree(4, 1, eos_id=None)
+    _, reward, policy = problem(flat)
+    own = log_probs(policy, flat)
+    drawn = jax.nn.log_softmax(own[:, 0] / 1.1)[:, None]
+    mask = jnp.ones_like(own, bool)
+    rows = {"mask": mask, "drawn": drawn, "old": drawn if once else own, "advantage": reward[:, None]}
+    read = lambda params, rows: (log_probs(params, flat), None)  # noqa: E731
+
+    def gradient(cap: float) -> jax.Array:
+        loss = policy_gradient.loss(policy_gradient.Method("grpo"), read, once=once, sampler_clip=cap)
+        weighted_rows = rows | {"advantage": rows["advantage"] * len(own) * jnp.exp(drawn)}
+        return -jax.grad(lambda p: loss(p, weighted_rows, None)[0])(policy)
+
+    expected = jax.grad(lambda p: gibbs.utility(log_probs(p, flat).sum(axis=1), reward))(policy)
+    np.testing.assert_allclose(gradient(math.inf), expected, atol=1e-12)
+    assert np.abs(gradient(0.0) - expected).max() > 1e-3
+    assert np.abs(gradient(1.0) - expected).max() > 1e-3
+
+
+def test_sampler_weights_of_whole_responses_are_refused():
+    with pytest.raises(ValueError, match="sampler_clip: expected ratios of tokens"):
+        policy_gradient.loss(policy_gradient.Method("rloo"), read_table, sampler_clip=2.0)
+    with pytest.raises(ValueError, match="sampler_clip: expected a value >= 0, found -1"):
+        policy_gradient.loss(policy_gradient.Method("grpo"), read_table, sampler_clip=-1.0)
 
 
 def test_the_exact_kl_and_its_reader_come_together():
