@@ -13,6 +13,7 @@ from tests.token_cases import byte_level
 from train import sft
 
 
+@pytest.mark.filterwarnings("ignore:.*the tokenizer has EOS")
 @pytest.mark.parametrize("option", [(), ("--eos-token", "<|user|>")])
 def test_all_responses_of_a_trained_model_end_though_its_base_ends_elsewhere(option, tmp_path):
     tokenizer = byte_level(eos_token="<|im_end|>")

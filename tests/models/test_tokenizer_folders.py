@@ -169,7 +169,7 @@ def test_code_of_a_model_is_refused(tmp_path):
 
 
 def test_an_adapters_folder_without_a_tokenizer_has_its_bases(tmp_path):
-    lm, params = tiny_lm(0)
+    lm, params = tiny_lm(0, eos_ids=(2,))
     models.save(tmp_path / "base", lm, params, tokenizer=token_cases.byte_level())
     spec = models.Lora(2)
     adapter = models.lora.init(jax.random.key(0), lm, spec)
