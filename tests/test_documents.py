@@ -214,6 +214,10 @@ def test_every_public_name_is_listed_with_its_parameters(package):
                 assert re.search(rf"\b{parameter}: ", line), (name, parameter)
 
 
+OF_EVERY_JOB = {"--help", "--debug", "--version", "--skip-bad"}
+OF_EVERY_JOB |= {"--distributed", "--coordinator", "--num-processes", "--process-id"}
+
+
 @pytest.mark.parametrize("page", [page for page in TEXTS if page != "CHANGELOG.md"])
 def test_options_in_backticks_are_some_jobs(page):
     """`--lora-rank`, `eval.decode --top-k`: an option belongs to the job named before it, or to some job."""
@@ -223,7 +227,7 @@ def test_options_in_backticks_are_some_jobs(page):
         job = re.search(r"\b(train|eval)\.(\w+)", code)
         names = every_option() if job is None else options_of(importlib.import_module(job[0]))
         wrong = {option for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code) if option not in names}
-        assert not wrong - {"--help", "--debug", "--version", "--skip-bad"}, code
+        assert not wrong - OF_EVERY_JOB, code
 
 
 def options_of(module) -> set[str]:
