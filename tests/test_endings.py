@@ -115,7 +115,9 @@ def test_differences_of_the_three_files_are_told_once(folder, tmp_path):
         models.tokenizer(root / "base")
 
 
-@pytest.mark.filterwarnings("ignore:.*the tokenizer has", "ignore:.*that no text holds are lacking")
+@pytest.mark.filterwarnings(
+    "ignore:.*the tokenizer has", "ignore:.*that no text holds are lacking", "ignore:.*rows cut to"
+)
 def test_a_base_of_rollouts_keeps_its_end(folder, tmp_path):
     root, *_ = folder
     tokenizer, lm, *_ = ended_by("<|im_end|>")
