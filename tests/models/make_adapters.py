@@ -1,4 +1,5 @@
-"""python -m tests.models.make_adapters: writes tests/models/adapters, tiny adapters by peft and what peft computes.
+"""python -m tests.models.make_adapters [NAME …]: writes tests/models/adapters, tiny adapters by peft and what peft
+computes; of these names alone where some are given.
 
 Needs torch and peft. The bases are the checkpoints of tests/models/golden; an adapter's weights are random with a seed,
 large enough that a wrong scale, rank or target shows. The outputs are those of PeftModel's own forward in float32, of
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +71,18 @@ CASES = {
     ),
     "lm_head": Case("llama", LM, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "r": 2}),
     "lm_head_tied": Case("llama3", LM, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"], "r": 2}),
+    "gpt2": Case("gpt2", LM, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "r": 2}),
+    "phi3": Case("phi3", LM, {"target_modules": "all-linear", "r": 2}),
+    "gpt_neox": Case("gpt_neox", LM, {"target_modules": ["query_key_value", "dense", "dense_4h_to_h"], "r": 2}),
+    "falcon": Case("falcon40", LM, {"target_modules": "all-linear", "r": 2}),
+    "gemma2": Case("gemma2", LM, {"target_modules": EVERY, "r": 2}),
+    "gemma3": Case("gemma3", LM, {"target_modules": ["q_proj", "v_proj"], "r": 2}),
+    "olmo2": Case("olmo2", LM, {"target_modules": ["k_proj", "up_proj"], "r": 2}),
+    "opt": Case("opt", LM, {"target_modules": ["q_proj", "v_proj", "fc1"], "r": 2}),
+    "smollm3": Case("smollm3", LM, {"target_modules": ["o_proj", "gate_proj"], "r": 2}),
+    "granite": Case("granite", LM, {"target_modules": ["v_proj", "down_proj"], "r": 2}),
+    "mixtral": Case("mixtral", LM, {"target_modules": ["q_proj", "o_proj"], "r": 2}),
+    "qwen3_moe": Case("qwen3_moe", LM, {"target_modules": ["k_proj", "v_proj"], "r": 2}),
     "score": Case("llama_reward", CLASSIFIER, {"target_modules": EVERY, "task_type": "SEQ_CLS", "r": 2}),
     "score_of_a_language_model": Case("qwen2", CLASSIFIER, {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}),
 }
@@ -109,7 +123,8 @@ def outputs(case: Case, folder: pathlib.Path) -> np.ndarray:
 
 
 def main() -> None:
-    for name, case in CASES.items():
+    for name in sys.argv[1:] or CASES:
+        case = CASES[name]
         model, folder = build(case), ADAPTERS / name
         model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
