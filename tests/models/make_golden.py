@@ -8,13 +8,13 @@ what the model's own `forward` gives: which token a classifier is read at is tra
 
 from __future__ import annotations
 
-import inspect
 import json
 import pathlib
 import sys
 
 import numpy as np
 
+from jaxalign.evaluation.parity import forward
 from tests.models.families import (
     CHECKPOINTS,
     COLUMNS,
@@ -50,27 +50,6 @@ def build(name: str):
             parameter.copy_((shift + scale * torch.randn_like(parameter)).bfloat16())
         model.tie_weights()
     return model
-
-
-def forward(model, tokens: list[list[int]], mask: list[list[int]]) -> np.ndarray:
-    """The model's own logits or scores of padded rows, at positions that count real tokens.
-
-    Rotary frequencies that read a text's length read the longest of a batch in transformers, and may keep those of the
-    batch before: such a model reads row by row, each after a row of one token."""
-    import torch
-
-    settings = getattr(model.config, "rope_parameters", None) or {}
-    alone = settings.get("rope_type") in ("dynamic", "longrope")
-    found = []
-    with torch.no_grad():
-        for part in [slice(b, b + 1) for b in range(len(tokens))] if alone else [slice(None)]:
-            if alone:
-                model(input_ids=torch.tensor([[7]]))
-            given = {"attention_mask": torch.tensor(mask[part])}
-            if "position_ids" in inspect.signature(model.forward).parameters:
-                given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            found.append(model(input_ids=torch.tensor(tokens[part]), **given).logits)
-    return torch.cat(found).numpy()
 
 
 def outputs(model, padding: str, rows: list[list[int]] = ROWS) -> np.ndarray:
