@@ -39,7 +39,18 @@ class Options:
 
 
 def check(options: Options, batch: tuple[int, ...]) -> Mesh | None:
-    """The mesh, after value checks that need no model. ValueErrors name the option."""
+    """Checks options that need no model.
+
+    Args:
+      options: of the benchmark.
+      batch: its batch sizes.
+
+    Returns:
+      The mesh, or None for one device.
+
+    Raises:
+      ValueError: a value out of range; the option is named.
+    """
     if not batch or min(batch) < 1:
         raise ValueError(f"batch: expected sizes of at least 1, found {batch}")
     for field in dataclasses.fields(options):
@@ -56,19 +67,46 @@ def check(options: Options, batch: tuple[int, ...]) -> Mesh | None:
 
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
-    """Parameters or a state on the mesh, by the table of logical axes."""
+    """Puts parameters or a state on the mesh, by the table of logical axes.
+
+    Args:
+      tree: the arrays.
+      mesh: the mesh; None leaves them where they are.
+
+    Returns:
+      The same tree.
+    """
     return tree if mesh is None else sharding.shard(tree, mesh, others=True)
 
 
 def share(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays on the mesh, their rows shared by its devices."""
+    """Puts arrays on the mesh, their rows shared by its devices.
+
+    Args:
+      tree: arrays with the rows first.
+      mesh: the mesh; None leaves them where they are.
+
+    Returns:
+      The same tree.
+    """
     return tree if mesh is None else jax.device_put(tree, sharding.batch_sharding(mesh))
 
 
 def config(
     *, layers: int = 8, width: int = 512, vocab: int = VOCAB, length: int = 2048, head: models.Head | None = None
 ) -> models.Config:
-    """A Llama of 33.7 M parameters at the default size: 8 layers, width 512, 8 heads, vocabulary 8192, untied."""
+    """Gives the shape of the benchmarks' Llama: 33.7 M parameters at the default size, 8 heads, untied.
+
+    Args:
+      layers: number of layers.
+      width: hidden size.
+      vocab: V.
+      length: longest text [tokens].
+      head: a head in place of lm_head; None for a language model.
+
+    Returns:
+      The Config.
+    """
     return models.Config(
         vocab_size=vocab,
         hidden_size=width,
@@ -84,19 +122,47 @@ def config(
 
 
 def build(seed: int, cfg: models.Config, dtype: str = "float32") -> tuple[models.LanguageModel, Any]:
-    """(model, random parameters)."""
+    """Makes a model of random weights.
+
+    Args:
+      seed: of the weights.
+      cfg: the model's shape.
+      dtype: of computation and weights.
+
+    Returns:
+      (model, parameters).
+    """
     lm = models.LanguageModel(cfg, dtype=dtype)
     return lm, lm.init(jax.random.key(seed))
 
 
 def prompts(batch: int, length: int, seed: int = 0, *, vocab: int = VOCAB) -> TokenBatch:
-    """Random prompts without padding: torch's generate is given its easiest case."""
+    """Draws prompts without padding: torch's generate is given its easiest case.
+
+    Args:
+      batch: B.
+      length: P [tokens].
+      seed: of the tokens.
+      vocab: V.
+
+    Returns:
+      A TokenBatch [B,P].
+    """
     tokens = jax.random.randint(jax.random.key(seed), (batch, length), 1, vocab, jnp.int32)
     return TokenBatch(tokens, jnp.ones((batch, length), bool))
 
 
 def torch_twin(lm: models.LanguageModel, params: Any, cls: str) -> Any:
-    """The same weights in transformers' torch model, through a Hugging Face folder."""
+    """Gives the same weights in transformers' torch model, through a Hugging Face folder.
+
+    Args:
+      lm: the model.
+      params: its parameters.
+      cls: the name of the class in transformers.
+
+    Returns:
+      The torch model, in evaluation mode.
+    """
     import torch
     import transformers
 
@@ -108,7 +174,16 @@ def torch_twin(lm: models.LanguageModel, params: Any, cls: str) -> Any:
 
 
 def alternate(runs: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of each run, the runs taking turns so that a slow spell of the machine meets all of them."""
+    """Times runs that take turns, so that a slow spell of the machine meets all of them.
+
+    Args:
+      runs: functions by name, each of which waits for its result.
+      repeats: timed rounds.
+      warmup: rounds before them.
+
+    Returns:
+      The median seconds of each.
+    """
     for run in runs.values():
         for _ in range(warmup):
             run()
@@ -122,13 +197,23 @@ def alternate(runs: dict[str, Callable[[], Any]], *, repeats: int, warmup: int =
 
 
 def device() -> str:
-    """The device of the figures, in words."""
+    """Gives the device of the figures, in words.
+
+    Returns:
+      Its kind; of a CPU also the number of cores.
+    """
     kind = jax.devices()[0].device_kind
     return f"{kind} ({os.cpu_count()} cores, {platform.machine()})" if kind == "cpu" else kind
 
 
 def report(name: str, rows: list[dict[str, Any]], out: str) -> None:
-    """Prints the rows as a table and, with `out`, writes them to DIR/name.json (temporary name, then rename)."""
+    """Prints the rows as a table and, with `out`, writes them to a file (temporary name, then rename).
+
+    Args:
+      name: of the benchmark.
+      rows: of equal columns.
+      out: a folder for NAME.json; "" for none.
+    """
     print(f"{name} on {device()}, jax {jax.__version__}")
     columns = list(rows[0])
     cells = [columns] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]

@@ -43,7 +43,16 @@ class Config(common.Options):
 
 
 def bisection(utility: np.ndarray, gain: float, steps: int) -> np.ndarray:
-    """The root of F(m) = Σ w_m·(u − m) per row [P,n], as the paper solves it, vectorised over prompts."""
+    """Solves F(m) = Σ w_m·(u − m) per row as the paper does, vectorised over prompts.
+
+    Args:
+      utility: [P,n].
+      gain: bound/beta.
+      steps: bisections.
+
+    Returns:
+      The roots [P], in units of utility.
+    """
     low, high = utility.min(axis=1), utility.max(axis=1)
     weight = np.float32(np.exp(gain))
     for _ in range(steps):
@@ -55,7 +64,15 @@ def bisection(utility: np.ndarray, gain: float, steps: int) -> np.ndarray:
 
 
 def sorted_prefix(utility: Array, gain: float) -> Array:
-    """The same root as the largest of n weighted means of a sorted row: what `optimal_threshold` is measured by."""
+    """Gives the same root as the largest of n weighted means of a sorted row: what `optimal_threshold` is measured by.
+
+    Args:
+      utility: [P,n].
+      gain: bound/beta.
+
+    Returns:
+      The roots [P], in units of utility.
+    """
     u = -jnp.sort(-utility, axis=-1)
     n = u.shape[-1]
     low = jnp.exp(-gain)

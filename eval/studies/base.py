@@ -36,17 +36,30 @@ class World(NamedTuple):
 
 
 class Responses(NamedTuple):
-    """Arrays [prompts, n]. proxy: the reward model's; gold: the program's; loaded: whether a sentence is loaded to one
-    side; kl: of the decoder, summed over steps [nats], 0 for the base."""
+    """What was measured of responses; arrays [prompts, n]."""
 
     proxy: np.ndarray
+    """The reward model's number."""
     gold: np.ndarray
+    """The program's."""
     loaded: np.ndarray
+    """Whether a sentence is loaded to one side."""
     kl: np.ndarray
+    """Of the decoder to the base, summed over steps [nats]; 0 for the base."""
 
 
 def load(run: str) -> World:
-    """ValueError where the folder is not that of a finished train.quickstart."""
+    """Reads a finished quickstart.
+
+    Args:
+      run: its folder.
+
+    Returns:
+      A World.
+
+    Raises:
+      ValueError: the folder is not that of a finished train.quickstart.
+    """
     folder = pathlib.Path(run)
     if not (folder / "results.json").exists():
         raise ValueError(f"run: expected the folder of a finished train.quickstart, found no results.json in {folder}")
@@ -57,14 +70,33 @@ def load(run: str) -> World:
 
 
 def political(world: World) -> np.ndarray:
-    """[prompts]: whether the topic is a political one."""
+    """Tells which prompts are on a political topic.
+
+    Args:
+      world: the quickstart's.
+
+    Returns:
+      [prompts] bool.
+    """
     return np.array([opinions.topic_of(prompt) in opinions.POLITICAL for prompt in world.prompts])
 
 
 def respond(
     world: World, policy: Policy, params: Params, *, n: int, seed: int, rows: np.ndarray | None = None
 ) -> Responses:
-    """n responses per prompt (of the given rows) by any Policy."""
+    """Draws responses by any Policy and measures them.
+
+    Args:
+      world: the quickstart's.
+      policy: what is drawn from.
+      params: its parameters.
+      n: responses per prompt.
+      seed: of the draws.
+      rows: which prompts; all when None.
+
+    Returns:
+      Responses [rows, n].
+    """
     chosen = np.arange(len(world.ids)) if rows is None else rows
     reward = rewards.from_model(world.reward_model[0])
     size = max(PER_BATCH // n, 1)
@@ -93,7 +125,19 @@ def respond(
 def measure(
     world: World, rows: np.ndarray, tokens: np.ndarray, mask: np.ndarray, proxy: np.ndarray, kl: np.ndarray
 ) -> Responses:
-    """The world's own measures of responses [rows, n, T]."""
+    """Measures responses by the world's own program.
+
+    Args:
+      world: the quickstart's.
+      rows: [R], their prompts.
+      tokens: [R,n,T] ids.
+      mask: [R,n,T].
+      proxy: [R,n], the reward model's.
+      kl: [R,n], of the decoder, in nats.
+
+    Returns:
+      Responses [R,n].
+    """
     gold, loaded = np.zeros(proxy.shape), np.zeros(proxy.shape, bool)
     for i, j in np.ndindex(*proxy.shape):
         ids = tokens[i, j][mask[i, j]].tolist()
@@ -105,7 +149,18 @@ def measure(
 
 
 def base_samples(world: World, *, n: int, seed: int) -> Responses:
-    """n responses of the base to every held-out prompt; kept in the run's folder, since several studies use them."""
+    """Draws responses of the base to every held-out prompt.
+
+    They are kept in the run's folder, since several studies use them.
+
+    Args:
+      world: the quickstart's.
+      n: responses per prompt.
+      seed: of the draws.
+
+    Returns:
+      Responses [prompts, n].
+    """
     path = world.folder / "frontier" / f"base_{n}_{seed}.npz"
     if path.exists():
         with np.load(path) as found:
@@ -130,7 +185,21 @@ def accepted(
     n: int,
     seed: int,
 ) -> tuple[Responses, float]:
-    """(n exact draws per prompt from base·exp(reward/beta)/Z, by rejection; the share of draws that were accepted)."""
+    """Draws exactly from base·exp(reward/beta)/Z, by rejection.
+
+    Args:
+      world: the quickstart's.
+      reward: a Reward that is at most bound.
+      reward_params: its parameters.
+      beta: the KL weight, in units of reward per nat.
+      bound: the largest reward.
+      rows: [R], which prompts.
+      n: responses per prompt.
+      seed: of the draws.
+
+    Returns:
+      (Responses [R,n], the share of draws that were accepted).
+    """
     policy, eos_ids = policies.language_model(world.base[0]), world.base[0].config.eos_ids
     prompts = prompt_batch([world.ids[i] for i in rows], index=rows.tolist())
     params = {"policy": world.base[1], "reward": reward_params, "beta": beta, "bound": bound}
@@ -163,8 +232,21 @@ def accepted(
 def train_head(
     world: World, name: str, objective: Any, *, bound: float, sharpness: float = 0.0, **changed: Any
 ) -> tuple[models.LanguageModel, Params]:
-    """A head for a shaped reward at beta 1, trained as the quickstart's value model and on its roll-outs unless
-    `changed` says otherwise; kept in the run's folder."""
+    """Trains a head for a shaped reward at beta 1, as the quickstart's value model and on its roll-outs.
+
+    The head is kept in the run's folder.
+
+    Args:
+      world: the quickstart's.
+      name: of the head's folder.
+      objective: of `train.value`.
+      bound: the largest reward.
+      sharpness: of the sigmoid form; 0 for the step.
+      changed: other options of `train.value`.
+
+    Returns:
+      (model, parameters).
+    """
     out = world.folder / "frontier" / name
     made = json.loads((world.folder / "value" / "config.json").read_text())
     made |= {"objective": objective, "bound": bound, "beta": 1.0, "sharpness": sharpness, "config": ""}
@@ -176,8 +258,20 @@ def train_head(
 def align(
     world: World, name: str, *, prompts: pathlib.Path, bound: float, samples: int, steps: int, seed: int
 ) -> Params:
-    """The base trained by train.rl on the threshold reward of the learned one at beta 1, thresholds from that many base
-    samples per prompt; kept in the run's folder."""
+    """Trains the base by train.rl on the threshold reward of the learned one at beta 1; it is kept in the run's folder.
+
+    Args:
+      world: the quickstart's.
+      name: of the policy's folder.
+      prompts: a file of the prompts to train on.
+      bound: the largest reward.
+      samples: base samples per prompt that the thresholds are solved from.
+      steps: of training.
+      seed: of the draws.
+
+    Returns:
+      The policy's parameters.
+    """
     out = world.folder / "frontier" / name
     shared: dict[str, Any] = {
         "prompts": str(prompts),
@@ -194,7 +288,14 @@ def align(
 
 
 def political_prompts(world: World) -> pathlib.Path:
-    """A file of the political prompts among those that the run's models were trained on."""
+    """Writes the political prompts among those that the run's models were trained on.
+
+    Args:
+      world: the quickstart's.
+
+    Returns:
+      The file.
+    """
     path = world.folder / "frontier" / "political.jsonl"
     if path.exists():
         return path

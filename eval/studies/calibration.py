@@ -32,14 +32,25 @@ class Options(common.Options):
 
 
 class Prompts(NamedTuple):
-    """Random prompts, [prompts, outcomes]. log_base; reward ~ N(0,1) without ties, rank: its order."""
+    """Random prompts over a finite set of outcomes."""
 
     log_base: Array
+    """[prompts, outcomes], in nats."""
     reward: Array
+    """[prompts, outcomes], ~ N(0,1), without ties."""
     rank: Array
+    """[prompts, outcomes], the reward's order from 0."""
 
 
 def random_prompts(config: Options) -> Prompts:
+    """Draws prompts.
+
+    Args:
+      config: how many, and over how many outcomes.
+
+    Returns:
+      Prompts.
+    """
     rng = np.random.default_rng(config.seed)
     log_base = np.log(rng.dirichlet(np.ones(config.outcomes), config.prompts))
     reward = rng.normal(size=log_base.shape)
@@ -48,7 +59,16 @@ def random_prompts(config: Options) -> Prompts:
 
 @functools.partial(jax.jit, static_argnames="kl")
 def at_mean_kl(log_base: Array, reward: Array, *, kl: float) -> Array:
-    """log of the tilted policies [prompts, outcomes] of the one beta at which their mean KL to the base is `kl`."""
+    """Gives the tilted policies of the one beta at which their mean KL to the base is a given one.
+
+    Args:
+      log_base: [prompts, outcomes], in nats.
+      reward: [prompts, outcomes].
+      kl: the mean KL, in nats.
+
+    Returns:
+      [prompts, outcomes], log-probabilities in nats.
+    """
 
     def policy(log_beta: Array) -> Array:
         return gibbs.log_policy(log_base, reward, beta=jnp.exp(log_beta))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -16,8 +16,12 @@ from jaxalign.types import Array, ArrayLike
 
 from ..bench.common import device
 
-Shape = Callable[[Any, Any], Array]
-"""f(utility [...,n], reference [...,K]) -> reward [...,n]."""
+
+class Shape(Protocol):
+    """A shaping: utility [...,n] and the utilities of base samples [...,K] -> reward [...,n]."""
+
+    def __call__(self, utility: Any, reference: Any, /) -> Array: ...
+
 
 STYLES: dict[str, tuple[str, str]] = {
     # Okabe and Ito's colours, and a marker each: told apart without colour, too.
@@ -54,7 +58,14 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Counts are positive, lists are not empty, numbers are positive and finite. ValueErrors name the option."""
+    """Checks options: counts are positive, lists are not empty, numbers are positive and finite.
+
+    Args:
+      options: of the study.
+
+    Raises:
+      ValueError: one that is not; the option is named.
+    """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.name == "seed" or isinstance(value, str | bool):
@@ -68,8 +79,19 @@ def check(options: Options) -> None:
 
 
 def shapes(bound: float, beta: float, *, sharpness: float) -> dict[str, Shape]:
-    """Every shaping at one bound and one KL weight of the follower. Calibrated rewards (InfAlign) run from 0 to the
-    bound; "calibrated, threshold" is the leader's answer when quantiles are its utility."""
+    """Gives every shaping at one bound and one KL weight of the follower, by name.
+
+    Calibrated rewards (InfAlign) run from 0 to the bound; "calibrated, threshold" is the leader's answer when quantiles
+    are its utility.
+
+    Args:
+      bound: the largest reward.
+      beta: the follower's KL weight, in units of reward per nat.
+      sharpness: of the sigmoid forms, in 1/units of utility.
+
+    Returns:
+      name -> Shape.
+    """
     exponential = infalign.parse_transform("exp:10")
 
     def ranks(u: ArrayLike, reference: ArrayLike) -> Array:
@@ -96,13 +118,31 @@ def shapes(bound: float, beta: float, *, sharpness: float) -> dict[str, Shape]:
 
 
 def estimate(name: str, values: Any) -> dict[str, float | None]:
-    """{name: mean, name_95: half-width of its 95 % interval} over independent cases."""
+    """Gives the mean of independent cases with its interval, as entries of a row.
+
+    Args:
+      name: of the column.
+      values: one per case.
+
+    Returns:
+      {name: mean, name_95: half-width of its 95 % interval, None for a single case}.
+    """
     found = metrics.mean_interval(np.asarray(values))
     return {name: found.mean, f"{name}_95": None if math.isnan(found.half_width) else found.half_width}
 
 
 def report(name: str, options: Options, rows: Sequence[dict[str, Any]], *, digits: int = 3) -> pathlib.Path:
-    """Prints the rows with that many decimals, writes NAME.json; gives the folder."""
+    """Prints the rows and writes them to a file.
+
+    Args:
+      name: of the study.
+      options: its options, which the file holds too.
+      rows: of the table.
+      digits: decimals printed.
+
+    Returns:
+      The folder of NAME.json.
+    """
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     given = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("out", "config", "run")}
@@ -113,7 +153,12 @@ def report(name: str, options: Options, rows: Sequence[dict[str, Any]], *, digit
 
 
 def table(rows: Sequence[dict[str, Any]], *, digits: int = 3) -> None:
-    """One line per row, a mean followed by its half-width; a heading wherever the columns change."""
+    """Prints one line per row, a mean followed by its half-width; a heading wherever the columns change.
+
+    Args:
+      rows: of the table.
+      digits: decimals printed.
+    """
     last: list[str] | None = None
     for row in rows:
         names = [name for name in row if not name.endswith("_95")]
@@ -141,7 +186,12 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: pathlib.Path) -> None:
-    """Under a temporary name, then renamed."""
+    """Writes a figure under a temporary name, then renames it.
+
+    Args:
+      figure: of matplotlib.
+      path: of the file.
+    """
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=130, format="png")
     temporary.replace(path)
@@ -150,7 +200,15 @@ def save(figure: Any, path: pathlib.Path) -> None:
 
 
 def curve(axes: Any, rows: Sequence[dict[str, Any]], x: str, y: str, name: str, **style: Any) -> None:
-    """A line through rows in order, with the intervals of y, in the colour and marker of a shaping."""
+    """Draws a line through rows in order, with the intervals of y, in the colour and marker of a shaping.
+
+    Args:
+      axes: of matplotlib.
+      rows: of the table.
+      x, y: columns.
+      name: of the shaping.
+      style: further arguments of matplotlib.
+    """
     colour, marker = STYLES[name]
     style = {"color": colour, "marker": marker, "label": name, "ms": 4.5, "lw": 1.3, "capsize": 2} | style
     axes.errorbar([r[x] for r in rows], [r[y] for r in rows], [r.get(f"{y}_95") or 0 for r in rows], **style)

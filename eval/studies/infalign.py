@@ -49,13 +49,30 @@ class Config(calibration.Options):
 
 
 def transform_of(name: str, n: int, procedure: str) -> infalign.Transform:
-    """A transform by its name on a command line; "power" is that of the procedure."""
+    """Gives a transform by its name on a command line.
+
+    Args:
+      name: as `parse_transform` reads it, or "power" for that of the procedure.
+      n: the N of the procedure.
+      procedure: "best_of_n" or "worst_of_n".
+
+    Returns:
+      A Transform.
+    """
     return infalign.parse_transform(f"{'bon' if procedure == 'best_of_n' else 'won'}:{n}" if name == "power" else name)
 
 
 def optimum(procedure: str, n: int, kls: Any) -> tuple[np.ndarray, infalign.Curve]:
-    """(beta, curve), [KL] each, of the optimal transform at given KL: a sweep of beta, then secants in log beta against
-    log KL. NaN where the KL needs a beta below the sweep."""
+    """Gives the optimal transform at given KL: a sweep of beta, then secants in log beta against log KL.
+
+    Args:
+      procedure: "best_of_n" or "worst_of_n".
+      n: its N.
+      kls: [KL], in nats.
+
+    Returns:
+      (beta, Curve), [KL] each; NaN where the KL needs a beta below the sweep.
+    """
     runs = infalign.best_of(n) if procedure == "best_of_n" else infalign.worst_of(n)
     wanted = np.log(np.asarray(kls))
     sweep = np.linspace(np.log(1e-5), np.log(4.0), max(len(wanted), 32))
@@ -83,7 +100,17 @@ def optimum(procedure: str, n: int, kls: Any) -> tuple[np.ndarray, infalign.Curv
 
 
 def curves(procedure: str, n: int, kls: Any, names: Sequence[str]) -> dict[str, tuple[Any, infalign.Curve]]:
-    """transform -> (beta, curve), [KL] each, at given KL."""
+    """Gives the curve of each transform at given KL.
+
+    Args:
+      procedure: "best_of_n" or "worst_of_n".
+      n: its N.
+      kls: [KL], in nats.
+      names: of the transforms.
+
+    Returns:
+      name -> (beta, Curve), [KL] each.
+    """
     found: dict[str, tuple[Any, infalign.Curve]] = {}
     for name in names:
         if name == "optimum":

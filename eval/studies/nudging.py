@@ -41,12 +41,16 @@ class Config(common.Options):
 
 
 class Found(NamedTuple):
-    """Per prompt: proxy, gold, surprise (-log pi_ref of the response), passes (tokens through models)."""
+    """What was measured of each prompt's response."""
 
     proxy: np.ndarray
+    """The reward model's number."""
     gold: np.ndarray
+    """The program's."""
     surprise: np.ndarray
+    """−log pi_ref of the response [nats]."""
     passes: np.ndarray
+    """Tokens through models."""
 
 
 def next_of_all(

@@ -14,8 +14,19 @@ RATES = ("win_rate", "best_of_n", "worst_of_n")
 
 
 def closed_form(text: str, kl: np.ndarray, n: int) -> tuple[np.ndarray, infalign.Curve]:
-    """(beta, curve), [KL] each, of a transform of the calibrated reward at given KL; call it under enable_x64. NaN, or
-    ValueError, beyond the KL that it reaches."""
+    """Gives the closed form of a transform of the calibrated reward at given KL; call it under enable_x64.
+
+    Args:
+      text: the transform, as `parse_transform` reads it.
+      kl: [KL], in nats.
+      n: the N of the procedures.
+
+    Returns:
+      (beta, Curve), [KL] each; NaN beyond the KL that it reaches.
+
+    Raises:
+      ValueError: a KL that is not reached.
+    """
     if infalign.needs_beta(text):
         kind, _, its_n = text.partition(":")
         best = kind == "bon_fp"
@@ -30,7 +41,15 @@ def closed_form(text: str, kl: np.ndarray, n: int) -> tuple[np.ndarray, infalign
 
 
 def beta_for(reward: np.ndarray, kl: float) -> float:
-    """The one beta at which the mean over prompts of KL(Gibbs‖base) is kl, from rewards [prompts,K] of base samples."""
+    """Gives the one beta at which the mean over prompts of KL(Gibbs‖base) is a given one.
+
+    Args:
+      reward: [prompts,K], of base samples.
+      kl: in nats.
+
+    Returns:
+      beta, in units of reward per nat.
+    """
     even = np.full(reward.shape, -np.log(reward.shape[-1]))
     low, high = np.log(1e-6), np.log(1e6)
     with jax.enable_x64(True):

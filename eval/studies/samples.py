@@ -32,14 +32,29 @@ class Config(common.Options):
 
 
 def delivered(threshold: Any, gain: float) -> jax.Array:
-    """E[u] of the follower of a threshold reward, u ~ N(0,1): (k−1)·phi(m)/(1 + (k−1)·Pr(u > m)), k = e^gain."""
+    """Gives E[u] of the follower of a threshold reward, u ~ N(0,1): (k−1)·phi(m)/(1 + (k−1)·Pr(u > m)), k = e^gain.
+
+    Args:
+      threshold: m, any shape.
+      gain: bound/beta.
+
+    Returns:
+      In m's shape.
+    """
     density = jnp.exp(-(threshold**2) / 2) / math.sqrt(2 * math.pi)
     above = jax.scipy.stats.norm.sf(threshold)
     return math.expm1(gain) * density / (1 + math.expm1(gain) * above)
 
 
 def true_threshold(gain: float) -> float:
-    """m* of a normal utility: the fixed point of `delivered`, which is its maximum as well."""
+    """Gives m* of a normal utility: the fixed point of `delivered`, which is its maximum as well.
+
+    Args:
+      gain: bound/beta.
+
+    Returns:
+      m*.
+    """
     m = jnp.zeros(())
     for _ in range(200):
         m = delivered(m, gain)

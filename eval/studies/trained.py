@@ -65,11 +65,14 @@ class Config(common.Options):
 
 
 class Drawn(NamedTuple):
-    """Reward, gold and KL (summed over steps, exact at each) of responses [prompts, responses] to held-out prompts."""
+    """What was measured of responses to held-out prompts; arrays [prompts, responses]."""
 
     reward: np.ndarray
+    """The reward model's number."""
     gold: np.ndarray
+    """The program's."""
     kl: np.ndarray
+    """To the base, summed over steps, exact at each [nats]."""
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -142,13 +145,18 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 class Run(NamedTuple):
-    """A policy for train.rl. reward: its name in the table; beta: KL weight; calibrated: whether by the table."""
+    """A policy for train.rl."""
 
     reward: str
+    """Its reward's name in the table."""
     kl: float
+    """The KL aimed at [nats]."""
     beta: float
+    """KL weight."""
     calibrated: bool
+    """Whether the reward is calibrated by the table."""
     transform: str
+    """Of the reward, as `parse_transform` reads it; "" for none."""
 
 
 def _plan(config: Config, own: np.ndarray) -> list[Run]:
@@ -194,15 +202,22 @@ def summary(about: dict[str, Any], each: dict[str, np.ndarray]) -> dict[str, Any
 
 
 class Setting(NamedTuple):
-    """What every measurement shares. policy: of the base's architecture, the base beside it."""
+    """What every measurement shares."""
 
     policy: Policy
+    """Of the base's architecture, the base beside it."""
     reward: Reward
+    """The reward model's."""
     base: Params
+    """The base's."""
     reward_params: Params
+    """The reward model's."""
     tokenizer: Any
+    """The base's."""
     eos_ids: tuple[int, ...]
+    """The ids that end a response."""
     prompts: list[data.Prompt]
+    """The held-out ones."""
 
 
 def _setting(config: Config, folders: dict[str, str]) -> Setting:
