@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.test_documents import LISTED
+from tests.write_api import LISTED
 
 SECTION = re.compile(r"^(Args|Returns|Raises):$", re.MULTILINE)
 

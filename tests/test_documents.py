@@ -22,6 +22,7 @@ import pytest
 from jaxalign import _options, commands, decoding, models, policies, tree
 from jaxalign.data import tokenizers
 from tests.conftest import EOS, VOCAB, tiny_lm
+from tests.write_api import LISTED
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
@@ -190,13 +191,6 @@ def test_every_test_of_the_properties_is_collected():
     assert found.returncode == 0, found.stdout + found.stderr
     collected = set(re.findall(r"^(tests/[\w/]+\.py::\w+)", found.stdout, re.MULTILINE))
     assert [row for row in rows if row not in collected] == []
-
-
-LISTED = (
-    "shapes types policies critics rewards decoding models data shaping infalign tree training evaluation tokens text "
-    "testing prompts mdp gibbs losses advantages metrics rollout "
-    "worlds.opinions worlds.summaries worlds.files worlds.smollm2"
-)
 
 
 @pytest.mark.parametrize("package", LISTED.split())

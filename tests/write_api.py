@@ -10,6 +10,17 @@ import inspect
 import pathlib
 import re
 
+LISTED = (
+    "shapes types policies critics rewards decoding models data shaping infalign tree training evaluation tokens text "
+    "testing prompts mdp gibbs losses advantages metrics rollout "
+    "worlds.opinions worlds.summaries worlds.files worlds.smollm2"
+)
+HEADING = "## Every public name\n"
+SHAPES = """\
+Array types are named by what they hold, and the first section gives their shapes: B prompts, P prompt tokens, T new
+tokens, L tokens of any text, N texts, n samples of a prompt, V vocabulary, K candidates, D hidden size, S states and M
+responses of a small process; `...` stands for any axes.
+"""
 PAGE = pathlib.Path(__file__).parent.parent / "docs/api.md"
 
 
@@ -55,12 +66,10 @@ def listing(package: str) -> str:
 
 
 def written(page: str) -> str:
-    """The page with every listing as it is now."""
-
-    def fresh(match: re.Match[str]) -> str:
-        return f"### jaxalign.{match[1]}\n\n```text\n{listing(match[1])}\n```"
-
-    return re.sub(r"### jaxalign\.([\w.]+)\n\n```text\n.*?```", fresh, page, flags=re.DOTALL)
+    """The page with its listings as they are now: a section for each of LISTED, after a word on their shapes."""
+    head = page.split(HEADING)[0]
+    sections = "".join(f"\n### jaxalign.{package}\n\n```text\n{listing(package)}\n```\n" for package in LISTED.split())
+    return f"{head}{HEADING}\n{SHAPES}{sections}"
 
 
 if __name__ == "__main__":
