@@ -15,6 +15,9 @@ import jax
 
 from jaxalign import _hosts, _options
 
+FREE = {"config", "out", "mesh"}
+"""Options in which a run may differ when it goes on: numbers on another mesh are equal within rounding."""
+
 PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
 
@@ -37,7 +40,7 @@ def open_run(folder: str | os.PathLike[str], config: Any, *, inputs: Sequence[st
 
     Args:
       folder: the run folder, new, empty or of this run.
-      config: dataclass of options; `config` and `out` are not compared.
+      config: dataclass of options; those of `FREE` are not compared.
       inputs: files and folders that the run reads; their sizes and times of change are kept, since a run that goes on
         with other weights would mix two runs.
 
@@ -69,7 +72,7 @@ def _check_options(out: pathlib.Path, config: Any) -> None:
     stored, values = out / "config.json", _as_json(_options.flat(config))
     options, found = type(config), json.loads(stored.read_text())
     before = _as_json(_options.defaults(options)) | _options.flat_values(options, found, where=str(stored))
-    for name in sorted((set(values) | set(before)) - {"config", "out"}):
+    for name in sorted((set(values) | set(before)) - FREE):
         if before.get(name) != values.get(name):
             raise ValueError(
                 f"{name}: expected {before.get(name)!r} of the run in {out}, found {values.get(name)!r}; "

@@ -2,8 +2,8 @@
 
 python -m tests.hosts_program JOBS.json HOST:PORT N I
 
-JOBS.json holds the words of each job after `jaxalign`. A job that fails is one line on stdout, "failed: …"; the next
-one follows.
+JOBS.json holds the words of each job after `jaxalign`; PROCESS in a word stands for I. The ValueErrors of jobs go to
+I.json beside it, "" for a job without; the next one follows.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ import tests.conftest  # noqa: F401  # the flags and the cache of compiled progr
 from jaxalign import commands
 from jaxalign.launch import processes
 
+NAMES = ("coordinator", "num-processes", "process-id")
+
 
 def main() -> None:
-    jobs = json.loads(pathlib.Path(sys.argv[1]).read_text())
-    joined, _ = processes.take(
-        ["--coordinator", sys.argv[2], "--num-processes", sys.argv[3], "--process-id", sys.argv[4]]
-    )
-    shown = sys.stdout
+    jobs = pathlib.Path(sys.argv[1])
+    joined, _ = processes.take([f"--{name}={value}" for name, value in zip(NAMES, sys.argv[2:], strict=True)])
     processes.start(joined)
-    for words in jobs:
+    errors = []
+    for words in json.loads(jobs.read_text()):
         try:
-            commands.start(words)
+            commands.start([word.replace("PROCESS", sys.argv[4]) for word in words])
+            errors.append("")
         except ValueError as error:
-            print(f"failed: {error}", file=shown, flush=True)
+            errors.append(str(error))
+    jobs.with_name(f"{sys.argv[4]}.json").write_text(json.dumps(errors))
 
 
 if __name__ == "__main__":

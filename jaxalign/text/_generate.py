@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import decoding, policies, rollout
+from jaxalign import _hosts, decoding, policies, rollout
 from jaxalign._arrays import drop_weak_types
 from jaxalign._checks import same_prompts, start_policy
 from jaxalign.decoding.requests import check_request, open_eos_ids, streams, with_temperature
@@ -272,7 +272,7 @@ def _draw_in_chunks(
             policy, params, draws, state, finished, index, jnp.asarray(begin), jnp.asarray(left), steps, eos_ids
         )
         finished = drawn.finished
-        last = begin + left == max_new_tokens or bool(finished.all())
+        last = begin + left == max_new_tokens or bool(_hosts.host_value(finished.all()))
         watch(drawn, last)
         chunks.append(drawn)
         if last:
@@ -303,7 +303,7 @@ def _without_end(ids: list[int], eos_ids: tuple[int, ...]) -> list[int]:
 
 def _texts(tokenizer: Tokenizer, completions: Completions, eos_ids: tuple[int, ...]) -> list[list[str]]:
     """The texts of completions [N,n,T]."""
-    tokens, mask = np.asarray(completions.tokens), np.asarray(completions.mask)
+    tokens, mask = _hosts.host_value((completions.tokens, completions.mask))
     return [
         [
             decode_text(tokenizer, _without_end(row[real].tolist(), eos_ids))
@@ -320,7 +320,7 @@ def _watch(stream: Stream, tokenizer: Tokenizer, eos_ids: tuple[int, ...], batch
     given = [""] * len(batch.rows)
 
     def watch(drawn: Completions, last: bool) -> None:
-        tokens, mask, finished = (np.asarray(x) for x in (drawn.tokens, drawn.mask, drawn.finished))
+        tokens, mask, finished = _hosts.host_value((drawn.tokens, drawn.mask, drawn.finished))
         for b, row in enumerate(batch.rows):
             new = tokens[b][mask[b]].tolist()
             ids[b] += new

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from jaxalign import models
+from jaxalign import _hosts, models
 from jaxalign._checks import check_rng
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Messages, TextFormat, Tokenizer, encode_prompt, text_format
@@ -114,5 +114,5 @@ def in_order(parts: Sequence[Any], found: Sequence[Batch]) -> Any:
     """Trees of arrays [B,...], one for each batch, joined to [N,...] in the order of the prompts."""
     order = np.argsort(np.concatenate([batch.rows for batch in found]))
     counts = [len(batch.rows) for batch in found]
-    kept = [jax.tree.map(lambda x, n=n: np.asarray(x)[:n], part) for part, n in zip(parts, counts, strict=True)]
+    kept = [jax.tree.map(lambda x, n=n: x[:n], _hosts.host_value(part)) for part, n in zip(parts, counts, strict=True)]
     return jax.tree.map(lambda *leaves: jax.numpy.asarray(np.concatenate(leaves)[order]), *kept)
