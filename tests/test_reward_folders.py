@@ -14,6 +14,7 @@ from jaxalign import models, rewards, text, tokens
 from jaxalign.evaluation.options import DecodeOptions
 from jaxalign.training import rollouts
 from tests import token_cases as cases
+from tests import write_rewards
 from tests.conftest import tiny_lm
 
 CHATS = [
@@ -185,3 +186,8 @@ def test_transcripts_are_read_as_their_turns(folders):
     expected = text.score(rewards.from_model(other), loaded, own, [chat], [" Yes"])
     args, _ = row_of(reader(folders, [transcript]), transcript, " Yes")
     np.testing.assert_allclose(reward(None, *args), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_table_of_the_page_is_as_reward_models_are_read():
+    page = write_rewards.PAGE.read_text()
+    assert write_rewards.written(page) == page, "python -m tests.write_rewards writes the table anew"
