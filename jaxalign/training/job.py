@@ -16,7 +16,7 @@ import optax
 from jaxalign import _hosts, _io, models, training
 from jaxalign._checks import check_language_model, check_rng
 from jaxalign.data import batches, encoded, preferences
-from jaxalign.data.text_options import TextOptions, format_of
+from jaxalign.data.text_options import TextOptions, format_of, token_id
 from jaxalign.models import sharding
 from jaxalign.prompts import bucket
 from jaxalign.tokens import TextFormat
@@ -62,6 +62,7 @@ def start(
     dtype: DType,
     max_length: int,
     chat_template: str = "",
+    eos_token: str = "",
 ) -> StartedModel:
     """Loads or makes the model to train.
 
@@ -72,6 +73,7 @@ def start(
       dtype: type that the model computes in.
       max_length: longest row [tokens].
       chat_template: name of one of the tokenizer's several chat templates, or "".
+      eos_token: the token, or its id, that becomes the tokenizer's EOS, with which it is saved; "" leaves its own.
 
     Returns:
       Model, float32 parameters and tokenizer.
@@ -82,7 +84,7 @@ def start(
     """
     rng, head_rng = jax.random.split(jax.random.key(seed))
     if options.architecture:
-        tokenizer = models.tokenizer(options.tokenizer, chat_template=chat_template)
+        tokenizer = _with_end(models.tokenizer(options.tokenizer, chat_template=chat_template), eos_token)
         path = pathlib.Path(options.architecture)
         if not path.is_file():
             raise ValueError(f"architecture: expected a config.json, found no file {path}")
@@ -92,7 +94,7 @@ def start(
         lm = models.with_head(body, head(body.config))
         params = lm.init(rng)
     else:
-        tokenizer = models.tokenizer(options.model, chat_template=chat_template)
+        tokenizer = _with_end(models.tokenizer(options.model, chat_template=chat_template), eos_token)
         lm, params = models.load(options.model)
         wanted = head(lm.config)
         if wanted is None:
@@ -104,6 +106,13 @@ def start(
         raise ValueError(f"max_length: expected at most the model's context of {lm.max_length}, found {max_length}")
     reads = with_tokenizer_pad(lm.config, tokenizer)
     return StartedModel(models.LanguageModel(reads, dtype), params, tokenizer)
+
+
+def _with_end(tokenizer: Any, eos_token: str) -> Any:
+    """The tokenizer, whose EOS is the token of --eos-token where one is given."""
+    if eos_token:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token_id(tokenizer, eos_token))
+    return tokenizer
 
 
 def with_tokenizer_pad(config: models.Config, tokenizer: Any) -> models.Config:

@@ -99,6 +99,7 @@ class Job:
             dtype=config.run.dtype,
             max_length=length,
             chat_template=config.text.chat_template,
+            eos_token=config.text.eos_token,
         )
         lm = memory.with_remat(started.lm, started.params, config.mesh, texts=texts, length=length)
         return started._replace(lm=lm)
