@@ -13,7 +13,7 @@ from jaxalign import models
 from jaxalign.models import rotary
 from jaxalign.models.block import Block, Experts, Rope
 from jaxalign.models.experts import ExpertMLP
-from tests.conftest import PROMPTS, padded, tiny_config
+from tests.conftest import padded, tiny_config
 
 YARN = Rope(100.0, "yarn", 4.0, original_max_length=6, beta_fast=2.0, beta_slow=0.1, attention_factor=1.2)
 LONG = Rope(50.0, "longrope", original_max_length=64, short_factors=(1.2, 2.0), long_factors=(3.0, 5.0))
@@ -44,11 +44,13 @@ CASES: dict[str, tuple[dict, dict]] = {
     "as in OLMo 2": ({"norm_place": "post", "qk_norm": "all_heads"}, {"qk_norm": True, "rope": YARN}),
     "as in Granite": ({"residual_scale": 0.4, "logits_scale": 0.2}, {"ropes": (Rope(), None)}),
     "experts": ({"experts": Experts(4, 2)}, {"rope": LONG}),
+    "longrope beyond its original context": ({}, {"rope": dataclasses.replace(LONG, original_max_length=1)}),
     "experts, not normalized, in parallel": (
         {"experts": Experts(3, 1, normalized=False), "norm_place": "both", "residual": "parallel"},
         {"rope": DYNAMIC},
     ),
 }
+PROMPTS = [[4, 5, 6], [7, 3], [8, 9], [1, 2, 10, 4], [5, 5]]
 TOKENS = jnp.array([[1, 2, 3], [5, 6, 7], [9, 10, 1], [3, 3, 3], [0, 1, 4]])
 
 
@@ -93,6 +95,7 @@ def whole(lm, params, side: str):
     return np.stack([row[-5:] for row in real])
 
 
+@pytest.mark.filterwarnings("ignore:capacity")
 @pytest.mark.parametrize("name", CASES)
 def test_cached_passes_equal_the_whole_pass_under_either_padding(name):
     lm, params = made(*CASES[name])

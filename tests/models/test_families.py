@@ -1,4 +1,4 @@
-"""Every further family: folders go out as they came in, a training step moves every parameter, adapters train."""
+"""Every family: folders go out as they came in, a training step moves every parameter, adapters train."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from jaxalign.training import objectives
 from tests.models import families
 from tests.models.make_golden import GOLDEN
 
-NAMES = [name for name in families.CHECKPOINTS if name.removesuffix("_reward") in families.FURTHER]
-LANGUAGE_MODELS = list(families.FURTHER)
+FIRST = ["llama", "mistral", "qwen2", "qwen3"]
+NAMES = [*FIRST, *(name for name in families.CHECKPOINTS if name.removesuffix("_reward") in families.FURTHER)]
+LANGUAGE_MODELS = [*FIRST, *families.FURTHER]
 
 
 @pytest.mark.parametrize("name", NAMES)
