@@ -44,30 +44,51 @@ def rematerialised(layer: RowLayer, remat: str) -> RowLayer:
     def whole(variables: Params, x: Array, *more: Any) -> tuple[Array, Any]:
         return layer(variables, x, *more)
 
-    def forward(variables: Params, x: Array, *more: Any) -> tuple[tuple[Array, Any], Any]:
-        found, back = jax.vjp(lambda variables, x: one(variables, x, *more), variables, x)
-        return found, (back, variables, more)
+    def forward(variables: Any, x: Any, *more: Any) -> tuple[tuple[Array, Any], Any]:
+        """Of the variables those that are differentiated by have gradients alone: of a frozen model an adapter's."""
+        leaves, tree = jax.tree.flatten(variables)
+        trained = [leaf.value if leaf.perturbed else None for leaf in leaves]
+        rest, given = [leaf.value for leaf in leaves], jax.tree.map(lambda leaf: leaf.value, more)
 
-    def backward(kept: Any, change: tuple[Array, Any]) -> tuple[Any, ...]:
+        def run(trained: list[Array | None], x: Array) -> tuple[Array, Any]:
+            both = [other if leaf is None else leaf for leaf, other in zip(trained, rest, strict=True)]
+            found: tuple[Array, Any] = one(jax.tree.unflatten(tree, both), x, *given)
+            return found
+
+        found, back = jax.vjp(run, trained, x.value)
+        return found, (back, jax.tree.unflatten(tree, trained), given)
+
+    def backward(kept: Any, change: tuple[Any, Any]) -> tuple[Any, ...]:
         back, variables, more = kept
-        weights = {leaf.shape for leaf in jax.tree.leaves(variables)}
-        return *after(back, change[0], weights)(change), *(None for _ in more)
+        change = jax.tree.map(_zeros, change)
+        slopes, slope = after(back, change[0])(change)
+        # The next layer waits for the gradients of this one: else all that they are made of is kept for later.
+        slope = after(slope, *slopes)
+        _, tree = jax.tree.flatten(variables, is_leaf=lambda leaf: leaf is None)
+        return jax.tree.unflatten(tree, slopes), slope, *(None for _ in more)
 
-    whole.defvjp(forward, backward)
+    whole.defvjp(forward, backward, symbolic_zeros=True)
     return whole
 
 
-def after(tree: Any, change: Array, weights: set[tuple[int, ...]]) -> Any:
-    """The tree with arrays that depend on `change`, to the same numbers.
+def _zeros(x: Any) -> Array:
+    zero = isinstance(x, jax.custom_derivatives.SymbolicZero)
+    return jnp.zeros(x.shape, x.dtype) if zero else x
 
-    `jax.checkpoint` puts a barrier between the two passes, which XLA removes on a CPU before it orders the program: all
+
+def after(tree: Any, *first: Array | None) -> Any:
+    """The tree with arrays that depend on the arrays `first`, to the same numbers, on a CPU.
+
+    `jax.checkpoint` puts a barrier between the two passes. On a CPU XLA removes it before it orders the program: all
     layers are then computed again before the first is needed, and no memory is saved. The least of |x| and 0 is 0,
-    which XLA does not know. Arrays of the shapes of weights are left as they are."""
-    zero = jnp.minimum(jnp.abs(change.reshape(-1)[0]), 0)
+    which XLA does not know."""
+    if jax.default_backend() != "cpu":
+        return tree
+    zero = sum(jnp.minimum(jnp.abs(x[(0,) * x.ndim].astype(jnp.float32)), 0) for x in first if x is not None and x.size)
 
     def tie(x: Array) -> Array:
-        if not jnp.issubdtype(x.dtype, jnp.inexact) or x.shape in weights:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
-        return x + zero.astype(x.dtype)
+        return x + jnp.asarray(zero).astype(x.dtype)
 
     return jax.tree.map(tie, tree)

@@ -333,6 +333,11 @@ class OneLayer(nn.Module):
         found: tuple[Array, KeyValue] = layer_of(self.config, self.i, self.dtype, self.mesh)(x, rows, at)
         return found
 
+    def read(self, variables: Any, x: Array, rows: RowMask, at: Array | None) -> tuple[Array, KeyValue]:
+        """The layer with these variables, which are cast here: of masters no copy is kept."""
+        found: tuple[Array, KeyValue] = self.apply(jax.tree.map(lambda w: w.astype(self.dtype), variables), x, rows, at)
+        return found
+
 
 class Transformer(nn.Module):
     """Embedding, layers, final norm; logits and heads are separate so that nobody pays for what is not read."""
@@ -386,7 +391,7 @@ class Transformer(nn.Module):
             if self.remat != "none" and not self.is_initializing():
                 alone = OneLayer(self.config, i, self.dtype, self.mesh, parent=None)
                 variables = {kind: {f"layer_{i}": found} for kind, found in layer.variables.items()}
-                read = functools.partial(rematerialised(alone.apply, self.remat), variables)
+                read = functools.partial(rematerialised(alone.read, self.remat), variables)
             x, entry = read(x, rows, at if i == len(self.layers) - 1 else None)
             entries.append(entry)
         return self.norm(at_columns(x, position) if compact and at is None else x), entries

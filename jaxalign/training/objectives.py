@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxalign import losses, mdp, models, shaping
 from jaxalign._builders import cached
+from jaxalign.models.sharding import path_name
 from jaxalign.training.protocols import HasDType, ScoringModel, TextModel
 from jaxalign.training.step import Loss, LossAux
 from jaxalign.types import Array, Params
@@ -23,8 +24,14 @@ DPO_OBJECTIVES = ("dpo", "ipo")
 
 
 def cast(lm: HasDType, params: Params) -> Params:
-    """Parameters in the dtype that the model computes in."""
-    return jax.tree.map(lambda x: x.astype(lm.dtype), params)
+    """Parameters in the dtype that the model computes in. A model that rematerialises its layers casts theirs where it
+    reads them, so that a copy of one layer is alive and not of all."""
+    by_layer = getattr(lm, "remat", "none") != "none"
+
+    def one(path: tuple[Any, ...], x: Array) -> Array:
+        return x if by_layer and "/layer_" in path_name(path) else x.astype(lm.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 @cached
