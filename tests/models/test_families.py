@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from safetensors.flax import load_file
+from safetensors.flax import load_file, save_file
 
 from jaxalign import models, training
 from jaxalign.models import lora
@@ -129,3 +130,38 @@ def test_every_field_of_a_familys_config_is_sorted(name):
     renamed = {theirs for theirs in family.names.values() if theirs is not None}
     sorted_out = COMMON | NO_EFFECT | renamed | set(family.reads) | set(NEUTRAL) | set(family.must_be_false)
     assert own <= sorted_out, sorted(own - sorted_out)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "buffers"),
+    [
+        ("gpt2", "transformer.", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
+        ("gpt_neox", "gpt_neox.", ["layers.0.attention.bias", "layers.1.attention.rotary_emb.inv_freq"]),
+        ("opt", "model.", []),
+        ("falcon", "transformer.", ["h.0.self_attention.rotary_emb.inv_freq"]),
+    ],
+)
+def test_a_file_of_the_model_without_a_head_lacks_its_prefix_and_may_hold_buffers(name, prefix, buffers, tmp_path):
+    """As GPT-2's and Pythia's files are; what is no buffer is still surplus."""
+    shutil.copytree(GOLDEN / name, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    tensors = {key.removeprefix(prefix): x for key, x in load_file(file).items()}
+    save_file(tensors | dict.fromkeys(buffers, jnp.ones(3)), file)
+    jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path / "model")[1], models.load(GOLDEN / name)[1])
+    save_file(tensors | {"h.0.attn.gain": jnp.ones(3)}, file)
+    with pytest.raises(ValueError, match=r"surplus \['h\.0\.attn\.gain'\]"):
+        models.load(tmp_path / "model")
+
+
+def test_a_packed_tensor_of_another_shape_is_named(tmp_path):
+    shutil.copytree(GOLDEN / "mixtral", tmp_path / "mixtral")
+    shutil.copytree(GOLDEN / "phi3", tmp_path / "phi3")
+    for name, key in (
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight"),
+    ):
+        file = tmp_path / name / "model.safetensors"
+        tensors = load_file(file)
+        save_file(tensors | {key: tensors[key][:-1]}, file)
+        with pytest.raises(ValueError, match=rf"{key}: expected shape .* found"):
+            models.load(tmp_path / name)

@@ -15,6 +15,8 @@ _LAYER = "transformer.h.{i}."
 
 def complete(values: dict[str, Any]) -> dict[str, Any]:
     heads = values["num_attention_heads"]
+    if values["new_decoder_architecture"] and not values["parallel_attn"]:
+        raise ValueError("parallel_attn: expected True with new_decoder_architecture, found False")
     if values["new_decoder_architecture"]:
         groups = values.get("num_kv_heads") or heads
     else:
@@ -70,6 +72,7 @@ FALCON = Family(
     options={"qkv_bias": "bias", "out_bias": "bias", "mlp_bias": "bias"},
     defaults={
         "hidden_act": "gelu",
+        "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
         "new_decoder_architecture": False,

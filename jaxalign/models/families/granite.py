@@ -24,7 +24,7 @@ def describe(config: Config) -> dict[str, Any]:
         "embedding_multiplier": config.block.embedding_scale,
         "attention_multiplier": config.query_scale,
         "residual_multiplier": config.block.residual_scale,
-        "logits_scaling": 1 / config.block.logits_scale,
+        "logits_scaling": round(1 / config.block.logits_scale, 9),
     }
 
 
