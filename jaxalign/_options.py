@@ -72,13 +72,38 @@ def parse(config: type[C], *, description: str, args: Sequence[str] | None = Non
     except SystemExit as stop:
         if stop.code:
             # The sentence within tyro's frame; the option's help follows it.
-            words = " ".join(re.sub(r"[\u2500-\u257f]", " ", printed.getvalue()).split())
-            _refuse(prog, words.partition(" Argument helptext")[0])
+            words = " ".join(re.sub(r"[\u2500-\u257f]|-{5,}", " ", printed.getvalue()).split())
+            _refuse(prog, _worded(words.partition(" Argument helptext")[0]))
         raise
 
 
 def _dashed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+_WORDS = (
+    (
+        r"Error parsing (--\S+): .*invalid literal for int\(\) with base 10: ('.*?')",
+        r"\1: expected a whole number, found \2",
+    ),
+    (r"Error parsing (--\S+): .*could not convert string to float: ('.*?')", r"\1: expected a number, found \2"),
+    (
+        r"Error parsing (--\S+): Could not find valid parse for arguments: (\[.*?\])",
+        r"\1: expected other values, found \2",
+    ),
+    (r"Error parsing (--\S+): (.*)", r"\1: \2"),
+    (r"invalid choice ('.*?') for argument '(--\S+)'\. Expected one of (\(.*?\))", r"\2: expected one of \3, found \1"),
+    (r"Missing value for argument '(--\S+)'", r"\1: expected a value, found none"),
+    (r"Unrecognized options: (.*?)(?: For full helptext.*)?$", r"expected options as --name VALUE, found '\1'"),
+)
+"""What tyro says, and how it is said in the form of every other message."""
+
+
+def _worded(words: str) -> str:
+    for pattern, form in _WORDS:
+        if found := re.search(pattern, words):
+            return found.expand(form)
+    return words
 
 
 def _refuse(prog: str, words: str) -> NoReturn:

@@ -177,6 +177,17 @@ def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, capsys):
     for words, named in (
         (["sff"], "expected a name like sft"),
         (["bench", "trian"], "expected a name like train"),
+        (["sft", "--data", "x", "--out", "y", "--steps", "1.5"], r"--steps: expected a whole number, found '1.5'\n"),
+        (
+            ["sft", "--data", "x", "--out", "y", "--learning-rate", "x"],
+            r"--learning-rate: expected a number, found 'x'\n",
+        ),
+        (["sft", "--data", "x", "--out", "y", "--steps"], r"--steps: expected a value, found none\n"),
+        (["sft", "--data", "x", "--out", "y", "stray"], r"expected options as --name VALUE, found 'stray'\n"),
+        (
+            ["arm", "--data", "x", "--out", "y", "--dtype", "int8"],
+            r"--dtype: expected one of \('float32', 'bfloat16'\)",
+        ),
         (["tokenizer", "--data", "x", "--outt", "y"], "--outt: expected an option of --help, .* closest is --out"),
         (["tokenizer", "--data", "x"], "--out: expected a value"),
         (["tokenizer", "--data", "x", "--out", out, "--vocab-size", "many"], "--vocab-size"),
