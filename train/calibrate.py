@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxalign import _io, commands, models
 from jaxalign.data.text_options import TextOptions, format_of
+from jaxalign.models import sharding
 from jaxalign.training import job, reading, rollouts, tables
 from jaxalign.training.options import RolloutOptions, RunOptions, check_rollout_options
 
@@ -34,6 +35,8 @@ class Config:
     """The responses of the base, with their rewards."""
     max_length: int = 256
     """Longest row [tokens], prompt and response; a longer roll-out is an error."""
+    mesh: str = ""
+    """Devices by axis, data=N or as in data=2,fsdp=4,tensor=2, -1 for the rest of them (docs/scale.md)."""
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
 
 
@@ -45,6 +48,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.text.show:
         return reading.show(read, config.text, model=options.base)
     check_rollout_options(options)
+    sharding.make_mesh(config.mesh, local=True)
     if options.samples < 2:
         raise ValueError(f"samples: expected at least 2 responses to rank among, found {options.samples}")
     # No `Job`: nothing is trained, and a table takes the place of a model.
@@ -65,6 +69,7 @@ def run(config: Config) -> dict[str, Any]:
             stage="calibrate",
             max_length=config.max_length,
             text=config.text,
+            mesh=config.mesh,
         )
         rewards = np.asarray([row.reward for row in found], np.float32).reshape(-1, options.samples)
         about = tables.made_with(

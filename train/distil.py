@@ -85,7 +85,7 @@ def run(config: Config) -> dict[str, Any]:
     form = format_of(source.text, started.tokenizer)
     prompts = reading.read_prompts(source.rollouts.prompts, form, text=source.text, room=room).rows
     table: dict[str, Any] = {"run": source.run, "out": pathlib.Path(config.calibration), "stage": "distil"}
-    limits: dict[str, Any] = {"max_length": source.max_length, "text": source.text}
+    limits: dict[str, Any] = {"max_length": source.max_length, "text": source.text, "mesh": config.mesh.mesh}
     found = rollouts.roll_out(source.rollouts, prompts, started.tokenizer, **table, **limits)
     rows = list(distillation.best_and_worst(found, config.n))
     if not rows:

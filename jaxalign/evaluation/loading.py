@@ -54,6 +54,8 @@ def load(folders: dict[str, str], tokenizer: Any, *, dtype: str, mesh: str, batc
             models.check_tokens(tokenizer, models.tokenizer(folder), name=name)
     pairs = [models.load(folder, dtype=dtype, mesh=devices) for folder in distinct]
     matched = models.match_vocabulary(*pairs, names=tuple(distinct.values()))
+    if devices is not None:
+        matched = [(lm, sharding.shard(params, devices)) for lm, params in matched]
     by_folder = dict(zip(distinct, matched, strict=True))
     models.check_rows(tokenizer, matched[0][0].vocab_size)
     models.check_ends_kept(pairs[0][0], matched[0][0])

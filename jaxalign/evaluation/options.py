@@ -64,8 +64,8 @@ class ResponseOptions:
     dtype: str = "float32"
     """Type of all models' parameters and activations: float32 or bfloat16."""
     mesh: str = ""
-    """Devices by axis, as in data=2,fsdp=4,tensor=2, -1 for the rest of them: data and fsdp share each batch, fsdp and
-    tensor the parameters (docs/scale.md). "": one device."""
+    """Devices by axis, data=N or as in data=2,fsdp=4,tensor=2, -1 for the rest of them: data and fsdp share each
+    batch, fsdp and tensor the parameters (docs/scale.md). "": one device."""
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
     """How texts and chats become tokens."""
 

@@ -223,7 +223,7 @@ def own_texts(
     if reader.sources is None:
         raise ValueError(f"{name}: expected the base's tokenizer, found another in {folder}, which reads whole texts")
     own = models.tokenizer(folder)
-    lm, params = models.load(folder, dtype=dtype)
+    lm, params = models.load(folder, dtype=dtype, mesh=None if reader.lm is None else reader.lm.mesh)
     if lm.head_width < 1:
         raise ValueError(f"{name}: expected a model with a scalar head, found {lm.config.head} in {folder}")
     form = tokens.text_format(own, eos_ids=lm.eos_ids)

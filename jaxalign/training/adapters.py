@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign import _hosts, models
+from jaxalign import models
 from jaxalign._builders import cached
 from jaxalign.training import job, objectives
 from jaxalign.training.options import AdapterOptions, MeshOptions, OptimizerOptions
@@ -69,7 +69,7 @@ def fit_adapter(
         (the reference of DPO, at no cost).
 
     Returns:
-      The float32 parameters with the adapter merged in, on the host.
+      The float32 parameters with the adapter merged in.
 
     Raises:
       ValueError: a head that cannot be trained beside an adapter; other frozen parameters.
@@ -117,11 +117,11 @@ def merged(
       tokenizer: written beside the adapter where one is given: a reward model is read by its pad id.
 
     Returns:
-      `params` with the adapter merged in, on the host.
+      `params` with the adapter merged in.
     """
     head = params["head"] if lm.config.head is not None else None
     models.save_adapter(out / "adapter", lm, spec, adapter, base=base, head=head, tokenizer=tokenizer, overwrite=True)
-    return _hosts.host_value(models.lora.merge(params, adapter, spec))
+    return models.lora.merge(params, adapter, spec)
 
 
 def reference(spec: models.Lora | None, started: job.StartedModel) -> Params:

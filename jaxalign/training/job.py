@@ -63,6 +63,7 @@ def start(
     max_length: int,
     chat_template: str = "",
     eos_token: str = "",
+    mesh: str = "",
 ) -> StartedModel:
     """Loads or makes the model to train.
 
@@ -74,6 +75,7 @@ def start(
       max_length: longest row [tokens].
       chat_template: name of one of the tokenizer's several chat templates, or "".
       eos_token: the token, or its id, that becomes the tokenizer's EOS, with which it is saved; "" leaves its own.
+      mesh: devices that the parameters lie on, as `sharding.make_mesh` reads it.
 
     Returns:
       Model, float32 parameters and tokenizer.
@@ -83,6 +85,7 @@ def start(
         model where one is trained.
     """
     rng, head_rng = jax.random.split(jax.random.key(seed))
+    devices = sharding.make_mesh(mesh)
     if options.architecture:
         tokenizer = _with_end(models.tokenizer(options.tokenizer, chat_template=chat_template), eos_token)
         path = pathlib.Path(options.architecture)
@@ -92,20 +95,35 @@ def start(
         values = json.loads(path.read_text()) | {"vocab_size": len(tokenizer), "eos_token_id": eos}
         body = models.LanguageModel(models.config_from_hf(values))
         lm = models.with_head(body, head(body.config))
-        params = lm.init(rng)
+        params = initial(lm, rng, devices)
     else:
         tokenizer = _with_end(models.tokenizer(options.model, chat_template=chat_template), eos_token)
-        lm, params = models.load(options.model)
+        lm, params = models.load(options.model, mesh=devices)
         wanted = head(lm.config)
         if wanted is None:
             check_language_model("model", lm, options.model)
         if wanted != lm.config.head:
             lm, params = replace_head(lm, params, wanted, head_rng)
+            params = params if devices is None else sharding.shard(params, devices)
     models.check_rows(tokenizer, lm.vocab_size)
     if max_length > lm.max_length:
         raise ValueError(f"max_length: expected at most the model's context of {lm.max_length}, found {max_length}")
     reads = with_tokenizer_pad(lm.config, tokenizer)
-    return StartedModel(models.LanguageModel(reads, dtype), params, tokenizer)
+    return StartedModel(models.LanguageModel(reads, dtype, devices), params, tokenizer)
+
+
+def initial(lm: models.LanguageModel, rng: jax.Array, mesh: jax.sharding.Mesh | None) -> Params:
+    """Random parameters, made where they lie: no device holds all of them.
+
+    Args:
+      lm: the model.
+      rng: a key; consumed.
+      mesh: of devices; None for one device.
+    """
+    if mesh is None:
+        return lm.init(rng)
+    places = sharding.placements(jax.eval_shape(lm.init, rng), mesh)
+    return jax.jit(lm.init, out_shardings=places)(rng)
 
 
 def _with_end(tokenizer: Any, eos_token: str) -> Any:
@@ -250,16 +268,17 @@ def fit_model(
       frozen: parameters that the loss takes and that are not trained.
 
     Returns:
-      The trained parameters, float32, on the host.
+      The trained parameters, float32, on the mesh's devices.
     """
     steps = optimizer.steps_for(len(data.train))
     update, schedule = adamw_of(optimizer, steps)
     devices = sharding.make_mesh(mesh.mesh)
-    params = jax.tree.map(jnp.array, started.params)  # a copy, which the steps may take
-    state = training.create(params, update)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
-    if devices is not None:
-        state, frozen = sharding.shard((state, frozen), devices, others=True)
+    if devices is None:
+        # A copy, which the steps may take.
+        state = training.create(jax.tree.map(jnp.array, started.params), update)
+    else:
+        state, frozen = state_on(devices, started.params, update), sharding.shard(frozen, devices, others=True)
         by_row = sharding.batch_sharding(devices, ahead=1)
         place = lambda batch: _hosts.put(batch, by_row)  # noqa: E731
     size, accumulate = optimizer.batch_size, mesh.accumulate
@@ -278,7 +297,26 @@ def fit_model(
         save_every=optimizer.save_every,
         log_every=optimizer.log_every,
     )
-    return _hosts.host_value(final.params)
+    trained: Params = final.params
+    return trained
+
+
+def state_on(mesh: jax.sharding.Mesh, params: Params, optimizer: optax.GradientTransformation) -> training.TrainState:
+    """The state before the first step on a mesh, moments where their parameters are; the parameters are copied.
+
+    Args:
+      mesh: of devices.
+      params: what is trained.
+      optimizer: optax's.
+    """
+
+    def create(params: Params) -> training.TrainState:
+        return training.create(jax.tree.map(jnp.copy, params), optimizer)
+
+    placed = sharding.shard(params, mesh, others=True)
+    places = sharding.placements(jax.eval_shape(create, placed), mesh, others=True)
+    state: training.TrainState = jax.jit(create, out_shardings=places)(placed)
+    return state
 
 
 def adamw_of(options: OptimizerOptions, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

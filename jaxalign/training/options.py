@@ -94,8 +94,8 @@ class MeshOptions:
     """Micro-batches that the rows of an optimizer step are run in, a divisor of their number: memory of one, gradient
     of all."""
     mesh: str = ""
-    """Devices by axis, as in data=2,fsdp=4,tensor=2, -1 for the rest of them: data and fsdp share each micro-batch,
-    fsdp and tensor the parameters (docs/scale.md). "": one device."""
+    """Devices by axis, data=N or as in data=2,fsdp=4,tensor=2, -1 for the rest of them: data and fsdp share each
+    micro-batch, fsdp and tensor the parameters (docs/scale.md). "": one device."""
     remat: Remat = "auto"
     """What the backward pass keeps of each layer: none: all that it reads; dots: products by weights; full: the layer's
     input alone, which computes each layer twice; auto: full where an accelerator's memory is less than the estimate."""

@@ -169,12 +169,6 @@ def train_policy(
     """
     steps, size = optimizer.steps_for(len(rows)), optimizer.batch_size
     update, schedule = job.adamw_of(optimizer, steps * learner.options.passes * learner.options.minibatches)
-    state = RLState(
-        jnp.zeros((), jnp.int32),
-        create(jax.tree.map(jnp.array, trained), update),  # a copy, which the steps may take
-        jnp.asarray(beta, jnp.float32),
-        jnp.zeros(2, jnp.int32),
-    )
     once = learner.options.passes * learner.options.minibatches == 1
     read = policy_gradient.of_model(learner.lm)
     loss = policy_gradient.loss(
@@ -187,6 +181,10 @@ def train_policy(
     devices = sharding.make_mesh(mesh.mesh)
     step = train_step(assembled, update, schedule=schedule, donate=True, mesh=devices)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
+    train = (  # a copy, which the steps may take
+        create(jax.tree.map(jnp.array, trained), update) if devices is None else job.state_on(devices, trained, update)
+    )
+    state = RLState(jnp.zeros((), jnp.int32), train, jnp.asarray(beta, jnp.float32), jnp.zeros(2, jnp.int32))
     if devices is not None:
         state, frozen = sharding.shard((state, frozen), devices, others=True)
         by_row = sharding.batch_sharding(devices, ahead=1)
@@ -222,12 +220,12 @@ def trained_policy(
       out: the run folder.
 
     Returns:
-      Parameters, float32, on the host.
+      Parameters, float32.
     """
     if spec is None:
-        return _hosts.host_value({"transformer": state.train.params["transformer"]})
+        return {"transformer": state.train.params["transformer"]}
     # Into the float32 weights: the reference may be held in bfloat16.
-    masters, adapter = {"transformer": started.params["transformer"]}, _hosts.host_value(state.train.params["adapter"])
+    masters, adapter = {"transformer": started.params["transformer"]}, state.train.params["adapter"]
     lm = models.LanguageModel(models.with_head(started.lm, None).config)
     return adapters.merged(spec, lm, masters, adapter, out, base=base)
 

@@ -19,6 +19,7 @@ from jaxalign import _hosts, _io, _progress, decoding, models, policies, rewards
 from jaxalign._checks import check_language_model
 from jaxalign.data import chats, encoded
 from jaxalign.data.text_options import TextOptions, ending_ids, format_of
+from jaxalign.models import sharding
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Text
 from jaxalign.training.job import StartedModel, first_rows, iterate
@@ -87,7 +88,9 @@ def open_reward(
     return rewards.build_reward(spec, open_model=open_model, reader=reader, between_programs=between_programs)
 
 
-def load_base(base: str, tokenizer: Any, *, dtype: str, model: str = "") -> tuple[models.LanguageModel, Params]:
+def load_base(
+    base: str, tokenizer: Any, *, dtype: str, model: str = "", mesh: jax.sharding.Mesh | None = None
+) -> tuple[models.LanguageModel, Params]:
     """The base that makes the roll-outs, over the ids of the tokenizer, whose model learns from them.
 
     Args:
@@ -95,6 +98,7 @@ def load_base(base: str, tokenizer: Any, *, dtype: str, model: str = "") -> tupl
       tokenizer: of the model that learns from the roll-outs.
       dtype: type of its parameters and activations.
       model: folder of the model that learns, or of its tokenizer; "" where that is the base's own.
+      mesh: devices that it lies on.
 
     Returns:
       The base and its parameters.
@@ -103,7 +107,7 @@ def load_base(base: str, tokenizer: Any, *, dtype: str, model: str = "") -> tupl
       ValueError: a folder of no language model; a base whose texts hold ids that this tokenizer reads as other tokens,
         or whose EOS it lacks.
     """
-    lm, params = models.load(base, dtype=dtype)
+    lm, params = models.load(base, dtype=dtype, mesh=mesh)
     check_language_model("base", lm, base)
     if model in ("", base):
         return lm, params
@@ -113,7 +117,7 @@ def load_base(base: str, tokenizer: Any, *, dtype: str, model: str = "") -> tupl
         return lm, params
     cut, cut_params = models.match_vocabulary((lm, params), names=("base",), size=known)[0]
     models.check_ends_kept(lm, cut, name="base")
-    return cut, cut_params
+    return cut, cut_params if mesh is None else sharding.shard(cut_params, mesh)
 
 
 def roll_out(
@@ -127,6 +131,7 @@ def roll_out(
     max_length: int,
     text: TextOptions,
     model: str = "",
+    mesh: str = "",
 ) -> list[Rollout]:
     """Makes roll-outs in shards; shards that are there are read.
 
@@ -140,6 +145,7 @@ def roll_out(
       max_length: longest row [tokens], prompt and response.
       text: how the prompts became tokens; what ends a response follows from it (`ending_ids`).
       model: as in `load_base`.
+      mesh: devices that draw and score, as `sharding.make_mesh` reads it.
 
     Returns:
       All roll-outs, in order of prompt and sample.
@@ -158,7 +164,8 @@ def roll_out(
     lacking: list[int] = json.loads(_hosts.from_first(json.dumps([k for k in range(shards) if not paths[k].exists()])))
     folder.mkdir(exist_ok=True)
     if lacking:
-        lm, params = load_base(options.base, tokenizer, dtype=run.dtype, model=model)
+        devices = sharding.make_mesh(mesh, local=True)  # each process has shards of its own
+        lm, params = load_base(options.base, tokenizer, dtype=run.dtype, model=model, mesh=devices)
         sources = [prompt.source for prompt in prompts]
         lm = models.with_eos(lm, ending_ids(text, tokenizer, lm.eos_ids, sources))
         policy = policies.language_model(lm)
@@ -195,6 +202,7 @@ def roll_out_for(
         max_length=config.rows.max_length,
         text=config.text,
         model=config.model.model or config.model.tokenizer,
+        mesh=config.mesh.mesh,
     )
 
 

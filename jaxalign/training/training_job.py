@@ -100,6 +100,7 @@ class Job:
             max_length=length,
             chat_template=config.text.chat_template,
             eos_token=config.text.eos_token,
+            mesh=config.mesh.mesh,
         )
         lm = memory.with_remat(started.lm, started.params, config.mesh, texts=texts, length=length)
         return started._replace(lm=lm)
@@ -133,7 +134,7 @@ class Job:
           adapter: where it is given, it is trained in place of all weights (`adapters.fit_adapter`).
 
         Returns:
-          The trained parameters, float32, on the host; those of an adapter are merged in.
+          The trained parameters, float32; those of an adapter are merged in.
         """
         config = self.config
         options: dict[str, Any] = {"optimizer": config.optimizer, "mesh": config.mesh, "seed": config.run.seed}

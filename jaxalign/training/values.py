@@ -236,7 +236,7 @@ def fit_head(
       collate: pads rows, as `collate_values` gives it.
 
     Returns:
-      Parameters of the whole model, float32, on the host.
+      Parameters of the whole model, float32.
     """
     body = {"transformer": started.params["transformer"]}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
+from jaxalign.models import sharding
 from jaxalign.models.hf.folders import load
 from jaxalign.models.hf.tokenizers import tokenizer as load_tokenizer
 from jaxalign.models.language_model import LanguageModel
@@ -26,7 +27,7 @@ def load_beside(
 
     Args:
       path: as `load` reads it.
-      lm: the base, which keeps its ids.
+      lm: the base, which keeps its ids; the loaded model lies on its mesh.
       tokenizer: the base's.
       name: the loaded model's, for messages.
       dtype: of its parameters.
@@ -38,7 +39,8 @@ def load_beside(
       ValueError: as `load`, `check_tokens` and `match_vocabulary`.
     """
     check_tokens(tokenizer, load_tokenizer(path), name=name)
-    loaded, params = load(path, dtype=dtype)
+    loaded, params = load(path, dtype=dtype, mesh=lm.mesh)
     if loaded.vocab_size == lm.vocab_size:
         return loaded, params
-    return match_vocabulary((lm, {}), (loaded, params), names=("base", name), keep_first=True)[1]
+    loaded, params = match_vocabulary((lm, {}), (loaded, params), names=("base", name), keep_first=True)[1]
+    return loaded, params if lm.mesh is None else sharding.shard(params, lm.mesh)
