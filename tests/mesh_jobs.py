@@ -20,7 +20,8 @@ from tests.on_mesh import build, close
 from train import arm, calibrate, dpo, reward_model, rl, sft, value
 
 WORDS = ("<eos>", *(f"w{i}" for i in range(1, 32)))
-SHORT = ("--steps", "2", "--batch-size", "8", "--max-length", "32", "--log-every", "1", "--validation", "0.25")
+RATE = ("--learning-rate", "0.01")
+SHORT = (*RATE, "--steps", "2", "--batch-size", "8", "--max-length", "32", "--log-every", "1", "--validation", "0.25")
 ROLLS = ("--max-new-tokens", "4", "--samples", "4")
 DECODE = ("--max-new-tokens", "4", "--batch-size", "8", "--top-k", "4", "--num-particles", "4", "--num-steps", "2")
 
@@ -65,7 +66,7 @@ def commands(folder: pathlib.Path) -> dict[str, tuple[Any, list[str]]]:
         "sft": (sft, ["--data", str(folder / "texts.jsonl"), "--model", base, *SHORT]),
         "reward_model": (reward_model, pairs),
         "arm": (arm, [*pairs, "--lora-rank", "2"]),
-        "dpo": (dpo, [*pairs, "--accumulate", "1"]),
+        "dpo": (dpo, pairs),
         "value": (value, ["--base", base, *rolled, "--decode-batch", "16", "--shard", "4", *SHORT]),
         "rl": (rl, ["--model", base, *rolled, *SHORT, "--algorithm", "ppo"]),
         "calibrate": (calibrate, ["--base", base, *rolled, "--decode-batch", "32", "--max-length", "32"]),
