@@ -1,4 +1,4 @@
-"""The jobs on a mesh of eight simulated devices, as a user runs them, against the same on one; run by test_mesh.py in a
+"""The jobs on meshes of eight simulated devices, as a user runs them, against the same on one; run by test_mesh.py in a
 process of their own."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import transformers
 from eval import decode
 from jaxalign import models
 from jaxalign.training import logging
-from tests.on_mesh import build, close
+from tests.on_mesh import MESHES, build, close
 from train import arm, calibrate, dpo, reward_model, rl, sft, value
 
 WORDS = ("<eos>", *(f"w{i}" for i in range(1, 32)))
@@ -104,12 +104,13 @@ def check_same(name: str, one: pathlib.Path, many: pathlib.Path) -> None:
             np.testing.assert_allclose(found, b[key], rtol=1e-3, atol=1e-4, err_msg=f"{name} {key}")
 
 
-def main(folder: str, spec: str) -> None:
+def main(folder: str) -> None:
     root = pathlib.Path(folder)
     make_files(root)
     for name, (script, options) in commands(root).items():
         began = time.perf_counter()
         script.main([*options, "--out", str(root / name / "one")])
-        script.main([*options, "--out", str(root / name / "many"), "--mesh", spec])
-        check_same(name, root / name / "one", root / name / "many")
+        for spec in MESHES:
+            script.main([*options, "--out", str(root / name / spec), "--mesh", spec])
+            check_same(name, root / name / "one", root / name / spec)
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)

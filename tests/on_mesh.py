@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -122,7 +125,68 @@ def check_folders(spec: str, folder: pathlib.Path) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), half, params)
 
 
+GATHER = re.compile(r'= (\(?.*?\)?) (?:all-gather|all-to-all)(?:-start)?\(.*?op_name="([^"]*)"')
+IN_ITS_LAYER = re.compile(r"layer_\d+[/.].*(qkv|out|gate_up|down)/sharding_constraint|Transformer\.logits[/)]")
+
+
+def check_program(what: str, program: Any, config: models.Config, rows: int) -> None:
+    """Nothing of [tokens, vocabulary] is put together, and no matrix outside the layer that multiplies by it."""
+    smallest = config.hidden_size * config.hidden_size
+    for line in program.as_text().splitlines():
+        found = GATHER.search(line)
+        if found is None:
+            continue
+        for shape in re.findall(r"\w+\[([\d,]+)\]", found[1]):
+            axes = [int(size) for size in shape.split(",")]
+            logits = config.vocab_size in axes and config.hidden_size not in axes
+            assert not logits, f"{what}: vocabulary in {line.strip()[:300]}"
+            if math.prod(axes) >= smallest and not set(axes) & {rows, rows // 2, rows // 4, rows // 8}:  # activations
+                assert IN_ITS_LAYER.search(found[2]), f"{what}: a matrix in {line.strip()[:300]}"
+
+
+def check_programs(spec: str) -> float:
+    """The compiled training and decoding step of a mesh; the state's bytes on each device."""
+    mesh = sharding.make_mesh(spec)
+    config = dataclasses.replace(CONFIG, vocab_size=1024, hidden_size=64, num_layers=2, intermediate_size=192)
+    lm = models.LanguageModel(config, mesh=mesh)
+    optimizer, _ = training.adamw(learning_rate=1e-3, steps=10)
+
+    def placed(tree: Any) -> Any:
+        places = sharding.placements(tree, mesh, others=True)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+
+    params = placed(jax.eval_shape(lm.init, jax.random.key(0)))
+    state = placed(jax.eval_shape(lambda p: training.create(p, optimizer), params))
+    rows, split = 24, sharding.batch_sharding
+    tokens = jax.ShapeDtypeStruct((1, rows, 20), jnp.int32, sharding=split(mesh, ahead=1))
+    step = training.train_step(loss_of(lm), optimizer, mesh=mesh)
+    program = step.lower(state, {"tokens": tokens}).compile()  # type: ignore[attr-defined]
+    check_program(f"{spec}: training", program, config, rows)
+    first = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split(mesh))
+    prompt = jax.ShapeDtypeStruct((rows, 8), jnp.int32, sharding=split(mesh))
+    cache = placed(jax.eval_shape(lambda p, t: lm.prefill(p, t, t >= 0, 24)[1], params, prompt))
+
+    def decode(params: Any, cache: Any, token: Any) -> Any:
+        hidden, cache = lm.step(params, cache, token)
+        logits = lm.logits(params, hidden)
+        return logits.argmax(axis=-1), jax.nn.logsumexp(logits, axis=-1), cache
+
+    check_program(f"{spec}: decoding", jax.jit(decode).lower(params, cache, first).compile(), config, rows)
+    return float(program.memory_analysis().argument_size_in_bytes)
+
+
+def check_bytes() -> None:
+    """A state takes an eighth of its bytes on each device where the parameters are split over eight, a quarter of these
+    over four, but for the vectors."""
+    whole = check_programs("data=8")
+    for spec, share in (("fsdp=8", 8), ("tensor=8", 8), ("data=2,fsdp=2,tensor=2", 4)):
+        found = check_programs(spec)
+        print(f"{spec}: {found / whole:.4f} of the bytes")
+        assert 1 / share <= found / whole < 1.05 / share, (spec, found, whole)
+
+
 def main() -> None:
+    check_bytes()
     for spec in MESHES:
         check_model(spec)
         with tempfile.TemporaryDirectory() as folder:
