@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.types import Array, Prompts, TokenBatch
+from jaxalign.shapes import PromptIndex
+from jaxalign.types import Prompts, TokenBatch
 
 __all__ = [
     "any_prompts",
@@ -155,7 +156,7 @@ def any_prompts(prompts: Prompts) -> TokenBatch:
     return batches[0]
 
 
-def prompt_index(prompts: Prompts) -> Array:
+def prompt_index(prompts: Prompts) -> PromptIndex:
     """Gives the prompts' rows in their set.
 
     Args:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxalign._arrays import is_supported, where_rows
 from jaxalign._checks import called, check_rng, check_same_types, step_policy
+from jaxalign.shapes import LogProbs, NextToken, Numbers, OverTokens, PerPrompt, PerPromptFlag
 from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, State, StepOutput
 
 __all__ = [
@@ -41,7 +42,7 @@ _BLOCK = 128  # tokens per block of the two-level inverse CDF: about the square 
 _MOVE = 2**31 - 1  # no prompt's index: keys of the policy's steps are none of the draws'
 
 
-def draw(log_prob: Array, uniform: Array) -> Array:
+def draw(log_prob: LogProbs, uniform: PerPrompt) -> NextToken:
     """Draws a token of each row by the inverse CDF.
 
     One uniform number per row, and two short prefix sums (over blocks, then inside the chosen block) in place of noise
@@ -73,7 +74,7 @@ def draw(log_prob: Array, uniform: Array) -> Array:
     return (block * width + jnp.minimum(token, last)).astype(jnp.int32)
 
 
-def exact_kl(log_prob: Array, log_prob_ref: Array) -> Array:
+def exact_kl(log_prob: OverTokens, log_prob_ref: OverTokens) -> Numbers:
     """Gives the KL of one step's distribution, Σ_z pi(z)·(log pi(z) − log pi_ref(z)), with finite gradients.
 
     Args:
@@ -88,7 +89,7 @@ def exact_kl(log_prob: Array, log_prob_ref: Array) -> Array:
     return jnp.sum(jnp.where(inside, jnp.exp(jnp.where(inside, log_prob, 0)), 0) * difference, axis=-1)
 
 
-def token_value(table: Array, token: Array) -> Array:
+def token_value(table: LogProbs, token: NextToken) -> PerPrompt:
     """Reads a table at one token of each row.
 
     Args:
@@ -133,7 +134,7 @@ def step_key(rng: Array, t: ArrayLike) -> Array:
     return jax.random.fold_in(jax.random.fold_in(rng, t), _MOVE)
 
 
-def draw_rows(log_prob: Array, rng: Array, rows: Array) -> Array:
+def draw_rows(log_prob: LogProbs, rng: Array, rows: Array) -> NextToken:
     """Draws a token of each row from its own random stream.
 
     Args:
@@ -154,7 +155,7 @@ def draw_rows(log_prob: Array, rng: Array, rows: Array) -> Array:
     return draw(log_prob, jax.vmap(lambda key: jax.random.uniform(key, dtype=log_prob.dtype))(keys))
 
 
-def record(output: StepOutput, token: Array, active: Array) -> dict[str, Array]:
+def record(output: StepOutput, token: NextToken, active: PerPromptFlag) -> dict[str, Array]:
     """Gives what Completions keep of one step.
 
     Args:

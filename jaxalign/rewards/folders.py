@@ -63,6 +63,9 @@ def reader_of(
 
     Args:
       form, lm, sources, turns: the fields of `Reader`.
+
+    Returns:
+      The Reader.
     """
     if sources is not None:
         sources = [x if isinstance(x, str) else tokens.with_system(form, x) for x in sources]

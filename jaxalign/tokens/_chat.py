@@ -32,7 +32,15 @@ def check_messages(messages: Any) -> Messages:
 
 
 def with_system(form: TextFormat, messages: Messages) -> Messages:
-    """The chat with the format's system turn, where it has none of its own."""
+    """Gives the chat with the format's system turn, where it has none of its own.
+
+    Args:
+      form: the format.
+      messages: the chat.
+
+    Returns:
+      The chat.
+    """
     if form.system is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": form.system}, *messages]

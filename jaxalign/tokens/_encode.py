@@ -150,8 +150,15 @@ def turn_end(form: TextFormat) -> tuple[list[int], list[int]]:
 
 
 def chat_end(form: TextFormat) -> int | None:
-    """The special token in which the chat template ends an assistant's turn; None for a tokenizer without a template
-    and for a template that ends a turn in plain text, in another way each time, or not at all."""
+    """Gives the special token in which the chat template ends an assistant's turn.
+
+    Args:
+      form: the format.
+
+    Returns:
+      Its id; None for a tokenizer without a template, and for a template that ends a turn in plain text, in another way
+      each time, or not at all.
+    """
     if not getattr(form.tokenizer, "chat_template", None):
         return None
     try:
