@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxalign import models
-from jaxalign.models import rotary
+from jaxalign.models import attention, rotary
 from jaxalign.models.block import Block, Experts, Rope
 from jaxalign.models.experts import ExpertMLP
 from tests.conftest import padded, tiny_config
@@ -240,3 +240,11 @@ def test_layers_that_are_alike_are_one_spelling():
     assert tiny_config(ropes=(Rope(5.0), Rope(5.0))) == tiny_config(rope=Rope(5.0))
     assert tiny_config(ropes=(None, None)) == tiny_config(rope=None)
     assert tiny_config(rope=Rope(7.0), ropes=(Rope(5.0), None)) == tiny_config(ropes=(Rope(5.0), None))
+
+
+def test_the_length_that_a_segment_is_read_at_is_that_of_its_text():
+    mask = jnp.array([[[True, True, False], [True, False, False]], [[True, True, True], [False, False, False]]])
+    total = attention.pack_segments(mask, jnp.array([4, 2]), None).total
+    assert total.shape == mask.shape
+    np.testing.assert_array_equal(total[0], [[6, 6, 6], [5, 5, 5]])
+    np.testing.assert_array_equal(total[1, 0], [5, 5, 5])
