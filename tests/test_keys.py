@@ -106,6 +106,7 @@ CALLS = {
     "testing.check_reward": lambda rng: testing.check_reward(constant_reward, None, BATCH, vocab_size=5, rng=rng),
     "text.generate": texts(text.generate, max_new_tokens=2),
     "text.log_prob": texts(text.log_prob, ["b"]),
+    "training.job.initial": lambda rng: job.initial(LM, rng, None),
     "training.job.replace_head": lambda rng: job.replace_head(LM, PARAMS, models.Head("reward", num_hidden=2), rng)[1][
         "head"
     ],
@@ -122,6 +123,7 @@ PER_ROW = {
 ELSEWHERE = {
     "decoding.requests.check_request": "what every decoder begins with",
     "decoding.requests.open_request": "calls check_request",
+    "models.transformer.initial_kernel": "flax calls it",
     "training.rl_iteration.draw": "hands its key to policy_gradient.collect",
 }
 

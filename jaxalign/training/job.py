@@ -119,7 +119,14 @@ def initial(lm: models.LanguageModel, rng: jax.Array, mesh: jax.sharding.Mesh | 
       lm: the model.
       rng: a key; consumed.
       mesh: of devices; None for one device.
+
+    Returns:
+      The parameters.
+
+    Raises:
+      ValueError: an rng that is no key.
     """
+    check_rng(rng)
     if mesh is None:
         return lm.init(rng)
     places = sharding.placements(jax.eval_shape(lm.init, rng), mesh)
