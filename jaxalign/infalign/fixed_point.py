@@ -249,7 +249,7 @@ def optimal_reward(
       A FixedPoint [...,M].
 
     Raises:
-      ValueError: ranks that are no whole numbers from 0 to M−1; on concrete values, beta <= 0.
+      ValueError: ranks that are no whole numbers; on concrete values, beta <= 0.
     """
     log_base = at_least_float32(log_base)
     others = () if selection_rank is None else (selection_rank,)
