@@ -51,6 +51,10 @@ def run(config: Config) -> dict[str, Any]:
     sharding.make_mesh(config.mesh, local=True)
     if options.samples < 2:
         raise ValueError(f"samples: expected at least 2 responses to rank among, found {options.samples}")
+    if config.run.dry_run:
+        tokenizer = models.tokenizer(options.base, chat_template=config.text.chat_template)
+        prompts = read(format_of(config.text, tokenizer)).rows
+        rollouts.tell_memory(options, prompts, dtype=config.run.dtype, stage="calibrate")
     # No `Job`: nothing is trained, and a table takes the place of a model.
     out = _io.open_run(config.run.out, config, inputs=rollouts.inputs(options))
     following = f"python -m train.rl --model {options.base} --prompts {options.prompts} --reward "

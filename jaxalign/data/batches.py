@@ -44,8 +44,7 @@ def batches(
         raise ValueError(f"accumulate: expected a divisor of batch_size {batch_size}, found {accumulate}")
 
     def group(items: list[Any]) -> Any:
-        arrays = collate(list(items))
-        return _map(lambda x: x.reshape((accumulate, batch_size // accumulate, *x.shape[1:])), arrays)
+        return micro_batches(collate(list(items)), accumulate)
 
     # The rows themselves stay outside: grain would look into tuples of a source.
     order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
@@ -55,6 +54,19 @@ def batches(
         return iter(grouped[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
     return start
+
+
+def micro_batches(arrays: Any, accumulate: int) -> Any:
+    """Parts the rows of arrays.
+
+    Args:
+      arrays: [b,...], or nested dicts of them.
+      accumulate: A, a divisor of b.
+
+    Returns:
+      The same, [A,b/A,...].
+    """
+    return _map(lambda x: x.reshape((accumulate, len(x) // accumulate, *x.shape[1:])), arrays)
 
 
 def _map(f: Callable[[np.ndarray], np.ndarray], tree: Any) -> Any:

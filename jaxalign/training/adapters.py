@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxalign import models
 from jaxalign._builders import cached
-from jaxalign.training import job, objectives
+from jaxalign.training import dry_run, job, objectives
 from jaxalign.training.options import AdapterOptions, MeshOptions, OptimizerOptions
 from jaxalign.training.step import Loss, LossAux
 from jaxalign.types import Array, Params
@@ -81,7 +81,7 @@ def fit_adapter(
         raise ValueError("lora_rank: expected 0 where the frozen model is not the one that is trained")
     masters = models.LanguageModel(started.lm.config)
     adapter = models.lora.init(jax.random.fold_in(jax.random.key(seed), 2), masters, spec)
-    weights = objectives.cast(started.lm, started.params)
+    weights = dry_run.apply(functools.partial(objectives.cast, started.lm), started.params)
     fit = functools.partial(
         job.fit_model, optimizer=optimizer, mesh=mesh, seed=seed, stage=stage, out=out, frozen=weights
     )
@@ -137,7 +137,7 @@ def reference(spec: models.Lora | None, started: job.StartedModel) -> Params:
     """
     if spec is not None:
         return started.params
-    return jax.tree.map(lambda x: jnp.array(x, started.lm.dtype), started.params)
+    return dry_run.apply(lambda tree: jax.tree.map(lambda x: jnp.array(x, started.lm.dtype), tree), started.params)
 
 
 @cached

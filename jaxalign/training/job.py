@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxalign import _hosts, _io, models, training
 from jaxalign._checks import check_language_model, check_rng
@@ -20,6 +20,7 @@ from jaxalign.data.text_options import TextOptions, format_of, token_id
 from jaxalign.models import sharding
 from jaxalign.prompts import bucket
 from jaxalign.tokens import TextFormat
+from jaxalign.training import dry_run, states
 from jaxalign.training.measure import check_rows, checked_collate
 from jaxalign.training.options import DType, MeshOptions, ModelOptions, OptimizerOptions
 from jaxalign.training.step import Loss
@@ -64,6 +65,7 @@ def start(
     chat_template: str = "",
     eos_token: str = "",
     mesh: str = "",
+    shapes_only: bool = False,
 ) -> StartedModel:
     """Loads or makes the model to train.
 
@@ -76,6 +78,7 @@ def start(
       chat_template: name of one of the tokenizer's several chat templates, or "".
       eos_token: the token, or its id, that becomes the tokenizer's EOS, with which it is saved; "" leaves its own.
       mesh: devices that the parameters lie on, as `sharding.make_mesh` reads it.
+      shapes_only: for a dry run: shapes stand for the parameters, and no weights are read.
 
     Returns:
       Model, float32 parameters and tokenizer.
@@ -95,42 +98,22 @@ def start(
         values = json.loads(path.read_text()) | {"vocab_size": len(tokenizer), "eos_token_id": eos}
         body = models.LanguageModel(models.config_from_hf(values))
         lm = models.with_head(body, head(body.config))
-        params = initial(lm, rng, devices)
+        params = jax.eval_shape(lm.init, rng) if shapes_only else states.initial(lm, rng, devices)
     else:
         tokenizer = _with_end(models.tokenizer(options.model, chat_template=chat_template), eos_token)
-        lm, params = models.load(options.model, mesh=devices)
+        load = dry_run.load_shapes if shapes_only else functools.partial(models.load, mesh=devices)
+        lm, params = load(options.model)
         wanted = head(lm.config)
         if wanted is None:
             check_language_model("model", lm, options.model)
         if wanted != lm.config.head:
             lm, params = replace_head(lm, params, wanted, head_rng)
-            params = params if devices is None else sharding.shard(params, devices)
+            params = params if devices is None or shapes_only else sharding.shard(params, devices)
     models.check_rows(tokenizer, lm.vocab_size)
     if max_length > lm.max_length:
         raise ValueError(f"max_length: expected at most the model's context of {lm.max_length}, found {max_length}")
     reads = with_tokenizer_pad(lm.config, tokenizer)
     return StartedModel(models.LanguageModel(reads, dtype, devices), params, tokenizer)
-
-
-def initial(lm: models.LanguageModel, rng: jax.Array, mesh: jax.sharding.Mesh | None) -> Params:
-    """Random parameters, made where they lie: no device holds all of them.
-
-    Args:
-      lm: the model.
-      rng: a key; consumed.
-      mesh: of devices; None for one device.
-
-    Returns:
-      The parameters.
-
-    Raises:
-      ValueError: an rng that is no key.
-    """
-    check_rng(rng)
-    if mesh is None:
-        return lm.init(rng)
-    places = sharding.placements(jax.eval_shape(lm.init, rng), mesh)
-    return jax.jit(lm.init, out_shardings=places)(rng)
 
 
 def _with_end(tokenizer: Any, eos_token: str) -> Any:
@@ -278,14 +261,20 @@ def fit_model(
       The trained parameters, float32, on the mesh's devices.
     """
     steps = optimizer.steps_for(len(data.train))
-    update, schedule = adamw_of(optimizer, steps)
+    update, schedule = states.adamw_of(optimizer, steps)
     devices = sharding.make_mesh(mesh.mesh)
+    if dry_run.is_abstract((started.params, frozen)):
+        rows = checked_collate(collate)(dry_run.rows_of_batch(data.train, optimizer.batch_size))
+        state = jax.eval_shape(lambda params: training.create(params, update), started.params)
+        step = training.train_step(loss, update, schedule=schedule, donate=True, mesh=devices)
+        batch = batches.micro_batches(rows, mesh.accumulate)
+        dry_run.tell(stage, dry_run.estimate(step, state, batch, frozen, mesh=devices))
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     if devices is None:
         # A copy, which the steps may take.
         state = training.create(jax.tree.map(jnp.array, started.params), update)
     else:
-        state, frozen = state_on(devices, started.params, update), sharding.shard(frozen, devices, others=True)
+        state, frozen = states.on_mesh(devices, started.params, update), sharding.shard(frozen, devices, others=True)
         by_row = sharding.batch_sharding(devices, ahead=1)
         place = lambda batch: _hosts.put(batch, by_row)  # noqa: E731
     size, accumulate = optimizer.batch_size, mesh.accumulate
@@ -308,35 +297,6 @@ def fit_model(
     return trained
 
 
-def state_on(mesh: jax.sharding.Mesh, params: Params, optimizer: optax.GradientTransformation) -> training.TrainState:
-    """The state before the first step on a mesh, moments where their parameters are; the parameters are copied.
-
-    Args:
-      mesh: of devices.
-      params: what is trained.
-      optimizer: optax's.
-    """
-
-    def create(params: Params) -> training.TrainState:
-        return training.create(jax.tree.map(jnp.copy, params), optimizer)
-
-    placed = sharding.shard(params, mesh, others=True)
-    places = sharding.placements(jax.eval_shape(create, placed), mesh, others=True)
-    state: training.TrainState = jax.jit(create, out_shardings=places)(placed)
-    return state
-
-
-def adamw_of(options: OptimizerOptions, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer and its schedule over that many updates."""
-    return training.adamw(
-        learning_rate=options.learning_rate,
-        steps=steps,
-        warmup=options.warmup,
-        weight_decay=options.weight_decay,
-        clip=options.clip,
-    )
-
-
 def evaluate(
     f: Callable[[Params, Any], Any], params: Params, rows: Sequence[Any], collate: Callable[[list[Any]], Any], size: int
 ) -> Any:
@@ -356,6 +316,9 @@ def evaluate(
       ValueError: `f` or `collate` gives arrays of another number of rows.
     """
     compiled, pad = jax.jit(f), checked_collate(collate)
+    if dry_run.is_abstract(params):  # numbers that nothing reads before the dry run ends
+        shapes = jax.eval_shape(f, params, pad(list(rows[:1])))
+        return jax.tree.map(lambda x: np.full((len(rows), *x.shape[1:]), 0.5, x.dtype), shapes)
     parts = []
     for part in iterate(rows, size):
         found = compiled(params, pad(part + [part[-1]] * (size - len(part))))

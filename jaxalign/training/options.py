@@ -29,6 +29,9 @@ class RunOptions:
     """Seed of new weights, of the split, of the order of rows and of all draws."""
     dtype: DType = "float32"
     """Type of activations and of the weights as they are used; master weights, sums and rewards stay float32."""
+    dry_run: bool = False
+    """Compile the training step on shapes alone, for simulated devices where --mesh has more than there are, and say
+    what it needs of each device. Configs, tokenizers and data are read, no weights; nothing is written."""
     config: str = ""
     """JSON or TOML file of defaults for these options."""
 

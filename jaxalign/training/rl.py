@@ -16,12 +16,12 @@ from jaxalign._checks import check_language_model
 from jaxalign.data import batches
 from jaxalign.models import sharding
 from jaxalign.prompts import prompt_batch
-from jaxalign.training import adapters, job, objectives, policy_gradient, rl_rewards
+from jaxalign.training import adapters, dry_run, job, objectives, policy_gradient, rl_rewards, states
 from jaxalign.training._fit import fit
 from jaxalign.training.options import MeshOptions, OptimizerOptions
-from jaxalign.training.rl_iteration import Learner, RLState, make_iteration, read_both, weights
+from jaxalign.training.rl_iteration import Learner, RLState, draw, first_part, make_iteration, read_both, weights
 from jaxalign.training.rl_options import RLOptions
-from jaxalign.training.step import LossAux, create, train_step
+from jaxalign.training.step import LossAux, TrainState, TrainStep, create, train_step
 from jaxalign.types import Array, Params, TokenBatch
 
 
@@ -120,7 +120,8 @@ def learner_of(
         method_of(options),
         _whole if spec is None else _adapted(spec),
     )
-    frozen = {"reference": {"transformer": objectives.cast(lm, started.params["transformer"])}, "reward": reward.params}
+    reference = dry_run.apply(functools.partial(objectives.cast, lm), started.params["transformer"])
+    frozen = {"reference": {"transformer": reference}, "reward": reward.params}
     if spec is None:
         return learner, started.params, frozen
     adapter = models.lora.init(jax.random.fold_in(jax.random.key(seed), 2), models.LanguageModel(lm.config), spec)
@@ -168,7 +169,7 @@ def train_policy(
       The final state.
     """
     steps, size = optimizer.steps_for(len(rows)), optimizer.batch_size
-    update, schedule = job.adamw_of(optimizer, steps * learner.options.passes * learner.options.minibatches)
+    update, schedule = states.adamw_of(optimizer, steps * learner.options.passes * learner.options.minibatches)
     once = learner.options.passes * learner.options.minibatches == 1
     read = policy_gradient.of_model(learner.lm)
     loss = policy_gradient.loss(
@@ -180,9 +181,14 @@ def train_policy(
 
     devices = sharding.make_mesh(mesh.mesh)
     step = train_step(assembled, update, schedule=schedule, donate=True, mesh=devices)
+    if dry_run.is_abstract((trained, frozen)):
+        batch = pad(dry_run.rows_of_batch(rows, size))
+        _tell(learner, step, dry_run.apply(lambda params: create(params, update), trained), frozen, batch, devices)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     train = (  # a copy, which the steps may take
-        create(jax.tree.map(jnp.array, trained), update) if devices is None else job.state_on(devices, trained, update)
+        create(jax.tree.map(jnp.array, trained), update)
+        if devices is None
+        else states.on_mesh(devices, trained, update)
     )
     state = RLState(jnp.zeros((), jnp.int32), train, jnp.asarray(beta, jnp.float32), jnp.zeros(2, jnp.int32))
     if devices is not None:
@@ -205,6 +211,24 @@ def train_policy(
         log_every=optimizer.log_every,
     )
     return ended
+
+
+def _tell(
+    learner: Learner,
+    step: TrainStep,
+    state: TrainState,
+    frozen: Params,
+    batch: dict[str, np.ndarray],
+    devices: jax.sharding.Mesh | None,
+) -> None:
+    """Ends a dry run with the figures of an update (`dry_run.tell`) and of the roll-outs before it."""
+    prompts = TokenBatch(*(jnp.asarray(batch[name]) for name in ("prompt_tokens", "prompt_mask", "index")))
+    args = (*dry_run.abstract((state.params, frozen), devices), prompts, jax.random.key(0))
+    part = jax.eval_shape(functools.partial(first_part, learner), *args, jnp.zeros(()))
+    roll_out = jax.jit(lambda params, frozen, prompts, rng: draw(learner, params, frozen, rng, prompts))
+    size = dry_run.held(roll_out, *args) / 1e9
+    print(f"rl: roll-outs: {size:.4g} GB per device, beside the optimizer's state", flush=True)
+    dry_run.tell("rl", dry_run.estimate(step, state, part, frozen, mesh=devices))
 
 
 def trained_policy(
@@ -255,7 +279,7 @@ def measure_policy(
     Raises:
       ValueError: no prompt has a finite reward.
     """
-    if not rows:
+    if not rows or dry_run.is_abstract((params, frozen)):
         return {}
     measured = policies.with_reference(learner.policy, policies.language_model(learner.reference))
     whole = weights(learner.lm, learner.assemble, params, frozen)

@@ -103,6 +103,31 @@ def read_both(learner: Learner) -> policy_gradient.ReadBoth | None:
     return lambda params, frozen, rows: read(params, frozen["reference"], rows)
 
 
+def first_part(
+    learner: Learner, params: Params, frozen: Params, prompts: TokenBatch, rng: jax.Array, beta: jax.Array
+) -> Any:
+    """The first batch that an iteration learns from, of whole responses: a dry run reads its shapes.
+
+    Args:
+      learner, params, frozen: as in `draw`.
+      prompts: B prompts, left-padded.
+      rng: a key; consumed.
+      beta: KL weight [].
+
+    Returns:
+      Leaves [A,b,...] of `policy_gradient.split`.
+    """
+    draws, order = jax.random.split(rng)
+    drawn, options = draw(learner, params, frozen, draws, prompts), learner.options
+    read_model, read_reference = policy_gradient.of_model(learner.lm), policy_gradient.of_model(learner.reference)
+    reference = lambda frozen, rows: read_reference(frozen["reference"], rows)[0]  # noqa: E731
+    whole, both = learner.assemble(params, frozen), read_both(learner)
+    rows, _ = policy_gradient.prepare(
+        learner.method, read_model, reference, whole, frozen, prompts, drawn, beta, both=both
+    )
+    return policy_gradient.split(rows, order, minibatches=options.minibatches, accumulate=learner.accumulate)[0]
+
+
 def make_iteration(
     learner: Learner, update: training.TrainStep, *, after: Callable[[dict[str, float]], None] | None = None
 ) -> training.StepFunction[RLState]:

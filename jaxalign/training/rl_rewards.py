@@ -12,7 +12,7 @@ from jaxalign import _hosts, infalign, rewards, shaping
 from jaxalign.data import Prompt
 from jaxalign.data.text_options import TextOptions
 from jaxalign.prompts import prompt_index
-from jaxalign.training import job, rollouts, tables
+from jaxalign.training import dry_run, job, rollouts, tables
 from jaxalign.training.rl_options import RewardOptions
 from jaxalign.types import Array, CheckedReward, Params, Reward, TokenBatch
 
@@ -65,6 +65,9 @@ def compose(
     Raises:
       ValueError: a table made with anything else than this run's model, reward, tokenizer, limit and prompts.
     """
+    if dry_run.is_abstract(started.params):
+        nothing, params = rollouts.reward_shapes(options.reward, dtype=dtype)
+        return Composed(nothing, params, nothing, params)
     sources, count = [prompt.source for prompt in prompts], len(prompts)
     raw = rollouts.open_reward(
         options.reward,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _hosts, _io, _progress, decoding, models, policies, rewards
@@ -22,10 +23,11 @@ from jaxalign.data.text_options import TextOptions, ending_ids, format_of
 from jaxalign.models import sharding
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Text
+from jaxalign.training import dry_run
 from jaxalign.training.job import StartedModel, first_rows, iterate
 from jaxalign.training.options import RolloutOptions, RunOptions
 from jaxalign.training.training_job import Job
-from jaxalign.types import Params, Policy, Reward
+from jaxalign.types import Array, Params, Policy, Reward, TokenBatch
 
 
 class Rollout(NamedTuple):
@@ -86,6 +88,52 @@ def open_reward(
         return rewards.open_reward(reader, folder, label=label, dtype=dtype, name=role)
 
     return rewards.build_reward(spec, open_model=open_model, reader=reader, between_programs=between_programs)
+
+
+def reward_shapes(spec: str, *, dtype: str) -> tuple[Reward, Params]:
+    """For a dry run: a reward that computes nothing, with the shapes of the parameters of --reward.
+
+    Args:
+      spec: as `rewards.parse_reward` reads it.
+      dtype: type that reward models compute in.
+
+    Returns:
+      The Reward and a tuple of the shapes of each model's parameters.
+    """
+    folders = rewards.reward_roles(spec).values()
+    return _nothing, tuple(dry_run.load_shapes(folder, dtype=dtype)[1] for folder in folders)
+
+
+def _nothing(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
+    return jnp.zeros(prompt_length.shape, jnp.float32)
+
+
+def tell_memory(options: RolloutOptions, prompts: Sequence[encoded.Prompt], *, dtype: str, stage: str) -> None:
+    """Ends a dry run with what drawing a batch of responses needs of a device.
+
+    Args:
+      options: the base, the reward, and how many responses are drawn together.
+      prompts: all prompts; the longest are taken.
+      dtype: type of the models.
+      stage: name of the job.
+
+    Raises:
+      dry_run.Told: always.
+    """
+    lm, base = dry_run.load_shapes(options.base, dtype=dtype)
+    reward, params = reward_shapes(options.reward, dtype=dtype)
+    policy, size = policies.language_model(lm), max(options.decode_batch // options.samples, 1)
+    rows = dry_run.rows_of_batch([prompt.tokens for prompt in prompts], size)
+
+    def draw(params: Params, rng: Array, batch: TokenBatch) -> Any:
+        drawn: dict[str, Any] = {"num_samples": options.samples, "max_new_tokens": options.max_new_tokens}
+        return decoding.best_of_n(policy, reward, params, rng, batch, eos_ids=lm.config.eos_ids, **drawn).info
+
+    arguments = {"policy": base, "reward": params}
+    held = dry_run.held(jax.jit(draw), arguments, jax.random.key(0), prompt_batch(rows, batch_size=size)) / 1e9
+    print(f"{stage}: an estimate, by the program compiled for 1 of {jax.devices()[0].device_kind}:")
+    print(f"  {size * options.samples} responses at a time: {held:.4g} GB, weights included; a reward's pass aside")
+    raise dry_run.Told
 
 
 def load_base(
@@ -187,11 +235,22 @@ def roll_out(
     return found
 
 
+def longest_rollouts(options: RolloutOptions, prompts: Sequence[encoded.Prompt]) -> list[Rollout]:
+    """Rows of the largest size that roll-outs have, for a dry run: the first tokens of the vocabulary, and rewards that
+    differ."""
+    response = list(range(options.max_new_tokens))
+    rows = [(row, sample) for row in range(len(prompts)) for sample in range(options.samples)]
+    return [Rollout(prompts[row].tokens, response, float(sample), row) for row, sample in rows]
+
+
 def roll_out_for(
     job: Job, options: RolloutOptions, prompts: Sequence[encoded.Prompt], started: StartedModel
 ) -> list[Rollout]:
-    """`roll_out` in a job's folder, by its seed and type, for the model that it trains."""
+    """`roll_out` in a job's folder, by its seed and type, for the model that it trains; in a dry run, rows of the
+    largest size."""
     config = job.config
+    if config.run.dry_run:
+        return longest_rollouts(options, prompts)
     return roll_out(
         options,
         prompts,

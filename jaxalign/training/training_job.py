@@ -10,7 +10,7 @@ from typing import Any
 from jaxalign import _io, models
 from jaxalign.data import encoded
 from jaxalign.tokens import TextFormat
-from jaxalign.training import adapters, memory
+from jaxalign.training import adapters, dry_run, memory
 from jaxalign.training import job as functions
 from jaxalign.training.options import TrainingConfig, check_training_config
 from jaxalign.training.step import Loss
@@ -62,7 +62,12 @@ class Job:
         Raises:
           ValueError: an option is not as expected, or the folder is of another run.
         """
+        if config.run.dry_run:
+            dry_run.on_enough_devices(config, config.mesh.mesh)
         check_training_config(config, rows_per_step=rows_per_step)
+        if config.run.dry_run:
+            out = pathlib.Path(config.run.out)
+            return Job(config, stage, out, following(out), product)
         names = [*inputs, config.model.model, config.model.architecture, config.model.tokenizer]
         read = [folder for name in names for folder in models.source_folders(name)]
         out = _io.open_run(config.run.out, config, inputs=read)
@@ -70,7 +75,7 @@ class Job:
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that is whole, which is printed, None for one that is to be done."""
-        done = functions.finished(self.out)
+        done = None if self.config.run.dry_run else functions.finished(self.out)
         if done is not None:
             functions.report(self.out, done, self.following, product=self.product)
         return done
@@ -101,6 +106,7 @@ class Job:
             chat_template=config.text.chat_template,
             eos_token=config.text.eos_token,
             mesh=config.mesh.mesh,
+            shapes_only=config.run.dry_run,
         )
         lm = memory.with_remat(started.lm, started.params, config.mesh, texts=texts, length=length)
         return started._replace(lm=lm)
@@ -137,6 +143,8 @@ class Job:
           The trained parameters, float32; those of an adapter are merged in.
         """
         config = self.config
+        if config.run.dry_run and not dry_run.is_abstract(started.params):
+            started = started._replace(params=dry_run.abstract(started.params, None))
         options: dict[str, Any] = {"optimizer": config.optimizer, "mesh": config.mesh, "seed": config.run.seed}
         options |= {"stage": self.stage, "out": self.out, "frozen": frozen}
         if adapter is None:

@@ -12,8 +12,8 @@ import numpy as np
 from jaxalign import models, shaping
 from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
+from jaxalign.training import dry_run, objectives, rollouts
 from jaxalign.training import job as functions
-from jaxalign.training import objectives, rollouts
 from jaxalign.training.options import RolloutOptions, check_finite, check_rollout_options
 from jaxalign.training.step import Loss, LossAux
 from jaxalign.training.training_job import Job
@@ -205,7 +205,10 @@ def value_loss(options: ValueOptions, started: functions.StartedModel, *, base: 
     lm: models.LanguageModel | None = None
     frozen: Params = None
     if options.objective == "cd_q":
-        lm, frozen = models.load_beside(base, started.lm, started.tokenizer, name="base", dtype=dtype)
+        if dry_run.is_abstract(started.params):
+            lm, frozen = dry_run.load_shapes(base, dtype=dtype)
+        else:
+            lm, frozen = models.load_beside(base, started.lm, started.tokenizer, name="base", dtype=dtype)
         check_language_model("base", lm, base)
     loss = objectives.value(
         started.lm,

@@ -95,6 +95,7 @@ def save_adapter(
     if score is not None:
         tensors[f"{_PREFIX}score.weight"] = score
         values |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    tensors = _hosts.host_value(tensors)  # small; every process takes its part
     with _hosts.together():
         if _hosts.is_first():
             with whole_folder(path, overwrite=overwrite) as temporary:

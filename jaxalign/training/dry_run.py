@@ -1,0 +1,215 @@
+"""What a training step needs, compiled on shapes alone: no weights are read and nothing is placed on a device."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import _options, models
+from jaxalign.models import sharding
+from jaxalign.training.step import TrainState, TrainStep
+from jaxalign.types import Params
+
+CARDS = (80, 96, 141)
+"""Memory of the devices that are named [GB]."""
+
+
+class Estimate(NamedTuple):
+    """What a step needs on each device, by its compiled program."""
+
+    devices: int
+    """Number of devices."""
+    parameters: int
+    """What is trained [bytes]."""
+    optimizer: int
+    """The optimizer's state [bytes]."""
+    frozen: int
+    """Parameters that are not trained [bytes]."""
+    temporaries: int
+    """Activations, gradients and all else that lives inside the step [bytes]."""
+    total: int
+    """The most that is held at a time, batch and results included [bytes]."""
+    flops_per_token: float
+    """Operations of all devices for each token of the batch; pads count as tokens."""
+    bytes_per_token: float
+    """Memory traffic of all devices for each token of the batch, by the compiler's count."""
+    tokens: int
+    """Tokens of the batch, pads included."""
+
+    def fits(self, gigabytes: float) -> bool:
+        """Whether a card of that much memory [GB] holds it; a twentieth is left to the runtime."""
+        return self.total <= 0.95e9 * gigabytes
+
+
+class Told(SystemExit):
+    """A dry run has been told and ends with exit code 0; `estimate` holds its figures."""
+
+    def __init__(self, estimate: Estimate | None = None) -> None:
+        super().__init__(0)
+        self.estimate = estimate
+
+
+def is_abstract(tree: Any) -> bool:
+    """Whether a tree holds shapes (jax.ShapeDtypeStruct) in place of arrays."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def apply(f: Callable[..., Any], *args: Any) -> Any:
+    """f(*args), or its shapes where the arguments hold shapes in place of arrays."""
+    return jax.eval_shape(f, *args) if is_abstract(args) else f(*args)
+
+
+def abstract(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """The shapes of parameters or a state, each where `sharding.shard(tree, mesh, others=True)` would put it."""
+    if mesh is None:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
+    places = sharding.placements(tree, mesh, others=True)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=place), tree, places
+    )
+
+
+def load_shapes(path: str, *, dtype: str = "float32") -> tuple[models.LanguageModel, Params]:
+    """The model of a folder and the shapes of its parameters, of its configs alone."""
+    lm = models.LanguageModel(models.read_config(path), dtype)
+    return lm, jax.eval_shape(lm.init, jax.random.key(0))
+
+
+def rows_of_batch(rows: Sequence[Any], size: int) -> list[Any]:
+    """The rows of the largest batch: the longest ones, over and over where there are fewer than `size`."""
+    longest = sorted(rows, key=_length, reverse=True)[:size]
+    return [longest[i % len(longest)] for i in range(size)]
+
+
+def _length(row: Any) -> int:
+    """Numbers in a row: of its token lists and what it is nested of."""
+    return sum(map(_length, row)) if isinstance(row, list | tuple) else 1
+
+
+def estimate(
+    step: TrainStep, state: TrainState, batch: Any, frozen: Params, *, mesh: jax.sharding.Mesh | None
+) -> Estimate:
+    """Compiles a step and reads what it needs of the compiled program.
+
+    Args:
+      step: as `train_step` makes it.
+      state, frozen: arrays or their shapes.
+      batch: leaves [A,b,...].
+      mesh: of devices that they would lie on.
+
+    Returns:
+      The figures of one device.
+    """
+    state, frozen = abstract((state, frozen), mesh)
+    rows = None if mesh is None else sharding.batch_sharding(mesh, ahead=1)
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=rows), batch)
+    compiled = cast(Any, step).lower(state, given, frozen).compile()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    devices = 1 if mesh is None else mesh.size
+    tokens = sum(math.prod(x.shape) for x in _tokens(given))
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Estimate(
+        devices=devices,
+        parameters=_bytes(state.params),
+        optimizer=_bytes(state.opt_state),
+        frozen=_bytes(frozen),
+        temporaries=memory.temp_size_in_bytes,
+        total=total + memory.temp_size_in_bytes,
+        flops_per_token=cost.get("flops", 0.0) * devices / max(tokens, 1),
+        bytes_per_token=cost.get("bytes accessed", 0.0) * devices / max(tokens, 1),
+        tokens=tokens,
+    )
+
+
+def held(program: Any, *args: Any) -> int:
+    """The most bytes that each device holds while a compiled function runs on such arguments, arrays or shapes."""
+    memory = program.lower(*args).compile().memory_analysis()
+    sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
+    return int(sum(sizes) - memory.alias_size_in_bytes)
+
+
+def _tokens(batch: Any) -> list[Any]:
+    """The leaves that hold token ids."""
+    named = jax.tree_util.tree_leaves_with_path(batch)
+    return [x for path, x in named if "tokens" in str(getattr(path[-1], "key", ""))]
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of one device."""
+
+    def own(x: Any) -> int:
+        shape = x.shape if getattr(x, "sharding", None) is None else x.sharding.shard_shape(x.shape)
+        return int(math.prod(shape) * jnp.dtype(x.dtype).itemsize)
+
+    return sum(own(x) for x in jax.tree.leaves(tree))
+
+
+def tell(stage: str, found: Estimate) -> None:
+    """Prints the figures.
+
+    Args:
+      stage: name of the training.
+      found: its figures.
+
+    Raises:
+      Told: always, since a dry run ends here.
+    """
+    kind = jax.devices()[0].device_kind
+    parts = [(name, getattr(found, name)) for name in ("parameters", "optimizer", "frozen")]
+    lines = [
+        f"{stage}: an estimate, by the program compiled for {found.devices} of {kind}; per device:",
+        *(f"  {name}: {size / 1e9:.4g} GB" for name, size in parts),
+        f"  temporaries (activations, gradients): {found.temporaries / 1e9:.4g} GB",
+        f"  in all: {found.total / 1e9:.4g} GB",
+        f"per token, of {found.tokens}: {found.flops_per_token / 1e9:.4g} GFLOP, {found.bytes_per_token / 1e6:.4g} MB",
+        ", ".join(f"{'fits' if found.fits(size) else 'does not fit'} {size} GB" for size in CARDS),
+    ]
+    print("\n".join(lines), flush=True)
+    raise Told(found)
+
+
+def on_enough_devices(config: Any, mesh: str) -> None:
+    """Where there are fewer devices than a mesh has, runs the job on simulated ones in a process of its own.
+
+    Args:
+      config: of a job that is a module of train/.
+      mesh: as `sharding.make_mesh` reads it.
+
+    Raises:
+      Told: the other process has told the figures.
+      ValueError: what the other process found wrong.
+    """
+    sizes = [part.partition("=")[2].strip() for part in mesh.split(",") if part]
+    needed = math.prod(int(size) for size in sizes if size.isdecimal())
+    if needed <= len(jax.devices()):
+        return
+    options = json.dumps(_options.flat(config))
+    program = "import json, sys; from jaxalign import commands; commands.run(sys.argv[1], **json.loads(sys.argv[2]))"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={needed}"
+    found = subprocess.run(
+        [sys.executable, "-c", program, _job_of(config), options],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if found.returncode:
+        raise ValueError(found.stderr.strip().rpartition("\n")[2].removeprefix("ValueError: "))
+    print(found.stdout, end="", flush=True)
+    raise Told
+
+
+def _job_of(config: Any) -> str:
+    """The name of the job whose Config this is."""
+    module = type(config).__module__
+    spec = getattr(sys.modules[module], "__spec__", None)
+    return str(module if module != "__main__" or spec is None else spec.name).rpartition(".")[2]

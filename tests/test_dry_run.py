@@ -1,0 +1,128 @@
+"""--dry-run of every training script: what a step needs, compiled on shapes alone."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+import pytest
+
+from jaxalign import training
+from jaxalign.training import dry_run
+from jaxalign.worlds import opinions
+from train import arm, calibrate, distil, dpo, reward_model, rl, sft, shaping, value, world
+
+GOLD = "jaxalign.worlds.opinions:golds"
+SHORT = "--batch-size 8 --max-length 64"
+TEXTS = "--data {folder}/world/texts.jsonl"
+PAIRS = "--data {folder}/world/pairs.jsonl --model {folder}/base"
+DRAWN = f"--prompts {{folder}}/prompts.jsonl --reward {GOLD} --max-new-tokens 8"
+ROLLED = DRAWN + " --base {folder}/base"
+JOBS = {
+    "sft": (sft, f"{TEXTS} --model {{folder}}/base {SHORT}"),
+    "sft of an architecture": (
+        sft,
+        f"{TEXTS} --architecture {{folder}}/world/config.json --tokenizer {{folder}}/world/tokenizer {SHORT}",
+    ),
+    "sft in parts": (sft, f"{TEXTS} --model {{folder}}/base {SHORT} --accumulate 2"),
+    "reward_model": (reward_model, f"{PAIRS} {SHORT}"),
+    "reward_model with lora": (reward_model, f"{PAIRS} {SHORT} --lora-rank 2"),
+    "arm": (arm, f"{PAIRS} {SHORT}"),
+    "dpo": (dpo, f"{PAIRS} {SHORT}"),
+    "dpo with lora": (dpo, f"{PAIRS} {SHORT} --lora-rank 2 --dtype bfloat16"),
+    "value": (value, f"{ROLLED} {SHORT}"),
+    "value of cd_q": (value, f"{ROLLED} {SHORT} --objective cd_q --head q"),
+    "value, frozen": (value, f"{ROLLED} {SHORT} --objective td --frozen"),
+    "shaping": (shaping, f"{ROLLED} --max-length 64 --bound 2 --beta 1 --samples 4 --validation 0.5"),
+    "shaping of a network": (
+        shaping,
+        f"{ROLLED} --max-length 64 --bound 2 --beta 1 --samples 4 --validation 0.5 --leader network",
+    ),
+    "rl": (rl, f"{DRAWN} --model {{folder}}/base --max-length 64"),
+    "rl, ppo with lora and a model": (
+        rl,
+        f"{DRAWN.replace(GOLD, '{folder}/base')} --model {{folder}}/base --max-length 64 --algorithm ppo --lora-rank 2",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """A tiny world, and base/: a model's folder without weights."""
+    folder = tmp_path_factory.mktemp("dry")
+    sizes = ("--texts", "64", "--pairs", "48", "--held-out", "4", "--layers", "2", "--width", "32")
+    world.main(["--out", str(folder / "world"), *sizes])
+    (folder / "base").mkdir()
+    for path in (folder / "world/tokenizer").iterdir():
+        (folder / "base" / path.name).write_bytes(path.read_bytes())
+    (folder / "base/config.json").write_bytes((folder / "world/config.json").read_bytes())
+    asked = opinions.prompts()[:6]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in asked))
+    return folder
+
+
+def dry(job, line: str, folder: pathlib.Path, *more: str) -> dry_run.Estimate | None:
+    words = line.format(folder=folder).split()
+    with pytest.raises(dry_run.Told) as told:
+        job.main([*words, *more, "--dry-run", "--out", str(folder / "out")])
+    assert told.value.code == 0
+    assert not (folder / "out").exists()
+    return told.value.estimate
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_dry_run_reads_no_weights_and_writes_nothing(folder, name, capsys):
+    found = dry(*JOBS[name], folder)
+    assert found is not None
+    assert found.parameters > 0
+    assert found.total >= found.parameters + found.optimizer + found.temporaries
+    assert found.flops_per_token > 0
+    assert (found.frozen > 0) == (name.startswith(("dpo", "rl", "value of", "value, frozen")) or "lora" in name)
+    # Two moments of what is trained, and counters.
+    assert found.optimizer == pytest.approx(2 * found.parameters, rel=0.05, abs=64)
+    assert "fits 80 GB" in capsys.readouterr().out
+
+
+def test_a_calibration_says_what_its_responses_need(folder, capsys):
+    assert dry(calibrate, f"{ROLLED} --samples 4 --decode-batch 8 --max-length 64", folder) is None
+    assert "8 responses at a time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sft", "sft in parts"])
+def test_the_figures_are_those_of_the_real_step(folder, tmp_path, name, monkeypatch):
+    """The largest batch's own program, of real arrays: within 15 %."""
+    line, memory = JOBS[name][1].replace("--model {folder}/base", "").split(), []
+    found = dry(*JOBS[name], folder)
+
+    def measured(step, state, batches, **options):
+        batch = max((next(batches(i)) for i in range(8)), key=lambda batch: batch["tokens"].size)
+        memory.append(step.lower(state, batch, None).compile().memory_analysis())
+        raise dry_run.Told
+
+    monkeypatch.setattr(training, "fit", measured)
+    new = ["--architecture", "{folder}/world/config.json", "--tokenizer", "{folder}/world/tokenizer"]
+    with pytest.raises(dry_run.Told):
+        sft.main([word.format(folder=folder) for word in [*line, *new, "--out", str(tmp_path / "real")]])
+    real = memory[0].argument_size_in_bytes + memory[0].output_size_in_bytes - memory[0].alias_size_in_bytes
+    assert found.total == pytest.approx(real + memory[0].temp_size_in_bytes, rel=0.15)
+
+
+def test_a_mesh_of_more_devices_is_compiled_for_simulated_ones(folder, capsys):
+    assert len(jax.devices()) < 4
+    dry(*JOBS["sft"], folder, "--mesh", "data=2,fsdp=2")
+    told = capsys.readouterr().out
+    assert "compiled for 4 of cpu" in told
+    with pytest.raises(ValueError, match=r"^mesh: expected .* divides the rows of a micro-batch, 8, found"):
+        sft.main([*JOBS["sft"][1].format(folder=folder).split(), "--mesh", "data=3", "--dry-run", "--out", "none"])
+
+
+def test_what_fits_leaves_room_for_the_runtime():
+    found = dry_run.Estimate(1, 0, 0, 0, 0, int(78e9), 0.0, 0.0, 1)
+    assert not found.fits(80)
+    assert found.fits(96)
+
+
+def test_a_distillation_reads_the_samples_that_are_there(folder):
+    with pytest.raises(ValueError, match="calibration"):
+        distil.main(["--calibration", str(folder / "none"), "--model", str(folder / "base"), "--dry-run", "--out", "x"])
