@@ -85,6 +85,7 @@ def write_smollm2(folder: str | pathlib.Path, *, overwrite: bool = False) -> Non
                 values = _rows_as_llama(values, count)
         arrays[name] = np.ascontiguousarray(values)
     with whole_folder(folder, overwrite=overwrite) as temporary:
+        write_json(temporary / "config.json", _config(about))
         ends = {
             "bos_token_id": about["tokenizer.ggml.bos_token_id"],
             "eos_token_id": about["tokenizer.ggml.eos_token_id"],
