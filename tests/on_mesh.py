@@ -7,12 +7,14 @@ import math
 import pathlib
 import re
 import tempfile
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxalign import models, training
 from jaxalign.models import sharding
@@ -185,7 +187,79 @@ def check_bytes() -> None:
         assert 1 / share <= found / whole < 1.05 / share, (spec, found, whole)
 
 
+def check_errors() -> None:
+    """What does not divide is named in one line, with what was expected and found."""
+    odd = models.Config(**{**vars(CONFIG), "num_heads": 12, "num_kv_heads": 4})
+    eight, shard = sharding.make_mesh("tensor=8"), sharding.shard
+    assert sharding.make_mesh("data=-1,tensor=2").shape == {"data": 4, "tensor": 2}
+    assert sharding.make_mesh("tensor=2,data=2").axis_names == ("data", "tensor")
+    wide = {"transformer": {"lm_head": jnp.zeros((16, 30))}}
+    for call, message in (
+        (lambda: sharding.make_mesh("data=4,fsdp=4"), "mesh: expected at most 8 devices, found 16 in 'data=4,fsdp=4'"),
+        (lambda: sharding.make_mesh("data=-1,fsdp=3"), "mesh: data: expected other sizes whose product divides 8 dev"),
+        (
+            lambda: sharding.make_mesh("data=-1,fsdp=-1"),
+            "mesh: expected -1 for one axis at most, found it for data and",
+        ),
+        (
+            lambda: sharding.make_mesh("rows=2"),
+            "mesh: expected axes of ('data', 'fsdp', 'tensor'), as in data=2,fsdp=4",
+        ),
+        (lambda: sharding.make_mesh("fsdp=0"), "mesh: fsdp: expected a size >= 1, or -1 for the rest, found '0'"),
+        (
+            lambda: sharding.check_rows_divide(sharding.make_mesh("fsdp=8"), 12, name="batch_size"),
+            "batch_size 12, found",
+        ),
+        (
+            lambda: models.LanguageModel(odd, mesh=eight),
+            "num_heads: expected a multiple of the mesh's tensor=8 devices",
+        ),
+        (
+            lambda: shard(wide, eight),
+            "transformer/lm_head: expected axis vocab to divide over tensor=8 devices, found si",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)) as found:
+            call()
+        assert "\n" not in str(found.value)
+
+
+def check_peak(folder: str, spec: str) -> None:
+    """Reading a folder takes no more memory of the host than what the devices hold and 1.2 times the largest array;
+    writing one 1.2 times the largest array. (Some MB are of the interpreter.)"""
+    jax.block_until_ready(jnp.zeros(3) + 1)
+    (lm, params), read = peak_of(lambda: models.load(folder, mesh=sharding.make_mesh(spec)))
+    held = sum(shard.data.nbytes for x in jax.tree.leaves(params) for shard in x.addressable_shards)
+    largest = max(x.nbytes for x in jax.tree.leaves(params))
+    _, written = peak_of(lambda: models.save(f"{folder}_again", lm, params))
+    print(f"{spec}: read {(read - held) / largest:.2f}, written {written / largest:.2f} of the largest")
+    assert read - held < 1.2 * largest + (24 << 20), (read, held, largest)
+    assert written < 1.2 * largest + (24 << 20), (written, largest)
+
+
+def peak_of(f: Callable[[], Any]) -> tuple[Any, int]:
+    """(what f gives, the most bytes that the process held meanwhile beyond those before)."""
+
+    def held() -> int:
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    ended, most, before = threading.Event(), [0], held()
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            most[0] = max(most[0], held() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    found = f()
+    ended.set()
+    watcher.join()
+    return found, most[0]
+
+
 def main() -> None:
+    check_errors()
     check_bytes()
     for spec in MESHES:
         check_model(spec)

@@ -68,7 +68,7 @@ class LanguageModel:
         Losses and gradients are the same.
 
     Raises:
-      ValueError: another dtype, mesh or remat, or a config that is not a `Config`.
+      ValueError: another dtype, mesh or remat, a config that is not a `Config`, or sizes that the mesh does not divide.
     """
 
     config: Config
@@ -84,6 +84,11 @@ class LanguageModel:
         # By name: equal models are then equal and hash alike, however the dtype was written.
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         sharding.check_mesh(self.mesh)
+        if self.mesh is not None:
+            c = self.config
+            sizes = {"num_heads": c.num_heads, "intermediate_size": c.intermediate_size, "vocab_size": c.vocab_size}
+            sharding.check_sizes(self.mesh, "tensor", sizes)
+            sharding.check_sizes(self.mesh, "fsdp", {"hidden_size": c.hidden_size})
 
     @property
     def vocab_size(self) -> int:

@@ -226,6 +226,15 @@ def hold(x: Array, mesh: Mesh | None, *names: str | None, gather: tuple[str, ...
     return held
 
 
+def check_sizes(mesh: Mesh, axis: str, sizes: Mapping[str, int]) -> None:
+    """ValueError that names the first of some sizes of a model that does not divide over an axis of a mesh."""
+    for name, size in sizes.items():
+        if size % mesh.shape.get(axis, 1):
+            raise ValueError(
+                f"{name}: expected a multiple of the mesh's {axis}={mesh.shape[axis]} devices, found {size}"
+            )
+
+
 def batch_sharding(mesh: Mesh, *, ahead: int = 0) -> NamedSharding:
     """Arrays whose rows are shared by the data and fsdp axes; `ahead` axes come before that of the rows."""
     spec = PartitionSpec(*(None,) * ahead, present_axes(mesh, RULES["batch"]))  # type: ignore[no-untyped-call, unused-ignore]

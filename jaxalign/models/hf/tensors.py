@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -34,6 +35,9 @@ from jaxalign.models.hf.files import read_json, tell
 from jaxalign.models.hf.writing import Planned, write_tensors
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.types import Params
+
+BLOCK = 1 << 20
+"""Numbers that are read and converted together."""
 
 Index: TypeAlias = tuple[slice, ...]
 Read: TypeAlias = Callable[[str, Index], np.ndarray]
@@ -136,6 +140,8 @@ def read_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits = Edits())
     flat: dict[str, Any] = {sharding.path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     if sorted(flat) != sorted(rule.ours for rule in table):
         raise AssertionError("jaxalign.models.families and the transformer name different parameters")
+    if lm.mesh is not None:
+        sharding.placements(shapes, lm.mesh)  # what does not divide is named before anything is read
     with contextlib.ExitStack() as stack:
         handles = {
             file: stack.enter_context(safe_open(file, "numpy")) for file in sorted({f for f, _ in files.values()})
@@ -175,14 +181,33 @@ def _placed(lm: LanguageModel, rule: Rule, shape: tuple[int, ...], read: Read) -
     def part(index: Index | None) -> np.ndarray:
         whole = tuple(slice(*one.indices(size)) for one, size in zip(index or (), shape, strict=True))
         if str(whole) not in kept:
-            kept[str(whole)] = np.ascontiguousarray(read_part(lm.config, rule, shape, whole, read).astype(lm.dtype))
+            out = np.empty([one.stop - one.start for one in whole], jnp.dtype(lm.dtype))
+            for block in _blocks(rule, whole):
+                place = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(block, whole, strict=True))
+                out[place] = read_part(lm.config, rule, shape, block, read)
+            kept[str(whole)] = out
         return kept[str(whole)]
 
     everything = (slice(None),) * len(shape)
     if lm.mesh is None:
-        return jnp.asarray(part(everything))
+        placed: jax.Array = jax.device_put(part(everything))
+        return placed
     spec = sharding.partition_spec(rule.ours, shape, lm.mesh)
     return jax.make_array_from_callback(shape, jax.sharding.NamedSharding(lm.mesh, spec), part)
+
+
+def _blocks(rule: Rule, whole: Index) -> Iterator[Index]:
+    """A part of one of our arrays in blocks along the axis that is first in the checkpoint's tensors: what is read is
+    in memory a second time, in the file's type, block by block alone."""
+    if rule.packed or len(whole) == 1:
+        yield whole
+        return
+    axis = {"qkv": 1, "gate_up": 2}.get(rule.sizes, len(whole) - 1) if rule.transpose or rule.sizes else 0
+    span = whole[axis]
+    each = math.prod(one.stop - one.start for i, one in enumerate(whole) if i != axis)
+    step = max(BLOCK // max(each, 1), 1)
+    for start in range(span.start, span.stop, step):
+        yield (*whole[:axis], slice(start, min(start + step, span.stop)), *whole[axis + 1 :])
 
 
 def read_part(config: Config, rule: Rule, shape: tuple[int, ...], index: Index, read: Read) -> np.ndarray:
@@ -271,7 +296,7 @@ def write_params(folder: pathlib.Path, lm: LanguageModel, params: Params) -> Non
 
 def _fetched(config: Config, rule: Rule, ours: jax.Array) -> dict[str, np.ndarray]:
     """The checkpoint's tensors of one of our arrays, on the host."""
-    array = np.asarray(_hosts.host_value(ours))
+    array = _on_host(ours)
     parts: list[Any] = [array]
     if rule.packed == "experts":
         parts = list(unstack_experts(array))
@@ -281,6 +306,19 @@ def _fetched(config: Config, rule: Rule, ours: jax.Array) -> dict[str, np.ndarra
         )
         parts = [packed(config, rule, parts)] if rule.packed else parts
     return {key: np.asarray(part.T if rule.transpose else part) for key, part in zip(rule.theirs, parts, strict=True)}
+
+
+def _on_host(array: Any) -> np.ndarray:
+    """An array on the host. A jax.Array keeps what was once fetched of it, so others of the same buffers are asked:
+    after all arrays the host would else hold the model."""
+    if not isinstance(array, jax.Array) or _hosts.is_spread(array):
+        return np.asarray(_hosts.host_value(array))
+    out = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            data = shard.data
+            out[shard.index] = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+    return out
 
 
 def fetch_all(lm: LanguageModel, params: Params) -> None:

@@ -16,6 +16,9 @@ from jaxalign.models.hf.files import write_json
 SHARD_BYTES = 4 << 30
 """Largest file that is written; a model beyond it is written in shards."""
 
+BLOCK = 4 << 20
+"""Bytes that are written together."""
+
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Name of a type -> safetensors' name of it."""
 
@@ -102,4 +105,6 @@ def _write_file(path: pathlib.Path, tensors: Sequence[Planned], take: Callable[[
             array = take(one)
             if array.shape != one.shape or array.dtype.name != one.dtype:
                 raise AssertionError(f"{one.name}: {array.dtype} {array.shape} where {one} was planned")
-            sink.write(np.ascontiguousarray(array).view(np.uint8).data)
+            rows = max(BLOCK // max(one.nbytes // max(len(array), 1), 1), 1)
+            for i in range(0, len(array), rows):  # a transposed tensor is turned block by block
+                sink.write(np.ascontiguousarray(array[i : i + rows]).view(np.uint8).data)
