@@ -21,6 +21,7 @@ import pytest
 
 from jaxalign import _options, commands, decoding, models, policies, tree
 from jaxalign.data import tokenizers
+from jaxalign.launch import processes
 from tests.conftest import EOS, VOCAB, tiny_lm
 from tests.write_api import LISTED
 
@@ -109,7 +110,7 @@ def shell_lines(name: str) -> list[str]:
 
 def job_and_words(command: str) -> tuple[object, list[str]]:
     """The module of a job and the words after its name. AssertionError where there is no such job."""
-    words = shlex.split(command, comments=True)
+    words = processes.take(shlex.split(command, comments=True))[1]
     if words[0] == "jaxalign":
         module, rest = commands.load(words[1]), words[2:]
     else:
@@ -133,7 +134,7 @@ def test_the_commands_of_a_page_have_options_that_exist(page):
 @pytest.mark.parametrize("page", TEXTS)
 def test_jobs_and_options_that_a_page_mentions_exist(page):
     for command in re.findall(r"`((?:python -m (?:train|eval)\.|jaxalign )[^`]+)`", (ROOT / page).read_text()):
-        words = command.split()
+        words = processes.take(command.split())[1]
         if "NAME" in command or words[-1] == "jaxalign":
             continue
         module, rest = job_and_words(" ".join(words))

@@ -41,7 +41,7 @@ JOBS = {
     "resumed": SFT,
     "rl_program": RL + PROGRAM,
     "value": f"value --shard 2 --decode-batch 4 --samples 2 --batch-size 8{LEARN} --base {DRAWN}{PROGRAM}",
-    "rl_model": RL + "{out}/../value/model",
+    "rl_model": RL + "{out}/../value/model --lora-rank 2",
     "calibrate": f"calibrate --shard 2 --decode-batch 8 --samples 4 --max-length 64 --base {DRAWN}{PROGRAM}",
     "decode": f"decode --batch-size 4 --method best_of_n@2,4 --model {DRAWN}{PROGRAM}",
 }

@@ -18,7 +18,7 @@ from jaxalign._checks import check_rng
 from jaxalign.data import tokenizers
 from jaxalign.decoding import resampling
 from jaxalign.evaluation import engine
-from jaxalign.training import job, policy_gradient
+from jaxalign.training import job, policy_gradient, states
 from tests import cases
 from tests.conftest import EOS, tiny_lm
 
@@ -106,7 +106,7 @@ CALLS = {
     "testing.check_reward": lambda rng: testing.check_reward(constant_reward, None, BATCH, vocab_size=5, rng=rng),
     "text.generate": texts(text.generate, max_new_tokens=2),
     "text.log_prob": texts(text.log_prob, ["b"]),
-    "training.job.initial": lambda rng: job.initial(LM, rng, None),
+    "training.states.initial": lambda rng: states.initial(LM, rng, None),
     "training.job.replace_head": lambda rng: job.replace_head(LM, PARAMS, models.Head("reward", num_hidden=2), rng)[1][
         "head"
     ],

@@ -223,10 +223,10 @@ def _tell(
 ) -> None:
     """Ends a dry run with the figures of an update (`dry_run.tell`) and of the roll-outs before it."""
     prompts = TokenBatch(*(jnp.asarray(batch[name]) for name in ("prompt_tokens", "prompt_mask", "index")))
-    args = (*dry_run.abstract((state.params, frozen), devices), prompts, jax.random.key(0))
+    args = (*dry_run.abstract((state.params, frozen), devices), prompts)
     part = jax.eval_shape(functools.partial(first_part, learner), *args, jnp.zeros(()))
     roll_out = jax.jit(lambda params, frozen, prompts, rng: draw(learner, params, frozen, rng, prompts))
-    size = dry_run.held(roll_out, *args) / 1e9
+    size = dry_run.held(roll_out, *args, jax.random.key(0)) / 1e9
     print(f"rl: roll-outs: {size:.4g} GB per device, beside the optimizer's state", flush=True)
     dry_run.tell("rl", dry_run.estimate(step, state, part, frozen, mesh=devices))
 

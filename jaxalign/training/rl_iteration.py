@@ -103,21 +103,18 @@ def read_both(learner: Learner) -> policy_gradient.ReadBoth | None:
     return lambda params, frozen, rows: read(params, frozen["reference"], rows)
 
 
-def first_part(
-    learner: Learner, params: Params, frozen: Params, prompts: TokenBatch, rng: jax.Array, beta: jax.Array
-) -> Any:
+def first_part(learner: Learner, params: Params, frozen: Params, prompts: TokenBatch, beta: jax.Array) -> Any:
     """The first batch that an iteration learns from, of whole responses: a dry run reads its shapes.
 
     Args:
       learner, params, frozen: as in `draw`.
       prompts: B prompts, left-padded.
-      rng: a key; consumed.
       beta: KL weight [].
 
     Returns:
       Leaves [A,b,...] of `policy_gradient.split`.
     """
-    draws, order = jax.random.split(rng)
+    draws, order = jax.random.split(jax.random.key(learner.seed))
     drawn, options = draw(learner, params, frozen, draws, prompts), learner.options
     read_model, read_reference = policy_gradient.of_model(learner.lm), policy_gradient.of_model(learner.reference)
     reference = lambda frozen, rows: read_reference(frozen["reference"], rows)[0]  # noqa: E731
