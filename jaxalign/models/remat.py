@@ -38,7 +38,9 @@ def rematerialised(layer: RowLayer, remat: str) -> RowLayer:
     policy = POLICIES[remat]
     if policy is None:
         return layer
-    one = jax.checkpoint(layer, policy=policy)
+    # On a CPU products of bfloat16 are computed in float32: both passes convert the weights, and XLA would keep those
+    # of the first for the second where both were the same.
+    one = jax.checkpoint(lambda variables, x, *more: layer(after(variables, x), x, *more), policy=policy)
 
     @jax.custom_vjp
     def whole(variables: Params, x: Array, *more: Any) -> tuple[Array, Any]:
@@ -84,7 +86,8 @@ def after(tree: Any, *first: Array | None) -> Any:
     which XLA does not know."""
     if jax.default_backend() != "cpu":
         return tree
-    zero = sum(jnp.minimum(jnp.abs(x[(0,) * x.ndim].astype(jnp.float32)), 0) for x in first if x is not None and x.size)
+    some = [jax.lax.stop_gradient(x)[(0,) * x.ndim].astype(jnp.float32) for x in first if x is not None and x.size]
+    zero = sum(jnp.minimum(jnp.abs(x), 0) for x in some)
 
     def tie(x: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
