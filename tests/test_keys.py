@@ -123,7 +123,7 @@ PER_ROW = {
 ELSEWHERE = {
     "decoding.requests.check_request": "what every decoder begins with",
     "decoding.requests.open_request": "calls check_request",
-    "models.transformer.initial_kernel": "flax calls it",
+    "models.projections.initial_kernel": "flax calls it",
     "training.rl_iteration.draw": "hands its key to policy_gradient.collect",
 }
 

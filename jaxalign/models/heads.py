@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32
 from jaxalign.models.config import Head
-from jaxalign.models.transformer import by_rows
+from jaxalign.models.projections import by_rows
 from jaxalign.types import Array
 
 ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "tanh": jnp.tanh}
