@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, with_root_derivatives
 from jaxalign._checks import check_positive, is_concrete
 from jaxalign.shapes import Numbers, Outcomes
 from jaxalign.types import Array, ArrayLike
@@ -118,7 +118,8 @@ def match_kl(log_base: ArrayLike, reward: ArrayLike, *, kl: ArrayLike) -> Number
     """Gives the beta at which the tilted policy has a given KL to its base, KL(pi_beta‖base) = kl.
 
     KL falls from −log base(best) at beta -> 0 to 0 at beta -> inf, so the root is unique; it is bracketed and bisected
-    in log beta and differentiated through the implicit function: with t = 1/beta, dKL/dt = t·Var_pi(r).
+    in log beta. Its derivatives are those of the implicit function (with t = 1/beta, dKL/dt = t·Var_pi(r)), in both
+    modes, up to the third.
 
     Args:
       log_base: [...,K], log-probabilities of the base; normalised inside.
@@ -139,7 +140,7 @@ def match_kl(log_base: ArrayLike, reward: ArrayLike, *, kl: ArrayLike) -> Number
     log_base, reward, kl = at_least_float32(log_base), at_least_float32(reward), at_least_float32(kl)
     kl = jnp.broadcast_to(kl, jnp.broadcast_shapes(log_base.shape, reward.shape)[:-1])
     log_base, reward = jnp.broadcast_arrays(log_base, reward)
-    result: Array = _match_kl(log_base, reward, kl)
+    result: Array = _match_kl(log_base, reward, kl.astype(jnp.result_type(log_base, reward)))
     return result
 
 
@@ -162,7 +163,7 @@ def _kl_of(log_base: Array, reward: Array, t: Array) -> Array:
 
 
 def _root(log_base: Array, reward: Array, kl: Array) -> tuple[Array, Array]:
-    """(t = 1/beta, has_root) for a normalised base and a reward shifted and scaled to [-1, 0] on the support."""
+    """(log t, t = 1/beta, has_root) for a normalised base and a reward shifted and scaled to [-1, 0] on the support."""
     best = is_supported(log_base) & (reward >= 0)
     log_mass = jax.nn.logsumexp(jnp.where(best, log_base, NEGATIVE), axis=-1)
     # The limit is known to a few units in the last place: a budget that near to it counts as at the limit.
@@ -181,54 +182,29 @@ def _root(log_base: Array, reward: Array, kl: Array) -> tuple[Array, Array]:
 
     # 64 halvings of a bracket of 30 reach the last bit of float64; the loop is a few dozen short sums.
     low, high = jax.lax.fori_loop(0, 64, halve, (low, high))
-    return jnp.exp((low + high) / 2), has_root
+    return (low + high) / 2, has_root
 
 
-def _prepare(log_base: Array, reward: Array) -> tuple[Array, Array, Array]:
-    """Normalised base, reward mapped to [-1, 0] on the support, and its range."""
+@jax.jit  # op by op, each call would compile the loop anew
+def _match_kl(log_base: Array, reward: Array, kl: Array) -> Array:
     inside = is_supported(log_base)
     log_base = jnp.where(inside, log_base, NEGATIVE)
     log_base = jnp.where(inside, log_base - jax.nn.logsumexp(log_base, axis=-1, keepdims=True), NEGATIVE)
-    top = jnp.where(inside, reward, -jnp.inf).max(axis=-1, keepdims=True)
-    bottom = jnp.where(inside, reward, jnp.inf).min(axis=-1, keepdims=True)
-    spread = top - bottom
+    # Shift and unit are constants of the problem: beta and its derivatives are the same whatever they are.
+    constant = jax.lax.stop_gradient(reward)
+    top = jnp.where(inside, constant, -jnp.inf).max(axis=-1, keepdims=True)
+    spread = top - jnp.where(inside, constant, jnp.inf).min(axis=-1, keepdims=True)
     scaled = jnp.where(inside, (reward - top) / jnp.where(spread > 0, spread, 1), 0)
-    return log_base, scaled, spread[..., 0]
-
-
-@jax.custom_jvp
-@jax.jit  # op by op, each call would compile the loop anew
-def _match_kl(log_base: Array, reward: Array, kl: Array) -> Array:
-    log_base, scaled, spread = _prepare(log_base, reward)
-    t, has_root = _root(log_base, scaled, kl)
-    return jnp.where(spread > 0, jnp.where(has_root, spread / t, _FLOOR * spread), 1.0)
-
-
-@_match_kl.defjvp
-@jax.jit
-def _match_kl_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    """0 = dKL = ∂_t KL·dt + ∂_base KL·dlog_base + ∂_r KL·dr − dkl, with ∂_t KL = t·Var_pi(r)."""
-    log_base, reward, kl = primals
-    beta = _match_kl(log_base, reward, kl)
-    normal, scaled, spread = _prepare(log_base, reward)
-    _, has_root = _root(normal, scaled, kl)
+    spread = spread[..., 0]
+    log_t, has_root = _root(*jax.lax.stop_gradient((log_base, scaled, kl)))
     has_root &= spread > 0
-    t = 1 / beta
-    inside = is_supported(normal)
-    top = jnp.where(inside, reward, -jnp.inf).max(axis=-1, keepdims=True)
-    shifted = jnp.where(inside, reward - top, 0)
 
-    def divergence(log_base: Array, reward: Array) -> Array:
-        outside = jnp.where(inside, log_base, NEGATIVE)
-        normal = jnp.where(inside, outside - jax.nn.logsumexp(outside, axis=-1, keepdims=True), NEGATIVE)
-        return _kl_of(normal, jnp.where(inside, reward - top, 0), t)
+    def step(log_t: Array) -> Array:
+        """dKL/dlog t = Var_pi(t·r)."""
+        theta = scaled * jnp.exp(log_t)[..., None]
+        p = jnp.where(inside, jnp.exp(jax.nn.log_softmax(log_base + theta, axis=-1)), 0)
+        slope = (p * (theta - (p * theta).sum(axis=-1, keepdims=True)) ** 2).sum(axis=-1)
+        return (kl - _kl_of(log_base, scaled, jnp.exp(log_t))) / jnp.where(slope > 0, slope, 1)
 
-    tangent_base = jnp.where(inside, tangents[0], 0)
-    tangent_reward = jnp.where(inside, tangents[1], 0)
-    _, moved = jax.jvp(divergence, (log_base, reward), (tangent_base, tangent_reward))
-    log_p = log_policy(normal, shifted, beta=beta)
-    p = jnp.where(inside, jnp.exp(log_p), 0)
-    mean = (p * shifted).sum(axis=-1, keepdims=True)
-    slope = t * (p * (shifted - mean) ** 2).sum(axis=-1)
-    dt = jnp.where(has_root, (tangents[2] - moved) / jnp.where(slope > 0, slope, 1), 0)
-    return beta, -(beta**2) * dt
+    log_t = with_root_derivatives(jnp.where(has_root, log_t, 0), step)
+    return jnp.where(spread > 0, jnp.where(has_root, spread * jnp.exp(-log_t), _FLOOR * spread), 1.0)

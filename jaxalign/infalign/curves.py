@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import gibbs
-from jaxalign._arrays import at_least_float32
+from jaxalign._arrays import at_least_float32, with_root_derivatives
 from jaxalign._checks import check_positive, is_concrete
 from jaxalign.infalign.procedures import Procedure, best_of, none, worst_of
 from jaxalign.infalign.transforms import Transform, transformed
@@ -181,16 +181,16 @@ def _curve(log_policy: Array, best: Procedure, worst: Procedure) -> Curve:
 def match_kl(transform: Transform, *, kl: ArrayLike) -> Numbers:
     """Gives the beta at which the policy tilted by Phi(C) has a given KL to its base.
 
-    Bisected over many decades, and differentiated through the implicit function, in both modes and to any order, in kl
-    and in what Phi depends on: with theta = Phi/beta, dKL = Cov_pi(theta, dtheta). Steep transforms for worst-of-N need
-    a tiny beta, since they hardly tell the upper quantiles apart.
+    Bisected over many decades. Its derivatives, in kl and in what Phi depends on, are those of the implicit function,
+    in both modes, up to the third. Steep transforms for worst-of-N need a tiny beta, since they hardly tell the upper
+    quantiles apart.
 
     Args:
       transform: Phi, called once on the grid's quantiles [M].
       kl: > 0, any shape [...], in nats.
 
     Returns:
-      beta [...]; NaN under jit, with derivatives of NaN, for a KL that no beta of the grid's reach gives (a transform
+      beta [...]; NaN under jit for a KL that no beta of the grid's reach gives (a transform
       that is flat at its top, or a KL above 20).
 
     Raises:
@@ -214,10 +214,25 @@ def _tilted_at(value: Array, log_t: Array) -> tuple[Array, Array]:
     return jax.nn.log_softmax(grid(value.dtype).log_base + theta, axis=-1), theta
 
 
-@jax.custom_jvp
 @jax.jit  # op by op, each call would compile the loop anew
 def _log_inverse(value: Array, kl: Array) -> Array:
     """log(1/beta) [...] of values [M] of range 1 and kl [...]; NaN where no root is within reach."""
+    root = _bisected(*jax.lax.stop_gradient((value, kl)))
+    reached = jnp.isfinite(root)
+
+    def step(log_t: Array) -> Array:
+        """dKL/dlog t = Var_pi(theta)."""
+        log_policy, theta = _tilted_at(value, log_t)
+        policy = jnp.exp(log_policy)
+        # Quantiles without mass are at −1e30, whose square is no number in float32.
+        theta = jnp.where(policy > 0, theta, 0)
+        slope = (policy * (theta - (policy * theta).sum(axis=-1, keepdims=True)) ** 2).sum(axis=-1)
+        return (kl - curve_kl(log_policy)) / jnp.where(slope > 0, slope, 1)
+
+    return jnp.where(reached, with_root_derivatives(jnp.where(reached, root, 0), step), jnp.nan)
+
+
+def _bisected(value: Array, kl: Array) -> Array:
     highest = 250.0 if kl.dtype == jnp.float64 else 30.0  # decades
 
     def kl_at(log_t: Array) -> Array:
@@ -235,21 +250,3 @@ def _log_inverse(value: Array, kl: Array) -> Array:
     found, slope = jax.jvp(kl_at, (root,), (jnp.ones_like(root),))
     reached = (value.max() > value.min()) & (jnp.abs(found - kl) < 1e-4 * jnp.maximum(kl, 1e-2)) & (slope > 0)
     return jnp.where(reached, root, jnp.nan)
-
-
-@_log_inverse.defjvp
-@jax.jit
-def _log_inverse_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    """dkl = Var_pi(theta)·dlog t + Cov_pi(theta, t·dvalue). The root is that of the function itself, so that it carries
-    its own derivative into those of this rule: none is stopped, and all orders are right."""
-    value, kl = primals
-    log_t = _log_inverse(value, kl)
-    log_policy, theta = _tilted_at(value, log_t)
-    policy = jnp.exp(log_policy)
-    # Quantiles without mass are at −1e30, whose square is no number in float32.
-    inside = ~(policy <= 0)
-    theta = jnp.where(inside, theta, 0)
-    inner = theta - (policy * theta).sum(axis=-1, keepdims=True)
-    moved = jnp.where(inside, policy * inner, 0) * (jnp.exp(log_t)[..., None] * tangents[0])
-    variance = jnp.where(inside, policy * inner**2, 0).sum(axis=-1)
-    return log_t, (tangents[1] - moved.sum(axis=-1)) / variance

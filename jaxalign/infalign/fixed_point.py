@@ -65,6 +65,11 @@ def solve(
     same step goes on by the residual, η halved whenever it grows: undamped it would diverge for best-of-N and small
     beta.
 
+    Differentiable in beta, log_base and the arguments, in both modes and to any order, through the implicit function
+    (an M x M linear solve). What win_rate depends on besides must be an argument: jax refuses a derivative in what it
+    closes over. Inside a lax.scan, where jax drops the rule, reverse over reverse raises. Residual and steps have
+    derivative 0, and derivatives are NaN where the residual is above 100 times the tolerance.
+
     Args:
       win_rate: a WinRate, whose gradient is R: of ranks `procedure_win_rate`, of any rule `rule_win_rate`. A function
         that is built once is one trace.
@@ -90,18 +95,33 @@ def solve(
         name = getattr(win_rate, "__qualname__", repr(win_rate))
         found = f"shape {won.shape} of {won.dtype}" if hasattr(won, "shape") else type(won).__name__
         raise ValueError(f"win_rate {name}: expected one real number, found {found}")
-    limit = (1e-10 if dtype == jnp.float64 else 1e-4) if tolerance is None else tolerance
+    limit = _tolerance(dtype) if tolerance is None else tolerance
     first = log_base if start is None else jnp.where(is_supported(log_base), jax.nn.log_softmax(start), NEGATIVE)
 
     def one(beta: Array) -> FixedPoint:
-        found: FixedPoint = _solve(win_rate, limit, steps, log_base, first, beta, *arguments)
-        return found
+        log_policy, residual, taken = _solve(win_rate, limit, steps, log_base, first, beta, *arguments)
+        objective, reward, _ = _look(win_rate, log_policy, log_base, beta, *arguments)
+        top = jnp.where(is_supported(log_base), reward, -jnp.inf).max()
+        return FixedPoint(reward - top, log_policy, objective, residual, taken.astype(jnp.int32))
 
     solve: Callable[[Array], FixedPoint] = one
     for _ in range(beta.ndim):
         solve = jax.vmap(solve)
     result = solve(beta.astype(dtype))
     return result
+
+
+def _tolerance(dtype: jnp.dtype) -> float:
+    return 1e-10 if dtype == jnp.float64 else 1e-4
+
+
+def _look(
+    win_rate: WinRate, log_policy: Array, log_base: Array, beta: Array, *arguments: ArrayLike
+) -> tuple[Array, Array, Array]:
+    """(objective, R, log of the tilted base) at a policy."""
+    won, reward = jax.value_and_grad(win_rate)(jnp.exp(log_policy), *arguments)
+    objective = won - beta * gibbs.kl(log_policy, log_base)
+    return objective, reward, gibbs.log_policy(log_base, reward, beta=beta)
 
 
 class _State(NamedTuple):
@@ -115,19 +135,17 @@ class _State(NamedTuple):
     taken: Array
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _solve(
     win_rate: WinRate, limit: float, steps: int, log_base: Array, first: Array, beta: Array, *arguments: ArrayLike
-) -> FixedPoint:
+) -> tuple[Array, Array, Array]:
+    """(log pi [M], the residual, steps taken as a float)."""
     eps = float(jnp.finfo(log_base.dtype).eps)
     inside = is_supported(log_base)
-    value_and_reward = jax.value_and_grad(win_rate)
 
     def look(log_policy: Array) -> tuple[Array, Array, Array]:
-        """(objective, R, log of the tilted base) at a policy."""
-        won, reward = value_and_reward(jnp.exp(log_policy), *arguments)
-        objective = won - beta * gibbs.kl(log_policy, log_base)
-        return objective, reward, gibbs.log_policy(log_base, reward, beta=beta)
+        return _look(win_rate, log_policy, log_base, beta, *arguments)
 
     def gap(log_policy: Array, target: Array) -> Array:
         return jnp.where(inside, log_policy - target, 0)
@@ -159,9 +177,51 @@ def _solve(
     near, eta = distance(first, target), jnp.ones_like(beta)
     start = _State(first, reward, target, objective, near, eta, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
     found = jax.lax.while_loop(going, step, start)
-    reward = found.reward - jnp.where(inside, found.reward, -jnp.inf).max()
     residual = jnp.abs(gap(found.log_policy, found.target)).max()
-    return FixedPoint(reward, found.log_policy, found.objective, residual, found.taken)
+    return found.log_policy, residual, found.taken.astype(residual.dtype)
+
+
+@_solve.defjvp
+def _solve_jvp(
+    win_rate: WinRate, limit: float, steps: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """x = log pi solves x = T(x, θ), so (I − dT/dx)·dx = dT/dθ·dθ. The x is that of the function itself, so that it
+    carries its own derivative into those of this rule: all orders are right. The start has no part in it."""
+    log_base, _, beta, *arguments = primals
+    found = _solve(win_rate, limit, steps, *primals)
+    # Ranks and other whole numbers have no tangents.
+    real = tuple(jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in arguments)
+    moved = tuple(tangent for tangent, keep in zip(tangents[3:], real, strict=True) if keep)
+    change = _change(win_rate, real, found[0], log_base, beta, tuple(arguments), (tangents[0], tangents[2], moved))
+    far = found[1] > 100 * max(limit, _tolerance(log_base.dtype))
+    change = jnp.where(far, jnp.nan, change)
+    return found, (change, jnp.zeros_like(found[1]), jnp.zeros_like(found[2]))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _change(
+    win_rate: WinRate,
+    real: tuple[bool, ...],
+    log_policy: Array,
+    log_base: Array,
+    beta: Array,
+    arguments: tuple[ArrayLike, ...],
+    tangents: tuple[Array, Array, tuple[Array, ...]],
+) -> Array:
+    """dx [M] of dlog_base, dbeta and those of the arguments that are real."""
+
+    def tilted(log_policy: Array, log_base: Array, beta: Array, numbers: tuple[Array, ...]) -> Array:
+        left = list(numbers)
+        given = [left.pop(0) if keep else x for x, keep in zip(arguments, real, strict=True)]
+        return _look(win_rate, log_policy, log_base, beta, *given)[2]
+
+    numbers = tuple(jnp.asarray(x) for x, keep in zip(arguments, real, strict=True) if keep)
+    _, driven = jax.jvp(lambda *theta: tilted(log_policy, *theta), (log_base, beta, numbers), tangents)
+    slope = jax.jacfwd(tilted)(log_policy, log_base, beta, numbers)
+    # Outside the support nothing moves.
+    driven = jnp.where(is_supported(log_base), driven, 0)
+    change: Array = jnp.linalg.solve(jnp.eye(slope.shape[0], dtype=slope.dtype) - slope, driven)
+    return change
 
 
 def optimal_transform(procedure: Procedure, *, beta: ArrayLike, steps: int = 4000) -> FixedPoint:

@@ -75,7 +75,9 @@ def _pooled(prob: ArrayLike, rank: ArrayLike) -> tuple[Array, Array]:
 
 def _upto(mass: Array) -> Array:
     """F_k [...,M]; the top level ends at 1, whatever rounding says of the sum."""
-    return jnp.minimum(jnp.cumsum(mass, axis=-1), 1).at[..., -1].set(1)
+    upto = jnp.cumsum(mass, axis=-1)
+    # Rounding takes F above 1 by a digit; its derivative is right there too, so the cut must not drop it.
+    return (upto + jax.lax.stop_gradient(jnp.minimum(upto, 1) - upto)).at[..., -1].set(1)
 
 
 def _before(upto: Array) -> Array:
@@ -127,10 +129,12 @@ def selected(prob: ArrayLike, *, rank: ArrayLike, procedure: Procedure) -> Outco
     mass, rank = _pooled(prob, rank)
     upto = _upto(mass)
     below = _before(upto)
-    # Emitted per mass. Of a small mass the quotient has no digits, but the density at its middle is close.
+    # Emitted per mass. Of a small mass the quotient has no digits, but Simpson's rule is exact to its fourth power, and
+    # so are its first two derivatives.
     small = mass < jnp.cbrt(jnp.finfo(prob.dtype).eps)
     quotient = (procedure.cumulative(upto) - procedure.cumulative(below)) / jnp.where(small, 1, mass)
-    return prob * _of_each(jnp.where(small, procedure.density((upto + below) / 2), quotient), rank)
+    ends, middle = procedure.density(upto) + procedure.density(below), procedure.density((upto + below) / 2)
+    return prob * _of_each(jnp.where(small, (ends + 4 * middle) / 6, quotient), rank)
 
 
 def win_rate(emitted: ArrayLike, *, against: ArrayLike, rank: ArrayLike) -> Numbers:

@@ -45,8 +45,9 @@ def optimal_threshold(
         that are all zero. Under jit such input gives NaN.
 
     F is convex and piecewise linear, so Newton's iteration from the mean climbs to the root and ends exactly, when the
-    set above the threshold no longer changes (5 to 11 passes of O(n); no sort). It is differentiated through the
-    envelope: dm*/du = pi*, dm*/d log_base = pi*·(u − m*), dm*/dgain = Σ_{u >= m*} pi*·(u − m*).
+    set above the threshold no longer changes (5 to 11 passes of O(n); no sort). Its derivatives, in both modes and to
+    any order, are those of E_pi*[u] with that set: dm*/du = pi*, dm*/d log_base = pi*·(u − m*),
+    dm*/dgain = Σ_{u >= m*} pi*·(u − m*).
     """
     utility = at_least_float32(utility)
     # Behind a barrier: the compiler would fold sums over a constant of the samples' size, for seconds.
@@ -96,9 +97,21 @@ def _weights(log_base: Array) -> tuple[Array, Array]:
     return log_weight, ~(log_weight < ABSENT)
 
 
-@jax.custom_jvp
 @jax.jit  # op by op, each call would compile the loop anew
 def _threshold(utility: Array, log_base: Array, gain: Array) -> Array:
+    """The root, with the derivatives of E_pi*[u], which it is while the set above it stays: no rule of its own, which
+    jax would drop inside a `lax.scan`, nor derivatives of the climb."""
+    m = _climbed(*jax.lax.stop_gradient((utility, log_base, gain)))
+    log_weight, present = _weights(log_base)
+    # The gain is taken off below, not put on above, where at 1e4 it would leave three digits of the weights.
+    above = utility >= m[..., None]
+    logit = jnp.where(present, log_weight - jnp.where(above, 0, gain[..., None]), -jnp.inf)
+    margin = jnp.where(present, utility - m[..., None], 0)
+    mean = (jax.nn.softmax(logit, axis=-1) * margin).sum(axis=-1)
+    return m + (mean - jax.lax.stop_gradient(mean))
+
+
+def _climbed(utility: Array, log_base: Array, gain: Array) -> Array:
     log_weight, present = _weights(log_base)
     top = jnp.where(present, utility, -jnp.inf).max(axis=-1, keepdims=True)
     # Shifted by the maximum, all terms are <= 0: sums keep their digits, and identical utilities give exactly 0. In
@@ -136,22 +149,6 @@ def _threshold(utility: Array, log_base: Array, gain: Array) -> Array:
     # right to a few digits' last; tiny keeps the step a normal number at 0, where a comparison would flush it.
     step = 4 * jnp.finfo(top.dtype).eps * (jnp.abs(top) - found * spread) + jnp.finfo(top.dtype).tiny
     return jnp.where(spread == 0, top, top + found * spread - step)
-
-
-@_threshold.defjvp
-@jax.jit
-def _threshold_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    utility, log_base, gain = primals
-    du, dw, dgain = tangents
-    m = _threshold(utility, log_base, gain)
-    log_weight, present = _weights(log_base)
-    above = utility >= m[..., None]
-    # The gain is taken off below, not put on above, where at 1e4 it would leave three digits of the weights.
-    logit = jnp.where(present, log_weight - jnp.where(above, 0, gain[..., None]), -jnp.inf)
-    policy = jax.nn.softmax(logit, axis=-1)
-    margin = jnp.where(present, utility - m[..., None], 0)
-    moved = jnp.where(present, du + margin * (jnp.where(present, dw, 0) + jnp.where(above, dgain[..., None], 0)), 0)
-    return m, (policy * moved).sum(axis=-1)
 
 
 def threshold_reward(utility: ArrayLike, *, threshold: ArrayLike, bound: ArrayLike) -> Samples:
@@ -332,4 +329,4 @@ def expectile_loss(prediction: ArrayLike, *, utility: ArrayLike, gain: ArrayLike
     """
     prediction, utility, gain = map(at_least_float32, (prediction, utility, gain))
     weight = jnp.where(utility >= prediction, 1.0, jnp.exp(-gain))
-    return 0.5 * jax.lax.stop_gradient(weight) * (utility - prediction) ** 2
+    return 0.5 * weight * (utility - prediction) ** 2
