@@ -127,6 +127,13 @@ def test_a_frozen_body_stays_and_its_value_head_is_for_editing(files, tmp_path, 
     assert "next: python -m eval.decode" in last
     assert f"--method re_control:{tmp_path / 'out' / 'model'}@1" in last
     lm, params = models.load(tmp_path / "out/model")
+    value.main(
+        [*options("value", files), *head, "--weight-decay", "0.1", "--no-store-states", "--out", str(tmp_path / "at")]
+    )
+    online = models.load(tmp_path / "at/model")[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), params["head"], online["head"])
+    assert (tmp_path / "out/states/00000.npy").exists()
+    assert not (tmp_path / "at/states").exists()
     base, base_params = models.load(files / "base/model")
     chex.assert_trees_all_equal(params["transformer"], base_params["transformer"])
     assert lm.config.head == models.Head("value", hidden_size=12, num_hidden=2, activation="relu")

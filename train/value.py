@@ -97,7 +97,7 @@ def run(config: Config) -> dict[str, Any]:
     collate = values.collate_values(options, rows.max_length)
     loss, frozen = values.value_loss(options, started, base=rolled.base, dtype=config.run.dtype)
     if options.frozen:
-        params = values.fit_head(job, started, data, loss, collate)
+        params = values.fit_head(job, started, data, loss, collate, store=options.store_states)
     else:
         params = job.fit(started, data, loss, collate, frozen=frozen)
 

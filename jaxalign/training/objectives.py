@@ -193,7 +193,8 @@ def value(
         loss (arXiv 2406.05954, eq. 6; here with a factor ½ and stopped gradients), for `policies.re_control`.
 
     Returns:
-      The loss of batches {"tokens", "mask", "loss_mask", "reward" [b]}, with "exceedance" also "threshold" [b], where
+      The loss of batches {"tokens", "mask", "loss_mask", "reward" [b]}, and of a frozen body's "hidden" [b,L,D] where
+      they are stored, with "exceedance" also "threshold" [b], where
       the reward is the utility. With "cd_q" it takes the base's parameters as frozen. Metrics: squared_error to the
       reward at the last token, or with "exceedance" accuracy there; with "soft" also clipped, the share of response
       tokens whose exponent was clipped, where the fit is of less than V_soft.
@@ -218,7 +219,7 @@ def value(
         params = cast(lm, params)
         tokens, mask = batch["tokens"], batch["mask"]
         drawn, reward = batch["loss_mask"][:, 1:], batch["reward"]
-        hidden = lm.hidden(params, tokens, mask=mask)
+        hidden = batch["hidden"] if "hidden" in batch else lm.hidden(params, tokens, mask=mask)
         found = values_of(lm, params, hidden, tokens)
         found = found[:, :-1] if before else found[:, 1:]
         if objective == "fudge":

@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import models, shaping
+from jaxalign import _hosts, models, shaping
 from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
-from jaxalign.training import dry_run, objectives, rollouts
+from jaxalign.training import dry_run, hidden_states, objectives, rollouts
 from jaxalign.training import job as functions
 from jaxalign.training.options import RolloutOptions, check_finite, check_rollout_options
 from jaxalign.training.step import Loss, LossAux
@@ -42,6 +42,9 @@ class ValueOptions:
     frozen: bool = False
     """Train the head alone, on the base's hidden states: the value of each state that a token is drawn from, the
     prompt's included, for policies.re_control."""
+    store_states: bool = True
+    """With --frozen: compute the base's hidden states once, into states/ of the run folder (tokens x width numbers), in
+    place of once at each step."""
     bound: float = 0.0
     """Bound B of the shaped reward [units of reward]; 0: the reward as it is."""
     beta: float = 0.0
@@ -227,6 +230,8 @@ def fit_head(
     data: functions.Data,
     loss: Loss,
     collate: Callable[[list[ValueRow]], dict[str, np.ndarray]],
+    *,
+    store: bool,
 ) -> Params:
     """Trains the head alone. The body is no parameter of the run: neither gradients nor moments of it are made, and no
     decay reaches it.
@@ -237,16 +242,25 @@ def fit_head(
       data: its training rows are used.
       loss: of the whole model's parameters.
       collate: pads rows, as `collate_values` gives it.
+      store: the body reads each row once, into states/ of the run folder (`hidden_states.stored_states`), and not at
+        each step. Several processes read it at each step, which is printed, and so counts a dry run.
 
     Returns:
       Parameters of the whole model, float32.
     """
     body = {"transformer": started.params["transformer"]}
+    alone = started._replace(params={"head": started.params["head"]})
+    if store and _hosts.count() > 1:
+        print("hidden states: computed at each step, since several processes share the run", flush=True)
+    elif store and not dry_run.is_abstract(started.params):
+        size, cast = job.config.optimizer.batch_size, objectives.cast(started.lm, body)
+        known = hidden_states.stored_states(job.out / "states", started.lm, cast, data.train, collate, size=size)
+        numbered = data._replace(train=list(zip(data.train, range(len(data.train)), strict=True)))
+        return {**body, **job.fit(alone, numbered, loss, hidden_states.with_states(collate, known))}
 
     def of_head(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         return loss({**frozen, **params}, batch, None)
 
-    alone = started._replace(params={"head": started.params["head"]})
     return {**body, **job.fit(alone, data, of_head, collate, frozen=body)}
 
 
