@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, gibbs, infalign, losses, policies, shaping, tree
+from jaxalign import critics, decoding, gibbs, infalign, losses, policies, shaping, tree
 from tests import exact
 
 N = 6
@@ -434,3 +434,24 @@ def test_derivatives_of_a_root_are_right_up_to_the_third(name, order):
     h = 1e-3
     expected = (8 * (f(0.5 + h) - f(0.5 - h)) - (f(0.5 + 2 * h) - f(0.5 - 2 * h))) / (12 * h)
     np.testing.assert_allclose(jax.grad(f)(0.5), expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("mode", [jax.grad, jax.jacfwd], ids=["reverse", "forward"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_win_rate_of_samples_refuses_to_be_differentiated(mode, compiled):
+    def mean(log_prob: jax.Array) -> jax.Array:
+        rule = {"rank": RANK, "rule": rule_of_ranks, "n": 2, "pairs": 10}
+        return infalign.sampled_win_rate(jax.random.key(0), log_prob=log_prob, log_base=BASE[0], **rule).mean
+
+    with pytest.raises(ValueError, match="sampled_win_rate: expected no derivative"):
+        mode(jax.jit(mean) if compiled else mean)(jnp.asarray(BASE[0]))
+
+
+def test_the_loop_that_draws_refuses_reverse_mode():
+    def drawn(beta: jax.Array) -> jax.Array:
+        params = TILT | {"beta": beta}
+        options = {"max_new_tokens": 2, "eos_ids": (0,)}
+        return decoding.sample(LEVEL, params, jax.random.key(0), tree.prompts(2), **options).log_prob.sum()
+
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.grad(drawn)(0.7)

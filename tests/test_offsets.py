@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import advantages, decoding, policies, shaping, tree
+from jaxalign import advantages, decoding, gibbs, infalign, losses, metrics, policies, shaping, tree
 from tests import exact
 
 OFFSETS = (0.1, 100.3, 1000.3, 1e6, -3.7e4)
@@ -156,3 +156,63 @@ def test_smc_kl_of_sharp_weights_is_that_of_the_few_particles_that_count(scale):
     share = (np.asarray(found.info.reward) == best).mean(axis=1)
     assert (share < 1).any()
     np.testing.assert_allclose(found.kl.value, -np.log(share), atol=1e-5)
+
+
+GROUP = jnp.asarray(np.random.default_rng(3).integers(-64, 65, (5, 8)) / 16, jnp.float32)
+OTHER = jnp.asarray(np.random.default_rng(4).integers(-64, 65, (5, 8)) / 16, jnp.float32)
+LOG_BASE = jax.nn.log_softmax(jnp.asarray(np.random.default_rng(5).normal(size=(5, 8)), jnp.float32))
+MASK = jnp.asarray(np.arange(8) < np.array([[8], [7], [3], [1], [5]]))
+
+# Each of numbers with a common offset c; the offset is taken off what moves with it, exactly.
+SHIFTED = {
+    "gibbs.log_policy": lambda c: jnp.exp(gibbs.log_policy(LOG_BASE, GROUP + c, beta=0.2)),
+    "gibbs.log_partition": lambda c: gibbs.log_partition(LOG_BASE, GROUP + c, beta=1.0) - c,
+    "gibbs.kl": lambda c: gibbs.kl(gibbs.log_policy(LOG_BASE, GROUP + c, beta=0.2), LOG_BASE),
+    "gibbs.match_kl": lambda c: gibbs.match_kl(LOG_BASE, GROUP + c, kl=0.3),
+    "gibbs.match_kl, gradient": lambda c: jax.grad(lambda r: gibbs.match_kl(LOG_BASE, r, kl=0.3).sum())(GROUP + c),
+    "shaping.leader_utility": lambda c: shaping.leader_utility(LOG_BASE, GROUP + c, utility=OTHER, beta=0.2),
+    "shaping.effective_samples": lambda c: shaping.effective_samples(GROUP + c, beta=0.2),
+    "shaping.optimal_threshold": lambda c: shaping.optimal_threshold(GROUP + c, log_base=LOG_BASE, gain=3.0) - c,
+    "shaping.optimal_threshold, gradient": lambda c: jax.grad(
+        lambda g: shaping.optimal_threshold(GROUP + c, log_base=LOG_BASE, gain=g).sum()
+    )(3.0),
+    "shaping.expectile_loss": lambda c: shaping.expectile_loss(GROUP + c, utility=OTHER + c, gain=1.0),
+    "shaping.preference_as_reward": lambda c: shaping.preference_as_reward(GROUP + c, reference=OTHER + c),
+    "shaping.mean_sigmoid": lambda c: shaping.mean_sigmoid(GROUP + c, reference=OTHER + c, bound=1.0, sharpness=1.0),
+    "shaping.meanstd": lambda c: shaping.meanstd(GROUP + c, reference=OTHER + c),
+    "shaping.minmax": lambda c: shaping.minmax(GROUP + c, reference=OTHER + c, bound=1.0),
+    "shaping.cap": lambda c: shaping.cap(GROUP + c, reference=OTHER + c, bound=2.0),
+    "infalign.calibrate": lambda c: infalign.calibrate(GROUP + c, reference=OTHER + c),
+    "infalign.calibrate, smooth": lambda c: infalign.calibrate(GROUP + c, reference=OTHER + c, width=0.5),
+    "infalign.ranks": lambda c: infalign.ranks(GROUP + c),
+    "infalign.match_kl": lambda c: infalign.match_kl(lambda x: jnp.round(x * 64) / 64 + c, kl=0.3),
+    "losses.bradley_terry": lambda c: losses.bradley_terry(GROUP[0] + c, OTHER[0] + c),
+    "losses.dpo": lambda c: losses.dpo(
+        GROUP[0] + c, OTHER[0] - c, chosen_log_prob_ref=OTHER[1] + c, rejected_log_prob_ref=GROUP[1] - c, beta=0.1
+    ),
+    "losses.fudge": lambda c: losses.fudge(GROUP + c, reward=OTHER[:, 0] + c, mask=MASK),
+    "losses.td": lambda c: losses.td(GROUP + c, reward=OTHER[:, 0] + c, mask=MASK),
+    "losses.soft_value": lambda c: losses.soft_value(GROUP + c, reward=OTHER[:, 0] + c, mask=MASK, beta=2.0),
+    "losses.last_and_pairs": lambda c: losses.last_and_pairs(GROUP + c, reward=OTHER[:, 0] + c, mask=MASK),
+    "losses.clipped_value": lambda c: losses.clipped_value(
+        GROUP + c, old_value=OTHER + c, returns=GROUP[::-1] + c, mask=MASK, clip=0.2
+    ),
+    "losses.kl_penalty": lambda c: losses.kl_penalty(
+        GROUP / 8 + c, log_prob_ref=OTHER / 8 + c, mask=MASK, estimator="k3"
+    ),
+    "metrics.mean_interval": lambda c: metrics.mean_interval(np.asarray(GROUP[0] + c)).half_width,
+    "metrics.best_of_n_curve": lambda c: metrics.best_of_n_curve(np.asarray(GROUP + c)) - c,
+    "metrics.selection_win_rates": lambda c: np.stack(
+        metrics.selection_win_rates(np.asarray(GROUP + c), base_reward=np.asarray(OTHER + c))
+    ),
+}
+# The last place of the result itself, where that moves with the offset.
+MOVES = {"gibbs.log_partition", "shaping.optimal_threshold", "shaping.mean_sigmoid"}
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4, 65536.0])
+@pytest.mark.parametrize("name", SHIFTED)
+def test_functions_of_differences_do_not_see_a_common_offset(name, offset):
+    """To 1e-5 in float32, sums of the arguments being exact: to 1e6 the 128ths of two of them would be rounded."""
+    exact_to = 8 * np.finfo(np.float32).eps * abs(offset) if name in MOVES else 1e-5
+    np.testing.assert_allclose(SHIFTED[name](offset), SHIFTED[name](0.0), rtol=1e-5, atol=exact_to)

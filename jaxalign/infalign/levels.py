@@ -305,10 +305,23 @@ class Sampled(NamedTuple):
     """Of its 95 % interval."""
 
 
+@jax.custom_jvp
+def _without_derivative(log_law: Array) -> Array:
+    return log_law
+
+
+@_without_derivative.defjvp
+def _refuse(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    raise ValueError("sampled_win_rate: expected no derivative, which its draws do not have (rule_win_rate has one)")
+
+
 def sampled_win_rate(
     rng: Array, *, log_prob: ArrayLike, log_base: ArrayLike, rank: ArrayLike, rule: Rule, n: int, pairs: int
 ) -> Sampled:
     """Estimates W^P(pi > base) of any rule from independent pairs of N draws a side, without bias.
+
+    It refuses to be differentiated: of given draws the derivative is 0, which is not that of W^P. `rule_win_rate` has
+    one.
 
     Args:
       rng: a key; consumed.
@@ -323,7 +336,7 @@ def sampled_win_rate(
       A Sampled, with its interval by the normal approximation.
 
     Raises:
-      ValueError: counts below these, an rng that is no key, a rule that gives another shape.
+      ValueError: counts below these, an rng that is no key, a rule that gives another shape, a derivative.
     """
     if pairs < 2 or n < 1:
         raise ValueError(f"pairs, n: expected at least 2 and 1, found {pairs} and {n}")
@@ -337,6 +350,8 @@ def sampled_win_rate(
         return ranks[jnp.take_along_axis(drawn, which[:, None], axis=-1)[:, 0]]
 
     left, right = jax.random.split(rng)
-    mine, other = kept(left, log_prob), kept(right, log_base)
+    mine, other = (
+        kept(key, _without_derivative(at_least_float32(x))) for key, x in ((left, log_prob), (right, log_base))
+    )
     won = jnp.where(mine > other, 1.0, jnp.where(mine == other, 0.5, 0.0))
     return Sampled(won.mean(), 1.96 * won.std(ddof=1) / np.sqrt(pairs))

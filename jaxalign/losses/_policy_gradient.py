@@ -91,8 +91,9 @@ def clipped_value(
     value, old_value, returns = (masked(x, mask) for x in (value, old_value, returns))
     error = (value - returns) ** 2
     if clip < float("inf"):
-        near = old_value + jnp.clip(value - old_value, -clip, clip)
-        error = jnp.maximum(error, (near - returns) ** 2)
+        # Differences first: beside values of 1e4 a clip of .2 would be rounded.
+        near = old_value - returns + jnp.clip(value - old_value, -clip, clip)
+        error = jnp.maximum(error, near**2)
     return 0.5 * error.sum(axis=-1).mean()
 
 
