@@ -246,7 +246,8 @@ def _help() -> str:
     text = "usage: jaxalign JOB [options]\n\nInference-time alignment of language models: train, decode, evaluate.\n"
     for folder, title in FOLDERS.items():
         text += f"\n{title}:\n{_listed(jobs(f'{launch.__name__}.{folder}'))}\n"
-    return text + "\njaxalign JOB --help lists its options; --debug shows the traceback of an error; --version."
+    text += "\nOf several processes: --distributed, or --coordinator HOST:PORT --num-processes N --process-id I.\n"
+    return text + "jaxalign JOB --help lists its options; --debug shows the traceback of an error; --version."
 
 
 def _listed(found: dict[str, str]) -> str:

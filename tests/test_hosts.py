@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from eval import decode
-from jaxalign import _hosts, models
+from jaxalign import _hosts, commands, models
 from jaxalign.evaluation import results
 from jaxalign.launch import processes
 from jaxalign.training import logging
@@ -235,6 +235,10 @@ def test_words_about_processes_are_taken_out_of_a_command_line(monkeypatch):
     assert processes.take(["sft"])[0] is None
     monkeypatch.setenv("SLURM_NTASKS", "2")
     assert processes.take(["sft"])[0] == processes.Processes()
+
+
+def test_help_names_the_words_about_processes():
+    assert all(word in commands._help() for word in ("--distributed", *processes.WORDS))
 
 
 @pytest.mark.parametrize(
