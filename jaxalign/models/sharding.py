@@ -25,7 +25,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"transformer/embedding", ("vocab", "embed")),
-    (r"transformer/positions", (None, "embed")),
+    (r"transformer/positions", (None, None)),  # small, and its gathered rows would have to be exchanged
     (r"transformer/lm_head", ("embed", "vocab")),
     (r"transformer/layer_\d+/attention/qkv/kernel", ("embed", "kv_heads", None, None)),
     (r"transformer/layer_\d+/attention/out/kernel", ("heads", "embed")),
