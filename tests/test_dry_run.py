@@ -84,6 +84,16 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(folder, name, capsys):
     assert "fits 80 GB" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["dpo with lora", "rl"])
+def test_frozen_weights_are_held_in_half_precision_whatever_is_rematerialised(folder, name):
+    job, line = JOBS[name]
+    line = line.replace(" --dtype bfloat16", "") + " --dtype bfloat16"
+    plain, full = dry(job, line, folder), dry(job, line, folder, "--remat", "full")
+    assert plain is not None
+    assert full is not None
+    assert plain.frozen == full.frozen
+
+
 def test_a_calibration_says_what_its_responses_need(folder, capsys):
     assert dry(calibrate, f"{ROLLED} --samples 4 --decode-batch 8 --max-length 64", folder) is None
     assert "8 responses at a time" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxalign import models
 from jaxalign._builders import cached
-from jaxalign.training import dry_run, job, objectives
+from jaxalign.training import dry_run, job
 from jaxalign.training.options import AdapterOptions, MeshOptions, OptimizerOptions
 from jaxalign.training.step import Loss, LossAux
 from jaxalign.types import Array, Params
@@ -81,7 +81,7 @@ def fit_adapter(
         raise ValueError("lora_rank: expected 0 where the frozen model is not the one that is trained")
     masters = models.LanguageModel(started.lm.config)
     adapter = models.lora.init(jax.random.fold_in(jax.random.key(seed), 2), masters, spec)
-    weights = dry_run.apply(functools.partial(objectives.cast, started.lm), started.params)
+    weights = held(started.lm, started.params)
     fit = functools.partial(
         job.fit_model, optimizer=optimizer, mesh=mesh, seed=seed, stage=stage, out=out, frozen=weights
     )
@@ -138,6 +138,20 @@ def reference(spec: models.Lora | None, started: job.StartedModel) -> Params:
     if spec is not None:
         return started.params
     return dry_run.apply(lambda tree: jax.tree.map(lambda x: jnp.array(x, started.lm.dtype), tree), started.params)
+
+
+def held(lm: models.LanguageModel, params: Params) -> Params:
+    """Gives frozen weights in the type that a model computes in, all of them: `objectives.cast` leaves the layers of a
+    rematerialised model to the pass that reads them.
+
+    Args:
+      lm: the model.
+      params: its float32 weights, or their shapes.
+
+    Returns:
+      The same tree.
+    """
+    return dry_run.apply(lambda tree: jax.tree.map(lambda x: x.astype(lm.dtype), tree), params)
 
 
 @cached

@@ -16,7 +16,7 @@ from jaxalign._checks import check_language_model
 from jaxalign.data import batches
 from jaxalign.models import sharding
 from jaxalign.prompts import prompt_batch
-from jaxalign.training import adapters, dry_run, job, objectives, policy_gradient, rl_rewards, states
+from jaxalign.training import adapters, dry_run, job, policy_gradient, rl_rewards, states
 from jaxalign.training._fit import fit
 from jaxalign.training.options import MeshOptions, OptimizerOptions
 from jaxalign.training.rl_iteration import Learner, RLState, draw, first_part, make_iteration, read_both, weights
@@ -120,7 +120,7 @@ def learner_of(
         method_of(options),
         _whole if spec is None else _adapted(spec),
     )
-    reference = dry_run.apply(functools.partial(objectives.cast, lm), started.params["transformer"])
+    reference = adapters.held(lm, started.params["transformer"])
     frozen = {"reference": {"transformer": reference}, "reward": reward.params}
     if spec is None:
         return learner, started.params, frozen
