@@ -12,7 +12,7 @@ config = models.Config(vocab_size=len(tokenizer), max_length=64, head=models.Hea
 lm = models.LanguageModel(config)
 
 polite = lambda prompts, responses: [float(response.endswith("tree")) for response in responses]
-total = rewards.weighted_sum([rewards.from_model(lm), rewards.from_text(tokenizer.decode, polite)])
+total = rewards.weighted_sum([rewards.from_model(lm), rewards.from_text(tokenizer, polite)])
 params = rewards.WeightedSumParams(rewards=[lm.init(jax.random.key(0)), None], weights=jnp.array([1.0, 0.5]))
 
 texts = [("the cat", "sat on a mat"), ("the cat", "ran under the tree"), ("a dog", "and a tree")]

@@ -361,8 +361,8 @@ def table() -> str:
 
 def written(page: str) -> str:
     """The page with the table as it is now."""
-    before, rest = page.split(START)
-    return f"{before}{START}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
+    before, rest = page.split(START, 1)
+    return f"{before}{START}\n\n{table()}\n\n{END}{rest.split(END, 1)[1]}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxalign import rewards, testing
+from jaxalign.prompts import any_prompts
 from jaxalign.types import TokenBatch
 from tests import faulty_parts
 from tests.cases import tiny_lm
@@ -131,3 +132,31 @@ def test_what_cannot_be_checked_is_named(prompts):
         testing.check_critic(
             faulty_parts.critic("level")._replace(vocab_size=None), faulty_parts.critic_params(), prompts
         )
+
+
+@pytest.mark.parametrize("token", range(VOCAB))
+def test_a_reward_that_counts_a_token_beyond_the_mask_is_found_whatever_the_token(token, prompts):
+    counted = lambda params, tokens, mask, prompt_length, index: (tokens == token).sum(axis=1) * 1.0  # noqa: E731
+    with pytest.raises(AssertionError, match=r"law (7|15)"):
+        testing.check_reward(counted, None, prompts, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("token", range(VOCAB))
+def test_a_critic_that_counts_a_token_of_the_padding_is_found_whatever_the_token(token, prompts):
+    sound = faulty_parts.critic("level")
+
+    def init(params, rng, given, max_new_tokens):
+        state = sound.init(params, rng, given, max_new_tokens)
+        batch = any_prompts(given)
+        return state, 1.0 * (batch.tokens == token).sum(axis=1)
+
+    def score(params, rng, state, output, candidates):
+        q, proposal = sound.score(params, rng, state[0], output, candidates)
+        return q + state[1][:, None], (proposal, state[1])
+
+    def advance(params, proposal, choice):
+        return sound.advance(params, proposal[0], choice), proposal[1]
+
+    counting = sound._replace(init=init, score=score, advance=advance)
+    with pytest.raises(AssertionError, match="law 7"):
+        testing.check_critic(counting, faulty_parts.critic_params(), prompts, max_new_tokens=3)

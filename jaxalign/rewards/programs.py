@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from jaxalign._checks import is_traced
 from jaxalign.rewards.text_models import SourceReward
 from jaxalign.rewards.values import function_name, host_values, on_host
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
-from jaxalign.tokens import Text
+from jaxalign.tokens import Text, Tokenizer, decode_text
 from jaxalign.types import Array, CheckedReward, Params, Reward, TextReward
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
@@ -73,7 +74,7 @@ def _from_numpy(f: NumpyReward, named: NumpyReward | TextReward | SourceReward) 
 
 @cached
 def from_text(
-    decode: Callable[[Sequence[int]], str],
+    decode: Tokenizer | Callable[[Sequence[int]], str],
     f: TextReward | SourceReward,
     *,
     sources: Sequence[Text] | None = None,
@@ -90,7 +91,8 @@ def from_text(
     - any other name: the prompts' text without special tokens.
 
     Args:
-      decode: turns token ids into text without special tokens.
+      decode: a tokenizer, whose text is taken without special tokens; or a function that turns token ids into text
+        (the method `decode` of transformers' tokenizers keeps special tokens, so give the tokenizer itself).
       f: f(prompts, responses) -> one number per response; responses are text without special tokens.
       sources: the prompts as they were given, which a prompt's index counts; f's that ask for them need it.
       rendered: turns token ids into text with special tokens, for f's that ask for it.
@@ -103,6 +105,10 @@ def from_text(
       ValueError: f asks for what was not given; when it is used, a prompt's index outside `sources`, or f returns
         anything but one real number per response.
     """
+    if hasattr(decode, "decode"):
+        to_text: Callable[[Sequence[int]], str] = functools.partial(decode_text, decode)
+    else:
+        to_text = decode
     wants = _first_parameter(f)
     if wants in ("messages", "sources") and sources is None:
         raise ValueError(f"sources: expected the prompts as they were given, which {function_name(f)} asks for")
@@ -119,13 +125,13 @@ def from_text(
             if wants == "sources":
                 return given
             return [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in given]
-        read = rendered if wants == "rendered" and rendered is not None else decode
+        read = rendered if wants == "rendered" and rendered is not None else to_text
         return [read(row[:n]) for row, n in zip(rows, lengths, strict=True)]
 
     def score(tokens: Ints, mask: Bools, prompt_length: Ints, index: Ints) -> Numbers:
         rows = [row[real].tolist() for row, real in zip(tokens, mask.astype(bool), strict=True)]
         lengths = prompt_length.tolist()
-        responses = [decode(row[n:]) for row, n in zip(rows, lengths, strict=True)]
+        responses = [to_text(row[n:]) for row, n in zip(rows, lengths, strict=True)]
         found: Numbers = host_values(f(prompts_of(rows, lengths, index), responses), prompt_length.shape, function=f)
         return found
 

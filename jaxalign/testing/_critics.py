@@ -302,10 +302,10 @@ class _Checks:
         outputs = take_rows(self.outputs, index)
         found = made.walk(mixed, _laws.rows_of(self.prompts, order), outputs, self.tokens[index], None).scores
         self.same(8, f"scores of rows {order} of the prompts", found, take_rows(self.expected.scores, index))
-        for side, extra, fill in (("right", 2, vocab - 1), ("left", 2, 0)):
+        for side, extra, fill in (("right", 2, vocab - 1), ("left", 2, _laws.mixed_ids(vocab, vocab))):
             form = _laws.padded(self.prompts, side, extra, fill)
             found = made.walk(self.params, form, self.outputs, self.tokens, None).scores
-            when = f"scores of prompts padded on the {side} with {extra} more columns of id {fill}"
+            when = f"scores of prompts padded on the {side} with {extra} more columns of ids {np.unique(fill)}"
             self.same(7, when, found, self.expected.scores)
         form = _laws.mirrored(self.params, self.prompts)
         if form is not self.prompts:

@@ -180,8 +180,13 @@ def each_batch(change: Callable[[TokenBatch], TokenBatch], prompts: Prompts) -> 
     return jax.tree.map(change, prompts, is_leaf=is_batch)
 
 
-def padded(prompts: Prompts, side: str, extra: int, fill: int) -> Prompts:
-    """The same prompts padded on one side ("left" or "right") to `extra` more columns, with the id `fill`."""
+def mixed_ids(vocab_size: int, size: int) -> np.ndarray:
+    """[size] ids of all kinds in a fixed order: every id where there are no more than `size`."""
+    return np.resize(np.random.default_rng(0).permutation(vocab_size), size)
+
+
+def padded(prompts: Prompts, side: str, extra: int, fill: int | np.ndarray) -> Prompts:
+    """The same prompts padded on one side ("left" or "right") to `extra` more columns, with the id or ids `fill`."""
 
     def pad(batch: TokenBatch) -> TokenBatch:
         tokens, mask = repadded(batch.tokens, batch.mask, side, extra, fill)
@@ -190,15 +195,17 @@ def padded(prompts: Prompts, side: str, extra: int, fill: int) -> Prompts:
     return each_batch(pad, prompts)
 
 
-def repadded(tokens: Array, mask: Array, side: str, extra: int, fill: int) -> tuple[Array, Array]:
-    """Texts [N,L] and their mask, padded on one side to L + extra columns with the id `fill`."""
+def repadded(tokens: Array, mask: Array, side: str, extra: int, fill: int | np.ndarray) -> tuple[Array, Array]:
+    """Texts [N,L] and their mask, padded on one side to L + extra columns with the id `fill`, or with several in
+    turn."""
     old, real = np.asarray(tokens), np.asarray(mask, bool)
-    new = np.full((old.shape[0], old.shape[1] + extra), fill, old.dtype)
+    new = np.zeros((old.shape[0], old.shape[1] + extra), old.dtype)
     places = np.zeros(new.shape, bool)
     for row, kept in enumerate(real):
         size = int(kept.sum())
         at = slice(0, size) if side == "right" else slice(new.shape[1] - size, None)
         new[row, at], places[row, at] = old[row, kept], True
+    new[~places] = np.resize(fill, int((~places).sum()))
     return jnp.asarray(new), jnp.asarray(places)
 
 

@@ -247,9 +247,9 @@ def _check_forms(
     mixed = _laws.map_per_prompt(lambda x: x[jnp.asarray(order)], params, names, batch)
     found = run.outputs(mixed, _laws.rows_of(prompts, order), tokens[jnp.asarray(order)])
     close(8, f"rows {order} of the prompts", found, take_rows(expected, jnp.asarray(order)))
-    for side, extra, fill in (("right", 2, vocab - 1), ("left", 2, 0)):
+    for side, extra, fill in (("right", 2, vocab - 1), ("left", 2, _laws.mixed_ids(vocab, vocab))):
         found = run.outputs(params, _laws.padded(prompts, side, extra, fill), tokens)
-        close(7, f"prompts padded on the {side} with {extra} more columns of id {fill}", found, expected)
+        close(7, f"prompts padded on the {side} with {extra} more columns of ids {np.unique(fill)}", found, expected)
     form = _laws.mirrored(params, prompts)
     if form is not prompts:
         with errors_break(4, "init with a TokenBatch for each model", ValueError, TypeError, KeyError, AttributeError):

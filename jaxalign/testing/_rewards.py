@@ -70,6 +70,13 @@ def check_reward(
     for fill in (0, vocab_size - 1):
         found = values(params, jnp.where(mask, tokens, fill), mask, length, index)
         same(15, f"id {fill} in every column beyond the mask", found, expected)
+    every = jnp.asarray(_laws.mixed_ids(vocab_size, tokens.size).reshape(tokens.shape), tokens.dtype)
+    same(
+        15,
+        "ids of every kind beyond the mask",
+        values(params, jnp.where(mask, tokens, every), mask, length, index),
+        expected,
+    )
     for row in (0, size - 1):  # beside one text, in every other row, that of its neighbour
         others = jnp.where(jnp.arange(size) == row, row, (row + 1) % size)
         found = values(params, *take_rows((tokens, mask, length, index), others))

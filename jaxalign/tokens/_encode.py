@@ -316,7 +316,8 @@ def _with_prefix(form: TextFormat, ids: list[int]) -> list[int]:
 def _continuation(form: TextFormat, start: Sequence[int], before: str, text: str) -> tuple[list[int], bool]:
     """(ids of text where it goes on after `before`, whose ids are start; whether they are those of both together)."""
     whole = encode_text(form, before + text)
-    if whole[: len(start)] == list(start):
+    # A text may be lost in the prompt's last token (an unknown word that goes on): it is encoded by itself then.
+    if whole[: len(start)] == list(start) and (len(whole) > len(start) or not text):
         return whole[len(start) :], True
     # A sentencepiece tokenizer puts a space before a text that stands alone; after a neutral character it does not.
     for neutral in ("\n", "a", "."):
