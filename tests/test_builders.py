@@ -48,6 +48,7 @@ POLICIES = {
         policies.TiltParams(PARAMS, REWARD_PARAMS, 1.0),
     ),
     "temperature": lambda: (policies.temperature(base()), policies.TemperatureParams(PARAMS, jnp.asarray(0.7))),
+    "with_sampling": lambda: (policies.with_sampling(base(), policies.Sampling(0.7, 3, 0.9)), PARAMS),
     "top_p": lambda: (policies.top_p(base()), policies.TopPParams(PARAMS, 0.7)),
     "top_k": lambda: (policies.top_k(base(), 3), PARAMS),
     "with_reference": lambda: (
@@ -100,7 +101,7 @@ def tilted(name):
 
 def builders(package: types.ModuleType) -> set[str]:
     """The functions of a package that build something, by its face."""
-    no_builders = {"linear_value", "effective_rollouts", "look_up"}
+    no_builders = {"linear_value", "effective_rollouts", "look_up", "read_generation_config"}
     return {name for name in package.__all__ if not isinstance(getattr(package, name), type)} - no_builders
 
 
