@@ -111,7 +111,7 @@ def candidate_critic(
     """
     needs = ("vocab_size", "max_length", "head_width", "prefill", "step", "head", "candidates", "commit")
     check_model(name, lm, needs)
-    read_as = reading_of(name, lm) if reading is None else reading
+    read_as = reading_of(name, lm, log_weights=True) if reading is None else reading
     kept = lm if isinstance(lm, prefixes.PrefixModel) else None  # what reads several tokens after a cache
     if read_as.tail and kept is None:
         raise ValueError(f"{name}: tail: expected a model that reads segments (rewards.prefixes.PrefixModel)")

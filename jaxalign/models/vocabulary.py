@@ -207,8 +207,8 @@ def check_ends_kept(before: LanguageModel, after: LanguageModel, *, name: str = 
     lost = set(before.eos_ids) - set(after.eos_ids)
     if lost:
         raise ValueError(
-            f"{name}: expected EOS ids within the common vocabulary of {after.vocab_size}, found {sorted(lost)}: "
-            "responses would not end"
+            f"{name}: expected EOS ids within the common vocabulary of {after.vocab_size} tokens, found "
+            f"{sorted(lost)}: responses would not end"
         )
 
 

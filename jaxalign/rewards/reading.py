@@ -47,6 +47,7 @@ def reading_of(
     weighted: bool = False,
     tail: Sequence[int] = (),
     ends: int | Sequence[int] | None = None,
+    log_weights: bool = False,
 ) -> Reading:
     """Makes the Reading of a model.
 
@@ -58,12 +59,13 @@ def reading_of(
       weighted: whether the reward is a weighted sum of the labels.
       tail: ids that follow a response that has ended.
       ends: the ids that end it; None: the model's EOS ids.
+      log_weights: whether a head of log weights (models.Follower) may be read, which are no rewards.
 
     Returns:
       The Reading.
 
     Raises:
-      ValueError: no head of scalars, or one of log weights (models.Follower), several labels of which none is named
+      ValueError: no head of scalars, or one of log weights without `log_weights`, several labels of which none is named
         (they are listed), a label that there is not, ids outside the vocabulary, a tail without an id that ends a
         response.
     """
@@ -74,7 +76,7 @@ def reading_of(
         found = "no head" if width == 0 else f"a head of width {width}"
         raise ValueError(f"{name}: expected a model with a scalar head, found {found}")
     spec = getattr(getattr(lm, "config", None), "head", None)
-    if spec is not None and spec.follower is not None:
+    if spec is not None and spec.follower is not None and not log_weights:
         raise ValueError(f"{name}: expected a head of rewards, found one of log weights ({spec.follower})")
     ended = _ids(name, "ends", getattr(lm, "eos_ids", ()) if ends is None else ends, lm.vocab_size)
     after = _ids(name, "tail", tail, lm.vocab_size)
