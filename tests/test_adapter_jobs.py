@@ -174,6 +174,14 @@ def test_a_run_notices_that_the_base_of_its_adapter_has_changed(root, tmp_path):
     assert models.source_folders("module:function") == ("module:function",)
 
 
+def test_a_folder_of_the_bases_name_that_holds_no_model_is_not_taken_for_it(root, tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # where "../base" is a folder of something else
+    found = [pathlib.Path(name).resolve() for name in models.source_folders(str(root / "tuned"))]
+    assert found == [root / "tuned", root / "base"]
+
+
 def test_the_sign_of_a_base_is_told_from_that_of_strengths(root, monkeypatch):
     monkeypatch.chdir(root)
     for text, folder, strengths in (

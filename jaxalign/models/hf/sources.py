@@ -85,6 +85,10 @@ def source_folders(name: str) -> tuple[str, ...]:
     return tuple(str(path) for path in find_source(name).folders)
 
 
+def _holds_model(folder: pathlib.Path) -> bool:
+    return (folder / "config.json").exists() or (folder / ADAPTER).exists()
+
+
 def _chain(name: str, base: str | None, *, revision: str | None, seen: tuple[pathlib.Path, ...]) -> Chain:
     """The folders from the one that is named to the whole model at the end."""
     text, own = split_source(name)
@@ -111,7 +115,8 @@ def _chain(name: str, base: str | None, *, revision: str | None, seen: tuple[pat
             f"base_model_name_or_path: expected a base in {folder / ADAPTER}, found {named!r}; name it as "
             f"{folder}@BASE_DIR or with base="
         )
-    if not pathlib.Path(split_source(named)[0]).expanduser().is_dir() and (folder / named).is_dir():
+    # From the working directory first, as peft does, but not where another thing of that name happens to lie.
+    if not _holds_model(pathlib.Path(split_source(named)[0]).expanduser()) and _holds_model(folder / named):
         return (folder, *_chain(str(folder / named), None, revision=None, seen=seen))
     try:
         local_folder(split_source(named)[0], revision=revision)
