@@ -28,7 +28,7 @@ class Example(NamedTuple):
     where: str = "f:1"
 
 
-class Asked(NamedTuple):
+class PromptRow(NamedTuple):
     prompt: Any
     where: str = "f:1"
 
@@ -120,11 +120,11 @@ def test_a_cut_may_be_refused_or_skip_the_row():
     with pytest.raises(ValueError, match="f:1: expected at most 20 tokens"):
         encoded.encode_examples(examples, form, max_length=20, on_long="error")
     assert encoded.encode_examples(examples, form, max_length=20, on_long="skip").counts == {"long_rows": 1}
-    asked = [Asked([USER], "f:1"), Asked("hello", "f:2")]
+    given = [PromptRow([USER], "f:1"), PromptRow("hello", "f:2")]
     with pytest.raises(ValueError, match="f:1: expected at most 10 tokens"):
-        encoded.encode_prompts(asked, form, max_length=10)
-    assert [row.where for row in encoded.encode_prompts(asked, form, max_length=10, on_long="skip").rows] == ["f:2"]
-    cut = encoded.encode_prompts(asked, form, max_length=12, on_long="cut")
+        encoded.encode_prompts(given, form, max_length=10)
+    assert [row.where for row in encoded.encode_prompts(given, form, max_length=10, on_long="skip").rows] == ["f:2"]
+    cut = encoded.encode_prompts(given, form, max_length=12, on_long="cut")
     assert len(cut.rows[0].tokens) == 12
     assert text(form, cut.rows[0].tokens).startswith("<|im_start|>user\n")
     assert cut.counts["cut_rows"] == 1
@@ -192,11 +192,11 @@ def test_notes_are_counted_and_described():
 
 def test_prompts_keep_their_source():
     form = form_of()
-    chat, plain = encoded.encode_prompts([Asked([USER], "f:1"), Asked("hello", "f:2")], form).rows
+    chat, plain = encoded.encode_prompts([PromptRow([USER], "f:1"), PromptRow("hello", "f:2")], form).rows
     assert (chat.source, plain.source, plain.text) == ([USER], "hello", "hello")
     assert text(form, chat.tokens) == chat.text
     with pytest.raises(ValueError, match="f:3: expected at least one token"):
-        encoded.encode_prompts([Asked("", "f:3")], form)
+        encoded.encode_prompts([PromptRow("", "f:3")], form)
 
 
 def test_what_is_not_learned_is_left_out_of_the_loss():

@@ -54,10 +54,11 @@ def stored_states(
         )
     if not known.exists():
         _io.write_json(known, stamp)
+    read = jax.jit(lambda params, tokens, mask: lm.hidden(params, tokens, mask=mask))  # one program for all shards
     with _progress.progress("hidden states", len(rows), unit="row") as bar:
         for part, path in zip(iterate(rows, SHARD), paths, strict=True):
             if not path.exists():
-                _write(path, lm, params, part, collate, size)
+                _write(path, read, params, part, collate, size)
             bar.update(len(part))
     lengths = [int(collate([row])["mask"].sum()) for row in rows]
     found: list[np.ndarray] = []
@@ -91,10 +92,14 @@ def with_states(collate: Collate, states: Sequence[np.ndarray]) -> Callable[[lis
 
 
 def _write(
-    path: pathlib.Path, lm: models.LanguageModel, params: Params, rows: list[Any], collate: Collate, size: int
+    path: pathlib.Path,
+    read: Callable[[Params, Any, Any], jax.Array],
+    params: Params,
+    rows: list[Any],
+    collate: Collate,
+    size: int,
 ) -> None:
-    """A shard: the states of all real tokens, row after row."""
-    read = jax.jit(lambda params, tokens, mask: lm.hidden(params, tokens, mask=mask))
+    """A shard: the states of all real tokens, row after row; read(params, tokens, mask) gives those of a batch."""
     parts = []
     for part in iterate(rows, size):
         batch = collate(part + [part[-1]] * (size - len(part)))
