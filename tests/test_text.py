@@ -373,32 +373,3 @@ def test_bad_responses_are_named(words):
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
     with pytest.raises(ValueError, match="eos_id: expected an id, since the tokenizer has no EOS"):
         text.score(counted, jnp.float32(0), plain, ["a"], ["a"])
-
-
-def test_a_text_that_is_lost_in_the_prompts_last_word_is_encoded_by_itself(words):
-    """Words that go on without a space: both together are one unknown word, which is no id of a response."""
-    seen = []
-
-    def spy(prompts, responses):
-        seen.append((prompts, responses))
-        return [0.0 for _ in responses]
-
-    text.score(spy, None, words, ["zap"], ["b"])
-    assert seen[-1][1] == ["b"]
-
-
-@pytest.mark.parametrize("given", ["tokenizer", "function"])
-def test_a_program_gets_the_same_text_everywhere(given, words, model):
-    """An EOS that ended a response is no text: of text.score, of a decoder, and of rewards.from_text."""
-    seen = []
-
-    def spy(prompts, responses):
-        seen.append((list(prompts), list(responses)))
-        return [float(len(response)) for response in responses]
-
-    decode = words if given == "tokenizer" else (lambda ids: words.decode(ids, skip_special_tokens=True))
-    reward = rewards.from_text(decode, spy)
-    text.score(spy, None, words, ["a b"], ["c d"])
-    tokens = jnp.asarray([[*words("a b")["input_ids"], *words("c d")["input_ids"], 1]])
-    reward(None, tokens, jnp.ones_like(tokens, bool), jnp.asarray([2]), jnp.asarray([0]))
-    assert seen[0] == seen[-1] == (["a b"], ["c d"])

@@ -111,8 +111,7 @@ def ending_ids(
       the special token in which the chat template ends an assistant's turn.
     """
     form = format_of(options, tokenizer, eos_ids)
-    end = None if all(isinstance(prompt, str) for prompt in prompts) else tokens.chat_end(form)
-    found = tuple(dict.fromkeys((*eos_ids, *form.eos_ids, *(() if end is None else (end,)))))
+    found = tokens.ends_of_reply(form, prompts, (*eos_ids, *form.eos_ids))
     if added := found[len(set(eos_ids)) :]:
         names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in added)
         print(f"responses end in {names} too, beside the model's EOS ids {list(eos_ids)}", flush=True)

@@ -28,7 +28,7 @@ from jaxalign.text._requests import (
     key_of,
     prompt_ids,
 )
-from jaxalign.tokens import TextFormat, Tokenizer, byte_tokens, chat_end, decode_text, settled_text
+from jaxalign.tokens import TextFormat, Tokenizer, byte_tokens, decode_text, ends_of_reply, settled_text
 from jaxalign.types import Array, ArrayLike, Completions, LanguageModel, Params, Policy, Prompts, State, StepOutput
 
 Watch: TypeAlias = Callable[[Completions, bool], None]
@@ -114,9 +114,9 @@ def generate(
     sequences = prompt_ids(form, items)
     if not isinstance(model, Policy):
         _check_room(sequences, model.max_length, max_new_tokens)
-    ends = (
-        _with_chat_end(form, open_eos_ids(policy, eos_ids), items) if eos_ids is None else open_eos_ids(policy, eos_ids)
-    )
+    ends = open_eos_ids(policy, eos_ids)
+    if eos_ids is None:
+        ends = _with_chat_end(form, ends, items)
     policy = _with_generation_config(policy, model, generation_config, temperature)
     key = key_of(rng, seed)
     heat = _temperatures(temperature, len(items))
@@ -187,7 +187,8 @@ def _with_generation_config(
 
 def _with_chat_end(form: TextFormat, eos_ids: tuple[int, ...], prompts: Sequence[Prompt]) -> tuple[int, ...]:
     """The EOS ids, and the end of an assistant's turn where a prompt is a chat."""
-    end = None if all(isinstance(prompt, str) for prompt in prompts) else chat_end(form)
+    found = ends_of_reply(form, prompts, eos_ids)
+    end = found[-1] if found else None
     if end is None or end in eos_ids:
         return eos_ids
     name = decode_text(form.tokenizer, [end], special=True)
@@ -196,7 +197,7 @@ def _with_chat_end(form: TextFormat, eos_ids: tuple[int, ...], prompts: Sequence
         "responses end there too (eos_ids= says otherwise)",
         stacklevel=3,
     )
-    return (*eos_ids, end)
+    return found
 
 
 def _temperatures(temperature: ArrayLike, count: int) -> ArrayLike:

@@ -16,6 +16,7 @@ from jaxalign.tokens._encode import (
     encode_pair,
     encode_prompt,
     encode_text,
+    ends_of_reply,
     prompt_text,
     turn_end,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "encode_pair",
     "encode_prompt",
     "encode_text",
+    "ends_of_reply",
     "prompt_text",
     "settled_text",
     "show_row",

@@ -14,7 +14,7 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxalign.tokens import _chat
@@ -166,6 +166,21 @@ def chat_end(form: TextFormat) -> int | None:
     except ValueError:
         return None
     return closing[-1] if closing and closing[-1] in {*form.eos_ids, *form.specials} else None
+
+
+def ends_of_reply(form: TextFormat, prompts: Iterable[Text], eos_ids: Sequence[int]) -> tuple[int, ...]:
+    """Gives the ids that end a response to prompts.
+
+    Args:
+      form: the format.
+      prompts: texts and chats.
+      eos_ids: the ids that end a response to a text.
+
+    Returns:
+      eos_ids, each once, and, where a prompt is a chat, `chat_end`.
+    """
+    end = None if all(isinstance(prompt, str) for prompt in prompts) else chat_end(form)
+    return tuple(dict.fromkeys((*eos_ids, *(() if end is None else (end,)))))
 
 
 def encode_pair(form: TextFormat, prompt: Text, response: Text, *, allow_empty: bool = False) -> Encoded:
