@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import is_supported, where_rows
-from jaxalign._checks import called, check_rng, check_same_types, step_policy
+from jaxalign._checks import check_rng
+from jaxalign._parts import called, check_same_types, step_policy
 from jaxalign.shapes import LogProbs, NextToken, Numbers, OverTokens, PerPrompt, PerPromptFlag
 from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, State, StepOutput
 

@@ -11,17 +11,13 @@ import numpy as np
 
 from jaxalign._arrays import at_least_float32
 from jaxalign._builders import cached
-from jaxalign._checks import (
-    ParamsError,
+from jaxalign._checks import ParamsError, check_below, check_part, fields_of, is_concrete
+from jaxalign._parts import (
     advance_critic,
     called,
     check_array,
-    check_below,
     check_critic_argument,
     check_function_argument,
-    check_part,
-    fields_of,
-    is_concrete,
     score_critic,
     start_critic,
 )

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from jaxalign._arrays import at_least_float32
 from jaxalign._builders import cached
-from jaxalign._checks import called, check_array, check_function_argument, check_model
+from jaxalign._parts import called, check_array, check_function_argument, check_model
 from jaxalign.critics._model_critics import candidate_critic, gather, vocabulary_critic
 from jaxalign.shapes import Candidates, Hidden, Scores
 from jaxalign.types import Array, CandidateModel, Critic, Params, State, StepOutput, TokenBatch

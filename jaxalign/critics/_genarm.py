@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 
 from jaxalign._builders import cached
-from jaxalign._checks import check_has_logits, check_model
+from jaxalign._checks import check_has_logits
+from jaxalign._parts import check_model
 from jaxalign.critics._model_critics import vocabulary_critic
 from jaxalign.types import Array, Critic, LanguageModel, Params
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32, where_rows
-from jaxalign._checks import Sized, check_array, check_model, check_prompt_fits
+from jaxalign._checks import Sized, check_prompt_fits
+from jaxalign._parts import check_array, check_model
 from jaxalign.rewards import prefixes
 from jaxalign.rewards.reading import Reading, reading_of
 from jaxalign.shapes import Candidates, PerPrompt, PromptMask, PromptTokens, Scores

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxalign import rollout
 from jaxalign._arrays import is_supported, repeat_rows
-from jaxalign._checks import step_policy
+from jaxalign._parts import step_policy
 from jaxalign.shapes import Candidates, LogProbs, PerPrompt, PerPromptFlag, ResponseTokens, Scores, TextLength
 from jaxalign.types import Array, Params, Policy, State, StepOutput
 

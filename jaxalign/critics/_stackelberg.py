@@ -10,16 +10,8 @@ import jax.numpy as jnp
 from jaxalign import models, shaping
 from jaxalign._arrays import at_least_float32, per_row
 from jaxalign._builders import cached
-from jaxalign._checks import (
-    advance_critic,
-    check_critic_argument,
-    check_model,
-    check_part,
-    check_positive,
-    fields_of,
-    score_critic,
-    start_critic,
-)
+from jaxalign._checks import check_part, check_positive, fields_of
+from jaxalign._parts import advance_critic, check_critic_argument, check_model, score_critic, start_critic
 from jaxalign.critics._model_critics import candidate_critic, gather, vocabulary_critic
 from jaxalign.prompts import prompt_index, prompts_for
 from jaxalign.shapes import Candidates, PerPrompt, Scores

@@ -10,15 +10,12 @@ import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32, per_row, where_rows
 from jaxalign._builders import cached
-from jaxalign._checks import (
+from jaxalign._checks import check_count, check_part, check_positive, fields_of
+from jaxalign._parts import (
     called,
     check_array,
-    check_count,
     check_function_argument,
-    check_part,
     check_policy_argument,
-    check_positive,
-    fields_of,
     start_policy,
     step_policy,
 )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxalign import rewards, rollout
 from jaxalign._arrays import repeat_rows
-from jaxalign._checks import start_policy
+from jaxalign._parts import start_policy
 from jaxalign.decoding import _kl
 from jaxalign.decoding.requests import (
     Decode,

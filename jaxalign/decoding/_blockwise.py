@@ -11,17 +11,8 @@ import numpy as np
 
 from jaxalign import mdp, rollout
 from jaxalign._arrays import at_least_float32, drop_weak_types, repeat_rows, take_rows, where_rows
-from jaxalign._checks import (
-    advance_critic,
-    check_below,
-    check_same_vocabulary,
-    is_concrete,
-    same_prompts,
-    score_critic,
-    start_critic,
-    start_policy,
-    step_policy,
-)
+from jaxalign._checks import check_below, is_concrete, same_prompts
+from jaxalign._parts import advance_critic, check_same_vocabulary, score_critic, start_critic, start_policy, step_policy
 from jaxalign.decoding import _kl
 from jaxalign.decoding.requests import (
     POLICY,

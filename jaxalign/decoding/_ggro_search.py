@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import is_supported, where_rows
-from jaxalign._checks import start_policy
+from jaxalign._parts import start_policy
 from jaxalign.decoding import _segments
 from jaxalign.decoding._ggro_scores import scorer_of
 from jaxalign.decoding.stopping import SegmentRule

@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxalign import rollout
 from jaxalign._arrays import NEGATIVE, drop_weak_types, is_supported, repeat_rows
-from jaxalign._checks import is_concrete, start_policy, step_policy
+from jaxalign._checks import is_concrete
+from jaxalign._parts import start_policy, step_policy
 from jaxalign.decoding.requests import (
     Decode,
     EosIds,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import where_rows
-from jaxalign._checks import step_policy
+from jaxalign._parts import step_policy
 from jaxalign.decoding.stopping import SegmentRule
 from jaxalign.rollout import is_eos, token_value
 from jaxalign.types import Array, Params, Policy, State, StepOutput

@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxalign import rollout
 from jaxalign._arrays import is_supported, repeat_rows, take_rows
-from jaxalign._checks import is_concrete, start_policy
+from jaxalign._checks import is_concrete
+from jaxalign._parts import start_policy
 from jaxalign.decoding import _kl, resampling
 from jaxalign.decoding.requests import (
     Decode,

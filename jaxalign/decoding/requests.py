@@ -15,15 +15,7 @@ import numpy as np
 from jaxalign import mdp, policies, rewards
 from jaxalign._arrays import drop_weak_types, per_row
 from jaxalign._builders import cached
-from jaxalign._checks import (
-    check_below,
-    check_positive,
-    check_rng,
-    is_concrete,
-    named_entries,
-    run_check,
-    same_prompts,
-)
+from jaxalign._checks import check_below, check_positive, check_rng, is_concrete, named_entries, run_check, same_prompts
 from jaxalign.prompts import any_prompts, prompt_batch, prompt_index, prompts_for
 from jaxalign.rewards.models import TokenScore
 from jaxalign.rewards.values import function_name

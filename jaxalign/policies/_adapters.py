@@ -11,7 +11,8 @@ import numpy as np
 from jaxalign import gibbs, mdp, models
 from jaxalign._arrays import at_least_float32, repeat_rows
 from jaxalign._builders import cached
-from jaxalign._checks import check_count, check_has_logits, check_model, check_prompt_fits, fields_of, is_concrete
+from jaxalign._checks import check_count, check_has_logits, check_prompt_fits, fields_of, is_concrete
+from jaxalign._parts import check_model
 from jaxalign.prompts import prompt_index, prompts_at, prompts_for
 from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, Prompts, State, StepOutput, TokenBatch
 

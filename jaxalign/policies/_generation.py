@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxalign._builders import cached
-from jaxalign._checks import check_policy_argument, start_policy, step_policy
+from jaxalign._parts import check_policy_argument, start_policy, step_policy
 from jaxalign.policies._truncation import TemperatureParams, TopPParams, temperature, top_k, top_p
 from jaxalign.types import Array, Params, Policy, Prompts, State, StepOutput
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxalign import models
 from jaxalign._builders import cached
-from jaxalign._checks import check_array, check_has_logits, check_model, check_prompt_fits
+from jaxalign._checks import check_has_logits, check_prompt_fits
+from jaxalign._parts import check_array, check_model
 from jaxalign.types import Array, Completions, LanguageModel, Params, Policy, State, StepOutput, TokenBatch
 
 

@@ -12,19 +12,16 @@ import numpy as np
 from jaxalign import models
 from jaxalign._arrays import at_least_float32, is_supported, per_row, where_rows
 from jaxalign._builders import cached
-from jaxalign._checks import (
+from jaxalign._checks import check_count, check_part, fields_of, is_concrete
+from jaxalign._parts import (
     advance_critic,
     called,
     check_array,
-    check_count,
     check_critic_argument,
     check_function_argument,
-    check_part,
     check_policy_argument,
     check_proposal,
     check_same_vocabulary,
-    fields_of,
-    is_concrete,
     score_critic,
     start_critic,
     start_policy,

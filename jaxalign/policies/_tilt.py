@@ -10,17 +10,13 @@ import numpy as np
 
 from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, per_row, where_rows
 from jaxalign._builders import cached
-from jaxalign._checks import (
+from jaxalign._checks import check_count, check_part, check_positive, fields_of, is_concrete
+from jaxalign._parts import (
     advance_critic,
-    check_count,
     check_critic_argument,
-    check_part,
     check_policy_argument,
-    check_positive,
     check_proposal,
     check_same_vocabulary,
-    fields_of,
-    is_concrete,
     score_critic,
     start_critic,
     start_policy,

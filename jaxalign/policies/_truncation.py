@@ -11,15 +11,8 @@ import numpy as np
 
 from jaxalign._arrays import NEGATIVE, is_supported, per_row
 from jaxalign._builders import cached
-from jaxalign._checks import (
-    check_integer,
-    check_part,
-    check_policy_argument,
-    fields_of,
-    is_concrete,
-    start_policy,
-    step_policy,
-)
+from jaxalign._checks import check_integer, check_part, fields_of, is_concrete
+from jaxalign._parts import check_policy_argument, start_policy, step_policy
 from jaxalign.prompts import prompt_index, prompts_for
 from jaxalign.shapes import PerPrompt
 from jaxalign.types import Array, ArrayLike, Params, Policy, Prompts, State, StepOutput

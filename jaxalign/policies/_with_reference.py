@@ -7,14 +7,8 @@ from typing import NamedTuple
 import jax
 
 from jaxalign._builders import cached
-from jaxalign._checks import (
-    check_part,
-    check_policy_argument,
-    check_same_vocabulary,
-    fields_of,
-    start_policy,
-    step_policy,
-)
+from jaxalign._checks import check_part, fields_of
+from jaxalign._parts import check_policy_argument, check_same_vocabulary, start_policy, step_policy
 from jaxalign.prompts import prompts_for
 from jaxalign.types import Array, Completions, Params, Policy, Prompts, State, StepOutput
 

@@ -13,7 +13,8 @@ import numpy as np
 from jaxalign import mdp, models
 from jaxalign._arrays import at_least_float32
 from jaxalign._builders import cached
-from jaxalign._checks import Sized, check_has_logits, check_model, check_prompt_fits, is_concrete
+from jaxalign._checks import Sized, check_has_logits, check_prompt_fits, is_concrete
+from jaxalign._parts import check_model
 from jaxalign.rewards import prefixes
 from jaxalign.rewards import reading as readings
 from jaxalign.rewards.reading import Reading, reading_of

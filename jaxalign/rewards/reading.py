@@ -20,7 +20,8 @@ import numpy as np
 
 from jaxalign import mdp
 from jaxalign._arrays import at_least_float32
-from jaxalign._checks import check_model, fields_of
+from jaxalign._checks import fields_of
+from jaxalign._parts import check_model
 from jaxalign.rewards.params import LabelParams
 from jaxalign.shapes import TextLength, TextMask, TextTokens
 from jaxalign.types import Array, HeadModel, Params

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxalign import decoding, policies
 from jaxalign._arrays import is_supported, repeat_rows, take_rows, where_rows
-from jaxalign._checks import advance_critic, check_critic_argument, score_critic, start_critic
+from jaxalign._parts import advance_critic, check_critic_argument, score_critic, start_critic
 from jaxalign.prompts import any_prompts
 from jaxalign.shapes import PerPrompt, ResponseTokens
 from jaxalign.testing import _laws

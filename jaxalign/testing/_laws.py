@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._checks import LawError, check_rng, entries_of, same_prompts
+from jaxalign._checks import check_rng, entries_of, same_prompts
+from jaxalign._parts import LawError
 from jaxalign.prompts import any_prompts
 from jaxalign.types import Array, Params, Prompts, TokenBatch
 

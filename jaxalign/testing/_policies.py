@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxalign import decoding
 from jaxalign._arrays import is_supported, repeat_rows, take_rows
-from jaxalign._checks import check_policy_argument, start_policy, step_policy
+from jaxalign._parts import check_policy_argument, start_policy, step_policy
 from jaxalign.prompts import any_prompts
 from jaxalign.shapes import LogProbs, ResponseTokens
 from jaxalign.testing import _laws

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxalign import mdp
 from jaxalign._arrays import take_rows
-from jaxalign._checks import check_function_argument
+from jaxalign._parts import check_function_argument
 from jaxalign.prompts import prompt_index
 from jaxalign.rewards.values import host_values
 from jaxalign.testing import _laws

@@ -13,7 +13,8 @@ import numpy as np
 
 from jaxalign import _hosts, decoding, policies, rollout
 from jaxalign._arrays import drop_weak_types
-from jaxalign._checks import same_prompts, start_policy
+from jaxalign._checks import same_prompts
+from jaxalign._parts import start_policy
 from jaxalign.decoding.requests import check_request, open_eos_ids, streams, with_temperature
 from jaxalign.prompts import prompt_index
 from jaxalign.text._requests import (
