@@ -77,7 +77,7 @@ class DecodeOptions(ResponseOptions):
     out: str
     """Run folder: results.json, frontier.png, and a folder per method with its responses.jsonl."""
     method: tuple[str, ...] = ()
-    """KIND[:DIR][@STRENGTHS] or MODULE:FUNCTION[@STRENGTHS], as above; give the option again for another method."""
+    """`KIND[:DIR][@STRENGTHS]` or `MODULE:FUNCTION[@STRENGTHS]`, as above; give the option again for another method."""
     include_base: bool = True
     """Decode the base too, where it is not among the methods: win rates are over it."""
     config: str = ""
