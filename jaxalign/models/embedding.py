@@ -5,20 +5,22 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
 from jaxalign.models import sharding
 from jaxalign.types import Array
 
 
-def look_up(table: Array, tokens: Array, mesh: Mesh | None) -> Array:
-    """The rows of a table [V,D] at tokens [...]: [...,D], NaN for an id that the table lacks.
+def look_up(table: Array, tokens: Array, mesh: Mesh | None, dtype: DTypeLike) -> Array:
+    """The rows of a table [V,D] at tokens [...]: [...,D] in a dtype, NaN for an id that the table lacks. The gradients
+    of a row are added in the table's own type.
 
     On a mesh each device looks up its rows and columns for the tokens of its neighbours along fsdp; sums over tensor,
     of which one term is not zero, and an exchange of columns for rows along fsdp make [...,D] of them. The partitioner
     would put the table together first.
     """
     if mesh is None or tokens.ndim == 0:
-        return jnp.take(table, tokens, axis=0)
+        return jnp.take(table, tokens, axis=0).astype(dtype)
     rows, columns = (sharding.present_axes(mesh, axis) for axis in ("tensor", "fsdp"))
     data = sharding.present_axes(mesh, "data")
     size = tokens.shape[0]
@@ -28,7 +30,7 @@ def look_up(table: Array, tokens: Array, mesh: Mesh | None) -> Array:
     def local(table: Array, tokens: Array) -> Array:
         place = tokens - jax.lax.axis_index("tensor") * table.shape[0] if rows else tokens
         own = (place >= 0) & (place < table.shape[0])
-        found = jnp.where(own[..., None], jnp.take(table, jnp.where(own, place, 0), axis=0), 0)
+        found = jnp.where(own[..., None], jnp.take(table, jnp.where(own, place, 0), axis=0).astype(dtype), 0)
         if rows:
             found = jax.lax.psum(found, rows)
         if columns and trade:

@@ -285,7 +285,8 @@ class Transformer(nn.Module):
             )
 
     def embed(self, tokens: Array) -> Array:
-        found, scale = look_up(self.embedding, tokens, self.mesh), self.config.block.embedding_scale
+        found = look_up(self.embedding, tokens, self.mesh, self.dtype)
+        scale = self.config.block.embedding_scale
         return found if scale == 1 else found * scale
 
     def placed(self, x: Array, position: Array) -> Array:
@@ -351,10 +352,10 @@ class Transformer(nn.Module):
     def logits(self, hidden: Array) -> Array:
         """[...,D] -> [...,V] in at least float32."""
         if self.config.tie_embeddings:
-            embedding = sharding.hold(self.embedding, self.mesh, "vocab", "embed", gather=("fsdp",))
+            embedding = sharding.hold(self.embedding.astype(self.dtype), self.mesh, "vocab", "embed", gather=("fsdp",))
             logits = by_rows(lambda flat: wide_einsum("nd,vd->nv", flat, embedding), hidden)
         else:
-            lm_head = sharding.hold(self.lm_head, self.mesh, "embed", "vocab", gather=("fsdp",))
+            lm_head = sharding.hold(self.lm_head.astype(self.dtype), self.mesh, "embed", "vocab", gather=("fsdp",))
             logits = by_rows(lambda flat: wide_einsum("nd,dv->nv", flat, lm_head), hidden)
         scale, cap = self.config.block.logits_scale, self.config.block.logits_cap
         logits = soft_cap(logits if scale == 1 else logits * scale, cap)

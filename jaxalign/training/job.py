@@ -261,12 +261,14 @@ def fit_model(
       The trained parameters, float32, on the mesh's devices.
     """
     steps = optimizer.steps_for(len(data.train))
-    update, schedule = states.adamw_of(optimizer, steps)
+    update, schedule = states.adamw_of(optimizer, steps, started.lm)
     devices = sharding.make_mesh(mesh.mesh)
+    step = training.train_step(
+        loss, update, schedule=schedule, donate=True, mesh=devices, gradient_dtype=states.gradient_dtype(started.lm)
+    )
     if dry_run.is_abstract((started.params, frozen)):
         rows = checked_collate(collate)(dry_run.rows_of_batch(data.train, optimizer.batch_size))
         state = jax.eval_shape(lambda params: training.create(params, update), started.params)
-        step = training.train_step(loss, update, schedule=schedule, donate=True, mesh=devices)
         batch = batches.micro_batches(rows, mesh.accumulate)
         dry_run.tell(stage, dry_run.estimate(step, state, batch, frozen, mesh=devices))
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
@@ -280,7 +282,7 @@ def fit_model(
     size, accumulate = optimizer.batch_size, mesh.accumulate
     source = batches.batches(data.train, checked_collate(collate), batch_size=size, seed=seed, accumulate=accumulate)
     final = training.fit(
-        training.train_step(loss, update, schedule=schedule, donate=True, mesh=devices),
+        step,
         state,
         source,
         steps=steps,

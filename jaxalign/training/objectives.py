@@ -24,12 +24,13 @@ DPO_OBJECTIVES = ("dpo", "ipo")
 
 
 def cast(lm: HasDType, params: Params) -> Params:
-    """Parameters in the dtype that the model computes in. A model that rematerialises its layers casts theirs where it
-    reads them, so that a copy of one layer is alive and not of all."""
-    by_layer = getattr(lm, "remat", "none") != "none"
+    """Parameters in the dtype that the model computes in, but those that it casts where it reads them. These are the
+    vocabulary's matrices and the head, whose gradients are sums over chunks of positions, made in float32; and the
+    layers of a model that rematerialises them, so that a copy of one layer is alive and not of all."""
+    later = ["/embedding", "/lm_head", "/head/"] + (["/layer_"] if getattr(lm, "remat", "none") != "none" else [])
 
     def one(path: tuple[Any, ...], x: Array) -> Array:
-        return x if by_layer and "/layer_" in path_name(path) else x.astype(lm.dtype)
+        return x if any(name in f"/{path_name(path)}" for name in later) else x.astype(lm.dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
 

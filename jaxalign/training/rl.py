@@ -169,7 +169,9 @@ def train_policy(
       The final state.
     """
     steps, size = optimizer.steps_for(len(rows)), optimizer.batch_size
-    update, schedule = states.adamw_of(optimizer, steps * learner.options.passes * learner.options.minibatches)
+    update, schedule = states.adamw_of(
+        optimizer, steps * learner.options.passes * learner.options.minibatches, learner.lm
+    )
     once = learner.options.passes * learner.options.minibatches == 1
     read = policy_gradient.of_model(learner.lm)
     loss = policy_gradient.loss(
@@ -180,7 +182,14 @@ def train_policy(
         return loss(learner.assemble(params, frozen), batch, frozen)
 
     devices = sharding.make_mesh(mesh.mesh)
-    step = train_step(assembled, update, schedule=schedule, donate=True, mesh=devices)
+    step = train_step(
+        assembled,
+        update,
+        schedule=schedule,
+        donate=True,
+        mesh=devices,
+        gradient_dtype=states.gradient_dtype(learner.lm),
+    )
     if dry_run.is_abstract((trained, frozen)):
         batch = pad(dry_run.rows_of_batch(rows, size))
         _tell(learner, step, dry_run.apply(lambda params: create(params, update), trained), frozen, batch, devices)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxalign import _hosts, advantages, models, training
 from jaxalign.decoding import BestOfNInfo
 from jaxalign.prompts import bucket
-from jaxalign.training import objectives, policy_gradient, rl_rewards
+from jaxalign.training import adapters, policy_gradient, rl_rewards
 from jaxalign.training.rl_options import RLOptions
 from jaxalign.types import Params, Policy, TokenBatch
 
@@ -92,7 +92,7 @@ def weights(
     lm: models.LanguageModel, assemble: Callable[[Params, Params], Params], params: Params, frozen: Params
 ) -> Params:
     """The model's parameters in the type that it computes in."""
-    return objectives.cast(lm, assemble(params, frozen))
+    return adapters.held(lm, assemble(params, frozen))
 
 
 def read_both(learner: Learner) -> policy_gradient.ReadBoth | None:

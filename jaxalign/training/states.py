@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxalign import models
 from jaxalign._checks import check_rng
@@ -54,12 +55,21 @@ def on_mesh(mesh: jax.sharding.Mesh, params: Params, optimizer: optax.GradientTr
     return state
 
 
-def adamw_of(options: OptimizerOptions, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer and its schedule over that many updates."""
+def gradient_dtype(lm: models.LanguageModel) -> DTypeLike | None:
+    """The type in which the gradients of a step wait for the update: bfloat16 of a model that computes in it, None of
+    others (float16 has too narrow a range)."""
+    return lm.dtype if lm.dtype == "bfloat16" else None
+
+
+def adamw_of(
+    options: OptimizerOptions, steps: int, lm: models.LanguageModel
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a model and its schedule over that many updates."""
     return adamw(
         learning_rate=options.learning_rate,
         steps=steps,
         warmup=options.warmup,
         weight_decay=options.weight_decay,
         clip=options.clip,
+        clip_by_factor=gradient_dtype(lm) is not None,
     )

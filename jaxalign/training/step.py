@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxalign.models import sharding
 from jaxalign.types import Array, Params
@@ -92,6 +94,7 @@ def adamw(
     weight_decay: float = 0.0,
     clip: float = 1.0,
     b2: float = 0.95,
+    clip_by_factor: bool = False,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with clipped gradients and a schedule.
 
@@ -103,6 +106,9 @@ def adamw(
       weight_decay: applied to matrices alone.
       clip: largest global norm of a gradient.
       b2: decay of the second moments.
+      clip_by_factor: clip by a product with min(1, clip/norm) in place of a quotient by the norm: the same within
+        rounding. Compilers make a product again where it is read, while a second copy of all gradients is kept of the
+        quotients.
 
     Returns:
       (optimizer, schedule): the second gives the learning rate of each step.
@@ -112,7 +118,7 @@ def adamw(
     # Step 0 would be lost to a learning rate of zero.
     shifted = lambda count: schedule(count + 1)  # noqa: E731
     optimizer = optax.chain(
-        optax.clip_by_global_norm(clip),
+        optax.stateless(functools.partial(_scaled_to, clip)) if clip_by_factor else optax.clip_by_global_norm(clip),
         optax.adamw(
             shifted,
             b2=b2,
@@ -123,6 +129,13 @@ def adamw(
     return optimizer, shifted
 
 
+def _scaled_to(clip: float, updates: Params, _: Params) -> Params:
+    """Updates of a global norm of at most `clip`."""
+    norm = optax.global_norm(updates)
+    factor = jnp.where(norm < clip, 1, clip / norm)
+    return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates)
+
+
 def train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
@@ -130,6 +143,7 @@ def train_step(
     schedule: optax.Schedule | None = None,
     donate: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    gradient_dtype: DTypeLike | None = None,
 ) -> TrainStep:
     """The compiled optimizer step of a loss.
 
@@ -144,6 +158,9 @@ def train_step(
         called with, must not be used afterwards.
       mesh: of devices that the state lies on (`models.sharding.shard(state, mesh, others=True)`): gradients, moments
         and parameters of the new state lie as the table of logical axes says.
+      gradient_dtype: type in which the gradients of a micro-batch wait for their sum and the update, which are made in
+        the type of the parameters. A loss that casts float32 parameters to bfloat16 (`objectives.cast`) has gradients
+        of that type: kept in it they take half the memory and lose nothing. None: the type of the parameters.
 
     Returns:
       step(state, batch, frozen) -> (state, metrics): "loss", the loss's own metrics, "grad_norm" before clipping, and
@@ -160,17 +177,24 @@ def train_step(
         sums = {"loss": value, **aux.metrics}
         return value * weight, (weight, {k: jnp.asarray(v).astype(jnp.float32) * weight for k, v in sums.items()})
 
-    gradient = jax.grad(scaled, has_aux=True)
+    def gradient(params: Params, part: Any, frozen: Params) -> tuple[Params, tuple[Array, Metrics]]:
+        grads, sums = jax.grad(scaled, has_aux=True)(params, part, frozen)
+        if gradient_dtype is None:
+            return grads, sums
+        # The barrier keeps the compiler from storing what the conversion was made of.
+        return jax.lax.optimization_barrier(jax.tree.map(lambda g: g.astype(gradient_dtype), grads)), sums
 
     def accumulate(params: Params, batch: Batch, frozen: Params) -> Any:
         parts = micro_batches(batch)
         if parts == 1:
             return gradient(params, jax.tree.map(lambda x: x[0], batch), frozen)
-        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch), frozen)
-        zero = sharding.constrain(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), mesh)
+        _, sums = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch), frozen)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (params, sums))
+        zero = sharding.constrain(zero, mesh)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, part, frozen)), None
+            found = gradient(params, part, frozen)
+            return jax.tree.map(lambda whole, new: whole + new.astype(whole.dtype), total, found), None
 
         return jax.lax.scan(add, zero, batch)[0]
 
@@ -179,7 +203,12 @@ def train_step(
         grads = sharding.constrain(grads, mesh)
         # A batch without items has sums of zero: it moves nothing and reports zero.
         total = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
-        grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
+        if gradient_dtype is None:
+            grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
+        else:
+            # By a factor: products of gradients are made again where they are read, which quotients are not.
+            share = 1 / total
+            grads = jax.tree.map(lambda g, x: g.astype(x.dtype) * share.astype(x.dtype), grads, state.params)
         metrics = {name: value / total for name, value in sums.items()}
         metrics["grad_norm"] = optax.global_norm(grads)
         if schedule is not None:

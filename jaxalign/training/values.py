@@ -12,7 +12,7 @@ import numpy as np
 from jaxalign import _hosts, models, shaping
 from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
-from jaxalign.training import dry_run, hidden_states, objectives, rollouts
+from jaxalign.training import adapters, dry_run, hidden_states, objectives, rollouts
 from jaxalign.training import job as functions
 from jaxalign.training.options import RolloutOptions, check_finite, check_rollout_options
 from jaxalign.training.step import Loss, LossAux
@@ -253,8 +253,8 @@ def fit_head(
     if store and _hosts.count() > 1:
         print("hidden states: computed at each step, since several processes share the run", flush=True)
     elif store and not dry_run.is_abstract(started.params):
-        size, cast = job.config.optimizer.batch_size, objectives.cast(started.lm, body)
-        known = hidden_states.stored_states(job.out / "states", started.lm, cast, data.train, collate, size=size)
+        size, whole = job.config.optimizer.batch_size, adapters.held(started.lm, body)
+        known = hidden_states.stored_states(job.out / "states", started.lm, whole, data.train, collate, size=size)
         numbered = data._replace(train=list(zip(data.train, range(len(data.train)), strict=True)))
         return {**body, **job.fit(alone, numbered, loss, hidden_states.with_states(collate, known))}
 

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxalign import training
-from jaxalign.training import memory, objectives
+from jaxalign.models import log_prob
+from jaxalign.training import memory, objectives, rl_iteration, states
 from jaxalign.training.options import MeshOptions
 from tests.conftest import needs_jit, tiny_lm
 
 SMALL = {"num_layers": 8, "max_length": 256, "hidden_size": 64, "intermediate_size": 192}
 
 
-def step_of(lm):
-    optimizer, schedule = training.adamw(learning_rate=1e-3, steps=4)
-    return optimizer, training.train_step(objectives.language_model(lm), optimizer, schedule=schedule)
+def step_of(lm, **options):
+    half = options.get("gradient_dtype") is not None
+    optimizer, schedule = training.adamw(learning_rate=1e-3, steps=4, clip_by_factor=half)
+    return optimizer, training.train_step(objectives.language_model(lm), optimizer, schedule=schedule, **options)
 
 
-def abstract_step(lm, texts: int, length: int):
+def abstract_step(lm, texts: int, length: int, **options):
     """The compiled step of float32 masters on abstract values."""
-    optimizer, step = step_of(lm)
+    optimizer, step = step_of(lm, **options)
     masters = jax.eval_shape(dataclasses.replace(lm, dtype="float32").init, jax.random.key(0))
     state = jax.eval_shape(lambda params: training.create(params, optimizer), masters)
     shape = (1, texts, length)
@@ -55,6 +59,64 @@ def test_a_step_with_full_remat_plans_a_third_of_the_temporaries():
         for m in (lm, dataclasses.replace(lm, remat="full"))
     )
     assert again < kept / 3
+
+
+@needs_jit
+def test_gradients_wait_for_the_update_in_the_type_of_the_model():
+    """Half of their bytes is saved, and no copy of them is kept clipped."""
+    lm, _ = tiny_lm(0, dtype="bfloat16", **SMALL | {"hidden_size": 256, "intermediate_size": 768})
+    lm = dataclasses.replace(lm, remat="full")
+    size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lm.init, jax.random.key(0))))
+    whole, half = (
+        abstract_step(lm, 1, 32, donate=True, gradient_dtype=dtype).memory_analysis().temp_size_in_bytes
+        for dtype in (None, states.gradient_dtype(lm))
+    )
+    assert half < whole - 0.35 * 4 * size
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gradients_in_the_type_of_the_model_lose_nothing(parts):
+    """They are of that type already: a bfloat16 step is the same within the rounding of one gradient."""
+    lm, params = tiny_lm(0, num_layers=2, max_length=64)
+    lm = dataclasses.replace(lm, dtype="bfloat16")
+    tokens = jax.random.randint(jax.random.key(1), (parts, 3, 24), 0, lm.vocab_size)
+    batch = {"tokens": tokens, "mask": tokens >= 0, "loss_mask": tokens > 2}
+    found = []
+    for dtype in (None, states.gradient_dtype(lm)):
+        step = training.train_step(objectives.language_model(lm), optax.sgd(1.0), gradient_dtype=dtype)
+        after, metrics = step(training.create(params, optax.sgd(1.0)), batch, None)
+        found.append((jax.tree.map(jnp.subtract, params, after.params), metrics["loss"]))
+    assert found[0][1] == found[1][1]
+    for one, other in zip(jax.tree.leaves(found[0][0]), jax.tree.leaves(found[1][0]), strict=True):
+        assert np.abs(other - one).max() <= 2**-8 * np.abs(one).max()
+    assert states.gradient_dtype(dataclasses.replace(lm, dtype="float32")) is None
+
+
+def test_gradients_of_the_vocabulary_are_added_in_float32():
+    """Over many chunks of positions, and over many places of one token: a sum in bfloat16 stops at 256 equal terms."""
+    lm, params = tiny_lm(0, num_layers=1, max_length=2048)
+    lm = dataclasses.replace(lm, dtype="bfloat16")
+    tokens = jnp.full((1, 1, 1025), 3)
+    batch = {"tokens": tokens, "mask": tokens >= 0, "loss_mask": tokens >= 0}
+
+    def rows_of(loss):
+        grad = jax.jit(jax.grad(lambda params: loss(params, jax.tree.map(lambda x: x[0], batch), None)[0]))(params)
+        return [np.asarray(grad["transformer"][name], np.float64) for name in ("embedding", "lm_head")]
+
+    small = functools.partial(log_prob.chunked, chunk=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_prob, "chunked", lambda f, *arrays, chunk=None, width=None: small(f, *arrays))
+        many = rows_of(objectives.language_model.__wrapped__(lm))
+    once = rows_of(objectives.language_model(lm))
+    for one, other in zip(many, once, strict=True):
+        assert np.abs(one - other).max() < 0.004 * np.abs(other).max()
+
+
+def test_roll_outs_read_weights_in_the_type_of_the_model_whatever_is_rematerialised():
+    lm, params = tiny_lm(0)
+    lm = dataclasses.replace(lm, dtype="bfloat16", remat="full")
+    found = rl_iteration.weights(lm, lambda params, frozen: params, params, None)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"bfloat16"}
 
 
 @needs_jit
