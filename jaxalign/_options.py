@@ -153,6 +153,11 @@ def defaults(config: type[Any]) -> dict[str, Any]:
     }
 
 
+def names(config: type[Any]) -> set[str]:
+    """The options of a config, those of its groups among them."""
+    return set(_options(config))
+
+
 def flat(config: Any) -> dict[str, Any]:
     """Option -> value of a config, its groups' options beside its own."""
     found: dict[str, Any] = {}

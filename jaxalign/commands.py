@@ -26,9 +26,23 @@ from jaxalign._version import __version__
 from jaxalign.launch import processes
 
 if TYPE_CHECKING:
+    from tyro.conf import Positional
     from tyro.conf import UseAppendAction as Repeated
 
-__all__ = ["Job", "Repeated", "choose", "execute", "from_fields", "jobs", "load", "main", "parse", "run", "start"]
+__all__ = [
+    "Job",
+    "Positional",
+    "Repeated",
+    "choose",
+    "execute",
+    "from_fields",
+    "jobs",
+    "load",
+    "main",
+    "parse",
+    "run",
+    "start",
+]
 
 FOLDERS = {"train": "Training", "eval": "Decoding and evaluation"}
 USAGE, FAILED, INTERRUPTED, CLOSED = 2, 1, 130, 141  # exit codes
@@ -53,11 +67,16 @@ class Job(Protocol):
 
 
 def __getattr__(name: str) -> Any:
-    # Marks an option that is given once for each value. Read when the command line is: tyro is loaded then.
+    # Marks of an option that is given once for each value, and of words without --. Read when the command line is: tyro
+    # is loaded then.
     if name == "Repeated":
         from tyro.conf import UseAppendAction
 
         return UseAppendAction
+    if name == "Positional":
+        from tyro.conf import Positional
+
+        return Positional
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

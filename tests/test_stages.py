@@ -74,15 +74,19 @@ def test_finished_stages_are_reported_and_not_run_again(tmp_path, capsys):
 
 def test_the_quickstart_runs_its_stages_in_order_and_the_world_once(tmp_path, monkeypatch, capsys):
     run: list[str] = []
+    reports: list[pathlib.Path] = []
 
     def record(job: str, **options) -> None:
+        if job == "report":
+            assert options["runs"] == [str(tmp_path)]
+            reports.append(pathlib.Path(options["out"]))
+            return
         run.append(pathlib.Path(options["out"]).name)
         pathlib.Path(options["out"]).mkdir(exist_ok=True)
 
     monkeypatch.setattr(quickstart.commands, "run", record)
     monkeypatch.setattr(quickstart.evaluation, "run", lambda *_, **__: [])
-    for module, name in ((quickstart.plots, "frontier"), (quickstart.report, "side_by_side")):
-        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(quickstart.plots, "frontier", lambda *_: None)
     monkeypatch.setattr(quickstart.results, "print_table", lambda _: None)
     config = quickstart.Config(out=str(tmp_path), preset="tiny")
     every = [pathlib.Path(s.options["out"]).name for s in stages.training_stages(tmp_path, "tiny", SHARED)]
@@ -90,6 +94,7 @@ def test_the_quickstart_runs_its_stages_in_order_and_the_world_once(tmp_path, mo
         run.clear()
         found = quickstart.run(config)
         assert run == expected
+    assert reports == [tmp_path / "report.html"] * 2
     titles = {stage.title for stage in stages.training_stages(tmp_path, "tiny", SHARED)}
     assert titles < set(found["seconds"])
     assert f"[1/{len(titles) + len(stages.decoding_groups(tmp_path, 'tiny'))}]" in capsys.readouterr().out

@@ -5,8 +5,8 @@ python -m train.quickstart --out runs/quickstart
 Makes the world's texts and preferences, trains tokenizer, base model, reward model, value models, autoregressive reward
 model, a DPO model, an RL model on calibrated rewards and heads for Stackelberg-shaped rewards, decodes held-out prompts
 by every method of the library at several strengths, and writes results.json, frontier.png (true utility against KL) and
-responses.html. A run that was stopped goes on at its stage. Each stage prints what it is: the same files serve as
-examples for the training scripts and eval.decode.
+report.html, a page to look at the run in a browser (eval.report). A run that was stopped goes on at its stage. Each
+stage prints what it is: the same files serve as examples for the training scripts and eval.decode.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import dataclasses
 from typing import Any, Literal
 
 from jaxalign import _hosts, _io, commands, evaluation
-from jaxalign.evaluation import plots, report, results
+from jaxalign.evaluation import plots, results
 from jaxalign.launch import stages
 
 
@@ -24,7 +24,7 @@ class Config:
     """Options of train.quickstart."""
 
     out: str
-    """Run folder: results.json, frontier.png, responses.html, and a folder per stage."""
+    """Run folder: results.json, frontier.png, report.html, and a folder per stage."""
     preset: Literal["default", "tiny"] = "default"
     """default: the run of the README, 8 minutes on two CPU cores; tiny: the same training and
     few methods in a minute and a half, too small to learn the world well."""
@@ -63,18 +63,17 @@ def run(config: Config) -> dict[str, Any]:
         with clock.stage(f"decode: {title}"):
             decode(methods)
     rows = decode(tuple(method for methods in groups.values() for method in methods))
-    records = [r for path in sorted((out / "decode").glob("*/responses.jsonl")) for r in results.read(path)]
     plots.frontier(rows, out / "frontier.png")
     for row in rows:
         row["method"] = plots.label(row["method"])
     found = {"preset": config.preset, "seed": config.seed, "rows": rows, "seconds": clock.seconds}
     _io.write_json(out / "results.json", found)
-    report.side_by_side(records, out / "responses.html")
     print()
     results.print_table(rows)
     seconds = clock.seconds
     print(f"{sum(seconds.values()):.0f} s in all: " + ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()))
-    print(f"wrote {out / 'results.json'}, {out / 'frontier.png'} and {out / 'responses.html'}; next: docs/real_data.md")
+    commands.run("report", runs=[str(out)], out=str(out / "report.html"))
+    print(f"wrote {out / 'results.json'} and {out / 'frontier.png'}; next: docs/real_data.md")
     return found
 
 

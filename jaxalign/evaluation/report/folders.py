@@ -1,0 +1,204 @@
+"""What run folders hold for the report: responses, training curves, options and versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxalign.evaluation.results import Key, Record
+
+PASSED_OVER = {"model", "checkpoints", "tensorboard", "states", "data"}
+"""Folders inside a run that hold no responses and no metrics."""
+NEEDED = ("method", "beta", "index", "prompt", "response", "tokens", "kl", "kl_kind", "truncated")
+"""Fields of a line of responses that the report reads."""
+
+
+class Decoded(NamedTuple):
+    """A folder with responses."""
+
+    path: pathlib.Path
+    """The folder."""
+    records: list[Record]
+    """The lines of responses.jsonl, or of its partial files."""
+    options: dict[str, Any] | None
+    """config.json; None without one."""
+    versions: dict[str, str] | None
+    """versions.json; None without one."""
+    speeds: dict[Key, float | None]
+    """Tokens/s of each method and strength, of summary.json."""
+    tokens: list[Record]
+    """The lines of tokens.jsonl, which --inspect writes."""
+
+
+class Trained(NamedTuple):
+    """A folder with training metrics."""
+
+    path: pathlib.Path
+    """The folder."""
+    name: str
+    """Its path inside the run folder."""
+    lines: list[dict[str, float]]
+    """The lines of metrics.jsonl."""
+    summary: dict[str, Any]
+    """summary.json; {} while the run is not finished."""
+    options: dict[str, Any] | None
+    """config.json; None without one."""
+    versions: dict[str, str] | None
+    """versions.json; None without one."""
+
+
+class Run(NamedTuple):
+    """A run folder."""
+
+    name: str
+    """What tells it from the other runs of the report."""
+    path: pathlib.Path
+    """The folder."""
+    decoded: list[Decoded]
+    """Its folders with responses."""
+    trained: list[Trained]
+    """Its folders with metrics, in the order in which they were begun."""
+    options: dict[str, Any] | None
+    """Its own config.json; None without one."""
+    seconds: dict[str, float]
+    """Stage -> seconds, of timings.json."""
+    notes: list[str]
+    """What is missing or unfinished, a sentence each."""
+
+
+def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """Reads run folders and every run inside them.
+
+    Args:
+      folders: folders that hold, at any depth, responses.jsonl or metrics.jsonl.
+
+    Returns:
+      A Run per folder, under the shortest names that tell them apart.
+
+    Raises:
+      ValueError: no folder, one that does not exist, that is given twice, or holds neither responses nor metrics; a
+        file whose lines are not as these jobs write them (the file and the line are named).
+    """
+    paths = [pathlib.Path(folder) for folder in folders]
+    if not paths:
+        raise ValueError("runs: expected at least one run folder, found none")
+    for i, path in enumerate(paths):
+        if not path.is_dir():
+            raise ValueError(f"runs: expected a run folder, found {'a file' if path.exists() else 'nothing'} at {path}")
+        if path.resolve() in [other.resolve() for other in paths[:i]]:
+            raise ValueError(f"runs: expected each folder once, found {path} twice")
+    return [_read_run(name, path) for name, path in zip(_names(paths), paths, strict=True)]
+
+
+def _names(paths: Sequence[pathlib.Path]) -> list[str]:
+    """The last parts of each path, as many as tell it from the others."""
+    parts = [path.resolve().parts for path in paths]
+
+    def named(own: tuple[str, ...]) -> str:
+        size = next(n for n in range(1, len(own) + 1) if sum(p[-n:] == own[-n:] for p in parts) == 1)
+        return "/".join(own[-size:])
+
+    return [named(own) for own in parts]
+
+
+def _read_run(name: str, path: pathlib.Path) -> Run:
+    notes: list[str] = []
+    decoded, trained = [], []
+    for folder in _folders(path):
+        inside = folder.relative_to(path).as_posix()
+        if found := sorted(folder.glob("responses.jsonl*")):
+            decoded.append(_read_decoded(folder, inside, found, notes))
+        if (folder / "metrics.jsonl").exists():
+            trained.append(_read_trained(folder, inside, notes))
+    if not decoded and not trained:
+        raise ValueError(f"runs: expected responses.jsonl or metrics.jsonl in {path}, found neither, at any depth")
+    trained.sort(key=lambda run: _begun(run.path))
+    seconds = _json(path / "timings.json") or {}
+    return Run(name, path, decoded, trained, _json(path / "config.json"), seconds, notes)
+
+
+def _folders(path: pathlib.Path) -> list[pathlib.Path]:
+    found = []
+    for here, below, _ in os.walk(path):
+        below[:] = sorted(name for name in below if name not in PASSED_OVER and not name.startswith("."))
+        found.append(pathlib.Path(here))
+    return found
+
+
+def _begun(folder: pathlib.Path) -> float:
+    """When the run of a folder began: a run writes its versions first and once."""
+    stamp = folder / "versions.json"
+    return (stamp if stamp.exists() else folder / "metrics.jsonl").stat().st_mtime
+
+
+def _read_decoded(folder: pathlib.Path, inside: str, files: Sequence[pathlib.Path], notes: list[str]) -> Decoded:
+    whole = folder / "responses.jsonl"
+    records: dict[tuple[Any, ...], Record] = {}
+    for path in [whole] if whole.exists() else files:
+        for row, record in enumerate(_lines(path), start=1):
+            lacking = [field for field in NEEDED if field not in record]
+            if lacking:
+                raise ValueError(f"{path}: expected {', '.join(NEEDED)} in each line, found no {lacking[0]} in {row}")
+            records[record["method"], record["beta"], record["index"]] = record
+    if not whole.exists():
+        notes.append(
+            f"{inside}: decoding was not finished; the page shows the {len(records)} responses that are there."
+        )
+    rows = _json(folder / "summary.json")
+    if rows is None and whole.exists():
+        notes.append(f"{inside}: there is no summary.json, so that tokens per second are not known.")
+    speeds = {(row["method"], row["beta"]): row.get("tokens_per_second") for row in rows or []}
+    inspected = folder / "tokens.jsonl"
+    options = _json(folder / "config.json")
+    if options is None:
+        notes.append(f"{inside}: there is no config.json, so that its command is not known.")
+    tokens = _lines(inspected) if inspected.exists() else []
+    return Decoded(folder, list(records.values()), options, _json(folder / "versions.json"), speeds, tokens)
+
+
+def _read_trained(folder: pathlib.Path, inside: str, notes: list[str]) -> Trained:
+    path = folder / "metrics.jsonl"
+    lines = _lines(path)
+    for row, line in enumerate(lines, start=1):
+        if "step" not in line:
+            raise ValueError(f"{path}: expected a step in each line, found none in {row}")
+    summary = _json(folder / "summary.json")
+    if summary is None:
+        notes.append(
+            f"{inside}: training was not finished; the curve ends at step {lines[-1]['step'] if lines else 0}."
+        )
+    return Trained(
+        folder,
+        folder.name if inside == "." else inside,
+        lines,
+        summary or {},
+        _json(folder / "config.json"),
+        _json(folder / "versions.json"),
+    )
+
+
+def _json(path: pathlib.Path) -> Any:
+    """A JSON file; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found {error}") from error
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; a last line without its end was cut short and is left out."""
+    found = []
+    for row, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: expected a JSON object in line {row}, found {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: expected a JSON object in line {row}, found a {type(value).__name__}")
+        found.append(value)
+    return found
