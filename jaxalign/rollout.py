@@ -1,10 +1,11 @@
 """The sampling loop.
 
 `sample`, `best_of_n`, `rejection`, `first_above`, `blockwise`, `smc`, `quest`, `cards` and the roll-outs of Transfer Q*
-draw their tokens in `rollout`; what is theirs comes in as `Hooks`. Two loops stand apart. `decoding.ggro` draws
-nothing: its rows are each at their own token of their own candidate segment, a segment ends before the token that would
-have been next, and the loop stops when half of the rows are ready, so that a step of it is no step of this one.
-`decoding.log_prob` scores given tokens, and is a scan because it has to be differentiable.
+draw their tokens in `rollout`; what is theirs comes in as `Hooks`. Three loops stand apart. `decoding.speculative`
+makes several tokens a round, another number in each row. `decoding.ggro` draws nothing: its rows are each at their own
+token of their own candidate segment, a segment ends before the token that would have been next, and the loop stops when
+half of the rows are ready, so that a step of it is no step of this one. `decoding.log_prob` scores given tokens, and is
+a scan because it has to be differentiable.
 """
 
 from __future__ import annotations

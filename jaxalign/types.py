@@ -127,6 +127,31 @@ class PolicyLogProb(Protocol):
     def __call__(self, params: Params, prompts: Prompts, tokens: ResponseTokens, mask: ResponseMask) -> Completions: ...
 
 
+class PolicyVerify(Protocol):
+    """Reads the next tokens [B,S] of each row at once: (StepOutput, proposal), the output's leaves [B,S,...] being
+    what `step` says after each token. mask [B,S]: real tokens, which stand in front; a row without any is frozen.
+    Outputs at other places, and after a token of probability zero, are undefined. The state is not changed. below:
+    what the policy below has already said of these tokens, as its own verify gives it; the policy then reads it in
+    place of that part. rng is consumed."""
+
+    def __call__(
+        self,
+        params: Params,
+        rng: Array,
+        state: State,
+        tokens: Array,
+        mask: Array,
+        below: tuple[StepOutput, State] | None = None,
+    ) -> tuple[StepOutput, State]: ...
+
+
+class PolicyAccept(Protocol):
+    """The state after the first count [B] real tokens of a proposal of `verify`: that of as many steps. 0 freezes a
+    row."""
+
+    def __call__(self, params: Params, proposal: State, count: Array) -> State: ...
+
+
 class HostCheck(Protocol):
     """Checks values on the host before anything is traced; raises ValueErrors that name the field."""
 
@@ -148,6 +173,13 @@ class Policy(NamedTuple):
     """V, compared where policies and critics are put together; None: unknown."""
     eos_ids: tuple[int, ...] | None = None
     """The ids that end a response, which decoders use unless told otherwise; None: unknown."""
+    verify: PolicyVerify | None = None
+    """verify(params, rng, state, tokens [B,S], mask [B,S]) -> (StepOutput [B,S,...], proposal): many steps in one pass,
+    for `decoding.speculative`; None: it takes one step after the other."""
+    accept: PolicyAccept | None = None
+    """accept(params, proposal, count [B]) -> state, with `verify`."""
+    below: Policy | None = None
+    """The policy that this one tilts, whose params and state are its entry `policy`; None: none, or not told."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,6 +209,30 @@ class CriticAdvance(Protocol):
     def __call__(self, params: Params, proposal: State, choice: Choice) -> State: ...
 
 
+class CriticVerify(Protocol):
+    """Moves along the next tokens [B,S] of each row and scores candidates [B,S,K] (None: the whole vocabulary) after
+    each: (q [B,S,K], proposal). state: the proposal of `score` before the first of them. outputs: StepOutput of the
+    policy that is tilted, leaves [B,S,...]. mask [B,S]: real tokens, which stand in front. rng is consumed."""
+
+    def __call__(
+        self,
+        params: Params,
+        rng: Array,
+        state: State,
+        outputs: StepOutput,
+        candidates: Array | None,
+        tokens: Array,
+        mask: Array,
+    ) -> tuple[Array, State]: ...
+
+
+class CriticAccept(Protocol):
+    """The proposal, as `score` gives it, after the first count [B] real tokens of a proposal of `verify`; 0 freezes a
+    row."""
+
+    def __call__(self, params: Params, proposal: State, count: Array) -> State: ...
+
+
 class _CriticFields(NamedTuple):
     init: CriticInit
     score: CriticScore
@@ -185,6 +241,8 @@ class _CriticFields(NamedTuple):
     check: HostCheck | None = None
     vocab_size: int | None = None
     beta: float | None = None
+    verify: CriticVerify | None = None
+    accept: CriticAccept | None = None
 
 
 class Critic(_CriticFields):
@@ -200,6 +258,10 @@ class Critic(_CriticFields):
       vocab_size: V, compared with the policy's; None: unknown.
       beta: the only KL weight that `tilt` may divide this score by, None for any; a critic that gives log weights has
         1.
+      verify: verify(params, rng, state, outputs, candidates [B,S,K] | None, tokens [B,S], mask [B,S]) ->
+        (q [B,S,K], proposal): scores after many tokens in one pass, for `decoding.speculative`; None: one after the
+        other.
+      accept: accept(params, proposal, count [B]) -> the proposal of `score`, with `verify`.
 
     Raises:
       ValueError: a kind that is neither "level" nor "increment".
@@ -216,10 +278,12 @@ class Critic(_CriticFields):
         check: HostCheck | None = None,
         vocab_size: int | None = None,
         beta: float | None = None,
+        verify: CriticVerify | None = None,
+        accept: CriticAccept | None = None,
     ) -> Critic:
         if kind not in ("level", "increment"):
             raise ValueError(f"kind: expected 'level' or 'increment', found {kind!r}")
-        return super().__new__(cls, init, score, advance, kind, check, vocab_size, beta)
+        return super().__new__(cls, init, score, advance, kind, check, vocab_size, beta, verify, accept)
 
     def _replace(self, **changes: Any) -> Critic:
         """A Critic with some fields changed, checked as a new one."""

@@ -116,7 +116,22 @@ def policy(fault: str = "") -> Policy:
         done = jnp.zeros(tokens.shape[0], bool)
         return Completions(tokens, mask, *values, None, done, ~done)
 
-    return Policy(init, step, log_prob, None, VOCAB, [0] if fault == "eos ids in a list" else (0,))
+    def verify(params, rng, state, tokens, mask, below=None):
+        states, outputs = [state], []
+        for t in range(tokens.shape[1]):
+            moved, out = step(params, rng, states[-1], jnp.where(mask[:, t], tokens[:, t], -1))
+            states.append(moved)
+            outputs.append(out)
+        if fault == "block one token late":
+            outputs = outputs[-1:] + outputs[:-1]
+        return tuple(jax.tree.map(lambda *x: jnp.stack(x, axis=1), *each) for each in (outputs, states))
+
+    def accept(params, proposal, count):
+        count = count + (count > 0) if fault == "one token too many accepted" else count
+        return jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), jnp.minimum(count, x.shape[1] - 1)], proposal)
+
+    ends = [0] if fault == "eos ids in a list" else (0,)
+    return Policy(init, step, log_prob, None, VOCAB, ends, verify, accept)
 
 
 POLICY_FAULTS = {
@@ -139,6 +154,8 @@ POLICY_FAULTS = {
     "gradient not finite": 9,
     "parallel form one token late": 10,
     "not finite": 13,
+    "block one token late": 18,
+    "one token too many accepted": 18,
 }
 
 

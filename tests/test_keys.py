@@ -89,6 +89,9 @@ CALLS = {
     "decoding.quest": decode(decoding.quest, REWARD, params={"beta": 1.0}, num_steps=1),
     "decoding.rejection": decode(decoding.rejection, REWARD, params={"beta": 1.0, "bound": 1.0}, max_tries=2),
     "decoding.smc": decode(decoding.smc, REWARD, params={"beta": 1.0}, num_particles=2),
+    "decoding.speculative": lambda rng: decoding.speculative(
+        BASE, BASE, {"target": TABLE, "draft": TABLE}, rng, BATCH, draft_tokens=2, **SHARED
+    ),
     "evaluation.engine.decode_batch": lambda rng: engine.decode_batch(
         engine.Method("base", None, lambda *_: None, lambda _: None, ""), rng, BATCH
     ),

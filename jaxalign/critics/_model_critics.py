@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32, where_rows
+from jaxalign._blocks import at, joined
 from jaxalign._checks import Sized, check_prompt_fits
 from jaxalign._parts import check_array, check_model
+from jaxalign.models.blocks import Block, BlockModel, append_block, read_block, reads_blocks
 from jaxalign.rewards import prefixes
 from jaxalign.rewards.reading import Reading, reading_of
 from jaxalign.shapes import Candidates, PerPrompt, PromptMask, PromptTokens, Scores
@@ -53,6 +55,17 @@ class VocabularyCriticState(NamedTuple):
     """[B,V], the scores of the next tokens."""
     candidates: Candidates | None = None
     """In a proposal, the candidates [B,K] that were scored; None in a state, and for the whole vocabulary."""
+
+
+class VerifiedCritic(NamedTuple):
+    """What a critic that scores every token at once computed of a block of tokens."""
+
+    block: Block
+    """What the model read of them."""
+    q: Array
+    """[B,S+1,V], the scores before the block and after each of its tokens."""
+    candidates: Array | None
+    """[B,S+1,K], the candidates of each; None for the whole vocabulary."""
 
 
 class SteppedModel(Protocol):
@@ -198,11 +211,11 @@ def vocabulary_critic(
     kind: CriticKind,
     beta: float | None = None,
 ) -> Critic:
-    """A critic whose model scores every token at once: one token a step, read(params, hidden [B,D]) -> [B,V]."""
+    """A critic whose model scores every token at once: one token a step, read(params, hidden [...,D]) -> [...,V]."""
 
     def table(params: Params, hidden: Array) -> Array:
         q = at_least_float32(read(params, hidden))
-        check_array(f"{name}: the scores", q, (hidden.shape[0], lm.vocab_size), "a score for each token")
+        check_array(f"{name}: the scores", q, (*hidden.shape[:-1], lm.vocab_size), "a score for each token")
         return q
 
     def init(params: Params, rng: Array, prompts: TokenBatch, max_new_tokens: int) -> State:
@@ -223,7 +236,29 @@ def vocabulary_critic(
         hidden, cache = lm.step(params, proposal.cache, chosen_token(proposal.candidates, choice))
         return VocabularyCriticState(cache, where_rows(choice < 0, proposal.q, table(params, hidden)))
 
-    return Critic(init, score, advance, kind, prompt_check(lm), lm.vocab_size, beta)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: VocabularyCriticState,
+        outputs: StepOutput,
+        candidates: Array | None,
+        tokens: Array,
+        mask: Array,
+    ) -> tuple[Array, State]:
+        del rng, outputs
+        hidden, block = read_block(cast(BlockModel, lm), params, state.cache, tokens, mask)
+        q = table(params, hidden)
+        return gather(q, candidates), VerifiedCritic(
+            block, joined(state.q, q), None if candidates is None else joined(state.candidates, candidates)
+        )
+
+    def accept(params: Params, proposal: VerifiedCritic, count: Array) -> State:
+        del params
+        cache = append_block(cast(BlockModel, lm), proposal.block, count)
+        return VocabularyCriticState(cache, *at((proposal.q, proposal.candidates), count))
+
+    critic = Critic(init, score, advance, kind, prompt_check(lm), lm.vocab_size, beta)
+    return critic._replace(verify=verify, accept=accept) if reads_blocks(lm) else critic
 
 
 def prompt_check(lm: Sized, tail: int = 0) -> HostCheck:

@@ -9,6 +9,7 @@ a shape or a count is a keyword:
     num_particles   of smc                                      eos_ids         an id, ids, or the policy's own
     num_steps       moves of quest                              block_size      tokens between two selections
     max_tries       of rejection, first_above and cards         temperature     put on the policy from outside
+    draft_tokens    of speculative
 
 Parts of decoders are functions to pass: `resampling` schemes and rules for smc, `stopping` rules of segments for cards
 and ggro, `Cut` for quest.
@@ -24,6 +25,7 @@ from jaxalign.decoding._quest import Cut, QuestInfo, QuestParams, quest, uniform
 from jaxalign.decoding._rejection import FirstAboveParams, RejectionInfo, RejectionParams, first_above, rejection
 from jaxalign.decoding._sampling import log_prob, sample
 from jaxalign.decoding._smc import SMCInfo, SMCParams, smc
+from jaxalign.decoding._speculative import SpeculativeInfo, SpeculativeParams, speculative
 from jaxalign.decoding.requests import join
 
 __all__ = [
@@ -43,6 +45,8 @@ __all__ = [
     "RejectionParams",
     "SMCInfo",
     "SMCParams",
+    "SpeculativeInfo",
+    "SpeculativeParams",
     "best_of_n",
     "blockwise",
     "cards",
@@ -55,6 +59,7 @@ __all__ = [
     "resampling",
     "sample",
     "smc",
+    "speculative",
     "stopping",
     "sum_of_steps",
     "surprisal",

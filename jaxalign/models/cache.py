@@ -34,6 +34,17 @@ class Cache(NamedTuple):
         """S: the slots of each row."""
         return self.layers[0].k.shape[2]
 
+    def shortened(self, length: Array) -> Cache:
+        """Gives what the cache was when its rows were shorter: later slots are not read, and written again.
+
+        Args:
+          length: [B], tokens of each row.
+
+        Returns:
+          The cache, of the same slots.
+        """
+        return Cache(self.layers, length)
+
 
 def filled(entries: Sequence[KeyValue], length: Array, capacity: int) -> Cache:
     """A Cache with `capacity` slots a row whose first ones hold the entries [B,Hkv,P,hd] of a prompt.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxalign._blocks import accept_policy, verify_policy
 from jaxalign._builders import cached
 from jaxalign._parts import check_policy_argument, start_policy, step_policy
 from jaxalign.policies._truncation import TemperatureParams, TopPParams, temperature, top_k, top_p
@@ -161,4 +162,18 @@ def _with_value(policy: Policy, fields: type[TemperatureParams] | type[TopPParam
         if policy.check is not None:
             policy.check(fields(params, value), prompts, max_new_tokens)
 
-    return Policy(init, step, None, check, policy.vocab_size, policy.eos_ids)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: State,
+        tokens: Array,
+        mask: Array,
+        below: tuple[StepOutput, State] | None = None,
+    ) -> tuple[StepOutput, State]:
+        return verify_policy(policy, fields(params, value), rng, state, tokens, mask, below)
+
+    def accept(params: Params, proposal: State, count: Array) -> State:
+        return accept_policy(policy, fields(params, value), proposal, count)
+
+    fixed = Policy(init, step, None, check, policy.vocab_size, policy.eos_ids)
+    return fixed if policy.verify is None else fixed._replace(verify=verify, accept=accept)

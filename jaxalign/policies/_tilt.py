@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, per_row, where_rows
+from jaxalign._blocks import accept_critic, accept_policy, at, joined, merged, split, verify_critic, verify_policy
 from jaxalign._builders import cached
 from jaxalign._checks import check_count, check_part, check_positive, fields_of, is_concrete
 from jaxalign._parts import (
@@ -107,7 +108,12 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
         q = at_least_float32(q)
         if frozen is not None:
             q = where_rows(frozen, state.q, q)
-        log_prob = output.log_prob
+        state = state._replace(critic=proposal, q=q, candidates=candidates)
+        return state, reweigh(state, output)
+
+    def reweigh(state: TiltState, output: StepOutput) -> StepOutput:
+        """The tilted output of rows whose scores and candidates are in their state; the states below are not read."""
+        q, candidates, log_prob = state.q, state.candidates, output.log_prob
         if candidates is not None:
             log_prob = jnp.take_along_axis(log_prob, candidates, axis=-1)
         # The largest score of a token that has mass: a constant of the policy, whose derivatives cancel.
@@ -120,8 +126,21 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
             outside = jnp.full(output.log_prob.shape, NEGATIVE, tilted.dtype)
             tilted = jax.vmap(lambda row, index, value: row.at[index].set(value))(outside, candidates, tilted)
         log_norm = output.log_norm + norm + (top - state.previous) / state.beta
-        state = state._replace(critic=proposal, q=q, candidates=candidates)
-        return state, output._replace(log_prob=tilted, log_norm=log_norm)
+        return output._replace(log_prob=tilted, log_norm=log_norm)
+
+    def choice_of(candidates: Array | None, token: Array) -> Array:
+        """The place of tokens [...] among candidates [...,K]; -1 for none, and for no token."""
+        if candidates is None:
+            return token
+        hit = (candidates == token[..., None]) & (token >= 0)[..., None]
+        return jnp.where(hit, jnp.arange(hit.shape[-1]), -1).max(axis=-1)
+
+    def previous_after(previous: Array, q: Array, choice: Array) -> Array:
+        """[...], q [...,K] of the token chosen, for a level critic; previous [...] where there is none."""
+        if critic.kind != "level":
+            return previous
+        chosen = jnp.take_along_axis(q, jnp.maximum(choice, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(choice < 0, previous, chosen)
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[State, StepOutput]:
         params = fields_of(params, TiltParams)
@@ -136,15 +155,9 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
     def step(params: Params, rng: Array, state: TiltState, token: Array) -> tuple[State, StepOutput]:
         params = fields_of(params, TiltParams)
         below, scoring = jax.random.split(rng)
-        choice = token
-        if state.candidates is not None:
-            hit = (state.candidates == token[:, None]) & (token >= 0)[:, None]
-            choice = jnp.where(hit, jnp.arange(hit.shape[1]), -1).max(axis=-1)
+        choice = choice_of(state.candidates, token)
         frozen = choice < 0  # no token, or one of probability zero
-        previous = state.previous
-        if critic.kind == "level":
-            chosen = jnp.take_along_axis(state.q, jnp.maximum(choice, 0)[:, None], axis=-1)[:, 0]
-            previous = jnp.where(frozen, previous, chosen)
+        previous = previous_after(state.previous, state.q, choice)
         scorer = advance_critic(critic, params.critic, state.critic, choice)
         inner, output = step_policy(policy, params.policy, below, state.policy, jnp.where(frozen, -1, token))
         moved = state._replace(policy=inner, critic=scorer, previous=previous)
@@ -164,4 +177,43 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
         check_part(policy, params, prompts, max_new_tokens, "policy")
         check_part(critic, params, prompts, max_new_tokens, "critic")
 
-    return Policy(init, step, None, check, policy.vocab_size or critic.vocab_size, policy.eos_ids)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: TiltState,
+        tokens: Array,
+        mask: Array,
+        below: tuple[StepOutput, State] | None = None,
+    ) -> tuple[StepOutput, State]:
+        params = fields_of(params, TiltParams)
+        under, scoring = jax.random.split(rng)
+        if below is None:
+            below = verify_policy(policy, params.policy, under, state.policy, tokens, mask)
+        outputs, inner = below
+        candidates, offered = None, state.candidates
+        if top_k is not None:
+            candidates = jax.lax.top_k(outputs.log_prob, top_k)[1].astype(jnp.int32)
+            offered = joined(state.candidates, candidates)
+        before = None if offered is None else offered[:, :-1]
+        choices = choice_of(before, jnp.where(mask, tokens, -1))
+        q, proposal = verify_critic(
+            critic, params.critic, scoring, state.critic, outputs, candidates, tokens, mask, choices
+        )
+        q = joined(state.q, at_least_float32(q))
+        unchosen = jnp.zeros(choices.shape, q.dtype)  # of no token: nothing is accepted there
+        previous = joined(state.previous, previous_after(unchosen, q[:, :-1], choices))
+        rows = TiltState(
+            None, None, jnp.repeat(state.beta, tokens.shape[1]), *merged((previous[:, 1:], q[:, 1:], candidates))
+        )
+        tilted = split(reweigh(rows, merged(outputs)), tokens.shape[0])
+        return tilted, TiltState(inner, proposal, state.beta, previous, q, offered)
+
+    def accept(params: Params, proposal: TiltState, count: Array) -> State:
+        params = fields_of(params, TiltParams)
+        inner = accept_policy(policy, params.policy, proposal.policy, count)
+        scorer = accept_critic(critic, params.critic, proposal.critic, count)
+        kept = at((proposal.previous, proposal.q, proposal.candidates), count)
+        return TiltState(inner, scorer, proposal.beta, *kept)
+
+    vocab_size = policy.vocab_size or critic.vocab_size
+    return Policy(init, step, None, check, vocab_size, policy.eos_ids, verify, accept, below=policy)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._arrays import NEGATIVE, is_supported, per_row
+from jaxalign._blocks import accept_policy, merged, split, verify_policy
 from jaxalign._builders import cached
 from jaxalign._checks import check_integer, check_part, fields_of, is_concrete
 from jaxalign._parts import check_policy_argument, start_policy, step_policy
@@ -182,7 +183,22 @@ def top_k(policy: Policy, k: int) -> Policy:
         state, output = step_policy(policy, params, rng, state, token)
         return state, apply(output)
 
-    return Policy(init, step, None, policy.check, policy.vocab_size, policy.eos_ids)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: State,
+        tokens: Array,
+        mask: Array,
+        below: tuple[StepOutput, State] | None = None,
+    ) -> tuple[StepOutput, State]:
+        outputs, proposal = verify_policy(policy, params, rng, state, tokens, mask, below)
+        return split(apply(merged(outputs)), tokens.shape[0]), proposal
+
+    def accept(params: Params, proposal: State, count: Array) -> State:
+        return accept_policy(policy, params, proposal, count)
+
+    cut = Policy(init, step, None, policy.check, policy.vocab_size, policy.eos_ids)
+    return cut if policy.verify is None else cut._replace(verify=verify, accept=accept)
 
 
 def _truncate(output: StepOutput, keep: Array) -> StepOutput:
@@ -221,4 +237,22 @@ def _per_prompt(
         per_row(value, prompt_index(prompts).shape[0], name=name)
         check_part(policy, params, prompts, max_new_tokens, "policy")
 
-    return Policy(init, step, None, check, policy.vocab_size, policy.eos_ids)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: TransformState,
+        tokens: Array,
+        mask: Array,
+        below: tuple[StepOutput, State] | None = None,
+    ) -> tuple[StepOutput, State]:
+        inner = fields_of(params, fields)[0]
+        outputs, proposal = verify_policy(policy, inner, rng, state.policy, tokens, mask, below)
+        changed = apply(jnp.repeat(state.value, tokens.shape[1]), merged(outputs))
+        return split(changed, tokens.shape[0]), state._replace(policy=proposal)
+
+    def accept(params: Params, proposal: TransformState, count: Array) -> State:
+        inner = fields_of(params, fields)[0]
+        return proposal._replace(policy=accept_policy(policy, inner, proposal.policy, count))
+
+    transformed = Policy(init, step, None, check, policy.vocab_size, policy.eos_ids)
+    return transformed if policy.verify is None else transformed._replace(verify=verify, accept=accept)

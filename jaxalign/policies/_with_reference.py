@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from jaxalign._blocks import accept_policy, verify_policy
 from jaxalign._builders import cached
 from jaxalign._checks import check_part, fields_of
 from jaxalign._parts import check_policy_argument, check_same_vocabulary, start_policy, step_policy
@@ -80,6 +81,30 @@ def with_reference(policy: Policy, reference: Policy) -> Policy:
         check_part(policy, params, prompts, max_new_tokens, "policy")
         check_part(reference, params, prompts, max_new_tokens, "reference")
 
+    def verify(
+        params: Params,
+        rng: Array,
+        state: ReferenceState,
+        tokens: Array,
+        mask: Array,
+        below: tuple[StepOutput, State] | None = None,
+    ) -> tuple[StepOutput, State]:
+        del below
+        policy_params, base_params = fields_of(params, ReferenceParams)
+        one, other = jax.random.split(rng)
+        outputs, inner = verify_policy(policy, policy_params, one, state.policy, tokens, mask)
+        base, inner_ref = verify_policy(reference, base_params, other, state.reference, tokens, mask)
+        return outputs._replace(log_prob_ref=base.log_prob), ReferenceState(inner, inner_ref)
+
+    def accept(params: Params, proposal: ReferenceState, count: Array) -> State:
+        policy_params, base_params = fields_of(params, ReferenceParams)
+        return ReferenceState(
+            accept_policy(policy, policy_params, proposal.policy, count),
+            accept_policy(reference, base_params, proposal.reference, count),
+        )
+
     parallel = policy.log_prob is not None and reference.log_prob is not None
     vocab_size = policy.vocab_size or reference.vocab_size
-    return Policy(init, step, log_prob if parallel else None, check, vocab_size, policy.eos_ids)
+    both = Policy(init, step, log_prob if parallel else None, check, vocab_size, policy.eos_ids)
+    blocks = policy.verify is not None and reference.verify is not None
+    return both._replace(verify=verify, accept=accept) if blocks else both

@@ -15,6 +15,7 @@ that names the law and says what was seen. They need jax alone and run under any
 15. A reward reads nothing beyond the mask.
 16. A reward looks up what is per prompt by index, not by the row's place in the batch.
 17. The form of a reward that keeps a prefix gives the same numbers.
+18. Verifying a block of tokens gives the numbers of their steps, and accepting some of it gives the state after them.
 """
 
 from jaxalign.testing._critics import TextScore, check_critic

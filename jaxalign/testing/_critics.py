@@ -16,7 +16,8 @@ from jaxalign.prompts import any_prompts
 from jaxalign.shapes import PerPrompt, ResponseTokens
 from jaxalign.testing import _laws
 from jaxalign.testing._laws import PER_PROMPT, assert_same, errors_break
-from jaxalign.testing._policies import Compiled, supported_tokens
+from jaxalign.testing._steps import Compiled, supported_tokens
+from jaxalign.testing._verified import check_blocks
 from jaxalign.types import Array, Critic, Params, Policy, Prompts, State, StepOutput, TokenBatch
 
 _SCALE = 1.3  # of the random policy's logits, so that its second and third tokens are probable too
@@ -355,6 +356,8 @@ class _Checks:
                 added = added + jnp.where(inside, value - ref + output.log_norm, 0)
                 sentence = f"{when}: increments up to token {t} beside the critic's scores"
                 self.same(5, sentence, jnp.where(inside, added, 0), jnp.where(inside, total[t] / beta, 0))
+            if top_k is not None and made.critic.verify is not None:
+                check_blocks(run, params, prompts, self.same)
         if gradients:
             tilted, mask = policies.tilt(made.below.policy, made.critic), jnp.ones(self.tokens.shape, bool)
 

@@ -33,6 +33,7 @@ LAWS = {
     15: "nothing beyond the mask",
     16: "index of a prompt",
     17: "prefix form of a reward",
+    18: "verify and accept as steps",
 }
 """Number -> short name, as the messages give them."""
 

@@ -11,82 +11,19 @@ import numpy as np
 
 from jaxalign import decoding
 from jaxalign._arrays import is_supported, repeat_rows, take_rows
-from jaxalign._parts import check_policy_argument, start_policy, step_policy
+from jaxalign._parts import check_policy_argument
 from jaxalign.prompts import any_prompts
 from jaxalign.shapes import LogProbs, ResponseTokens
-from jaxalign.testing import _laws
+from jaxalign.testing import _laws, _verified
 from jaxalign.testing._laws import PER_PROMPT, assert_same, broken, errors_break
-from jaxalign.types import Array, Params, Policy, Prompts, State, StepOutput
+from jaxalign.testing._steps import Compiled, Numbers, numbers, supported_tokens
+from jaxalign.types import Array, Params, Policy, Prompts
 
 
 class Increments(Protocol):
     """What a policy adds to log_prob_ref, before normalisation, at each next token [B,V] after tokens [B,t]."""
 
     def __call__(self, params: Params, prompts: Prompts, tokens: ResponseTokens) -> LogProbs: ...
-
-
-class Numbers(NamedTuple):
-    """A StepOutput without its hidden states, which no law speaks of."""
-
-    log_prob: Array
-    """[B,V]."""
-    log_prob_ref: Array
-    """[B,V]."""
-    log_norm: Array
-    """[B]."""
-
-
-class Compiled:
-    """A policy's init and step, each compiled once for a shape, with one key for all steps."""
-
-    def __init__(self, policy: Policy, rng: Array, max_new_tokens: int) -> None:
-        self.policy, self.rng, self.steps = policy, rng, max_new_tokens
-
-        def init(params: Params, prompts: Prompts) -> tuple[State, StepOutput]:
-            return start_policy(policy, params, rng, prompts, max_new_tokens)
-
-        def step(params: Params, state: State, token: Array) -> tuple[State, StepOutput]:
-            return step_policy(policy, params, rng, state, token)
-
-        self._init, self._step = jax.jit(init), jax.jit(step)
-
-    def init(self, params: Params, prompts: Prompts) -> tuple[State, StepOutput]:
-        """(state, output) of the prompts."""
-        found: tuple[State, StepOutput] = self._init(params, prompts)
-        return found
-
-    def step(self, params: Params, state: State, token: Array) -> tuple[State, StepOutput]:
-        """(state, output) after token [B]."""
-        found: tuple[State, StepOutput] = self._step(params, state, token)
-        return found
-
-    def outputs(self, params: Params, prompts: Prompts, tokens: ResponseTokens) -> list[Numbers]:
-        """The outputs before each of tokens [B,T]."""
-        state, output = self.init(params, prompts)
-        found = [numbers(output)]
-        for t in range(tokens.shape[1] - 1):
-            state, output = self.step(params, state, tokens[:, t])
-            found.append(numbers(output))
-        return found
-
-
-def numbers(output: StepOutput) -> Numbers:
-    """The numbers of an output that laws speak of."""
-    return Numbers(output.log_prob, output.log_prob_ref, output.log_norm)
-
-
-def supported_tokens(output: StepOutput, avoid: Sequence[int] = ()) -> Array:
-    """A token [B] of positive probability per row: the first, second or third most probable, by turns, where there is
-    one, and none of `avoid` where there is another."""
-    score = np.where(np.asarray(is_supported(output.log_prob)), np.asarray(output.log_prob, np.float64), -np.inf)
-    shunned = score.copy()
-    shunned[:, list(avoid)] = -np.inf
-    found = []
-    for row, (wanted, every) in enumerate(zip(shunned, score, strict=True)):
-        values = wanted if np.isfinite(wanted).any() else every
-        order = np.argsort(-values)
-        found.append(int(order[min(row % 3, max(0, int(np.isfinite(values).sum()) - 1))]))
-    return jnp.asarray(found, jnp.int32)
 
 
 def check_policy(
@@ -102,7 +39,7 @@ def check_policy(
     rtol: float = 1e-4,
     atol: float = 1e-4,
 ) -> None:
-    """Checks that a Policy keeps laws 1-10 and 13 of `jaxalign.testing` on some prompts.
+    """Checks that a Policy keeps laws 1-10, 13 and 18 of `jaxalign.testing` on some prompts.
 
     The responses it is held to are drawn from its own most probable tokens.
 
@@ -139,6 +76,7 @@ def check_policy(
     if increments is not None:
         _check_increments(increments, params, prompts, tokens, expected, close)
     _check_scoring(run, params, prompts, tokens, expected, gradients, close)
+    _verified.check_blocks(run, params, prompts, close)
 
 
 class _Close(NamedTuple):
