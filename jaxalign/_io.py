@@ -15,8 +15,9 @@ import jax
 
 from jaxalign import _hosts, _options
 
-FREE = {"config", "out", "mesh"}
-"""Options in which a run may differ when it goes on: numbers on another mesh are equal within rounding."""
+FREE = {"config", "out", "mesh", "profile", "peak_tflops"}
+"""Options in which a run may differ when it goes on: they do not change what is computed, and numbers on another mesh
+are equal within rounding."""
 
 PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 from jaxalign import launch
 from jaxalign._options import from_fields, parse
 from jaxalign._version import __version__
-from jaxalign.launch import processes
+from jaxalign.launch import compilation, processes
 
 if TYPE_CHECKING:
     from tyro.conf import Positional
@@ -188,7 +188,8 @@ def jobs(package: str) -> dict[str, str]:
 def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a program's `main` on its arguments and ends the process.
 
-    The words about processes (`launch.processes`) are taken out, and these are joined before `main` runs. An error is
+    The words about processes (`launch.processes`) are taken out, and these are joined before `main` runs; so is the
+    folder of compiled programs (`launch.compilation`). An error is
     one line on stderr; --debug, anywhere among the arguments, shows the traceback as well. A warning, which
     tells what was passed over or cut, is one line too. Exit codes: 0;
     2 for usage (a ValueError, which names what is wrong with an option or an input); 1 for a run that failed otherwise;
@@ -200,8 +201,13 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         with warnings.catch_warnings():
             warnings.showwarning = _note
             joined, rest = processes.take([word for word in given if word != "--debug"])
+            cache, rest = compilation.take(rest)
             processes.start(joined)
-            main(rest)
+            compilation.start(cache)
+            try:
+                main(rest)
+            finally:
+                compilation.tell(cache)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -266,6 +272,7 @@ def _help() -> str:
     for folder, title in FOLDERS.items():
         text += f"\n{title}:\n{_listed(jobs(f'{launch.__name__}.{folder}'))}\n"
     text += "\nOf several processes: --distributed, or --coordinator HOST:PORT --num-processes N --process-id I.\n"
+    text += "Compiled programs are kept from one start to the next by --compilation-cache DIR.\n"
     return text + "jaxalign JOB --help lists its options; --debug shows the traceback of an error; --version."
 
 

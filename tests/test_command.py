@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import setuptools
 
 from jaxalign import _io, _options, commands
+from jaxalign.launch import compilation
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -220,6 +222,43 @@ def test_debug_shows_the_traceback_and_a_failed_run_ends_with_1(capsys):
             printed = capsys.readouterr().err
             assert printed.splitlines()[-1].startswith(line)
             assert ("Traceback" in printed) == (bool(extra) and code != 130)
+
+
+COMPILES = """
+import sys
+from jaxalign import commands
+
+def main(arguments):
+    import jax
+    import jax.numpy as jnp
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    assert arguments == ["x"], arguments
+    jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3)))
+
+commands.execute(main, sys.argv[1:])
+"""
+
+
+def test_compiled_programs_are_kept_from_one_start_to_the_next(tmp_path):
+    def told(*words: str, **environment: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", COMPILES, *words],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+
+    folder = str(tmp_path / "programs")
+    first = told("--compilation-cache", folder, "x")
+    found = re.fullmatch(rf"compilation cache {re.escape(folder)}: 0 programs read, (\d+) compiled\n", first)
+    assert found is not None, first
+    every = f"compilation cache {folder}: {found[1]} programs read, 0 compiled\n"
+    assert int(found[1]) > 0
+    assert told("x", JAX_COMPILATION_CACHE_DIR=folder) == every
+    with pytest.raises(ValueError, match=r"^compilation-cache: expected --compilation-cache DIR, found 'none'"):
+        compilation.take(["x", "--compilation-cache"])
+    assert compilation.take(["a", "--compilation-cache=there", "b"]) == ("there", ["a", "b"])
 
 
 def test_a_job_runs_in_process_by_its_name(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from eval import decode
 from jaxalign import models, training
 from jaxalign.data import preferences
-from jaxalign.training import adapters, logging, rollouts
+from jaxalign.training import adapters, logging, profiling, rollouts
 from jaxalign.worlds import files as files_of
 from jaxalign.worlds import opinions
 from tests.conftest import on_devices, tiny_lm
@@ -91,6 +91,32 @@ def test_a_run_in_bfloat16_writes_its_folder_and_names_the_next_command(name, fi
     SCRIPTS[name].main(command)
     assert capsys.readouterr().out.splitlines()[-1] == last
     assert (out / "model/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_profile_and_the_share_of_a_given_peak(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = [*options("sft", files), "--out", str(out), "--peak-tflops", "0.5", "--validation", "0"]
+    sft.main([*command, "--steps", "5", "--profile", "1"])
+    printed = capsys.readouterr().out
+    assert f"wrote {out / 'model'}, {out / 'profile'} and" in printed.splitlines()[-1]
+    assert "traced, since" not in printed
+    assert list((out / "profile").rglob("*.xplane.pb"))
+    rows = logging.read(out / "metrics.jsonl")
+    assert len(rows) == 5
+    for row in rows:  # each with the tokens of its own step, the last too
+        assert row["tokens_per_second"] > 0
+        assert row["mfu"] == pytest.approx(row["tflops_per_second"] / 0.5)
+        assert 0 < row["mfu"] < 1
+    rate = rows[1]["tflops_per_second"] * 1e12 / rows[1]["tokens_per_second"]
+    weights = sum(x.size for x in jax.tree.leaves(models.load(out / "model")[1]) if x.ndim > 1)
+    assert 3 * weights < rate < 12 * weights  # operations of a token
+
+
+def test_a_run_too_short_for_its_profile_says_so(tmp_path, capsys):
+    with profiling.traced(tmp_path, 2) as (hooks,):
+        hooks.after_step(1, jax.numpy.zeros(()))
+    assert capsys.readouterr().out == "profile: 0 of 2 steps traced, since this start took 1\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxalign import _hosts, _progress
 from jaxalign.training import checkpoints
+from jaxalign.training.flops import Work
 from jaxalign.training.hooks import Hooks, check_hooks, stops
 from jaxalign.training.logging import MetricWriter
 from jaxalign.training.step import Batch
@@ -57,6 +58,7 @@ def fit(
     frozen: Params = None,
     place: Callable[[Batch], Batch] = lambda batch: batch,
     hooks: Sequence[Hooks] = (),
+    work: Work | None = None,
     donate: bool = False,
     save_every: int = 200,
     log_every: int = 10,
@@ -81,6 +83,8 @@ def fit(
       frozen: passed to every step.
       place: puts a batch on its devices.
       hooks: called after steps, with metrics, with checkpoints, and to end the run early.
+      work: what a step has to do, and the peak of the devices: the metrics then hold "tflops_per_second", operations
+        by formula, and "mfu", their share of the peak.
       donate: pass `state` itself to the first step. By default that is a copy, so that the caller's arrays stay when
         `step` donates.
       save_every: optimizer steps between checkpoints.
@@ -124,13 +128,13 @@ def fit(
 
             own = [Hooks(on_metrics=writer.write, on_save=save), *own]
         every = [*own, *hooks]
-        reader = _Reader(stage, every, steps, log_every)
+        reader = _Reader(stage, every, steps, log_every, work)
         source = batches(start)
-        pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        pending: tuple[int, Mapping[str, jax.Array], _Counts] | None = None
         done, stop = start, False
         while done < steps and not stop:
             batch = next(source)
-            reader.tokens += real_tokens(batch)
+            counts = reader.count(batch)
             state, values = _outcome(step(state, place(batch), frozen))
             done += 1
             for hook in every:
@@ -139,7 +143,7 @@ def fit(
             if pending is not None:
                 stop = reader.read(*pending)
                 bar.update(1)
-            pending = done, values
+            pending = done, values, counts
             stop = stop or signal.asked(done)
             if stop or done % save_every == 0 or done == steps:
                 stop = reader.read(*pending) or stop
@@ -164,19 +168,35 @@ def _outcome(found: tuple[S, Mapping[str, Any]]) -> tuple[S, Mapping[str, Any]]:
     return found
 
 
+class _Counts(NamedTuple):
+    """What a batch holds."""
+
+    tokens: int
+    """Real tokens."""
+    flops: float
+    """Operations of its step; 0 where they are not asked for."""
+
+
 class _Reader:
     """Metrics on the host: finite, with tokens per second, given to the hooks."""
 
-    def __init__(self, stage: str, hooks: Sequence[Hooks], steps: int, log_every: int) -> None:
-        self.stage, self.hooks, self.steps, self.log_every = stage, hooks, steps, log_every
-        self.tokens, self.since = 0, time.perf_counter()
+    def __init__(
+        self, stage: str, hooks: Sequence[Hooks], steps: int, log_every: int, work: Work | None = None
+    ) -> None:
+        self.stage, self.hooks, self.steps, self.log_every, self.work = stage, hooks, steps, log_every, work
+        self.tokens, self.flops, self.since = 0, 0.0, time.perf_counter()
 
-    def read(self, taken: int, values: Mapping[str, Any]) -> bool:
+    def count(self, batch: Batch) -> _Counts:
+        """What a host batch holds, which is added once its step has been taken."""
+        return _Counts(real_tokens(batch), 0.0 if self.work is None else self.work.flops(batch))
+
+    def read(self, taken: int, values: Mapping[str, Any], counts: _Counts) -> bool:
         """Reads the metrics of a step; whether a hook ends the run."""
         if wrong := {name: jnp.shape(value) for name, value in values.items() if jnp.shape(value) != ()}:
             raise ValueError(f"step: expected metrics of shape (), found {wrong}")
         host = {name: float(value) for name, value in _hosts.host_value(dict(values)).items()}
-        self.tokens += int(host.pop("tokens", 0))
+        self.tokens += counts.tokens + int(host.pop("tokens", 0))
+        self.flops += counts.flops
         bad = {name: value for name, value in host.items() if not math.isfinite(value)}
         if bad:
             raise FloatingPointError(f"{self.stage}: {bad} at step {taken}; the last checkpoint is from before it")
@@ -184,7 +204,10 @@ class _Reader:
         if taken % self.log_every == 0 or taken in (1, self.steps):
             now = time.perf_counter()
             host["tokens_per_second"] = self.tokens / (now - self.since)
-            self.tokens, self.since = 0, now
+            if self.work is not None:
+                done = self.flops / (now - self.since)
+                host |= {"tflops_per_second": done / 1e12, "mfu": done / self.work.peak}
+            self.tokens, self.flops, self.since = 0, 0.0, now
             for hook in self.hooks:
                 if hook.on_metrics is not None:
                     hook.on_metrics(taken, host)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxalign import models
 from jaxalign._builders import cached
-from jaxalign.training import dry_run, job
+from jaxalign.training import dry_run, fitting, job
 from jaxalign.training.options import AdapterOptions, MeshOptions, OptimizerOptions
 from jaxalign.training.step import Loss, LossAux
 from jaxalign.types import Array, Params
@@ -63,7 +63,7 @@ def fit_adapter(
 
     Args:
       spec: the adapter.
-      started, data, loss, collate, optimizer, mesh, seed, stage, out: as in `job.fit_model`.
+      started, data, loss, collate, optimizer, mesh, seed, stage, out: as in `fitting.fit_model`.
       base: name of the model under the adapter, for adapter_config.json.
       frozen: None, or the parameters of `started`: the weights under the adapter are then what the loss gets as frozen
         (the reference of DPO, at no cost).
@@ -83,7 +83,14 @@ def fit_adapter(
     adapter = models.lora.init(jax.random.fold_in(jax.random.key(seed), 2), masters, spec)
     weights = held(started.lm, started.params)
     fit = functools.partial(
-        job.fit_model, optimizer=optimizer, mesh=mesh, seed=seed, stage=stage, out=out, frozen=weights
+        fitting.fit_model,
+        optimizer=optimizer,
+        mesh=mesh,
+        seed=seed,
+        stage=stage,
+        out=out,
+        frozen=weights,
+        compared=frozen is not None,
     )
     if head is not None:
         # The head is new, or is to follow the body: it is trained whole beside the adapter, as peft does it.

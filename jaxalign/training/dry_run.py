@@ -39,9 +39,8 @@ class Estimate(NamedTuple):
     total: int
     """The most that is held at a time, batch and results included [bytes]."""
     flops_per_token: float
-    """Operations of all devices for each token of the batch; pads count as tokens."""
-    bytes_per_token: float
-    """Memory traffic of all devices for each token of the batch, by the compiler's count."""
+    """Operations of all devices for each token of the batch, by formula (`flops.counter`): the compiler counts the body
+    of a loop once, however often it runs."""
     tokens: int
     """Tokens of the batch, pads included."""
 
@@ -96,7 +95,13 @@ def _length(row: Any) -> int:
 
 
 def estimate(
-    step: TrainStep, state: TrainState, batch: Any, frozen: Params, *, mesh: jax.sharding.Mesh | None
+    step: TrainStep,
+    state: TrainState,
+    batch: Any,
+    frozen: Params,
+    *,
+    mesh: jax.sharding.Mesh | None,
+    flops: float,
 ) -> Estimate:
     """Compiles a step and reads what it needs of the compiled program.
 
@@ -105,6 +110,7 @@ def estimate(
       state, frozen: arrays or their shapes.
       batch: leaves [A,b,...].
       mesh: of devices that they would lie on.
+      flops: operations of the step.
 
     Returns:
       The figures of one device.
@@ -113,7 +119,7 @@ def estimate(
     rows = None if mesh is None else sharding.batch_sharding(mesh, ahead=1)
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=rows), batch)
     compiled = cast(Any, step).lower(state, given, frozen).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory = compiled.memory_analysis()
     devices = 1 if mesh is None else mesh.size
     tokens = sum(math.prod(x.shape) for x in _tokens(given))
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -124,8 +130,7 @@ def estimate(
         frozen=_bytes(frozen),
         temporaries=memory.temp_size_in_bytes,
         total=total + memory.temp_size_in_bytes,
-        flops_per_token=cost.get("flops", 0.0) * devices / max(tokens, 1),
-        bytes_per_token=cost.get("bytes accessed", 0.0) * devices / max(tokens, 1),
+        flops_per_token=flops / max(tokens, 1),
         tokens=tokens,
     )
 
@@ -170,7 +175,7 @@ def tell(stage: str, found: Estimate) -> None:
         *(f"  {name}: {size / 1e9:.4g} GB" for name, size in parts),
         f"  temporaries (activations, gradients): {found.temporaries / 1e9:.4g} GB",
         f"  in all: {found.total / 1e9:.4g} GB",
-        f"per token, of {found.tokens}: {found.flops_per_token / 1e9:.4g} GFLOP, {found.bytes_per_token / 1e6:.4g} MB",
+        f"per token, of {found.tokens}: {found.flops_per_token / 1e9:.4g} GFLOP, by formula",
         ", ".join(f"{'fits' if found.fits(size) else 'does not fit'} {size} GB" for size in CARDS),
     ]
     print("\n".join(lines), flush=True)

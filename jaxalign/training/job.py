@@ -1,4 +1,4 @@
-"""What the training scripts share: a model to start from, the run around `training.fit`, its results."""
+"""What the training scripts share: a model to start from, rows that are split, figures, and what a run leaves."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _hosts, _io, models, training
+from jaxalign import _hosts, _io, models
 from jaxalign._checks import check_language_model, check_rng
-from jaxalign.data import batches, encoded, preferences
+from jaxalign.data import encoded, preferences
 from jaxalign.data.text_options import TextOptions, format_of, token_id
 from jaxalign.models import sharding
 from jaxalign.prompts import bucket
 from jaxalign.tokens import TextFormat
-from jaxalign.training import dry_run, states
+from jaxalign.training import dry_run, profiling, states
 from jaxalign.training.measure import check_rows, checked_collate
-from jaxalign.training.options import DType, MeshOptions, ModelOptions, OptimizerOptions
-from jaxalign.training.step import Loss
+from jaxalign.training.options import DType, ModelOptions
 from jaxalign.types import Params
 
 
@@ -230,75 +228,6 @@ def row_length(lengths: Sequence[int], max_length: int) -> int:
     return min(bucket(max(lengths), smallest=32), max_length)
 
 
-def fit_model(
-    started: StartedModel,
-    data: Data,
-    loss: Loss,
-    collate: Callable[[list[Any]], Any],
-    *,
-    optimizer: OptimizerOptions,
-    mesh: MeshOptions,
-    seed: int,
-    stage: str,
-    out: pathlib.Path,
-    frozen: Params = None,
-) -> Params:
-    """Trains all parameters, going on from the newest checkpoint in the run folder.
-
-    Args:
-      started: its params are trained; they are copied.
-      data: its training rows are used.
-      loss: loss(params, batch, frozen) -> (loss, LossAux).
-      collate: a list of b rows -> a tree of arrays [b,...].
-      optimizer: how long and how fast.
-      mesh: micro-batches and devices.
-      seed: of the order of rows.
-      stage: name of the training in metrics and checkpoints.
-      out: the run folder.
-      frozen: parameters that the loss takes and that are not trained.
-
-    Returns:
-      The trained parameters, float32, on the mesh's devices.
-    """
-    steps = optimizer.steps_for(len(data.train))
-    update, schedule = states.adamw_of(optimizer, steps, started.lm)
-    devices = sharding.make_mesh(mesh.mesh)
-    step = training.train_step(
-        loss, update, schedule=schedule, donate=True, mesh=devices, gradient_dtype=states.gradient_dtype(started.lm)
-    )
-    if dry_run.is_abstract((started.params, frozen)):
-        rows = checked_collate(collate)(dry_run.rows_of_batch(data.train, optimizer.batch_size))
-        state = jax.eval_shape(lambda params: training.create(params, update), started.params)
-        batch = batches.micro_batches(rows, mesh.accumulate)
-        dry_run.tell(stage, dry_run.estimate(step, state, batch, frozen, mesh=devices))
-    place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
-    if devices is None:
-        # A copy, which the steps may take.
-        state = training.create(jax.tree.map(jnp.array, started.params), update)
-    else:
-        state, frozen = states.on_mesh(devices, started.params, update), sharding.shard(frozen, devices, others=True)
-        by_row = sharding.batch_sharding(devices, ahead=1)
-        place = lambda batch: _hosts.put(batch, by_row)  # noqa: E731
-    size, accumulate = optimizer.batch_size, mesh.accumulate
-    source = batches.batches(data.train, checked_collate(collate), batch_size=size, seed=seed, accumulate=accumulate)
-    final = training.fit(
-        step,
-        state,
-        source,
-        steps=steps,
-        out=out,
-        stage=stage,
-        position={"seed": seed, "batch_size": size, "rows": batches.fingerprint(data.train)},
-        frozen=frozen,
-        place=place,
-        donate=True,
-        save_every=optimizer.save_every,
-        log_every=optimizer.log_every,
-    )
-    trained: Params = final.params
-    return trained
-
-
 def evaluate(
     f: Callable[[Params, Any], Any], params: Params, rows: Sequence[Any], collate: Callable[[list[Any]], Any], size: int
 ) -> Any:
@@ -364,7 +293,8 @@ def finish(
 def report(out: pathlib.Path, summary: dict[str, Any], following: str, *, product: str = "model") -> None:
     """Prints the figures, and as the last line what was written (`product`, in `out`) and what comes next."""
     show(summary)
-    print(f"wrote {out / product} and {out / 'summary.json'}; next: {following}", flush=True)
+    product = f"{out / product}, {out / profiling.FOLDER}" if (out / profiling.FOLDER).is_dir() else str(out / product)
+    print(f"wrote {product} and {out / 'summary.json'}; next: {following}", flush=True)
 
 
 def show(summary: dict[str, Any]) -> None:

@@ -83,6 +83,11 @@ class OptimizerOptions:
     """Steps between checkpoints."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    profile: int = 0
+    """Steps, after the first three, of which jax's profiler writes a trace to profile/ of the run folder; 0: none."""
+    peak_tflops: float = 0.0
+    """Most 10^12 operations per second of a device, by which metrics tell MFU. 0: that of its data sheet in bfloat16
+    (A100, H100, TPU v5 and others), else none: MFU is left out. train.rl, whose iterations draw as well, tells none."""
 
     def steps_for(self, rows: int) -> int:
         """Steps of a run over that many training rows."""
@@ -206,8 +211,8 @@ def check_row_options(options: RowOptions) -> None:
 def check_optimizer_options(options: OptimizerOptions) -> None:
     """ValueErrors that name the option."""
     check_finite(options, "epochs", "learning_rate", "clip", above=True)
-    check_finite(options, "weight_decay")
-    _at_least(options, steps=0, batch_size=1, save_every=1, log_every=1)
+    check_finite(options, "weight_decay", "peak_tflops")
+    _at_least(options, steps=0, batch_size=1, save_every=1, log_every=1, profile=0)
     _shares(options, "warmup")
 
 

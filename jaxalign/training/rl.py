@@ -16,7 +16,7 @@ from jaxalign._checks import check_language_model
 from jaxalign.data import batches
 from jaxalign.models import sharding
 from jaxalign.prompts import prompt_batch
-from jaxalign.training import adapters, dry_run, job, policy_gradient, rl_rewards, states
+from jaxalign.training import adapters, dry_run, flops, job, policy_gradient, profiling, rl_rewards, states
 from jaxalign.training._fit import fit
 from jaxalign.training.options import MeshOptions, OptimizerOptions
 from jaxalign.training.rl_iteration import Learner, RLState, draw, first_part, make_iteration, read_both, weights
@@ -205,20 +205,22 @@ def train_policy(
         by_row = sharding.batch_sharding(devices, ahead=1)
         place = lambda batch: _hosts.put(batch, by_row)  # noqa: E731
     source = batches.batches(rows, pad, batch_size=size, seed=learner.seed)
-    ended: RLState = fit(
-        make_iteration(learner, step),
-        state,
-        source,
-        steps=steps,
-        out=out,
-        stage="rl",
-        position={"seed": learner.seed, "batch_size": size, "rows": batches.fingerprint(rows)},
-        frozen=frozen,
-        place=place,
-        donate=True,
-        save_every=optimizer.save_every,
-        log_every=optimizer.log_every,
-    )
+    with profiling.traced(out, optimizer.profile) as hooks:
+        ended: RLState = fit(
+            make_iteration(learner, step),
+            state,
+            source,
+            steps=steps,
+            out=out,
+            stage="rl",
+            position={"seed": learner.seed, "batch_size": size, "rows": batches.fingerprint(rows)},
+            frozen=frozen,
+            place=place,
+            hooks=hooks,
+            donate=True,
+            save_every=optimizer.save_every,
+            log_every=optimizer.log_every,
+        )
     return ended
 
 
@@ -237,7 +239,9 @@ def _tell(
     roll_out = jax.jit(lambda params, frozen, prompts, rng: draw(learner, params, frozen, rng, prompts))
     size = dry_run.held(roll_out, *args, jax.random.key(0)) / 1e9
     print(f"rl: roll-outs: {size:.4g} GB per device, beside the optimizer's state", flush=True)
-    dry_run.tell("rl", dry_run.estimate(step, state, part, frozen, mesh=devices))
+    rows, width = part["tokens"].shape[0] * part["tokens"].shape[1], part["tokens"].shape[-1] + prompts.tokens.shape[-1]
+    count = flops.counter(learner.lm, state.params, frozen["reference"], compared=learner.method.kl == "exact")
+    dry_run.tell("rl", dry_run.estimate(step, state, part, frozen, mesh=devices, flops=count([width] * rows)))
 
 
 def trained_policy(

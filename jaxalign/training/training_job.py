@@ -10,7 +10,7 @@ from typing import Any
 from jaxalign import _io, models
 from jaxalign.data import encoded
 from jaxalign.tokens import TextFormat
-from jaxalign.training import adapters, dry_run, memory
+from jaxalign.training import adapters, dry_run, fitting, memory
 from jaxalign.training import job as functions
 from jaxalign.training.options import TrainingConfig, check_training_config
 from jaxalign.training.step import Loss
@@ -148,7 +148,7 @@ class Job:
         options: dict[str, Any] = {"optimizer": config.optimizer, "mesh": config.mesh, "seed": config.run.seed}
         options |= {"stage": self.stage, "out": self.out, "frozen": frozen}
         if adapter is None:
-            return functions.fit_model(started, data, loss, collate, **options)
+            return fitting.fit_model(started, data, loss, collate, **options)
         base = config.model.model
         return adapters.fit_adapter(adapter, started, data, loss, collate, base=base, **options)
 
