@@ -75,6 +75,9 @@ CRITICS = {
     "hidden_value": lambda: (critics.hidden_value(Q.head, vocab_size=VOCAB), Q_PARAMS),
     "genarm": lambda: (critics.genarm(LM), PARAMS),
     "follower": lambda: (critics.follower(FOLLOWER), Q_PARAMS),
+    "from_policy": lambda: (critics.from_policy(base()), PARAMS),
+    "increment_of": lambda: (critics.increment_of(critics.value(Q)), Q_PARAMS),
+    "level_of": lambda: (critics.level_of(critics.genarm(LM)), PARAMS),
     "weighted_sum": lambda: (
         critics.weighted_sum([critics.args(REWARD), critics.value(VALUE)]),
         critics.WeightedSumParams([REWARD_PARAMS, VALUE_PARAMS], jnp.array([0.5, 0.5])),

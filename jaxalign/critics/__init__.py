@@ -11,7 +11,9 @@ from jaxalign._arrays import look_up
 from jaxalign.critics._args import args
 from jaxalign.critics._combinators import MapScoresParams, ScoreMap, WeightedSumParams, map_scores, weighted_sum
 from jaxalign.critics._controlled_decoding import QHead, hidden_value, value
+from jaxalign.critics._from_policy import from_policy
 from jaxalign.critics._genarm import genarm
+from jaxalign.critics._kinds import increment_of, level_of
 from jaxalign.critics._stackelberg import ShapedParams, follower, shaped_over_candidates
 from jaxalign.critics._transfer_q import TransferQParams, effective_rollouts, transfer_q
 
@@ -25,8 +27,11 @@ __all__ = [
     "args",
     "effective_rollouts",
     "follower",
+    "from_policy",
     "genarm",
     "hidden_value",
+    "increment_of",
+    "level_of",
     "look_up",
     "map_scores",
     "shaped_over_candidates",

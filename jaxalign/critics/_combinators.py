@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._arrays import at_least_float32
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
 from jaxalign._builders import cached
 from jaxalign._checks import ParamsError, check_below, check_part, fields_of, is_concrete
 from jaxalign._parts import (
@@ -49,7 +49,9 @@ def weighted_sum(critics: Sequence[Critic]) -> Critic:
     """The weighted sum of critics: q = Σ_i w_i·q_i.
 
     params: WeightedSumParams(critics, weights), or a dict of these names. Exact for V_ref, which is linear in the
-    reward; the papers' rule for several rewards in GenARM and controlled decoding.
+    reward; the papers' rule for several rewards in GenARM and controlled decoding. A token outside the support of a
+    critic (NEGATIVE, as `from_policy` gives) is outside that of the sum, whatever the sign of its weight, unless the
+    weight is 0.
 
     Args:
       critics: at least one, all of one kind (levels and increments do not add) and one vocabulary.
@@ -119,8 +121,8 @@ def _weighted_sum(critics: tuple[Critic, ...]) -> Critic:
             score_critic(critic, params.critics[i], keys[i], state.critics[i], output, candidates)
             for i, critic in enumerate(critics)
         ]
-        weighted = (state.weights[:, i, None] * at_least_float32(q) for i, (q, _) in enumerate(scored))
-        return sum(weighted, start=jnp.zeros(())), state._replace(critics=tuple(proposal for _, proposal in scored))
+        q = add_scores([at_least_float32(q) for q, _ in scored], state.weights)
+        return q, state._replace(critics=tuple(proposal for _, proposal in scored))
 
     def advance(params: Params, proposal: WeightedSumState, choice: Array) -> State:
         params = fields(params)
@@ -139,6 +141,17 @@ def _weighted_sum(critics: tuple[Critic, ...]) -> Critic:
 
     vocab_size, beta = (sizes[0] if sizes else None), (betas[0] if betas else None)
     return Critic(init, score, advance, critics[0].kind, check, vocab_size, beta)
+
+
+def add_scores(scores: Sequence[Array], weights: Array) -> Array:
+    """Σ_i w_i·q_i of scores q_i [B,K] and weights [B,m]; NEGATIVE where a score of weight other than 0 is."""
+    total, outside = jnp.zeros(()), jnp.zeros((), bool)
+    for i, q in enumerate(scores):
+        weight, inside = weights[:, i, None], is_supported(q)
+        # The product would turn log 0 into a number as large by a weight below 0, or into half of it by 0.5.
+        total = total + weight * jnp.where(inside, q, 0)
+        outside = outside | (~inside & (weight != 0))
+    return jnp.where(outside, NEGATIVE, total)
 
 
 class ScoreMap(Protocol):

@@ -119,9 +119,13 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
         # The largest score of a token that has mass: a constant of the policy, whose derivatives cancel.
         top = jnp.where(is_supported(log_prob), jax.lax.stop_gradient(q), -jnp.inf).max(axis=-1)
         top = jnp.where(jnp.isfinite(top), top, 0)
-        logit = log_prob + (q - top[:, None]) / state.beta[:, None]
+        # Tokens outside the critic's support are outside the tilt's; where that leaves none, the policy stays as it is.
+        inside = is_supported(q)
+        empty = ~(inside & is_supported(log_prob)).any(axis=-1, keepdims=True)
+        shift = jnp.where(inside & ~empty, q - top[:, None], 0)
+        logit = jnp.where(inside | empty, log_prob + shift / state.beta[:, None], NEGATIVE)
         norm = jax.nn.logsumexp(logit, axis=-1)
-        tilted = logit - norm[:, None]
+        tilted = jnp.where(inside | empty, logit - norm[:, None], NEGATIVE)
         if candidates is not None:
             outside = jnp.full(output.log_prob.shape, NEGATIVE, tilted.dtype)
             tilted = jax.vmap(lambda row, index, value: row.at[index].set(value))(outside, candidates, tilted)
