@@ -8,7 +8,8 @@ A method is KIND[:DIR][@STRENGTHS]; the base is decoded beside them. Each has a 
 the same command with one method more decodes that method alone, and an interrupted run goes on where it was stopped; a
 response depends on the seed and on the prompt's index alone. responses.jsonl of each folder holds prompt, response,
 log-probabilities, KL and rewards; results.json and frontier.png hold gold and proxy reward, KL with its kind, win rate
-over the base, diversity, tokens/s, and tokens that pass through models for each token of a response. --reward is needed
+over the base, diversity, tokens/s, and tokens that pass through models for each token of a response. --inspect N writes
+tokens.jsonl, what each token cost and brought; python -m eval.report makes a page of the folder. --reward is needed
 by the methods marked *.
 
     KIND           DIR                               STRENGTHS

@@ -5,8 +5,8 @@ python -m eval.report runs/decode_a runs/decode_b --title "Two bases" --out repo
 
 A run folder is one of eval.decode, train.quickstart or a training script, or any folder with such inside. The page
 shows gold and proxy reward against KL with intervals, the methods with what they cost, win rates on the same prompts,
-where the learned reward is exploited, training curves, responses beside each other, and the commands and versions
-behind it all. Every figure has its table.
+where the learned reward is exploited, training curves, responses beside each other, the tokens of those that
+eval.decode --inspect has looked at, and the commands and versions behind it all. Every figure has its table.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import pathlib
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict
 
 import jax
 import numpy as np
@@ -19,10 +19,23 @@ from jaxalign.evaluation.loading import Scorer, program_errors
 from jaxalign.evaluation.records import add_coherence, check_finite, on_host, record_of
 from jaxalign.models import sharding
 from jaxalign.prompts import bucket, prompt_batch
-from jaxalign.types import Array, Decoded, TokenBatch
+from jaxalign.types import KL, Array, ArrayLike, Completions, Decoded, Params, Policy, TokenBatch
 
 Drawn: TypeAlias = Decoded[Any]
 """What a method gives for a batch."""
+
+
+class Untempered(TypedDict):
+    """Arguments of decoders without a temperature."""
+
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+
+
+class Limits(Untempered):
+    """Arguments of every decoder."""
+
+    temperature: ArrayLike
 
 
 class Draw(Protocol):
@@ -50,6 +63,21 @@ class Measure(Protocol):
     def __call__(self, rng: Array, prompts: TokenBatch, drawn: Drawn, /) -> Drawn: ...
 
 
+class Stepwise(NamedTuple):
+    """A method that draws its response token by token from a Policy."""
+
+    policy: Policy
+    """The Policy as it is drawn from."""
+    params: Params
+    """Its parameters."""
+    limits: Limits
+    """max_new_tokens, eos_ids and temperature."""
+    kl: Callable[[Completions], KL]
+    """The KL of what was drawn."""
+    beta: float | None = None
+    """The KL weight of a tilt of the base, whose scores follow from its distribution; None for other policies."""
+
+
 class Method(NamedTuple):
     """One row group of the results."""
 
@@ -67,6 +95,8 @@ class Method(NamedTuple):
     """The tokens that pass through models for a response; None: unknown."""
     measure: Measure | None = None
     """measure(rng, prompts, drawn) -> Decoded, after the clock has stopped."""
+    stepwise: Stepwise | None = None
+    """The Policy behind `draw`, for methods that draw token by token from one."""
 
 
 class Texts(NamedTuple):
@@ -87,6 +117,12 @@ class Batch(NamedTuple):
     """Indices of the prompts; rows of `prompts` beyond them are padding."""
     prompts: TokenBatch
     """Padded to the batch size."""
+
+
+class Watch(Protocol):
+    """Draws a batch by a method and shows it; gives what the method's `draw` gives."""
+
+    def __call__(self, method: Method, rng: Array, batch: Batch, /) -> Drawn: ...
 
 
 def batches(ids: list[list[int]], *, batch_size: int, mesh: str) -> list[Batch]:
@@ -119,6 +155,7 @@ def decode(
     mesh: str,
     seed: int,
     embed: results.Embed | None = None,
+    watch: Watch | None = None,
 ) -> dict[results.Key, float]:
     """Writes the responses of every method to a file, unless it is there.
 
@@ -134,6 +171,7 @@ def decode(
       mesh: as `sharding.make_mesh` reads it.
       seed: of all draws.
       embed: texts -> one vector each, for coherence.
+      watch: draws each batch in place of its method's `draw`, to show it while it is drawn; nothing is timed then.
 
     Returns:
       Tokens/s of each method and strength that was decoded here beyond its first, compiling batch; of several processes
@@ -175,7 +213,7 @@ def decode(
         for k, j in _hosts.dealt(missing):
             method, batch = plan[k], parts[j]
             begin = time.perf_counter()
-            drawn = decode_batch(method, keys[k], batch.prompts)
+            drawn = decode_batch(method, keys[k], batch.prompts) if watch is None else watch(method, keys[k], batch)
             jax.block_until_ready(drawn)  # type: ignore[no-untyped-call, unused-ignore]
             seconds = time.perf_counter() - begin
             if method.measure is not None:
@@ -187,7 +225,7 @@ def decode(
             sink.flush()
             tokens = sum(len(record["tokens"]) for record in new)
             trace = (method.trace, batch.prompts.tokens.shape)
-            if trace in traced:
+            if trace in traced and watch is None:
                 before = timed.get((method.name, method.beta), (0, 0.0))
                 timed[method.name, method.beta] = (before[0] + tokens, before[1] + seconds)
             traced.add(trace)

@@ -24,8 +24,8 @@ import numpy as np
 
 from jaxalign import rewards
 from jaxalign._checks import check_prompt_fits
-from jaxalign.evaluation.engine import Drawn, Method
-from jaxalign.evaluation.settings import Limits, Setting
+from jaxalign.evaluation.engine import Drawn, Limits, Method
+from jaxalign.evaluation.settings import Setting
 from jaxalign.evaluation.specs import Spec
 from jaxalign.types import KL, Array, Completions, Decoded, Params, Policy, Reward, TokenBatch
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxalign import decoding, gibbs, policies, rewards
 from jaxalign._checks import check_language_model
 from jaxalign.evaluation import functions
-from jaxalign.evaluation.engine import Drawn, Forwards, Method
+from jaxalign.evaluation.engine import Drawn, Forwards, Method, Stepwise
 from jaxalign.evaluation.settings import Setting, default_threshold
 from jaxalign.evaluation.specs import Spec
 from jaxalign.evaluation.tilts import summed, tilt, trained_beta
@@ -32,17 +32,24 @@ def _sampled(
     policy: Policy,
     params: Params,
     cost: Callable[[int, int], float] = lambda prompt, length: 1,
+    *,
+    tilt_beta: float | None = None,
 ) -> Method:
-    """Ancestral sampling from any Policy. cost(prompt, length): tokens through models for each token drawn."""
+    """Ancestral sampling from any Policy. cost(prompt, length): tokens through models for each token drawn; tilt_beta:
+    of a tilt of the base."""
 
     policy = policies.with_sampling(policy, setting.sampling)
+    kl = decoding.surprisal if setting.greedy else decoding.sum_of_steps
 
     def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
         drawn = decoding.sample(policy, params, rng, prompts, **setting.limits)
-        return Decoded(drawn, decoding.surprisal(drawn) if setting.greedy else decoding.sum_of_steps(drawn), None)
+        return Decoded(drawn, kl(drawn), None)
 
+    whole = setting.sampling == policies.Sampling()
+    stepwise = Stepwise(policy, params, setting.limits, kl, tilt_beta if whole and not setting.greedy else None)
     check = functools.partial(_check, policy, params, setting.options.max_new_tokens)
-    return Method(name, beta, draw, check, policy, lambda prompt, length, info: length * cost(prompt, length))
+    forwards: Forwards = lambda prompt, length, info: length * cost(prompt, length)  # noqa: E731
+    return Method(name, beta, draw, check, policy, forwards, stepwise=stepwise)
 
 
 def _of_base(
@@ -71,7 +78,11 @@ def _tilt(setting: Setting, spec: Spec) -> list[Method]:
     part = summed(setting, spec.terms)
     policy, params_at, cost = tilt(setting, part)
     betas = spec.strengths or (trained_beta(setting, spec.terms),)
-    return [_sampled(setting, spec.name, beta, policy, params_at(beta), cost) for beta in betas]
+    out = []
+    for beta in betas:
+        params = params_at(beta)
+        out.append(_sampled(setting, spec.name, beta, policy, params, cost, tilt_beta=float(params["beta"])))
+    return out
 
 
 def _best_of_n(setting: Setting, spec: Spec) -> list[Method]:

@@ -78,6 +78,11 @@ class DecodeOptions(ResponseOptions):
     """Run folder: results.json, frontier.png, and a folder per method with its responses.jsonl."""
     method: tuple[str, ...] = ()
     """`KIND[:DIR][@STRENGTHS]` or `MODULE:FUNCTION[@STRENGTHS]`, as above; give the option again for another method."""
+    inspect: int = 0
+    """Write tokens.jsonl for the first so many prompts of each method: per token its log-probability, KL, Q and reward,
+    and the likeliest candidates. eval.report shows it."""
+    stream: bool = False
+    """Print responses while they are drawn; those of methods that select among whole texts when they are done."""
     include_base: bool = True
     """Decode the base too, where it is not among the methods: win rates are over it."""
     config: str = ""

@@ -12,7 +12,7 @@ from jaxalign import _hosts, _io, models, policies, rewards
 from jaxalign._checks import check_language_model
 from jaxalign.data import chats, encoded
 from jaxalign.data.text_options import ending_ids, format_of
-from jaxalign.evaluation import engine, loading, plots, results
+from jaxalign.evaluation import engine, inspection, loading, plots, results, streaming
 from jaxalign.evaluation.engine import Method, Texts
 from jaxalign.evaluation.methods import METHODS
 from jaxalign.evaluation.options import DecodeOptions, ResponseOptions, check_options
@@ -69,11 +69,25 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
         for method in plan:
             method.check(everything)
     embed: Embed | None = rewards.program(options.embedding, name="embedding") if options.embedding else None
+    watch = streaming.streamer(texts, functools.partial(print, end="", flush=True)) if options.stream else None
+    stepwise = _base_steps(setting) if options.inspect else None
     records: list[Record] = []
     speeds: list[Record] = []
     for spec, plan in plans.items():
-        folder, found = _decode(options, spec, plan, scorers, texts, embed)
+        folder, found = _decode(options, spec, plan, scorers, texts, embed, watch)
         records += found
+        if stepwise is not None:
+            inspection.inspect(
+                plan,
+                stepwise,
+                scorers.get("reward"),
+                texts,
+                folder,
+                count=options.inspect,
+                batch_size=options.batch_size,
+                mesh=options.mesh,
+                seed=options.seed,
+            )
         speeds += json.loads((folder / "summary.json").read_text())
     rows = results.summarise(records)
     known = {(row["method"], row["beta"]): row["tokens_per_second"] for row in speeds}
@@ -93,6 +107,13 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     return rows
 
 
+def _base_steps(setting: Setting) -> engine.Stepwise:
+    """The base, along which the responses of methods are read that draw from no Policy of their own."""
+    (method,) = METHODS["base"](setting, parse_method("base"))
+    assert method.stepwise is not None
+    return method.stepwise
+
+
 def _read_prompts(options: DecodeOptions, form: TextFormat) -> encoded.Loaded:
     """The prompts as token ids (`reading.read_prompts`)."""
     room = models.read_config(options.model).max_length - options.max_new_tokens
@@ -109,6 +130,11 @@ def check(options: DecodeOptions) -> list[Spec]:
       ValueError: names the option.
     """
     check_options(options)
+    if options.inspect < 0:
+        raise ValueError(f"inspect: expected at least 0 prompts, found {options.inspect}")
+    for name in ("inspect", "stream"):
+        if getattr(options, name) and _hosts.count() > 1:
+            raise ValueError(f"{name}: expected one process, found {_hosts.count()}")
     first = ("base",) if options.include_base or "base" in options.method else ()
     specs = [parse_method(text) for text in dict.fromkeys((*first, *options.method))]
     if not specs:
@@ -176,6 +202,7 @@ def _decode(
     scorers: dict[str, loading.Scorer],
     texts: Texts,
     embed: Embed | None,
+    watch: engine.Watch | None,
 ) -> tuple[pathlib.Path, list[Record]]:
     """A method's folder and records, decoded unless they are there."""
     # An option that this method does not read may change without harm to its responses.
@@ -203,6 +230,7 @@ def _decode(
         mesh=options.mesh,
         seed=options.seed,
         embed=embed,
+        watch=watch,
     )
     records = results.read(final)
     results.check_texts(records, texts.texts, final, expected=len(plan) * len(texts.texts))

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _hosts, decoding, models, policies, rewards
-from jaxalign.evaluation.engine import Texts
+from jaxalign.evaluation.engine import Limits, Texts, Untempered
 from jaxalign.evaluation.loading import Model, Scorer
 from jaxalign.evaluation.options import ResponseOptions
 from jaxalign.prompts import prompt_batch
-from jaxalign.types import ArrayLike, Params, Policy
-
-
-class Untempered(TypedDict):
-    """Arguments of decoders without a temperature."""
-
-    max_new_tokens: int
-    eos_ids: tuple[int, ...]
-
-
-class Limits(Untempered):
-    """Arguments of every decoder."""
-
-    temperature: ArrayLike
+from jaxalign.types import Params, Policy
 
 
 class Setting(NamedTuple):

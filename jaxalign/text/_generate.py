@@ -142,8 +142,8 @@ def generate(
             )
         else:
             drawn = with_temperature(policy, params, same_prompts(batch.prompts), here)
-            watch = _watch(stream, tokenizer, ends, batch)
-            parts.append(_draw_in_chunks(*drawn, key, max_new_tokens, ends, stream_every, watch))
+            watch = watch_texts(stream, tokenizer, ends, batch)
+            parts.append(draw_in_chunks(*drawn, key, max_new_tokens, ends, stream_every, watch))
     completions = in_order(parts, found)
     texts = _texts(tokenizer, completions, ends)
     if num_samples is not None:
@@ -250,7 +250,7 @@ def _advance(
     return (state, output), completions
 
 
-def _draw_in_chunks(
+def draw_in_chunks(
     policy: Policy,
     params: Params,
     prompts: Prompts,
@@ -315,7 +315,7 @@ def _texts(tokenizer: Tokenizer, completions: Completions, eos_ids: tuple[int, .
     ]
 
 
-def _watch(stream: Stream, tokenizer: Tokenizer, eos_ids: tuple[int, ...], batch: Batch) -> Watch:
+def watch_texts(stream: Stream, tokenizer: Tokenizer, eos_ids: tuple[int, ...], batch: Batch) -> Watch:
     """Gives the caller's stream what is settled of each row's text, and at its end the rest."""
     byte_ids = byte_tokens(tokenizer)
     ids: list[list[int]] = [[] for _ in batch.rows]

@@ -109,7 +109,7 @@ def _lines(row: Row) -> list[tuple[Prompt, dict[str, Any]]]:
 
 
 def _tokens(row: int, prompt: int, line: dict[str, Any]) -> dict[str, Any]:
-    return {"row": row, "prompt": prompt, "tokens": line["pieces"]}
+    return {"row": row, "prompt": prompt, "before": line.get("reward_before"), "tokens": line["pieces"]}
 
 
 def _spread(items: list[Prompt], count: int) -> list[Prompt]:

@@ -12,14 +12,14 @@ function tokenView() {
   if (!holder) return;
   const response = byId('token-response'), prompt = byId('token-prompt'), colours = byId('token-colour');
   for (const line of data.tokens) line.tokens.forEach((t, i) => {
-    const before = i ? line.tokens[i - 1].reward : line.tokens[0].reward_before;
+    const before = i ? line.tokens[i - 1].reward : line.before;
     t.gain = t.reward == null || before == null ? null : t.reward - before;
   });
   const option = (value, words) => h('option', {value}, words);
   const rows = [...new Set(data.tokens.map(t => t.row))];
   response.append(...rows.map(i => option(i, rowName(i))));
-  const first = rows.find(i => !data.series[data.rows[i].series].base && i === data.series[data.rows[i].series].best);
-  if (first !== undefined) response.value = first;
+  const judge = data.measures[0], worth = i => (data.series[data.rows[i].series].base ? -1e9 : 0) + (data.rows[i][judge] ?? 0);
+  response.value = [...rows].sort((a, b) => worth(b) - worth(a))[0];
   const current = () => data.tokens.find(t => t.row === Number(response.value) && t.prompt === Number(prompt.value));
 
   function fillPrompts() {
