@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -157,6 +157,25 @@ def is_supported(log_prob: Array) -> Array:
       bool of the same shape. NaN counts as supported, so that it surfaces in what is computed from it.
     """
     return ~(log_prob <= NEGATIVE / 2)
+
+
+def add_scores(scores: Sequence[Array], weights: Array) -> Array:
+    """Adds scores or log-probabilities with weights, where log 0 in one of them stays log 0 in the sum.
+
+    Args:
+      scores: m arrays q_i [B,K].
+      weights: [B,m], of any sign.
+
+    Returns:
+      Σ_i w_i·q_i [B,K]; NEGATIVE where a score of weight other than 0 is not supported.
+    """
+    total, outside = jnp.zeros(()), jnp.zeros((), bool)
+    for i, q in enumerate(scores):
+        weight, inside = weights[:, i, None], is_supported(q)
+        # The product would turn log 0 into a number as large by a weight below 0, or into half of it by 0.5.
+        total = total + weight * jnp.where(inside, q, 0)
+        outside = outside | (~inside & (weight != 0))
+    return jnp.where(outside, NEGATIVE, total)
 
 
 def with_root_derivatives(root: Array, step: Callable[[Array], Array]) -> Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxalign import critics, decoding, models, policies, rewards, tree
+from jaxalign import critics, decoding, models, policies, pools, rewards, tree
 from jaxalign._builders import cached
 from tests import cases
 from tests.conftest import EOS, PROMPTS, VOCAB, needs_jit, padded
@@ -55,6 +55,14 @@ POLICIES = {
         policies.with_reference(base(), base()),
         policies.ReferenceParams(PARAMS, PARAMS),
     ),
+    "min_p": lambda: (policies.min_p(base()), policies.MinPParams(PARAMS, 0.1)),
+    "typical": lambda: (policies.typical(base()), policies.TypicalParams(PARAMS, 0.7)),
+    "mix": lambda: (policies.mix([base(), base()]), policies.PoliciesParams([PARAMS, PARAMS], jnp.ones(2))),
+    "product": lambda: (policies.product([base(), base()]), policies.PoliciesParams([PARAMS, PARAMS], jnp.ones(2))),
+    "kl_budget": lambda: (
+        policies.kl_budget(base(), critics.genarm(LM)),
+        policies.KLBudgetParams(PARAMS, PARAMS, 0.1),
+    ),
     "adapters": lambda: (policies.adapters(LM, 2), cases.stacked_adapters().params),
     "re_control": lambda: (
         policies.re_control(base(), LM.logits, policies.head_value(VALUE), num_steps=1),
@@ -77,6 +85,10 @@ CRITICS = {
     "follower": lambda: (critics.follower(FOLLOWER), Q_PARAMS),
     "from_policy": lambda: (critics.from_policy(base()), PARAMS),
     "increment_of": lambda: (critics.increment_of(critics.value(Q)), Q_PARAMS),
+    "pool": lambda: (
+        critics.pool([critics.value(Q), critics.value(Q)], pools.minimum),
+        critics.PoolParams([Q_PARAMS, Q_PARAMS]),
+    ),
     "level_of": lambda: (critics.level_of(critics.genarm(LM)), PARAMS),
     "weighted_sum": lambda: (
         critics.weighted_sum([critics.args(REWARD), critics.value(VALUE)]),

@@ -12,7 +12,7 @@ import re
 
 LISTED = (
     "shapes types policies critics rewards decoding models data shaping infalign tree training evaluation tokens text "
-    "testing prompts mdp gibbs losses advantages metrics rollout "
+    "testing prompts mdp gibbs pools losses advantages metrics rollout "
     "worlds.opinions worlds.summaries worlds.files worlds.sentiment worlds.smollm2"
 )
 HEADING = "## Every public name\n"

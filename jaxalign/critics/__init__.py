@@ -14,11 +14,13 @@ from jaxalign.critics._controlled_decoding import QHead, hidden_value, value
 from jaxalign.critics._from_policy import from_policy
 from jaxalign.critics._genarm import genarm
 from jaxalign.critics._kinds import increment_of, level_of
+from jaxalign.critics._pool import PoolParams, pool
 from jaxalign.critics._stackelberg import ShapedParams, follower, shaped_over_candidates
 from jaxalign.critics._transfer_q import TransferQParams, effective_rollouts, transfer_q
 
 __all__ = [
     "MapScoresParams",
+    "PoolParams",
     "QHead",
     "ScoreMap",
     "ShapedParams",
@@ -34,6 +36,7 @@ __all__ = [
     "level_of",
     "look_up",
     "map_scores",
+    "pool",
     "shaped_over_candidates",
     "transfer_q",
     "value",

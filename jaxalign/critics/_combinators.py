@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
+from jaxalign._arrays import add_scores, at_least_float32
 from jaxalign._builders import cached
 from jaxalign._checks import ParamsError, check_below, check_part, fields_of, is_concrete
 from jaxalign._parts import (
@@ -141,17 +141,6 @@ def _weighted_sum(critics: tuple[Critic, ...]) -> Critic:
 
     vocab_size, beta = (sizes[0] if sizes else None), (betas[0] if betas else None)
     return Critic(init, score, advance, critics[0].kind, check, vocab_size, beta)
-
-
-def add_scores(scores: Sequence[Array], weights: Array) -> Array:
-    """Σ_i w_i·q_i of scores q_i [B,K] and weights [B,m]; NEGATIVE where a score of weight other than 0 is."""
-    total, outside = jnp.zeros(()), jnp.zeros((), bool)
-    for i, q in enumerate(scores):
-        weight, inside = weights[:, i, None], is_supported(q)
-        # The product would turn log 0 into a number as large by a weight below 0, or into half of it by 0.5.
-        total = total + weight * jnp.where(inside, q, 0)
-        outside = outside | (~inside & (weight != 0))
-    return jnp.where(outside, NEGATIVE, total)
 
 
 class ScoreMap(Protocol):

@@ -9,7 +9,9 @@ Params of a builder are its NamedTuple, as TiltParams(policy, critic, beta), or 
 """
 
 from jaxalign.policies._adapters import AdaptersParams, adapters
+from jaxalign.policies._combinations import PoliciesParams, mix, product
 from jaxalign.policies._generation import Sampling, read_generation_config, with_sampling
+from jaxalign.policies._kl_budget import KLBudgetParams, kl_budget
 from jaxalign.policies._language_model import language_model
 from jaxalign.policies._re_control import (
     HiddenValue,
@@ -22,12 +24,25 @@ from jaxalign.policies._re_control import (
     re_control_expected,
 )
 from jaxalign.policies._tilt import TiltParams, tilt
-from jaxalign.policies._truncation import TemperatureParams, TopPParams, temperature, top_k, top_p
+from jaxalign.policies._truncation import (
+    MinPParams,
+    TemperatureParams,
+    TopPParams,
+    TypicalParams,
+    min_p,
+    temperature,
+    top_k,
+    top_p,
+    typical,
+)
 from jaxalign.policies._with_reference import ReferenceParams, with_reference
 
 __all__ = [
     "AdaptersParams",
     "HiddenValue",
+    "KLBudgetParams",
+    "MinPParams",
+    "PoliciesParams",
     "ReControlExpectedParams",
     "ReControlParams",
     "ReferenceParams",
@@ -35,11 +50,16 @@ __all__ = [
     "TemperatureParams",
     "TiltParams",
     "TopPParams",
+    "TypicalParams",
     "Unembed",
     "adapters",
     "head_value",
+    "kl_budget",
     "language_model",
     "linear_value",
+    "min_p",
+    "mix",
+    "product",
     "re_control",
     "re_control_expected",
     "read_generation_config",
@@ -47,6 +67,7 @@ __all__ = [
     "tilt",
     "top_k",
     "top_p",
+    "typical",
     "with_reference",
     "with_sampling",
 ]

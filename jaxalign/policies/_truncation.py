@@ -1,4 +1,4 @@
-"""Temperature, top-p and top-k of any Policy."""
+"""Temperature, top-p, top-k, min-p and locally typical tokens of any Policy."""
 
 from __future__ import annotations
 
@@ -37,13 +37,31 @@ class TopPParams(NamedTuple):
     """In (0, 1], a scalar or one per prompt [B]."""
 
 
+class MinPParams(NamedTuple):
+    """Parameters of `min_p`."""
+
+    policy: Params
+    """Those of the policy below."""
+    min_p: ArrayLike
+    """In (0, 1], a scalar or one per prompt [B]."""
+
+
+class TypicalParams(NamedTuple):
+    """Parameters of `typical`."""
+
+    policy: Params
+    """Those of the policy below."""
+    typical: ArrayLike
+    """The mass to keep, in (0, 1], a scalar or one per prompt [B]."""
+
+
 class TransformState(NamedTuple):
-    """State of `temperature` and `top_p`."""
+    """State of `temperature`, `top_p`, `min_p` and `typical`."""
 
     policy: State
     """That of the policy below."""
     value: PerPrompt
-    """[B], the temperature or the nucleus' mass of each row."""
+    """[B], the temperature, the mass or the share of each row."""
 
 
 @cached
@@ -201,6 +219,62 @@ def top_k(policy: Policy, k: int) -> Policy:
     return cut if policy.verify is None else cut._replace(verify=verify, accept=accept)
 
 
+@cached
+def min_p(policy: Policy) -> Policy:
+    """The tokens at least min_p times as probable as the most probable one, renormalised (arXiv 2407.01082; the
+    plausible tokens of contrastive decoding, arXiv 2210.15097).
+
+    params: MinPParams(policy, min_p), or a dict of these names. log_norm' = log_norm + log(kept mass).
+
+    Args:
+      policy: the policy below.
+
+    Returns:
+      A Policy.
+
+    Raises:
+      ValueError: `policy` is no Policy; on the host before tracing, a min_p outside (0, 1] or of another shape.
+    """
+
+    def apply(value: Array, output: StepOutput) -> StepOutput:
+        most = output.log_prob.max(axis=-1, keepdims=True)
+        return _truncate(output, output.log_prob >= most + jnp.log(value)[:, None])
+
+    return _per_prompt(MinPParams, policy, apply, lambda value: (value > 0) & (value <= 1), "a value in (0, 1]")
+
+
+@cached
+def typical(policy: Policy) -> Policy:
+    """The locally typical tokens (arXiv 2202.00666): in the order of |−log pi(z|s) − H(s)|, H the entropy, the shortest
+    list whose mass reaches `typical`, renormalised; of equal ones the lower ids first, never empty.
+
+    params: TypicalParams(policy, typical), or a dict of these names. log_norm' = log_norm + log(kept mass).
+
+    Args:
+      policy: the policy below.
+
+    Returns:
+      A Policy.
+
+    Raises:
+      ValueError: `policy` is no Policy; on the host before tracing, a mass outside (0, 1] or of another shape.
+    """
+
+    def apply(value: Array, output: StepOutput) -> StepOutput:
+        log_prob = jax.lax.stop_gradient(output.log_prob)
+        inside = is_supported(log_prob)
+        surprise = jnp.where(inside, -log_prob, 0)
+        entropy = (jnp.where(inside, jnp.exp(-surprise), 0) * surprise).sum(axis=-1, keepdims=True)
+        order = jnp.argsort(jnp.where(inside, jnp.abs(surprise - entropy), jnp.inf), axis=-1, stable=True)
+        mass = jnp.exp(jnp.take_along_axis(log_prob, order, axis=-1))
+        kept = (jnp.cumsum(mass, axis=-1) - mass < value[:, None]).at[:, 0].set(True)
+        keep = jax.vmap(lambda index, row: jnp.zeros(row.shape, bool).at[index].set(row))(order, kept)
+        # The whole mass may round to less than 1, and to more before the last token.
+        return _truncate(output, inside & (keep | (value >= 1)[:, None]))
+
+    return _per_prompt(TypicalParams, policy, apply, lambda value: (value > 0) & (value <= 1), "a value in (0, 1]")
+
+
 def _truncate(output: StepOutput, keep: Array) -> StepOutput:
     """Keeps the tokens of `keep` [B,V] and renormalises; the kept mass enters log_norm."""
     log_kept = jax.nn.logsumexp(jnp.where(keep, output.log_prob, NEGATIVE), axis=-1)
@@ -209,7 +283,7 @@ def _truncate(output: StepOutput, keep: Array) -> StepOutput:
 
 
 def _per_prompt(
-    fields: type[TemperatureParams] | type[TopPParams],
+    fields: type[TemperatureParams] | type[TopPParams] | type[MinPParams] | type[TypicalParams],
     policy: Policy,
     apply: Callable[[Array, StepOutput], StepOutput],
     valid: Callable[[np.ndarray], np.ndarray],

@@ -6,7 +6,7 @@ text or numpy arrays, `combinators` of other Rewards, `specs` of what a command 
 is checked where it is traced.
 """
 
-from jaxalign.rewards.combinators import RewardMap, calibrated, map_reward, shaped, weighted_sum
+from jaxalign.rewards.combinators import RewardMap, calibrated, map_reward, pool, shaped, weighted_sum
 from jaxalign.rewards.folders import (
     Reader,
     base_tokens,
@@ -18,7 +18,15 @@ from jaxalign.rewards.folders import (
     template_tail,
 )
 from jaxalign.rewards.models import TokenGradient, from_model, log_likelihood, token_gradient
-from jaxalign.rewards.params import CalibratedParams, LabelParams, MapParams, ShapedParams, WeightedSumParams
+from jaxalign.rewards.params import (
+    CalibratedParams,
+    LabelParams,
+    MapParams,
+    PoolParams,
+    ShapedParams,
+    WeightedSumParams,
+)
+from jaxalign.rewards.policies import from_policy
 from jaxalign.rewards.programs import from_numpy, from_text
 from jaxalign.rewards.specs import (
     Term,
@@ -37,6 +45,7 @@ __all__ = [
     "CalibratedParams",
     "LabelParams",
     "MapParams",
+    "PoolParams",
     "Reader",
     "RewardMap",
     "ShapedParams",
@@ -52,6 +61,7 @@ __all__ = [
     "compiled",
     "from_model",
     "from_numpy",
+    "from_policy",
     "from_text",
     "is_program",
     "log_likelihood",
@@ -61,6 +71,7 @@ __all__ = [
     "own_reading",
     "own_texts",
     "parse_reward",
+    "pool",
     "program",
     "program_files",
     "reader_of",

@@ -12,11 +12,13 @@ import numpy as np
 from jaxalign import infalign, shaping
 from jaxalign._arrays import at_least_float32, look_up
 from jaxalign._builders import cached
-from jaxalign._checks import fields_of, is_concrete, run_check
+from jaxalign._checks import ParamsError, fields_of, is_concrete, run_check
+from jaxalign._parts import check_function_argument
 from jaxalign._tables import check_index
+from jaxalign.pools import MemberPool
 from jaxalign.prompts import prompt_index
 from jaxalign.rewards import prefixes
-from jaxalign.rewards.params import CalibratedParams, MapParams, ShapedParams, WeightedSumParams
+from jaxalign.rewards.params import CalibratedParams, MapParams, PoolParams, ShapedParams, WeightedSumParams
 from jaxalign.rewards.values import call_reward, check_values, compiled, on_host
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
 from jaxalign.types import Array, ArrayLike, CheckedReward, HostCheck, Params, Reward, TokenBatch
@@ -93,6 +95,59 @@ def _weighted_sum(rewards: tuple[Reward, ...]) -> Reward:
             run_check(_check_of(r), p, prompts, max_new_tokens, f"['rewards'][{i}]")
 
     kept = None if host else prefixes.combined_prefix(rewards, lambda params: read(params)[0], add)
+    return CheckedReward(reward, check, vocab_size, kept, host)
+
+
+def pool(rewards: Sequence[Reward], f: MemberPool) -> Reward:
+    """Builds a function of several rewards, r = f(pool_params, r [N,m], index [N]).
+
+    `jaxalign.pools` has functions for it: minimum, lower_bound, soft_minimum.
+
+    Args:
+      rewards: m >= 1 Rewards over one vocabulary.
+      f: f(pool_params, r [N,m], index [N]) -> [N]. Defined once, it is traced once.
+
+    Returns:
+      A Reward with `PoolParams`.
+
+    Raises:
+      ValueError: no rewards, or vocabularies that differ; when it is used, params that are not one per reward, or an f
+        that returns anything but one real number per text.
+    """
+    return _pool(tuple(rewards), f)
+
+
+@cached
+def _pool(rewards: tuple[Reward, ...], f: MemberPool) -> Reward:
+    if not rewards:
+        raise ValueError("rewards: expected at least one reward, found none")
+    check_function_argument("f", f)
+    vocab_size = _vocab_size(rewards)
+    host = any(on_host(r) for r in rewards)
+    parts = tuple(compiled(r) for r in rewards) if host else rewards
+
+    def read(params: Params) -> PoolParams:
+        given = fields_of(params, PoolParams)
+        if not isinstance(given.rewards, Sequence) or len(given.rewards) != len(rewards):
+            found = len(given.rewards) if isinstance(given.rewards, Sequence) else type(given.rewards).__name__
+            raise ParamsError(f"expected parameters of {len(rewards)} rewards, found {found}", "['rewards']")
+        return given
+
+    def reward(
+        params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
+    ) -> RewardValues:
+        each = read(params).rewards
+        found = [call_reward(r, p, tokens, mask, prompt_length, index) for r, p in zip(parts, each, strict=True)]
+        return together(params, jnp.stack(found), index)
+
+    def together(params: Params, values: Array, index: TextIndex) -> RewardValues:
+        return check_values(f(read(params).pool, values.T, index), values.shape[1:], function=f)
+
+    def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        for i, (r, p) in enumerate(zip(rewards, read(params).rewards, strict=True)):
+            run_check(_check_of(r), p, prompts, max_new_tokens, f"['rewards'][{i}]")
+
+    kept = None if host else prefixes.combined_prefix(rewards, lambda params: read(params).rewards, together)
     return CheckedReward(reward, check, vocab_size, kept, host)
 
 

@@ -26,6 +26,15 @@ class WeightedSumParams(NamedTuple):
     """[m], a weight per reward."""
 
 
+class PoolParams(NamedTuple):
+    """Parameters of `pool`."""
+
+    rewards: Sequence[Params]
+    """The parameters of each reward."""
+    pool: Params = None
+    """Those of the function."""
+
+
 class MapParams(NamedTuple):
     """Parameters of `map_reward`, `calibrated` and `shaped`."""
 

@@ -232,8 +232,9 @@ def mirrored(params: Params, prompts: Prompts) -> Prompts:
     for name in ("policy", "critic", "reference", "baseline", "reward", "baseline_reward"):
         if name in entries:
             found[name] = mirrored(entries[name], prompts)
-    if "critics" in entries:
-        found["critics"] = [mirrored(part, prompts) for part in entries["critics"]]
+    for name in ("critics", "policies"):
+        if name in entries:
+            found[name] = [mirrored(part, prompts) for part in entries[name]]
     if "adapters" in entries:
         found["adapters"] = [prompts] * len(jax.tree.leaves(entries["adapters"])[0])
     return found or prompts
