@@ -84,6 +84,11 @@ def split(tree: Any, batch: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(batch, -1, *x.shape[1:]), tree)
 
 
+def merged_candidates(candidates: Array | None) -> Array | None:
+    """`merged` of candidates [B,S,K], or None."""
+    return None if candidates is None else merged(candidates)
+
+
 def first_tokens(mask: Array, count: Array) -> Array:
     """[B,S] bool: the first count [B] of the real tokens of mask [B,S], which stand in front."""
     return mask & (jnp.arange(mask.shape[1]) < count[:, None])
@@ -173,7 +178,7 @@ def verify_critic(
     if critic.verify is None:
         return _score_through(critic, params, rng, state, outputs, candidates, jnp.where(mask, choices, -1))
     name = f"critic.verify ({called(critic.verify)})"
-    found = critic.verify(params, rng, state, outputs, candidates, tokens, mask)
+    found = critic.verify(params, rng, state, outputs, candidates, tokens, mask, choices)
     q, proposal = pair(name, found, "(q, proposal)")
     shape = outputs.log_prob.shape if candidates is None else candidates.shape
     if jnp.shape(q) != shape:

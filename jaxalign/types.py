@@ -212,7 +212,8 @@ class CriticAdvance(Protocol):
 class CriticVerify(Protocol):
     """Moves along the next tokens [B,S] of each row and scores candidates [B,S,K] (None: the whole vocabulary) after
     each: (q [B,S,K], proposal). state: the proposal of `score` before the first of them. outputs: StepOutput of the
-    policy that is tilted, leaves [B,S,...]. mask [B,S]: real tokens, which stand in front. rng is consumed."""
+    policy that is tilted, leaves [B,S,...]. mask [B,S]: real tokens, which stand in front. choices [B,S]: the place of
+    each token among the candidates before it, as `advance` takes it; -1 for none. rng is consumed."""
 
     def __call__(
         self,
@@ -223,6 +224,7 @@ class CriticVerify(Protocol):
         candidates: Array | None,
         tokens: Array,
         mask: Array,
+        choices: Array,
     ) -> tuple[Array, State]: ...
 
 
@@ -258,8 +260,8 @@ class Critic(_CriticFields):
       vocab_size: V, compared with the policy's; None: unknown.
       beta: the only KL weight that `tilt` may divide this score by, None for any; a critic that gives log weights has
         1.
-      verify: verify(params, rng, state, outputs, candidates [B,S,K] | None, tokens [B,S], mask [B,S]) ->
-        (q [B,S,K], proposal): scores after many tokens in one pass, for `decoding.speculative`; None: one after the
+      verify: verify(params, rng, state, outputs, candidates [B,S,K] | None, tokens [B,S], mask [B,S], choices [B,S])
+        -> (q [B,S,K], proposal): scores after many tokens in one pass, for `decoding.speculative`; None: one after the
         other.
       accept: accept(params, proposal, count [B]) -> the proposal of `score`, with `verify`.
 

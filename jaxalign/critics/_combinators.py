@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._arrays import add_scores, at_least_float32
+from jaxalign._blocks import accept_critic, merged, merged_candidates, split, verify_critic
 from jaxalign._builders import cached
 from jaxalign._checks import ParamsError, check_below, check_part, fields_of, is_concrete
 from jaxalign._parts import (
@@ -139,8 +140,38 @@ def _weighted_sum(critics: tuple[Critic, ...]) -> Critic:
         for i, critic in enumerate(critics):
             check_below(critic, params.critics[i], prompts_at(prompts, i), max_new_tokens, f"['critics'][{i}]")
 
+    def verify(
+        params: Params,
+        rng: Array,
+        state: WeightedSumState,
+        outputs: StepOutput,
+        candidates: Array | None,
+        tokens: Array,
+        mask: Array,
+        choices: Array,
+    ) -> tuple[Array, State]:
+        params, keys = fields(params), jax.random.split(rng, len(critics))
+        scored = [
+            verify_critic(
+                critic, params.critics[i], keys[i], state.critics[i], outputs, candidates, tokens, mask, choices
+            )
+            for i, critic in enumerate(critics)
+        ]
+        weights = jnp.repeat(state.weights, tokens.shape[1], axis=0)
+        q = add_scores([at_least_float32(merged(q)) for q, _ in scored], weights)
+        return split(q, tokens.shape[0]), state._replace(critics=tuple(proposal for _, proposal in scored))
+
+    def accept(params: Params, proposal: WeightedSumState, count: Array) -> State:
+        params = fields(params)
+        proposals = tuple(
+            accept_critic(critic, params.critics[i], proposal.critics[i], count) for i, critic in enumerate(critics)
+        )
+        return proposal._replace(critics=proposals)
+
     vocab_size, beta = (sizes[0] if sizes else None), (betas[0] if betas else None)
-    return Critic(init, score, advance, critics[0].kind, check, vocab_size, beta)
+    total = Critic(init, score, advance, critics[0].kind, check, vocab_size, beta)
+    blocks = any(critic.verify is not None for critic in critics)
+    return total._replace(verify=verify, accept=accept) if blocks else total
 
 
 class ScoreMap(Protocol):
@@ -211,4 +242,29 @@ def map_scores(critic: Critic, f: ScoreMap) -> Critic:
         fields_of(params, MapScoresParams)
         check_part(critic, params, prompts, max_new_tokens, "critic")
 
-    return Critic(init, score, advance, critic.kind, check, critic.vocab_size)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: MapScoresState,
+        outputs: StepOutput,
+        candidates: Array | None,
+        tokens: Array,
+        mask: Array,
+        choices: Array,
+    ) -> tuple[Array, State]:
+        params = fields_of(params, MapScoresParams)
+        q, proposal = verify_critic(
+            critic, params.critic, rng, state.critic, outputs, candidates, tokens, mask, choices
+        )
+        q = merged(at_least_float32(q))
+        log_prob = gather(merged(outputs.log_prob), merged_candidates(candidates))
+        mapped = f(params.map, q, log_prob, jnp.repeat(state.index, tokens.shape[1]))
+        check_array(f"map_scores: f ({called(f)})", mapped, q.shape, "one score per row and candidate")
+        return split(mapped, tokens.shape[0]), state._replace(critic=proposal)
+
+    def accept(params: Params, proposal: MapScoresState, count: Array) -> State:
+        critic_params = fields_of(params, MapScoresParams).critic
+        return proposal._replace(critic=accept_critic(critic, critic_params, proposal.critic, count))
+
+    mapped_critic = Critic(init, score, advance, critic.kind, check, critic.vocab_size)
+    return mapped_critic if critic.verify is None else mapped_critic._replace(verify=verify, accept=accept)

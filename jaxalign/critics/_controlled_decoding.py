@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from jaxalign._arrays import at_least_float32
-from jaxalign._blocks import merged, split
+from jaxalign._blocks import merged, merged_candidates, split
 from jaxalign._builders import cached
 from jaxalign._parts import called, check_array, check_function_argument, check_model
 from jaxalign.critics._model_critics import candidate_critic, gather, vocabulary_critic
@@ -92,9 +92,10 @@ def hidden_value(head: QHead, *, vocab_size: int | None = None) -> Critic:
         candidates: Array | None,
         tokens: Array,
         mask: Array,
+        choices: Array,
     ) -> tuple[Array, State]:
-        offered = None if candidates is None else merged(candidates)
-        q, proposal = score(params, rng, state, merged(outputs), offered)  # each output says all of its state
+        # Each output says all of its state.
+        q, proposal = score(params, rng, state, merged(outputs), merged_candidates(candidates))
         return split(q, tokens.shape[0]), proposal
 
     def accept(params: Params, proposal: State, count: Array) -> State:

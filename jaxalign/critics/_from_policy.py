@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import where_rows
+from jaxalign._blocks import accept_policy, at, joined, verify_policy
 from jaxalign._builders import cached
 from jaxalign._parts import check_policy_argument, start_policy, step_policy
 from jaxalign.critics._model_critics import chosen_token, gather
@@ -71,4 +72,27 @@ def from_policy(policy: Policy) -> Critic:
         token = chosen_token(proposal.candidates, choice).astype(proposal.pending.dtype)
         return proposal._replace(pending=token, candidates=None)
 
-    return Critic(init, score, advance, "increment", policy.check, policy.vocab_size)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: FromPolicyState,
+        outputs: StepOutput,
+        candidates: Array | None,
+        tokens: Array,
+        mask: Array,
+        choices: Array,
+    ) -> tuple[Array, State]:
+        del outputs, choices
+        # A proposal has no token pending: `score` has read it.
+        found, inner = verify_policy(policy, params, rng, state.policy, tokens, mask)
+        log_prob = joined(state.log_prob, found.log_prob)
+        offered = None if candidates is None else joined(state.candidates, candidates)
+        return gather(found.log_prob, candidates), FromPolicyState(inner, log_prob, state.pending, offered)
+
+    def accept(params: Params, proposal: FromPolicyState, count: Array) -> State:
+        inner = accept_policy(policy, params, proposal.policy, count)
+        log_prob, candidates = at((proposal.log_prob, proposal.candidates), count)
+        return FromPolicyState(inner, log_prob, proposal.pending, candidates)
+
+    critic = Critic(init, score, advance, "increment", policy.check, policy.vocab_size)
+    return critic if policy.verify is None else critic._replace(verify=verify, accept=accept)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
+from jaxalign._blocks import accept_critic, at, joined, verify_critic
 from jaxalign._builders import cached
 from jaxalign._parts import advance_critic, check_critic_argument, score_critic, start_critic
 from jaxalign.prompts import any_prompts
@@ -93,5 +94,28 @@ def _other_kind(critic: Critic, kind: CriticKind) -> Critic:
         state = advance_critic(critic, params, proposal.critic, choice)
         return KindState(state, jnp.where(moves, chosen, proposal.text).astype(proposal.text.dtype))
 
+    def verify(
+        params: Params,
+        rng: Array,
+        state: KindState,
+        outputs: StepOutput,
+        candidates: Array | None,
+        tokens: Array,
+        mask: Array,
+        choices: Array,
+    ) -> tuple[Array, State]:
+        q, inner = verify_critic(critic, params, rng, state.critic, outputs, candidates, tokens, mask, choices)
+        q = at_least_float32(q)
+        before = joined(state.next, q)[:, :-1]  # of the text with each candidate, or what each adds to it
+        chosen = jnp.take_along_axis(before, jnp.maximum(choices, 0)[..., None], axis=-1)[..., 0]
+        text = joined(state.text, chosen if kind == "level" else jnp.cumsum(chosen, axis=1))
+        other = jnp.where(is_supported(q), q + sign * text[:, 1:, None], NEGATIVE).astype(q.dtype)
+        return other, KindState(inner, text, joined(state.next, q if kind == "level" else other))
+
+    def accept(params: Params, proposal: KindState, count: Array) -> State:
+        text, following = at((proposal.text, proposal.next), count)
+        return KindState(accept_critic(critic, params, proposal.critic, count), text, following)
+
     other_kind: CriticKind = "increment" if kind == "level" else "level"
-    return Critic(init, score, advance, other_kind, critic.check, critic.vocab_size, critic.beta)
+    other = Critic(init, score, advance, other_kind, critic.check, critic.vocab_size, critic.beta)
+    return other if critic.verify is None else other._replace(verify=verify, accept=accept)

@@ -244,8 +244,9 @@ def vocabulary_critic(
         candidates: Array | None,
         tokens: Array,
         mask: Array,
+        choices: Array,
     ) -> tuple[Array, State]:
-        del rng, outputs
+        del rng, outputs, choices
         hidden, block = read_block(cast(BlockModel, lm), params, state.cache, tokens, mask)
         q = table(params, hidden)
         return gather(q, candidates), VerifiedCritic(

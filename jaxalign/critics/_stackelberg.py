@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxalign import models, shaping
 from jaxalign._arrays import at_least_float32, per_row
+from jaxalign._blocks import accept_critic, merged, merged_candidates, split, verify_critic
 from jaxalign._builders import cached
 from jaxalign._checks import check_part, check_positive, fields_of
 from jaxalign._parts import advance_critic, check_critic_argument, check_model, score_critic, start_critic
@@ -139,4 +140,27 @@ def shaped_over_candidates(
         per_row(bound, prompt_index(prompts).shape[0], name="bound")
         check_part(critic, params, prompts, max_new_tokens, "critic")
 
-    return Critic(init, score, advance, critic.kind, check, critic.vocab_size)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: ShapedState,
+        outputs: StepOutput,
+        candidates: Array | None,
+        tokens: Array,
+        mask: Array,
+        choices: Array,
+    ) -> tuple[Array, State]:
+        critic_params = fields_of(params, ShapedParams).critic
+        q, proposal = verify_critic(
+            critic, critic_params, rng, state.critic, outputs, candidates, tokens, mask, choices
+        )
+        log_prob = gather(merged(outputs.log_prob), merged_candidates(candidates))
+        q = shape(jnp.repeat(state.bound, tokens.shape[1]), merged(at_least_float32(q)), log_prob)
+        return split(q, tokens.shape[0]), ShapedState(proposal, state.bound)
+
+    def accept(params: Params, proposal: ShapedState, count: Array) -> State:
+        critic_params = fields_of(params, ShapedParams).critic
+        return proposal._replace(critic=accept_critic(critic, critic_params, proposal.critic, count))
+
+    shaped = Critic(init, score, advance, critic.kind, check, critic.vocab_size)
+    return shaped if critic.verify is None else shaped._replace(verify=verify, accept=accept)

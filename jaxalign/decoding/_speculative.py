@@ -49,7 +49,7 @@ class SpeculativeInfo(NamedTuple):
     accepted: Array
     """[B], those of them that are in the response."""
     accept_rate: Array
-    """[B], accepted/drafted; NaN where nothing was drafted."""
+    """[B], accepted/drafted; 0 where nothing was drafted."""
 
 
 def speculative(
@@ -200,22 +200,23 @@ def _speculative(
     zeros = jnp.zeros_like(index, jnp.int32)
     state, first = start_policy(task.target, params["target"], begin, prompts["target"], steps)
     first = first._replace(hidden=None)
+    coins = _coins(draws, index, steps)
     records = rollout.no_records((index.shape[0], steps), first.log_prob.dtype)
     carry = _Carry(zeros[0], state, None, zeros - 1, zeros, zeros > 0, records, zeros, zeros, zeros)
     if task.below:  # what the policy below said of the first token is not kept: it is drawn from the target
         first_draft = None
-        token = rollout.draw(first.log_prob, _uniform(draws, _OTHER, index, zeros))
+        token = rollout.draw(first.log_prob, coins[_OTHER, :, 0])
         carry = _written(task, carry, split(first, index.shape[0]), token[:, None], zeros, zeros < 1)
     else:
         state, output = start_policy(task.draft, params["draft"], beside, prompts["draft"], steps)
         carry, first_draft = carry._replace(draft=state), output.log_prob
 
     def body(carry: _Carry) -> _Carry:
-        return _round(task, params, carry, index, draws, jax.random.fold_in(moves, carry.round), first, first_draft)
+        return _round(task, params, carry, coins, jax.random.fold_in(moves, carry.round), first, first_draft)
 
     carry = jax.lax.while_loop(lambda carry: _live(task, carry).any(), body, carry)
     completions = Completions(**carry.records, finished=carry.finished, truncated=~carry.finished)
-    rate = jnp.where(carry.drafted > 0, carry.accepted / jnp.maximum(carry.drafted, 1), jnp.nan)
+    rate = carry.accepted / jnp.maximum(carry.drafted, 1)
     return completions, SpeculativeInfo(carry.rounds, carry.drafted, carry.accepted, rate)
 
 
@@ -223,23 +224,29 @@ def _live(task: _Task, carry: _Carry) -> Array:
     return ~carry.finished & (carry.length < task.max_new_tokens)
 
 
-def _uniform(draws: Array, purpose: int, index: Array, position: Array) -> Array:
-    """One number for each row, of its prompt's stream, by position [B] and purpose, whatever the other rows do. A
-    number serves twice where a draft's token was discarded, which earlier positions alone decide."""
-    key = jax.random.fold_in(draws, purpose)
+def _coins(rng: Array, index: Array, steps: int) -> Array:
+    """Uniform numbers [purpose,B,T]: one for each purpose and position of a row, of its prompt's stream, whatever the
+    other rows do. One serves twice where a draft's token was discarded, which earlier positions alone decide."""
 
-    def one(row: Array, place: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), place))
+    def one(purpose: Array, row: Array, place: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(rng, purpose), row), place)
+        return jax.random.uniform(key)
 
-    return jax.vmap(one)(index, position)
+    over_rows = jax.vmap(jax.vmap(one, in_axes=(None, None, 0)), in_axes=(None, 0, None))
+    return jax.vmap(over_rows, in_axes=(0, None, None))(jnp.arange(3), index, jnp.arange(steps))
+
+
+def _coin(coins: Array, position: Array) -> Array:
+    """coins [B,T] at positions [B,...]; those past the end are arbitrary."""
+    rows = jnp.arange(coins.shape[0]).reshape(-1, *(1,) * (position.ndim - 1))
+    return coins[rows, jnp.minimum(position, coins.shape[1] - 1)]
 
 
 def _round(
     task: _Task,
     params: dict[str, Params],
     carry: _Carry,
-    index: Array,
-    draws: Array,
+    coins: Array,
     rng: Array,
     first: StepOutput,
     first_draft: Array | None,
@@ -247,7 +254,7 @@ def _round(
     """Drafts, verifies, accepts. first, first_draft: what target and draft say of the first token."""
     one, two = jax.random.split(rng)
     live, fresh = _live(task, carry), carry.pending < 0
-    drafted, walk = _draft(task, params, carry, index, draws, one, first_draft)
+    drafted, walk = _draft(task, params, carry, coins[_DRAFT], one, first_draft)
 
     def in_front(tree: State) -> State:
         """Leaves [B,S,...] without their first entry in rows that have no pending token, so that a row's real tokens
@@ -267,14 +274,13 @@ def _round(
     drawn, place = drafted.tokens >= 0, jnp.arange(drafted.tokens.shape[1])
     position = carry.length[:, None] + place
     ratio = log_accept(_at_token(before.log_prob, drafted.tokens), _at_token(drafted.log_prob, drafted.tokens))
-    coins = jax.vmap(functools.partial(_uniform, draws, _ACCEPT, index), in_axes=1, out_axes=1)(position)
-    passed = drawn & (jnp.log(coins) < ratio)
+    passed = drawn & (jnp.log(_coin(coins[_ACCEPT], position)) < ratio)
     accepted = jnp.cumprod(passed, axis=1).sum(axis=1, dtype=jnp.int32)
     drafts = drawn.sum(axis=1, dtype=jnp.int32)
     refused = accepted < drafts
     law, law_draft = at((before.log_prob, drafted.log_prob), accepted)
     law = jnp.where(refused[:, None], log_residual(law, law_draft), law)
-    other = rollout.draw(law, _uniform(draws, _OTHER, index, carry.length + accepted))
+    other = rollout.draw(law, _coin(coins[_OTHER], carry.length + accepted))
     tokens = jnp.where(place == accepted[:, None], other[:, None], drafted.tokens)
     moved = _written(task, carry, before, tokens, accepted, live)
 
@@ -295,8 +301,7 @@ def _draft(
     task: _Task,
     params: dict[str, Params],
     carry: _Carry,
-    index: Array,
-    draws: Array,
+    coins: Array,
     rng: Array,
     first_draft: Array | None,
 ) -> tuple[_Drafted, Walk]:
@@ -314,7 +319,7 @@ def _draft(
             log_prob = jnp.where(((carry.pending < 0) & (number == 0))[:, None], first_draft, log_prob)
         position = carry.length + number
         going &= (number < task.draft_tokens) & (position < task.max_new_tokens)
-        proposed = jnp.where(going, rollout.draw(log_prob, _uniform(draws, _DRAFT, index, position)), -1)
+        proposed = jnp.where(going, rollout.draw(log_prob, _coin(coins, position)), -1)
         # Nothing is read behind an end or the last token.
         going &= ~rollout.is_eos(proposed, task.eos_ids) & (position < task.max_new_tokens - 1)
         found = _Drafted(proposed, log_prob, token, output if task.below else None)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxalign import models
 from jaxalign._arrays import at_least_float32, is_supported, per_row, where_rows
+from jaxalign._blocks import accept_policy, merged, split, verify_policy
 from jaxalign._builders import cached
 from jaxalign._checks import check_count, check_part, fields_of, is_concrete
 from jaxalign._parts import (
@@ -162,7 +163,25 @@ def re_control(
         _check_step_size(fields_of(params, ReControlParams).step_size, prompts)
         check_part(policy, params, prompts, max_new_tokens, "policy")
 
-    return Policy(init, step, None, check, policy.vocab_size, policy.eos_ids)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: ReControlState,
+        tokens: Array,
+        mask: Array,
+        below: tuple[StepOutput, State] | None = None,
+    ) -> tuple[StepOutput, State]:
+        params = fields_of(params, ReControlParams)
+        outputs, inner = verify_policy(policy, params.policy, rng, state.policy, tokens, mask, below)
+        edited = output_of(params, jnp.repeat(state.step_size, tokens.shape[1]), merged(outputs))
+        return split(edited, tokens.shape[0]), state._replace(policy=inner)
+
+    def accept(params: Params, proposal: ReControlState, count: Array) -> State:
+        params = fields_of(params, ReControlParams)
+        return proposal._replace(policy=accept_policy(policy, params.policy, proposal.policy, count))
+
+    edited_policy = Policy(init, step, None, check, policy.vocab_size, policy.eos_ids)
+    return edited_policy if policy.verify is None else edited_policy._replace(verify=verify, accept=accept)
 
 
 @cached
