@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ def _sampled(
     of a tilt of the base."""
 
     policy = policies.with_sampling(policy, setting.sampling)
+    draft = None if setting.draft == "below" and policy.below is None else setting.draft
+    if draft is not None:
+        return _through_draft(setting, name, beta, policy, params, cost, draft)
     kl = decoding.surprisal if setting.greedy else decoding.sum_of_steps
 
     def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
@@ -50,6 +53,41 @@ def _sampled(
     check = functools.partial(_check, policy, params, setting.options.max_new_tokens)
     forwards: Forwards = lambda prompt, length, info: length * cost(prompt, length)  # noqa: E731
     return Method(name, beta, draw, check, policy, forwards, stepwise=stepwise)
+
+
+def _through_draft(
+    setting: Setting,
+    name: str,
+    beta: float | None,
+    policy: Policy,
+    params: Params,
+    cost: Callable[[int, int], float],
+    draft: tuple[Policy, Params] | Literal["below"],
+) -> Method:
+    """Ancestral sampling through a draft: the same law, and other draws."""
+    if policy.verify is None:
+        raise ValueError(
+            f"draft: expected methods that read several tokens in one pass, found {name}, which would be slower "
+            "(frequencies that depend on the text's length)"
+        )
+    tokens, most = setting.options.draft_tokens, setting.options.max_new_tokens
+    proposes, own = (draft, None) if draft == "below" else draft
+    both = {"target": params} if draft == "below" else {"target": params, "draft": own}
+
+    def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
+        found = decoding.speculative(policy, proposes, both, rng, prompts, draft_tokens=tokens, **setting.limits)
+        return found._replace(kl=decoding.surprisal(found.completions)) if setting.greedy else found
+
+    def check(prompts: TokenBatch, /) -> None:
+        _check(policy, params, most, prompts)
+        if isinstance(proposes, Policy):
+            _check(proposes, own, most, prompts)
+
+    def forwards(prompt: int, length: int, info: Mapping[str, float], /) -> float:
+        # A round reads G + 1 tokens with the target and steps the draft as often; a base that drafts is not read again.
+        return info["rounds"] * (tokens + 1) * (cost(prompt, length) + (draft != "below"))
+
+    return Method(name, beta, draw, check, (policy, proposes, tokens), forwards)
 
 
 def _of_base(
@@ -76,6 +114,11 @@ def _policy(setting: Setting, spec: Spec) -> list[Method]:
 def _tilt(setting: Setting, spec: Spec) -> list[Method]:
     """A tilt of the base at each beta: one Policy, so one trace."""
     part = summed(setting, spec.terms)
+    if setting.draft is not None and part.critic.verify is None:
+        raise ValueError(
+            f"draft: expected critics that score every token at once (genarm, Q heads), found {spec.name}, which reads "
+            "one token at a time and would be slower"
+        )
     policy, params_at, cost = tilt(setting, part)
     betas = spec.strengths or (trained_beta(setting, spec.terms),)
     out = []

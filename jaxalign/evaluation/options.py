@@ -57,6 +57,12 @@ class ResponseOptions:
     generation_config: bool = False
     """Draw as the base's generation_config.json says (temperature, top_k, top_p; do_sample false is greedy), in place
     of --temperature, in every method; ggro stays greedy."""
+    draft: str = ""
+    """Folder of a small language model over the base's tokens that proposes tokens, which base, policy and critics that
+    score every token at once (genarm, Q heads) verify: the law is theirs, and decoding is faster where the two agree.
+    "below": the base itself, for critics. "": none."""
+    draft_tokens: int = 4
+    """Tokens that the draft proposes at a time."""
     batch_size: int = 16
     """Prompts decoded together."""
     seed: int = 0
@@ -97,6 +103,7 @@ AT_LEAST = {
     "num_samples": 1,
     "max_tries": 1,
     "max_new_tokens": 1,
+    "draft_tokens": 1,
     "batch_size": 1,
     "lookahead": 0,
     "top_k": 0,

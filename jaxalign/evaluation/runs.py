@@ -48,11 +48,15 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     sources = [prompt.source for prompt in prompts]
     reader = rewards.reader_of(format_of(options.text, tokenizer), None, sources, turns=chats.prompt_chat)
     folders = {"model": options.model} | loading.over_base_tokens(reader, scored)
+    if options.draft not in ("", "below"):
+        folders["draft"] = options.draft
     for spec in specs:
         folders |= spec.folders
     loaded = loading.load(folders, tokenizer, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
     base, params = loaded["model"]
     check_language_model("model", base, options.model)
+    if "draft" in loaded:
+        check_language_model("draft", loaded["draft"][0], options.draft)
     base = models.with_eos(base, ending_ids(options.text, tokenizer, base.eos_ids, sources))
     loaded["model"] = base, params
     _check_sampling(options, specs, base)
@@ -152,6 +156,14 @@ def check(options: DecodeOptions) -> list[Spec]:
             raise ValueError(f"temperature: expected one > 0 for {spec.text}, whose greedy draws are equal, found 0")
         if KINDS[spec.kind].draws == "untempered" and options.temperature != 1:
             raise ValueError(f"temperature: expected 1 for {spec.text}, found {options.temperature}")
+        if options.draft and "draft" not in spec.reads:
+            raise ValueError(
+                f"draft: expected methods that sample from one policy (base, policy:DIR, critics), found {spec.text}"
+            )
+        if options.draft == "below" and spec.kind == "policy":
+            raise ValueError(f'draft: expected a folder for {spec.text}, which is no tilt of the base, found "below"')
+    if options.draft == "below" and (options.temperature != 1 or options.generation_config):
+        raise ValueError('draft: expected a folder beside --temperature and --generation-config, found "below"')
     slugs = [spec.slug for spec in specs]
     if len(set(slugs)) < len(slugs):
         raise ValueError(f"method: expected folders of different names for each kind, found {options.method}")
@@ -210,6 +222,8 @@ def _decode(
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(ResponseOptions) if f.name not in unread}
     # Not the prompts: their texts are compared with those of the responses.
     inputs = [options.model, *spec.folders.values()]
+    if options.draft not in ("", "below") and "draft" in spec.reads:
+        inputs.append(options.draft)
     for name, value in (("reward", options.reward), ("gold", options.gold)):
         inputs += rewards.reward_inputs(value, name=name)
     # Responses and their numbers belong to the code as it was.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,14 @@ class Setting(NamedTuple):
     def proposal(self) -> Policy:
         """The base as responses are drawn from it, which decoders with several draws take."""
         return policies.with_sampling(self.base, self.sampling)
+
+    @property
+    def draft(self) -> tuple[Policy, Params] | Literal["below"] | None:
+        """What proposes tokens, and its parameters; "below": the base of a tilt; None: nothing."""
+        if self.options.draft in ("", "below"):
+            return "below" if self.options.draft else None
+        lm, params = self.loaded["draft"]
+        return policies.with_sampling(policies.language_model(lm), self.sampling), params
 
     @property
     def greedy(self) -> bool:

@@ -31,9 +31,9 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
-    "base": Kind("nothing", "none"),
-    "policy": Kind("folder", "none"),
-    "tilt": Kind("critics", "beta", ("top_k",)),
+    "base": Kind("nothing", "none", ("draft", "draft_tokens")),
+    "policy": Kind("folder", "none", ("draft", "draft_tokens")),
+    "tilt": Kind("critics", "beta", ("top_k", "draft", "draft_tokens")),
     "best_of_n": Kind("nothing", "choice", needs_reward=True, draws="several"),
     "blockwise": Kind("critics", "choice", ("block_size",), draws="several"),
     "re_control": Kind("folder", "beta", ("gradient_steps",)),
