@@ -64,7 +64,8 @@ def make_run(root: pathlib.Path, *, gold=True) -> pathlib.Path:
     make_method(decode / "genarm_arm", genarm)
     best = [record(f"best_of_{k}", None, i, **scores(0.2 * k, 0.3 * k, kl=0.3 * k)) for k in (2, 4) for i in n]
     make_method(decode / "best_of_n", best)
-    make_method(decode / "own", [record(f"mine:{IMAGE}", 2.0, i, **scores(0.3, 0.2, kl=0.5)) for i in n])
+    own = [record(f"mine:{IMAGE}", 2.0, i, **scores(0.2, 0.2, kl=0.5)) for i in n]  # a tie with the base at 2
+    make_method(decode / "own", own, prompts=IMAGE)
     write_lines(
         root / "sft/metrics.jsonl", [{"step": k, "loss": 5 / k, "tokens_per_second": 10 * k} for k in (1, 2, 4)]
     )
@@ -128,6 +129,7 @@ def test_nothing_of_a_run_is_markup(page):
     assert any(IMAGE in series["name"] for series in page.data["series"])
     assert IMAGE in page.text
     assert "base <model>" in page.text
+    assert f"--prompts '{IMAGE}'" in page.text
     assert "0.10 <b>" in page.text
 
 
@@ -164,6 +166,7 @@ def test_numbers_of_the_tables(page):
     assert wins[1].split()[:2] == ["1", "GenARM"]
     assert "best-of-n against base: 100 ± 0 %" in page.source
     assert "base against best-of-n: 0 ± 0 %" in page.source
+    assert re.search(r"mine:[^>]* against base: 42 ± ", html.unescape(page.source).replace(IMAGE, ""))
     lost = next(row for row in page.rows("overoptimisation") if row.startswith("GenARM"))
     assert "2.00" in lost
     assert "proxy up, gold down" in lost

@@ -72,7 +72,7 @@ def run(config: Config) -> dict[str, Any]:
     results.print_table(rows)
     seconds = clock.seconds
     print(f"{sum(seconds.values()):.0f} s in all: " + ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()))
-    commands.run("report", runs=[str(out)], out=str(out / "report.html"))
+    commands.run("report", runs=[str(out)], out=str(out / "report.html"), title=f"Quickstart, {config.preset}")
     print(f"wrote {out / 'results.json'} and {out / 'frontier.png'}; next: docs/real_data.md")
     return found
 

@@ -125,7 +125,9 @@ def gather(runs: Sequence[Run]) -> Table:
         rows += [row._replace(series=j) for row in own_rows]
         best = indices[0]
         if measures:
-            best = max(indices, key=lambda k: rows[k].numbers.get(measures[0], -np.inf))
+            # A run without gold is judged by the proxy.
+            own = next(name for name in measures if name in own_rows[0].numbers or name == measures[-1])
+            best = max(indices, key=lambda k: rows[k].numbers.get(own, -np.inf))
         series.append(Series(named[j], place[0], place[1] == "base", indices, best))
     return Table(rows, series, measures)
 

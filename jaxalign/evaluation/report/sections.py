@@ -58,7 +58,7 @@ def lead(table: Table) -> str:
     at = f" at {row.setting}" if row.setting else ""
     text = f"<strong>{html.escape(best.name)}</strong>{html.escape(at)} has the highest {MEASURES[name]}: "
     text += f"<strong>{plus_minus(values, name)}</strong>"
-    base = next((table.rows[s.best].numbers for s in table.series if s.base), None)
+    base = next((table.rows[s.best].numbers for s in table.series if s.base and s.run == best.run), None)
     if base is not None and not best.base:
         text += f", where the base has {plus_minus(base, name)}"
     text += f", for {number(values['kl'], 1)} nats of KL"
@@ -110,12 +110,13 @@ def _methods(table: Table) -> str:
 
 
 def _wins(table: Table) -> str:
-    if len(table.series) < 2 or not table.measures:
+    body = tables.wins(table) if table.measures else ""
+    if not body:
         return ""
     return (
         f'<p class="hint">How often the row\'s response has the higher {MEASURES[table.measures[0]]} on the same '
         "prompt [%], ties half; each method at its best setting, the strongest first.</p>"
-        f'<div class="scroll" tabindex="0">{tables.wins(table)}</div>'
+        f'<div class="scroll" tabindex="0">{body}</div>'
     )
 
 

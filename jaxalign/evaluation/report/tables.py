@@ -98,7 +98,7 @@ def _measured(name: str, row: Record) -> Cell:
 
 
 def wins(table: Table) -> str:
-    """Win rates of each method's best setting against each other's."""
+    """Win rates of each method's best setting against each other's; "" where no two answer the same prompts."""
     best = [series.best for series in table.series]
     found = {(i, j): win_rate(table, best[i], best[j]) for i in range(len(best)) for j in range(len(best)) if i != j}
 
@@ -106,7 +106,10 @@ def wins(table: Table) -> str:
         rates = [rate.mean for (a, _), rate in found.items() if a == i and rate is not None]
         return sum(rates) / len(rates) if rates else -1.0
 
-    order = sorted(range(len(best)), key=strength, reverse=True)
+    compared = [i for i in range(len(best)) if strength(i) >= 0]
+    order = sorted(compared, key=strength, reverse=True)
+    if not order:
+        return ""
     names = [series.name for series in table.series]
     head = ['<span class="sr">method</span>']
     head += [f'{k}<span class="sr"> {html.escape(names[j])}</span>' for k, j in enumerate(order, start=1)]

@@ -7,13 +7,15 @@ function responses() {
   if (!sheet) return;
   const answers = data.responses.map(list => new Map(list.map(r => [r[0], r])));
   const place = {gold: GOLD, reward: PROXY}, judge = data.measures[0];
-  const baseRow = data.series.filter(x => x.base).map(x => x.best)[0];
   const baseFor = i => baseOf(data.series[data.rows[i].series].run)?.best;
   let limit = STEP;
 
-  const ranked = data.series.filter(x => !x.base).map(x => x.best);
-  if (judge) ranked.sort((a, b) => data.rows[b][judge] - data.rows[a][judge]);
-  const chosen = [...(baseRow === undefined ? [] : [baseRow]), ...ranked].slice(0, 4);
+  // At first: the best method, the base of its run, and the next best that answer the same prompts.
+  const worth = i => data.rows[i][judge] ?? -1e300, ranked = data.series.filter(x => !x.base).map(x => x.best);
+  ranked.sort((a, b) => (worth(a) < worth(b)) - (worth(a) > worth(b)));
+  const home = ranked.length ? baseFor(ranked[0]) : data.series[0].best;
+  const shares = i => [...answers[i].keys()].some(p => answers[ranked[0]].has(p));
+  const chosen = [...(home === undefined ? [] : [home]), ...ranked.filter(shares)].slice(0, 4);
   const narrow = window.matchMedia('(max-width: 40rem)');
   const count = Math.min(4, data.rows.length), picks = [];
   for (let k = 0; k < count; k++) {
@@ -46,7 +48,7 @@ function responses() {
     byId('found').textContent = cols.length ? `${found.length} of ${data.prompts.length} prompts` : 'No method is chosen.';
     for (const holder of [byId('columns'), sheet]) holder.style.setProperty('--n', holder === sheet ? Math.max(cols.length, 1) : count);
     sheet.replaceChildren(...found.slice(0, limit).map(p => h('article', {},
-      h('h3', {}, marked(data.prompts[p], wanted)),
+      h('h3', data.prompts[p].length > 900 ? {class: 'long', tabindex: 0} : {}, wanted ? marked(data.prompts[p], wanted) : templated(data.prompts[p])),
       h('div', {class: 'sheet'}, cols.map(i => cell(i, answers[i].get(p), wanted))))));
     byId('more').hidden = found.length <= limit;
     byId('more').textContent = `Show ${Math.min(STEP, found.length - limit)} more`;
@@ -76,6 +78,9 @@ function responses() {
   byId('columns').classList.add('sheet');
   draw();
 }
+
+// A prompt whose template's marks, as <|im_start|>user, stand back.
+const templated = text => text.split(/(<\|[^|<>\n]{1,40}\|>(?:system|user|assistant)?)/).map((part, i) => i % 2 ? h('span', {class: 'role'}, part) : part);
 
 // The text with what was searched for in <mark>.
 function marked(text, wanted) {

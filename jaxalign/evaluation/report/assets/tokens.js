@@ -18,7 +18,7 @@ function tokenView() {
   const option = (value, words) => h('option', {value}, words);
   const rows = [...new Set(data.tokens.map(t => t.row))];
   response.append(...rows.map(i => option(i, rowName(i))));
-  const judge = data.measures[0], worth = i => (data.series[data.rows[i].series].base ? -1e9 : 0) + (data.rows[i][judge] ?? 0);
+  const judge = data.measures[0], worth = i => (data.series[data.rows[i].series].base ? -1e9 : 0) + (data.rows[i][judge] ?? -1e6);
   response.value = [...rows].sort((a, b) => worth(b) - worth(a))[0];
   const current = () => data.tokens.find(t => t.row === Number(response.value) && t.prompt === Number(prompt.value));
 
