@@ -126,8 +126,8 @@ def gather(runs: Sequence[Run]) -> Table:
         best = indices[0]
         if measures:
             # A run without gold is judged by the proxy.
-            own = next(name for name in measures if name in own_rows[0].numbers or name == measures[-1])
-            best = max(indices, key=lambda k: rows[k].numbers.get(own, -np.inf))
+            judge = next(name for name in measures if name in own_rows[0].numbers or name == measures[-1])
+            best = max(indices, key=lambda k: rows[k].numbers.get(judge, -np.inf))
         series.append(Series(named[j], place[0], place[1] == "base", indices, best))
     return Table(rows, series, measures)
 

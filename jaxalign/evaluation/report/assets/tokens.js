@@ -47,7 +47,7 @@ function tokenView() {
       }, text.replace(/\n/g, '↵\n'));
       span.style.setProperty('--w', `${Math.round(70 * Math.abs(value) / most)}%`);
       const show = () => { const box = span.getBoundingClientRect(); showTip(box.left, box.bottom - 14, ...candidates(t)); };
-      fill(span, {onpointerenter: show, onpointerdown: show, onpointerleave: hideTip, onfocus: show, onblur: hideTip}, []);
+      fill(span, {onpointerenter: show, onpointerdown: show, onpointerleave: hideTip, onfocus: () => setTimeout(() => { if (document.activeElement === span) show(); }, 60), onblur: hideTip}, []);
       return span;
     });
     holder.replaceChildren(...spans);
@@ -59,17 +59,21 @@ function tokenView() {
     byId('token-table').replaceChildren(table(line.tokens));
   }
   function candidates(t) {
-    const percent = v => v === null || v === undefined ? '–' : v > -14 ? `${(100 * Math.exp(v)).toFixed(v > -3 ? 0 : v > -7 ? 1 : 3)} %` : '≈ 0';
+    const percent = v => {
+      if (v === null || v === undefined) return '–';
+      const p = 100 * Math.exp(v);
+      return p < 1e-4 ? '≈ 0' : `${p >= 10 ? p.toFixed(0) : Number(p.toPrecision(2)).toString()} %`;
+    };
     const withQ = t.candidates.some(c => c[3] !== null);
     const head = h('tr', {}, ['candidate', 'method', 'base', ...(withQ ? ['Q'] : [])].map(w => h('th', {}, w)));
-    const body = t.candidates.map(([text, own, ref, q]) => h('tr', {},
+    const body = t.candidates.map(([text, own, ref, q]) => h('tr', {class: text === t.text ? 'drawn' : null},
       h('td', {}, JSON.stringify(text).slice(1, -1)), h('td', {}, percent(own)), h('td', {}, percent(ref)), withQ ? h('td', {}, num(q)) : null));
     const line = Object.values(COLOURS).map(([name, , of]) => [name, of(t)]).filter(([, v]) => v !== null && v !== undefined).map(([name, v]) => `${name} ${num(v)}`).join(' · ');
-    return [h('b', {}, JSON.stringify(t.text).slice(1, -1)), h('div', {}, line), h('table', {}, h('tbody', {}, head, body))];
+    return [h('b', {}, JSON.stringify(t.text).slice(1, -1)), h('div', {class: 'under'}, line), h('table', {class: 'candidates'}, h('tbody', {}, head, body))];
   }
   function table(tokens) {
     const names = Object.keys(COLOURS), cells = t => names.map(n => h('td', {}, num(COLOURS[n][2](t))));
-    return h('table', {class: 'numbers'}, h('caption', {class: 'sr'}, 'Tokens of the response'),
+    return h('table', {class: 'numbers text-7'}, h('caption', {class: 'sr'}, 'Tokens of the response'),
       h('thead', {}, h('tr', {}, ['token', ...names.map(n => COLOURS[n][0]), 'likeliest candidates'].map(w => h('th', {scope: 'col'}, w)))),
       h('tbody', {}, tokens.map(t => h('tr', {}, h('th', {scope: 'row'}, JSON.stringify(t.text).slice(1, -1)), cells(t),
         h('td', {}, t.candidates.slice(0, 3).map(c => JSON.stringify(c[0]).slice(1, -1)).join(', '))))));
