@@ -42,6 +42,54 @@ def repeat_rows(tree: Any, n: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), tree)
 
 
+def block_width(vocab: int) -> int:
+    """How many neighbouring entries of a row over the vocabulary make a block: about the square root of its size.
+
+    Where a vocabulary is divided over 8 devices, or 2 or 4, no block lies on two of them, if its size allows it: the
+    rows would have to be put together first.
+    """
+    if vocab <= 8 * _BLOCK or vocab % (8 * _BLOCK) == 0 or vocab % 8:
+        return min(_BLOCK, vocab)
+    share = vocab // 8
+    return min((w for w in range(_BLOCK // 8, 8 * _BLOCK) if share % w == 0), default=_BLOCK, key=_far_from_block)
+
+
+_BLOCK = 128
+
+
+def _far_from_block(width: int) -> float:
+    return max(width / _BLOCK, _BLOCK / width)
+
+
+def largest(x: Array, k: int) -> tuple[Array, Array]:
+    """Gives the k largest of each row as `jax.lax.top_k` does, equal ones in the order of their places.
+
+    They lie in the k blocks with the largest maxima (equal ones: earlier blocks first), so that only these are sorted.
+    On a mesh that divides the vocabulary the maxima and these blocks are exchanged between devices; `jax.lax.top_k`
+    puts whole rows together first.
+
+    Args:
+      x: [...,V].
+      k: how many, at most V.
+
+    Returns:
+      (values [...,k], places [...,k] int32).
+    """
+    if x.ndim != 2:
+        values, place = largest(x.reshape(-1, x.shape[-1]), k)
+        return values.reshape(*x.shape[:-1], k), place.reshape(*x.shape[:-1], k)
+    rows, vocab = x.shape
+    width = block_width(vocab)
+    if 2 * k * width > vocab:
+        found: tuple[Array, Array] = jax.lax.top_k(x, k)
+        return found
+    filled = jnp.pad(x, ((0, 0), (0, -vocab % width)), constant_values=-jnp.inf).reshape(rows, -1, width)
+    blocks = jnp.sort(jax.lax.top_k(filled.max(axis=-1), k)[1], axis=-1)
+    inside = jnp.take_along_axis(filled, blocks[..., None], axis=1).reshape(rows, k * width)
+    values, place = jax.lax.top_k(inside, k)
+    return values, jnp.take_along_axis(blocks, place // width, axis=1) * width + place % width
+
+
 def where_rows(condition: Array, new: Any, old: Any) -> Any:
     """Chooses row by row between two trees of one structure.
 

@@ -8,7 +8,7 @@ import pathlib
 import re
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ CONFIG = models.Config(
     family="qwen2",
     qkv_bias=True,
 )
+EXPERTS = models.Block(experts=models.Experts(5, 2))
 TOKENS = jax.random.randint(jax.random.key(1), (8, 12), 1, 32)
 
 
@@ -128,28 +129,38 @@ def check_folders(spec: str, folder: pathlib.Path) -> None:
 
 
 GATHER = re.compile(r'= (\(?.*?\)?) (?:all-gather|all-to-all)(?:-start)?\(.*?op_name="([^"]*)"')
-IN_ITS_LAYER = re.compile(r"layer_\d+[/.].*(qkv|out|gate_up|down)/sharding_constraint|Transformer\.logits[/)]")
+IN_ITS_LAYER = re.compile(
+    r"layer_\d+[/.].*((qkv|out|gate_up|down)/sharding_constraint|qkv/slice|experts/while/body/)|Transformer\.logits[/)]"
+)
 
 
-def check_program(what: str, program: Any, config: models.Config, rows: int) -> None:
-    """Nothing of [tokens, vocabulary] is put together, and no matrix outside the layer that multiplies by it."""
-    smallest = config.hidden_size * config.hidden_size
-    for line in program.as_text().splitlines():
+def gathers(text: str) -> Iterator[tuple[list[int], str, str]]:
+    """(shape, name of the operation, line) of each array that a compiled program puts together from devices."""
+    for line in text.splitlines():
         found = GATHER.search(line)
-        if found is None:
-            continue
-        for shape in re.findall(r"\w+\[([\d,]+)\]", found[1]):
-            axes = [int(size) for size in shape.split(",")]
-            logits = config.vocab_size in axes and config.hidden_size not in axes
-            assert not logits, f"{what}: vocabulary in {line.strip()[:300]}"
-            if math.prod(axes) >= smallest and not set(axes) & {rows, rows // 2, rows // 4, rows // 8}:  # activations
-                assert IN_ITS_LAYER.search(found[2]), f"{what}: a matrix in {line.strip()[:300]}"
+        if found is not None:
+            for shape in re.findall(r"\w+\[([\d,]+)\]", found[1]):
+                yield [int(size) for size in shape.split(",")], found[2], line.strip()[:300]
 
 
-def check_programs(spec: str) -> float:
+def check_program(what: str, text: str, config: models.Config, rows: int) -> None:
+    """Nothing of [tokens, vocabulary] is put together, and no matrix outside the layer that multiplies by it; of
+    experts one at a time."""
+    smallest = config.hidden_size * config.hidden_size
+    experts = 0 if config.block.experts is None else config.block.experts.count
+    for axes, name, line in gathers(text):
+        logits = config.vocab_size in axes and config.hidden_size not in axes
+        assert not logits, f"{what}: vocabulary in {line}"
+        if math.prod(axes) >= smallest and not set(axes) & {rows, rows // 2, rows // 4, rows // 8}:  # activations
+            assert IN_ITS_LAYER.search(name), f"{what}: a matrix in {line}"
+            assert not experts or experts not in axes, f"{what}: several experts in {line}"
+
+
+def check_programs(spec: str, **changes: Any) -> float:
     """The compiled training and decoding step of a mesh; the state's bytes on each device."""
     mesh = sharding.make_mesh(spec)
-    config = dataclasses.replace(CONFIG, vocab_size=1024, hidden_size=64, num_layers=2, intermediate_size=192)
+    sizes = {"vocab_size": 1024, "hidden_size": 64, "num_layers": 2, "intermediate_size": 192}
+    config = dataclasses.replace(CONFIG, **sizes | changes)
     lm = models.LanguageModel(config, mesh=mesh)
     optimizer, _ = training.adamw(learning_rate=1e-3, steps=10)
 
@@ -163,7 +174,7 @@ def check_programs(spec: str) -> float:
     tokens = jax.ShapeDtypeStruct((1, rows, 20), jnp.int32, sharding=split(mesh, ahead=1))
     step = training.train_step(loss_of(lm), optimizer, mesh=mesh)
     program = step.lower(state, {"tokens": tokens}).compile()  # type: ignore[attr-defined]
-    check_program(f"{spec}: training", program, config, rows)
+    check_program(f"{spec}: training", program.as_text(), config, rows)
     first = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split(mesh))
     prompt = jax.ShapeDtypeStruct((rows, 8), jnp.int32, sharding=split(mesh))
     cache = placed(jax.eval_shape(lambda p, t: lm.prefill(p, t, t >= 0, 24)[1], params, prompt))
@@ -173,7 +184,8 @@ def check_programs(spec: str) -> float:
         logits = lm.logits(params, hidden)
         return logits.argmax(axis=-1), jax.nn.logsumexp(logits, axis=-1), cache
 
-    check_program(f"{spec}: decoding", jax.jit(decode).lower(params, cache, first).compile(), config, rows)
+    text = jax.jit(decode).lower(params, cache, first).compile().as_text()
+    check_program(f"{spec}: decoding", text, config, rows)
     return float(program.memory_analysis().argument_size_in_bytes)
 
 
@@ -185,6 +197,10 @@ def check_bytes() -> None:
         found = check_programs(spec)
         print(f"{spec}: {found / whole:.4f} of the bytes")
         assert 1 / share <= found / whole < 1.05 / share, (spec, found, whole)
+    alone = check_programs("data=8", block=EXPERTS)
+    for spec, share in (("fsdp=8", 8), ("data=2,fsdp=2,tensor=2", 4)):
+        found = check_programs(spec, block=EXPERTS)
+        assert 1 / share <= found / alone < 1.05 / share, (spec, found, alone)
 
 
 def check_errors() -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import is_supported, where_rows
+from jaxalign._arrays import is_supported, largest, where_rows
 from jaxalign._parts import start_policy
 from jaxalign.decoding import _segments
 from jaxalign.decoding._ggro_scores import scorer_of
@@ -140,7 +140,7 @@ def search(
         """Writes until half of the rows have a candidate, and scores those; rows whose search is over accept their
         best."""
         text, info, going = carry.text, carry.info, ~carry.text.done
-        top, choices = jax.lax.top_k(text.output.log_prob, carry.tried.shape[1])
+        top, choices = largest(text.output.log_prob, carry.tried.shape[1])
         allowed, picked = is_supported(top), jnp.arange(top.shape[1]) == carry.pick[:, None]
         fresh = carry.token < 0
         begun, token = rules.write(text, text.length, token_value(choices, carry.pick), going & fresh)

@@ -9,10 +9,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxalign._arrays import at_least_float32
+from jaxalign.models import sharding
 from jaxalign.models.attention import wide_einsum
 from jaxalign.models.block import Experts
+from jaxalign.models.projections import columns_of
 from jaxalign.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -28,13 +31,15 @@ class ExpertMLP(nn.Module):
     """Σ_e w_e(x)·down_e(a(gate_e(x))·up_e(x)), w the probabilities of the router, zero of all but the largest few.
 
     Every expert runs on every token, one expert after the other, so that no more than one of them is alive: exact, and
-    count/per_token times the work that the tokens need."""
+    count/per_token times the work that the tokens need. On a mesh each expert's columns are divided over tensor, and
+    its matrices are put together over fsdp when it runs."""
 
     spec: Experts
     hidden_size: int
     width: int
     activation: str
     dtype: Any
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         init, count = nn.initializers.normal(0.02), self.spec.count
@@ -55,8 +60,10 @@ class ExpertMLP(nn.Module):
 
         def add(total: Array, expert: tuple[Array, Array, Array]) -> tuple[Array, None]:
             weight, gate_up, down = expert
-            gate, up = jnp.split(flat @ gate_up.reshape(self.hidden_size, -1), 2, axis=-1)
-            given = wide_einsum("nf,fd->nd", ACTIVATIONS[self.activation](gate) * up, down)
+            gate_up = sharding.hold(gate_up, self.mesh, "embed", None, "mlp", gather=("fsdp",))
+            down = sharding.hold(down, self.mesh, "mlp", "embed", gather=("fsdp",))
+            both = columns_of(flat, gate_up, split=sharding.is_split(self.mesh, "tensor"))
+            given = wide_einsum("nf,fd->nd", ACTIVATIONS[self.activation](both[:, 0]) * both[:, 1], down)
             return total + weight[:, None] * given, None
 
         start = jnp.zeros(flat.shape, jnp.promote_types(x.dtype, jnp.float32))

@@ -184,7 +184,8 @@ class Layer(nn.Module):
             self.attention_post_norm = norm(block, c.norm_eps, self.dtype)
             self.mlp_post_norm = norm(block, c.norm_eps, self.dtype)
         if block.experts is not None:
-            self.experts = ExpertMLP(block.experts, c.hidden_size, c.intermediate_size, block.activation, self.dtype)
+            sizes = (c.hidden_size, c.intermediate_size)
+            self.experts = ExpertMLP(block.experts, *sizes, block.activation, self.dtype, self.mesh)
         else:
             self.gate_up = Projection((1 + block.gated, c.intermediate_size), c.mlp_bias, self.dtype, self.mesh)
             self.down = Projection((c.hidden_size,), c.mlp_bias, self.dtype, self.mesh)

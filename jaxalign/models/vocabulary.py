@@ -232,4 +232,4 @@ def with_eos(lm: LanguageModel, eos_ids: Sequence[int]) -> LanguageModel:
     Returns:
       The model with these ids; its parameters are the same.
     """
-    return LanguageModel(dataclasses.replace(lm.config, eos_ids=tuple(eos_ids)), lm.dtype)
+    return dataclasses.replace(lm, config=dataclasses.replace(lm.config, eos_ids=tuple(eos_ids)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import gibbs
-from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, per_row, where_rows
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, largest, per_row, where_rows
 from jaxalign._builders import cached
 from jaxalign._checks import check_count, check_part, check_positive, fields_of, is_concrete
 from jaxalign._parts import (
@@ -96,7 +96,7 @@ def kl_budget(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Po
         """Scores the next candidates and finds beta; frozen rows [B] keep candidates and scores."""
         candidates, log_prob = None, output.log_prob
         if top_k is not None:
-            candidates = jax.lax.top_k(output.log_prob, top_k)[1].astype(jnp.int32)
+            candidates = largest(output.log_prob, top_k)[1].astype(jnp.int32)
             if frozen is not None:
                 candidates = where_rows(frozen, state.candidates, candidates)
             log_prob = jnp.take_along_axis(log_prob, candidates, axis=-1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, per_row, where_rows
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, largest, per_row, where_rows
 from jaxalign._blocks import accept_critic, accept_policy, at, joined, merged, split, verify_critic, verify_policy
 from jaxalign._builders import cached
 from jaxalign._checks import check_count, check_part, check_positive, fields_of, is_concrete
@@ -101,7 +101,7 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
         if top_k is not None:
             if top_k > output.log_prob.shape[-1]:
                 raise ValueError(f"top_k: expected at most {output.log_prob.shape[-1]} tokens, found {top_k}")
-            candidates = jax.lax.top_k(output.log_prob, top_k)[1].astype(jnp.int32)
+            candidates = largest(output.log_prob, top_k)[1].astype(jnp.int32)
             if frozen is not None:
                 candidates = where_rows(frozen, state.candidates, candidates)
         q, proposal = score_critic(critic, params.critic, rng, state.critic, output, candidates)
@@ -196,7 +196,7 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
         outputs, inner = below
         candidates, offered = None, state.candidates
         if top_k is not None:
-            candidates = jax.lax.top_k(outputs.log_prob, top_k)[1].astype(jnp.int32)
+            candidates = largest(outputs.log_prob, top_k)[1].astype(jnp.int32)
             offered = joined(state.candidates, candidates)
         before = None if offered is None else offered[:, :-1]
         choices = choice_of(before, jnp.where(mask, tokens, -1))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._arrays import NEGATIVE, is_supported, per_row
+from jaxalign._arrays import NEGATIVE, is_supported, largest, per_row
 from jaxalign._blocks import accept_policy, merged, split, verify_policy
 from jaxalign._builders import cached
 from jaxalign._checks import check_integer, check_part, fields_of, is_concrete
@@ -117,7 +117,7 @@ def top_p(policy: Policy) -> Policy:
     def apply(value: Array, output: StepOutput) -> StepOutput:
         vocab = output.log_prob.shape[-1]
         width = min(vocab, _NUCLEUS)
-        covered = jnp.exp(jax.lax.top_k(output.log_prob, width)[0]).sum(axis=-1) >= value
+        covered = jnp.exp(largest(output.log_prob, width)[0]).sum(axis=-1) >= value
         # Sorting a whole vocabulary costs more than a step of a small model, and is rarely needed.
         keep = jax.lax.cond(
             covered.all() | (width == vocab),
@@ -135,7 +135,7 @@ _NUCLEUS = 256  # tokens that are looked at before the whole vocabulary is sorte
 
 def _nucleus(log_prob: Array, p: Array, k: int) -> Array:
     """Tokens [B,V] among the k most probable that are kept: while the mass before them is short of p [B]."""
-    top, order = jax.lax.top_k(log_prob, k)
+    top, order = largest(log_prob, k)
     mass = jnp.exp(top)
     kept = (jnp.cumsum(mass, axis=-1) - mass < p[:, None]).at[:, 0].set(True)
     return jax.vmap(lambda o, keep: jnp.zeros(log_prob.shape[-1], bool).at[o].set(keep))(order, kept)
@@ -189,7 +189,7 @@ def top_k(policy: Policy, k: int) -> Policy:
     def apply(output: StepOutput) -> StepOutput:
         if k > output.log_prob.shape[-1]:
             raise ValueError(f"k: expected at most {output.log_prob.shape[-1]} tokens, found {k}")
-        kept = jax.lax.top_k(output.log_prob, k)[1]
+        kept = largest(output.log_prob, k)[1]
         keep = jax.vmap(lambda index: jnp.zeros(output.log_prob.shape[-1], bool).at[index].set(True))(kept)
         return _truncate(output, keep)
 

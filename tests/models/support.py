@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxalign.models.hf.config import FAMILIES
-from tests.models import test_adapters, test_append, test_families, test_parity
+from tests.models import test_adapters, test_append, test_families, test_meshes, test_parity
 from tests.models.make_adapters import CASES
 from tests.models.make_golden import GOLDEN
 
@@ -28,6 +28,7 @@ COLUMNS: dict[str, tuple[Callable[..., Any], ...]] = {
         test_adapters.test_an_adapters_folder_is_the_model_that_peft_makes_of_it,
         test_families.test_an_adapter_has_gradients_and_merged_equals_beside,
     ),
+    "mesh": (test_meshes.test_a_family_on_a_mesh_gives_the_logits_of_one_device,),
 }
 """Column -> the tests that must all have a case of a family."""
 

@@ -235,3 +235,21 @@ def test_a_command_names_one_of_several_chat_templates(folders, tmp_path):
     settings = {"seed": 0, "dtype": "float32", "max_length": 8}
     named = job.start(options, lambda _: None, **settings, chat_template="rag")
     assert named.tokenizer.chat_template == "RAG"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda lm, params: models.with_eos(lm, (0, 3)),
+        lambda lm, params: models.with_head(lm, models.Head("value", hidden_size=8)),
+        lambda lm, params: models.cut_vocabulary(lm, params, 9)[0],
+    ],
+    ids=["with_eos", "with_head", "cut_vocabulary"],
+)
+def test_a_model_made_of_another_keeps_its_type_mesh_and_rematerialisation(made):
+    lm, params = tiny_lm()
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    lm = models.LanguageModel(lm.config, "bfloat16", mesh, "full")
+    found = made(lm, params)
+    assert found.config != lm.config
+    assert (found.dtype, found.mesh, found.remat) == ("bfloat16", mesh, "full")
