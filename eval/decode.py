@@ -48,6 +48,8 @@ class Config(evaluation.DecodeOptions):
 
     method: commands.Repeated[tuple[str, ...]] = ()
     """KIND[:DIR][@STRENGTHS] or MODULE:FUNCTION[@STRENGTHS], as above; give the option again for another method."""
+    with_model: commands.Repeated[tuple[str, ...]] = ()
+    """NAME=DIR: a further model for MODULE:FUNCTION, over the base's vocabulary; give the option again for another."""
 
 
 def run(config: Config) -> list[dict[str, Any]]:

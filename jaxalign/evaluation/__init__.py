@@ -4,8 +4,8 @@
 `MethodInputs` and gives a decoder (`jaxalign.evaluation.functions`).
 """
 
-from jaxalign.evaluation.functions import MethodInputs, OwnDraw, OwnMethod
+from jaxalign.evaluation.functions import MethodInputs, OwnDraw, OwnMethod, sampled
 from jaxalign.evaluation.options import DecodeOptions
 from jaxalign.evaluation.runs import run
 
-__all__ = ["DecodeOptions", "MethodInputs", "OwnDraw", "OwnMethod", "run"]
+__all__ = ["DecodeOptions", "MethodInputs", "OwnDraw", "OwnMethod", "run", "sampled"]

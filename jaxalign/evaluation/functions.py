@@ -18,13 +18,15 @@ A file my_method.py in the folder where the command runs, given as `--method my_
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from jaxalign import rewards
+from jaxalign import decoding, rewards
 from jaxalign._checks import check_prompt_fits
 from jaxalign.evaluation.engine import Drawn, Limits, Method
+from jaxalign.evaluation.loading import OTHER, Model
 from jaxalign.evaluation.settings import Setting
 from jaxalign.evaluation.specs import Spec
 from jaxalign.types import KL, Array, Completions, Decoded, Params, Policy, Reward, TokenBatch
@@ -47,6 +49,24 @@ class MethodInputs(NamedTuple):
     """max_new_tokens, eos_ids and temperature: keyword arguments of every decoder."""
     strength: float | None
     """One of the numbers behind @; None without."""
+    models: Mapping[str, Model] = {}
+    """Model and parameters by the name of --with-model NAME=DIR."""
+
+    def model(self, name: str) -> Model:
+        """Gives a further model of the run.
+
+        Args:
+          name: of --with-model NAME=DIR.
+
+        Returns:
+          The model and its parameters, over the base's vocabulary.
+
+        Raises:
+          ValueError: no --with-model has this name.
+        """
+        if name not in self.models:
+            raise ValueError(f"with_model: expected {name}=DIR, which the method reads, found {sorted(self.models)}")
+        return self.models[name]
 
 
 class OwnDraw(Protocol):
@@ -70,6 +90,24 @@ class OwnMethod(Protocol):
     def __call__(self, given: MethodInputs, /) -> OwnDraw: ...
 
 
+def sampled(given: MethodInputs, policy: Policy, params: Params) -> OwnDraw:
+    """Makes a method of your own of a Policy: it is sampled.
+
+    Args:
+      given: what the method received; its limits are kept.
+      policy: any Policy.
+      params: its parameters.
+
+    Returns:
+      What `OwnMethod` gives.
+    """
+
+    def draw(rng: Array, prompts: TokenBatch, /) -> Completions:
+        return decoding.sample(policy, params, rng, prompts, **given.limits)
+
+    return draw
+
+
 def build(setting: Setting, spec: Spec) -> list[Method]:
     """The methods of a user's function, one per strength.
 
@@ -79,11 +117,19 @@ def build(setting: Setting, spec: Spec) -> list[Method]:
     function = cast(OwnMethod, rewards.program(spec.target, name="method"))
     scorer = setting.scorer
     reward, reward_params = (None, None) if scorer is None else (scorer.reward, scorer.params)
+    others = {name.removeprefix(OTHER): model for name, model in setting.loaded.items() if name.startswith(OTHER)}
     check = functools.partial(_check_fits, setting.lm, setting.options.max_new_tokens)
 
     def at(strength: float | None) -> Method:
         given = MethodInputs(
-            setting.proposal, setting.params, reward, reward_params, setting.prompts.tokenizer, setting.limits, strength
+            setting.proposal,
+            setting.params,
+            reward,
+            reward_params,
+            setting.prompts.tokenizer,
+            setting.limits,
+            strength,
+            others,
         )
         own = function(given)
         if not callable(own):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -15,6 +15,25 @@ from jaxalign.models import sharding
 from jaxalign.types import Params, Reward, TokenBatch
 
 Model: TypeAlias = tuple[models.LanguageModel, Params]
+
+
+OTHER = "with_model:"
+"""What the roles of --with-model begin with."""
+
+
+def other_models(given: Sequence[str]) -> dict[str, str]:
+    """Role -> folder of --with-model NAME=DIR.
+
+    Raises:
+      ValueError: another form, or a name that is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not name.isidentifier() or not folder or OTHER + name in found:
+            raise ValueError(f"with_model: expected NAME=DIR, each name once, found {text!r}")
+        found[OTHER + name] = folder
+    return found
 
 
 class Scorer(NamedTuple):

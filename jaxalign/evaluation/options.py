@@ -25,6 +25,8 @@ class ResponseOptions:
     embedding: str = ""
     """MODULE:FUNCTION, a program f(texts) -> one vector each (SimCSE in ARGS' tables): reports coherence, the cosine of
     prompt and response."""
+    with_model: tuple[str, ...] = ()
+    """NAME=DIR: a further model for MODULE:FUNCTION, over the base's vocabulary; give the option again for another."""
     top_k: int | None = None
     """Candidates per token of a tilt by critics; 0: the whole vocabulary. Also the tokens that ggro may force. Default:
     10 for ggro and for critics that score one candidate at a time (args, transfer, scalar value heads); the whole

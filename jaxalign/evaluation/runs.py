@@ -50,6 +50,7 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     folders = {"model": options.model} | loading.over_base_tokens(reader, scored)
     if options.draft not in ("", "below"):
         folders["draft"] = options.draft
+    folders |= loading.other_models(options.with_model)
     for spec in specs:
         folders |= spec.folders
     loaded = loading.load(folders, tokenizer, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
@@ -134,6 +135,7 @@ def check(options: DecodeOptions) -> list[Spec]:
       ValueError: names the option.
     """
     check_options(options)
+    loading.other_models(options.with_model)
     if options.inspect < 0:
         raise ValueError(f"inspect: expected at least 0 prompts, found {options.inspect}")
     for name in ("inspect", "stream"):
