@@ -36,6 +36,10 @@ def halved(map_params, q, log_prob, index):
     return q / 2
 
 
+def logits(params, tokens, mask):
+    return LM.apply(params, tokens, mask=mask).logits
+
+
 def base():
     """The base policy of an equal model, which is another object at each call."""
     return policies.language_model(models.LanguageModel(LM.config, LM.dtype))
@@ -55,6 +59,7 @@ POLICIES = {
         policies.with_reference(base(), base()),
         policies.ReferenceParams(PARAMS, PARAMS),
     ),
+    "from_apply": lambda: (policies.from_apply(logits, vocab_size=VOCAB, eos_ids=EOS), PARAMS),
     "min_p": lambda: (policies.min_p(base()), policies.MinPParams(PARAMS, 0.1)),
     "typical": lambda: (policies.typical(base()), policies.TypicalParams(PARAMS, 0.7)),
     "mix": lambda: (policies.mix([base(), base()]), policies.PoliciesParams([PARAMS, PARAMS], jnp.ones(2))),
@@ -116,7 +121,7 @@ def tilted(name):
 
 def builders(package: types.ModuleType) -> set[str]:
     """The functions of a package that build something, by its face."""
-    no_builders = {"linear_value", "effective_rollouts", "look_up", "read_generation_config"}
+    no_builders = {"from_nnx", "from_torch", "linear_value", "effective_rollouts", "look_up", "read_generation_config"}
     return {name for name in package.__all__ if not isinstance(getattr(package, name), type)} - no_builders
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, decoding, evaluation, policies, prompt_batch, rewards, tree
+from jaxalign import critics, decoding, evaluation, policies, prompt_batch, rewards, shaping, tree
 from jaxalign.types import Completions, Decoded, Policy, StepOutput
 from tests import exact, write_methods
 from tests.cases import tiny_lm
@@ -155,6 +155,23 @@ def test_genarm_with_several_objectives(tables):
     policy = module("genarm_objectives").method(BASE, [BASE, BASE])
     given = {"policy": b, "critic": {"critics": [e, normalised(a)], "weights": jnp.array([0.6, 0.9])}, "beta": 1.0}
     close(exact.log_law(TREE, policy, given), law(b + 0.6 * e + 0.9 * normalised(a)))
+
+
+def test_srs_args(tables):
+    """Each state's threshold is that of its own candidates."""
+    b, _, q = tables
+    threshold = shaping.optimal_threshold(q, log_base=b, gain=0.6 / 0.5)
+    given = {"policy": b, "critic": {"critic": q, "bound": 0.6}, "beta": 0.5}
+    found = exact.log_law(TREE, module("srs_args").method(BASE, LEVEL, 0.5, None), given)
+    close(found, law(b + 0.6 * (q > threshold[:, None]) / 0.5))
+
+
+def test_lookahead_past_the_end_is_the_reward():
+    """One token ends the response, so that the roll-out adds nothing: the law is b exp(r/beta)."""
+    policy = module("lookahead").method(FROM_ONE, REWARD_ONE, 1, 3)
+    critic = {"baseline": jnp.log(P)[None], "reward": jnp.asarray(R)}
+    found = exact.log_law(ONE, policy, {"policy": jnp.log(P)[None], "critic": critic, "beta": 0.8})
+    close(found, exact.gibbs_law(np.log(P), R, 0.8))
 
 
 def test_kl_budget(tables):
@@ -313,6 +330,19 @@ def test_infalign_tilt(tables):
     params = {"policy": b, "reward": own, "beta": 0.5}
     found = drawn(lambda *a, **k: module("infalign_tilt").method(BASE, tree.reward(TREE), params, *a, 4, **k), TREE)
     assert_mean(np.exp(np.asarray(found.info.log_z)), (np.exp(law(b)) * np.exp(c / 0.5)).sum())
+
+
+def test_cards_without_a_threshold_is_the_base(tables):
+    """Every segment passes; nothing more is known of its law, and tests/test_cards.py has its acceptance."""
+    b = tables[0]
+    own = {"reward_threshold": -1e3, "entropy_threshold": 0.9, "beta": 1.0}
+    params = {"policy": b, "reward": jnp.zeros(TREE.num_responses), **own}
+    found = drawn(lambda *a, **k: module("cards").method(BASE, zero_reward, params, *a, **k), TREE)
+    assert_law(found.completions, law(b))
+
+
+def zero_reward(params, tokens, mask, prompt_length, index):
+    return jnp.zeros(tokens.shape[0])
 
 
 def test_weak_to_strong_search(tables):

@@ -10,6 +10,7 @@ Params of a builder are its NamedTuple, as TiltParams(policy, critic, beta), or 
 
 from jaxalign.policies._adapters import AdaptersParams, adapters
 from jaxalign.policies._combinations import PoliciesParams, mix, product
+from jaxalign.policies._from_apply import Apply, ApplyPrefill, ApplyStep, from_apply, from_nnx, from_torch
 from jaxalign.policies._generation import Sampling, read_generation_config, with_sampling
 from jaxalign.policies._kl_budget import KLBudgetParams, kl_budget
 from jaxalign.policies._language_model import language_model
@@ -39,6 +40,9 @@ from jaxalign.policies._with_reference import ReferenceParams, with_reference
 
 __all__ = [
     "AdaptersParams",
+    "Apply",
+    "ApplyPrefill",
+    "ApplyStep",
     "HiddenValue",
     "KLBudgetParams",
     "MinPParams",
@@ -53,6 +57,9 @@ __all__ = [
     "TypicalParams",
     "Unembed",
     "adapters",
+    "from_apply",
+    "from_nnx",
+    "from_torch",
     "head_value",
     "kl_budget",
     "language_model",
