@@ -34,8 +34,10 @@ def read(out) -> list[dict]:
 
 def test_greedy_responses_are_those_without_a_draft(folders, tmp_path):
     methods = ("--method", f"genarm:{folders['arm']}@0.7", "--temperature", "0")
+    draft = ("--draft", folders["small"], "--draft-tokens", "2")
     decode.main(command(folders, tmp_path / "plain", *methods))
-    decode.main(command(folders, tmp_path / "fast", *methods, "--draft", folders["small"], "--draft-tokens", "2"))
+    decode.main(command(folders, tmp_path / "fast", *methods, "--inspect", "1", *draft))
+    assert (tmp_path / "fast" / "base" / "tokens.jsonl").exists()  # --inspect
     plain, fast = read(tmp_path / "plain"), read(tmp_path / "fast")
     assert [r["method"] for r in plain] == ["base"] * 3 + [f"genarm:{folders['arm']}"] * 3
     for one, other in zip(plain, fast, strict=True):
@@ -67,6 +69,7 @@ def test_the_base_drafts_for_its_tilt_and_is_itself_drawn_plainly(folders, tmp_p
         (("--method", "policy:{arm}", "--draft", "below"), "draft: expected a folder for policy"),
         (("--draft", "below", "--temperature", "0.5"), "draft: expected a folder beside --temperature"),
         (("--draft", "{scalar}"), "draft: expected a language model, found a model with a value head"),
+        (("--draft", "{small}", "--stream"), "stream: expected no --draft"),
         (("--draft", "{small}", "--draft-tokens", "0"), "draft_tokens: expected at least 1, found 0"),
     ],
 )

@@ -39,6 +39,9 @@ TARGETS = {
     "increment": tilted(ADDED),
     "two of three": tilted(top_k=2),
     "nested": tilted(ADDED, below=LEVEL.policy, params=LEVEL.params, beta=1.5),
+    "mixture": Case(
+        policies.mix([LEVEL.policy, PROPOSED]), {"policies": [LEVEL.params, OTHER], "weights": jnp.array([0.3, 0.7])}
+    ),
     "temperature": Case(policies.temperature(LEVEL.policy), {"policy": LEVEL.params, "temperature": jnp.asarray(0.5)}),
 }
 DRAFTS = {
@@ -192,7 +195,7 @@ def assert_law(found, target: np.ndarray, exact: Exact):
 
 @pytest.mark.parametrize(
     ("name", "draft", "tokens"),
-    [("level", "base", 1), ("two of three", "another", 2), ("nested", "another", 4), ("temperature", "one token", 2)],
+    [("level", "base", 1), ("two of three", "another", 2), ("nested", "another", 4), ("mixture", "one token", 2)],
 )
 def test_draws_have_the_targets_law_and_its_records(name, draft, tokens):
     target = TARGETS[name]

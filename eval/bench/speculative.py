@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxalign import commands, critics, decoding, models, policies
 from jaxalign._blocks import verify_policy
-from jaxalign.types import Array, Params, Policy, TokenBatch
+from jaxalign.types import Array, Params, Policy, StepOutput, TokenBatch
 
 from . import common
 
@@ -47,7 +47,7 @@ class Config(common.Options):
     """Width of the draft, a multiple of 64 and at most `width`."""
     vocab: int = common.VOCAB
     """Vocabulary [tokens]."""
-    noise: float = 0.5
+    noise: float = 1.0
     """Weight of what the random layers add to the common table: 0 for models that agree exactly."""
     spread: float = 3.0
     """Standard deviation of the base's logits; the critic's is half of it."""
@@ -129,17 +129,20 @@ def _passes(
 
         return lambda: jax.block_until_ready(many(own, state))
 
+    def told(output: StepOutput) -> Array:
+        return output.log_prob.max(axis=-1).sum() + output.log_norm.sum()  # all of it has to be computed
+
     def step(policy: Policy) -> Callable[[Params, Any], Array]:
         def once(own: Params, held: tuple[Any, Array]) -> Array:
             state, total = held
-            return policy.step(own, rng, state, token + (total > 1e30))[1].log_norm.sum()
+            return told(policy.step(own, rng, state, token + (total > 1e30))[1])
 
         return once
 
     def verify(own: Params, held: tuple[Any, Array]) -> Array:
         state, total = held
         outputs, _ = verify_policy(target, own, rng, state, block + (total > 1e30), jnp.ones(block.shape, bool))
-        return outputs.log_prob.max(axis=-1).sum() + outputs.log_norm.sum()
+        return told(outputs)
 
     return {
         "step": repeated(target, params, step(target)),

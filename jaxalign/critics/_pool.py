@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32
+from jaxalign._blocks import accept_critic, merged, merged_candidates, split, verify_critic
 from jaxalign._builders import cached
 from jaxalign._checks import ParamsError, check_below, fields_of
 from jaxalign._parts import (
@@ -123,10 +124,41 @@ def _pool(critics: tuple[Critic, ...], f: ScorePool) -> Critic:
             )
         )
 
+    def verify(
+        params: Params,
+        rng: Array,
+        state: PoolState,
+        outputs: StepOutput,
+        candidates: Array | None,
+        tokens: Array,
+        mask: Array,
+        choices: Array,
+    ) -> tuple[Array, State]:
+        given, keys = fields(params), jax.random.split(rng, len(critics))
+        scored = [
+            verify_critic(
+                critic, given.critics[i], keys[i], state.critics[i], outputs, candidates, tokens, mask, choices
+            )
+            for i, critic in enumerate(critics)
+        ]
+        each = jnp.stack([merged(at_least_float32(q)) for q, _ in scored], axis=1)
+        log_prob = gather(merged(outputs.log_prob), merged_candidates(candidates))
+        pooled = f(given.pool, each, log_prob, jnp.repeat(state.prompt_index, tokens.shape[1]))
+        check_array(f"pool: f ({called(f)})", pooled, log_prob.shape, "one score per row and candidate")
+        return split(pooled, tokens.shape[0]), state._replace(critics=tuple(proposal for _, proposal in scored))
+
+    def accept(params: Params, proposal: PoolState, count: Array) -> State:
+        each = zip(critics, fields(params).critics, proposal.critics, strict=True)
+        return proposal._replace(
+            critics=tuple(accept_critic(critic, own, verified, count) for critic, own, verified in each)
+        )
+
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
         given, own = fields(params), prompts_for(prompts, "critics")
         for i, critic in enumerate(critics):
             check_below(critic, given.critics[i], prompts_at(own, i), max_new_tokens, f"['critics'][{i}]")
 
     vocab_size, beta = (sizes[0] if sizes else None), (betas[0] if betas else None)
-    return Critic(init, score, advance, "level", check, vocab_size, beta)
+    pool = Critic(init, score, advance, "level", check, vocab_size, beta)
+    blocks = any(critic.verify is not None for critic in critics)
+    return pool._replace(verify=verify, accept=accept) if blocks else pool

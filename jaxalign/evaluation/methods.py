@@ -39,9 +39,6 @@ def _sampled(
     of a tilt of the base."""
 
     policy = policies.with_sampling(policy, setting.sampling)
-    draft = None if setting.draft == "below" and policy.below is None else setting.draft
-    if draft is not None:
-        return _through_draft(setting, name, beta, policy, params, cost, draft)
     kl = decoding.surprisal if setting.greedy else decoding.sum_of_steps
 
     def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
@@ -50,6 +47,9 @@ def _sampled(
 
     whole = setting.sampling == policies.Sampling()
     stepwise = Stepwise(policy, params, setting.limits, kl, tilt_beta if whole and not setting.greedy else None)
+    draft = None if setting.draft == "below" and policy.below is None else setting.draft
+    if draft is not None:
+        return _through_draft(setting, name, beta, stepwise, cost, draft)
     check = functools.partial(_check, policy, params, setting.options.max_new_tokens)
     forwards: Forwards = lambda prompt, length, info: length * cost(prompt, length)  # noqa: E731
     return Method(name, beta, draw, check, policy, forwards, stepwise=stepwise)
@@ -59,12 +59,13 @@ def _through_draft(
     setting: Setting,
     name: str,
     beta: float | None,
-    policy: Policy,
-    params: Params,
+    stepwise: Stepwise,
     cost: Callable[[int, int], float],
     draft: tuple[Policy, Params] | Literal["below"],
 ) -> Method:
-    """Ancestral sampling through a draft: the same law, and other draws."""
+    """Ancestral sampling through a draft: the same law, and other draws. stepwise: the policy, which is not drawn from
+    step by step."""
+    policy, params = stepwise.policy, stepwise.params
     if policy.verify is None:
         raise ValueError(
             f"draft: expected methods that read several tokens in one pass, found {name}, which would be slower "
@@ -87,7 +88,7 @@ def _through_draft(
         # A round reads G + 1 tokens with the target and steps the draft as often; a base that drafts is not read again.
         return info["rounds"] * (tokens + 1) * (cost(prompt, length) + (draft != "below"))
 
-    return Method(name, beta, draw, check, (policy, proposes, tokens), forwards)
+    return Method(name, beta, draw, check, (policy, proposes, tokens), forwards, stepwise=stepwise)
 
 
 def _of_base(

@@ -141,6 +141,8 @@ def check(options: DecodeOptions) -> list[Spec]:
     for name in ("inspect", "stream"):
         if getattr(options, name) and _hosts.count() > 1:
             raise ValueError(f"{name}: expected one process, found {_hosts.count()}")
+    if options.stream and options.draft:
+        raise ValueError("stream: expected no --draft, which draws several tokens at a time, found both")
     first = ("base",) if options.include_base or "base" in options.method else ()
     specs = [parse_method(text) for text in dict.fromkeys((*first, *options.method))]
     if not specs:

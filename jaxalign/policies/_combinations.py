@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._arrays import NEGATIVE, add_scores, at_least_float32, is_supported
+from jaxalign._blocks import accept_policy, at, joined, merged, split, verify_policy
 from jaxalign._builders import cached
 from jaxalign._checks import ParamsError, check_below, fields_of, is_concrete
 from jaxalign._parts import check_policy_argument, start_policy, step_policy
@@ -96,7 +97,34 @@ def _mix(policies: tuple[Policy, ...], reference: int | None) -> Policy:
         state = MixState(states, log_weights, jnp.stack([out.log_prob for out in outputs], axis=1))
         return state, output(state, outputs)
 
-    return Policy(init, step, None, _check(policies, positive=True), vocab_size, policies[0].eos_ids)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: MixState,
+        tokens: Array,
+        mask: Array,
+        below: tuple[StepOutput, State] | None = None,
+    ) -> tuple[StepOutput, State]:
+        del below
+        given = _fields(params, len(policies))
+        proposals, outputs = _verify(policies, given, rng, state.policies, tokens, mask)
+        log_probs = jnp.stack([out.log_prob for out in outputs], axis=2)  # [B,S,m,V]
+        before = joined(state.log_probs, log_probs)[:, :-1]
+        chosen = jnp.take_along_axis(before, jnp.maximum(tokens, 0)[..., None, None], axis=3)[..., 0]
+        # Weights of a text are the prior ones times the probabilities of all of it.
+        told = jnp.cumsum(jnp.where(mask[..., None], chosen, 0), axis=1)
+        moved = jax.nn.log_softmax(jnp.maximum(state.log_weights[:, None] + told, NEGATIVE), axis=-1)
+        moved = moved.astype(state.log_weights.dtype)
+        rows = MixState((), *merged((moved, log_probs)))
+        found = split(output(rows, [merged(out) for out in outputs]), tokens.shape[0])
+        return found, MixState(proposals, joined(state.log_weights, moved), joined(state.log_probs, log_probs))
+
+    def accept(params: Params, proposal: MixState, count: Array) -> State:
+        states = _accept(policies, _fields(params, len(policies)), proposal.policies, count)
+        return MixState(states, *at((proposal.log_weights, proposal.log_probs), count))
+
+    mixed = Policy(init, step, None, _check(policies, positive=True), vocab_size, policies[0].eos_ids)
+    return mixed._replace(verify=verify, accept=accept) if _in_blocks(policies) else mixed
 
 
 def product(policies: Sequence[Policy]) -> Policy:
@@ -143,7 +171,27 @@ def _product(policies: tuple[Policy, ...]) -> Policy:
         states, outputs = _step(policies, _fields(params, len(policies)), rng, state.policies, token)
         return state._replace(policies=states), output(state.weights, outputs)
 
-    return Policy(init, step, None, _check(policies, positive=False), vocab_size, policies[0].eos_ids)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: ProductState,
+        tokens: Array,
+        mask: Array,
+        below: tuple[StepOutput, State] | None = None,
+    ) -> tuple[StepOutput, State]:
+        del below
+        given = _fields(params, len(policies))
+        proposals, outputs = _verify(policies, given, rng, state.policies, tokens, mask)
+        weights = jnp.repeat(state.weights, tokens.shape[1], axis=0)
+        found = split(output(weights, [merged(out) for out in outputs]), tokens.shape[0])
+        return found, state._replace(policies=proposals)
+
+    def accept(params: Params, proposal: ProductState, count: Array) -> State:
+        given = _fields(params, len(policies))
+        return proposal._replace(policies=_accept(policies, given, proposal.policies, count))
+
+    multiplied = Policy(init, step, None, _check(policies, positive=False), vocab_size, policies[0].eos_ids)
+    return multiplied._replace(verify=verify, accept=accept) if _in_blocks(policies) else multiplied
 
 
 def _listed(name: str, policies: Sequence[Policy]) -> tuple[Policy, ...]:
@@ -199,6 +247,32 @@ def _step(
     keys = jax.random.split(rng, len(policies))
     moved = [step_policy(policy, params.policies[i], keys[i], states[i], token) for i, policy in enumerate(policies)]
     return tuple(state for state, _ in moved), [output for _, output in moved]
+
+
+def _in_blocks(policies: Sequence[Policy]) -> bool:
+    return any(policy.verify is not None for policy in policies)
+
+
+def _verify(
+    policies: Sequence[Policy],
+    params: PoliciesParams,
+    rng: Array,
+    states: Sequence[State],
+    tokens: Array,
+    mask: Array,
+) -> tuple[tuple[State, ...], list[StepOutput]]:
+    keys = jax.random.split(rng, len(policies))
+    found = [
+        verify_policy(policy, params.policies[i], keys[i], states[i], tokens, mask) for i, policy in enumerate(policies)
+    ]
+    return tuple(proposal for _, proposal in found), [outputs for outputs, _ in found]
+
+
+def _accept(
+    policies: Sequence[Policy], params: PoliciesParams, proposals: Sequence[State], count: Array
+) -> tuple[State, ...]:
+    each = zip(policies, params.policies, proposals, strict=True)
+    return tuple(accept_policy(policy, own, proposal, count) for policy, own, proposal in each)
 
 
 def _check(policies: Sequence[Policy], *, positive: bool) -> HostCheck:
