@@ -18,7 +18,7 @@ from jaxalign._checks import check_rng
 from jaxalign.data import tokenizers
 from jaxalign.decoding import resampling
 from jaxalign.evaluation import engine
-from jaxalign.training import job, policy_gradient, states
+from jaxalign.training import policy_gradient, states
 from tests import cases
 from tests.conftest import EOS, tiny_lm
 
@@ -110,9 +110,9 @@ CALLS = {
     "text.generate": texts(text.generate, max_new_tokens=2),
     "text.log_prob": texts(text.log_prob, ["b"]),
     "training.states.initial": lambda rng: states.initial(LM, rng, None),
-    "training.job.replace_head": lambda rng: job.replace_head(LM, PARAMS, models.Head("reward", num_hidden=2), rng)[1][
-        "head"
-    ],
+    "training.states.replace_head": lambda rng: states.replace_head(
+        LM, PARAMS, models.Head("reward", num_hidden=2), rng
+    )[1]["head"],
     "training.policy_gradient.collect": lambda rng: policy_gradient.collect(
         BASE, REWARD, BOTH, rng, BATCH, samples=2, **SHARED
     ),

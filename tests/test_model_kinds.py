@@ -12,7 +12,7 @@ import pytest
 from eval import decode
 from jaxalign import critics, models, policies, rewards, text, tokens
 from jaxalign.rewards import folders as reward_folders
-from jaxalign.training import job, rl, rollouts
+from jaxalign.training import job, rl, rollouts, states
 from jaxalign.training.options import ModelOptions
 from jaxalign.training.rl_options import RLOptions
 from tests.conftest import tiny_lm
@@ -84,7 +84,7 @@ def test_a_classifier_has_no_logits_whatever_its_embeddings(root):
         lambda: rewards.log_likelihood(lm),
         lambda: text.generate(lm, params, tokenizer(), ["the cat"], max_new_tokens=2),
         lambda: lm.logits(params, hidden),
-        lambda: job.replace_head(lm, params, None, jax.random.key(0)),
+        lambda: states.replace_head(lm, params, None, jax.random.key(0)),
     ):
         with pytest.raises(ValueError, match=match):
             call()

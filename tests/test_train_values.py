@@ -11,7 +11,7 @@ import pytest
 
 from jaxalign import decoding, models, policies
 from jaxalign.prompts import prompt_batch
-from jaxalign.training import job, logging
+from jaxalign.training import logging, states
 from jaxalign.worlds import opinions
 from tests.conftest import tiny_lm
 from tests.test_train_scripts import SHORT, files, options
@@ -112,12 +112,12 @@ def test_transcripts_in_the_form_of_hh_train_a_reward_model_and_bad_lines_are_co
 
 def test_head_of_another_kind_is_replaced_and_a_classifier_is_no_language_model():
     lm, params = tiny_lm(0)
-    new, found = job.replace_head(lm, params, models.Head("reward"), jax.random.key(0))
+    new, found = states.replace_head(lm, params, models.Head("reward"), jax.random.key(0))
     assert new.config.head == models.Head("reward")
     body = {name: leaf for name, leaf in params["transformer"].items() if name != "lm_head"}
     chex.assert_trees_all_equal(found["transformer"], body)
     with pytest.raises(ValueError, match="expected a language model"):
-        job.replace_head(new, found, None, jax.random.key(0))
+        states.replace_head(new, found, None, jax.random.key(0))
 
 
 def test_a_frozen_body_stays_and_its_value_head_is_for_editing(files, tmp_path, capsys):

@@ -80,7 +80,7 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
-    started = job.start(lambda _: None, texts_per_row=2)
+    started = job.start(lambda _: None, texts_per_row=2, trained=adapter is None)
     room = source.max_length - source.rollouts.max_new_tokens
     form = format_of(source.text, started.tokenizer)
     prompts = reading.read_prompts(source.rollouts.prompts, form, text=source.text, room=room).rows

@@ -80,7 +80,7 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
-    started = job.start(lambda _: None, texts_per_row=2)
+    started = job.start(lambda _: None, texts_per_row=2, trained=adapter is None)
     data = job.split(read(job.form(started)))
     collate = pairs.padding(config.rows.max_length)
     loss = objectives.dpo(started.lm, beta=config.beta, objective=config.loss, label_smoothing=config.label_smoothing)

@@ -69,7 +69,7 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
-    started = job.start(lambda _: models.Head("reward"), texts_per_row=2)
+    started = job.start(lambda _: models.Head("reward"), texts_per_row=2, trained=adapter is None)
     data = job.split(read(job.form(started)))
     collate = pairs.padding(config.rows.max_length)
     params = job.fit(started, data, objectives.bradley_terry(started.lm), collate, adapter=adapter)

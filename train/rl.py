@@ -74,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
-    started = job.start(rl.head_of(config.rl, config.model.model))
+    started = job.start(rl.head_of(config.rl, config.model.model), trained=spec is None)
     prompts = read(format_of(config.text, started.tokenizer)).rows
     longest = max(len(prompt.tokens) for prompt in prompts)
     if longest + limit > config.rows.max_length:

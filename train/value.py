@@ -84,7 +84,7 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
-    started = job.start(lambda body: values.value_head(options, body))
+    started = job.start(lambda body: values.value_head(options, body), trained=not options.frozen)
     if options.responses:
         given = texts(job.form(started))
         found = responses.scored(given, rolled, started, dtype=config.run.dtype, max_length=rows.max_length)

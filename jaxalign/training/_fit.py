@@ -86,7 +86,7 @@ def fit(
       work: what a step has to do, and the peak of the devices: the metrics then hold "tflops_per_second", operations
         by formula, and "mfu", their share of the peak.
       donate: pass `state` itself to the first step. By default that is a copy, so that the caller's arrays stay when
-        `step` donates.
+        `step` donates. A state that is donated is gone as well where a checkpoint takes its place.
       save_every: optimizer steps between checkpoints.
       log_every: optimizer steps between lines of metrics.jsonl.
       keep: checkpoints that stay.
@@ -109,6 +109,8 @@ def fit(
         restored = checkpoints.restore(manager, state, position) if manager else None
         start = int(_hosts.host_value(taken)) if restored is None else restored[1]
         if restored is not None:
+            if donate:
+                jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, state)
             state = restored[0]
         elif not donate:
             state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, state)

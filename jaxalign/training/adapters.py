@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxalign import models
 from jaxalign._builders import cached
+from jaxalign.models.hf import folders
 from jaxalign.training import dry_run, fitting, job
 from jaxalign.training.options import AdapterOptions, MeshOptions, OptimizerOptions
 from jaxalign.training.step import Loss, LossAux
@@ -59,7 +62,8 @@ def fit_adapter(
     frozen: Params = None,
 ) -> Params:
     """Trains an adapter alone, and a reward model's head beside it, and writes them to adapter/. The optimizer's state
-    is theirs; the weights are held in the model's type and not copied.
+    is theirs; the weights are held in the model's type and not copied (nor loaded in another:
+    `job.start(trained=False)`).
 
     Args:
       spec: the adapter.
@@ -69,7 +73,7 @@ def fit_adapter(
         (the reference of DPO, at no cost).
 
     Returns:
-      The float32 parameters with the adapter merged in.
+      The parameters with the adapter, as `written` gives them.
 
     Raises:
       ValueError: a head that cannot be trained beside an adapter; other frozen parameters.
@@ -81,7 +85,7 @@ def fit_adapter(
         raise ValueError("lora_rank: expected 0 where the frozen model is not the one that is trained")
     masters = models.LanguageModel(started.lm.config)
     adapter = models.lora.init(jax.random.fold_in(jax.random.key(seed), 2), masters, spec)
-    weights = held(started.lm, started.params)
+    weights = held(started.lm, {"transformer": started.params["transformer"]})
     fit = functools.partial(
         fitting.fit_model,
         optimizer=optimizer,
@@ -96,13 +100,13 @@ def fit_adapter(
         # The head is new, or is to follow the body: it is trained whole beside the adapter, as peft does it.
         both = started._replace(params={"lora": adapter, "head": started.params["head"]})
         found = fit(both, data, with_adapter_and_head(loss, spec), collate)
-        whole = started.params | {"head": found["head"]}
-        return merged(spec, masters, whole, found["lora"], out, base=base, tokenizer=started.tokenizer)
+        whole = weights | {"head": found["head"]}
+        return written(spec, started.lm, whole, found["lora"], out, base=base, tokenizer=started.tokenizer)
     found = fit(started._replace(params=adapter), data, with_adapter(loss, spec), collate)
-    return merged(spec, masters, started.params, found, out, base=base)
+    return written(spec, started.lm, weights, found, out, base=base)
 
 
-def merged(
+def written(
     spec: models.Lora,
     lm: models.LanguageModel,
     params: Params,
@@ -112,23 +116,52 @@ def merged(
     base: str,
     tokenizer: Any = None,
 ) -> Params:
-    """Writes a trained adapter to adapter/ and merges it.
+    """Writes a trained adapter to adapter/.
 
     Args:
       spec: the adapter.
-      lm: the model in float32; a head is written with the adapter.
-      params: its float32 weights.
-      adapter: the trained parameters.
+      lm: the model; a head is written with the adapter.
+      params: its weights, and its float32 head.
+      adapter: the trained parameters, float32.
       out: the run folder.
-      base: name of the model under the adapter, for adapter_config.json.
+      base: the folder under the adapter, for adapter_config.json; "" where the weights lie in none.
       tokenizer: written beside the adapter where one is given: a reward model is read by its pad id.
 
     Returns:
-      `params` with the adapter merged in.
+      `params` with the adapter beside them (`models.lora.attach`), of which no copy is made; merged where the weights
+      lie in no folder.
     """
+    masters = models.LanguageModel(lm.config)
     head = params["head"] if lm.config.head is not None else None
-    models.save_adapter(out / "adapter", lm, spec, adapter, base=base, head=head, tokenizer=tokenizer, overwrite=True)
-    return models.lora.merge(params, adapter, spec)
+    models.save_adapter(
+        out / "adapter", masters, spec, adapter, base=base, head=head, tokenizer=tokenizer, overwrite=True
+    )
+    return (models.lora.attach if base else models.lora.merge)(params, adapter, spec)
+
+
+@contextlib.contextmanager
+def whole(params: Params, *, folder: str, out: pathlib.Path) -> Iterator[Params]:
+    """Opens the float32 parameters that a run writes to model/.
+
+    Args:
+      params: the run's. An adapter beside them, and weights of another type, which were not trained, stand for the
+        arrays of folders: these are read, and the adapter merged in float32, one at a time when they are written.
+      folder: which the run started from.
+      out: the run folder, with adapter/ where there is an adapter.
+
+    Returns:
+      A context of parameters that `models.save` takes.
+    """
+    body = params["transformer"]
+    if "lora" not in params and all(x.dtype == jnp.float32 for x in jax.tree.leaves(body)):
+        yield params
+        return
+    with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd about the folder has been told when it was loaded
+            _, found = stack.enter_context(folders.stored(out / "adapter" if "lora" in params else folder))
+        head = {"head": params["head"]} if "head" in params else {}
+        yield {"transformer": {name: found["transformer"][name] for name in body}, **head}
 
 
 def reference(spec: models.Lora | None, started: job.StartedModel) -> Params:
@@ -153,12 +186,13 @@ def held(lm: models.LanguageModel, params: Params) -> Params:
 
     Args:
       lm: the model.
-      params: its float32 weights, or their shapes.
+      params: its weights, or their shapes.
 
     Returns:
-      The same tree.
+      The same tree; arrays of that type themselves.
     """
-    return dry_run.apply(lambda tree: jax.tree.map(lambda x: x.astype(lm.dtype), tree), params)
+    one = lambda x: x if x.dtype == lm.dtype else x.astype(lm.dtype)  # noqa: E731
+    return dry_run.apply(lambda tree: jax.tree.map(one, tree), params)
 
 
 @cached

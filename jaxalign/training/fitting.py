@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxalign import _hosts, training
 from jaxalign.data import batches
@@ -36,7 +35,7 @@ def fit_model(
     """Trains all parameters, going on from the newest checkpoint in the run folder.
 
     Args:
-      started: its params are trained; they are copied.
+      started: its params are trained, and used up: their memory becomes that of the state, unless `frozen` holds them.
       data: its training rows are used.
       loss: loss(params, batch, frozen) -> (loss, LossAux).
       collate: a list of b rows -> a tree of arrays [b,...].
@@ -66,11 +65,11 @@ def fit_model(
             stage, dry_run.estimate(step, state, batch, frozen, mesh=devices, flops=count(flops.text_lengths(batch)))
         )
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
+    params = states.owned(started.params, frozen)
     if devices is None:
-        # A copy, which the steps may take.
-        state = training.create(jax.tree.map(jnp.array, started.params), update)
+        state = training.create(params, update)
     else:
-        state, frozen = states.on_mesh(devices, started.params, update), sharding.shard(frozen, devices, others=True)
+        state, frozen = states.on_mesh(devices, params, update), sharding.shard(frozen, devices, others=True)
         by_row = sharding.batch_sharding(devices, ahead=1)
         place = lambda batch: _hosts.put(batch, by_row)  # noqa: E731
     work = flops.work_of(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxalign import _hosts, _io, models
-from jaxalign._checks import check_language_model, check_rng
+from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
 from jaxalign.data.text_options import TextOptions, format_of, token_id
 from jaxalign.models import sharding
@@ -31,7 +31,7 @@ class StartedModel(NamedTuple):
     lm: models.LanguageModel
     """The model, which computes in the run's type."""
     params: Params
-    """Its parameters: float32 masters."""
+    """Its parameters: float32 masters of what is trained; the rest may be of the run's type."""
     tokenizer: Any
     """Its tokenizer, transformers'."""
 
@@ -64,6 +64,7 @@ def start(
     eos_token: str = "",
     mesh: str = "",
     shapes_only: bool = False,
+    trained: bool = True,
 ) -> StartedModel:
     """Loads or makes the model to train.
 
@@ -77,9 +78,11 @@ def start(
       eos_token: the token, or its id, that becomes the tokenizer's EOS, with which it is saved; "" leaves its own.
       mesh: devices that the parameters lie on, as `sharding.make_mesh` reads it.
       shapes_only: for a dry run: shapes stand for the parameters, and no weights are read.
+      trained: whether the model's own weights are trained. Where they are not, those of a folder are read in `dtype`,
+        all but the head.
 
     Returns:
-      Model, float32 parameters and tokenizer.
+      Model, parameters and tokenizer. What is trained is float32.
 
     Raises:
       ValueError: a tokenizer that does not fit, a context shorter than `max_length`, a --model that is no language
@@ -100,13 +103,15 @@ def start(
     else:
         tokenizer = _with_end(models.tokenizer(options.model, chat_template=chat_template), eos_token)
         load = dry_run.load_shapes if shapes_only else functools.partial(models.load, mesh=devices)
-        lm, params = load(options.model)
+        lm, params = load(options.model, dtype="float32" if trained else dtype)
         wanted = head(lm.config)
         if wanted is None:
             check_language_model("model", lm, options.model)
         if wanted != lm.config.head:
-            lm, params = replace_head(lm, params, wanted, head_rng)
+            lm, params = states.replace_head(lm, params, wanted, head_rng)
             params = params if devices is None or shapes_only else sharding.shard(params, devices)
+        elif wanted is not None and not trained and not shapes_only:
+            params = states.with_stored_head(params, options.model, devices)
     models.check_rows(tokenizer, lm.vocab_size)
     if max_length > lm.max_length:
         raise ValueError(f"max_length: expected at most the model's context of {lm.max_length}, found {max_length}")
@@ -147,32 +152,6 @@ def with_tokenizer_pad(config: models.Config, tokenizer: Any) -> models.Config:
     elif config.pad_id not in (None, pad):
         print(f"reward model: the tokenizer's pad id {pad} takes the place of the config's {config.pad_id}")
     return dataclasses.replace(config, pad_id=pad)
-
-
-def replace_head(
-    lm: models.LanguageModel, params: Params, head: models.Head | None, rng: jax.Array
-) -> tuple[models.LanguageModel, Params]:
-    """Puts a new head on a transformer; lm_head stays or goes as the head's kind says.
-
-    Args:
-      lm: the model.
-      params: its parameters.
-      head: the new head, None for a language model.
-      rng: a key for the head's weights; consumed.
-
-    Returns:
-      The model and its parameters.
-
-    Raises:
-      ValueError: a language model is to be made of a classifier, which has no lm_head; an rng that is no key.
-    """
-    check_rng(rng)
-    new = models.with_head(lm, head)
-    if new.has_lm_head and not lm.has_lm_head:
-        raise ValueError("model: expected a language model, found a sequence classifier without lm_head")
-    wanted = jax.eval_shape(new.init, rng)
-    body = {name: params["transformer"][name] for name in wanted["transformer"]}
-    return new, {"transformer": body} | ({} if head is None else {"head": new.init_head(rng)})
 
 
 def form_of(text: TextOptions, started: StartedModel) -> TextFormat:

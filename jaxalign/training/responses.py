@@ -35,7 +35,7 @@ def scored(
     bare = next((row.where for row in found.rows if not row.prompt), None)
     if bare is not None:
         raise ValueError(f'{bare}: expected a "prompt" beside the response, found none')
-    lm, _ = models.load(options.base, dtype=dtype, mesh=started.lm.mesh)
+    lm = models.LanguageModel(models.read_config(options.base), dtype, started.lm.mesh)
     check_language_model("base", lm, options.base)
     reward, params = rollouts.open_reward(options.reward, lm, started.tokenizer, dtype=dtype)
     number: dict[tuple[int, ...], int] = {}

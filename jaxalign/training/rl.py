@@ -157,7 +157,7 @@ def train_policy(
     """Trains from the run folder's last checkpoint, if there is one, to the last step.
 
     Args:
-      learner, trained, frozen: as `learner_of` gives them.
+      learner, trained, frozen: as `learner_of` gives them; what is trained is used up.
       rows: the prompts to train on.
       pad: collates rows to a batch, as `collate_prompts`.
       beta: KL weight at the start.
@@ -194,11 +194,8 @@ def train_policy(
         batch = pad(dry_run.rows_of_batch(rows, size))
         _tell(learner, step, dry_run.apply(lambda params: create(params, update), trained), frozen, batch, devices)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
-    train = (  # a copy, which the steps may take
-        create(jax.tree.map(jnp.array, trained), update)
-        if devices is None
-        else states.on_mesh(devices, trained, update)
-    )
+    owned = states.owned(trained, frozen)
+    train = create(owned, update) if devices is None else states.on_mesh(devices, owned, update)
     state = RLState(jnp.zeros((), jnp.int32), train, jnp.asarray(beta, jnp.float32), jnp.zeros(2, jnp.int32))
     if devices is not None:
         state, frozen = sharding.shard((state, frozen), devices, others=True)
@@ -247,7 +244,7 @@ def _tell(
 def trained_policy(
     started: job.StartedModel, state: RLState, spec: models.Lora | None, *, base: str, out: pathlib.Path
 ) -> Params:
-    """Gives the trained weights without a head; those of an adapter are written to adapter/ and merged.
+    """Gives the trained weights without a head; an adapter is written to adapter/.
 
     Args:
       started: the model that the run started from.
@@ -257,14 +254,12 @@ def trained_policy(
       out: the run folder.
 
     Returns:
-      Parameters, float32.
+      Parameters, as `adapters.written` gives them.
     """
     if spec is None:
         return {"transformer": state.train.params["transformer"]}
-    # Into the float32 weights: the reference may be held in bfloat16.
-    masters, adapter = {"transformer": started.params["transformer"]}, state.train.params["adapter"]
-    lm = models.LanguageModel(models.with_head(started.lm, None).config)
-    return adapters.merged(spec, lm, masters, adapter, out, base=base)
+    weights, adapter = {"transformer": started.params["transformer"]}, state.train.params["adapter"]
+    return adapters.written(spec, models.with_head(started.lm, None), weights, adapter, out, base=base)
 
 
 def measure_policy(

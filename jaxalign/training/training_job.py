@@ -81,16 +81,22 @@ class Job:
         return done
 
     def start(
-        self, head: Callable[[models.Config], models.Head | None], *, texts_per_row: int = 1
+        self,
+        head: Callable[[models.Config], models.Head | None],
+        *,
+        texts_per_row: int = 1,
+        trained: bool = True,
     ) -> functions.StartedModel:
         """Loads or makes the model to train.
 
         Args:
           head: config -> the head that the model has to have; its own weights are kept where it has them.
           texts_per_row: texts that a row of an optimizer step holds, by which --remat is chosen.
+          trained: whether the model's own weights are trained, and not an adapter or a head alone: what is not trained
+            is loaded in the run's type.
 
         Returns:
-          Model, float32 parameters and tokenizer.
+          Model, parameters and tokenizer. What is trained is float32.
 
         Raises:
           ValueError: a tokenizer that does not fit, a context shorter than --max-length.
@@ -107,6 +113,7 @@ class Job:
             eos_token=config.text.eos_token,
             mesh=config.mesh.mesh,
             shapes_only=config.run.dry_run,
+            trained=trained,
         )
         lm = memory.with_remat(started.lm, started.params, config.mesh, texts=texts, length=length)
         return started._replace(lm=lm)
@@ -132,7 +139,7 @@ class Job:
         """Trains, going on from the newest checkpoint in the run folder.
 
         Args:
-          started: its params are trained; they are copied.
+          started: its params are trained, and used up.
           data: its training rows are used.
           loss: loss(params, batch, frozen) -> (loss, LossAux).
           collate: a list of b rows -> a tree of arrays [b,...].
@@ -140,7 +147,7 @@ class Job:
           adapter: where it is given, it is trained in place of all weights (`adapters.fit_adapter`).
 
         Returns:
-          The trained parameters, float32; those of an adapter are merged in.
+          The trained parameters, float32; an adapter's as `adapters.written` gives them.
         """
         config = self.config
         if config.run.dry_run and not dry_run.is_abstract(started.params):
@@ -176,4 +183,5 @@ class Job:
         Returns:
           The summary as it is written to summary.json, last of all: where that file is, the run is whole.
         """
-        return functions.finish(self.out, started, params, data, summary, self.following)
+        with adapters.whole(params, folder=self.config.model.model, out=self.out) as whole:
+            return functions.finish(self.out, started, whole, data, summary, self.following)

@@ -246,7 +246,7 @@ def fit_head(
         each step. Several processes read it at each step, which is printed, and so counts a dry run.
 
     Returns:
-      Parameters of the whole model, float32.
+      Parameters of the whole model: the body's as they came, the head's float32.
     """
     body = {"transformer": started.params["transformer"]}
     alone = started._replace(params={"head": started.params["head"]})

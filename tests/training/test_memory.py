@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxalign import training
+from jaxalign import models, training
 from jaxalign.models import log_prob
-from jaxalign.training import memory, objectives, rl_iteration, states
+from jaxalign.training import memory, objectives, policy_gradient, rl_iteration, states
 from jaxalign.training.options import MeshOptions
-from tests.conftest import needs_jit, tiny_lm
+from tests.conftest import needs_jit, tiny_config, tiny_lm
 
 SMALL = {"num_layers": 8, "max_length": 256, "hidden_size": 64, "intermediate_size": 192}
 
@@ -151,3 +153,40 @@ def test_auto_is_full_where_a_device_has_less_than_the_estimate(monkeypatch, cap
     assert chosen("auto") == "full"
     assert "remat: full, by an estimate" in capsys.readouterr().out
     assert chosen("auto", accumulate=2) == "none"
+
+
+VOCABULARY, TOKENS = 32_768, 512
+
+
+def vocabulary_step(name: str):
+    """(loss, model, frozen parameters, batch of two rows of 512 tokens as shapes)."""
+    small = {"num_layers": 1, "vocab_size": VOCABULARY, "max_length": TOKENS}
+    lm = models.LanguageModel(tiny_config(**small))
+    base = jax.eval_shape(lm.init, jax.random.key(0))
+    kinds = {"tokens": jnp.int32, "mask": bool, "loss_mask": bool}
+    texts = {key: jax.ShapeDtypeStruct((1, 2, TOKENS), kind) for key, kind in kinds.items()}
+    if name == "dpo":
+        pairs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, 1, TOKENS), x.dtype), texts)
+        return objectives.dpo(lm, beta=0.1), lm, base, {"chosen": pairs, "rejected": pairs}
+    if name == "a Q head":
+        head = models.LanguageModel(tiny_config(models.Head("q"), **small))
+        reward = {"reward": jax.ShapeDtypeStruct((1, 2), jnp.float32)}
+        return objectives.value(head, "fudge"), head, None, texts | reward
+    half = {"tokens": jnp.int32, "mask": bool, **dict.fromkeys(("drawn", "old", "ref", "advantage"), jnp.float32)}
+    rows = {key: jax.ShapeDtypeStruct((1, 2, TOKENS // 2), kind) for key, kind in half.items()}
+    rows |= {"prompt_tokens": rows["tokens"], "prompt_mask": rows["mask"]}
+    rows |= {"beta": jax.ShapeDtypeStruct((1, 2), jnp.float32)}
+    read, both = policy_gradient.of_model(lm), policy_gradient.of_models(lm, lm)
+    return policy_gradient.loss(policy_gradient.Method("rloo", kl="exact"), read, both, once=True), lm, base, rows
+
+
+@needs_jit
+@pytest.mark.parametrize("name", ["dpo", "a Q head", "rl with the exact KL"])
+def test_a_step_holds_scores_of_the_vocabulary_for_a_chunk_of_tokens_alone(name):
+    loss, lm, frozen, batch = vocabulary_step(name)
+    optimizer, _ = training.adamw(learning_rate=1e-3, steps=4)
+    state = jax.eval_shape(lambda: training.create(lm.init(jax.random.key(0)), optimizer))
+    text = training.train_step(loss, optimizer).lower(state, batch, frozen).compile().as_text()
+    shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
+    rows = [math.prod(shape) // VOCABULARY for shape in shapes if VOCABULARY in shape]
+    assert 16 < max(rows) <= 128  # the model's width, and 64 positions of two rows

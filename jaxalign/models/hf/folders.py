@@ -5,9 +5,11 @@ No torch, no pickle, no code from the folder. Nothing is downloaded unless a hub
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -67,6 +69,39 @@ def load(
       ValueError: another dtype or mesh; an unsupported field of config.json; tensors that are missing, surplus or
         misshapen, by name; a folder or file that is missing, by path; an adapter with a field that is not supported.
     """
+    source, lm, edits = _opened(path, base=base, dtype=dtype, mesh=mesh)
+    return lm, tensors.read_params(source, lm, edits)
+
+
+@contextlib.contextmanager
+def stored(
+    path: str | pathlib.Path, *, base: str | pathlib.Path | None = None, dtype: DTypeLike = "float32"
+) -> Iterator[tuple[LanguageModel, Params]]:
+    """Opens a model's folder, an adapter's too, without reading its arrays.
+
+    Args:
+      path, base, dtype: as in `load`.
+
+    Returns:
+      A context of the model and a tree of `tensors.Stored`, arrays that can stand among the parameters that `save` is
+      given: they are read, and adapters merged in float32, one at a time.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    source, lm, edits = _opened(path, base=base, dtype=dtype, mesh=None)
+    with tensors.stored_params(source, lm, edits) as found:
+        yield lm, found
+
+
+def _opened(
+    path: str | pathlib.Path,
+    *,
+    base: str | pathlib.Path | None,
+    dtype: DTypeLike,
+    mesh: jax.sharding.Mesh | None,
+) -> tuple[pathlib.Path, LanguageModel, tensors.Edits]:
+    """The folder of the weights, the model, and what adapters make of them."""
     name = dtype_name(dtype)
     if name == "float64" and jax.dtypes.canonicalize_dtype(name) != name:
         raise ValueError("dtype: expected float64 under jax.enable_x64, found it off")
@@ -74,8 +109,7 @@ def load(
     source = find_source(path, base=base)
     folder = source.base
     config, edits = merge_plan(source, _config_of(folder))
-    lm = LanguageModel(config, name, mesh)
-    return lm, tensors.read_params(folder, lm, edits)
+    return folder, LanguageModel(config, name, mesh), edits
 
 
 def read_config(path: str | pathlib.Path, *, base: str | pathlib.Path | None = None) -> Config:
@@ -124,7 +158,8 @@ def save(
     Args:
       path: the folder.
       lm: the model.
-      params: its parameters, without an adapter beside them.
+      params: its parameters, without an adapter beside them; arrays that `hf.folders.stored` has opened are copied
+        from their files.
       tokenizer: saved beside the model; a tokenizer of transformers.
       overwrite: whether a folder with files is replaced.
 

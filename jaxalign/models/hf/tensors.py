@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,9 +120,28 @@ def _files(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One of our arrays that lies in a folder's files until it is read."""
+
+    shape: tuple[int, ...]
+    """Its shape."""
+    dtype: jnp.dtype[Any]
+    """The type that it is read in."""
+    part: Callable[[Index | None], np.ndarray]
+    """Reads a part, or all."""
+
+
 def read_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits = Edits()) -> Params:  # noqa: B008
     """The parameters of a folder's safetensors, with the edits of adapters, in the model's dtype and on its mesh. Array
     by array, and of each what this machine's devices hold: neither the model nor the sum of its files is in memory."""
+    with stored_params(folder, lm, edits) as found:
+        return jax.tree_util.tree_map_with_path(lambda path, x: _placed(lm, sharding.path_name(path), x), found)
+
+
+@contextlib.contextmanager
+def stored_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits) -> Iterator[Params]:
+    """The parameters of a folder's safetensors as a tree of `Stored` arrays, which can be read while this is open."""
     table, family = rules_of(lm.config), FAMILIES[lm.config.family]
     wanted = [key for rule in table for key in rule.theirs]
     files = _with_prefix(_files(folder), family.prefix, wanted)
@@ -152,16 +173,18 @@ def read_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits = Edits())
                 return np.asarray(edits.replaced[key])
             return handles[files[key][0]].get_slice(files[key][1])
 
-        for rule in table:
+        def stored(rule: Rule) -> Stored:
             shape = flat[rule.ours].shape
             for key, expected in zip(rule.theirs, their_shapes(lm.config, rule, shape), strict=True):
                 _check_shape(key, slice_of(key), expected, edits.products.get(key, ()), rule.transpose)
 
-            def read(key: str, index: Index, rule: Rule = rule) -> np.ndarray:
+            def read(key: str, index: Index) -> np.ndarray:
                 return _added(np.asarray(slice_of(key)[index]), index, edits.products.get(key, ()), rule.transpose)
 
-            flat[rule.ours] = _placed(lm, rule, shape, read)
-    return jax.tree_util.tree_map_with_path(lambda path, _: flat[sharding.path_name(path)], shapes)
+            return Stored(shape, jnp.dtype(lm.dtype), functools.partial(_part, lm, rule, shape, read))
+
+        found = {rule.ours: stored(rule) for rule in table}
+        yield jax.tree_util.tree_map_with_path(lambda path, _: found[sharding.path_name(path)], shapes)
 
 
 def _with_prefix(
@@ -174,26 +197,32 @@ def _with_prefix(
     return {prefix + name if prefix + name in known else name: place for name, place in files.items()}
 
 
-def _placed(lm: LanguageModel, rule: Rule, shape: tuple[int, ...], read: Read) -> jax.Array:
-    """One of our arrays in the model's type, on its devices: each gets what it holds, which is read once."""
+def _placed(lm: LanguageModel, name: str, array: Stored) -> jax.Array:
+    """One of our arrays on the model's devices: each gets what it holds, which is read once."""
+    if lm.mesh is None:
+        placed: jax.Array = jax.device_put(array.part(None))
+        return placed
     kept: dict[str, np.ndarray] = {}
 
-    def part(index: Index | None) -> np.ndarray:
-        whole = tuple(slice(*one.indices(size)) for one, size in zip(index or (), shape, strict=True))
-        if str(whole) not in kept:
-            out = np.empty([one.stop - one.start for one in whole], jnp.dtype(lm.dtype))
-            for block in _blocks(rule, whole):
-                place = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(block, whole, strict=True))
-                out[place] = read_part(lm.config, rule, shape, block, read)
-            kept[str(whole)] = out
-        return kept[str(whole)]
+    def once(index: Index | None) -> np.ndarray:
+        if str(index) not in kept:
+            kept[str(index)] = array.part(index)
+        return kept[str(index)]
 
-    everything = (slice(None),) * len(shape)
-    if lm.mesh is None:
-        placed: jax.Array = jax.device_put(part(everything))
-        return placed
-    spec = sharding.partition_spec(rule.ours, shape, lm.mesh)
-    return jax.make_array_from_callback(shape, jax.sharding.NamedSharding(lm.mesh, spec), part)
+    spec = sharding.partition_spec(name, array.shape, lm.mesh)
+    return jax.make_array_from_callback(array.shape, jax.sharding.NamedSharding(lm.mesh, spec), once)
+
+
+def _part(lm: LanguageModel, rule: Rule, shape: tuple[int, ...], read: Read, index: Index | None) -> np.ndarray:
+    """A part of one of our arrays, or all, in the model's type."""
+    whole = tuple(
+        slice(*one.indices(size)) for one, size in zip(index or (slice(None),) * len(shape), shape, strict=True)
+    )
+    out = np.empty([one.stop - one.start for one in whole], jnp.dtype(lm.dtype))
+    for block in _blocks(rule, whole):
+        place = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(block, whole, strict=True))
+        out[place] = read_part(lm.config, rule, shape, block, read)
+    return out
 
 
 def _blocks(rule: Rule, whole: Index) -> Iterator[Index]:
@@ -294,9 +323,9 @@ def write_params(folder: pathlib.Path, lm: LanguageModel, params: Params) -> Non
     write_tensors(folder, plan, lambda ours: _fetched(lm.config, rules[ours], flat[ours]))
 
 
-def _fetched(config: Config, rule: Rule, ours: jax.Array) -> dict[str, np.ndarray]:
+def _fetched(config: Config, rule: Rule, ours: jax.Array | Stored) -> dict[str, np.ndarray]:
     """The checkpoint's tensors of one of our arrays, on the host."""
-    array = _on_host(ours)
+    array = ours.part(None) if isinstance(ours, Stored) else _on_host(ours)
     parts: list[Any] = [array]
     if rule.packed == "experts":
         parts = list(unstack_experts(array))

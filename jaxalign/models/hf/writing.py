@@ -108,3 +108,4 @@ def _write_file(path: pathlib.Path, tensors: Sequence[Planned], take: Callable[[
             rows = max(BLOCK // max(one.nbytes // max(len(array), 1), 1), 1)
             for i in range(0, len(array), rows):  # a transposed tensor is turned block by block
                 sink.write(np.ascontiguousarray(array[i : i + rows]).view(np.uint8).data)
+            del array  # before the next is fetched
