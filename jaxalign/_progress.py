@@ -23,15 +23,15 @@ class _Lines:
         self.stream.flush()
 
 
-def progress(stage: str, total: int, *, initial: int = 0, unit: str = "it") -> Any:
+def progress(stage: str, total: int, *, initial: int = 0, unit: str = "it", shown: bool = True) -> Any:
     """A tqdm bar on stderr: stage, count, rate and ETA. Redrawn on a terminal; elsewhere one line every ten seconds.
-    Of several processes the first shows its own."""
+    Of several processes the first shows its own; none where it is not to be shown."""
     from tqdm import tqdm  # a bar alone needs it: importing the library does not load it
 
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
-        disable=not _hosts.is_first(),
+        disable=not (shown and _hosts.is_first()),
         initial=initial,
         desc=stage,
         unit=unit,

@@ -18,6 +18,8 @@ from jaxalign import _hosts, _io, commands, evaluation
 from jaxalign.evaluation import plots, results
 from jaxalign.launch import stages
 
+INSPECTED = 4  # prompts whose responses the report shows token by token
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -50,7 +52,7 @@ def run(config: Config) -> dict[str, Any]:
 
     def decode(methods: tuple[str, ...]) -> list[results.Record]:
         """Decodes by the methods that are not decoded yet; gives the rows of all."""
-        return evaluation.run(evaluation.DecodeOptions(**options, method=methods), quiet=True)
+        return evaluation.run(evaluation.DecodeOptions(**options, method=methods, inspect=INSPECTED), quiet=True)
 
     total = len(training) + len(groups)
     for i, stage in enumerate(training, start=1):

@@ -208,7 +208,7 @@ def decode(
     # Draws that a method shares with the base would count as ties, and best-of-n would win too often.
     keys = [rng if method.name == "base" else jax.random.fold_in(rng, 1) for method in plan]
     total = len(plan) * len(prompts.ids)
-    progress = _progress.progress("decode", total, initial=len(records), unit="response")
+    progress = _progress.progress("decode", total, initial=len(records), unit="response", shown=watch is None)
     with own.open("a") as sink, progress, program_errors():
         for k, j in _hosts.dealt(missing):
             method, batch = plan[k], parts[j]

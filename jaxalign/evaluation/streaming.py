@@ -16,7 +16,7 @@ from jaxalign.text._generate import draw_in_chunks, watch_texts
 from jaxalign.text._requests import Batch as TextBatch
 from jaxalign.types import Array, Completions, Decoded
 
-EVERY = 4  # tokens between two looks at what was drawn
+EVERY = 1  # tokens between two looks at what was drawn
 
 
 class Write(Protocol):
