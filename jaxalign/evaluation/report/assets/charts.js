@@ -28,7 +28,7 @@ function short(v) {
 // lines: [{series, label, points: [{x, y, ex, ey, tip: [..], label}], dashed, plain}]. base: the value of a dotted line.
 function chart(holder, {title, lines, xLabel, yLabel, kl, height, base, marks = true, describe}) {
   const width = Math.max(150, Math.round(holder.clientWidth || 320)), tall = height || Math.round(Math.min(400, Math.max(270, width * .72)));
-  const small = tall < 200, box = {l: small ? 38 : 46, r: 10, t: title ? 26 : 10, b: xLabel ? 40 : 24};
+  const small = tall < 200, box = {l: 0, r: 10, t: title ? 26 : 10, b: xLabel ? 40 : 24};
   const points = lines.flatMap(line => line.points.map(p => ({...p, series: line.series})));
   const svg = s('svg', {class: 'chart', viewBox: `0 0 ${width} ${tall}`, role: 'group', 'aria-label': describe || title});
   if (title) svg.append(s('text', {class: 'title', x: 0, y: 13}, title));
@@ -42,16 +42,18 @@ function chart(holder, {title, lines, xLabel, yLabel, kl, height, base, marks = 
   let [y0, y1] = [Math.min(...ys), Math.max(...ys)];
   if (y1 - y0 < 1e-12) { y0 -= Math.abs(y0) * .1 + .5; y1 += Math.abs(y1) * .1 + .5; }
   [y0, y1] = [y0 - (y1 - y0) * .06, y1 + (y1 - y0) * .06];
+  const yTicks = niceTicks(y0, y1, small ? 3 : 5);
+  box.l = Math.max(...yTicks.map(t => short(t).length), 2) * 7 + 14;
   const xs = points.map(p => p.x), x0 = kl ? -.06 * f(Math.max(...xs, .5)) : Math.min(...xs);
   const x1 = kl ? f(Math.max(...xs, .5)) * 1.04 : Math.max(Math.max(...xs), x0 + 1e-9);
   const px = v => box.l + (f(v) - x0) / (x1 - x0) * (width - box.l - box.r);
   const py = v => tall - box.b - (v - y0) / (y1 - y0) * (tall - box.b - box.t);
 
-  for (const t of niceTicks(y0, y1, small ? 3 : 5)) {
+  for (const t of yTicks) {
     svg.append(s('line', {class: 'gridline', x1: box.l, x2: width - box.r, y1: py(t), y2: py(t)}));
     svg.append(s('text', {x: box.l - 8, y: py(t) + 4, 'text-anchor': 'end'}, short(t)));
   }
-  const xTicks = kl ? klTicks(Math.max(...xs, .5) * 1.02, width - box.l) : niceTicks(x0, x1, Math.max(2, Math.floor(width / 90)));
+  const xTicks = kl ? klTicks(Math.max(...xs, .5) * 1.02, width - box.l) : niceTicks(x0, x1, Math.max(3, Math.floor(width / 80))).filter(Number.isInteger);
   for (const t of xTicks) svg.append(s('text', {x: px(t), y: tall - box.b + 16, 'text-anchor': 'middle'}, short(t)));
   if (xLabel) svg.append(s('text', {x: (box.l + width - box.r) / 2, y: tall - 4, 'text-anchor': 'middle'}, xLabel));
   if (yLabel) svg.append(s('text', {x: width - box.r, y: 13, 'text-anchor': 'end'}, yLabel));
