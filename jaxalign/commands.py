@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
 from jaxalign import launch
 from jaxalign._options import from_fields, parse
+from jaxalign._programs import tells_programs
 from jaxalign._version import __version__
 from jaxalign.launch import compilation, processes
 
@@ -142,6 +143,7 @@ def choose(package: str, arguments: Sequence[str] | None = None) -> Any:
     return _run_with(importlib.import_module(f"{package}.{name}"), arguments[1:], prog=f"{prog} {name}")
 
 
+@tells_programs
 def run(job: str, /, **options: Any) -> Any:
     """Does a job of the command in this process: run("rl", model=folder, prompts=file, reward=folder, out="runs/rl").
 
@@ -251,6 +253,7 @@ def _note(
     print(f"note: {processes.label()}{place}{' '.join(str(message).split())}", file=sys.stderr)
 
 
+@tells_programs
 def _run_with(module: Any, arguments: list[str], *, prog: str) -> Any:
     description = _spoken(module.__doc__ or "", prog)
     return module.run(parse(module.Config, description=description, args=arguments, prog=prog))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxalign import rewards, rollout
 from jaxalign._arrays import repeat_rows
 from jaxalign._parts import start_policy
+from jaxalign._programs import tells_programs
 from jaxalign.decoding import _kl
 from jaxalign.decoding.requests import (
     Decode,
@@ -45,6 +46,7 @@ class BestOfNInfo(NamedTuple):
     """[B,n] of each."""
 
 
+@tells_programs
 def best_of_n(
     policy: Policy,
     reward: Reward | TextReward,

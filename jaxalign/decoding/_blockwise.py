@@ -13,6 +13,7 @@ from jaxalign import mdp, rollout
 from jaxalign._arrays import at_least_float32, drop_weak_types, repeat_rows, take_rows, where_rows
 from jaxalign._checks import check_below, is_concrete, same_prompts
 from jaxalign._parts import advance_critic, check_same_vocabulary, score_critic, start_critic, start_policy, step_policy
+from jaxalign._programs import tells_programs
 from jaxalign.decoding import _kl
 from jaxalign.decoding.requests import (
     POLICY,
@@ -50,6 +51,7 @@ class BlockwiseInfo(NamedTuple):
     """[B], begun: ⌈|y|/block_size⌉."""
 
 
+@tells_programs
 def blockwise(
     policy: Policy,
     critic: Critic,

@@ -13,6 +13,7 @@ from jaxalign import rollout
 from jaxalign._arrays import where_rows
 from jaxalign._checks import is_concrete
 from jaxalign._parts import start_policy
+from jaxalign._programs import tells_programs
 from jaxalign.decoding import _kl
 from jaxalign.decoding.requests import (
     Decode,
@@ -77,6 +78,7 @@ class CardsInfo(NamedTuple):
     """[B], tokens drawn, those thrown away included."""
 
 
+@tells_programs
 def cards(
     policy: Policy,
     reward: Reward | TextReward,

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxalign._arrays import drop_weak_types, per_row
 from jaxalign._checks import is_concrete, same_prompts
+from jaxalign._programs import tells_programs
 from jaxalign.decoding._ggro_search import GGROInfo as GGROInfo
 from jaxalign.decoding._ggro_search import Plan, search
 from jaxalign.decoding._kl import surprisal
@@ -46,6 +47,7 @@ class GGROParams(NamedTuple):
     """The gradient's; None: the reward's."""
 
 
+@tells_programs
 def ggro(
     policy: Policy,
     reward: Reward | TextReward | None,

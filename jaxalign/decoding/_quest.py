@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxalign import rollout
 from jaxalign._arrays import where_rows
 from jaxalign._parts import start_policy
+from jaxalign._programs import tells_programs
 from jaxalign.decoding import _kl
 from jaxalign.decoding.requests import (
     Decode,
@@ -85,6 +86,7 @@ uniform_cut = Cut(_uniform_draw, _uniform_log_prob)
 """The cut of QUEST: every place of the response is as likely."""
 
 
+@tells_programs
 def quest(
     policy: Policy,
     reward: Reward | TextReward,

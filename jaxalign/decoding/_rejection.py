@@ -14,6 +14,7 @@ from jaxalign import rollout
 from jaxalign._arrays import repeat_rows, where_rows
 from jaxalign._checks import is_concrete
 from jaxalign._parts import start_policy
+from jaxalign._programs import tells_programs
 from jaxalign.decoding import _kl
 from jaxalign.decoding.requests import (
     Decode,
@@ -67,6 +68,7 @@ class RejectionInfo(NamedTuple):
     """[B]: mean acceptance probability of the first chunk of draws."""
 
 
+@tells_programs
 def rejection(
     policy: Policy,
     reward: Reward | TextReward,

@@ -14,6 +14,7 @@ from jaxalign import rollout
 from jaxalign._arrays import NEGATIVE, drop_weak_types, is_supported, repeat_rows
 from jaxalign._checks import is_concrete
 from jaxalign._parts import start_policy, step_policy
+from jaxalign._programs import tells_programs
 from jaxalign.decoding.requests import (
     Decode,
     EosIds,
@@ -28,6 +29,7 @@ from jaxalign.prompts import any_prompts, prompt_index
 from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, Prompts, State, StepOutput
 
 
+@tells_programs
 def sample(
     policy: Policy,
     params: Params,
@@ -102,6 +104,7 @@ def _sample(
     return drawn if n is None else jax.tree.map(lambda x: x.reshape((-1, n, *x.shape[1:])), drawn)
 
 
+@tells_programs
 def log_prob(
     policy: Policy,
     params: Params,

@@ -13,6 +13,7 @@ from jaxalign import rollout
 from jaxalign._arrays import is_supported, repeat_rows, take_rows
 from jaxalign._checks import is_concrete
 from jaxalign._parts import start_policy
+from jaxalign._programs import tells_programs
 from jaxalign.decoding import _kl, resampling
 from jaxalign.decoding.requests import (
     Decode,
@@ -69,6 +70,7 @@ class SMCInfo(NamedTuple):
     those of the kept responses alone."""
 
 
+@tells_programs
 def smc(
     policy: Policy,
     reward: Reward | TextReward,

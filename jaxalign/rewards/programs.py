@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ import numpy as np
 
 from jaxalign import _hosts
 from jaxalign._builders import cached
-from jaxalign._checks import is_traced
+from jaxalign._checks import is_concrete, is_traced
+from jaxalign._programs import for_callback, naming
 from jaxalign.rewards.text_models import SourceReward
 from jaxalign.rewards.values import function_name, host_values, on_host
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
@@ -59,14 +61,19 @@ def _from_numpy(f: NumpyReward, named: NumpyReward | TextReward | SourceReward) 
         return np.dtype(jnp.result_type(float))
 
     def call(tokens: Any, mask: Any, prompt_length: Any, index: Any) -> Numbers:
-        found = f(*(np.asarray(a) for a in (tokens, mask, prompt_length, index)))
-        return np.asarray(host_values(found, np.shape(prompt_length), function=named), dtype())
+        found = _run(f, named, *(np.asarray(a) for a in (tokens, mask, prompt_length, index)))
+        return np.asarray(found, dtype())
+
+    in_program = for_callback(call)
 
     def reward(
         params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
     ) -> RewardValues:
+        given = (tokens, mask, prompt_length, index)
+        if is_concrete(given):  # outside compiled programs, where an error is simply raised
+            return jnp.asarray(call(*given))
         shape = np.empty(prompt_length.shape, dtype())
-        found: Array = jax.pure_callback(call, shape, tokens, mask, prompt_length, index, vmap_method="sequential")
+        found: Array = jax.pure_callback(in_program, shape, *given, vmap_method="sequential")
         return found
 
     return reward
@@ -126,24 +133,39 @@ def from_text(
                 return given
             return [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in given]
         read = rendered if wants == "rendered" and rendered is not None else to_text
-        return [read(row[:n]) for row, n in zip(rows, lengths, strict=True)]
+        return texts(read, [row[:n] for row, n in zip(rows, lengths, strict=True)])
+
+    def texts(read: Callable[[Sequence[int]], str], rows: list[list[int]]) -> list[str]:
+        with naming(read, function_name(read), "a text of token ids"):
+            return [read(row) for row in rows]
 
     def score(tokens: Ints, mask: Bools, prompt_length: Ints, index: Ints) -> Numbers:
         rows = [row[real].tolist() for row, real in zip(tokens, mask.astype(bool), strict=True)]
         lengths = prompt_length.tolist()
-        responses = [to_text(row[n:]) for row, n in zip(rows, lengths, strict=True)]
-        found: Numbers = host_values(f(prompts_of(rows, lengths, index), responses), prompt_length.shape, function=f)
+        responses = texts(to_text, [row[n:] for row, n in zip(rows, lengths, strict=True)])
+        given = prompts_of(rows, lengths, index)
+        with naming(f, function_name(f), f"one real number per text, shape {prompt_length.shape}"):
+            values = f(given, responses)
+        found: Numbers = host_values(values, prompt_length.shape, function=f)
         return found
 
     return _called_on_host(score, f) if between_programs or on_host(f) else _from_numpy(score, f)
+
+
+def _run(f: NumpyReward, named: NumpyReward | TextReward | SourceReward, *arrays: np.ndarray) -> Numbers:
+    """The numbers of a program on numpy arrays. Errors name `named` and, where they are its own, its place."""
+    own = naming(f, function_name(f), f"one real number per text, shape {arrays[2].shape}")
+    with own if f is named else contextlib.nullcontext():
+        values = f(*arrays)
+    found: Numbers = host_values(values, arrays[2].shape, function=named)
+    return found
 
 
 def _called_on_host(f: NumpyReward, named: NumpyReward | TextReward | SourceReward) -> Reward:
     """A Reward of a host function that is called between compiled programs, since it may run some of its own."""
 
     def scored(*arrays: np.ndarray) -> Numbers:
-        found: Numbers = host_values(f(*arrays), arrays[2].shape, function=named)
-        return found
+        return _run(f, named, *arrays)
 
     def reward(
         params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._arrays import at_least_float32
+from jaxalign._programs import ProgramError, defined_at
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
 from jaxalign.types import Array, CheckedReward, Params, Reward
 
@@ -40,11 +41,11 @@ def host_values(values: Any, shape: tuple[int, ...], *, function: Any) -> Any:
     try:
         array = values if hasattr(values, "dtype") else _as_array(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{expected}, found {type(values).__name__} ({error})") from None
+        raise ProgramError(f"{expected}, found {type(values).__name__} ({error}){defined_at(function)}") from None
     real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
     if array.shape != shape or not real:
         found = type(values).__name__ if array.dtype == object else f"shape {array.shape} of {array.dtype}"
-        raise ValueError(f"{expected}, found {found}")
+        raise ProgramError(f"{expected}, found {found}{defined_at(function)}")
     return array
 
 

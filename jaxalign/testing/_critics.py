@@ -12,6 +12,7 @@ import numpy as np
 from jaxalign import decoding, policies
 from jaxalign._arrays import is_supported, repeat_rows, take_rows, where_rows
 from jaxalign._parts import advance_critic, check_critic_argument, score_critic, start_critic
+from jaxalign._programs import tells_programs
 from jaxalign.prompts import any_prompts
 from jaxalign.shapes import PerPrompt, ResponseTokens
 from jaxalign.testing import _laws
@@ -129,6 +130,7 @@ class _Scorer:
         return walk
 
 
+@tells_programs
 def check_critic(
     critic: Critic,
     params: Params,

@@ -12,6 +12,7 @@ import numpy as np
 from jaxalign import decoding
 from jaxalign._arrays import is_supported, repeat_rows, take_rows
 from jaxalign._parts import check_policy_argument
+from jaxalign._programs import tells_programs
 from jaxalign.prompts import any_prompts
 from jaxalign.shapes import LogProbs, ResponseTokens
 from jaxalign.testing import _laws, _verified
@@ -26,6 +27,7 @@ class Increments(Protocol):
     def __call__(self, params: Params, prompts: Prompts, tokens: ResponseTokens) -> LogProbs: ...
 
 
+@tells_programs
 def check_policy(
     policy: Policy,
     params: Params,

@@ -9,6 +9,7 @@ import numpy as np
 from jaxalign import mdp
 from jaxalign._arrays import take_rows
 from jaxalign._parts import check_function_argument
+from jaxalign._programs import tells_programs
 from jaxalign.prompts import prompt_index
 from jaxalign.rewards.values import host_values
 from jaxalign.testing import _laws
@@ -16,6 +17,7 @@ from jaxalign.testing._laws import assert_same, broken, errors_break
 from jaxalign.types import Array, Params, PrefixReward, Reward, TokenBatch
 
 
+@tells_programs
 def check_reward(
     reward: Reward,
     params: Params,

@@ -15,6 +15,7 @@ from jaxalign import _hosts, decoding, policies, rollout
 from jaxalign._arrays import drop_weak_types
 from jaxalign._checks import same_prompts
 from jaxalign._parts import start_policy
+from jaxalign._programs import tells_programs
 from jaxalign.decoding.requests import check_request, open_eos_ids, streams, with_temperature
 from jaxalign.prompts import prompt_index
 from jaxalign.text._requests import (
@@ -51,6 +52,7 @@ class Generated(NamedTuple):
     """Their tokens and log-probabilities: leaves [N,T] and [N], with num_samples [N,n,T] and [N,n]."""
 
 
+@tells_programs
 def generate(
     model: LanguageModel | Policy,
     params: Params,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import decoding, mdp, rewards
+from jaxalign._programs import tells_programs
 from jaxalign.decoding.requests import open_reward
 from jaxalign.prompts import bucket, prompt_index
 from jaxalign.text._requests import (
@@ -27,6 +28,7 @@ from jaxalign.tokens import TextFormat, Tokenizer, encode_pair, encode_prompt
 from jaxalign.types import Array, Completions, Params, Policy, Reward, TextReward, TokenBatch
 
 
+@tells_programs
 def score(
     reward: Reward | TextReward,
     params: Params,
@@ -88,6 +90,7 @@ def _score_texts(reward: Reward, params: Params, prompts: TokenBatch, tokens: Ar
 _score = jax.jit(_score_texts, static_argnums=0)
 
 
+@tells_programs
 def log_prob(
     policy: Policy,
     params: Params,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _hosts, _progress
+from jaxalign._programs import tells_programs
 from jaxalign.training import checkpoints
 from jaxalign.training.flops import Work
 from jaxalign.training.hooks import Hooks, check_hooks, stops
@@ -46,6 +47,7 @@ class Stopped(SystemExit):
     """The run was asked to stop (SIGTERM) and has saved: exit code 0."""
 
 
+@tells_programs
 def fit(
     step: StepFunction[S],
     state: S,

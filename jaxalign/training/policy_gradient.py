@@ -21,6 +21,7 @@ from jaxalign import advantages, decoding, gibbs, losses, models
 from jaxalign._arrays import at_least_float32, repeat_rows
 from jaxalign._builders import cached
 from jaxalign._checks import check_rng
+from jaxalign._programs import tells_programs
 from jaxalign.training.objectives import cast
 from jaxalign.training.protocols import PolicyModel, TextModel
 from jaxalign.training.step import Loss, LossAux
@@ -119,6 +120,7 @@ def prompts_of(rows: Any) -> TokenBatch:
     return TokenBatch(rows["prompt_tokens"], rows["prompt_mask"])
 
 
+@tells_programs
 def collect(
     policy: Policy,
     reward: Reward,

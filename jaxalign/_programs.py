@@ -1,0 +1,126 @@
+"""Programs of the user's that run on the host, also from within compiled ones: what they raise or give in place of
+numbers comes out as one ValueError that names the program, its file and line, and what came.
+
+JAX wraps what a callback raises into a JaxRuntimeError that holds the text of two tracebacks, and logs it. Functions
+that may run such a program are decorated by `tells_programs`, which raises the program's own error in its place.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import inspect
+import logging
+import pathlib
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_raised: collections.deque[ValueError] = collections.deque(maxlen=8)
+"""What callbacks raised last: their errors reach the caller as text alone."""
+
+
+class ProgramError(ValueError):
+    """A program of the user's raised, or gave something else than what is expected of it."""
+
+
+@contextlib.contextmanager
+def naming(function: object, name: str, expected: str) -> Iterator[None]:
+    """Turns what is raised within into a ProgramError that names the function, its place and what was expected.
+
+    Args:
+      function: the user's, which runs within.
+      name: what the error calls it.
+      expected: what it should have given.
+
+    Raises:
+      ProgramError: from the error that was raised.
+    """
+    try:
+        yield
+    except ProgramError:
+        raise
+    except Exception as error:
+        where = _raised_at(function, error)
+        raise ProgramError(f"{name}: expected {expected}, found {type(error).__name__}: {error}{where}") from error
+
+
+def defined_at(function: object) -> str:
+    """ " (FILE, line N)" of a function's definition; "" of the library's own and of what has none."""
+    code = getattr(_unwrapped(function), "__code__", None)
+    if code is None or pathlib.Path(code.co_filename).is_relative_to(pathlib.Path(__file__).parent):
+        return ""
+    return f" ({code.co_filename}, line {code.co_firstlineno})"
+
+
+def _unwrapped(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function) if callable(function) else function
+    return function if hasattr(function, "__code__") else vars(type(function)).get("__call__", function)
+
+
+def _raised_at(function: object, error: Exception) -> str:
+    """The line of the function's own file at which an error was raised, the innermost; else its definition."""
+    code = getattr(_unwrapped(function), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if code is not None and frame.filename == code.co_filename]
+    return defined_at(function) if not lines or code is None else f" ({code.co_filename}, line {lines[-1]})"
+
+
+def for_callback(call: Callable[P, T]) -> Callable[P, T]:
+    """A function for jax.pure_callback, whose ValueErrors `tells_programs` finds again."""
+    _quiet()
+
+    @functools.wraps(call)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except ValueError as error:
+            _raised.append(error)
+            raise
+
+    return run
+
+
+def tells_programs(function: Callable[P, T]) -> Callable[P, T]:
+    """Makes a function raise the error of a program that failed in a callback in place of JAX's.
+
+    Where a program was called at all, the function waits for its results: on an accelerator they would otherwise fail
+    where they are read.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            found = function(*args, **kwargs)
+            return _waited(found) if _quiet.cache_info().currsize else found
+        except jax.errors.JaxRuntimeError as error:
+            text = str(error)
+            own = next((kept for kept in reversed(_raised) if str(kept) in text), None)
+            if own is None:
+                raise
+        raise own.with_traceback(None) from own.__cause__
+
+    return run
+
+
+def _waited(found: T) -> T:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(found)):
+        return found
+    waited: T = jax.block_until_ready(found)
+    return waited
+
+
+@functools.lru_cache(maxsize=1)
+def _quiet() -> None:
+    """Keeps JAX from logging the traceback of an error that is about to be raised by its own name."""
+    logging.getLogger("jax._src.callback").addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], ProgramError))
+    )

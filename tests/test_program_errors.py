@@ -1,0 +1,153 @@
+"""A program of the user's that fails says so in one ValueError, wherever the library runs it."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxalign import Policy, decoding, rewards, testing, text, tree
+from jaxalign.data.tokenizers import word_level
+from jaxalign.training import policy_gradient
+
+PROCESS = tree.Tree(vocab_size=4, horizon=3)
+BASE, PROMPTS = tree.policy(PROCESS), tree.prompts(2)
+LIMITS = {"max_new_tokens": 2, "eos_ids": (0,)}
+
+
+def dividing(prompts, responses):
+    return [1 / (len(text) - len(text)) for text in responses]  # the line that fails
+
+
+def short(prompts, responses):
+    return [1.0] * (len(responses) - 1)
+
+
+def words(prompts, responses):
+    return ["good"] * len(responses)
+
+
+def nothing(prompts, responses):
+    return None
+
+
+class Judge:
+    def __call__(self, prompts, responses):
+        raise KeyError("tone")
+
+
+def arrays(tokens, mask, prompt_length, index):
+    raise KeyError("tone")
+
+
+def line_of(function):
+    return function.__code__.co_firstlineno
+
+
+HERE = __file__
+FAULTS = {
+    "raises": (
+        dividing,
+        f"dividing: expected one real number.*ZeroDivisionError: .*{HERE}, line {line_of(dividing) + 1}",
+    ),
+    "length": (short, rf"short: expected one real number.*found shape .*{HERE}, line {line_of(short)}"),
+    "strings": (words, rf"words: expected one real number.*found shape .*{HERE}, line {line_of(words)}"),
+    "none": (nothing, rf"nothing: expected one real number.*found NoneType .*{HERE}, line {line_of(nothing)}"),
+    "object": (Judge(), rf"Judge: expected one real number.*found KeyError: 'tone' .*{HERE}, line"),
+    "partial": (functools.partial(dividing), rf"dividing: .*{HERE}, line {line_of(dividing) + 1}"),
+}
+
+
+def decode(ids):
+    return " ".join(map(str, ids))
+
+
+def failure(call) -> ValueError:
+    """The one error of a call: no error of JAX's is shown with it."""
+    with pytest.raises(ValueError, match=": expected") as found:
+        jax.block_until_ready(call())
+    error = found.value
+    assert "Jax" not in "".join(traceback.format_exception(error)), "JAX's own error is shown"
+    assert len(str(error).splitlines()) == 1
+    return error
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_program_that_fails_is_named_by_a_decoder(fault, caplog):
+    f, match = FAULTS[fault]
+    params = {"policy": tree.random(jax.random.key(0), PROCESS)[0]}
+    error = failure(
+        lambda: decoding.best_of_n(
+            BASE, f, params, jax.random.key(1), PROMPTS, num_samples=2, tokenizer=decode, **LIMITS
+        )
+    )
+    with pytest.raises(ValueError, match=match):
+        raise error
+    assert not caplog.records  # nor logged by JAX
+
+
+CALLS = {
+    "call": lambda reward, table: reward(None, *TEXTS),
+    "compiled": lambda reward, table: decoding.rejection(
+        BASE, reward, {"policy": table, "reward": None, "beta": 1.0, "bound": 1.0}, jax.random.key(1), PROMPTS,
+        max_tries=2, **LIMITS,
+    ),
+    "smc": lambda reward, table: decoding.smc(
+        BASE, reward, {"policy": table, "reward": None, "beta": 1.0}, jax.random.key(1), PROMPTS, num_particles=2,
+        **LIMITS,
+    ),
+    "sum": lambda reward, table: decoding.quest(
+        BASE, rewards.weighted_sum([reward]), {"policy": table, "reward": {"rewards": [None], "weights": [1.0]},
+        "beta": 1.0}, jax.random.key(1), PROMPTS, num_steps=2, **LIMITS,
+    ),
+    "collect": lambda reward, table: policy_gradient.collect(
+        BASE, reward, {"policy": table, "reward": None}, jax.random.key(1), PROMPTS, samples=2, **LIMITS
+    ),
+    "laws": lambda reward, table: testing.check_reward(reward, None, PROMPTS, vocab_size=4),
+}  # fmt: skip
+TEXTS = (jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool), jnp.ones(2, jnp.int32), jnp.arange(2))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("f", [rewards.from_text(decode, dividing), rewards.from_numpy(arrays)], ids=["text", "numpy"])
+def test_every_function_that_runs_a_program_names_it(call, f):
+    table = tree.random(jax.random.key(0), PROCESS)[0]
+    error = failure(lambda: CALLS[call](f, table))
+    assert "expected one real number per text" in str(error)
+    assert HERE in str(error)
+
+
+def test_a_decode_function_that_fails_is_named():
+    def broken(ids):
+        return ids.missing
+
+    error = failure(lambda: rewards.from_text(broken, words)(None, *TEXTS))
+    assert "broken: expected a text of token ids, found AttributeError" in str(error)
+
+
+def test_a_score_of_texts_and_a_program_under_ones_own_jit():
+    tokenizer = word_level(["a", "b"])
+    error = failure(lambda: text.score(dividing, None, tokenizer, ["a"], ["b"]))
+    assert "dividing" in str(error)
+    assert HERE in str(error)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="dividing: expected one real number per text"):
+        jax.block_until_ready(jax.jit(rewards.from_text(decode, dividing))(None, *TEXTS))
+
+
+def test_a_failure_that_is_no_programs_stays_as_it_is():
+    """An error of JAX's own is not taken for that of a program that failed before."""
+    failure(lambda: rewards.from_text(decode, dividing)(None, *TEXTS))
+
+    def broken(params, rng, prompts, max_new_tokens):
+        state, output = BASE.init(params, rng, prompts, max_new_tokens)
+        jax.debug.callback(lambda: 1 / 0)
+        return state, output
+
+    policy = Policy(broken, BASE.step, vocab_size=4)
+    table = tree.random(jax.random.key(0), PROCESS)[0]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="division by zero"):  # noqa: PT012  # where it is depends
+        jax.block_until_ready(decoding.sample(policy, table, jax.random.key(1), PROMPTS, **LIMITS))
+        jax.effects_barrier()
