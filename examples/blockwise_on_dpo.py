@@ -4,10 +4,8 @@ import jax
 
 from jaxalign import critics, decoding, models, policies, prompt_batch
 
-shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
-lm = models.LanguageModel(models.Config(vocab_size=64, max_length=64, eos_ids=(0,), **shape))
-reward = models.with_head(lm, models.Head("reward"))
-dpo, reference, reward_params = (model.init(jax.random.key(i)) for i, model in enumerate((lm, lm, reward)))
+(lm, dpo), (_, reference) = models.tiny(64, seed=0), models.tiny(64, seed=1)
+reward, reward_params = models.tiny(64, head="reward", seed=2)
 
 policy = policies.with_reference(policies.language_model(lm), policies.language_model(lm))
 params = {"policy": policies.ReferenceParams(dpo, reference), "critic": reward_params}

@@ -4,10 +4,8 @@ import jax
 
 from jaxalign import critics, decoding, models, policies, prompt_batch, rewards
 
-shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
-base = arm = models.LanguageModel(models.Config(vocab_size=64, max_length=64, eos_ids=(0,), **shape))
-reward = models.with_head(base, models.Head("reward"))
-base_params, arm_params, reward_params = (lm.init(jax.random.key(i)) for i, lm in enumerate((base, arm, reward)))
+(base, base_params), (arm, arm_params) = models.tiny(64, seed=0), models.tiny(64, seed=1)
+reward, reward_params = models.tiny(64, head="reward", seed=2)
 prompts = prompt_batch([[5, 6, 7], [8, 9]])
 
 guided = policies.tilt(policies.language_model(base), critics.genarm(arm))

@@ -2,15 +2,11 @@
 
 import pathlib
 
-import jax
-
 from jaxalign import decoding, evaluation, models, policies
 from jaxalign.data import tokenizers
 
 tokenizer = tokenizers.word_level(["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and"])
-shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
-lm = models.LanguageModel(models.Config(vocab_size=len(tokenizer), max_length=64, eos_ids=(1,), **shape))
-models.save("runs/own/model", lm, lm.init(jax.random.key(0)), tokenizer=tokenizer, overwrite=True)
+models.save("runs/own/model", *models.tiny(tokenizer), tokenizer=tokenizer, overwrite=True)
 pathlib.Path("runs/own/prompts.txt").write_text("the cat\na dog ran\n")
 words = lambda prompts, responses: [float(len(set(response.split()))) for response in responses]  # the reward
 

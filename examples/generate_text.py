@@ -1,16 +1,12 @@
 """Text in, guided text out: strings and a chat, a guided policy, and a stream of the text as it grows."""
 
-import jax
-
 from jaxalign import critics, models, policies, text
 from jaxalign.data import tokenizers
 
 tokenizer = tokenizers.word_level(["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and"])
 tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
-lm = models.LanguageModel(models.Config(vocab_size=len(tokenizer), max_length=64, eos_ids=(1,), **shape))
-reward = models.with_head(lm, models.Head("reward"))
-params, reward_params = lm.init(jax.random.key(0)), reward.init(jax.random.key(1))
+lm, params = models.tiny(tokenizer)
+reward, reward_params = models.tiny(tokenizer, head="reward", seed=1)
 
 policy = policies.tilt(policies.language_model(lm), critics.args(reward), top_k=5)
 guided = policies.TiltParams(policy=params, critic=reward_params, beta=0.1)

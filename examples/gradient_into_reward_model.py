@@ -5,10 +5,8 @@ import jax.numpy as jnp
 
 from jaxalign import critics, decoding, models, policies, prompt_batch
 
-shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
-base = arm = models.LanguageModel(models.Config(vocab_size=64, max_length=64, eos_ids=(0,), **shape))
+(base, base_params), (arm, arm_params) = models.tiny(64, seed=0), models.tiny(64, seed=1)
 policy = policies.tilt(policies.language_model(base), critics.genarm(arm))
-base_params, arm_params = base.init(jax.random.key(0)), arm.init(jax.random.key(1))
 prompts, responses = prompt_batch([[5, 6, 7], [8, 9]]), jnp.array([[11, 12, 0], [13, 0, 0]])
 mask = jnp.array([[True, True, True], [True, True, False]])
 

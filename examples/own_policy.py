@@ -16,9 +16,8 @@ def init(table, rng, prompts, max_new_tokens):
     return step(table, rng, last, last)
 
 
-shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
-arm = models.LanguageModel(models.Config(vocab_size=11, max_length=64, eos_ids=(0,), **shape))
+arm, arm_params = models.tiny(11, seed=1)
 table, texts = 2 * jax.random.normal(jax.random.key(0), (11, 11)), [[3, 4, 7], [5]]
-params = policies.TiltParams(policy=table, critic=arm.init(jax.random.key(1)), beta=2.0)
+params = policies.TiltParams(policy=table, critic=arm_params, beta=2.0)
 guided = policies.tilt(Policy(init, step), critics.genarm(arm))
 drawn = decoding.sample(guided, params, jax.random.key(2), prompt_batch(texts), max_new_tokens=4, eos_ids=0)

@@ -6,8 +6,7 @@ from jaxalign import decoding, models, policies, prompt_batch
 from jaxalign.data import tokenizers
 
 tokenizer = tokenizers.word_level(["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and"])
-shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
-lm = models.LanguageModel(models.Config(vocab_size=len(tokenizer), max_length=64, eos_ids=(1,), **shape))
+lm, base_params = models.tiny(tokenizer)
 
 
 def variety(prompts: list[str], responses: list[str]) -> list[float]:
@@ -15,7 +14,7 @@ def variety(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 prompts = prompt_batch([tokenizer.encode(text) for text in ("the cat", "a dog ran")])
-params, rng = {"policy": lm.init(jax.random.key(0))}, jax.random.key(1)
+params, rng = {"policy": base_params}, jax.random.key(1)
 best = decoding.best_of_n(
     policies.language_model(lm), variety, params, rng, prompts, num_samples=8, max_new_tokens=8, tokenizer=tokenizer
 )

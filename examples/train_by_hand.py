@@ -5,9 +5,8 @@ import optax
 
 from jaxalign import losses, models
 
-shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 64}
-lm = models.LanguageModel(models.Config(vocab_size=64, max_length=64, eos_ids=(0,), **shape))
-reference = params = lm.init(jax.random.key(0))
+lm, params = models.tiny(64)
+reference = params
 pair = jax.numpy.array([[5, 6, 7, 0], [5, 6, 9, 0]])  # chosen, rejected; the first two tokens are the prompt
 
 

@@ -30,6 +30,8 @@ def is_traced(*trees: Any) -> bool:
 
 def check_positive(name: str, value: ArrayLike) -> None:
     """ValueError on the host unless every entry of value is > 0 (NaN fails)."""
+    if not jnp.issubdtype(np.asarray(value).dtype if not hasattr(value, "dtype") else value.dtype, jnp.number):
+        raise ValueError(f"{name}: expected numbers > 0, found {value!r:.80}")
     if is_concrete(value) and not bool(np.all(np.asarray(value) > 0)):
         raise ValueError(f"{name}: expected a value > 0, found {np.asarray(value)}")
 
@@ -225,6 +227,21 @@ def check_language_model(name: str, lm: object, folder: str) -> None:
             f"{name}: expected a language model, found a model with a {head.kind} head in {folder}, whose hidden "
             "states were trained for that head (the folder that it was trained from is one)"
         )
+
+
+def check_model_params(lm: object, params: Params, *, head: bool) -> None:
+    """ParamsError where parameters are not those of a model that can tell (`models.LanguageModel.check_params`)."""
+    check = getattr(lm, "check_params", None)
+    if check is not None:
+        check(params, head=head)
+
+
+def check_arrays(params: Params, path: str = "") -> None:
+    """ParamsError naming what stands among parameters and is neither an array nor a number: a Policy, a function."""
+    for where, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
+            found = repr(leaf)[:40] if isinstance(leaf, str) else f"a {type(leaf).__name__}"
+            raise ParamsError(f"expected arrays and numbers, found {found}", path + jax.tree_util.keystr(where))
 
 
 def check_prompt_fits(lm: Sized, prompts: TokenBatch, max_new_tokens: int, *, name: str = "prompts") -> None:

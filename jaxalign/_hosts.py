@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -188,7 +188,13 @@ def own_share(rows: int) -> range:
     return range(index() * rows // count(), (index() + 1) * rows // count())
 
 
-def in_shares(f: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+class HostRows(Protocol):
+    """A host function of rows: arrays [n,...] -> [n] real numbers."""
+
+    def __call__(self, *arrays: np.ndarray) -> np.ndarray: ...
+
+
+def in_shares(f: HostRows, *arrays: np.ndarray) -> np.ndarray:
     """Applies a host function of rows where each process does its share of them.
 
     Args:

@@ -3,7 +3,8 @@ checked on the host."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.prompts import any_prompts
-from jaxalign.types import Array, Critic, Params, Policy, Prompts, State, StepOutput
+from jaxalign.types import Array, CheckedReward, Critic, Params, Policy, Prompts, State, StepOutput
 
 
 def check_policy_argument(name: str, value: object) -> None:
@@ -26,15 +27,81 @@ def check_critic_argument(name: str, value: object) -> None:
 
 def _check_kind(name: str, value: object, kind: type[Policy | Critic]) -> None:
     if not isinstance(value, kind):
-        found = f"a {type(value).__name__}" if isinstance(value, Policy | Critic) else repr(value)[:80]
-        hint = " (policies.language_model makes one of a model)" if kind is Policy and hasattr(value, "prefill") else ""
-        raise ValueError(f"{name}: expected a {kind.__name__}, found {found}{hint}")
+        hint = ""
+        if kind is Policy and hasattr(value, "prefill"):
+            hint = " (policies.language_model makes one of a model)"
+        elif kind is Critic and hasattr(value, "head_width"):
+            hint = " (critics.args, value, genarm and follower make one of a model)"
+        elif kind is Critic and (isinstance(value, CheckedReward) or takes(value, 5)):
+            hint = " (critics.args makes one of a reward model, critics.transfer_q of a Reward and a baseline)"
+        raise ValueError(f"{name}: expected a {kind.__name__}, found {described(value)}{hint}")
+
+
+def described(value: object) -> str:
+    """What stands in the place of a part, for error texts."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if inspect.isroutine(value):
+        return f"the function {called(value)}{_signature(value) or ''}"
+    if value is None or isinstance(value, str | int | float):
+        return repr(value)[:80]
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"an array of shape {value.shape}"
+    return f"a {type(value).__name__}" + (", as parameters are" if isinstance(value, Mapping) else "")
+
+
+def _signature(value: Any) -> inspect.Signature | None:
+    try:
+        found = inspect.signature(value)
+    except (TypeError, ValueError):  # of a builtin, or of what cannot be called
+        return None
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in found.parameters.values()]
+    return found.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+
+
+def takes(value: object, count: int) -> bool:
+    """Whether a function can be called with so many arguments; a class and what cannot be called do not take any.
+    Of a builtin it is not known, and it is taken to."""
+    if isinstance(value, type) or not callable(value):
+        return False
+    signature = _signature(value)
+    if signature is None:
+        return True
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
+def takes_texts(value: object) -> bool:
+    """Whether a reward takes (prompts, responses) and not (params, tokens, mask, prompt_length, index)."""
+    return not takes(value, 5) and takes(value, 2)
+
+
+REWARD = "a Reward, a function (params, tokens, mask, prompt_length, index)"
+
+
+def check_reward_argument(name: str, value: object) -> None:
+    """ValueError naming the argument, and the builder to call, unless value can be called as a Reward is."""
+    if takes(value, 5):
+        return
+    hint = ""
+    if hasattr(value, "head_width"):
+        hint = "; rewards.from_model makes one of a model with a head"
+    elif takes(value, 2):
+        hint = "; rewards.from_text(tokenizer, f) makes one of a function of texts f(prompts, responses)"
+    elif takes(value, 4):
+        hint = "; rewards.from_numpy makes one of a function of numpy arrays f(tokens, mask, prompt_length, index)"
+    found = described(value) if isinstance(value, str | type | Mapping) or callable(value) else type(value).__name__
+    raise ValueError(f"{name}: expected {REWARD if callable(value) else 'a Reward'}, found {found}{hint}")
 
 
 def check_function_argument(name: str, value: object) -> None:
     """ValueError naming the argument unless value can be called."""
     if not callable(value):
-        raise ValueError(f"{name}: expected a function, found {repr(value)[:80]}")
+        found = repr(value)[:80] if not isinstance(value, Mapping) else described(value)
+        raise ValueError(f"{name}: expected a function, found {found}")
 
 
 def called(function: object) -> str:

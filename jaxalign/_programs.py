@@ -47,6 +47,8 @@ def naming(function: object, name: str, expected: str) -> Iterator[None]:
     except ProgramError:
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and _is_ours(function):
+            raise  # which names what it is about
         where = _raised_at(function, error)
         raise ProgramError(f"{name}: expected {expected}, found {type(error).__name__}: {error}{where}") from error
 
@@ -54,9 +56,15 @@ def naming(function: object, name: str, expected: str) -> Iterator[None]:
 def defined_at(function: object) -> str:
     """ " (FILE, line N)" of a function's definition; "" of the library's own and of what has none."""
     code = getattr(_unwrapped(function), "__code__", None)
-    if code is None or pathlib.Path(code.co_filename).is_relative_to(pathlib.Path(__file__).parent):
+    if code is None or _is_ours(function):
         return ""
     return f" ({code.co_filename}, line {code.co_firstlineno})"
+
+
+def _is_ours(function: object) -> bool:
+    """Whether a function is the library's own."""
+    code = getattr(_unwrapped(function), "__code__", None)
+    return code is not None and pathlib.Path(code.co_filename).is_relative_to(pathlib.Path(__file__).parent)
 
 
 def _unwrapped(function: Any) -> Any:
@@ -122,5 +130,5 @@ def _waited(found: T) -> T:
 def _quiet() -> None:
     """Keeps JAX from logging the traceback of an error that is about to be raised by its own name."""
     logging.getLogger("jax._src.callback").addFilter(
-        lambda record: not (record.exc_info and isinstance(record.exc_info[1], ProgramError))
+        lambda record: not (record.exc_info and any(record.exc_info[1] is kept for kept in _raised))
     )

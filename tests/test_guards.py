@@ -75,7 +75,7 @@ def half(map_params, q, log_prob, index):
         (lambda: critics.shaped_over_candidates(BASE, beta=1.0), "critic: expected a Critic, found a Policy"),
         (lambda: critics.hidden_value(LM), "head: expected a function"),
         (lambda: critics.transfer_q(LEVEL, tree.reward(TREE), num_samples=1), "baseline: expected a Policy"),
-        (lambda: critics.transfer_q(BASE, "reward", num_samples=1), "reward: expected a function, found 'reward'"),
+        (lambda: critics.transfer_q(BASE, "reward", num_samples=1), "reward: expected a Reward, found 'reward'"),
         (lambda: critics.transfer_q(BASE, tree.reward(TREE), num_samples=1.5), "num_samples: expected an integer"),
         (lambda: Critic(LEVEL.init, LEVEL.score, LEVEL.advance, "levels"), "kind: expected 'level' or 'increment'"),
         (lambda: LEVEL._replace(kind="sum"), "kind: expected 'level' or 'increment', found 'sum'"),

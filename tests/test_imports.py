@@ -80,3 +80,16 @@ def test_the_version_stands_in_one_place():
     assert f'__version__ = "{jaxalign.__version__}"' in text
     first = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
     assert first.startswith("[Unreleased]") or first.startswith(f"[{jaxalign.__version__}]")
+
+
+def test_a_tokenizer_is_made_and_read_without_a_word(tmp_path):
+    """transformers advises to install torch, which nothing here needs; what else it says is shown."""
+    folder = str(tmp_path / "words")
+    program = (
+        "from jaxalign import models\nfrom jaxalign.data import tokenizers\n"
+        f"tokenizers.word_level(['a']).save_pretrained({folder!r})\nmodels.tokenizer({folder!r})\n"
+        "import logging\nlogging.getLogger('transformers').warning('PyTorch was not found, said again')"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout + found.stderr.replace("[transformers] ", "") == "PyTorch was not found, said again\n"

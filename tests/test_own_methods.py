@@ -33,6 +33,18 @@ def no_decoder(given: MethodInputs) -> str:
     return "responses"
 
 
+def of_strength(given: MethodInputs) -> OwnDraw:
+    n = int(given.strength)
+    return lambda rng, prompts: decoding.sample(given.policy, given.params, rng, prompts, num_samples=n, **given.limits)
+
+
+def late(given: MethodInputs) -> OwnDraw:
+    def draw(rng, prompts):
+        return given.missing
+
+    return draw
+
+
 def text(given: MethodInputs):
     return lambda rng, prompts: ["a response"] * prompts.tokens.shape[0]
 
@@ -76,6 +88,14 @@ def test_a_method_of_ones_own_stands_beside_the_others(folders, tmp_path, monkey
 
 def test_what_is_no_decoder_is_named(folders, tmp_path):
     for name, match in (
+        (
+            "of_strength",
+            r":of_strength: expected draw.*\(strength is None: .*without @STRENGTH\), found TypeError: .*line",
+        ),
+        (
+            "late",
+            r":late: expected Decoded or Completions.*, found AttributeError: .*'missing' \(.*own_methods.py, line",
+        ),
         ("no_decoder", r":no_decoder: expected draw\(rng, prompts\) -> Decoded, found a str"),
         ("text", ":text: expected Decoded or Completions, found a list"),
         ("nothing", "method: expected MODULE:FUNCTION"),

@@ -19,3 +19,15 @@ def test_mypy_reports_every_misuse_and_nothing_else():
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     reported = {int(n) for n in re.findall(rf"^{re.escape(FILE)}:(\d+):(?:\d+:)? error", found.stdout, re.MULTILINE)}
     assert reported == marked, found.stdout + found.stderr
+
+
+def test_no_function_is_typed_by_its_result_alone():
+    """A Protocol says what a function takes; `Callable[..., X]` lets anything through."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for room in ("jaxalign", "train", "eval")
+        for path in (ROOT / room).rglob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"Callable\[\s*\.\.\.", line)
+    ]
+    assert found == []

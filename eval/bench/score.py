@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVarTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jaxalign.types import Array, Params
 from . import common
 
 TOLERANCE = 1e-4  # nats, float32
+
+Arguments = TypeVarTuple("Arguments")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _mean_and_gradient(f: Callable[[Params, Array], Array]) -> Callable[[Params,
     return jax.value_and_grad(lambda params, tokens: f(params, tokens).mean())
 
 
-def _wait(f: Callable[..., Any], *args: Any) -> None:
+def _wait(f: Callable[[Unpack[Arguments]], object], *args: *Arguments) -> None:
     jax.block_until_ready(f(*args))
 
 

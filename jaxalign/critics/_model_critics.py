@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32, where_rows
 from jaxalign._blocks import at, joined
-from jaxalign._checks import Sized, check_prompt_fits
+from jaxalign._checks import Sized, check_model_params, check_prompt_fits
 from jaxalign._parts import check_array, check_model
 from jaxalign.models.blocks import Block, BlockModel, append_block, read_block, reads_blocks
 from jaxalign.rewards import prefixes
@@ -201,7 +201,7 @@ def candidate_critic(
         picked = jnp.take_along_axis(proposal.q, jnp.maximum(choice, 0)[:, None], axis=1)[:, 0]
         return CandidateCriticState(cache, reward=jnp.where(choice >= 0, picked, before))
 
-    return Critic(init, score, advance, "level", prompt_check(lm, len(read_as.tail)), lm.vocab_size, beta)
+    return Critic(init, score, advance, "level", prompt_check(lm, len(read_as.tail), head=True), lm.vocab_size, beta)
 
 
 def vocabulary_critic(
@@ -262,10 +262,12 @@ def vocabulary_critic(
     return critic._replace(verify=verify, accept=accept) if reads_blocks(lm) else critic
 
 
-def prompt_check(lm: Sized, tail: int = 0) -> HostCheck:
-    """The host checks of a critic that reads the prompts with a model, and so many tokens after the response."""
+def prompt_check(lm: Sized, tail: int = 0, *, head: bool = False) -> HostCheck:
+    """The host checks of a critic that reads the prompts with a model, and so many tokens after the response; head:
+    by the model's head."""
 
     def check(params: Params, prompts: Prompts, max_new_tokens: int) -> None:
+        check_model_params(lm, params, head=head)
         check_prompt_fits(lm, prompts, max_new_tokens + tail)
 
     return check

@@ -14,8 +14,8 @@ from jaxalign._checks import check_count, check_part, check_positive, fields_of
 from jaxalign._parts import (
     called,
     check_array,
-    check_function_argument,
     check_policy_argument,
+    check_reward_argument,
     start_policy,
     step_policy,
 )
@@ -87,9 +87,9 @@ def transfer_q(
         and what baseline and rewards check; while tracing, a reward of another shape than one number per text.
     """
     check_policy_argument("baseline", baseline)
-    check_function_argument("reward", reward)
+    check_reward_argument("reward", reward)
     if baseline_reward is not None:
-        check_function_argument("baseline_reward", baseline_reward)
+        check_reward_argument("baseline_reward", baseline_reward)
     if eos_ids is None:
         if baseline.eos_ids is None:
             raise ValueError("eos_ids: expected the ids that end a response, since the baseline's are unknown")

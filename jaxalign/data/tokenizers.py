@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jaxalign._transformers import transformers
+
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
@@ -63,6 +65,5 @@ def byte_level(texts: Iterable[str], *, vocab_size: int) -> Any:
 
 
 def _fast(raw: Any) -> Any:
-    from transformers import PreTrainedTokenizerFast  # slow to import
 
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
+    return transformers().PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)

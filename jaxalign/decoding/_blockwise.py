@@ -12,7 +12,16 @@ import numpy as np
 from jaxalign import mdp, rollout
 from jaxalign._arrays import at_least_float32, drop_weak_types, repeat_rows, take_rows, where_rows
 from jaxalign._checks import check_below, is_concrete, same_prompts
-from jaxalign._parts import advance_critic, check_same_vocabulary, score_critic, start_critic, start_policy, step_policy
+from jaxalign._parts import (
+    advance_critic,
+    check_critic_argument,
+    check_policy_argument,
+    check_same_vocabulary,
+    score_critic,
+    start_critic,
+    start_policy,
+    step_policy,
+)
 from jaxalign._programs import tells_programs
 from jaxalign.decoding import _kl
 from jaxalign.decoding.requests import (
@@ -94,8 +103,8 @@ def blockwise(
         than [B,K], a score that is NaN, and those of `sample`.
     """
     n, block_size = count("num_samples", num_samples), count("block_size", block_size)
-    if not isinstance(critic, Critic):
-        raise ValueError(f"critic: expected a Critic, found {type(critic).__name__}")
+    check_policy_argument("policy", policy)
+    check_critic_argument("critic", critic)
     check_same_vocabulary("blockwise", policy, critic)
     given = open_params(params, BlockwiseParams._fields)
     prompts = same_prompts(open_prompts(prompts, tokenizer))

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxalign._arrays import drop_weak_types, per_row
 from jaxalign._checks import is_concrete, same_prompts
+from jaxalign._parts import described, takes
 from jaxalign._programs import tells_programs
 from jaxalign.decoding._ggro_search import GGROInfo as GGROInfo
 from jaxalign.decoding._ggro_search import Plan, search
@@ -30,8 +31,8 @@ from jaxalign.decoding.requests import (
 from jaxalign.decoding.stopping import SegmentRule, entropy_reaches
 from jaxalign.prompts import prompt_index, prompts_for
 from jaxalign.rewards import TokenGradient
-from jaxalign.rewards.models import TokenScore
-from jaxalign.types import Array, ArrayLike, Decoded, Params, Policy, Prompts, Reward, TextReward
+from jaxalign.rewards.token_scores import TokenScore
+from jaxalign.types import Array, ArrayLike, CheckedReward, Decoded, Params, Policy, Prompts, Reward, TextReward
 
 
 class GGROParams(NamedTuple):
@@ -116,8 +117,11 @@ def ggro(
     number("temperature", temperature)
     if is_concrete(temperature) and not np.all(np.asarray(temperature) >= 0):
         raise ValueError(f"temperature: expected a value >= 0, found {np.asarray(temperature)}")
-    if not callable(gradient):
-        raise ValueError(f"gradient: expected a TokenGradient, found {type(gradient).__name__}")
+    if isinstance(gradient, CheckedReward) or not takes(gradient, 6):
+        raise ValueError(
+            f"gradient: expected a TokenGradient, found {described(gradient)} (rewards.token_gradient makes one of a "
+            "reward model)"
+        )
     if reward is None and not isinstance(gradient, TokenGradient):
         raise ValueError("reward: expected a Reward beside a gradient that is a plain function, found None")
     given = open_params(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxalign._arrays import at_least_float32
 from jaxalign.rewards import prefixes
-from jaxalign.rewards.models import TokenScore
+from jaxalign.rewards.token_scores import TokenScore
 from jaxalign.shapes import Candidates, Choice
 from jaxalign.types import Array, Params, PrefixTokenGradient, Reward, State, TokenBatch
 

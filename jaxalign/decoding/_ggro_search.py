@@ -14,7 +14,7 @@ from jaxalign.decoding import _segments
 from jaxalign.decoding._ggro_scores import scorer_of
 from jaxalign.decoding.stopping import SegmentRule
 from jaxalign.prompts import prompt_index
-from jaxalign.rewards.models import TokenScore
+from jaxalign.rewards.token_scores import TokenScore
 from jaxalign.rollout import token_value
 from jaxalign.types import Array, Completions, Params, Policy, Prompts, Reward, State
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxalign import rollout
 from jaxalign._arrays import NEGATIVE, drop_weak_types, is_supported, repeat_rows
 from jaxalign._checks import is_concrete
-from jaxalign._parts import start_policy, step_policy
+from jaxalign._parts import check_policy_argument, start_policy, step_policy
 from jaxalign._programs import tells_programs
 from jaxalign.decoding.requests import (
     Decode,
@@ -136,6 +136,7 @@ def log_prob(
       ValueError: tokens and mask of other shapes or types, a mask with holes, ids outside the vocabulary, and those of
         `sample`.
     """
+    check_policy_argument("policy", policy)
     if eos_ids is None and policy.eos_ids is None:
         eos_ids = ()
     _check_types(tokens, mask)

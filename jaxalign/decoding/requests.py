@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -15,9 +14,19 @@ import numpy as np
 from jaxalign import mdp, policies, rewards
 from jaxalign._arrays import drop_weak_types, per_row
 from jaxalign._builders import cached
-from jaxalign._checks import check_below, check_positive, check_rng, is_concrete, named_entries, run_check, same_prompts
+from jaxalign._checks import (
+    check_arrays,
+    check_below,
+    check_positive,
+    check_rng,
+    is_concrete,
+    named_entries,
+    run_check,
+    same_prompts,
+)
+from jaxalign._parts import check_policy_argument, check_reward_argument, takes_texts
 from jaxalign.prompts import any_prompts, prompt_batch, prompt_index, prompts_for
-from jaxalign.rewards.models import TokenScore
+from jaxalign.rewards.token_scores import TokenScore
 from jaxalign.rewards.values import function_name
 from jaxalign.types import (
     Array,
@@ -139,13 +148,13 @@ def check_request(
     Raises:
       ValueError: naming the argument, what was expected and what was found.
     """
-    if not isinstance(policy, Policy):
-        raise ValueError(f"policy: expected a Policy, found {type(policy).__name__}")
+    check_policy_argument("policy", policy)
     max_new_tokens = count("max_new_tokens", max_new_tokens)
     ids = open_eos_ids(policy, eos_ids)
     prompts = same_prompts(prompts)
-    check_below(policy, params, prompts, max_new_tokens, path)
     check_rng(rng)
+    check_arrays(params, path)
+    check_below(policy, params, prompts, max_new_tokens, path)
     return prompts, max_new_tokens, ids
 
 
@@ -278,37 +287,17 @@ def open_reward(reward: Reward | TextReward, tokenizer: Tokenizer | Decode | Non
     Raises:
       ValueError: what is no function, or a reward of texts without a tokenizer.
     """
-    if not callable(reward):
-        raise ValueError(f"reward: expected a Reward, found {type(reward).__name__}")
-    if not _takes_texts(reward):
+    if not takes_texts(reward):
+        check_reward_argument("reward", reward)
         return reward  # type: ignore[return-value]  # its signature was just read
     if tokenizer is None:
         raise ValueError(f"reward: expected tokenizer= for {function_name(reward)}(prompts, responses), found none")
     return _text_reward(reward, tokenizer)  # type: ignore[arg-type]
 
 
-@functools.lru_cache(maxsize=512)
-def _arity(function: Any) -> int | None:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
-
-
 def optional_reward(reward: Any) -> dict[str, None]:
     """The default of params["reward"]: None for a reward of texts, which has no parameters."""
-    return {"reward": None} if _takes_texts(reward) else {}
-
-
-def _takes_texts(reward: Any) -> bool:
-    """Whether a reward takes (prompts, responses) and not (params, tokens, mask, prompt_length, index)."""
-    try:
-        return _arity(reward) == 2
-    except TypeError:  # not hashable
-        return _arity.__wrapped__(reward) == 2
+    return {"reward": None} if takes_texts(reward) else {}
 
 
 @cached
@@ -347,6 +336,7 @@ def check_reward(
             f"reward: expected the policy's vocabulary of {vocab_size} tokens, found {found} (models.match_vocabulary "
             "cuts appended rows; rewards.from_text decodes and re-encodes)"
         )
+    check_arrays(params, path)
     run_check(getattr(reward, "check", None), params, prompts, max_new_tokens, path)
 
 

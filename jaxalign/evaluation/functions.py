@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxalign import decoding, rewards
 from jaxalign._checks import check_prompt_fits
+from jaxalign._programs import naming
 from jaxalign.evaluation.engine import Drawn, Limits, Method
 from jaxalign.evaluation.loading import OTHER, Model
 from jaxalign.evaluation.settings import Setting
@@ -112,7 +113,7 @@ def build(setting: Setting, spec: Spec) -> list[Method]:
     """The methods of a user's function, one per strength.
 
     Raises:
-      ValueError: there is no such function, or it gives no decoder.
+      ValueError: there is no such function, it raises (the method, its file and line are named), or gives no decoder.
     """
     function = cast(OwnMethod, rewards.program(spec.target, name="method"))
     scorer = setting.scorer
@@ -131,12 +132,16 @@ def build(setting: Setting, spec: Spec) -> list[Method]:
             strength,
             others,
         )
-        own = function(given)
+        without = " (strength is None: the method was given without @STRENGTH)" if strength is None else ""
+        with naming(function, spec.target, f"draw(rng, prompts) -> Decoded{without}"):
+            own = function(given)
         if not callable(own):
             raise ValueError(f"{spec.target}: expected draw(rng, prompts) -> Decoded, found a {type(own).__name__}")
 
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
-            return check_decoded(spec.target, own(rng, prompts), prompts, setting.options.max_new_tokens)
+            with naming(own, spec.target, f"Decoded or Completions{without}"):
+                found = own(rng, prompts)
+            return check_decoded(spec.target, found, prompts, setting.options.max_new_tokens)
 
         return Method(spec.name, strength, draw, check, ("function", spec.text, strength))
 

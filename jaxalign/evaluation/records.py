@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign import _hosts, metrics
+from jaxalign._programs import naming
 from jaxalign.evaluation.results import Embed, Record
+from jaxalign.rewards.values import function_name
 from jaxalign.types import Completions, Decoded
 
 
@@ -85,7 +87,9 @@ def add_coherence(records: Sequence[Record], embed: Embed) -> None:
     """
     vectors = []
     for name in ("prompt", "response"):
-        found = np.asarray(embed([r[name] for r in records]), np.float64)
+        expected = f"one vector per text, shape ({len(records)}, D)"
+        with naming(embed, f"embedding: {function_name(embed)}", expected):
+            found = np.asarray(embed([r[name] for r in records]), np.float64)
         if found.ndim != 2 or len(found) != len(records):
             raise ValueError(f"embedding: expected one vector per text, shape ({len(records)}, D), found {found.shape}")
         vectors.append(found)

@@ -14,6 +14,7 @@ from jaxalign.models.language_model import LanguageModel, ModelOutput, with_head
 from jaxalign.models.log_prob import chunked, response_hidden, token_log_prob
 from jaxalign.models.lora import Lora
 from jaxalign.models.pooling import last_read_index, read_index
+from jaxalign.models.tiny_model import tiny
 from jaxalign.models.vocabulary import (
     check_ends_kept,
     check_rows,
@@ -54,6 +55,7 @@ __all__ = [
     "save_adapter",
     "source_folders",
     "split_source",
+    "tiny",
     "token_log_prob",
     "tokenizer",
     "with_eos",

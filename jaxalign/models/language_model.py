@@ -6,16 +6,18 @@ import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxalign._checks import check_rng
-from jaxalign.models import checks, remat, sharding
+from jaxalign.models import checks, parameters, remat, sharding
 from jaxalign.models.cache import KeyValue
 from jaxalign.models.cached_passes import CachedPasses
 from jaxalign.models.config import Config, Head
 from jaxalign.models.heads import HeadModule
+from jaxalign.models.parameters import part_of
 from jaxalign.models.transformer import Transformer, at_columns
 from jaxalign.types import Array, Params
 
@@ -163,11 +165,27 @@ class LanguageModel(CachedPasses):
         hidden = jnp.zeros((1, self.config.hidden_size), jnp.dtype(self.dtype))
         return self._head_module.init(rng, hidden)["params"]
 
+    def check_params(self, params: Params, *, head: bool = True) -> None:
+        """Checks on the host that parameters are this model's. Decoders do so before they trace.
+
+        Args:
+          params: the model's, as `models.load` and `init` give them.
+          head: whether those of the head have to be there, too.
+
+        Raises:
+          ParamsError: a ValueError that names the first array that is missing or of another shape.
+        """
+        parameters.check_params(self, params, head=head)
+
     def _call(self, params: Params, method: Any, *args: Any) -> Any:
-        variables = {"params": params["transformer"]}
+        variables = {"params": part_of(params, "transformer")}
         if "lora" in params:  # an adapter beside the weights: models.lora.attach
             variables["lora"] = params["lora"]
-        return self._module.apply(variables, *args, method=method)
+        try:
+            return self._module.apply(variables, *args, method=method)
+        except (flax.errors.ScopeParamNotFoundError, flax.errors.ScopeParamShapeError):
+            self.check_params(params, head=False)  # which says it in words of ours
+            raise
 
     def embed(self, params: Params, tokens: Array) -> Array:
         """Gives the input embeddings of tokens.
@@ -297,7 +315,7 @@ class LanguageModel(CachedPasses):
         """
         module = self._head_module
         checks.widths("hidden", hidden, self.config.hidden_size)
-        found: Array = module.apply({"params": params["head"]}, hidden)
+        found: Array = module.apply({"params": part_of(params, "head")}, hidden)
         return found
 
 

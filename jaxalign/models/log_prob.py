@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, TypeVarTuple, Unpack, cast
 
 import chex
 import jax
@@ -13,6 +13,7 @@ from jaxalign import mdp
 from jaxalign.types import Array, Params, TokenBatch
 
 T = TypeVar("T")
+Arrays = TypeVarTuple("Arrays")
 
 
 class HasHidden(Protocol):
@@ -39,7 +40,9 @@ KEPT = 2**24
 """Numbers, 64 MiB of them in float32, that are rather kept for the backward pass than computed again."""
 
 
-def chunked(f: Callable[..., T], *arrays: Array, chunk: int | None = None, width: int | None = None) -> T:
+def chunked(
+    f: Callable[[Unpack[Arrays]], T], *arrays: *Arrays, chunk: int | None = None, width: int | None = None
+) -> T:
     """Applies f to chunks of positions (axis 1), and joins its results.
 
     Several chunks are rematerialised in the backward pass, so that at most one chunk of what f makes inside is alive.
@@ -58,9 +61,10 @@ def chunked(f: Callable[..., T], *arrays: Array, chunk: int | None = None, width
     Raises:
       ValueError: no array, arrays of other batches or lengths, a chunk below 1.
     """
-    if not arrays or any(x.ndim < 2 or x.shape[:2] != arrays[0].shape[:2] for x in arrays):
-        raise ValueError(f"arrays: expected one [B,L] in all of them, found shapes {[x.shape for x in arrays]}")
-    batch, length = arrays[0].shape[:2]
+    given = cast(tuple[Array, ...], arrays)
+    if not given or any(x.ndim < 2 or x.shape[:2] != given[0].shape[:2] for x in given):
+        raise ValueError(f"arrays: expected one [B,L] in all of them, found shapes {[x.shape for x in given]}")
+    batch, length = given[0].shape[:2]
     if chunk is None and width is not None and length and batch * length * width <= KEPT:
         return f(*arrays)
     if chunk is None:
@@ -80,7 +84,7 @@ def chunked(f: Callable[..., T], *arrays: Array, chunk: int | None = None, width
 
     # Inside a loop the compiler cannot undo the rematerialisation, so it need not be guarded against.
     part = jax.checkpoint(lambda arrays: f(*arrays), prevent_cse=False)
-    parts = jax.lax.map(part, tuple(split(x) for x in arrays))
+    parts = jax.lax.map(part, tuple(split(x) for x in given))
     joined: T = jax.tree.map(join, parts)
     return joined
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -10,7 +9,14 @@ import jax.numpy as jnp
 
 from jaxalign.types import Array, Params
 
-POLICIES: dict[str, Callable[..., bool] | None] = {
+
+class Saveable(Protocol):
+    """Whether what a primitive computes is kept for the backward pass, as jax.checkpoint_policies say it."""
+
+    def __call__(self, primitive: Any, *shapes: Any, **params: Any) -> bool: ...
+
+
+POLICIES: dict[str, Saveable | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,

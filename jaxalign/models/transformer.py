@@ -8,8 +8,7 @@ a cache (decoding), `extend` over K alternative next tokens at one position agai
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -262,6 +261,12 @@ class OneLayer(nn.Module):
         return found
 
 
+class ReadLayer(Protocol):
+    """A layer over whole rows [B,L,D], of which the columns `at` [B,R] alone are asked for where it is given."""
+
+    def __call__(self, x: Array, rows: RowMask, at: Array | None, /) -> tuple[Array, KeyValue]: ...
+
+
 class Transformer(nn.Module):
     """Embedding, layers, final norm; logits and heads are separate so that nobody pays for what is not read."""
 
@@ -311,7 +316,7 @@ class Transformer(nn.Module):
             mask = jnp.arange(mask.shape[1]) < mask.sum(axis=1, keepdims=True)
         rows, entries = RowMask(mask, real_position(mask) if compact else position), []
         for i, layer in enumerate(self.layers):
-            read: Callable[..., tuple[Array, KeyValue]] = layer
+            read: ReadLayer = layer
             if self.remat != "none" and not self.is_initializing():
                 alone = OneLayer(self.config, i, self.dtype, self.mesh, parent=None)
                 variables = {kind: {f"layer_{i}": found} for kind, found in layer.variables.items()}

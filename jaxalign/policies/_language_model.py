@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxalign import models
 from jaxalign._builders import cached
-from jaxalign._checks import check_has_logits, check_prompt_fits
+from jaxalign._checks import check_has_logits, check_model_params, check_prompt_fits
 from jaxalign._parts import check_array, check_model
 from jaxalign.models.blocks import Block, BlockModel, append_block, read_block, reads_blocks
 from jaxalign.types import Array, Completions, LanguageModel, Params, Policy, State, StepOutput, TokenBatch
@@ -67,6 +67,7 @@ def language_model(lm: LanguageModel) -> Policy:
         return Completions(tokens, mask, value, value, zero, zero, rows, ~rows, ~rows)
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        check_model_params(lm, params, head=False)
         check_prompt_fits(lm, prompts, max_new_tokens)
 
     def verify(

@@ -3,7 +3,7 @@ float32. What a part or a map of the user's returns is checked where it is trace
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxalign import infalign, shaping
 from jaxalign._arrays import at_least_float32, look_up
 from jaxalign._builders import cached
 from jaxalign._checks import ParamsError, fields_of, is_concrete, run_check
-from jaxalign._parts import check_function_argument
+from jaxalign._parts import check_function_argument, check_reward_argument, described, takes
 from jaxalign._tables import check_index
 from jaxalign.pools import MemberPool
 from jaxalign.prompts import prompt_index
@@ -43,6 +43,17 @@ def _check_of(reward: Reward) -> HostCheck | None:
     return check
 
 
+def _sequence(rewards: Sequence[Reward]) -> tuple[Reward, ...]:
+    """Rewards as a tuple, which has a hash. ValueError for what is no sequence of Rewards; the entry is named."""
+    one = callable(rewards) or isinstance(rewards, str | Mapping) or hasattr(rewards, "_fields")
+    if one or not isinstance(rewards, Iterable):
+        raise ValueError(f"rewards: expected a sequence of Rewards, found {described(rewards)}")
+    parts = tuple(rewards)
+    for i, part in enumerate(parts):
+        check_reward_argument(f"rewards[{i}]", part)
+    return parts
+
+
 def weighted_sum(rewards: Sequence[Reward]) -> Reward:
     """Builds the weighted sum of several rewards, Σ_i w_i·r_i.
 
@@ -53,10 +64,11 @@ def weighted_sum(rewards: Sequence[Reward]) -> Reward:
       A Reward with `WeightedSumParams`.
 
     Raises:
-      ValueError: no rewards, or vocabularies that differ; when it is used, params or weights that are not one per
+      ValueError: no rewards, what is no Reward (it is named, with the builder that makes one), or vocabularies that
+        differ; when it is used, params or weights that are not one per
         reward, or weights that are not finite.
     """
-    return _weighted_sum(tuple(rewards))
+    return _weighted_sum(_sequence(rewards))
 
 
 @cached
@@ -114,7 +126,7 @@ def pool(rewards: Sequence[Reward], f: MemberPool) -> Reward:
       ValueError: no rewards, or vocabularies that differ; when it is used, params that are not one per reward, or an f
         that returns anything but one real number per text.
     """
-    return _pool(tuple(rewards), f)
+    return _pool(_sequence(rewards), f)
 
 
 @cached
@@ -165,8 +177,12 @@ def map_reward(reward: Reward, f: RewardMap) -> Reward:
       A Reward with `MapParams`.
 
     Raises:
-      ValueError: when it is used, f returns anything but one real number per text.
+      ValueError: what is no Reward, an f that does not take these arguments; when it is used, f returns anything but
+        one real number per text.
     """
+    check_reward_argument("reward", reward)
+    if not takes(f, 3):
+        raise ValueError(f"f: expected a function (map_params, reward, index), found {described(f)}")
     return _mapped(reward, f, None)
 
 
@@ -214,12 +230,13 @@ def calibrated(
       A Reward with `MapParams` whose map is `CalibratedParams`; the table is read at the prompt's index.
 
     Raises:
-      ValueError: a transform that decreases somewhere; when it is used, a table of another rank, of fewer than two
-        samples, not ascending or not finite, or without a row for a prompt's index. Under jit an index outside the
-        table and a row that is not ascending give NaN.
+      ValueError: what is no Reward, a transform that decreases somewhere; when it is used, a table of another rank, of
+        fewer than two samples, not ascending or not finite, or without a row for a prompt's index. Under jit an index
+        outside the table and a row that is not ascending give NaN.
 
     Source: InfAlign, arXiv 2412.19792, eqs. 4 and 12.
     """
+    check_reward_argument("reward", reward)
     if transform is not None:
         infalign.check_increasing(transform)
 
@@ -264,11 +281,12 @@ def shaped(reward: Reward, *, sharpness: float | None = None) -> Reward:
       A Reward with `MapParams` whose map is `ShapedParams`; thresholds are read at the prompt's index.
 
     Raises:
-      ValueError: when it is used, thresholds of another rank, NaN, or without a row for a prompt's index; a bound that
-        is not one number > 0. Under jit an index outside the table gives NaN.
+      ValueError: what is no Reward; when it is used, thresholds of another rank, NaN, or without a row for a prompt's
+        index; a bound that is not one number > 0. Under jit an index outside the table gives NaN.
 
     Source: arXiv 2602.02572, theorem 1.
     """
+    check_reward_argument("reward", reward)
 
     def read(params: Params) -> ShapedParams:
         given = fields_of(params, ShapedParams)

@@ -13,11 +13,12 @@ import numpy as np
 from jaxalign import mdp, models
 from jaxalign._arrays import at_least_float32
 from jaxalign._builders import cached
-from jaxalign._checks import Sized, check_has_logits, check_prompt_fits, is_concrete
+from jaxalign._checks import Sized, check_has_logits, check_model_params, check_prompt_fits, is_concrete
 from jaxalign._parts import check_model
 from jaxalign.rewards import prefixes
 from jaxalign.rewards import reading as readings
 from jaxalign.rewards.reading import Reading, reading_of
+from jaxalign.rewards.token_scores import RewardAndTokenScore, TokenScore
 from jaxalign.shapes import Candidates, RewardValues, Scores, TextIndex, TextLength, TextMask, TextTokens
 from jaxalign.types import (
     Array,
@@ -106,34 +107,6 @@ def _from_model(lm: HeadModel, reading: Reading) -> Reward:
 
     kept = prefixes.model_prefix(lm, reading) if isinstance(lm, prefixes.PrefixModel) else None
     return CheckedReward(reward, _model_check(lm, reading), lm.vocab_size, kept)
-
-
-class TokenScore(Protocol):
-    """Scores candidate tokens [N,K] at column position [N] of texts [N,L] by the reward's gradient: [N,K]."""
-
-    def __call__(
-        self,
-        params: Params,
-        tokens: TextTokens,
-        mask: TextMask,
-        prompt_length: TextLength,
-        position: TextLength,
-        candidates: Candidates,
-    ) -> Scores: ...
-
-
-class RewardAndTokenScore(Protocol):
-    """As TokenScore, with the reward of the text from the same pass: (reward [N], score [N,K])."""
-
-    def __call__(
-        self,
-        params: Params,
-        tokens: TextTokens,
-        mask: TextMask,
-        prompt_length: TextLength,
-        position: TextLength,
-        candidates: Candidates,
-    ) -> tuple[RewardValues, Scores]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +241,7 @@ def log_likelihood(lm: SequenceModel) -> Reward:
 
 def _prompt_check(lm: Sized) -> HostCheck:
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        check_model_params(lm, params, head=False)
         check_prompt_fits(lm, prompts, max_new_tokens, name="reward's prompts")
 
     return check
@@ -277,6 +251,7 @@ def _model_check(lm: HeadModel, reading: Reading) -> HostCheck:
     """The host checks of the prompts, whose response and tail must fit, and of the labels' weights."""
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
+        check_model_params(lm, readings.model_params(reading, params), head=True)
         check_prompt_fits(lm, prompts, max_new_tokens + len(reading.tail), name="reward's prompts")
         if reading.label is None:
             weights = readings.label_weights(lm, params)

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import mdp, models
-from jaxalign._arrays import at_least_float32, repeat_rows
+from jaxalign._arrays import at_least_float32
 from jaxalign.prompts import prompt_index
 from jaxalign.rewards import reading as readings
 from jaxalign.rewards.reading import Reading
-from jaxalign.rewards.values import call_reward, check_values
+from jaxalign.rewards.token_scores import TokenScore
+from jaxalign.rewards.values import check_values
+from jaxalign.rewards.whole_texts import whole_text, whole_text_token_gradient
 from jaxalign.shapes import (
     Candidates,
     Choice,
@@ -32,8 +34,6 @@ from jaxalign.shapes import (
     Scores,
     TextIndex,
     TextLength,
-    TextMask,
-    TextTokens,
 )
 from jaxalign.types import (
     Array,
@@ -84,7 +84,7 @@ def prefix_reward(reward: Reward) -> PrefixReward:
     return whole_text(reward) if own is None else own
 
 
-def prefix_token_gradient(gradient: Callable[..., Any]) -> PrefixTokenGradient:
+def prefix_token_gradient(gradient: TokenScore) -> PrefixTokenGradient:
     """Gives the form of a token gradient that keeps a prefix: its own, or `whole_text_token_gradient`."""
     own: PrefixTokenGradient | None = getattr(gradient, "prefix", None)
     return whole_text_token_gradient(gradient) if own is None else own
@@ -228,7 +228,13 @@ def _sizes(rows: int, width: int, *, ragged: bool) -> list[tuple[int, int]]:
     return [*sizes, (width, rows * width)]
 
 
-def _sized(read: Callable[..., Any], ragged: bool, reading: Reading, tokens: Array, mask: Array) -> Any:
+class ReadSegments(Protocol):
+    """A pass of `packed` tokens over segments [N,M,S]: what it found, the ModelProposal last."""
+
+    def __call__(self, tokens: Array, mask: Array, packed: int, /) -> tuple[Any, ...]: ...
+
+
+def _sized(read: ReadSegments, ragged: bool, reading: Reading, tokens: Array, mask: Array) -> Any:
     """read(tokens, mask, packed) of segments [N,M,S], with the tail of those that have ended, in the first of the
     `_sizes` that holds the real tokens; the entries of its proposal are those of the S columns."""
     room = mask.shape[2]
@@ -250,95 +256,6 @@ def _sized(read: Callable[..., Any], ragged: bool, reading: Reading, tokens: Arr
     longest, total = last.max() + 1, real.sum()
     fits = jnp.stack([(longest <= columns) & (total <= packed) for columns, packed in sizes])
     return jax.lax.switch(jnp.argmax(fits), [at(*size) for size in sizes])
-
-
-# Any function ---------------------------------------------------------------------------------------------------------
-
-
-class TextPrefix(NamedTuple):
-    """State of a reward that reads whole texts: the prefix as tokens."""
-
-    prompts: TokenBatch
-    """The prompts [N,P], with their index."""
-    response: ResponseTokens
-    """[N,T], the accepted tokens, zeros after them."""
-    length: TextLength
-    """[N], accepted tokens."""
-
-
-class TextProposal(NamedTuple):
-    """M segments that were scored as whole texts."""
-
-    tokens: Array
-    """[N,M,S]."""
-    mask: Array
-    """[N,M,S] bool."""
-
-
-def _start(params: Params, prompts: TokenBatch, max_new_tokens: int) -> TextPrefix:
-    del params
-    batch = prompts.tokens.shape[0]
-    given = TokenBatch(prompts.tokens, prompts.mask.astype(bool), prompt_index(prompts))
-    return TextPrefix(given, jnp.zeros((batch, max_new_tokens), jnp.int32), jnp.zeros(batch, jnp.int32))
-
-
-def _written(state: TextPrefix, tokens: Array, mask: Array) -> TextPrefix:
-    """The state after segments [N,S]; what lies beyond the room is dropped."""
-    room, rows = state.response.shape[1], jnp.arange(tokens.shape[0])[:, None]
-    place = jnp.where(mask, state.length[:, None] + jnp.cumsum(mask, axis=1) - 1, room)
-    response = state.response.at[rows, place].set(tokens, mode="drop")
-    return state._replace(response=response, length=state.length + mask.sum(axis=1, dtype=jnp.int32))
-
-
-def _text(state: TextPrefix) -> tuple[TextTokens, TextMask, TextLength]:
-    real = jnp.arange(state.response.shape[1]) < state.length[:, None]
-    return mdp.concatenate(state.prompts, state.response, real)
-
-
-def _keep(params: Params, state: State, proposal: State, choice: Choice) -> TextPrefix:
-    del params
-    pick = jnp.maximum(choice, 0)[:, None, None]
-    tokens, mask = (jnp.take_along_axis(x, pick, axis=1)[:, 0] for x in (proposal.tokens, proposal.mask))
-    return _written(state, tokens, mask & (choice >= 0)[:, None])
-
-
-def whole_text(reward: Reward) -> PrefixReward:
-    """Builds the prefix form of any Reward: the prefix is kept as tokens, and each text is read whole."""
-
-    def score(params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]:
-        batch, count, width = tokens.shape
-        texts = _written(repeat_rows(state, count), tokens.reshape(-1, width), mask.reshape(-1, width))
-        index = prompt_index(texts.prompts)
-        found = call_reward(reward, params, *_text(texts), index).reshape(batch, count)
-        return found, TextProposal(tokens, mask)
-
-    return PrefixReward(_start, score, _keep)
-
-
-def whole_text_token_gradient(gradient: Callable[..., Any]) -> PrefixTokenGradient:
-    """Builds the prefix form of any token gradient; its reward is the one that is differentiated, zeros where it has
-    none."""
-    reward = getattr(gradient, "reward", None)
-    with_reward = getattr(gradient, "with_reward", None)
-
-    def no_reward(params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]:
-        return jnp.zeros(tokens.shape[:2]), TextProposal(tokens, mask)
-
-    def score(
-        params: Params, state: State, tokens: ResponseTokens, mask: ResponseMask, candidates: Candidates
-    ) -> tuple[RewardValues, Scores, State]:
-        text = _text(_written(state, tokens, mask))
-        position = (text[2] + state.length).astype(jnp.int32)
-        proposal = TextProposal(tokens[:, None], mask[:, None])
-        if with_reward is None:
-            value, scores = jnp.zeros(tokens.shape[0]), gradient(params, *text, position, candidates)
-        else:
-            value, scores = with_reward(params, *text, position, candidates)
-        shape = tuple(candidates.shape)
-        value = check_values(value, shape[:1], function=gradient)
-        return value, check_values(scores, shape, function=gradient), proposal
-
-    return PrefixTokenGradient(PrefixReward(_start, no_reward, _keep) if reward is None else whole_text(reward), score)
 
 
 # Combinations ---------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import inspect
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from jaxalign.rewards.combinators import weighted_sum
 from jaxalign.rewards.folders import Reader, split_label
 from jaxalign.rewards.params import WeightedSumParams
 from jaxalign.rewards.programs import from_text
-from jaxalign.types import Params, Reward
+from jaxalign.types import Params, Reward, TextReward
 
 
 class Term(NamedTuple):
@@ -37,7 +37,14 @@ class Open(Protocol):
     def __call__(self, role: str, folder: str, label: str | None, /) -> tuple[Reward, Params]: ...
 
 
-def program(spec: str, *, name: str = "reward") -> Callable[..., Any]:
+class Program(Protocol):
+    """A function that a text names. What it takes and gives depends on what the text is for: of a reward it is a
+    `types.TextReward`."""
+
+    def __call__(self, *arguments: Any) -> Any: ...
+
+
+def program(spec: str, *, name: str = "reward") -> Program:
     """Imports the function that MODULE:FUNCTION names.
 
     Args:
@@ -57,7 +64,7 @@ def program(spec: str, *, name: str = "reward") -> Callable[..., Any]:
         raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r} ({error})") from error
     if not callable(found):
         raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r}, a {type(found).__name__}")
-    function_found: Callable[..., Any] = found
+    function_found: Program = found
     return function_found
 
 
@@ -203,7 +210,7 @@ def build_reward(
     def build(source: str) -> tuple[Reward, Params]:
         role = _role(terms, source, name)
         if is_program(source):
-            f = program(source, name=role)
+            f = cast(TextReward, program(source, name=role))
             options: dict[str, Any] = {"sources": sources, "rendered": reader.rendered}
             return from_text(reader.decode, f, between_programs=between_programs, **options), None
         return open_model(role, *split_label(source))

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxalign import mdp
 from jaxalign._arrays import take_rows
-from jaxalign._parts import check_function_argument
+from jaxalign._parts import check_reward_argument
 from jaxalign._programs import tells_programs
 from jaxalign.prompts import prompt_index
 from jaxalign.rewards.values import host_values
@@ -44,7 +44,7 @@ def check_reward(
       AssertionError: a law does not hold; the message gives its number and name, and what was seen in which row.
       ValueError: arguments that are none: fewer than two prompts, fewer than two tokens, no function.
     """
-    check_function_argument("reward", reward)
+    check_reward_argument("reward", reward)
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens: expected at least 2, found {max_new_tokens}")
     prompts = _laws.opened(prompts)

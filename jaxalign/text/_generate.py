@@ -14,7 +14,7 @@ import numpy as np
 from jaxalign import _hosts, decoding, policies, rollout
 from jaxalign._arrays import drop_weak_types
 from jaxalign._checks import same_prompts
-from jaxalign._parts import start_policy
+from jaxalign._parts import described, start_policy
 from jaxalign._programs import tells_programs
 from jaxalign.decoding.requests import check_request, open_eos_ids, streams, with_temperature
 from jaxalign.prompts import prompt_index
@@ -31,7 +31,18 @@ from jaxalign.text._requests import (
     prompt_ids,
 )
 from jaxalign.tokens import TextFormat, Tokenizer, byte_tokens, decode_text, ends_of_reply, settled_text
-from jaxalign.types import Array, ArrayLike, Completions, LanguageModel, Params, Policy, Prompts, State, StepOutput
+from jaxalign.types import (
+    Array,
+    ArrayLike,
+    Completions,
+    Critic,
+    LanguageModel,
+    Params,
+    Policy,
+    Prompts,
+    State,
+    StepOutput,
+)
 
 Watch: TypeAlias = Callable[[Completions, bool], None]
 """Called with the next tokens of a batch [B,steps], and whether they are the last."""
@@ -153,9 +164,9 @@ def generate(
     return Generated([samples[0] for samples in texts], jax.tree.map(lambda x: x[:, 0], completions))
 
 
-def _checked(model: LanguageModel | None) -> LanguageModel:
-    if model is None:
-        raise ValueError("model: expected a language model or a Policy, with its parameters, found None")
+def _checked(model: LanguageModel) -> LanguageModel:
+    if not hasattr(model, "prefill") and not isinstance(model, type | Critic | str):
+        raise ValueError(f"model: expected a language model or a Policy, with its parameters, found {described(model)}")
     return model
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import decoding, mdp, rewards
+from jaxalign._checks import check_arrays
+from jaxalign._parts import check_policy_argument
 from jaxalign._programs import tells_programs
 from jaxalign.decoding.requests import open_reward
 from jaxalign.prompts import bucket, prompt_index
@@ -74,6 +76,7 @@ def score(
     check_count("batch_size", batch_size)
     check = getattr(reward, "check", None)
     parts, found = [], list(batches([prompt for prompt, _ in pairs], batch_size))
+    check_arrays(params)
     for batch in found:
         tokens, mask = _responses(pairs, batch, bucket(max(len(pairs[row][1]) for row in batch.rows)))
         if check is not None:
@@ -122,6 +125,7 @@ def log_prob(
     Raises:
       ValueError: as in `score`.
     """
+    check_policy_argument("policy", policy)
     items = check_prompts(prompts)
     check_tokenizer(tokenizer, policy.vocab_size)
     form = _format(tokenizer, items, append_eos, eos_id, chat_template_kwargs, system)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, TypeVarTuple, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from jaxalign.types import Params
 
 CARDS = (80, 96, 141)
 """Memory of the devices that are named [GB]."""
+
+T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
 
 
 class Estimate(NamedTuple):
@@ -62,9 +65,12 @@ def is_abstract(tree: Any) -> bool:
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
-def apply(f: Callable[..., Any], *args: Any) -> Any:
+def apply(f: Callable[[Unpack[Arguments]], T], *args: *Arguments) -> T:
     """f(*args), or its shapes where the arguments hold shapes in place of arrays."""
-    return jax.eval_shape(f, *args) if is_abstract(args) else f(*args)
+    if not is_abstract(args):
+        return f(*args)
+    shapes: T = jax.eval_shape(f, *args)
+    return shapes
 
 
 def abstract(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign._transformers import transformers
 from jaxalign.models.hf.files import whole_folder, write_json
 
 __all__ = [
@@ -133,7 +134,6 @@ def _config(about: dict[str, Any]) -> dict[str, Any]:
 def _tokenizer(about: dict[str, Any]) -> Any:
     """Byte-level BPE in which digits stand alone."""
     import tokenizers
-    from transformers import PreTrainedTokenizerFast  # slow to import
 
     words, kinds = about["tokenizer.ggml.tokens"], about["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in about["tokenizer.ggml.merges"]]
@@ -157,6 +157,8 @@ def _tokenizer(about: dict[str, Any]) -> Any:
             ("unk_token", "unknown"),
         )
     }
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=about["llama.context_length"], **named)
+    fast = transformers().PreTrainedTokenizerFast(
+        tokenizer_object=raw, model_max_length=about["llama.context_length"], **named
+    )
     fast.chat_template = about["tokenizer.chat_template"]
     return fast

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign._transformers import transformers
 from jaxalign.models.hf.files import local_folder, read_json, tell
 from jaxalign.models.hf.sources import find_source, split_source
 
@@ -65,9 +66,8 @@ def _read(folder: pathlib.Path) -> Any:
                 f"tokenizer.model: expected the packages that read it (pip install 'jaxalign[sentencepiece]'), found "
                 f"no {' and no '.join(absent)} for {folder / 'tokenizer.model'}"
             )
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed for text
-
-    reader = PreTrainedTokenizerFast if _is_generic(folder) else AutoTokenizer
+    library = transformers()
+    reader = library.PreTrainedTokenizerFast if _is_generic(folder) else library.AutoTokenizer
     try:
         loaded = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of transformers, of tokenizers, or of whatever a file's reader raises
