@@ -15,7 +15,16 @@ from typing import Any, Protocol, TypeAlias
 from jaxalign import metrics
 
 Record: TypeAlias = dict[str, Any]
-"""A line of a responses file, or a row of results."""
+"""A line of a responses file, or a row of results (`summarise`), by name.
+
+A response: method, beta (its strength; None without), index (the prompt's row), prompt, response, tokens [T] (ids),
+log_prob and log_prob_ref [T] with their sums log_prob_sum, log_prob_ref_sum and log_norm_sum, kl [nats] and kl_kind,
+finished, truncated, info (the decoder's own numbers), forwards where the cost is known, and reward, gold and coherence
+where they were computed.
+
+A row: method, beta, responses (how many), means of reward, gold, kl and win_rate, each with its 95 % half-width under
+NAME_95 (None of one response), kl_kind, means of tokens, truncated, forwards, diversity and coherence, and
+tokens_per_second (None where it was not measured). What was not computed is left out."""
 Key: TypeAlias = tuple[str, float | None]
 """Method and strength."""
 
