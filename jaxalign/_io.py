@@ -23,11 +23,15 @@ PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "numpy", "transformers", "token
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """Indented JSON under a temporary name, then renamed; of several processes the first writes. ValueError for NaN and
-    infinities, which are not JSON."""
+    """Indented JSON under a temporary name, then renamed; of several processes, all of which have to call it, the first
+    writes. ValueError for NaN and infinities, which are not JSON."""
+    with _hosts.together():
+        if _hosts.is_first():
+            _write_json(path, values)
+
+
+def _write_json(path: pathlib.Path, values: Any) -> None:
     text = json.dumps(values, indent=2, default=str, allow_nan=False)
-    if not _hosts.is_first():
-        return
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text + "\n")
     temporary.replace(path)
@@ -100,7 +104,7 @@ def _open(out: pathlib.Path, config: Any, inputs: Sequence[str]) -> pathlib.Path
     for path, found in ((known, stamps), (stored, values), (out / "versions.json", versions())):
         # Another run may read this folder and keep the times of its files: what is the same is not written again.
         if not path.exists() or json.loads(path.read_text()) != found:
-            write_json(path, found)
+            _write_json(path, found)
     return out
 
 

@@ -53,10 +53,10 @@ def _free_programs():
         jax.clear_caches()
 
 
-def on_devices(program: str, count: int = 4) -> str:
-    """What a program prints on that many simulated devices. A process of its own: their number is fixed when jax
-    starts."""
-    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
+def on_devices(program: str, count: int = 4, *, flags: str = "") -> str:
+    """What a program prints on that many simulated devices, with further flags of XLA. A process of its own: their
+    number is fixed when jax starts."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count} {flags}"
     found = subprocess.run(
         [sys.executable, "-c", program],
         cwd=pathlib.Path(__file__).parent.parent,

@@ -8,6 +8,7 @@ I.json beside it, "" for a job without; the next one follows.
 
 from __future__ import annotations
 
+import gc
 import json
 import pathlib
 import sys
@@ -23,6 +24,7 @@ def main() -> None:
     jobs = pathlib.Path(sys.argv[1])
     joined, _ = processes.take([f"--{name}={value}" for name, value in zip(NAMES, sys.argv[2:], strict=True)])
     processes.start(joined)
+    gc.disable()  # a tenth of the time; the process is short
     errors = []
     for words in json.loads(jobs.read_text()):
         try:

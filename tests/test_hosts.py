@@ -219,6 +219,22 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
     assert all("Traceback" not in text for text in told)
 
 
+def test_a_process_that_cannot_write_ends_the_others_with_its_error(folder, tmp_path):
+    """The first finds a file where it removes a folder; nobody waits for it."""
+    begin_again(folder / "base", tmp_path / "run")
+    blocked = "1.orbax-checkpoint-tmp-1"
+    (tmp_path / "run/checkpoints" / blocked).touch()
+    job, *options = words(SFT, folder, tmp_path / "run")
+    given = ["--coordinator", "COORDINATOR", "--num-processes", "2", "--process-id", "PROCESS"]
+    running = start([f"train.{job}", *options, "--mesh", "data=4", *given])
+    told = [process.communicate(timeout=150)[1] for process in running]
+    assert [process.returncode for process in running] == [1, 1], told
+    for i, text in enumerate(told):
+        (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: process {i} of 2: "), line
+        assert blocked in line, line
+
+
 # One process ----------------------------------------------------------------------------------------------------------
 
 

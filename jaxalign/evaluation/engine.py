@@ -196,10 +196,10 @@ def decode(
     }
     records = [found[plan[k].name, plan[k].beta, i] for k, j in sorted(whole) for i in parts[j].rows]
     _hosts.barrier("decode: read")
-    if _hosts.is_first():
-        results.write(partial, records)
-        _remove(path for path in _partials(partial) if path != partial)
-    _hosts.barrier("decode: begin")
+    with _hosts.together():
+        if _hosts.is_first():
+            results.write(partial, records)
+            _remove(path for path in _partials(partial) if path != partial)
     own = partial if _hosts.count() == 1 else partial.with_name(f"{partial.name}-{_hosts.index():05d}")
     missing = [(k, j) for k in range(len(plan)) for j in range(len(parts)) if (k, j) not in whole]
     traced: set[Hashable] = set()
@@ -232,9 +232,9 @@ def decode(
             progress.set_postfix_str(f"{method.name} {tokens / seconds:.0f} tokens/s")
             progress.update(len(batch.rows))
     _hosts.barrier("decode: done")
-    if _hosts.is_first():
-        _join_partial(partial, plan, final)
-    _hosts.barrier("decode: written")
+    with _hosts.together():
+        if _hosts.is_first():
+            _join_partial(partial, plan, final)
     speeds = [
         json.loads(text) for text in _hosts.gather_texts(json.dumps([[*key, n / s] for key, (n, s) in timed.items()]))
     ]

@@ -241,6 +241,13 @@ def batch_sharding(mesh: Mesh, *, ahead: int = 0) -> NamedSharding:
     return NamedSharding(mesh, spec)
 
 
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree's arrays lie on; None where no array lies on one."""
+    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None)
+
+
 def row_devices(mesh: Mesh | None) -> int:
     """Among how many devices the rows of a batch are divided: data × fsdp."""
     return 1 if mesh is None else size_of(mesh, present_axes(mesh, RULES["batch"]))

@@ -32,10 +32,10 @@ def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.Checkp
     # Removed here and one by one: orbax removes a folder and the temporary ones inside it at the same time, which fails
     # now and then.
     path = pathlib.Path(folder).resolve()
-    if _hosts.is_first():
-        for cut_short in path.glob("*orbax-checkpoint-tmp*"):
-            shutil.rmtree(cut_short)
-    _hosts.barrier("checkpoints")
+    with _hosts.together():
+        if _hosts.is_first():
+            for cut_short in path.glob("*orbax-checkpoint-tmp*"):
+                shutil.rmtree(cut_short)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(path, options=options)
 

@@ -214,7 +214,8 @@ def evaluate(
 
     Args:
       f: f(params, batch) -> a tree of arrays [b,...]; it is jitted.
-      params: its parameters.
+      params: its parameters. Where they lie on a mesh whose data and fsdp axes divide b, so do the rows of a batch:
+        each device, and of several processes each, reads its share.
       rows: all rows.
       collate: a list of b rows -> a tree of arrays [b,...].
       size: b, rows of a batch.
@@ -229,9 +230,13 @@ def evaluate(
     if dry_run.is_abstract(params):  # numbers that nothing reads before the dry run ends
         shapes = jax.eval_shape(f, params, pad(list(rows[:1])))
         return jax.tree.map(lambda x: np.full((len(rows), *x.shape[1:]), 0.5, x.dtype), shapes)
+    devices = sharding.mesh_of(params)
+    place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
+    if devices is not None and size % sharding.row_devices(devices) == 0:
+        place = lambda batch: _hosts.put(batch, sharding.batch_sharding(devices))  # noqa: E731
     parts = []
     for part in iterate(rows, size):
-        found = compiled(params, pad(part + [part[-1]] * (size - len(part))))
+        found = compiled(params, place(pad(part + [part[-1]] * (size - len(part)))))
         check_rows(getattr(f, "__name__", "f"), found, size)
         parts.append(first_rows(found, len(part)))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)

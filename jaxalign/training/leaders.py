@@ -182,10 +182,11 @@ def train_network(
     )
     ess = np.asarray(shaping.effective_samples(reward, beta=options.beta))
     flat = {"/".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    if _hosts.is_first():
-        temporary = job.out / f".{NETWORK}"
-        save_file(flat, temporary, metadata={"bound": str(options.bound), "beta": str(options.beta)})
-        temporary.replace(job.out / NETWORK)
+    with _hosts.together():
+        if _hosts.is_first():
+            temporary = job.out / f".{NETWORK}"
+            save_file(flat, temporary, metadata={"bound": str(options.bound), "beta": str(options.beta)})
+            temporary.replace(job.out / NETWORK)
     summary = {"rows": len(data.train), "validation_rows": len(data.validation)} | compare_leaders(delivered)
     summary["effective_samples"] = float(ess.mean())
     _io.write_json(job.out / "summary.json", summary)

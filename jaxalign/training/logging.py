@@ -22,8 +22,11 @@ class MetricWriter:
 
     def __init__(self, folder: pathlib.Path, *, step: int):
         self._writes = _hosts.is_first()
-        if not self._writes:
-            return
+        with _hosts.together():
+            if self._writes:
+                self._open(folder, step)
+
+    def _open(self, folder: pathlib.Path, step: int) -> None:
         from tensorboardX import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
@@ -42,8 +45,11 @@ class MetricWriter:
           step: the number of steps taken.
           metrics: finite numbers by name.
         """
-        if not self._writes:
-            return
+        with _hosts.together():
+            if self._writes:
+                self._write(step, metrics)
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in metrics.items():

@@ -91,11 +91,12 @@ def write(folder: pathlib.Path, table: Table) -> None:
     bad = np.flatnonzero(~np.isfinite(reward).all(axis=1)).tolist()
     if bad:
         raise ValueError(f"reward: expected finite numbers, found others for prompts {bad}")
-    if _hosts.is_first():
-        temporary = folder / f".{REWARDS}"
-        with temporary.open("wb") as sink:
-            np.savez(sink, reward=reward)
-        temporary.replace(folder / REWARDS)
+    with _hosts.together():
+        if _hosts.is_first():
+            temporary = folder / f".{REWARDS}"
+            with temporary.open("wb") as sink:
+                np.savez(sink, reward=reward)
+            temporary.replace(folder / REWARDS)
     _io.write_json(folder / ABOUT, table.about | {"samples": reward.shape[1]})
 
 

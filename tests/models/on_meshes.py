@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import pathlib
 import tempfile
@@ -59,6 +60,7 @@ def check(name: str) -> None:
 
 def main(names: list[str], out: str) -> None:
     """Writes name -> what went wrong, "" where nothing did."""
+    gc.disable()  # a tenth of the time; the process is short
     found = {}
     for name in names:
         try:
