@@ -163,14 +163,14 @@ def text_score_of(kind_of):
 def test_the_laws(tables, name):
     base, other, q = tables
     critic, params, text_score = {
-        # A tilt of a tilt as a critic, and the kinds turned twice.
+        # A tilt of a tilt as a critic.
         "from_policy": (
             critics.from_policy(policies.tilt(BASE, critics.from_policy(BASE))),
             policies.TiltParams(base, other, jnp.asarray(0.8)),
             None,
         ),
-        "increment_of": (critics.increment_of(critics.level_of(INCREMENT)), q, text_score_of("increment")),
-        "level_of": (critics.level_of(critics.increment_of(LEVEL)), q, text_score_of("level")),
+        "increment_of": (critics.increment_of(LEVEL), q, text_score_of("level")),
+        "level_of": (critics.level_of(INCREMENT), q, text_score_of("increment")),
     }[name]
     testing.check_critic(
         critic, params, padded(PROMPTS), policy=BASE, policy_params=base, max_new_tokens=3, text_score=text_score

@@ -135,6 +135,12 @@ def test_a_kl_budget_is_spent_at_each_step(tables):
         p = np.exp(np.asarray(scored.log_prob).sum(1))
         length = (p * real.sum(1)).sum()
         np.testing.assert_allclose((p * np.asarray(scored.kl).sum(1)).sum(), 0.1 * length, rtol=1e-4)
+    params = {"policy": base, "critic": q, "kl": 0.1}
+    level, turned = (
+        exact.completions(TREE, policies.kl_budget(BASE, critic), params)
+        for critic in (LEVEL, critics.increment_of(LEVEL))
+    )
+    np.testing.assert_allclose(level.log_norm, turned.log_norm, atol=1e-4)
     greedy = first(policies.kl_budget(BASE, LEVEL), {"policy": base, "critic": q, "kl": 50.0})
     assert np.exp(greedy.log_prob[q[0].argmax()]) > 0.999
     flat = first(policies.kl_budget(BASE, LEVEL), {"policy": base, "critic": 0 * q, "kl": 0.1})
