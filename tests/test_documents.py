@@ -21,7 +21,7 @@ import pytest
 
 from jaxalign import _options, commands, decoding, models, policies, tree
 from jaxalign.data import tokenizers
-from jaxalign.launch import processes
+from jaxalign.launch import compilation, processes
 from tests.conftest import EOS, VOCAB, tiny_lm
 from tests.write_api import LISTED
 
@@ -110,7 +110,7 @@ def shell_lines(name: str) -> list[str]:
 
 def job_and_words(command: str) -> tuple[object, list[str]]:
     """The module of a job and the words after its name. AssertionError where there is no such job."""
-    words = processes.take(shlex.split(command, comments=True))[1]
+    words = compilation.take(processes.take(shlex.split(command, comments=True))[1])[1]
     if words[0] == "jaxalign":
         module, rest = commands.load(words[1]), words[2:]
     else:
@@ -210,7 +210,7 @@ def test_every_public_name_is_listed_with_its_parameters(package):
 
 
 OF_EVERY_JOB = {"--help", "--debug", "--version", "--skip-bad"}
-OF_EVERY_JOB |= {"--distributed", "--coordinator", "--num-processes", "--process-id"}
+OF_EVERY_JOB |= {"--distributed", "--coordinator", "--num-processes", "--process-id", compilation.WORD}
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if page != "CHANGELOG.md"])
