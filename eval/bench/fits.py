@@ -152,10 +152,10 @@ def _write_inputs(config: Config, folder: pathlib.Path) -> None:
     question = "why do cats purr? "
     tokens = len(models.tokenizer(str(folder / "world" / "tokenizer")).encode(question, add_special_tokens=False))
     prompt, answers = (
-        question * ((config.length - config.new - 8) // tokens),
+        question * ((config.length - config.new - 40) // tokens),
         ("a " * (config.length // 4), "the " * (config.length // 4)),
     )
-    asked = [{"prompt": prompt + str(i)} for i in range(32)]
+    asked = [{"prompt": prompt + "why " * i} for i in range(32)]
     pairs = [{**row, "chosen": answers[0], "rejected": answers[1]} for row in asked]
     for path, rows in (("prompts.jsonl", asked), ("pairs.jsonl", pairs)):
         (folder / path).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -61,9 +61,9 @@ def fit_model(
         state = jax.eval_shape(lambda params: training.create(params, update), started.params)
         batch = batches.micro_batches(rows, mesh.accumulate)
         count = flops.counter(started.lm, started.params, frozen, compared=compared)
-        dry_run.tell(
-            stage, dry_run.estimate(step, state, batch, frozen, mesh=devices, flops=count(flops.text_lengths(batch)))
-        )
+        size = count(flops.text_lengths(batch))
+        found = dry_run.estimate(step, state, batch, frozen, mesh=devices, flops=size)
+        dry_run.tell(stage, found, memory=mesh.device_memory)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     params = states.owned(started.params, frozen)
     if devices is None:

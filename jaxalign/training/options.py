@@ -108,6 +108,9 @@ class MeshOptions:
     """What the backward pass keeps of each layer: none: all that it reads; dots: products by weights; full: the layer's
     input alone, which computes each layer twice; auto: full where an accelerator's memory is less than the estimate."""
 
+    device_memory: float = 0.0
+    """With --dry-run: memory of a device [GB], of which it says whether it is enough; 0: 80, 96 and 141."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
@@ -218,6 +221,7 @@ def check_optimizer_options(options: OptimizerOptions) -> None:
 
 def check_mesh_options(options: MeshOptions, rows: int, *, name: str) -> None:
     """ValueErrors that name the option; rows, name: number of rows of an optimizer step, and what gives it."""
+    check_finite(options, "device_memory")
     if options.accumulate < 1 or rows % options.accumulate:
         raise ValueError(f"accumulate: expected a divisor of {name} {rows}, found {options.accumulate}")
     sharding.check_rows_divide(
