@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
 import jax
 import pytest
 
-from jaxalign import training
+from eval import decode
+from jaxalign import models, training
 from jaxalign.training import dry_run
 from jaxalign.worlds import opinions
 from train import arm, calibrate, distil, dpo, reward_model, rl, sft, shaping, value, world
@@ -144,3 +146,33 @@ def test_what_fits_leaves_room_for_the_runtime():
 def test_a_distillation_reads_the_samples_that_are_there(folder):
     with pytest.raises(ValueError, match="calibration"):
         distil.main(["--calibration", str(folder / "none"), "--model", str(folder / "base"), "--dry-run", "--out", "x"])
+
+
+@pytest.fixture(scope="module")
+def heads(folder) -> pathlib.Path:
+    """reward/ and edit/: folders of a reward model and of a value model, without weights."""
+    base = models.read_config(str(folder / "base"))
+    for name, head in (("reward", models.Head("reward")), ("edit", models.Head("value", hidden_size=8))):
+        (folder / name).mkdir()
+        for path in (folder / "base").iterdir():
+            (folder / name / path.name).write_bytes(path.read_bytes())
+        written = models.config_to_hf(dataclasses.replace(base, head=head))
+        (folder / name / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+METHODS = ("best_of_n@2,4", "args:{}/reward@1", "cards@1", "re_control:{}/edit@1")
+
+
+def test_a_dry_run_of_decoding_says_what_each_method_needs(heads, capsys):
+    words = ["--model", f"{heads}/base", "--prompts", f"{heads}/prompts.jsonl", "--reward", f"{heads}/reward"]
+    words += ["--max-new-tokens", "4", "--batch-size", "2", "--gradient-steps", "1", "--num-particles", "2"]
+    words += [word for method in METHODS for word in ("--method", method.format(heads))]
+    with pytest.raises(dry_run.Told) as told:
+        decode.main([*words, "--dry-run", "--device-memory", "80", "--out", f"{heads}/out"])
+    assert not (heads / "out").exists()
+    lines = capsys.readouterr().out.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("decode: an estimate"))
+    assert len(lines[begin + 1 :]) == 1 + len(METHODS) + 1  # the base, and best of 2 and of 4 are two programs
+    assert all(line.endswith(": fits 80 GB") for line in lines[begin + 1 :])
+    assert told.value.estimate is not None

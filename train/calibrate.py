@@ -20,7 +20,7 @@ import numpy as np
 from jaxalign import _io, commands, models
 from jaxalign.data.text_options import TextOptions, format_of
 from jaxalign.models import sharding
-from jaxalign.training import job, reading, rollouts, tables
+from jaxalign.training import dry_run, job, reading, rollouts, tables
 from jaxalign.training.options import RolloutOptions, RunOptions, check_rollout_options
 
 
@@ -48,13 +48,16 @@ def run(config: Config) -> dict[str, Any]:
     if config.text.show:
         return reading.show(read, config.text, model=options.base)
     check_rollout_options(options)
+    if config.run.dry_run:
+        dry_run.on_enough_devices(config, config.mesh)
     sharding.make_mesh(config.mesh, local=True)
     if options.samples < 2:
         raise ValueError(f"samples: expected at least 2 responses to rank among, found {options.samples}")
     if config.run.dry_run:
         tokenizer = models.tokenizer(options.base, chat_template=config.text.chat_template)
         prompts = read(format_of(config.text, tokenizer)).rows
-        rollouts.tell_memory(options, prompts, dtype=config.run.dtype, stage="calibrate")
+        rollouts.tell_memory(options, prompts, dtype=config.run.dtype, stage="calibrate", mesh=config.mesh)
+        raise dry_run.Told
     # No `Job`: nothing is trained, and a table takes the place of a model.
     out = _io.open_run(config.run.out, config, inputs=rollouts.inputs(options))
     following = f"python -m train.rl --model {options.base} --prompts {options.prompts} --reward "

@@ -91,6 +91,11 @@ class DecodeOptions(ResponseOptions):
     and the likeliest candidates. eval.report shows it."""
     stream: bool = False
     """Print responses while they are drawn; those of methods that select among whole texts when they are done."""
+    dry_run: bool = False
+    """Compile the methods on shapes alone, for simulated devices where --mesh has more than there are, and say what
+    they need of each device. Configs, tokenizers and prompts are read, no weights; nothing is written."""
+    device_memory: float = 0.0
+    """With --dry-run: memory of a device [GB], of which it says whether it is enough; 0: 80, 96 and 141."""
     include_base: bool = True
     """Decode the base too, where it is not among the methods: win rates are over it."""
     config: str = ""
@@ -127,7 +132,11 @@ def check_options(options: ResponseOptions) -> None:
     blocks = options.block_size
     if not blocks or min(blocks) < 1 or len(set(blocks)) < len(blocks):
         raise ValueError(f"block_size: expected lengths of at least 1 token, each once, found {blocks}")
-    for name in ("entropy_threshold", "temperature"):
+    for name in (
+        "entropy_threshold",
+        "temperature",
+        *(("device_memory",) if isinstance(options, DecodeOptions) else ()),
+    ):
         if not 0 <= getattr(options, name) < math.inf:
             raise ValueError(f"{name}: expected a finite value >= 0, found {getattr(options, name)}")
     if options.reward_threshold is not None and not math.isfinite(options.reward_threshold):

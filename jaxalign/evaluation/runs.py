@@ -12,7 +12,7 @@ from jaxalign import _hosts, _io, models, policies, rewards
 from jaxalign._checks import check_language_model
 from jaxalign.data import chats, encoded
 from jaxalign.data.text_options import ending_ids, format_of
-from jaxalign.evaluation import engine, inspection, loading, plots, results, streaming
+from jaxalign.evaluation import engine, fits, inspection, loading, plots, results, streaming
 from jaxalign.evaluation.engine import Method, Texts
 from jaxalign.evaluation.methods import METHODS
 from jaxalign.evaluation.options import DecodeOptions, ResponseOptions, check_options
@@ -21,7 +21,7 @@ from jaxalign.evaluation.settings import Setting
 from jaxalign.evaluation.specs import CRITICS, KINDS, Spec, parse_method
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import TextFormat
-from jaxalign.training import reading
+from jaxalign.training import dry_run, reading
 
 
 def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
@@ -40,6 +40,8 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     if options.text.show:
         reading.show(functools.partial(_read_prompts, options), options.text, model=options.model)
         return []
+    if options.dry_run:
+        dry_run.on_enough_devices(options, options.mesh)
     specs = check(options)
     scored = {"reward": options.reward, "gold": options.gold}
     tokenizer = models.tokenizer(options.model, chat_template=options.text.chat_template)
@@ -53,6 +55,8 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     folders |= loading.other_models(options.with_model)
     for spec in specs:
         folders |= spec.folders
+    if options.dry_run:
+        fits.tell(options, specs, lambda spec: METHODS[spec.kind], folders, texts, reader)
     loaded = loading.load(folders, tokenizer, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
     base, params = loaded["model"]
     check_language_model("model", base, options.model)

@@ -131,9 +131,9 @@ def estimate(
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Estimate(
         devices=devices,
-        parameters=_bytes(state.params),
-        optimizer=_bytes(state.opt_state),
-        frozen=_bytes(frozen),
+        parameters=bytes_of(state.params),
+        optimizer=bytes_of(state.opt_state),
+        frozen=bytes_of(frozen),
         temporaries=memory.temp_size_in_bytes,
         total=total + memory.temp_size_in_bytes,
         flops_per_token=flops / max(tokens, 1),
@@ -154,8 +154,8 @@ def _tokens(batch: Any) -> list[Any]:
     return [x for path, x in named if "tokens" in str(getattr(path[-1], "key", ""))]
 
 
-def _bytes(tree: Any) -> int:
-    """Bytes of one device."""
+def bytes_of(tree: Any) -> int:
+    """The bytes of a tree of shapes or arrays on one device."""
 
     def own(x: Any) -> int:
         shape = x.shape if getattr(x, "sharding", None) is None else x.sharding.shard_shape(x.shape)
@@ -164,12 +164,13 @@ def _bytes(tree: Any) -> int:
     return sum(own(x) for x in jax.tree.leaves(tree))
 
 
-def tell(stage: str, found: Estimate) -> None:
+def tell(stage: str, found: Estimate, *, memory: float = 0.0) -> None:
     """Prints the figures.
 
     Args:
       stage: name of the training.
       found: its figures.
+      memory: of a device [GB], of which it is said whether it is enough; 0 for those of `CARDS`.
 
     Raises:
       Told: always, since a dry run ends here.
@@ -182,10 +183,24 @@ def tell(stage: str, found: Estimate) -> None:
         f"  temporaries (activations, gradients): {found.temporaries / 1e9:.4g} GB",
         f"  in all: {found.total / 1e9:.4g} GB",
         f"per token, of {found.tokens}: {found.flops_per_token / 1e9:.4g} GFLOP, by formula",
-        ", ".join(f"{'fits' if found.fits(size) else 'does not fit'} {size} GB" for size in CARDS),
+        fitting(found, memory),
     ]
     print("\n".join(lines), flush=True)
     raise Told(found)
+
+
+def fitting(found: Estimate, memory: float = 0.0) -> str:
+    """Says whether figures fit a device.
+
+    Args:
+      found: the figures.
+      memory: of the device [GB]; 0 for those of `CARDS`.
+
+    Returns:
+      "fits 80 GB, ...", "does not fit 80 GB, ...".
+    """
+    sizes = (memory,) if memory else CARDS
+    return ", ".join(f"{'fits' if found.fits(size) else 'does not fit'} {size:g} GB" for size in sizes)
 
 
 def on_enough_devices(config: Any, mesh: str) -> None:

@@ -192,7 +192,8 @@ def train_policy(
     )
     if dry_run.is_abstract((trained, frozen)):
         batch = pad(dry_run.rows_of_batch(rows, size))
-        _tell(learner, step, dry_run.apply(lambda params: create(params, update), trained), frozen, batch, devices)
+        state = dry_run.apply(lambda params: create(params, update), trained)
+        _tell(learner, step, state, frozen, batch, devices, memory=mesh.device_memory)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     owned = states.owned(trained, frozen)
     train = create(owned, update) if devices is None else states.on_mesh(devices, owned, update)
@@ -228,6 +229,8 @@ def _tell(
     frozen: Params,
     batch: dict[str, np.ndarray],
     devices: jax.sharding.Mesh | None,
+    *,
+    memory: float,
 ) -> None:
     """Ends a dry run with the figures of an update (`dry_run.tell`) and of the roll-outs before it."""
     prompts = TokenBatch(*(jnp.asarray(batch[name]) for name in ("prompt_tokens", "prompt_mask", "index")))
@@ -238,7 +241,8 @@ def _tell(
     print(f"rl: roll-outs: {size:.4g} GB per device, beside the optimizer's state", flush=True)
     rows, width = part["tokens"].shape[0] * part["tokens"].shape[1], part["tokens"].shape[-1] + prompts.tokens.shape[-1]
     count = flops.counter(learner.lm, state.params, frozen["reference"], compared=learner.method.kl == "exact")
-    dry_run.tell("rl", dry_run.estimate(step, state, part, frozen, mesh=devices, flops=count([width] * rows)))
+    found = dry_run.estimate(step, state, part, frozen, mesh=devices, flops=count([width] * rows))
+    dry_run.tell("rl", found, memory=memory)
 
 
 def trained_policy(

@@ -108,19 +108,24 @@ def _nothing(params: Params, tokens: Array, mask: Array, prompt_length: Array, i
     return jnp.zeros(prompt_length.shape, jnp.float32)
 
 
-def tell_memory(options: RolloutOptions, prompts: Sequence[encoded.Prompt], *, dtype: str, stage: str) -> None:
-    """Ends a dry run with what drawing a batch of responses needs of a device.
+def tell_memory(
+    options: RolloutOptions, prompts: Sequence[encoded.Prompt], *, dtype: str, stage: str, mesh: str
+) -> None:
+    """Says for a dry run what drawing a batch of responses needs of a device.
 
     Args:
       options: the base, the reward, and how many responses are drawn together.
       prompts: all prompts; the longest are taken.
       dtype: type of the models.
       stage: name of the job.
+      mesh: of the devices that draw it, as `sharding.make_mesh` reads it.
 
     Raises:
-      dry_run.Told: always.
+      ValueError: a mesh that the models do not fit.
     """
+    devices = sharding.make_mesh(mesh, local=True)
     lm, base = dry_run.load_shapes(options.base, dtype=dtype)
+    lm = models.LanguageModel(lm.config, dtype, devices)
     reward, params = reward_shapes(options.reward, dtype=dtype)
     policy, size = policies.language_model(lm), max(options.decode_batch // options.samples, 1)
     rows = dry_run.rows_of_batch([prompt.tokens for prompt in prompts], size)
@@ -129,11 +134,11 @@ def tell_memory(options: RolloutOptions, prompts: Sequence[encoded.Prompt], *, d
         drawn: dict[str, Any] = {"num_samples": options.samples, "max_new_tokens": options.max_new_tokens}
         return decoding.best_of_n(policy, reward, params, rng, batch, eos_ids=lm.config.eos_ids, **drawn).info
 
-    arguments = {"policy": base, "reward": params}
+    arguments = dry_run.abstract({"policy": base, "reward": params}, devices)
     held = dry_run.held(jax.jit(draw), arguments, jax.random.key(0), prompt_batch(rows, batch_size=size)) / 1e9
-    print(f"{stage}: an estimate, by the program compiled for 1 of {jax.devices()[0].device_kind}:")
+    number = 1 if devices is None else devices.size
+    print(f"{stage}: an estimate, by the program compiled for {number} of {jax.devices()[0].device_kind}; per device:")
     print(f"  {size * options.samples} responses at a time: {held:.4g} GB, weights included; a reward's pass aside")
-    raise dry_run.Told
 
 
 def load_base(
@@ -250,6 +255,8 @@ def roll_out_for(
     largest size."""
     config = job.config
     if config.run.dry_run:
+        if not options.rollouts:
+            tell_memory(options, prompts, dtype=config.run.dtype, stage=job.stage, mesh=config.mesh.mesh)
         return longest_rollouts(options, prompts)
     return roll_out(
         options,
