@@ -192,8 +192,8 @@ def train_policy(
     )
     if dry_run.is_abstract((trained, frozen)):
         batch = pad(dry_run.rows_of_batch(rows, size))
-        state = dry_run.apply(lambda params: create(params, update), trained)
-        _tell(learner, step, state, frozen, batch, devices, memory=mesh.device_memory)
+        begun = dry_run.apply(lambda params: create(params, update), trained)
+        _tell(learner, step, begun, frozen, batch, devices, memory=mesh.device_memory)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     owned = states.owned(trained, frozen)
     train = create(owned, update) if devices is None else states.on_mesh(devices, owned, update)
