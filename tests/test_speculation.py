@@ -360,3 +360,24 @@ def test_draws_of_a_pair_of_models_have_the_targets_law():
     assert cells > 20
     assert statistic < cells + 4.5 * np.sqrt(2 * cells) + 8
     assert 0.2 < float(found.info.accepted.sum() / found.info.drafted.sum()) < 0.95
+
+
+@pytest.mark.parametrize(
+    ("draft", "changes", "message"),
+    [
+        (PROPOSED, {"draft_tokens": 0}, "draft_tokens: expected at least 1, found 0"),
+        (tree.policy(tree.Tree(4, 3, eos_id=0)), {}, "draft: expected one vocabulary, found 3 and 4 tokens"),
+        (SCORED, {}, "draft: expected a Policy, found a Critic"),
+        (PROPOSED, {"prompts": {"target": tree.prompts(2), "draft": tree.prompts(3)}}, "expected 3 prompts as in"),
+        (PROPOSED, {"params": {"target": LEVEL.params}}, "missing draft"),
+        ("below", {}, 'expected no entry .draft. with draft="below"'),
+        ("below", {"params": {"target": LEVEL.params}, "temperature": 0.5}, "temperature: expected 1 with draft"),
+        ("below", {"target": PROPOSED, "params": {"target": BASE}}, "a target that is no tilt"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(draft, changes, message):
+    given = {"target": LEVEL.policy, "params": {"target": LEVEL.params, "draft": BASE}, "prompts": tree.prompts(2)}
+    given |= {"draft_tokens": 2, "max_new_tokens": 3} | changes
+    target, params, prompts = (given.pop(name) for name in ("target", "params", "prompts"))
+    with pytest.raises(ValueError, match=message):
+        decoding.speculative(target, draft, params, jax.random.key(0), prompts, **given)
