@@ -18,8 +18,13 @@ The exact mean of cd_q learns the base's value from anybody's responses, since i
 
 python -m train.value --objective cd_q --head q --responses responses.jsonl …
 
-The other objectives learn from --responses the value of whoever wrote them. A response without EOS ("truncated") is
-scored as it stands: its last kept token is terminal.
+The others learn from --responses the value of whoever wrote them. A response without EOS is scored as it stands.
+
+One head for every beta, bound, threshold and n is the law of the reward (docs/methods/distribution.md):
+
+python -m train.value --objective distribution --head q … --out runs/laws
+
+which eval.decode takes as --method distribution:DIR:soft@0.5,1,2.
 
 RE-Control's value network, a head on the base's own hidden states for policies.re_control, is
 
@@ -94,6 +99,7 @@ def run(config: Config) -> dict[str, Any]:
     learned = values.value_rows(options, found.rows)
     data = job.split(found._replace(rows=learned))
 
+    started = values.with_support(options, started, learned)
     collate = values.collate_values(options, rows.max_length)
     loss, frozen = values.value_loss(options, started, base=rolled.base, dtype=config.run.dtype)
     if options.frozen:
@@ -106,9 +112,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _following(config: Config, out: pathlib.Path) -> str:
-    method = f"follower:{out / 'model'}" if values.log_weight(config.value) else f"value:{out / 'model'}@1"
-    if config.value.frozen:
-        method = f"re_control:{out / 'model'}@1"
+    method = values.following(config.value, str(out / "model"))
     return f"python -m eval.decode --model {config.rollouts.base} --method {method} --prompts FILE --out DIR"
 
 

@@ -8,9 +8,11 @@ NamedTuple, as WeightedSumParams(critics, weights), or a dict of the same names.
 """
 
 from jaxalign._arrays import look_up
+from jaxalign.critics import reads
 from jaxalign.critics._args import args
 from jaxalign.critics._combinators import MapScoresParams, ScoreMap, WeightedSumParams, map_scores, weighted_sum
 from jaxalign.critics._controlled_decoding import QHead, hidden_value, value
+from jaxalign.critics._distribution import DistributionParams, distribution, laws
 from jaxalign.critics._from_policy import from_policy
 from jaxalign.critics._genarm import genarm
 from jaxalign.critics._kinds import increment_of, level_of
@@ -19,6 +21,7 @@ from jaxalign.critics._stackelberg import ShapedParams, follower, shaped_over_ca
 from jaxalign.critics._transfer_q import TransferQParams, effective_rollouts, transfer_q
 
 __all__ = [
+    "DistributionParams",
     "MapScoresParams",
     "PoolParams",
     "QHead",
@@ -27,16 +30,19 @@ __all__ = [
     "TransferQParams",
     "WeightedSumParams",
     "args",
+    "distribution",
     "effective_rollouts",
     "follower",
     "from_policy",
     "genarm",
     "hidden_value",
     "increment_of",
+    "laws",
     "level_of",
     "look_up",
     "map_scores",
     "pool",
+    "reads",
     "shaped_over_candidates",
     "transfer_q",
     "value",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from jaxalign import models
 from jaxalign._arrays import at_least_float32
 from jaxalign._blocks import merged, merged_candidates, split
 from jaxalign._builders import cached
 from jaxalign._parts import called, check_array, check_function_argument, check_model
+from jaxalign.critics import reads
+from jaxalign.critics._distribution import distribution, with_numbers
 from jaxalign.critics._model_critics import candidate_critic, gather, vocabulary_critic
 from jaxalign.shapes import Candidates, Hidden, Scores
 from jaxalign.types import Array, CandidateModel, Critic, Params, State, StepOutput, TokenBatch
@@ -23,7 +26,7 @@ def value(lm: CandidateModel) -> Critic:
     `hidden_value`.
 
     Args:
-      lm: a model with a scalar head or a Q head, of the base's vocabulary.
+      lm: a model with a scalar head or a Q head, of the base's vocabulary; of a head of laws the mean is read.
 
     Returns:
       A level Critic.
@@ -35,6 +38,8 @@ def value(lm: CandidateModel) -> Critic:
     spec = getattr(getattr(lm, "config", None), "head", None)
     if spec is not None and spec.follower is not None:
         raise ValueError(f"value: expected a head of values, found one of log weights ({spec.follower})")
+    if spec is not None and spec.distribution is not None and isinstance(lm, models.LanguageModel):
+        return with_numbers(distribution(lm, reads.mean()), {})
     if lm.head_width == lm.vocab_size and (spec is None or spec.kind == "q"):
         return vocabulary_critic("value", lm, lm.head, "level")
     return candidate_critic("value", lm)

@@ -13,6 +13,8 @@ from jaxalign._blocks import accept_critic, merged, merged_candidates, split, ve
 from jaxalign._builders import cached
 from jaxalign._checks import check_part, check_positive, fields_of
 from jaxalign._parts import advance_critic, check_critic_argument, check_model, score_critic, start_critic
+from jaxalign.critics import reads
+from jaxalign.critics._distribution import distribution, with_numbers
 from jaxalign.critics._model_critics import candidate_critic, gather, vocabulary_critic
 from jaxalign.prompts import prompt_index, prompts_for
 from jaxalign.shapes import Candidates, PerPrompt, Scores
@@ -29,7 +31,7 @@ def follower(lm: models.LanguageModel, *, beta: float | None = None, bound: floa
     Args:
       lm: has a head trained by `train.value --objective exceedance` or `soft` (models.Follower): a classifier of
         Pr_ref(u > m | prefix), read as log(1 + (e^(bound/beta) − 1)·p), or the soft value of the shaped reward over
-        beta.
+        beta. Or a head of laws, read with the threshold that is solved from the law of the prompt.
       beta, bound: those that the caller wants.
 
     Returns:
@@ -40,6 +42,12 @@ def follower(lm: models.LanguageModel, *, beta: float | None = None, bound: floa
     """
     check_model("follower", lm, ("config", "vocab_size", "max_length", "head_width", "prefill", "step", "head"))
     head = lm.config.head
+    if head is not None and head.distribution is not None:
+        if beta is None or bound is None:
+            raise ValueError("follower: expected beta and bound for a head of laws, which was trained for none")
+        check_positive("beta", beta)
+        check_positive("bound", bound)
+        return with_numbers(distribution(lm, reads.follower(solve=True)), {"beta": beta, "bound": bound})
     spec = None if head is None else head.follower
     if head is None or spec is None:
         raise ValueError(f"follower: expected a head that was trained for a shaped reward, found {head}")

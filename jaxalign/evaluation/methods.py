@@ -121,6 +121,8 @@ def _tilt(setting: Setting, spec: Spec) -> list[Method]:
             "one token at a time and would be slower"
         )
     policy, params_at, cost = tilt(setting, part)
+    if part.strength not in (None, "beta"):  # n or nats: a method of its own in tables, since it is no beta
+        return [_sampled(setting, f"{spec.name}@{s:g}", None, policy, params_at(s), cost) for s in spec.strengths]
     betas = spec.strengths or (trained_beta(setting, spec.terms),)
     out = []
     for beta in betas:
@@ -155,6 +157,8 @@ def _best_of_n(setting: Setting, spec: Spec) -> list[Method]:
 def _blockwise(setting: Setting, spec: Spec) -> list[Method]:
     """Blocks of the base, selected by a critic that steps with it."""
     part = summed(setting, spec.terms)
+    if part.at is not None:
+        raise ValueError(f"method: expected {part.strength} in the reading, as soft(beta=0.5), found {spec.text!r}")
     both = {"policy": setting.params, "critic": part.params}
 
     def at(n: int, block_size: int) -> Method:
@@ -244,7 +248,10 @@ def _smc(setting: Setting, spec: Spec) -> list[Method]:
     params_at: Callable[[float], Params] = lambda beta: setting.params  # noqa: E731
     cost: Callable[[int, int], float] = lambda prompt, length: 1.0  # noqa: E731
     if spec.terms:
-        proposal, params_at, cost = tilt(setting, summed(setting, spec.terms))
+        part = summed(setting, spec.terms)
+        if part.strength not in (None, "beta"):
+            raise ValueError(f"method: expected {part.strength} in the reading of a proposal, found {spec.text!r}")
+        proposal, params_at, cost = tilt(setting, part)
 
     def at(beta: float) -> Method:
         own = params_at(beta)

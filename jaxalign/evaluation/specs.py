@@ -12,6 +12,7 @@ import re
 from typing import Literal, NamedTuple
 
 from jaxalign import rewards
+from jaxalign.evaluation.readings import parse_reading
 from jaxalign.models import split_source
 
 
@@ -51,6 +52,7 @@ CRITICS: dict[str, Kind] = {
     "args": Kind("folder", "beta"),
     "value": Kind("folder", "beta"),
     "follower": Kind("folder", "none"),
+    "distribution": Kind("folder", "beta"),
     "genarm": Kind("folder", "beta"),
     "transfer": Kind("folder", "beta", ("rollouts", "lookahead"), needs_reward=True),
 }
@@ -67,6 +69,8 @@ class Term(NamedTuple):
     """A name among CRITICS."""
     folder: str
     """The folder of its model."""
+    reading: str = ""
+    """Of a distributional critic, what is read (`readings.parse_reading`); "" of another."""
 
     @property
     def role(self) -> str:
@@ -118,7 +122,7 @@ class Spec(NamedTuple):
         """A name for the method's folder."""
         parts = [] if self.kind in ("tilt", "function") else [self.kind]
         for term in self.terms:
-            parts += [f"{term.weight:g}"] * (term.weight != 1) + [term.critic, _short(term.folder)]
+            parts += [f"{term.weight:g}"] * (term.weight != 1) + [term.critic, _short(term.folder), term.reading]
         parts.append(self.target if self.kind == "function" else _short(self.target))
         parts.append("_".join(f"{s:g}" for s in self.strengths))
         return re.sub(r"[^\w.=-]+", "_", "_".join(part for part in parts if part))
@@ -169,7 +173,8 @@ def parse_method(text: str) -> Spec:
 def _terms(body: str, text: str, prefix: str) -> tuple[Term, ...]:
     """The critics of a weighted sum, which stands behind `prefix`."""
     critic, _, folder = body.partition(":")
-    whole = critic in CRITICS and folder and pathlib.Path(folder).exists()  # a name that may hold signs
+    alone = _split_reading(critic, folder)[0]
+    whole = critic in CRITICS and alone and pathlib.Path(alone).exists()  # a name that may hold signs
     out = []
     for weight, part in ((1.0, body),) if whole or not body.strip() else rewards.parse_reward(body, name="method"):
         critic, _, folder = part.partition(":")
@@ -182,10 +187,24 @@ def _terms(body: str, text: str, prefix: str) -> tuple[Term, ...]:
             raise ValueError(
                 f"method: expected a kind among {(*PREFIXES, *CRITICS)}, or MODULE:FUNCTION, found {text!r}"
             )
+        folder, reading = _split_reading(critic, folder)
         if not folder:
             raise ValueError(f"method: expected a folder for {prefix}{critic}, found {text!r}")
-        out.append(Term(weight, critic, folder))
+        if critic == "distribution":
+            parse_reading(reading)
+        out.append(Term(weight, critic, folder, reading))
     return tuple(out)
+
+
+def _split_reading(critic: str, rest: str) -> tuple[str, str]:
+    """DIR:READING of a distributional critic as (DIR, READING); the folder of another critic."""
+    if critic != "distribution":
+        return rest, ""
+    folder, colon, reading = rest.rpartition(":")
+    inside = re.fullmatch(r"(.*):(\w+\([^()]*\))", rest)  # a reading may hold a colon itself, calibrated(exp:5)
+    if inside is not None:
+        return inside[1], inside[2]
+    return (folder, reading) if colon else (rest, "")
 
 
 def _strengths(text: str, tail: str) -> tuple[float, ...]:
@@ -198,9 +217,16 @@ def _strengths(text: str, tail: str) -> tuple[float, ...]:
     return strengths
 
 
+def _brings_strength(term: Term) -> bool:
+    """Whether a reading's text holds what would stand after @."""
+    reading = parse_reading(term.reading)
+    return reading.read.log_omega is not None and reading.strength is None
+
+
 def _check_strengths(spec: Spec) -> None:
     wanted, found = KINDS[spec.kind].strengths, spec.strengths
-    if spec.kind == "tilt" and any(CRITICS[term.critic].strengths == "none" for term in spec.terms):
+    given = [term for term in spec.terms if term.critic == "distribution" and _brings_strength(term)]
+    if spec.kind == "tilt" and (given or any(CRITICS[term.critic].strengths == "none" for term in spec.terms)):
         wanted = "none"  # a follower's head was trained for one beta, which it brings
     name = spec.terms[0].critic if spec.kind == "tilt" else spec.kind
     if wanted != "any" and bool(found) == (wanted == "none"):

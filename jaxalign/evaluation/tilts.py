@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxalign import critics, models, policies, rewards
 from jaxalign._checks import check_language_model
+from jaxalign.evaluation.readings import parse_reading
 from jaxalign.evaluation.settings import Setting
 from jaxalign.evaluation.specs import Term
 from jaxalign.types import Critic, Params, Policy
@@ -32,6 +33,10 @@ class Part(NamedTuple):
     """What it costs."""
     whole: bool
     """Whether it gives the scores of the whole vocabulary at once."""
+    at: Callable[[float], Params] | None = None
+    """Strength -> parameters, of a critic that takes the strength itself; None where the tilt does."""
+    strength: str | None = None
+    """What such a strength is: beta, n or nats."""
 
 
 def once(prompt: int, length: int, k: int, /) -> float:
@@ -90,10 +95,27 @@ def _transfer(setting: Setting, term: Term) -> Part:
     return Part(critic, {"baseline": params, "reward": scorer.params}, cost, False)
 
 
+def _distribution(setting: Setting, term: Term) -> Part:
+    """A head of laws, read as the method says."""
+    lm, params = setting.loaded[term.role]
+    reading = parse_reading(term.reading)
+    critic = critics.distribution(lm, reading.read)
+    whole = lm.config.head is not None and lm.config.head.kind == "q"
+
+    def at(strength: float) -> Params:
+        own = {} if reading.strength is None else {reading.strength: jnp.asarray(strength, jnp.float32)}
+        fixed = {name: jnp.asarray(value, jnp.float32) for name, value in reading.numbers.items()}
+        return critics.DistributionParams(params, fixed | own)
+
+    takes = at if reading.strength is not None else None
+    return Part(critic, at(1.0), once if whole else each_candidate, whole, takes, reading.strength)
+
+
 CRITICS: dict[str, Callable[[Setting, Term], Part]] = {
     "args": _args,
     "value": _by_head(critics.value),
     "follower": _by_head(critics.follower),
+    "distribution": _distribution,
     "genarm": _genarm,
     "transfer": _transfer,
 }
@@ -109,6 +131,11 @@ def summed(setting: Setting, terms: Sequence[Term]) -> Part:
     parts = [CRITICS[term.critic](setting, term) for term in terms]
     if len(parts) == 1 and terms[0].weight == 1:
         return parts[0]
+    for term, part in zip(terms, parts, strict=True):
+        if part.at is not None:
+            raise ValueError(
+                f"method: expected {part.strength} in the reading of a sum, as soft(beta=0.5), found {term.reading!r}"
+            )
 
     def cost(prompt: int, length: int, k: int, /) -> float:
         return sum(part.cost(prompt, length, k) for part in parts)
@@ -120,16 +147,21 @@ def summed(setting: Setting, terms: Sequence[Term]) -> Part:
 
 
 def trained_beta(setting: Setting, terms: Sequence[Term]) -> float:
-    """The beta that the head of a follower was trained for."""
-    heads = (setting.loaded[term.role][0].config.head for term in terms if term.critic == "follower")
-    return next(head.follower.beta for head in heads if head is not None and head.follower is not None)
+    """The beta that a method without strengths has: that of a follower's head, or that a reading's text gives, or 1."""
+    for term in terms:
+        head = setting.loaded[term.role][0].config.head
+        if term.critic == "follower" and head is not None and head.follower is not None:
+            return head.follower.beta
+        if term.critic == "distribution" and "beta" in parse_reading(term.reading).numbers:
+            return parse_reading(term.reading).numbers["beta"]
+    return 1.0
 
 
 def tilt(setting: Setting, part: Part) -> tuple[Policy, Callable[[float], Params], Callable[[int, int], float]]:
     """The base tilted by a critic.
 
     Returns:
-      (the Policy, beta -> its parameters, cost(prompt, length) per token of the base and the critic). A critic that
+      (the Policy, strength -> its parameters, cost(prompt, length) per token of the base and the critic). A critic that
       brings its own beta is tilted at that one.
     """
     top_k = setting.candidates(whole=part.whole)
@@ -138,6 +170,7 @@ def tilt(setting: Setting, part: Part) -> tuple[Policy, Callable[[float], Params
 
     def params_at(beta: float) -> Params:
         used = beta if part.critic.beta is None else part.critic.beta
-        return {"policy": setting.params, "critic": part.params, "beta": jnp.asarray(used, jnp.float32)}
+        own = part.params if part.at is None else part.at(beta)
+        return {"policy": setting.params, "critic": own, "beta": jnp.asarray(used, jnp.float32)}
 
     return policy, params_at, lambda prompt, length: 1 + part.cost(prompt, length, read)

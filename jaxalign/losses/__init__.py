@@ -8,6 +8,7 @@ positions. Arrays whose shapes differ are AssertionErrors. Masks are double-wher
 NaN and leaves value and gradient finite.
 """
 
+from jaxalign.losses._distribution import distribution, grid_error, two_hot
 from jaxalign.losses._policy_gradient import clipped_ratios, clipped_value, kl_penalty, policy_gradient
 from jaxalign.losses._preferences import (
     autoregressive_reward,
@@ -35,10 +36,12 @@ __all__ = [
     "clipped_ratios",
     "clipped_share",
     "clipped_value",
+    "distribution",
     "dpo",
     "exceedance",
     "expected_next",
     "fudge",
+    "grid_error",
     "ipo",
     "kl_penalty",
     "language_model",
@@ -47,4 +50,5 @@ __all__ = [
     "policy_gradient",
     "soft_value",
     "td",
+    "two_hot",
 ]

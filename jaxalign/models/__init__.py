@@ -3,7 +3,7 @@
 from jaxalign.models import lora
 from jaxalign.models.block import Block, Experts, Rope
 from jaxalign.models.cache import Cache
-from jaxalign.models.config import Config, Follower, Head
+from jaxalign.models.config import Config, Distribution, Follower, Head
 from jaxalign.models.hf.beside import load_beside
 from jaxalign.models.hf.config import config_from_hf, config_to_hf
 from jaxalign.models.hf.folders import load, read_config, save
@@ -28,6 +28,7 @@ __all__ = [
     "Block",
     "Cache",
     "Config",
+    "Distribution",
     "Experts",
     "Follower",
     "Head",

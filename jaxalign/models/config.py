@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from typing import Any, Literal
 
 from jaxalign.models.block import Block, Rope, check_integer, check_positive
@@ -37,6 +39,42 @@ class Follower:
             check_positive(name, getattr(self, name))
 
 
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    """The law of the reward that a value or Q head gives of each prefix (`critics.distribution`).
+
+    Fields:
+      support: c_1 < … < c_K, in units of reward; two inner points may be equal: a reward at them then counts as the
+        left one, a larger one as the right.
+      mode: "atoms": every reward is a support point; "grid": rewards lie between them, and each counts as the law on
+        its two neighbours whose mean it is (`losses.two_hot`).
+      rank: of a Q head: the law after a token is softmax(M·a_z + b), with a_z of so many entries.
+
+    Raises:
+      ValueError: fewer than two points, points that are not finite or not in order, another mode, a rank below 1.
+    """
+
+    support: tuple[float, ...]
+    mode: Literal["atoms", "grid"] = "grid"
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        points = tuple(float(point) for point in self.support)
+        if len(points) < 2:
+            raise ValueError(f"support: expected at least two points, found {points}")
+        if not all(math.isfinite(point) for point in points):
+            raise ValueError(f"support: expected finite points, found {points}")
+        twins = [a == b for a, b in itertools.pairwise(points)]
+        if any(a > b for a, b in itertools.pairwise(points)) or twins[0] or twins[-1]:
+            raise ValueError(f"support: expected points that increase, inner ones at most twice, found {points}")
+        if any(a and b for a, b in itertools.pairwise(twins)):
+            raise ValueError(f"support: expected each point at most twice, found {points}")
+        if self.mode not in ("atoms", "grid"):
+            raise ValueError(f"mode: expected 'atoms' or 'grid', found {self.mode!r}")
+        check_integer("rank", self.rank, 1)
+        object.__setattr__(self, "support", points)
+
+
 def default_labels(count: int) -> tuple[str, ...]:
     """The names that transformers gives to labels without one."""
     return tuple(f"LABEL_{i}" for i in range(count))
@@ -56,6 +94,7 @@ class Head:
       activation: between the layers.
       bound: of a reward head: its output is bound·sigmoid(score), a reward in [0, bound]; None: the score itself.
       follower: of a value or Q head that was trained for a shaped reward.
+      distribution: of a value or Q head that gives the law of the reward: to log-probabilities of its support.
 
     Raises:
       ValueError: a value outside these, or one that does not belong to this kind.
@@ -69,6 +108,7 @@ class Head:
     bound: float | None = None
     follower: Follower | None = None
     labels: tuple[str, ...] = ()
+    distribution: Distribution | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in HEAD_KINDS:
@@ -87,6 +127,11 @@ class Head:
             raise ValueError("follower: expected a value or Q head, found a reward head")
         if self.follower is not None and not isinstance(self.follower, Follower):
             raise ValueError(f"follower: expected a models.Follower, found {self.follower!r}")
+        if self.distribution is not None:
+            if not isinstance(self.distribution, Distribution):
+                raise ValueError(f"distribution: expected a models.Distribution, found {self.distribution!r}")
+            if self.kind == "reward" or self.follower is not None:
+                raise ValueError("distribution: expected a value or Q head without a follower, found another")
         if self.kind != "reward" and self.num_labels != 1:
             raise ValueError(f"num_labels: expected 1 for a {self.kind} head, found {self.num_labels}")
         for name in ("num_labels", "num_hidden"):
@@ -268,4 +313,6 @@ class Config:
         """W of the head's output; 0 without a head."""
         if self.head is None:
             return 0
+        if self.head.distribution is not None:
+            return len(self.head.distribution.support)
         return {"reward": self.head.num_labels, "value": 1, "q": self.vocab_size}[self.head.kind]

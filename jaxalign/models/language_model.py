@@ -126,7 +126,7 @@ class LanguageModel(CachedPasses):
     def _head_module(self) -> HeadModule:
         if self.config.head is None:
             raise ValueError("head: expected a model with a head, found config.head = None")
-        return HeadModule(self.config.head, self.head_width, jnp.dtype(self.dtype))
+        return HeadModule(self.config.head, self.head_width, jnp.dtype(self.dtype), self.vocab_size)
 
     def init(self, rng: Array) -> Params:
         """Draws random parameters (normal, 0.02).
@@ -316,6 +316,27 @@ class LanguageModel(CachedPasses):
         module = self._head_module
         checks.widths("hidden", hidden, self.config.hidden_size)
         found: Array = module.apply({"params": part_of(params, "head")}, hidden)
+        return found
+
+    def laws_after(self, params: Params, hidden: Array, tokens: Array) -> Array:
+        """Gives the law of the reward after each of several tokens, by a Q head of laws.
+
+        Args:
+          params: the model's.
+          hidden: [...,D], after the final norm.
+          tokens: [...,k], ids that may come next.
+
+        Returns:
+          Log-probabilities of the support [...,k,K], in at least float32.
+
+        Raises:
+          ValueError: a head that is no Q head of laws, or hidden states of another width.
+        """
+        head = self.config.head
+        if head is None or head.kind != "q" or head.distribution is None:
+            raise ValueError(f"laws_after: expected a Q head with a distribution, found {head}")
+        checks.widths("hidden", hidden, self.config.hidden_size)
+        found: Array = self._head_module.apply({"params": params["head"]}, hidden, tokens, method="after_tokens")
         return found
 
 

@@ -47,6 +47,8 @@ AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/inner_\d+/kernel", (None, None)),
     (r"head/outer/kernel", ("head_in", "head_out")),
     (r"head/(outer|inner(_\d+)?)/bias", (None,)),
+    (r"head/tokens", ("vocab", None)),
+    (r"head/own", (None,)),
     (r"layers/\d+/[kv]", ("batch", "kv_heads", "length", None)),
     (r"length", ("batch",)),
 )

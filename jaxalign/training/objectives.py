@@ -208,6 +208,8 @@ def value(
         raise ValueError(f"objective: expected one of {VALUE_OBJECTIVES}, found {objective!r}")
     if lm.config.head is None:
         raise ValueError("value: expected a model with a head, found none")
+    if lm.config.head.distribution is not None:
+        raise ValueError("value: expected a head of values, found one of laws, which objectives.laws trains")
     wide = lm.config.head.kind == "q"
     if objective == "cd_q" and not (wide and base is not None):
         raise ValueError("cd_q: expected a Q head, whose target is a mean over the vocabulary, and the base model")
@@ -272,8 +274,11 @@ def values_of(lm: ScoringModel, params: Params, hidden: Array, tokens: Array) ->
       tokens: their ids [b,L].
 
     Returns:
-      V([x,y^t]) at the position of y_t, [b,L] in float32; position 0 of a Q head is 0.
+      V([x,y^t]) at the position of y_t, [b,L] in float32; position 0 of a Q head is 0. Of a head of laws the mean.
     """
+    spec = lm.config.head
+    if spec is not None and spec.distribution is not None:
+        return (jnp.exp(lm.head(params, hidden)) * jnp.asarray(spec.distribution.support)).sum(axis=-1)
     if lm.config.head is None or lm.config.head.kind != "q":
         return lm.head(params, hidden)[..., 0]
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxalign import _hosts, models, shaping
 from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
-from jaxalign.training import adapters, dry_run, hidden_states, objectives, rollouts
+from jaxalign.training import adapters, dry_run, hidden_states, laws, objectives, rollouts
 from jaxalign.training import job as functions
 from jaxalign.training.options import RolloutOptions, check_finite, check_rollout_options
 from jaxalign.training.step import Loss, LossAux
@@ -27,10 +27,11 @@ class ValueOptions:
     responses: str = ""
     """In place of --prompts: rows of "prompt" and "response" by any policy, of any form of data (docs/data.md), such as
     responses.jsonl of eval.decode; each is scored as a whole text, EOS added."""
-    objective: Literal["fudge", "cd_q", "td", "pairs", "soft", "exceedance"] = "fudge"
+    objective: Literal["fudge", "cd_q", "td", "pairs", "soft", "exceedance", "distribution"] = "fudge"
     """fudge: the roll-out's reward at every prefix; cd_q: exact mean over the base's next tokens (Q head); td: the next
     prefix's value; pairs: the reward at the last token, and neighbours alike; soft: beta·log E exp(reward/beta);
-    exceedance: a classifier of the utility's exceeding the threshold."""
+    exceedance: a classifier of the utility's exceeding the threshold; distribution: the law of the reward, which
+    serves every beta, threshold, bound and n (docs/methods/distribution.md)."""
     head: Literal["scalar", "q"] = "scalar"
     """scalar: one value a prefix; q: the value of every next token at once."""
     head_size: int = 0
@@ -53,6 +54,15 @@ class ValueOptions:
     """Shaped reward B·sigmoid(sharpness·(u − m)) [per unit of reward]; 0: B·1[u > m]."""
     pair_weight: float = 1.0
     """Weight of the pair term of --objective pairs [1]."""
+    bins: int = 49
+    """Support points of --objective distribution, an even grid over the rewards."""
+    atoms: str = ""
+    """With --objective distribution: the only rewards that there are, as in 0,1; "": a grid."""
+    rank: int = 16
+    """With --objective distribution and a Q head: numbers a token is embedded by."""
+    targets: Literal["rollouts", "bellman"] = "rollouts"
+    """What --objective distribution learns: the rewards of the roll-outs, or by a Q head the mean law after the base's
+    next tokens, also from --responses of another policy."""
 
 
 class ValueRow(NamedTuple):
@@ -105,10 +115,32 @@ def check_value_options(options: ValueOptions, rolled: RolloutOptions, *, model:
         )
     if (options.bound or options.objective == "soft") and not options.beta:
         raise ValueError("beta: expected a value > 0 with --bound and with --objective soft, found 0")
+    _check_laws(options)
     if options.bound and rolled.samples < 2:
         raise ValueError(f"samples: expected at least 2 for a threshold per prompt, found {rolled.samples}")
     if options.objective == "exceedance" and options.sharpness:
         raise ValueError("sharpness: expected 0 for --objective exceedance; --objective soft serves a soft threshold")
+
+
+def _check_laws(options: ValueOptions) -> None:
+    """Checks the options of --objective distribution, and that the others leave them alone."""
+    if options.objective != "distribution":
+        if options.targets != "rollouts" or options.atoms:
+            name = "atoms" if options.atoms else "targets"
+            raise ValueError(f"{name}: expected --objective distribution, found {options.objective}")
+        return
+    for name in ("bound", "beta", "sharpness"):
+        if getattr(options, name):
+            raise ValueError(f"{name}: expected none with --objective distribution, which is for all, at decoding")
+    if options.frozen:
+        raise ValueError("frozen: expected no --frozen with --objective distribution")
+    if options.targets == "bellman" and options.head != "q":
+        raise ValueError("head: expected q for --targets bellman, whose target is a mean over the vocabulary")
+    for name, least in (("bins", 2), ("rank", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"{name}: expected at least {least}, found {getattr(options, name)}")
+    if options.atoms and len(laws.atoms_of(options.atoms)) < 2:
+        raise ValueError(f"atoms: expected at least two rewards, as in 0,1, found {options.atoms!r}")
 
 
 def value_rows(options: ValueOptions, found: list[rollouts.Rollout]) -> list[ValueRow]:
@@ -152,13 +184,55 @@ def value_head(options: ValueOptions, body: models.Config) -> models.Head:
     exact: Any = "exceedance" if options.objective == "exceedance" else "soft"
     follower = models.Follower(exact, beta=options.beta, bound=options.bound) if log_weight(options) else None
     kind: Any = "q" if options.head == "q" else "value"
+    law = None
+    if options.objective == "distribution":  # its range is that of the rewards, once there are any
+        points = laws.atoms_of(options.atoms) or tuple(np.linspace(0, 1, options.bins).tolist())
+        law = models.Distribution(points, "atoms" if options.atoms else "grid", options.rank)
     return models.Head(
         kind,
         hidden_size=options.head_size or body.hidden_size,
         num_hidden=options.head_layers,
         activation=options.activation,
         follower=follower,
+        distribution=law,
     )
+
+
+def with_support(
+    options: ValueOptions, started: functions.StartedModel, rows: list[ValueRow]
+) -> functions.StartedModel:
+    """Gives a head of laws the support of the rewards (`laws.for_rewards`); another head, and shapes, stay.
+
+    Args:
+      options: objective, bins and atoms are read.
+      started: the model.
+      rows: all rows that there are to learn from.
+
+    Returns:
+      The model to train.
+    """
+    if options.objective != "distribution" or dry_run.is_abstract(started.params):
+        return started
+    return laws.for_rewards(
+        started, [row.utility for row in rows], bins=options.bins, atoms=laws.atoms_of(options.atoms)
+    )
+
+
+def following(options: ValueOptions, folder: str) -> str:
+    """The method of eval.decode that reads the trained model.
+
+    Args:
+      options: objective, bound and frozen are read.
+      folder: of the model.
+
+    Returns:
+      What --method takes.
+    """
+    if options.objective == "distribution":
+        return f"distribution:{folder}:soft@1"
+    if options.frozen:
+        return f"re_control:{folder}@1"
+    return f"follower:{folder}" if log_weight(options) else f"value:{folder}@1"
 
 
 def log_weight(options: ValueOptions) -> bool:
@@ -207,12 +281,14 @@ def value_loss(options: ValueOptions, started: functions.StartedModel, *, base: 
     """
     lm: models.LanguageModel | None = None
     frozen: Params = None
-    if options.objective == "cd_q":
+    if options.objective == "cd_q" or options.targets == "bellman":
         if dry_run.is_abstract(started.params):
             lm, frozen = dry_run.load_shapes(base, dtype=dtype)
         else:
             lm, frozen = models.load_beside(base, started.lm, started.tokenizer, name="base", dtype=dtype)
         check_language_model("base", lm, base)
+    if options.objective == "distribution":
+        return laws.laws(started.lm, base=lm), frozen
     loss = objectives.value(
         started.lm,
         options.objective,
@@ -313,6 +389,8 @@ def measure_values(
     if options.bound:
         summary |= {"shaped_reward": float(rewards.mean()), "threshold": float(np.mean([r.threshold for r in rows]))}
         summary["exceed"] = float(np.mean([row.utility > row.threshold for row in rows]))
+    if options.objective == "distribution":
+        summary |= laws.measure(lm, params, data, collate, rewards=utility, rollouts=len(rows), batch_size=batch_size)
     if data.validation:
         measured = functions.evaluate(score, params, data.validation, collate, batch_size)
         mean, half = functions.interval(measured["error"])

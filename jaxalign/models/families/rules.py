@@ -141,6 +141,7 @@ OWN_HEAD = (
     Rule("head/{name}/kernel", ("head.{name}.weight",), True),
     Rule("head/{name}/bias", ("head.{name}.bias",)),
 )
+LAWS_AFTER_TOKENS = (Rule("head/tokens", ("head.tokens.weight",)), Rule("head/own", ("head.own.weight",)))
 
 
 def write_out(family: Family, config: Config) -> list[Rule]:
@@ -160,6 +161,8 @@ def write_out(family: Family, config: Config) -> list[Rule]:
         table += REWARD_HEAD
     elif config.head is not None:
         table += [_filled(rule, name=name) for name in (*config.head.hidden_layers, "outer") for rule in OWN_HEAD]
+        if config.head.kind == "q" and config.head.distribution is not None:
+            table += LAWS_AFTER_TOKENS
     return table
 
 

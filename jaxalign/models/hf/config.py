@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from jaxalign.models.config import Config, Follower, Head, default_labels
+from jaxalign.models.config import Config, Distribution, Follower, Head, default_labels
 from jaxalign.models.families import FAMILIES, Family
 from jaxalign.models.hf.rope import KINDS, context, read_ropes, write_ropes
 
@@ -198,8 +198,11 @@ def _head(values: dict[str, Any], family: Family) -> Head | None:
         unknown = sorted(set(own) - {field.name for field in dataclasses.fields(Head)})
         if unknown:
             raise ValueError(f"jaxalign_head: expected the fields of models.Head, found also {unknown}")
-        follower = own.get("follower")
-        return Head(**own | {"follower": None if follower is None else Follower(**follower)})
+        parts = {
+            name: None if own.get(name) is None else kind(**own[name])
+            for name, kind in (("follower", Follower), ("distribution", Distribution))
+        }
+        return Head(**own | parts)
     code = sorted(
         name
         for name, target in (values.get("auto_map") or {}).items()

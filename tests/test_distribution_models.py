@@ -1,0 +1,312 @@
+"""Heads of laws of rewards: the critic against its readings of the model's laws, folders, training, method texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import critics, decoding, losses, models, policies, prompt_batch, rewards, testing
+from jaxalign.critics import reads
+from jaxalign.evaluation.readings import parse_reading
+from jaxalign.evaluation.specs import parse_method
+from jaxalign.training import laws, objectives
+from jaxalign.training.job import StartedModel
+from tests.conftest import EOS, VOCAB, tiny_lm
+
+SUPPORT = tuple(np.linspace(-2, 2, 9).tolist())
+PROMPTS = prompt_batch([[5, 6, 7], [8, 9]])
+
+
+def with_laws(kind: str, **more) -> tuple[models.LanguageModel, dict]:
+    """A model with a head of laws that are far from flat."""
+    lm = models.with_head(
+        tiny_lm(0)[0], models.Head(kind, hidden_size=16, distribution=models.Distribution(SUPPORT, rank=3, **more))
+    )
+    params = lm.init(jax.random.key(1))
+
+    def scale(path, x):
+        return x * 30 if "outer" in jax.tree_util.keystr(path) else x
+
+    return lm, jax.tree_util.tree_map_with_path(scale, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def laws_after(lm: models.LanguageModel, params, text) -> jax.Array:
+    """log p [V,K] after a text and each token: of a Q head read at the text's last token."""
+    every = jnp.arange(VOCAB)
+    if lm.config.head.kind == "value":
+        rows = jnp.concatenate([jnp.broadcast_to(text, (VOCAB, len(text))), every[:, None]], axis=1)
+        return lm.head(params, lm.hidden(params, rows))[:, -1]
+    return lm.laws_after(params, lm.hidden(params, text[None])[:, -1], every[None])[0]
+
+
+@pytest.mark.parametrize("kind", ["value", "q"])
+def test_the_critic_weighs_the_laws_of_the_model(kind):
+    """q of candidates and of the whole vocabulary, at the first token and after one, with a beta per prompt."""
+    lm, params = with_laws(kind)
+    beta, critic = np.array([0.5, 2.0]), critics.distribution(lm, reads.soft())
+    given = critics.DistributionParams(params, {"beta": jnp.asarray(beta)})
+    state = critic.init(given, jax.random.key(0), PROMPTS, 4)
+    texts, output = [[5, 6, 7], [8, 9]], None
+    for _ in range(2):
+        expected = np.array(
+            [
+                np.log(np.exp(laws_after(lm, params, jnp.array(text)) + np.array(SUPPORT) / b).sum(axis=-1))
+                for text, b in zip(texts, beta, strict=True)
+            ]
+        )
+        whole, _ = critic.score(given, jax.random.key(0), state, output, None)
+        np.testing.assert_allclose(whole, expected, atol=2e-5)
+        candidates = jnp.array([[3, 1, 4], [2, 6, 5]])
+        q, proposal = critic.score(given, jax.random.key(0), state, output, candidates)
+        np.testing.assert_allclose(q, np.take_along_axis(expected, np.asarray(candidates), 1), atol=2e-5)
+        state = critic.advance(given, proposal, jnp.array([2, 0]))
+        texts = [[*texts[0], 4], [*texts[1], 2]]
+    assert np.ptp(expected[0]) > 0.01  # the laws differ
+
+
+@pytest.mark.parametrize(
+    ("kind", "read", "numbers"),
+    [("value", reads.follower(solve=True), {"beta": 1.0, "bound": 2.0}), ("q", reads.mean(), {})],
+    ids=["value head, follower", "Q head, mean"],
+)
+def test_readings_keep_the_laws_of_critics(kind, read, numbers):
+    lm, params = with_laws(kind)
+    base, base_params = tiny_lm(2)
+    testing.check_critic(
+        critics.distribution(lm, read),
+        critics.DistributionParams(params, numbers),
+        PROMPTS,
+        policy=policies.language_model(base),
+        policy_params=base_params,
+    )
+
+
+def test_value_and_follower_read_a_head_of_laws():
+    lm, params = with_laws("q")
+    for critic, read, numbers in (
+        (critics.value(lm), reads.mean(), {}),
+        (critics.follower(lm, beta=0.5, bound=2.0), reads.follower(solve=True), {"beta": 0.5, "bound": 2.0}),
+    ):
+        full = critics.distribution(lm, read)
+        own = critics.DistributionParams(params, numbers)
+        one = critic.score(params, jax.random.key(0), critic.init(params, jax.random.key(0), PROMPTS, 2), None, None)[0]
+        two = full.score(own, jax.random.key(0), full.init(own, jax.random.key(0), PROMPTS, 2), None, None)[0]
+        np.testing.assert_array_equal(one, two)
+        assert critic.beta == full.beta
+    with pytest.raises(ValueError, match="expected beta and bound for a head of laws"):
+        critics.follower(lm)
+    with pytest.raises(ValueError, match="a head of width 9"):
+        rewards.from_model(lm)
+    with pytest.raises(ValueError, match="found one of laws"):
+        objectives.value(lm, "fudge")
+
+
+def test_distribution_D10_a_frontier_is_one_trace():
+    """Five betas, three bounds, two thresholds, and one per prompt: the numbers are data."""
+    lm, params = with_laws("q")
+    base, base_params = tiny_lm(2)
+    policy = policies.tilt(policies.language_model(base), critics.distribution(lm, reads.follower()))
+    traces = []
+
+    @jax.jit
+    def draw(arguments, rng):
+        traces.append(1)
+        return decoding.sample(policy, arguments, rng, PROMPTS, max_new_tokens=3, eos_ids=EOS)
+
+    def at(beta, bound, threshold):
+        numbers = {"beta": beta, "bound": bound, "threshold": threshold}
+        own = critics.DistributionParams(params, {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()})
+        return policies.TiltParams(base_params, own, beta=jnp.asarray(1.0))
+
+    for beta in (0.1, 0.3, 1.0, 3.0, 10.0):
+        for bound in (1.0, 2.0, 4.0):
+            for threshold in (0.0, 0.5):
+                assert np.isfinite(draw(at(beta, bound, threshold), jax.random.key(0)).log_prob).all()
+    assert len(traces) == 1
+    mixed = draw(at([0.3, 3.0], [1.0, 4.0], [0.0, 0.5]), jax.random.key(0))
+    assert len(traces) == 2  # of another shape, once
+    for row, numbers in enumerate([(0.3, 1.0, 0.0), (3.0, 4.0, 0.5)]):
+        alone = draw(at(*numbers), jax.random.key(0))
+        np.testing.assert_array_equal(mixed.tokens[row], alone.tokens[row])
+        np.testing.assert_allclose(mixed.log_norm[row], alone.log_norm[row], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["value", "q"])
+def test_distribution_D12_a_folder_keeps_every_bit(kind, tmp_path):
+    lm, params = with_laws(kind)
+    models.save(tmp_path / "laws", lm, params)
+    again, loaded = models.load(tmp_path / "laws")
+    assert again.config == lm.config
+    jax.tree.map(np.testing.assert_array_equal, params, loaded)
+
+
+@pytest.mark.parametrize("kind", ["value", "q"])
+def test_the_loss_is_the_cross_entropy_of_each_prefix(kind):
+    lm, params = with_laws(kind)
+    prompt, response, reward = [5, 6], [7, 3, 1], 0.8
+    tokens = jnp.asarray([[*prompt, *response, 0]])
+    mask = jnp.asarray([[True] * 5 + [False]])
+    batch = {"tokens": tokens, "mask": mask, "loss_mask": mask.at[0, :2].set(False), "reward": jnp.asarray([reward])}
+    value, aux = laws.laws(lm)(params, batch, None)
+    target = np.asarray(losses.two_hot(reward, support=SUPPORT))
+    hidden = lm.hidden(params, tokens[:, :5])
+    own = -np.asarray(lm.head(params, hidden))[0, 1:] @ target  # the prompt's, and after each token
+    np.testing.assert_allclose(aux.metrics["cross_entropy"], own.mean(), rtol=1e-5)
+    after = 0.0
+    if kind == "q":
+        texts = [[*prompt, *response[: i + 1]] for i in range(3)]
+        after = -sum(laws_after(lm, params, jnp.array(text[:-1]))[text[-1]] @ target for text in texts) / 4
+    np.testing.assert_allclose(value, own.mean() + after, rtol=1e-5)
+    assert aux.weight == 4
+
+
+def test_bellmans_target_is_the_mean_law_after_the_bases_next_tokens():
+    lm, params = with_laws("q")
+    base, base_params = tiny_lm(2)
+    tokens = jnp.asarray([[5, 6, 7, 3]])
+    mask = jnp.ones((1, 4), bool)
+    batch = {"tokens": tokens, "mask": mask, "loss_mask": mask.at[0, :2].set(False), "reward": jnp.asarray([0.8])}
+    _, aux = laws.laws(lm, base=base)(params, batch, base_params)
+    probability = np.asarray(jax.nn.softmax(base.logits(base_params, base.hidden(base_params, tokens))))[0]
+    means = [probability[t] @ np.exp(laws_after(lm, params, tokens[0, : t + 1])) for t in (1, 2)]
+    target = np.stack([*means, losses.two_hot(0.8, support=SUPPORT)])
+    own = np.asarray(lm.head(params, lm.hidden(params, tokens)))[0, 1:]
+    np.testing.assert_allclose(aux.metrics["cross_entropy"], -(target * own).sum() / 3, rtol=1e-5)
+    with pytest.raises(ValueError, match="expected a Q head for Bellman's equation, found a value head"):
+        laws.laws(with_laws("value")[0], base=base)
+
+
+@pytest.mark.parametrize("kind", ["value", "q"])
+def test_a_head_begins_as_the_law_of_all_rewards(kind):
+    lm, params = with_laws(kind)
+    given = np.array([-1.0, 0.0, 0.0, 3.0])
+    started = laws.for_rewards(StartedModel(lm, params, None), given, bins=9)
+    spec = started.lm.config.head.distribution
+    assert (spec.support[0], spec.support[-1], spec.rank) == (-1.0, 3.0, 3)
+    flat = dict(started.params["head"]) | {
+        "outer": started.params["head"]["outer"] | {"kernel": 0 * params["head"]["outer"]["kernel"]}
+    }
+    law = np.exp(started.lm.head({"head": flat}, jnp.ones((1, lm.config.hidden_size))))[0]
+    expected = np.asarray(losses.two_hot(given, support=spec.support)).mean(axis=0)
+    if kind == "value":
+        np.testing.assert_allclose(law, expected, atol=2e-3)
+    else:
+        np.testing.assert_allclose(
+            np.asarray(started.params["head"]["outer"]["bias"])[-9:], np.log(expected + 1e-4), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: laws.support_of([1.0, 1.0], bins=5), "expected rewards that differ, found 1"),
+        (lambda: laws.support_of([1.0, np.nan], bins=5), "expected finite rewards, found nan"),
+        (lambda: laws.support_of([1.0, 2.0], bins=1), "bins: expected at least 2, found 1"),
+        (
+            lambda: laws.support_of([0.0, 0.5], bins=5, atoms=(0.0, 1.0)),
+            r"expected rewards among \(0.0, 1.0\), found 0.5",
+        ),
+        (lambda: models.Distribution((0.0,)), "expected at least two points"),
+        (lambda: models.Distribution((0.0, np.inf)), "expected finite points"),
+        (lambda: models.Distribution((0.0, 0.0, 1.0)), "expected points that increase, inner ones at most twice"),
+        (lambda: models.Distribution((0.0, 1.0), "other"), "mode: expected 'atoms' or 'grid', found 'other'"),
+        (lambda: models.Distribution((0.0, 1.0), rank=0), "rank"),
+        (lambda: models.Head("reward", distribution=models.Distribution((0.0, 1.0))), "expected a value or Q head"),
+        (lambda: critics.distribution(tiny_lm(0, "value")[0], reads.soft()), "expected a head of laws"),
+        (lambda: critics.distribution(with_laws("q")[0], "soft"), "expected a value of critics.reads"),
+        (lambda: critics.laws(*tiny_lm(0), PROMPTS), "expected a head of laws"),
+        (
+            lambda: tiny_lm(0, "value")[0].laws_after({}, jnp.ones((1, 8)), jnp.ones((1, 1), int)),
+            "expected a Q head with",
+        ),
+    ],
+)
+def test_distribution_D11_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "beta", "message"),
+    [
+        ({"beta": -1.0}, 1.0, "beta: expected a value > 0"),
+        ({}, 1.0, r"expected numbers \('beta',\) for soft"),
+        ({"beta": 1.0, "n": 2}, 1.0, r"expected numbers \('beta',\) for soft"),
+        ({"beta": [1.0, 2.0, 3.0]}, 1.0, "beta"),
+        ({"beta": 1.0}, 2.0, "beta"),
+    ],
+)
+def test_distribution_D11_numbers_are_checked_before_tracing(numbers, beta, message):
+    lm, params = with_laws("q")
+    base, base_params = tiny_lm(2)
+    policy = policies.tilt(policies.language_model(base), critics.distribution(lm, reads.soft()))
+    given = {name: jnp.asarray(x) for name, x in numbers.items()}
+    arguments = policies.TiltParams(base_params, critics.DistributionParams(params, given), beta=beta)
+    with pytest.raises(ValueError, match=message):
+        decoding.sample(policy, arguments, jax.random.key(0), PROMPTS, max_new_tokens=2, eos_ids=EOS)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "numbers", "strength"),
+    [
+        ("soft", "soft", {}, "beta"),
+        ("soft(beta=0.5)", "soft", {"beta": 0.5}, None),
+        ("follower(bound=3)", "follower", {"bound": 3.0}, "beta"),
+        ("follower(bound=3, threshold=-1)", "follower", {"bound": 3.0, "threshold": -1.0}, "beta"),
+        ("calibrated(exp:5)", "calibrated", {}, "beta"),
+        ("best_of", "best_of", {}, "n"),
+        ("kl", "kl", {}, "nats"),
+        ("cvar(level=0.1)", "cvar", {"level": 0.1}, None),
+    ],
+)
+def test_readings_are_read_from_texts(text, name, numbers, strength):
+    reading = parse_reading(text)
+    assert (reading.read.name, reading.numbers, reading.strength) == (name, numbers, strength)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("distribution:DIR@1", "expected a reading among"),
+        ("distribution:DIR:other@1", "expected a reading among"),
+        ("distribution:DIR:follower@1", r"found no \['bound'\]"),
+        ("distribution:DIR:soft(n=2)@1", r"found also \['n'\]"),
+        ("distribution:DIR:soft(beta=x)@1", "expected NUMBER=VALUE in the reading, found 'beta=x'"),
+        ("distribution:DIR:soft(beta=-1)", "beta: expected a value > 0"),
+        ("distribution:DIR:soft", "expected @ and strengths"),
+        ("distribution:DIR:soft(beta=1)@1", "expected no strength"),
+    ],
+)
+def test_method_texts_that_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_method(text)
+
+
+def test_a_method_text_names_folder_reading_and_strengths():
+    spec = parse_method("distribution:runs/laws/model:calibrated(exp:5)@0.3,1")
+    assert (spec.terms[0].folder, spec.terms[0].reading, spec.strengths) == (
+        "runs/laws/model",
+        "calibrated(exp:5)",
+        (0.3, 1.0),
+    )
+    assert spec.folders == {"distribution:runs/laws/model": "runs/laws/model"}
+    summed = parse_method("distribution:a:soft(beta=2) + 0.5 * distribution:b:mean")
+    assert [(term.weight, term.folder, term.reading) for term in summed.terms] == [
+        (1.0, "a", "soft(beta=2)"),
+        (0.5, "b", "mean"),
+    ]
+
+
+def test_a_laws_mean_is_the_value_that_other_code_reads():
+    lm, params = with_laws("value")
+    tokens = jnp.asarray([[5, 6, 7]])
+    hidden = lm.hidden(params, tokens)
+    found = objectives.values_of(lm, params, hidden, tokens)
+    np.testing.assert_allclose(found, np.exp(lm.head(params, hidden)) @ np.array(SUPPORT), atol=1e-6)
+    assert dataclasses.replace(lm.config.head, distribution=None).distribution is None
