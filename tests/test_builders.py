@@ -27,6 +27,8 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 LM, PARAMS = cases.tiny_lm(0)
 REWARD, REWARD_PARAMS = cases.tiny_lm(1, "reward")
 VALUE, VALUE_PARAMS = cases.tiny_lm(2, "value")
+LAWS = models.with_head(VALUE, models.Head("q", distribution=models.Distribution((0.0, 1.0, 2.0))))
+LAWS_PARAMS = LAWS.init(jax.random.key(3))
 Q, Q_PARAMS = cases.tiny_lm(3, "q")
 SHAPED = dataclasses.replace(Q.config.head, follower=models.Follower("soft", beta=1.0, bound=1.0))
 FOLLOWER = models.with_head(Q, SHAPED)
@@ -88,6 +90,10 @@ CRITICS = {
     "hidden_value": lambda: (critics.hidden_value(Q.head, vocab_size=VOCAB), Q_PARAMS),
     "genarm": lambda: (critics.genarm(LM), PARAMS),
     "follower": lambda: (critics.follower(FOLLOWER), Q_PARAMS),
+    "distribution": lambda: (
+        critics.distribution(LAWS, critics.reads.soft()),
+        critics.DistributionParams(LAWS_PARAMS, {"beta": jnp.asarray(0.5)}),
+    ),
     "from_policy": lambda: (critics.from_policy(base()), PARAMS),
     "increment_of": lambda: (critics.increment_of(critics.value(Q)), Q_PARAMS),
     "pool": lambda: (
@@ -121,7 +127,8 @@ def tilted(name):
 
 def builders(package: types.ModuleType) -> set[str]:
     """The functions of a package that build something, by its face."""
-    no_builders = {"from_nnx", "from_torch", "linear_value", "effective_rollouts", "look_up", "read_generation_config"}
+    no_builders = {"from_nnx", "from_torch", "linear_value", "read_generation_config"}
+    no_builders |= {"effective_rollouts", "laws", "look_up", "reads"}
     return {name for name in package.__all__ if not isinstance(getattr(package, name), type)} - no_builders
 
 

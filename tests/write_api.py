@@ -11,8 +11,8 @@ import pathlib
 import re
 
 LISTED = (
-    "shapes types policies critics critics.reads rewards decoding models data shaping infalign tree training evaluation "
-    "tokens text testing prompts mdp gibbs pools losses advantages metrics rollout "
+    "shapes types policies critics critics.reads rewards decoding models data shaping infalign tree training "
+    "evaluation tokens text testing prompts mdp gibbs pools losses advantages metrics rollout "
     "worlds.opinions worlds.summaries worlds.files worlds.sentiment worlds.smollm2"
 )
 HEADING = "## Every public name\n"

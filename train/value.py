@@ -14,17 +14,14 @@ python -m train.value --objective soft --bound 3 --beta 1 --sharpness 2 … --ou
 
 which eval.decode takes as --method follower:DIR, at that beta.
 
-The exact mean of cd_q learns the base's value from anybody's responses, since its target needs no draw of the base:
+The exact mean of cd_q learns the base's value from anybody's responses, since its target needs no draw of the base; the
+others learn from --responses the value of whoever wrote them. A response without EOS is scored as it stands:
 
 python -m train.value --objective cd_q --head q --responses responses.jsonl …
 
-The others learn from --responses the value of whoever wrote them. A response without EOS is scored as it stands.
+The law of the reward is one head for every beta, bound and n, eval.decode's --method distribution:DIR:soft@0.5,1,2:
 
-One head for every beta, bound, threshold and n is the law of the reward (docs/methods/distribution.md):
-
-python -m train.value --objective distribution --head q … --out runs/laws
-
-which eval.decode takes as --method distribution:DIR:soft@0.5,1,2.
+python -m train.value --objective distribution … --out runs/laws
 
 RE-Control's value network, a head on the base's own hidden states for policies.re_control, is
 

@@ -123,7 +123,6 @@ def check_value_options(options: ValueOptions, rolled: RolloutOptions, *, model:
 
 
 def _check_laws(options: ValueOptions) -> None:
-    """Checks the options of --objective distribution, and that the others leave them alone."""
     if options.objective != "distribution":
         if options.targets != "rollouts" or options.atoms:
             name = "atoms" if options.atoms else "targets"
@@ -219,15 +218,7 @@ def with_support(
 
 
 def following(options: ValueOptions, folder: str) -> str:
-    """The method of eval.decode that reads the trained model.
-
-    Args:
-      options: objective, bound and frozen are read.
-      folder: of the model.
-
-    Returns:
-      What --method takes.
-    """
+    """The method of eval.decode, as --method takes it, that reads the trained model in a folder."""
     if options.objective == "distribution":
         return f"distribution:{folder}:soft@1"
     if options.frozen:
