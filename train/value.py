@@ -95,7 +95,6 @@ def run(config: Config) -> dict[str, Any]:
         found = encoded.Loaded(rollouts.roll_out_for(job, rolled, read, started), 0, [])
     learned = values.value_rows(options, found.rows)
     data = job.split(found._replace(rows=learned))
-
     started = values.with_support(options, started, learned)
     collate = values.collate_values(options, rows.max_length)
     loss, frozen = values.value_loss(options, started, base=rolled.base, dtype=config.run.dtype)
