@@ -139,7 +139,10 @@ def kernel_fits(config: Config, dtype: DTypeLike) -> bool:
 
 def _kernel(q: Array, k: Array, v: Array, length: Array, scale: float, window: int | None) -> Array:
     """cuDNN's attention of rows whose first length [B] tokens are real: [B,L,H,hd]."""
-    return jax.nn.dot_product_attention(
+    count = q.shape[1]
+    # Its backward pass refuses rows of odd length, which rows without their last token often have.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -count % 8), (0, 0), (0, 0))) for x in (q, k, v))
+    found = jax.nn.dot_product_attention(
         q,
         k,
         v,
@@ -150,6 +153,7 @@ def _kernel(q: Array, k: Array, v: Array, length: Array, scale: float, window: i
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
+    return found[:, :count]
 
 
 def order_of(mask: Array) -> Array:
