@@ -34,7 +34,9 @@ def reference_page(room: str) -> str:
     """What a room says of itself, then each name of its `__all__`: functions first, types and constants after them."""
     module = importlib.import_module(f"jaxalign.{room}")
 
-    def own(name: str) -> bool:  # jax.Array and the like have their own pages elsewhere
+    def own(name: str) -> bool:  # jax.Array and the like, and a room inside this one, have their own pages
+        if f"{room}.{name}" in rooms():
+            return False
         return getattr(getattr(module, name), "__module__", "jaxalign").startswith(("jaxalign", "jaxtyping", "typing"))
 
     names = sorted(filter(own, module.__all__), key=lambda name: (not name[0].islower(), name))

@@ -56,7 +56,7 @@ def prompts(split: Split = "train") -> list[str]:
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"split: expected 'train' or 'held_out', found {split!r}")
-    lines = (pathlib.Path(__file__).parent / "prompts/everyday.txt").read_text(encoding="utf-8").splitlines()
+    lines = (pathlib.Path(__file__).parent / "everyday.txt").read_text(encoding="utf-8").splitlines()
     return [line for i, line in enumerate(lines) if (i % HELD_OUT == 0) == (split == "held_out")]
 
 
