@@ -64,6 +64,14 @@ def joined(first: Array | None, each: Array) -> Array:
     return jnp.concatenate([first[:, None], each], axis=1)
 
 
+def last_moved(first: Array, each: Array, moves: Array) -> Array:
+    """[B,S+1]: before a block and after each of its tokens, the last entry of each [B,S] whose token moves [B,S] bool,
+    or first [B] where none has."""
+    start = jnp.zeros_like(moves[:, :1], jnp.int32)
+    place = jnp.concatenate([start, jnp.where(moves, jnp.arange(1, moves.shape[1] + 1), 0)], axis=1)
+    return jnp.take_along_axis(joined(first, each), jax.lax.cummax(place, axis=1), axis=1)
+
+
 def back(walk: Walk, count: Array) -> State:
     """The state after count [B] steps of a walk."""
     structure: Any

@@ -340,10 +340,21 @@ def test_distribution_D11_readings_of_ones_own():
 def test_what_is_no_number_is_seen_in_every_value():
     p = laws("B", ATOMS)[:4]
     broken = np.where(np.arange(4)[:, None] == 2, np.nan, p)
-    for read, numbers in ((reads.soft(), {"beta": 1.0}), (reads.mean(), {}), (reads.expected_max(), {"n": 2.0})):
+    for read, numbers in (
+        (reads.soft(), {"beta": 1.0}),
+        (reads.mean(), {}),
+        (reads.expected_max(), {"n": 2.0}),
+        (reads.exceedance(), {"threshold": 0.1}),
+        (reads.quantile(), {"level": 0.5}),
+        (reads.cvar(), {"level": 0.5}),
+    ):
         np.testing.assert_array_equal(np.isnan(read_at(read, broken, ATOMS, **numbers)), [False, False, True, False])
     unknown = reads.of(log_omega=lambda numbers, support, log_p: support * jnp.nan)
     assert np.isnan(read_at(unknown, p, ATOMS)).all()
+    weights = reads.log_weights(
+        reads.chi_squared(), {"beta": jnp.nan}, jnp.asarray(ATOMS), jnp.log(jnp.asarray(p[:1])), atoms=True
+    )
+    assert np.isnan(weights[0]).all()
 
 
 def test_a_prefix_that_cannot_exceed_keeps_its_weight_at_any_bound():

@@ -202,6 +202,27 @@ def test_a_head_begins_as_the_law_of_all_rewards(kind):
         )
 
 
+@pytest.mark.parametrize("read", [reads.soft(), reads.kl(), reads.quantile()], ids=lambda read: read.name)
+def test_a_head_that_gives_no_numbers_is_seen_in_the_policy(read):
+    """NaN in the head must not read as a row about which nothing is known, whose tilt is the base."""
+    lm, params = with_laws("q")
+    params = params | {"head": jax.tree.map(lambda x: x * jnp.nan, params["head"])}
+    base, base_params = tiny_lm(2)
+    policy = policies.tilt(policies.language_model(base), critics.distribution(lm, read))
+    critic = {"head": params, "read": dict.fromkeys(read.numbers, 0.5)}
+    given = {"policy": base_params, "critic": critic, "beta": 1.0}
+    assert np.isnan(policy.init(given, jax.random.key(0), PROMPTS, 2)[1].log_prob).all()
+
+
+def test_atoms_are_compared_in_the_type_of_rewards():
+    assert laws.support_of([float(np.float32(0.1)), 0.9], bins=2, atoms=(0.1, 0.9)).support == (0.1, 0.9)
+
+
+def test_betas_of_rewards_of_a_small_spread_are_not_zero():
+    found = laws.betas_of(np.array([1e-6, 3e-6]))
+    np.testing.assert_allclose(found, [0.25e-6, 0.5e-6, 1e-6, 2e-6, 4e-6], rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

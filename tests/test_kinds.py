@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign import critics, policies, testing, tree
-from jaxalign._arrays import is_supported
+from jaxalign._arrays import NEGATIVE, is_supported
 from jaxalign.types import StepOutput
 from tests import exact
 from tests.conftest import PROMPTS, padded
@@ -108,6 +108,50 @@ def test_a_tilt_that_leaves_no_token_is_the_policy(tables):
     assert best != worst
     np.testing.assert_allclose(np.exp(output.log_prob[0, best]), 1)
     assert not is_supported(output.log_prob[0, worst])
+
+
+def test_a_text_outside_the_support_has_weight_zero_by_either_kind(tables):
+    """Where a state's tokens are all outside the critic's support the policy below stays, and the text weighs nothing
+    from there on, also where later tokens are inside."""
+    base, _, q = tables
+    q = q.at[2].set(NEGATIVE).at[0, 3].set(NEGATIVE)
+    for one, two in ((INCREMENT, critics.level_of(INCREMENT)), (LEVEL, critics.increment_of(LEVEL))):
+        found, other = (
+            exact.completions(TREE, policies.tilt(BASE, critic), {"policy": base, "critic": q, "beta": 0.7})
+            for critic in (one, two)
+        )
+        np.testing.assert_allclose(found.log_prob, other.log_prob, atol=3e-6)
+        np.testing.assert_allclose(found.log_norm, other.log_norm, atol=3e-6)
+        first, weight = np.asarray(found.tokens[:, 0]), np.asarray(found.log_norm.sum(axis=1))
+        assert not is_supported(weight[first == 1]).any()  # these come through state 2
+        assert np.abs(weight[(first == 0) | (first == 2)]).max() < 100
+
+
+@pytest.mark.parametrize("kind", ["level", "increment"])
+def test_blocks_outside_the_support_are_read_as_steps(tables, kind):
+    """After the first token the only candidate is outside the critic's support: the score of the text so far stays."""
+    base, _, q = tables
+    second = (jnp.arange(TREE.num_states) > 0) & (jnp.arange(TREE.num_states) < 5)
+    other = jnp.where(second[:, None], -base, base)
+    critic = critics.level_of(critics.from_policy(policies.top_k(policies.tilt(BASE, LEVEL), 2)))
+    critic = critics.increment_of(critic) if kind == "increment" else critic
+    policy = policies.tilt(BASE, critic, top_k=1)
+    params = {"policy": base, "critic": {"policy": other, "critic": 0 * q, "beta": 0.7}, "beta": 0.5}
+    start, output = policy.init(params, jax.random.key(0), tree.prompts(1), 3)
+    state, outputs, tokens = start, [], []
+    for _ in range(3):
+        tokens.append(output.log_prob.argmax(axis=-1))
+        state, output = policy.step(params, jax.random.key(0), state, tokens[-1])
+        outputs.append(output)
+    block = jnp.stack(tokens[:2], axis=1)
+    found, proposal = policy.verify(params, jax.random.key(0), start, block, jnp.ones((1, 2), bool))
+    for t in range(2):
+        np.testing.assert_allclose(found.log_norm[:, t], outputs[t].log_norm, atol=1e-5)
+        np.testing.assert_allclose(found.log_prob[:, t], outputs[t].log_prob, atol=1e-5)
+    moved = policy.accept(params, proposal, jnp.array([2]))
+    output = policy.step(params, jax.random.key(0), moved, tokens[2])[1]
+    np.testing.assert_allclose(output.log_norm, outputs[2].log_norm, atol=1e-5)
+    assert [bool(is_supported(one.log_norm[0])) for one in outputs] == [False, True, True]
 
 
 def test_the_other_kind_keeps_the_beta_and_refuses_its_own(tables):

@@ -123,6 +123,8 @@ def test_the_sets_that_truncations_keep():
     kept_ties = first(policies.typical(BASE), {"policy": uniform, "typical": 0.5})
     np.testing.assert_array_equal(is_supported(kept_ties.log_prob), [True, True, False, False])
     np.testing.assert_allclose(kept_ties.log_norm, np.log(0.5), atol=1e-6)
+    for policy, name in ((policies.min_p, "min_p"), (policies.typical, "typical")):  # what is no number is seen
+        assert np.isnan(first(policy(BASE), {"policy": table * jnp.nan, name: 0.5}).log_norm)
 
 
 def test_a_kl_budget_is_spent_at_each_step(tables):

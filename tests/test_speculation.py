@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxalign import critics, decoding, policies, tree
-from jaxalign.decoding._speculative import log_accept, log_residual
+from jaxalign._arrays import NEGATIVE
+from jaxalign.decoding._speculative import accepts, log_accept, log_residual
 from jaxalign.types import Params, Policy
 from tests.conftest import EOS, VOCAB, padded, tiny_lm
 
@@ -129,6 +130,12 @@ def probability(target: np.ndarray, text: tuple[int, ...]) -> float:
     for z in text:
         total, node = total + target[node, z], 3 * node + 1 + z
     return float(np.exp(total))
+
+
+def test_a_uniform_number_of_zero_accepts_no_token_of_probability_zero():
+    ratio = log_accept(jnp.array([-1.0, NEGATIVE, 2 * NEGATIVE, -1.0]), jnp.array([-0.5, -0.5, -1.0, -2.0]))
+    np.testing.assert_array_equal(accepts(jnp.zeros(4), ratio), [True, False, False, True])
+    np.testing.assert_array_equal(accepts(jnp.full(4, 0.7), ratio), [False, False, False, True])
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import models
-from jaxalign._arrays import NEGATIVE, per_row, where_rows
+from jaxalign._arrays import is_supported, per_row, where_rows
 from jaxalign._builders import cached
 from jaxalign._checks import fields_of
 from jaxalign._parts import check_model
@@ -109,7 +109,7 @@ def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
 
     def known(q: Array) -> Array:
         """Rows in which no candidate has weighted mass say nothing: q = 0."""
-        return jnp.where((q > NEGATIVE / 2).any(axis=-1, keepdims=True), q, 0) if weighs else q
+        return jnp.where(is_supported(q).any(axis=-1, keepdims=True), q, 0) if weighs else q
 
     def over_vocabulary(params: Params, state: DistributionState) -> Array:
         """q [B,V], in blocks of tokens: neither their states nor their laws are held for all."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
-from jaxalign._blocks import accept_critic, at, joined, verify_critic
+from jaxalign._blocks import accept_critic, at, joined, last_moved, verify_critic
 from jaxalign._builders import cached
 from jaxalign._parts import advance_critic, check_critic_argument, score_critic, start_critic
 from jaxalign.prompts import any_prompts
@@ -108,7 +108,13 @@ def _other_kind(critic: Critic, kind: CriticKind) -> Critic:
         q = at_least_float32(q)
         before = joined(state.next, q)[:, :-1]  # of the text with each candidate, or what each adds to it
         chosen = jnp.take_along_axis(before, jnp.maximum(choices, 0)[..., None], axis=-1)[..., 0]
-        text = joined(state.text, chosen if kind == "level" else jnp.cumsum(chosen, axis=1))
+        moves = (choices >= 0) & is_supported(chosen)  # as `advance` has it
+        if kind == "level":
+            text = last_moved(state.text, chosen.astype(state.text.dtype), moves)
+        else:
+            added = jnp.where(moves[:, 1:], chosen[:, 1:], 0)
+            start = jnp.where(moves[:, :1], chosen[:, :1], state.text[:, None])
+            text = joined(state.text, jnp.cumsum(jnp.concatenate([start, added], axis=1), axis=1))
         other = jnp.where(is_supported(q), q + sign * text[:, 1:, None], NEGATIVE).astype(q.dtype)
         return other, KindState(inner, text, joined(state.next, q if kind == "level" else other))
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import gibbs, shaping
-from jaxalign._arrays import NEGATIVE, at_least_float32
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
 from jaxalign._builders import cached
 from jaxalign._checks import check_positive, is_concrete
 from jaxalign._parts import check_function_argument
@@ -338,7 +338,7 @@ def _best_of(numbers: Numbers, support: Array, log_p_prompt: Array) -> Array:
     log_f = _log_cumulative(log_p_prompt)
     # (F^n − (F − p)^n)/p = F^n·(1 − (1 − p/F)^n)/p, without a difference of near numbers. At the first mass p = F.
     share = jnp.exp(jnp.minimum(log_p_prompt - log_f, 0))
-    none, reached = share <= 1e-30, log_f > NEGATIVE / 2
+    none, reached = share <= 1e-30, is_supported(log_f)
     inner = jnp.where(none, 0.5, share)
     below = jnp.concatenate([jnp.full_like(log_f[..., :1], NEGATIVE), log_f[..., :-1]], axis=-1) - log_f
     # log(1 − p/F), by whichever form keeps its digits.
@@ -389,7 +389,7 @@ def _chi_squared(numbers: Numbers, support: Array, log_p_prompt: Array) -> Array
     mass = jnp.flip(jnp.cumsum(jnp.flip(p, -1), -1), -1)
     total = jnp.flip(jnp.cumsum(jnp.flip(p * c, -1), -1), -1)
     root = jnp.where(mass > 0, (total - beta) / jnp.where(mass > 0, mass, 1), NEGATIVE).max(axis=-1, keepdims=True)
-    above = c > jax.lax.stop_gradient(root)
+    above = ~(c <= jax.lax.stop_gradient(root))  # a root that is NaN shows in the weights
     # Again from the points in use alone: the derivatives of the others' quotients overflow where a tail has no mass.
     mass, total = (jnp.where(above, x, 0).sum(axis=-1, keepdims=True) for x in (p, p * c))
     root = (total - beta) / jnp.where(mass > 0, mass, 1)
@@ -472,9 +472,10 @@ def quantile() -> Read:
 
 
 def _quantile(numbers: Numbers, support: Array, log_p: Array, log_p_prompt: Array) -> Array:
-    below = jnp.cumsum(jnp.exp(log_p), axis=-1) < numbers["level"][..., None]
+    reached = jnp.cumsum(jnp.exp(log_p), axis=-1)
+    below = reached < numbers["level"][..., None]
     first = jnp.minimum(below.sum(axis=-1), support.shape[0] - 1)  # rounding may leave F_K below a level near 1
-    return support[first]
+    return jnp.where(jnp.isnan(reached[..., -1]), jnp.nan, support[first])  # a comparison with NaN is False in silence
 
 
 def cvar() -> Read:

@@ -143,6 +143,12 @@ def log_accept(log_prob: Array, log_draft: Array) -> Array:
     return jnp.where(is_supported(log_prob), log_prob - log_draft, NEGATIVE)
 
 
+def accepts(uniform: Array, ratio: Array) -> Array:
+    """Whether a token with this `log_accept` is accepted by a uniform number in [0, 1), elementwise. The number may be
+    0, whose logarithm is below every ratio; a token of probability zero is not accepted by it either."""
+    return is_supported(ratio) & (jnp.log(uniform) < ratio)
+
+
 def log_residual(log_prob: LogProbs, log_draft: LogProbs) -> LogProbs:
     """log of max(pi − d, 0) [B,V], not normalised: the law of the token where one was refused. Where there is no mass,
     refusals have probability 0, and it is log pi."""
@@ -274,7 +280,7 @@ def _round(
     drawn, place = drafted.tokens >= 0, jnp.arange(drafted.tokens.shape[1])
     position = carry.length[:, None] + place
     ratio = log_accept(_at_token(before.log_prob, drafted.tokens), _at_token(drafted.log_prob, drafted.tokens))
-    passed = drawn & (jnp.log(_coin(coins[_ACCEPT], position)) < ratio)
+    passed = drawn & accepts(_coin(coins[_ACCEPT], position), ratio)
     accepted = jnp.cumprod(passed, axis=1).sum(axis=1, dtype=jnp.int32)
     drafts = drawn.sum(axis=1, dtype=jnp.int32)
     refused = accepted < drafts

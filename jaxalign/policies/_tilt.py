@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, largest, per_row, where_rows
-from jaxalign._blocks import accept_critic, accept_policy, at, joined, merged, split, verify_critic, verify_policy
+from jaxalign._blocks import (
+    accept_critic,
+    accept_policy,
+    at,
+    joined,
+    last_moved,
+    merged,
+    split,
+    verify_critic,
+    verify_policy,
+)
 from jaxalign._builders import cached
 from jaxalign._checks import check_count, check_part, check_positive, fields_of, is_concrete
 from jaxalign._parts import (
@@ -139,12 +149,11 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
         hit = (candidates == token[..., None]) & (token >= 0)[..., None]
         return jnp.where(hit, jnp.arange(hit.shape[-1]), -1).max(axis=-1)
 
-    def previous_after(previous: Array, q: Array, choice: Array) -> Array:
-        """[...], q [...,K] of the token chosen, for a level critic; previous [...] where there is none."""
-        if critic.kind != "level":
-            return previous
+    def chosen_score(q: Array, choice: Array) -> tuple[Array, Array]:
+        """q [...,K] of the token chosen [...], and whether it becomes the last score of a level critic: the weight of a
+        text outside the critic's support stays log 0, which the next score would be set against."""
         chosen = jnp.take_along_axis(q, jnp.maximum(choice, 0)[..., None], axis=-1)[..., 0]
-        return jnp.where(choice < 0, previous, chosen)
+        return chosen, (choice >= 0) & is_supported(chosen) & (critic.kind == "level")
 
     def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[State, StepOutput]:
         params = fields_of(params, TiltParams)
@@ -161,7 +170,8 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
         below, scoring = jax.random.split(rng)
         choice = choice_of(state.candidates, token)
         frozen = choice < 0  # no token, or one of probability zero
-        previous = previous_after(state.previous, state.q, choice)
+        chosen, moves = chosen_score(state.q, choice)
+        previous = jnp.where(moves, chosen, state.previous).astype(state.previous.dtype)
         scorer = advance_critic(critic, params.critic, state.critic, choice)
         inner, output = step_policy(policy, params.policy, below, state.policy, jnp.where(frozen, -1, token))
         moved = state._replace(policy=inner, critic=scorer, previous=previous)
@@ -204,8 +214,8 @@ def tilt(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Policy:
             critic, params.critic, scoring, state.critic, outputs, candidates, tokens, mask, choices
         )
         q = joined(state.q, at_least_float32(q))
-        unchosen = jnp.zeros(choices.shape, q.dtype)  # of no token: nothing is accepted there
-        previous = joined(state.previous, previous_after(unchosen, q[:, :-1], choices))
+        chosen, moves = chosen_score(q[:, :-1], choices)
+        previous = last_moved(state.previous, chosen.astype(state.previous.dtype), moves)
         rows = TiltState(
             None, None, jnp.repeat(state.beta, tokens.shape[1]), *merged((previous[:, 1:], q[:, 1:], candidates))
         )

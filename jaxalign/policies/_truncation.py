@@ -238,7 +238,8 @@ def min_p(policy: Policy) -> Policy:
 
     def apply(value: Array, output: StepOutput) -> StepOutput:
         most = output.log_prob.max(axis=-1, keepdims=True)
-        return _truncate(output, output.log_prob >= most + jnp.log(value)[:, None])
+        # Tested for below, not for above: a NaN must show in what is kept.
+        return _truncate(output, ~(output.log_prob < most + jnp.log(value)[:, None]))
 
     return _per_prompt(MinPParams, policy, apply, lambda value: (value > 0) & (value <= 1), "a value in (0, 1]")
 

@@ -135,7 +135,8 @@ def support_of(rewards: Sequence[float], *, bins: int, atoms: Sequence[float] = 
     if not np.isfinite(found).all():
         raise ValueError(f"reward: expected finite rewards, found {found[~np.isfinite(found)][0]}")
     if atoms:
-        others = np.setdiff1d(found, np.asarray(atoms, np.float64))
+        # In the type that models give rewards in: their 0.1 is not that of float64.
+        others = np.setdiff1d(found.astype(np.float32), np.asarray(atoms, np.float32))
         if others.size:
             raise ValueError(f"atoms: expected rewards among {tuple(atoms)}, found {others[0]:g}")
         return models.Distribution(tuple(sorted(float(a) for a in atoms)), "atoms")
@@ -216,8 +217,7 @@ def measure(
     points = head.distribution.support
     support = np.asarray(points)
     masses = np.asarray(losses.two_hot(rewards, support=head.distribution.support)).mean(axis=0)
-    spread = float(rewards.std()) or 1.0
-    betas = [round(factor * spread, 4) for factor in FACTORS]
+    betas = betas_of(rewards)
     thin = [beta for beta in betas if _divergence(rewards, beta) > np.log(max(rollouts / 10, 1))]
     found: dict[str, Any] = {
         "support": [float(support[0]), float(support[-1])],
@@ -255,6 +255,12 @@ def measure(
     if head.kind == "q":
         found["cross_entropy_after_tokens"] = float(got["after"].mean())
     return found | {"cross_entropy": mean, "cross_entropy_95": half, "mean_ratio": ratios}
+
+
+def betas_of(rewards: np.ndarray) -> list[float]:
+    """The betas at which a fit is measured, in units of reward, rounded to four digits that count."""
+    spread = float(rewards.std()) or 1.0
+    return [float(f"{factor * spread:.4g}") for factor in FACTORS]
 
 
 def _divergence(rewards: np.ndarray, beta: float) -> float:
