@@ -6,6 +6,7 @@ import html.parser
 import json
 import pathlib
 import re
+import shutil
 import tomllib
 
 import pytest
@@ -260,6 +261,10 @@ def test_what_is_no_run_is_refused_by_name(tmp_path):
         (good + "{broken}\n", "own/responses.jsonl: expected a JSON object in line 7"),
         (good + "[1]\n", "in line 7, found a list"),
         (good.replace('"kl"', '"kll"'), "expected .* in each line, found no kl in 1"),
+        (
+            good.replace('"gold": 0.2', '"gold": NaN'),
+            "own/responses.jsonl: expected a finite gold, found nan in line 1",
+        ),
     ):
         lines.write_text(text)
         if match != "^$":
@@ -267,9 +272,44 @@ def test_what_is_no_run_is_refused_by_name(tmp_path):
     lines.write_text(good)
     (tmp_path / "run/decode/own/summary.json").write_text("{")
     refused(tmp_path / "run", match="own/summary.json: expected JSON")
+    (tmp_path / "run/decode/own/summary.json").write_text('{"loss": 1}')
+    refused(tmp_path / "run", match="own/summary.json: expected a list of rows, found dict")
     (tmp_path / "run/decode/own/summary.json").unlink()
+    write_lines(tmp_path / "run/decode/own/tokens.jsonl", [{"method": "base", "beta": None, "index": 0}])
+    refused(tmp_path / "run", match="own/tokens.jsonl: expected .* in each line, found no pieces in 1")
+    (tmp_path / "run/decode/own/tokens.jsonl").unlink()
+    make_method(tmp_path / "run/other/base", [record("base", None, 0, gold=9.0, reward=9.0)])
+    refused(tmp_path / "run", match=r"found base in .*decode.base and in .*other.base")
+    shutil.rmtree(tmp_path / "run/other")
     write_lines(tmp_path / "run/sft/metrics.jsonl", [{"loss": 1}])
     refused(tmp_path / "run", match=r"sft/metrics.jsonl: expected a step in each line, found none in 1")
+
+
+def test_folders_of_a_run_that_answer_other_prompts_are_not_put_together(tmp_path):
+    """Index 0 is one prompt in one folder and another in the next; the third has both, in another order."""
+
+    def answers(method, prompts, gold):
+        return [record(method, None, i, gold=gold, reward=0.0) | {"prompt": text} for i, text in enumerate(prompts)]
+
+    make_method(tmp_path / "one/base", answers("base", ["a", "b"], 1.0))
+    make_method(tmp_path / "two/best_of_2", answers("best_of_2", ["c", "d"], 0.0))
+    make_method(tmp_path / "two/best_of_4", answers("best_of_4", ["b", "a"], 2.0))
+    table = numbers.gather(folders.read_runs([tmp_path]))
+    rows = {row.numbers["method"]: row for row in table.rows}
+    assert {name: [prompt for prompt, _ in row.records] for name, row in rows.items()} == {
+        "base": ["a", "b"],
+        "best_of_2": ["c", "d"],
+        "best_of_4": ["b", "a"],
+    }
+    assert "win_rate" not in rows["best_of_2"].numbers
+    assert rows["best_of_4"].numbers["win_rate"] == 1
+
+
+def test_what_is_no_number_is_null_to_the_scripts():
+    assert (
+        page_module.as_json({"a": [1.0, float("nan")], "b": (float("inf"), "<")})
+        == '{"a":[1.0,null],"b":[null,"\\u003c"]}'
+    )
 
 
 def test_the_command(tmp_path, capsys):

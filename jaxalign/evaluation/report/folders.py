@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,6 +15,10 @@ PASSED_OVER = {"model", "checkpoints", "tensorboard", "states", "data"}
 """Folders inside a run that hold no responses and no metrics."""
 NEEDED = ("method", "beta", "index", "prompt", "response", "tokens", "kl", "kl_kind", "truncated")
 """Fields of a line of responses that the report reads."""
+INSPECTED = ("method", "beta", "index", "pieces")
+"""Fields of a line of tokens.jsonl that it reads."""
+NUMBERS = ("gold", "reward", "kl")
+"""Those whose means it shows, where they are there."""
 
 
 class Decoded(NamedTuple):
@@ -115,9 +120,24 @@ def _read_run(name: str, path: pathlib.Path) -> Run:
             trained.append(_read_trained(folder, inside, notes))
     if not decoded and not trained:
         raise ValueError(f"runs: expected responses.jsonl or metrics.jsonl in {path}, found neither, at any depth")
+    _check_once(decoded)
     trained.sort(key=lambda run: _begun(run.path))
     seconds = _json(path / "timings.json") or {}
     return Run(name, path, decoded, trained, _json(path / "config.json"), seconds, notes)
+
+
+def _check_once(decoded: Sequence[Decoded]) -> None:
+    """ValueError where two folders of a run answer by one method at one setting: their means would be of both."""
+    found: dict[Key, pathlib.Path] = {}
+    for part in decoded:
+        for method, beta in dict.fromkeys((record["method"], record["beta"]) for record in part.records):
+            before = found.setdefault((method, beta), part.path)
+            if before != part.path:
+                setting = "" if beta is None else f" at {beta:g}"
+                raise ValueError(
+                    f"runs: expected each method and setting in one folder of a run, found {method}{setting} in "
+                    f"{before} and in {part.path}; folders of other runs are given one by one"
+                )
 
 
 def _folders(path: pathlib.Path) -> list[pathlib.Path]:
@@ -142,6 +162,11 @@ def _read_decoded(folder: pathlib.Path, inside: str, files: Sequence[pathlib.Pat
             lacking = [field for field in NEEDED if field not in record]
             if lacking:
                 raise ValueError(f"{path}: expected {', '.join(NEEDED)} in each line, found no {lacking[0]} in {row}")
+            wrong = [
+                name for name in NUMBERS if isinstance(record.get(name), float) and not math.isfinite(record[name])
+            ]
+            if wrong:
+                raise ValueError(f"{path}: expected a finite {wrong[0]}, found {record[wrong[0]]} in line {row}")
             records[record["method"], record["beta"], record["index"]] = record
     if not whole.exists():
         notes.append(
@@ -150,12 +175,19 @@ def _read_decoded(folder: pathlib.Path, inside: str, files: Sequence[pathlib.Pat
     rows = _json(folder / "summary.json")
     if rows is None and whole.exists():
         notes.append(f"{inside}: there is no summary.json, so that tokens per second are not known.")
+    if rows is not None and not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise ValueError(f"{folder / 'summary.json'}: expected a list of rows, found {type(rows).__name__}")
     speeds = {(row["method"], row["beta"]): row.get("tokens_per_second") for row in rows or []}
     inspected = folder / "tokens.jsonl"
     options = _json(folder / "config.json")
     if options is None:
         notes.append(f"{inside}: there is no config.json, so that its command is not known.")
     tokens = _lines(inspected) if inspected.exists() else []
+    for row, line in enumerate(tokens, start=1):
+        if lacking := [field for field in INSPECTED if field not in line]:
+            raise ValueError(
+                f"{inspected}: expected {', '.join(INSPECTED)} in each line, found no {lacking[0]} in {row}"
+            )
     return Decoded(folder, list(records.values()), options, _json(folder / "versions.json"), speeds, tokens)
 
 

@@ -101,17 +101,22 @@ def gather(runs: Sequence[Run]) -> Table:
     found: dict[tuple[int, str, str], list[Row]] = {}  # run, family, source -> rows
     for i, run in enumerate(runs):
         decoded = [part for part in run.decoded if part.records]
-        records = [record for part in decoded for record in part.records]
         speeds = {key: speed for part in decoded for key, speed in part.speeds.items()}
-        inspected = [line for part in decoded for line in part.tokens]
-        names = _prompts(records)
+        # Folders inside a run may answer other prompts: an index is of one folder, and a prompt of the run.
+        numbered: dict[Prompt, int] = {}
+        records, inspected = list[Record](), list[Record]()
+        for part in decoded:
+            own = {index: numbered.setdefault(p, len(numbered)) for index, p in _prompts(part.records).items()}
+            records += [record | {"index": own[record["index"]]} for record in part.records]
+            inspected += [line | {"index": own[line["index"]]} for line in part.tokens if line["index"] in own]
+        names = {index: prompt for prompt, index in numbered.items()}
         for row in results.summarise(records):
             key = row["method"], row["beta"]
             row["tokens_per_second"] = speeds.get(key)
-            own = {names[r["index"]]: r for r in records if (r["method"], r["beta"]) == key}
+            answers = {names[r["index"]]: r for r in records if (r["method"], r["beta"]) == key}
             tokens = [line for line in inspected if (line["method"], line["beta"]) == key]
             place = i, family(row["method"]), _source(row["method"])
-            found.setdefault(place, []).append(Row(0, _setting(row), row, own, tokens))
+            found.setdefault(place, []).append(Row(0, _setting(row), row, answers, tokens))
     order = {name: i for i, name in enumerate(STYLES)}
     places = sorted(found, key=lambda place: (order.get(place[1], len(order)), place[1], place[0]))
     named = [_name(place, places, runs) for place in places]
@@ -176,7 +181,7 @@ def spread_of_base(table: Table, run: int) -> dict[str, tuple[float, float]]:
 
 
 def _prompts(records: Sequence[Record]) -> dict[int, Prompt]:
-    """Index -> prompt, of one run."""
+    """Index -> prompt, of one folder."""
     texts = {record["index"]: record["prompt"] for record in records}
     seen: dict[str, int] = {}
     out = {}

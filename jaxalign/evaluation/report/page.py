@@ -8,6 +8,7 @@ import hashlib
 import html
 import importlib.resources
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -117,12 +118,20 @@ def render(
 
 
 def as_json(data: Any) -> str:
-    """JSON that may stand in a script element: no character of it is markup."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """JSON that may stand in a script element: no character of it is markup, and what is no number is null."""
+    text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     # A surrogate without its other half, as JSON may hold, has no UTF-8.
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _asset(name: str) -> str:
