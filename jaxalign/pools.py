@@ -66,6 +66,7 @@ def lower_bound(k: float) -> MemberPool:
 
     Returns:
       A function for `critics.pool` and `rewards.pool`. Where the members agree its derivative is that of the mean.
+      Where one of them is log 0 it is log 0.
 
     Raises:
       ValueError: k < 0.
@@ -74,10 +75,12 @@ def lower_bound(k: float) -> MemberPool:
         raise ValueError(f"k: expected a number >= 0, found {k!r}")
 
     def bound(pool_params: Params, scores: Array, /, *rest: Any) -> Array:
+        inside = is_supported(scores).all(axis=1)
+        scores = jnp.where(inside[:, None], scores, 0)  # the square of log 0 overflows
         mean = scores.mean(axis=1)
         variance = ((scores - mean[:, None]) ** 2).mean(axis=1)
         some = variance > 0
-        return mean - k * jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1)), 0)
+        return jnp.where(inside, mean - k * jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1)), 0), NEGATIVE)
 
     return bound
 

@@ -124,8 +124,9 @@ def test_value_filter_and_its_bound(tables):
     given = {"policy": b, "critic": {"critic": value, "map": jnp.asarray(c)}, "beta": 1.0}
     kept = value >= jnp.minimum(value.max(-1, keepdims=True), c)
     close(exact.log_law(TREE, policy, given), law(jnp.where(kept, b, -1e20)))
-    none = module("value_filter").keep(0.9, jnp.array([[0.2, 0.5, 0.1], [0.95, 0.1, 0.92]]), None, None)
-    np.testing.assert_array_equal(none == 0, [[False, True, False], [True, False, True]])
+    values, drawn = jnp.array([[0.2, 0.5, 0.1], [0.95, 0.1, 0.92], [0.2, 0.5, 0.1]]), jnp.zeros((3, 3))
+    none = module("value_filter").keep(0.9, values, drawn.at[2, 1].set(-1e20), None)
+    np.testing.assert_array_equal(none == 0, [[False, True, False], [True, False, True], [True, False, False]])
     tokens, mask = TREE.responses
     least = np.where(mask, np.asarray(value)[TREE.nodes, tokens], np.inf).min(1)
     p = np.exp(law(b))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign import critics, decoding, policies, pools, rewards, testing, tree
-from jaxalign._arrays import NEGATIVE
+from jaxalign._arrays import NEGATIVE, is_supported
 from tests import cases, exact
 from tests.conftest import PROMPTS, VOCAB, padded
 
@@ -32,6 +32,15 @@ def test_pools_of_three_members():
 
 VALUES = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.5]])
 LOG_BASE = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+
+
+@pytest.mark.parametrize("f", [pools.minimum, pools.lower_bound(0.0), pools.lower_bound(1.0), pools.soft_minimum(0.5)])
+def test_a_token_outside_a_members_support_is_outside_the_pools(f):
+    scores = jnp.array([[[0.0, 1.0], [2.0, NEGATIVE], [1.0, 3.0]]])
+    found = f(None, scores, None)[0]
+    np.testing.assert_array_equal(is_supported(found), [True, False])
+    assert np.isfinite(found).all()
+    assert np.isfinite(jax.grad(lambda x: f(None, x, None)[0, 0])(scores)).all()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def least_value(base, value, params, rng, prompts, tokens, mask):
 
 
 def keep(threshold, value, log_prob, index):
+    value = jnp.where(log_prob > -1e19, value, -jnp.inf)  # of the tokens that the base may draw
     least = jnp.minimum(value.max(axis=1, keepdims=True), threshold)
     return jnp.where(value >= least, 0, -1e20)
 

@@ -12,7 +12,8 @@ from jaxalign import critics, evaluation, policies
 
 
 def keep(threshold, value, log_prob, index):
-    """0 for tokens that are kept: those of value >= c, or else the best ones."""
+    """0 for tokens that are kept: those of value >= c, or else the best ones that the base may draw."""
+    value = jnp.where(log_prob > -1e19, value, -jnp.inf)
     least = jnp.minimum(value.max(axis=1, keepdims=True), threshold)
     return jnp.where(value >= least, 0, -1e20)
 
