@@ -139,6 +139,22 @@ def test_rewards_from_policies_and_their_pool():
     np.testing.assert_allclose(worst({"rewards": [params, other]}, *whole), mean - half, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [-0.5, 0.3], [0.5, 0.0]])
+def test_a_response_outside_a_policy_has_log_zero_in_sums_of_rewards(weights):
+    """Also where both policies cannot write it, whose difference would be 0, and where the weight is below 0."""
+    table = jax.nn.log_softmax(jax.random.normal(jax.random.key(7), (TREE.num_states, 4)))
+    cut = policies.top_k(BASE, 2)
+    prompts, completions = exact.one_prompt(TREE.num_responses), exact.completions(TREE, cut, table)
+    whole = (*decoding.join(prompts, completions), prompts.index)
+    inside = np.asarray(is_supported(completions.log_prob).all(axis=1))
+    assert 0 < inside.sum() < len(inside)
+    both = rewards.weighted_sum([rewards.from_policy(cut), rewards.from_policy(cut)])
+    found = both({"rewards": [table, table], "weights": jnp.array(weights)}, *whole)
+    np.testing.assert_array_equal(is_supported(found), inside)
+    expected = sum(weights) * np.asarray(completions.log_prob.sum(axis=1))
+    np.testing.assert_allclose(found[inside], expected[inside], atol=1e-5)
+
+
 def test_a_reward_from_a_policy_keeps_the_laws_and_has_gradients():
     table = jax.random.normal(jax.random.key(7), (TREE.num_states, 4))
     reward = rewards.pool(

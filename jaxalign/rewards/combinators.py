@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import infalign, shaping
-from jaxalign._arrays import at_least_float32, look_up
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, look_up
 from jaxalign._builders import cached
 from jaxalign._checks import ParamsError, fields_of, is_concrete, run_check
 from jaxalign._parts import check_function_argument, check_reward_argument, described, takes
@@ -55,7 +55,8 @@ def _sequence(rewards: Sequence[Reward]) -> tuple[Reward, ...]:
 
 
 def weighted_sum(rewards: Sequence[Reward]) -> Reward:
-    """Builds the weighted sum of several rewards, Σ_i w_i·r_i.
+    """Builds the weighted sum of several rewards, Σ_i w_i·r_i; log 0 in one of weight other than 0 (`from_policy`) is
+    log 0 in the sum.
 
     Args:
       rewards: m >= 1 Rewards over one vocabulary.
@@ -97,7 +98,10 @@ def _weighted_sum(rewards: tuple[Reward, ...]) -> Reward:
         return add(params, jnp.stack(found), index)
 
     def add(params: Params, values: Array, index: TextIndex) -> RewardValues:
-        return jnp.tensordot(read(params)[1], values, axes=1)
+        weights, inside = read(params)[1], is_supported(values)
+        # Log 0 stays log 0: less itself it would be 0, and times a weight below 0 the best of all rewards.
+        outside = (~inside & (weights != 0)[:, None]).any(axis=0)
+        return jnp.where(outside, NEGATIVE, jnp.tensordot(weights, jnp.where(inside, values, 0), axes=1))
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
         each, weights = read(params)
