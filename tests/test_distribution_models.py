@@ -15,7 +15,7 @@ from jaxalign.critics import reads
 from jaxalign.evaluation.readings import parse_reading
 from jaxalign.evaluation.specs import parse_method
 from jaxalign.training import laws, objectives
-from jaxalign.training.job import StartedModel
+from jaxalign.training.job import Data, StartedModel
 from tests.conftest import EOS, VOCAB, tiny_lm
 
 SUPPORT = tuple(np.linspace(-2, 2, 9).tolist())
@@ -216,6 +216,29 @@ def test_a_head_that_gives_no_numbers_is_seen_in_the_policy(read):
 
 def test_atoms_are_compared_in_the_type_of_rewards():
     assert laws.support_of([float(np.float32(0.1)), 0.9], bins=2, atoms=(0.1, 0.9)).support == (0.1, 0.9)
+
+
+def test_a_law_without_the_rewards_that_there_are_is_measured_as_none():
+    """exp((r − V)/beta) overflows where the law gives next to nothing to r: JSON has no number for it."""
+    lm, params = with_laws("value")
+
+    def aside(path, x):
+        return (0 * x).at[..., 0].set(300.0) if path[-1].key == "bias" and x.shape == (len(SUPPORT),) else 0 * x
+
+    params = params | {"head": jax.tree_util.tree_map_with_path(aside, params["head"])}
+
+    def collate(rows):
+        mask = np.ones((len(rows), 3), bool)
+        response = mask & (np.arange(3) > 0)
+        tokens, reward = np.full((len(rows), 3), 5), np.asarray(rows, np.float32)
+        return {"tokens": tokens, "mask": mask, "loss_mask": response, "reward": reward}
+
+    rows = [2.0, 1.9, 1.8]
+    found = laws.measure(lm, params, Data([], rows, 0, []), collate, rewards=np.asarray(rows), rollouts=3, batch_size=3)
+    ratios = list(found["mean_ratio"].values())
+    assert ratios[:2] == [None, None]
+    assert all(ratio > 1e4 for ratio in ratios[2:4])
+    np.testing.assert_allclose(found["cross_entropy"], 300, rtol=1e-3)
 
 
 def test_betas_of_rewards_of_a_small_spread_are_not_zero():

@@ -209,7 +209,8 @@ def measure(
 
     Returns:
       Figures of summary.json: support, betas without data, marginal_entropy; with validation rows cross_entropy (of a Q
-      head also that of the laws after tokens, which decoding reads) and the mean ratio of each beta.
+      head also that of the laws after tokens, which decoding reads) and the mean ratio of each beta, None where it
+      overflows: the law then gives next to nothing to a reward that there is.
     """
     head = lm.config.head
     assert head is not None
@@ -251,7 +252,10 @@ def measure(
 
     got = functions.evaluate(score, params, data.validation, collate, batch_size)
     mean, half = functions.interval(got["entropy"])
-    ratios = {f"{beta:g}": round(float(r), 3) for beta, r in zip(betas, got["ratio"].mean(axis=0), strict=True)}
+    ratios = {
+        f"{beta:g}": round(float(r), 3) if np.isfinite(r) else None
+        for beta, r in zip(betas, got["ratio"].mean(axis=0), strict=True)
+    }
     if head.kind == "q":
         found["cross_entropy_after_tokens"] = float(got["after"].mean())
     return found | {"cross_entropy": mean, "cross_entropy_95": half, "mean_ratio": ratios}
