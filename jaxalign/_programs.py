@@ -17,8 +17,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-import jax
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -97,6 +95,21 @@ def for_callback(call: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """Raises the error of a program that failed in a callback within, in place of JAX's."""
+    import jax  # here, since commands that start no computation import this file
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        own = next((kept for kept in reversed(_raised) if str(kept) in text), None)
+        if own is None:
+            raise
+        raise own.with_traceback(None) from own.__cause__
+
+
 def tells_programs(function: Callable[P, T]) -> Callable[P, T]:
     """Makes a function raise the error of a program that failed in a callback in place of JAX's.
 
@@ -106,20 +119,16 @@ def tells_programs(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
+        with telling():
             found = function(*args, **kwargs)
             return _waited(found) if _quiet.cache_info().currsize else found
-        except jax.errors.JaxRuntimeError as error:
-            text = str(error)
-            own = next((kept for kept in reversed(_raised) if str(kept) in text), None)
-            if own is None:
-                raise
-        raise own.with_traceback(None) from own.__cause__
 
     return run
 
 
 def _waited(found: T) -> T:
+    import jax
+
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(found)):
         return found
     waited: T = jax.block_until_ready(found)

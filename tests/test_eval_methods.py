@@ -228,7 +228,7 @@ def test_the_parts_of_a_method():
     assert (summed.kind, summed.strengths, summed.needs_reward) == ("tilt", (1.0, 0.5), True)
     assert summed.terms == (specs.Term(0.5, "args", "a/model"), specs.Term(-2.0, "transfer", "org/b"))
     assert summed.folders == {"args:a/model": "a/model", "transfer:org/b": "org/b"}
-    assert summed.reads == {"top_k", "rollouts", "lookahead"}
+    assert summed.reads == {"top_k", "rollouts", "lookahead", "draft", "draft_tokens"}
     assert summed.slug == "0.5_args_a_-2_transfer_b_1_0.5"
     blocks = specs.parse_method("blockwise:value:x + genarm:y@4")
     assert (blocks.kind, blocks.name, len(blocks.terms)) == ("blockwise", "blockwise:value:x + genarm:y", 2)

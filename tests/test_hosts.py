@@ -55,7 +55,7 @@ REFUSED = {
         r"out: expected a folder that all 2 processes share, found no config.json of process 0 in .* on process 1 ",
     ),
     "unlike": (SFT + " --mesh data=4 --seed PROCESS", r"seed: expected 0 of the run in .*, found 1; "),
-    "picky": (RL.replace("0.4", "0") + PICKY + " --mesh data=4", r"reward: expected words, found none in process 1"),
+    "picky": (RL.replace("0.4", "0") + PICKY + " --mesh data=4", r".*reward: expected words, found none in process 1"),
     "world": ("world --out {out}", r"processes: expected one process for train.world, found 2"),
     "bench": ("bench train", r"processes: expected one process for jaxalign bench, found several"),
 }

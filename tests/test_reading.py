@@ -244,7 +244,7 @@ def test_builders_with_labels_and_tails_are_cached_by_value():
 
 def test_what_cannot_be_read_is_named():
     lm, params = classifier()
-    single, _ = model("none")
+    single, single_params = model("none")
     unended = models.LanguageModel(tiny_lm(1, "reward", num_layers=1, eos_ids=())[0].config)
     several = "label: expected one of 'good', 'true', 'long'"
     for build in (rewards.from_model, rewards.token_gradient, critics.args):
@@ -272,7 +272,7 @@ def test_what_cannot_be_read_is_named():
     with pytest.raises(ValueError, match="reward: expected a model with a scalar head, found head_width = 3"):
         objectives.rewards_of(lm, params, {"tokens": jnp.ones((1, 2), jnp.int32), "mask": jnp.ones((1, 2), bool)})
     room = single.max_length - max(map(len, PROMPTS))
-    rewards.from_model(single, tail=(7,)).check(params, padded(PROMPTS), room - 1)
+    rewards.from_model(single, tail=(7,)).check(single_params, padded(PROMPTS), room - 1)
     for part in (rewards.from_model(single, tail=(7,)), critics.args(single, tail=(7,))):
         with pytest.raises(ValueError, match="within the model's context"):
-            part.check(params, padded(PROMPTS), room)
+            part.check(single_params, padded(PROMPTS), room)

@@ -14,8 +14,9 @@ import numpy as np
 
 from jaxalign import _hosts, _progress, decoding
 from jaxalign._checks import check_rng
+from jaxalign._programs import telling
 from jaxalign.evaluation import results
-from jaxalign.evaluation.loading import Scorer, program_errors
+from jaxalign.evaluation.loading import Scorer
 from jaxalign.evaluation.records import add_coherence, check_finite, on_host, record_of
 from jaxalign.models import sharding
 from jaxalign.prompts import bucket, prompt_batch
@@ -209,7 +210,7 @@ def decode(
     keys = [rng if method.name == "base" else jax.random.fold_in(rng, 1) for method in plan]
     total = len(plan) * len(prompts.ids)
     progress = _progress.progress("decode", total, initial=len(records), unit="response", shown=watch is None)
-    with own.open("a") as sink, progress, program_errors():
+    with own.open("a") as sink, progress, telling():
         for k, j in _hosts.dealt(missing):
             method, batch = plan[k], parts[j]
             begin = time.perf_counter()

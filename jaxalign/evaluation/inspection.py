@@ -25,10 +25,11 @@ import numpy as np
 from jaxalign import _hosts, decoding, rollout
 from jaxalign._arrays import is_supported
 from jaxalign._parts import start_policy, step_policy
+from jaxalign._programs import telling
 from jaxalign.decoding.requests import with_temperature
 from jaxalign.evaluation import results
 from jaxalign.evaluation.engine import Batch, Method, Stepwise, Texts, batches
-from jaxalign.evaluation.loading import Scorer, program_errors
+from jaxalign.evaluation.loading import Scorer
 from jaxalign.evaluation.results import Record
 from jaxalign.tokens import decode_text
 from jaxalign.types import Array, Completions, Params, Policy, Prompts
@@ -88,7 +89,7 @@ def inspect(
     known = {(r["method"], r["beta"], r["index"]): r for r in results.read(folder / "responses.jsonl")}
     size = batch_size if mesh else min(batch_size, count)
     lines: dict[tuple[str, float | None, int], Record] = {}
-    with program_errors():
+    with telling():
         for method in plan:
             for batch in batches(prompts.ids[:count], batch_size=size, mesh=mesh):
                 records = [known[method.name, method.beta, i] for i in batch.rows]

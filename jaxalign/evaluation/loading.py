@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
-
-import jax
 
 from jaxalign import models, rewards
 from jaxalign._checks import check_prompt_fits
@@ -132,15 +128,3 @@ def scorers(
             # Compiled as a whole: on a mesh a program's numbers do not lie as a model's do. A program alone is not.
             out[name] = Scorer(reward if params is None else rewards.compiled(reward), params, reward)
     return out
-
-
-@contextlib.contextmanager
-def program_errors() -> Iterator[None]:
-    """Raises the ValueErrors of programs in rewards as ValueErrors: jax reports what fails in a callback as an error of
-    its own, with the traceback as its text."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if found := re.search(r"^ValueError: (.*: expected .*)", str(error), re.MULTILINE):
-            raise ValueError(found.group(1)) from error
-        raise

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from jaxalign import _hosts, _io, models, policies, rewards
 from jaxalign._checks import check_language_model
+from jaxalign._programs import telling
 from jaxalign.data import chats, encoded
 from jaxalign.data.text_options import ending_ids, format_of
 from jaxalign.evaluation import engine, fits, inspection, loading, plots, results, streaming
@@ -69,7 +70,7 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     everything = prompt_batch(texts.ids)
     scorers = loading.scorers(scored, loaded, reader, everything, options.max_new_tokens, dtype=options.dtype)
     setting = Setting(options, loaded, scorers.get("reward"), texts, reader)
-    with loading.program_errors():  # a default threshold scores responses
+    with telling():  # a default threshold scores responses
         plans = {spec: METHODS[spec.kind](setting, spec) for spec in specs}
     every = [(method.name, method.beta) for plan in plans.values() for method in plan]
     if twice := {str(key) for key in every if every.count(key) > 1}:
