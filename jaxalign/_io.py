@@ -15,7 +15,7 @@ import jax
 
 from jaxalign import _hosts, _options
 
-FREE = {"config", "out", "mesh", "profile", "peak_tflops", "device_memory"}
+FREE = {"config", "out", "mesh", "profile", "peak_tflops", "device_memory", "track"}
 """Options in which a run may differ when it goes on: they do not change what is computed, and numbers on another mesh
 are equal within rounding."""
 

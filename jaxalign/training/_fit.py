@@ -65,6 +65,7 @@ def fit(
     save_every: int = 200,
     log_every: int = 10,
     keep: int = 2,
+    track: str = "tensorboard",
 ) -> S:
     """Runs `step` until `steps` optimizer steps are taken; goes on from the newest checkpoint in out/checkpoints.
 
@@ -92,6 +93,7 @@ def fit(
       save_every: optimizer steps between checkpoints.
       log_every: optimizer steps between lines of metrics.jsonl.
       keep: checkpoints that stay.
+      track: where the metrics go beside metrics.jsonl: "tensorboard", "wandb", "trackio" or "none".
 
     Returns:
       The last state.
@@ -125,7 +127,7 @@ def fit(
 
         own = [Hooks(on_metrics=show)]
         if manager is not None and out is not None:
-            writer, kept, where = stack.enter_context(MetricWriter(out, step=start)), manager, position
+            writer, kept, where = stack.enter_context(MetricWriter(out, step=start, track=track)), manager, position
 
             def save(step: int, state: Any) -> None:
                 checkpoints.save(kept, state, where | {"step": step})

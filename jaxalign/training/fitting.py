@@ -98,6 +98,7 @@ def fit_model(
             donate=True,
             save_every=optimizer.save_every,
             log_every=optimizer.log_every,
+            track=optimizer.track,
         )
     trained: Params = final.params
     return trained

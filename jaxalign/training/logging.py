@@ -1,4 +1,4 @@
-"""Metrics of a run as JSON lines and TensorBoard events."""
+"""Metrics of a run as JSON lines, and in a tracker."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign import _hosts
+from jaxalign.training import tracking
 
 
 class MetricWriter:
-    """Writes metrics.jsonl and tensorboard/ in a run folder: one line and one event per call of `write`. Of
-    several processes the first writes.
+    """Writes metrics.jsonl in a run folder, and gives the same numbers to a tracker: one line and one event per call of
+    `write`. Of several processes the first writes.
 
     Args:
       folder: the run folder.
       step: steps that were taken before. Lines after them are dropped, so that a resumed run holds each step once; so
         does TensorBoard.
+      track: "tensorboard" (tensorboard/ in the folder), "wandb", "trackio" or "none".
+
+    Raises:
+      ValueError: the tracker's library is not installed.
     """
 
-    def __init__(self, folder: pathlib.Path, *, step: int):
+    def __init__(self, folder: pathlib.Path, *, step: int, track: str = "tensorboard"):
         self._writes = _hosts.is_first()
         with _hosts.together():
             if self._writes:
-                self._open(folder, step)
+                self._open(folder, step, track)
 
-    def _open(self, folder: pathlib.Path, step: int) -> None:
-        from tensorboardX import SummaryWriter
-
+    def _open(self, folder: pathlib.Path, step: int, track: str) -> None:
         self.path = folder / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= step]
@@ -36,7 +39,7 @@ class MetricWriter:
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(self.path)
         self._file = self.path.open("a")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if lines else None)
+        self._tracker = tracking.open_tracker(track, folder, step=step, resumed=bool(lines))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of a step.
@@ -52,15 +55,16 @@ class MetricWriter:
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.write(step, metrics)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file and the tracker."""
         if not self._writes:
             return
         self._file.close()
-        self._events.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     def __enter__(self) -> MetricWriter:
         return self

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from jaxalign import models
 from jaxalign.data.text_options import TextOptions, check_text_options
 from jaxalign.models import sharding
+from jaxalign.training.tracking import Track, check_track
 
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["auto", "none", "dots", "full"]
@@ -83,6 +84,9 @@ class OptimizerOptions:
     """Steps between checkpoints."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    track: Track = "tensorboard"
+    """Where the metrics go beside metrics.jsonl: tensorboard/ of the run folder, wandb or trackio (to be installed;
+    their own environment variables say where to), or none."""
     profile: int = 0
     """Steps, after the first three, of which jax's profiler writes a trace to profile/ of the run folder; 0: none."""
     peak_tflops: float = 0.0
@@ -215,6 +219,7 @@ def check_optimizer_options(options: OptimizerOptions) -> None:
     """ValueErrors that name the option."""
     check_finite(options, "epochs", "learning_rate", "clip", above=True)
     check_finite(options, "weight_decay", "peak_tflops")
+    check_track(options.track)
     _at_least(options, steps=0, batch_size=1, save_every=1, log_every=1, profile=0)
     _shares(options, "warmup")
 

@@ -218,6 +218,7 @@ def train_policy(
             donate=True,
             save_every=optimizer.save_every,
             log_every=optimizer.log_every,
+            track=optimizer.track,
         )
     return ended
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxalign.evaluation.results import Key, Record
 
-PASSED_OVER = {"model", "checkpoints", "tensorboard", "states", "data"}
+PASSED_OVER = {"model", "checkpoints", "tensorboard", "wandb", "states", "data"}
 """Folders inside a run that hold no responses and no metrics."""
 NEEDED = ("method", "beta", "index", "prompt", "response", "tokens", "kl", "kl_kind", "truncated")
 """Fields of a line of responses that the report reads."""
