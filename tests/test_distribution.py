@@ -159,6 +159,18 @@ def test_distribution_D3_exceedance_errs_by_the_mass_near_the_threshold_at_every
     assert near[0] < 0.2
 
 
+def test_exceedance_in_the_first_and_the_last_cell_is_that_of_rewards_that_end_there():
+    """Rewards of an even law over the support: a grid's exceedance is exact between midpoints, and at the ends."""
+    rewards = np.linspace(-3, 3, 60_001)
+    p = two_hot(rewards, grid(7)).mean(axis=0)[None]
+    for threshold in (-4.0, -3.0, -2.9, -2.75, -2.5, -0.5, 2.5, 2.6, 2.8, 3.0, 3.2, 3.5):
+        exact = (rewards > threshold).mean()
+        found = read_at(reads.exceedance(), p, grid(7), threshold=threshold)[0]
+        q = read_at(reads.follower(), p, grid(7), threshold=threshold, bound=8.0, beta=1.0)[0]
+        np.testing.assert_allclose(found, exact, atol=5e-5)
+        np.testing.assert_allclose(q, np.log1p(np.expm1(8.0) * found), atol=1e-9)
+
+
 @pytest.mark.parametrize("threshold", [-3.5, -2.5, -0.25, 0.0, 0.5, 0.75, 2.0, 3.0])
 def test_distribution_D3_exceedance_of_atoms_is_exact_and_strict(threshold):
     found = read_at(reads.exceedance(), laws("B", ATOMS), ATOMS, threshold=threshold)

@@ -87,6 +87,37 @@ def test_readings_keep_the_laws_of_critics(kind, read, numbers):
     )
 
 
+@pytest.mark.parametrize(
+    ("read", "numbers"),
+    [
+        (reads.soft(), {"beta": 0.1}),
+        (reads.kl(), {"nats": 0.5}),
+        (reads.chi_squared(), {"beta": 0.7}),
+        (reads.follower(solve=True), {"beta": 0.5, "bound": 1.0}),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_rewards_far_from_zero_keep_the_digits_of_their_differences(read, numbers):
+    """10,000 added to all rewards is a constant of the tilt: float32 would round it in steps of 0.008 at beta 0.1."""
+    lm, params = with_laws("q")
+    head = lm.config.head
+    far = tuple(point + 10_000.25 for point in SUPPORT)
+    moved = dataclasses.replace(head, distribution=dataclasses.replace(head.distribution, support=far))
+    away = models.with_head(lm, moved)
+    base, base_params = tiny_lm(2)
+    given = policies.TiltParams(base_params, critics.DistributionParams(params, numbers), beta=1.0)
+    found = [
+        policies.tilt(policies.language_model(base), critics.distribution(model, read)).init(
+            given, jax.random.key(0), PROMPTS, 2
+        )[1]
+        for model in (lm, away)
+    ]
+    np.testing.assert_allclose(found[1].log_prob, found[0].log_prob, atol=2e-5)
+    np.testing.assert_allclose(found[1].log_norm, found[0].log_norm, atol=2e-4)
+    assert reads.origin(SUPPORT) == 0
+    assert reads.origin(far) == 10_000.25
+
+
 def test_value_and_follower_read_a_head_of_laws():
     lm, params = with_laws("q")
     for critic, read, numbers in (

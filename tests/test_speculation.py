@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, decoding, policies, tree
+from jaxalign import critics, decoding, models, policies, tree
 from jaxalign._arrays import NEGATIVE
+from jaxalign.critics import _distribution
 from jaxalign.decoding._speculative import accepts, log_accept, log_residual
 from jaxalign.types import Params, Policy
 from tests.conftest import EOS, VOCAB, padded, tiny_lm
@@ -299,12 +300,32 @@ def model_cases() -> dict[str, tuple[Case, Case]]:
     summed = critics.weighted_sum([critics.genarm(arm)])
     beta = jnp.array([0.5, 1.0, 4.0, 0.8])
     inner = {"policy": params, "critic": values, "beta": jnp.asarray(2.0)}
+    laws = models.with_head(
+        tiny_lm(0)[0], models.Head("q", hidden_size=16, distribution=models.Distribution((-2.0, 0.0, 3.0)))
+    )
+    head = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * 30 if "outer" in jax.tree_util.keystr(path) else x, laws.init(jax.random.key(1))
+    )
     windows = tiny_lm(2, windows=(3, None), family="qwen2", qkv_bias=True)
     return {
         "windows": (Case(policies.language_model(windows[0]), windows[1]), draft),
         "genarm": (
             Case(policies.tilt(base, critics.genarm(arm)), {"policy": params, "critic": reward, "beta": beta}),
             draft,
+        ),
+        "laws": (
+            Case(
+                policies.tilt(base, critics.distribution(laws, critics.reads.soft())),
+                {"policy": params, "critic": {"head": head, "read": {"beta": beta / 4}}, "beta": jnp.asarray(1.0)},
+            ),
+            Case(base, params),
+        ),
+        "values of laws": (
+            Case(
+                policies.tilt(base, critics.value(laws), top_k=6),
+                {"policy": params, "critic": head, "beta": beta},
+            ),
+            Case(base, params),
         ),
         "nested": (
             Case(
@@ -316,9 +337,11 @@ def model_cases() -> dict[str, tuple[Case, Case]]:
     }
 
 
-@pytest.mark.parametrize("name", ["windows", "genarm", "nested"])
-def test_greedy_speculation_gives_the_greedy_tokens_of_a_models_target(name):
+@pytest.mark.parametrize("name", ["windows", "genarm", "laws", "values of laws", "nested"])
+def test_greedy_speculation_gives_the_greedy_tokens_of_a_models_target(name, monkeypatch):
+    monkeypatch.setitem(_distribution._BLOCK, "q", 8)  # the laws after all tokens are read in several blocks
     target, draft = model_cases()[name]
+    assert target.policy.verify is not None
     prompts = padded(PROMPTS, extra=1)
     found = decoding.speculative(
         target.policy,

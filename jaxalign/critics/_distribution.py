@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 
 from jaxalign import models
 from jaxalign._arrays import is_supported, per_row, where_rows
+from jaxalign._blocks import at, joined
 from jaxalign._builders import cached
 from jaxalign._checks import fields_of
 from jaxalign._parts import check_model
 from jaxalign.critics import reads
 from jaxalign.critics._model_critics import chosen_token, prompt_check
+from jaxalign.models.blocks import Block, append_block, read_block, reads_blocks
 from jaxalign.prompts import prompt_index
 from jaxalign.shapes import Array, Candidates, Hidden, PerPrompt, Scores
 from jaxalign.types import Critic, Params, Prompts, State, StepOutput, TokenBatch
@@ -52,6 +55,19 @@ class DistributionState(NamedTuple):
     """In a proposal, the candidates [B,K] that were scored; None in a state, and for the whole vocabulary."""
 
 
+class VerifiedLaws(NamedTuple):
+    """What a critic with a Q head read of a block of tokens."""
+
+    state: DistributionState
+    """That of the text before."""
+    block: Block
+    """What the model read of the tokens."""
+    hidden: Array
+    """[B,S+1,D], the hidden states before the block and after each of its tokens."""
+    candidates: Array | None
+    """[B,S+1,K], the candidates of each; None for the whole vocabulary."""
+
+
 @cached
 def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
     """Reads a law of rewards as a critic: one training serves every beta, threshold, bound, budget and n. Level.
@@ -60,7 +76,8 @@ def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
     gives q(s,z) = log Σ_i p_i(sz)·omega_i and is for a tilt with beta 1; if the head is right, the tokens then have the
     law pi_ref(y)·omega(r(y))/Z of whole responses. A reward reading (`reads.mean`, `exceedance`, `expected_max`,
     `quantile`, `cvar`) gives q in units of reward. A candidate without mass under the weights has q = NEGATIVE; where
-    all have none, q is 0 and the tilt is the base.
+    all have none, q is 0 and the tilt is the base. With a Q head it scores several tokens at once, which
+    `decoding.speculative` needs to be faster; a scalar head is read at each candidate, token by token.
 
     params: DistributionParams(head, read), or a dict of these names.
 
@@ -86,8 +103,11 @@ def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
     spec, by_token, atoms = head.distribution, head.kind == "q", head.distribution.mode == "atoms"
     weighs = read.log_omega is not None
 
+    # Taken out before the points are rounded to float32, and before they are divided by a beta.
+    taken = reads.origin(spec.support) if read.relative else 0.0
+
     def support() -> Array:
-        return jnp.asarray(spec.support, jnp.result_type(float))
+        return jnp.asarray([point - taken for point in spec.support], jnp.result_type(float))
 
     def init(params: Params, rng: Array, prompts: TokenBatch, max_new_tokens: int) -> State:
         own, given = fields_of(params, DistributionParams)
@@ -102,7 +122,7 @@ def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
         return DistributionState(cache, hidden if by_token else None, law, log_omega, shift.astype(law.dtype), numbers)
 
     def read_laws(state: DistributionState, log_p: Array) -> Array:
-        """q [B,k] of laws [B,k,K]."""
+        """q [B,...,k] of laws [B,...,k,K]."""
         if state.log_omega is not None:
             return reads.weigh(state.log_omega, state.shift, log_p)
         return reads.value_of(read, state.numbers, support(), log_p, state.prompt, atoms=atoms)
@@ -111,26 +131,27 @@ def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
         """Rows in which no candidate has weighted mass say nothing: q = 0."""
         return jnp.where(is_supported(q).any(axis=-1, keepdims=True), q, 0) if weighs else q
 
-    def over_vocabulary(params: Params, state: DistributionState) -> Array:
-        """q [B,V], in blocks of tokens: neither their states nor their laws are held for all."""
-        batch, vocab = state.prompt.shape[0], lm.vocab_size
-        width = min(_BLOCK[head.kind], vocab)
+    def over_vocabulary(params: Params, state: DistributionState, hidden: Array | None) -> Array:
+        """q [B,...,V] after hidden [B,...,D], in blocks of tokens: neither their states nor their laws are held for
+        all."""
+        rows, vocab = state.prompt.shape[:1] if hidden is None else hidden.shape[:-1], lm.vocab_size
+        width = min(max(_BLOCK[head.kind] // math.prod(rows[1:]), 1), vocab)
         ids = jnp.minimum(jnp.arange(-(-vocab // width) * width, dtype=jnp.int32), vocab - 1).reshape(-1, width)
 
         def block(tokens: Array) -> Array:
-            each = jnp.broadcast_to(tokens, (batch, width))
-            if state.hidden is not None:
-                return read_laws(state, lm.laws_after(params, state.hidden, each))
+            each = jnp.broadcast_to(tokens, (*rows, width))
+            if hidden is not None:
+                return read_laws(state, lm.laws_after(params, hidden, each))
             return read_laws(state, lm.head(params, lm.candidates(params, state.cache, each)[0]))
 
-        return jnp.moveaxis(jax.lax.map(block, ids), 0, 1).reshape(batch, -1)[:, :vocab]
+        return jnp.moveaxis(jax.lax.map(block, ids), 0, -2).reshape(*rows, -1)[..., :vocab]
 
     def score(
         params: Params, rng: Array, state: DistributionState, output: StepOutput, candidates: Candidates | None
     ) -> tuple[Scores, State]:
         own = fields_of(params, DistributionParams).head
         if candidates is None:
-            return known(over_vocabulary(own, state)), state
+            return known(over_vocabulary(own, state, state.hidden)), state
         if state.hidden is not None:
             found = lm.laws_after(own, state.hidden, candidates)
             return known(read_laws(state, found)), state._replace(candidates=candidates)
@@ -147,6 +168,32 @@ def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
         moved = None if proposal.hidden is None else where_rows(choice < 0, proposal.hidden, hidden)
         return proposal._replace(cache=cache, hidden=moved, candidates=None)
 
+    def verify(
+        params: Params,
+        rng: Array,
+        state: DistributionState,
+        outputs: StepOutput,
+        candidates: Array | None,
+        tokens: Array,
+        mask: Array,
+        choices: Array,
+    ) -> tuple[Array, State]:
+        del rng, outputs, choices
+        own = fields_of(params, DistributionParams).head
+        hidden, block = read_block(lm, own, state.cache, tokens, mask)
+        before = None if candidates is None else joined(state.candidates, candidates)
+        if candidates is None:
+            q = over_vocabulary(own, state, hidden)
+        else:
+            q = read_laws(state, lm.laws_after(own, hidden, candidates))
+        return known(q), VerifiedLaws(state, block, joined(state.hidden, hidden), before)
+
+    def accept(params: Params, proposal: VerifiedLaws, count: Array) -> State:
+        del params
+        hidden, candidates = at((proposal.hidden, proposal.candidates), count)
+        cache = append_block(lm, proposal.block, count)
+        return proposal.state._replace(cache=cache, hidden=hidden, candidates=candidates)
+
     fits = prompt_check(lm)
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
@@ -156,7 +203,8 @@ def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
             per_row(given[name], prompt_index(prompts).shape[0], name=name)
         fits(own, prompts, max_new_tokens)
 
-    return Critic(init, score, advance, "level", check, lm.vocab_size, 1.0 if weighs else None)
+    critic = Critic(init, score, advance, "level", check, lm.vocab_size, 1.0 if weighs else None)
+    return critic._replace(verify=verify, accept=accept) if by_token and reads_blocks(lm) else critic
 
 
 def with_numbers(critic: Critic, numbers: dict[str, float]) -> Critic:
@@ -180,7 +228,25 @@ def with_numbers(critic: Critic, numbers: dict[str, float]) -> Critic:
         if critic.check is not None:
             critic.check(full(params), prompts, max_new_tokens)
 
-    return critic._replace(init=init, score=score, advance=advance, check=check)
+    def verify(
+        params: Params,
+        rng: Array,
+        state: State,
+        outputs: StepOutput,
+        candidates: Array | None,
+        tokens: Array,
+        mask: Array,
+        choices: Array,
+    ) -> tuple[Array, State]:
+        assert critic.verify is not None
+        return critic.verify(full(params), rng, state, outputs, candidates, tokens, mask, choices)
+
+    def accept(params: Params, proposal: State, count: Array) -> State:
+        assert critic.accept is not None
+        return critic.accept(full(params), proposal, count)
+
+    fixed = critic._replace(init=init, score=score, advance=advance, check=check)
+    return fixed if critic.verify is None else fixed._replace(verify=verify, accept=accept)
 
 
 def laws(lm: models.LanguageModel, params: Params, prompts: TokenBatch) -> Array:

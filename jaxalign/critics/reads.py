@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -93,6 +93,7 @@ class Read:
       value: of a reward reading; None of a log-weight reading.
       positive: the numbers that are > 0.
       shares: the numbers that are in (0, 1].
+      relative: whether a constant in all rewards leaves the tilt as it is, so that `origin` may be taken out of them.
       free: names of further parameters, of any form.
       on_atoms: in place of `log_omega` or `value` where every reward is a support point; None: the same function.
     """
@@ -105,6 +106,7 @@ class Read:
     free: tuple[str, ...] = ()
     on_atoms: Any = None
     shares: tuple[str, ...] = ()
+    relative: bool = False
 
 
 def of(
@@ -147,6 +149,20 @@ def check_numbers(read: Read, numbers: Any) -> None:
             raise ValueError(f"{name}: expected a number, found {found}")
         if name in read.shares and not ((found > 0) & (found <= 1)).all():
             raise ValueError(f"{name}: expected a share in (0, 1], found {found}")
+
+
+def origin(support: Sequence[float]) -> float:
+    """The reward that relative readings are set against: 0, or the middle of a support that lies ten times its own
+    width from 0: float32 then has too few digits left for its differences.
+
+    Args:
+      support: c_1 ≤ … ≤ c_K.
+
+    Returns:
+      A constant in units of reward.
+    """
+    middle, width = (support[0] + support[-1]) / 2, support[-1] - support[0]
+    return middle if abs(middle) > 10 * width else 0.0
 
 
 def log_weights(
@@ -211,11 +227,12 @@ def soft() -> Read:
 
     Numbers: beta > 0. `tilt` with beta 1 then has the law of pi_ref(y)·exp(r^/beta)/Z, with r^ the reward rounded at
     random to the support; on a grid of width w the log-ratio to the law of r itself is at most g(w/beta) ≤ (w/beta)²/8.
+    q and log Z are those of r − `origin`, which is r unless all rewards lie far from 0 beside their differences.
 
     Returns:
       A log-weight reading.
     """
-    return Read("soft", ("beta",), _soft, positive=("beta",))
+    return Read("soft", ("beta",), _soft, positive=("beta",), relative=True)
 
 
 def _soft(numbers: Numbers, support: Array, log_p_prompt: Array) -> tuple[Array, Array]:
@@ -224,10 +241,15 @@ def _soft(numbers: Numbers, support: Array, log_p_prompt: Array) -> tuple[Array,
     return (support - support[-1]) / beta, support[-1] / beta
 
 
-def _share_above(support: Array, threshold: Array) -> Array:
-    """Ψ_i [...,K]: the share of a support point's cell, from midpoint to midpoint, above the threshold."""
+def _share_above(support: Array, threshold: Array, *, beyond: float = 0.0) -> Array:
+    """Ψ_i [...,K]: the share of a support point's cell, from midpoint to midpoint, above the threshold.
+
+    No reward lies beyond the support, where the first and the last cell end: Ψ is 1 below it and 0 from its end on.
+    beyond: by how much of their inner half they reach over it all the same."""
     middle = (support[1:] + support[:-1]) / 2
-    ends = jnp.stack([2 * support[0] - middle[0], 2 * support[-1] - middle[-1]])
+    ends = jnp.stack(
+        [support[0] - beyond * (middle[0] - support[0]), support[-1] + beyond * (support[-1] - middle[-1])]
+    )
     low = jnp.concatenate([ends[:1], middle])
     high = jnp.concatenate([middle, ends[1:]])
     width = high - low
@@ -248,7 +270,9 @@ def follower(*, solve: bool = False) -> Read:
 
     Numbers: beta and bound > 0, and the threshold m, or with `solve` none: m is then the leader's optimum for the law
     of the prompt, `shaping.optimal_threshold`. Ψ is 1[c > m] where every reward is a support point, and the reading is
-    exact; on a grid it is the share of a point's cell above m, a trapezoid in place of the step.
+    exact; on a grid it is the share of a point's cell above m, a trapezoid in place of the step. Nothing exceeds a
+    threshold at the end of the support; one that is solved lies below the last point, whose cell is then whole, since
+    it was solved for a law that has the point as an atom.
 
     Args:
       solve: whether the threshold is solved from the law of the prompt.
@@ -257,8 +281,9 @@ def follower(*, solve: bool = False) -> Read:
       A log-weight reading.
     """
     names = ("beta", "bound") if solve else ("beta", "bound", "threshold")
-    grid, atoms = (functools.partial(_follower, above, solve) for above in (_share_above, _atoms_above))
-    return Read("follower", names, grid, positive=("beta", "bound"), on_atoms=atoms)
+    share = functools.partial(_share_above, beyond=1.0 if solve else 0.0)
+    grid, atoms = (functools.partial(_follower, above, solve) for above in (share, _atoms_above))
+    return Read("follower", names, grid, positive=("beta", "bound"), on_atoms=atoms, relative=solve)
 
 
 def _follower(above: Any, solve: bool, numbers: Numbers, support: Array, log_p_prompt: Array) -> tuple[Array, Array]:
@@ -378,7 +403,7 @@ def chi_squared() -> Read:
 
     Source: inference-time pessimism, arXiv 2503.21878.
     """
-    return Read("chi_squared", ("beta",), _chi_squared, positive=("beta",))
+    return Read("chi_squared", ("beta",), _chi_squared, positive=("beta",), relative=True)
 
 
 def _chi_squared(numbers: Numbers, support: Array, log_p_prompt: Array) -> Array:
@@ -404,7 +429,7 @@ def kl() -> Read:
     Returns:
       A log-weight reading.
     """
-    return Read("kl", ("nats",), _kl, positive=("nats",))
+    return Read("kl", ("nats",), _kl, positive=("nats",), relative=True)
 
 
 def _kl(numbers: Numbers, support: Array, log_p_prompt: Array) -> tuple[Array, Array]:
