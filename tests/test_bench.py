@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 
 import pytest
 
 from eval.bench import __main__ as bench
-from eval.bench import score, train, transfer
+from eval.bench import preset, score, train, transfer
+from eval.bench.gpu import child
 from jaxalign import losses, models
 from tests.conftest import on_devices
 
@@ -202,11 +204,13 @@ def test_the_benchmarks_are_listed(capsys):
         ("train", ("--length", "1"), "length"),
         ("shaping", ("--samples", "0"), "samples"),
         ("shaping", ("--gain", "-1"), "gain"),
+        ("preset", ("--only", "sft"), "only: expected names of"),
+        ("preset", ("--seconds", "0"), "seconds"),
     ],
 )
 def test_bad_values_are_named(name, extra, match, tmp_path):
     with pytest.raises(ValueError, match=match):
-        bench.main([name, *SIZES[name], *extra, "--out", str(tmp_path / "out")])
+        bench.main([name, *SIZES.get(name, ()), *extra, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -264,3 +268,73 @@ def test_train_refuses_a_wrong_result(monkeypatch, error):
     monkeypatch.setattr(losses, "language_model", lambda *args, **options: right(*args, **options) + error)
     with pytest.raises(RuntimeError, match=r"train sft: expected torch's loss .* after 0 steps"):
         train.run(TRAIN)
+
+
+GPU = {
+    "training.sft": [{"remat": "dots"}, 1, "tokens/s"],
+    "training.lora": [{"remat": "full"}, 1, "tokens/s"],
+    "decoding.plain": [{"base": "1B"}, 1, "ms/token"],
+    "decoding.methods": [{"base": "8B"}, 5, "cost"],
+    "attention.forms": [{}, 1, "forward and backward ms"],
+}
+
+
+def told_by_child(capsys, function, options, **more):
+    asked = {"function": function, "options": options, "tiny": True, "until": time.time() + 1000} | more
+    child.work(json.dumps(asked))
+    first, *rest = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert first.keys() == {"device", "jax"}
+    return rest
+
+
+@pytest.mark.parametrize("function", GPU)
+def test_the_gpu_benchmarks_run_at_toy_size(function, capsys):
+    options, count, column = GPU[function]
+    found = told_by_child(capsys, function, options)
+    assert [line.keys() for line in found] == [{"row"}] * count
+    assert all(line["row"][column] > 0 and line["row"]["compile s"] >= 0 for line in found)
+    assert {benchmark.function for benchmark in preset.BENCHMARKS.values()} == GPU.keys()
+
+
+def test_a_gpu_benchmark_begins_no_row_too_late_and_goes_on_after_a_failure(capsys, monkeypatch):
+    late = told_by_child(capsys, "attention.forms", {}, until=0)
+    assert late == [{"left out": "chunks, 1 x 9"}]
+    toy = child.sizes.of(tiny=True)
+    monkeypatch.setattr(child.sizes, "of", lambda tiny: toy._replace(attention=((-1, 9), (1, 9))))
+    failed, whole = told_by_child(capsys, "attention.forms", {})
+    assert failed.keys() == {"failed", "why"}
+    assert whole.keys() == {"row"}
+    with pytest.raises(ValueError, match="device: expected a GPU"):
+        told_by_child(capsys, "attention.forms", {}, tiny=False)
+
+
+def test_the_gpu_preset_tells_what_failed_and_what_was_left_out(tmp_path, capsys, monkeypatch):
+    wrong = preset.Benchmark("training", "training.sft", {"remat": "most"})
+    late = preset.Benchmark("attention", "attention.forms", {})
+    named = {"wrong": wrong, "attention": late, "late": late}
+    monkeypatch.setattr(preset, "BENCHMARKS", named)
+    begun, right, now = [], preset._measure, time.time
+
+    def measure(name, *more):
+        right(name, *more)
+        begun.append(name)
+
+    monkeypatch.setattr(preset, "_measure", measure)
+    monkeypatch.setattr(preset.time, "time", lambda: now() + 1000 * (len(begun) == 2))
+    with pytest.raises(RuntimeError, match="1 of the benchmarks failed: wrong"):
+        bench.main(["--preset", "gpu", "--tiny", "--out", str(tmp_path)])
+    assert begun == ["wrong", "attention"]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert "remat: expected one of" in written["failed"]["wrong: sft, most"]
+    assert written["left out"] == ["late"]
+    assert [row["rows x length"] for row in written["parts"]["attention"]] == ["1 x 9"]
+    printed = capsys.readouterr().out
+    assert "## attention" in printed
+    assert "| form | rows x length | forward ms |" in printed
+    assert "left out: late" in printed
+
+
+def test_a_gpu_benchmark_that_runs_on_is_ended_and_told(monkeypatch):
+    monkeypatch.setattr(preset, "GRACE", 0.2)
+    with pytest.raises(RuntimeError, match="failed: attention"):
+        preset.run(preset.Config(seconds=0.1, only=("attention",), tiny=True))

@@ -46,7 +46,16 @@ QWEN: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 151936,
 }
+SMALL_LLAMA = LLAMA | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "rope_scaling": LLAMA["rope_scaling"] | {"factor": 32.0},
+    "tie_word_embeddings": True,
+}
 SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B": SMALL_LLAMA,
     "Llama-3.1-8B": LLAMA,
     "Qwen3-8B": QWEN,
     "Skywork-Reward-V2-Llama-3.1-8B": LLAMA | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1},

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import commands, models, training
-from jaxalign.training import objectives
+from jaxalign.training import dry_run, objectives
 
 from . import common
 
@@ -93,7 +93,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         row |= {f"{name} tokens/s": tokens.size / value for name, value in seconds.items()}
         if config.torch:
             row["ratio"] = seconds["torch"] / seconds["jaxalign"]
-        rows.append(row | {"jaxalign MB": _memory(compiled) / 1e6, "GFLOP": work} | difference)
+        rows.append(row | {"jaxalign MB": dry_run.bytes_held(compiled) / 1e6, "GFLOP": work} | difference)
     common.report("train", rows, config.out)
     return rows
 
@@ -173,12 +173,6 @@ def _model_flops(params: Any, config: Config) -> int:
     weights = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1) - params["transformer"]["embedding"].size
     attention = 2 * config.length * config.width * config.layers
     return int(6 * config.batch * config.length * (weights + attention))
-
-
-def _memory(compiled: Any) -> int:
-    plan = compiled.memory_analysis()
-    results = plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return int(plan.argument_size_in_bytes + results + plan.temp_size_in_bytes)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -143,7 +143,13 @@ def estimate(
 
 def held(program: Any, *args: Any) -> int:
     """The most bytes that each device holds while a compiled function runs on such arguments, arrays or shapes."""
-    memory = program.lower(*args).compile().memory_analysis()
+    return bytes_held(program.lower(*args).compile())
+
+
+def bytes_held(compiled: Any) -> int:
+    """The most bytes that each device holds while a compiled program runs, by the compiler's plan: arguments, results
+    that do not take their place, and temporaries."""
+    memory = compiled.memory_analysis()
     sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
     return int(sum(sizes) - memory.alias_size_in_bytes)
 
