@@ -50,7 +50,7 @@ def examples_page() -> str:
         "`examples/` of the repository.\n"
     ]
     for path in sorted((ROOT / "examples").rglob("*.py")):
-        if path.name == "__init__.py":
+        if path.name == "__init__.py" or path.parent.name == "tutorials":
             continue
         source = path.read_text()
         says = ast.get_docstring(ast.parse(source)) or ""
@@ -58,6 +58,24 @@ def examples_page() -> str:
         name = path.relative_to(ROOT / "examples").with_suffix("").as_posix()
         parts.append(f"\n## {name.replace('_', ' ').replace('/', ': ')}\n\n{says}\n\n```python\n{program}\n```\n")
     return "".join(parts)
+
+
+def tutorials() -> dict[str, str]:
+    """Programs in cells, each with a page of its own: place in the site -> file."""
+    found = sorted((ROOT / "examples/tutorials").glob("*.py"))
+    return {f"tutorials/{path.stem}.md": path.relative_to(ROOT).as_posix() for path in found}
+
+
+def tutorial_page(path: str) -> str:
+    """A program in cells, its text as text and its code as code."""
+    parts = []
+    for cell in (ROOT / path).read_text().split("# %%")[1:]:
+        kind, _, body = cell.partition("\n")
+        if kind.strip() == "[markdown]":
+            parts.append(re.sub(r"^# ?", "", body, flags=re.MULTILINE).strip())
+        else:
+            parts.append(f"```python\n{body.strip()}\n```")
+    return "\n\n".join(parts) + f"\n\nThe whole program is `{path}` in the repository.\n"
 
 
 def code_page(path: str) -> str:
@@ -84,6 +102,7 @@ def places() -> dict[str, str]:
         **TEXTS,
         "examples": "project/examples.md",
         **{path: f"project/{path.replace('/', '-')}.md" for path in linked_code()},
+        **{path: place for place, path in tutorials().items()},
     }
 
 
@@ -98,7 +117,8 @@ def on_files(files: Files, *, config: Any) -> Files:
     """Adds the pages that are made from other files of the repository."""
     pages = {place: (ROOT / source).read_text() for source, place in TEXTS.items()}
     pages["project/examples.md"] = examples_page()
-    pages.update({places()[path]: code_page(path) for path in linked_code()})
+    pages.update({places()[path]: code_page(path) for path in linked_code() if path not in tutorials().values()})
+    pages.update({place: tutorial_page(path) for place, path in tutorials().items()})
     pages.update({f"reference/{room}.md": reference_page(room) for room in rooms()})
     for place, content in pages.items():
         files.append(File.generated(config, place, content=content))
