@@ -157,6 +157,35 @@ def test_the_kernel_is_cudnns_where_it_serves(cut, monkeypatch):
         assert name in text
 
 
+@pytest.mark.parametrize("cut", [0, 1])
+def test_on_a_gpu_the_kernel_is_as_close_to_float32_as_the_other_forms(cut, monkeypatch):
+    lm, params = tiny_lm(0, dtype="bfloat16", max_length=256, head_dim=8, windows=(None, 70))
+    if not row_attention.kernel_fits(lm.config, lm.dtype):
+        pytest.skip("no GPU on which the kernel serves")
+    mask = row_mask().mask[:, : LENGTH - cut]
+    tokens = jax.random.randint(jax.random.key(3), mask.shape, 0, lm.vocab_size)
+
+    def all_of_it(dtype):
+        """Hidden states and gradients, as one vector of float32."""
+        of = dataclasses.replace(lm, dtype=dtype)
+
+        def read(params):
+            return jnp.where(mask[..., None], of.hidden(params, tokens, mask=mask), 0).astype(jnp.float32)
+
+        both = lambda params: (read(params), jax.grad(lambda params: jnp.sin(read(params)).sum())(params))  # noqa: E731
+        return [
+            np.concatenate([np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(part)])
+            for part in jax.jit(both)(jax.tree.map(lambda x: x.astype(dtype), params))
+        ]
+
+    with jax.default_matmul_precision("highest"):
+        exact = all_of_it("float32")
+    kernel = all_of_it("bfloat16")
+    monkeypatch.setattr(transformer, "kernel_fits", lambda config, dtype: False)
+    for one, other, right in zip(kernel, all_of_it("bfloat16"), exact, strict=True):
+        assert np.linalg.norm(one - right) < 2 * np.linalg.norm(other - right) < 0.05 * np.linalg.norm(right)
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_dim", "fits"),
     [
@@ -172,6 +201,7 @@ def test_the_kernel_is_cudnns_where_it_serves(cut, monkeypatch):
 )
 def test_the_kernel_serves_half_precision_on_ampere_and_later(capability, dtype, head_dim, fits, monkeypatch):
     config = tiny_lm(0, head_dim=head_dim)[0].config
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert not row_attention.kernel_fits(config, dtype)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [type("Device", (), {"compute_capability": capability})])
