@@ -31,6 +31,7 @@ def parse(config: type[C], *, description: str, args: Sequence[str] | None = Non
 
     FILE is JSON or TOML with the options' names as keys, as config.json of a run holds them; a table under a group's
     name may hold that group's. An option on the command line replaces the file's value whole, a repeatable one too.
+    preset:NAME stands for the file NAME.toml of train/presets, whose name begins with that of the job.
 
     Args:
       config: the dataclass; the docstrings of its fields are the options' help.
@@ -178,7 +179,7 @@ def _config_option(arguments: Sequence[str]) -> str | None:
 
 def _read(config: type[Any], path: str) -> dict[str, Any]:
     """Option -> value of a file, each of its option's type."""
-    file = pathlib.Path(path)
+    file = _preset(path.removeprefix(PRESET), job_of(config)) if path.startswith(PRESET) else pathlib.Path(path)
     if not file.is_file():
         raise ValueError(f"config: expected a JSON or TOML file, found none at {path}")
     try:
@@ -189,6 +190,28 @@ def _read(config: type[Any], path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"config: expected field names and values in {path}, found a {type(values).__name__}")
     return _checked(config, values, path, name="config")
+
+
+PRESET = "preset:"
+"""What a name of a file in train/presets begins with, as --config takes it."""
+
+
+def _preset(name: str, job: str) -> pathlib.Path:
+    """The file of a preset of a job. ValueError that lists them where there is none of this name."""
+    here = pathlib.Path(__file__).parent
+    folders = [folder / "train" / "presets" for folder in (here / "launch", here.parent)]  # of a wheel, of a clone
+    found = {path.stem: path for folder in folders for path in folder.glob(f"{job}_*.toml")}
+    if name not in found:
+        known = f"one of {', '.join(sorted(found))}" if found else "a file, since there are no presets"
+        raise ValueError(f"config: expected {known} for {job}, found {PRESET}{name}")
+    return found[name]
+
+
+def job_of(config: type[Any]) -> str:
+    """The name of the job whose Config this is: that of its module, also where this runs as a program."""
+    module = config.__module__
+    spec = getattr(sys.modules[module], "__spec__", None)
+    return str(module if module != "__main__" or spec is None else spec.name).rpartition(".")[2]
 
 
 def _checked(config: type[Any], values: Mapping[str, Any], where: str, *, name: str = "options") -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 import warnings
 
 import pytest
@@ -280,6 +281,8 @@ def test_the_wheel_holds_every_package(monkeypatch):
     mapped = {name if name.startswith("jaxalign") else f"jaxalign.launch.{name}" for name in names}
     assert set(kept["packages"]) == mapped
     assert kept["package_dir"] == {"jaxalign.launch.train": "train", "jaxalign.launch.eval": "eval"}
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert data["jaxalign.launch.train"] == ["presets/*.toml"]
 
 
 def test_a_warning_is_one_line_without_its_place(capsys):

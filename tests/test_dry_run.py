@@ -11,8 +11,9 @@ import pytest
 
 from eval import decode
 from jaxalign import models, training
-from jaxalign.training import dry_run
+from jaxalign.training import dry_run, states
 from jaxalign.worlds import opinions
+from tests.conftest import tiny_lm
 from train import arm, calibrate, distil, dpo, reward_model, rl, sft, shaping, value, world
 
 GOLD = "jaxalign.worlds.opinions:golds"
@@ -135,6 +136,15 @@ def test_a_mesh_of_more_devices_is_compiled_for_simulated_ones(folder, capsys):
     assert "compiled for 4 of cpu" in told
     with pytest.raises(ValueError, match=r"^mesh: expected .* divides the rows of a micro-batch, 8, found"):
         sft.main([*JOBS["sft"][1].format(folder=folder).split(), "--mesh", "data=3", "--dry-run", "--out", "none"])
+
+
+def test_a_head_of_a_dry_run_is_a_shape():
+    lm, params = tiny_lm()
+    shapes = jax.eval_shape(lambda: params)
+    _, found = states.replace_head(lm, shapes, models.Head("value", hidden_size=8), jax.random.key(0))
+    _, real = states.replace_head(lm, params, models.Head("value", hidden_size=8), jax.random.key(0))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(found))
+    assert found == jax.eval_shape(lambda: real)
 
 
 def test_what_fits_leaves_room_for_the_runtime():

@@ -228,7 +228,7 @@ def on_enough_devices(config: Any, mesh: str) -> None:
     program = "import json, sys; from jaxalign import commands; commands.run(sys.argv[1], **json.loads(sys.argv[2]))"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={needed}"
     found = subprocess.run(
-        [sys.executable, "-c", program, _job_of(config), options],
+        [sys.executable, "-c", program, _options.job_of(type(config)), options],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -238,10 +238,3 @@ def on_enough_devices(config: Any, mesh: str) -> None:
         raise ValueError(found.stderr.strip().rpartition("\n")[2].removeprefix("ValueError: "))
     print(found.stdout, end="", flush=True)
     raise Told
-
-
-def _job_of(config: Any) -> str:
-    """The name of the job whose Config this is."""
-    module = type(config).__module__
-    spec = getattr(sys.modules[module], "__spec__", None)
-    return str(module if module != "__main__" or spec is None else spec.name).rpartition(".")[2]

@@ -14,6 +14,7 @@ from jaxalign import models
 from jaxalign._checks import check_rng
 from jaxalign.models import sharding
 from jaxalign.models.hf import folders
+from jaxalign.training import dry_run
 from jaxalign.training.options import OptimizerOptions
 from jaxalign.training.step import TrainState, adamw
 from jaxalign.training.step import create as create_state
@@ -48,12 +49,12 @@ def replace_head(
 
     Args:
       lm: the model.
-      params: its parameters.
+      params: its parameters, or their shapes.
       head: the new head, None for a language model.
       rng: a key for the head's weights; consumed.
 
     Returns:
-      The model and its parameters; those of a new head are float32.
+      The model and its parameters; those of a new head are float32, and shapes where the others are.
 
     Raises:
       ValueError: a language model is to be made of a classifier, which has no lm_head; an rng that is no key.
@@ -64,7 +65,8 @@ def replace_head(
         raise ValueError("model: expected a language model, found a sequence classifier without lm_head")
     wanted, masters = jax.eval_shape(new.init, rng), dataclasses.replace(new, dtype="float32")
     body = {name: params["transformer"][name] for name in wanted["transformer"]}
-    return new, {"transformer": body} | ({} if head is None else {"head": masters.init_head(rng)})
+    made = {} if head is None else {"head": dry_run.apply(lambda body, rng: masters.init_head(rng), body, rng)}
+    return new, {"transformer": body} | made
 
 
 def with_stored_head(params: Params, folder: str, mesh: jax.sharding.Mesh | None) -> Params:
