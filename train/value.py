@@ -104,7 +104,7 @@ def run(config: Config) -> dict[str, Any]:
         params = job.fit(started, data, loss, collate, frozen=frozen)
 
     summary = values.measure_values(options, started.lm, params, learned, data, collate, config.optimizer.batch_size)
-    return job.finish(started, params, data, summary)
+    return job.finish(started, params, data, summary, values.about_laws(options, rolled, started))
 
 
 def _following(config: Config, out: pathlib.Path) -> str:

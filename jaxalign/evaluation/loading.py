@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from jaxalign import models, rewards
 from jaxalign._checks import check_prompt_fits
+from jaxalign.evaluation.options import ResponseOptions
+from jaxalign.evaluation.specs import Spec
 from jaxalign.models import sharding
+from jaxalign.training import law_sources
 from jaxalign.types import Params, Reward, TokenBatch
 
 Model: TypeAlias = tuple[models.LanguageModel, Params]
@@ -128,3 +132,24 @@ def scorers(
             # Compiled as a whole: on a mesh a program's numbers do not lie as a model's do. A program alone is not.
             out[name] = Scorer(reward if params is None else rewards.compiled(reward), params, reward)
     return out
+
+
+def check_laws(options: ResponseOptions, specs: Sequence[Spec], tokenizer: Any) -> None:
+    """Checks that the heads of laws of a run were learned with its base, reward, template and limit.
+
+    Args:
+      options: model, reward and max_new_tokens are read.
+      specs: the methods.
+      tokenizer: the base's.
+
+    Raises:
+      ValueError: as `law_sources.check`. A head that does not tell is passed over, which is printed.
+    """
+    folders = {term.folder: term.critic for spec in specs for term in spec.terms}
+    told = [folder for folder in folders if (pathlib.Path(folder) / law_sources.FILE).is_file()]
+    for folder, critic in folders.items():
+        if critic == "distribution" and folder not in told:
+            print(f"note: {folder} has no {law_sources.FILE}; of which base and reward its laws are is not known")
+    law_sources.check(
+        told, base=options.model, reward=options.reward, tokenizer=tokenizer, max_new_tokens=options.max_new_tokens
+    )

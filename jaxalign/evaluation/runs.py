@@ -58,6 +58,7 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
         folders |= spec.folders
     if options.dry_run:
         fits.tell(options, specs, lambda spec: METHODS[spec.kind], folders, texts, reader)
+    loading.check_laws(options, specs, tokenizer)
     loaded = loading.load(folders, tokenizer, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
     base, params = loaded["model"]
     check_language_model("model", base, options.model)

@@ -248,7 +248,13 @@ def first_rows(tree: Any, count: int) -> Any:
 
 
 def finish(
-    out: pathlib.Path, started: StartedModel, params: Params, data: Data, summary: dict[str, Any], following: str
+    out: pathlib.Path,
+    started: StartedModel,
+    params: Params,
+    data: Data,
+    summary: dict[str, Any],
+    following: str,
+    beside: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes model/ and summary.json, and prints the figures and the next command.
 
@@ -259,12 +265,15 @@ def finish(
       data: its numbers of rows go into the summary.
       summary: figures of the run.
       following: the command that comes next.
+      beside: name of a further JSON file in model/ -> what it holds.
 
     Returns:
       The summary as it is written, last of all: where summary.json is, the run is whole.
     """
     lm = models.LanguageModel(with_taught(started, data).lm.config, "float32")
     models.save(out / "model", lm, params, tokenizer=started.tokenizer, overwrite=True)
+    for name, value in (beside or {}).items():
+        _io.write_json(out / "model" / name, value)
     rows = {"rows": len(data.train), "validation_rows": len(data.validation), "skipped_rows": data.skipped}
     summary = rows | dict(data.counts) | summary
     _io.write_json(out / "summary.json", summary)

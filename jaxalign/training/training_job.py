@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxalign import _io, models
@@ -170,7 +170,12 @@ class Job:
         return functions.evaluate(f, params, rows, collate, self.config.optimizer.batch_size)
 
     def finish(
-        self, started: functions.StartedModel, params: Params, data: functions.Data, summary: dict[str, Any]
+        self,
+        started: functions.StartedModel,
+        params: Params,
+        data: functions.Data,
+        summary: dict[str, Any],
+        beside: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Writes the trained model and the summary, and prints the figures and the next command.
 
@@ -179,9 +184,10 @@ class Job:
           params: the trained parameters.
           data: its numbers of rows go into the summary.
           summary: figures of the run.
+          beside: name of a further JSON file in model/ -> what it holds.
 
         Returns:
           The summary as it is written to summary.json, last of all: where that file is, the run is whole.
         """
         with adapters.whole(params, folder=self.config.model.model, out=self.out) as whole:
-            return functions.finish(self.out, started, whole, data, summary, self.following)
+            return functions.finish(self.out, started, whole, data, summary, self.following, beside)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxalign import _hosts, models, shaping
 from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
-from jaxalign.training import adapters, dry_run, hidden_states, laws, objectives, rollouts
+from jaxalign.training import adapters, dry_run, hidden_states, law_sources, laws, objectives, rollouts
 from jaxalign.training import job as functions
 from jaxalign.training.options import RolloutOptions, check_finite, check_rollout_options
 from jaxalign.training.step import Loss, LossAux
@@ -215,6 +215,18 @@ def with_support(
     return laws.for_rewards(
         started, [row.utility for row in rows], bins=options.bins, atoms=laws.atoms_of(options.atoms)
     )
+
+
+def about_laws(
+    options: ValueOptions, rolled: RolloutOptions, started: functions.StartedModel
+) -> dict[str, dict[str, Any]] | None:
+    """What is written beside a head of laws, by the name of its file: what the laws are of. None for another head."""
+    if options.objective != "distribution" or dry_run.is_abstract(started.params):
+        return None
+    of_base = not options.responses or options.targets == "bellman"
+    given = bool(options.responses)
+    about = law_sources.made_with(rolled, started.tokenizer, responses=given, of_base=of_base, clipped=0.0)
+    return {law_sources.FILE: about}
 
 
 def following(options: ValueOptions, folder: str) -> str:
