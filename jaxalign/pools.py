@@ -119,7 +119,10 @@ def worst_case() -> ScorePool:
     the implicit function on the face of the weights that are not 0. m numbers are solved for at each state, over sums
     of m·K.
 
-    pool_params: {"beta"}, that of the tilt: a number, or a table [N] by the prompt's index.
+    pool_params: {"beta"}, that of the tilt: a number, or a table [N] by the prompt's index. The pool does not see the
+    tilt's: give one array to both, `TiltParams(base, PoolParams(values, {"beta": beta}), beta)`, and the derivative in
+    beta is that of the whole. At another beta the weights are those of another problem, and nothing tells. A blockwise
+    search, which has no beta, takes the one given here.
 
     Returns:
       A function for `critics.pool`.

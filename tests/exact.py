@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -69,3 +70,44 @@ def total_variation(log_p: np.ndarray, log_q: np.ndarray) -> float:
 def kl(log_p: np.ndarray, log_q: np.ndarray) -> float:
     p = np.exp(log_p)
     return float(np.where(p > 0, p * (np.where(p > 0, log_p, 0) - log_q), 0).sum())
+
+
+def beam_law(t: tree.Tree, log_base, q, *, width: int, samples: int) -> np.ndarray:
+    """log of the law [M] of beam search with blocks of one token, by going through all draws of all blocks: q [S,V] is
+    the level critic, ties keep the first, and a response that has ended stands once among those that are compared."""
+    base, score = np.exp(np.asarray(log_base, np.float64)), np.asarray(q, np.float64)
+    tokens, mask = (np.asarray(x) for x in t.responses)
+    number = {tuple(row[real].tolist()): i for i, (row, real) in enumerate(zip(tokens, mask, strict=True))}
+
+    def node(path):
+        s = 0
+        for z in path:
+            s = t.vocab_size * s + 1 + z
+        return s
+
+    def value(path):
+        return score[node(path[:-1]), path[-1]]
+
+    searches = {((),): 1.0}
+    for _ in range(t.horizon):
+        after: dict[tuple, float] = {}
+        for beams, p in searches.items():
+            beams = beams if beams != ((),) else ((),) * width  # a prompt begins with all its beams
+            going = [path not in number for path in beams]
+            for draw in itertools.product(range(t.vocab_size), repeat=samples * sum(going)):
+                each, texts, share = iter(draw), [], p
+                for path, goes in zip(beams, going, strict=True):
+                    if not goes:
+                        texts.append(path)
+                        continue
+                    for z in itertools.islice(each, samples):
+                        texts.append((*path, z))
+                        share *= base[node(path), z]
+                kept = sorted(sorted(range(len(texts)), key=lambda i: -value(texts[i]))[:width])
+                key = tuple(texts[i] for i in kept)
+                after[key] = after.get(key, 0) + share
+        searches = after
+    law = np.zeros(len(tokens))
+    for beams, p in searches.items():
+        law[number[max(beams, key=value)]] += p
+    return np.log(law)

@@ -12,6 +12,7 @@ import pytest
 
 from jaxalign import decoding, metrics, policies, rewards, tree
 from tests import exact
+from tests.cases import weighted_tokens
 from tests.conftest import EOS, PROMPTS, padded, tiny_lm
 from tests.sampling import assert_mean, chi_square, index_of
 
@@ -161,3 +162,59 @@ def test_best_of_n_first_above_on_language_models_and_bad_requests():
     broken = rewards.from_numpy(lambda t, m, p, i: np.where(i == 2, np.nan, 0.0))
     with pytest.raises(ValueError, match=r"reward: expected numbers, found NaN for prompts \[2\]"):
         draw(reward=broken, arguments={"reward": None})
+
+
+# Samples that are dropped half-way ------------------------------------------------------------------------------------
+
+
+def test_dropped_samples_leave_the_others_as_they_are():
+    """Of 6 draws the best 4 by their first token and the best 2 by two go on; those are drawn as without dropping."""
+    prompts, params = exact.one_prompt(5)._replace(index=jnp.arange(5)), {"reward": jnp.sin(jnp.arange(4.0))}
+    params["policy"] = exact.tables(TREE, 3)[0]
+    arguments = {"num_samples": 6, "max_new_tokens": 3}
+    every = decoding.best_of_n(tree.policy(TREE), weighted_tokens, params, jax.random.key(4), prompts, **arguments)
+    found = decoding.best_of_n(
+        tree.policy(TREE), weighted_tokens, params, jax.random.key(4), prompts, drop=((1, 4), (2, 2)), **arguments
+    )
+    assert found.info.samples.tokens.shape == (5, 2, 3)
+    samples = every.info.samples
+    for row in range(5):
+        left = list(range(6))
+        for end, keep in ((1, 4), (2, 2)):
+            part = jax.tree.map(lambda x, i=row: x[i], samples)
+            part = part._replace(mask=part.mask & (jnp.arange(3) < end))
+            six = jax.tree.map(lambda x, i=row: jnp.repeat(x[i : i + 1], 6, axis=0), prompts)
+            score = np.asarray(weighted_tokens(params["reward"], *decoding.join(six, part), None))
+            left = sorted(sorted(left, key=lambda j, score=score: -score[j])[:keep])
+        for name in ("tokens", "mask", "log_prob", "kl", "finished"):
+            expected = np.asarray(getattr(samples, name))[row, left]
+            np.testing.assert_array_equal(np.asarray(getattr(found.info.samples, name))[row], expected, err_msg=name)
+        best = left[int(np.argmax(np.asarray(every.info.reward)[row, left]))]
+        np.testing.assert_array_equal(found.completions.tokens[row], samples.tokens[row, best])
+    np.testing.assert_array_equal(found.kl.value, every.kl.value)
+
+
+def test_what_dropping_refuses():
+    params = {"policy": exact.tables(TREE, 3)[0], "reward": jnp.ones(4)}
+
+    def drawn(reward=weighted_tokens, **given):
+        given = {"num_samples": 4, "max_new_tokens": 3} | given
+        return decoding.best_of_n(tree.policy(TREE), reward, params, jax.random.key(0), exact.one_prompt(2), **given)
+
+    rising = "drop: expected tokens that rise below max_new_tokens = 3 and counts that fall below num_samples = 4"
+    for drop, match in (
+        (((3, 2),), rising),
+        (((1, 4),), rising),
+        (((2, 3), (1, 2)), rising),
+        (((1, 2), (2, 2)), rising),
+        (((0, 2),), "drop: tokens: expected at least 1, found 0"),
+        (((1, 0),), "drop: samples kept: expected at least 1, found 0"),
+        ((1, 2), r"drop: expected pairs \(tokens, samples kept\), found \(1, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            drawn(drop=drop)
+    with pytest.raises(ValueError, match="drop: expected all samples in one program, found chunk=2"):
+        drawn(drop=((1, 2),), chunk=2)
+    params["reward"] = jnp.ones(TREE.num_responses)  # a table of whole responses
+    with pytest.raises(ValueError, match=r"reward: expected numbers for partial texts, found NaN for prompts \[0, 1\]"):
+        drawn(tree.reward(TREE), drop=((1, 2),))

@@ -95,6 +95,7 @@ CRITICS = {
         critics.DistributionParams(LAWS_PARAMS, {"beta": jnp.asarray(0.5)}),
     ),
     "from_policy": lambda: (critics.from_policy(base()), PARAMS),
+    "from_apply": lambda: (critics.from_apply(logits, kind="increment", vocab_size=VOCAB), PARAMS),
     "increment_of": lambda: (critics.increment_of(critics.value(Q)), Q_PARAMS),
     "pool": lambda: (
         critics.pool([critics.value(Q), critics.value(Q)], pools.minimum),
@@ -127,7 +128,7 @@ def tilted(name):
 
 def builders(package: types.ModuleType) -> set[str]:
     """The functions of a package that build something, by its face."""
-    no_builders = {"from_nnx", "from_torch", "linear_value", "read_generation_config"}
+    no_builders = {"from_equinox", "from_nnx", "from_torch", "linear_value", "read_generation_config"}
     no_builders |= {"effective_rollouts", "laws", "look_up", "reads"}
     return {name for name in package.__all__ if not isinstance(getattr(package, name), type)} - no_builders
 

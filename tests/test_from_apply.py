@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import decoding, policies, testing
+from jaxalign import critics, decoding, policies, rewards, testing
 from tests.cases import tiny_lm
 from tests.conftest import EOS, PROMPTS, VOCAB, padded
 
@@ -145,6 +145,117 @@ def test_a_torch_module_is_read_on_the_host(monkeypatch):
     for row, prompt in enumerate(PROMPTS):
         assert int(found.tokens[row, 0]) == table[prompt[-1]].argmax()
     assert set(seen) == {(np.dtype(np.int64), np.dtype(bool))}
+
+
+def test_an_equinox_module_and_its_gradients():
+    equinox = pytest.importorskip("equinox")
+
+    class Bigram(equinox.Module):
+        table: jax.Array
+        scale: float
+
+        def __call__(self, tokens, mask):
+            return self.scale * self.table[tokens]
+
+    (policy, params), (again, _) = (policies.from_equinox(Bigram(WEIGHTS, 2.0), vocab_size=VOCAB) for _ in range(2))
+    assert again is policy
+    assert policies.from_equinox(Bigram(WEIGHTS, 3.0), vocab_size=VOCAB)[0] is not policy
+    tokens, mask = jnp.array([[1, 2], [3, 3], [0, 5], [6, 7], [9, 9]]), jnp.ones((5, 2), bool)
+
+    def total(given):
+        return decoding.log_prob(policy, given, jax.random.key(0), padded(PROMPTS), tokens, mask).log_prob.sum()
+
+    table, lasts = jax.nn.log_softmax(2 * WEIGHTS), [prompt[-1] for prompt in PROMPTS]
+    expected = sum(table[last, row[0]] + table[row[0], row[1]] for last, row in zip(lasts, tokens, strict=True))
+    np.testing.assert_allclose(total(params), expected, rtol=1e-5)
+    assert float(jnp.abs(jax.grad(total)(params).table[6, 1])) > 0
+    critic, own = critics.from_equinox(Bigram(WEIGHTS, 1.0), kind="increment")
+    tilted = policies.tilt(policy, critic)
+    found = tilted.init(policies.TiltParams(params, own, 1.0), jax.random.key(0), padded(PROMPTS), 2)[1]
+    np.testing.assert_allclose(found.log_prob, jax.nn.log_softmax(3 * WEIGHTS)[jnp.array(lasts)], atol=1e-5)
+
+
+def place_scores(params, tokens, mask):
+    """A score of each next token that the whole text so far changes; padding has none."""
+    return jnp.where(mask[..., None], decayed(params, tokens, mask) / 3, jnp.nan)
+
+
+def text_scores(params, tokens, mask):
+    """The score of a text: that of its last token among those of the text before it, increments summed."""
+    each = jnp.where(mask, jnp.take_along_axis(params[tokens[:, 0]], tokens, axis=1), 0)
+    return (each * jnp.arange(1, mask.shape[1] + 1)).sum(axis=1) / 10
+
+
+@pytest.mark.parametrize(("f", "kind", "per"), [(place_scores, "increment", "token"), (text_scores, "level", "text")])
+def test_the_laws_of_a_function_as_a_critic(f, kind, per):
+    critic = critics.from_apply(f, kind=kind, per=per, vocab_size=VOCAB)
+    testing.check_critic(critic, WEIGHTS, padded(PROMPTS), vocab_size=VOCAB, max_new_tokens=3)
+
+
+def test_a_function_of_texts_is_the_reward_of_the_same_function():
+    """A level critic of texts is its Reward at each prefix: for whole texts and for each candidate."""
+    critic, reward = critics.from_apply(text_scores, kind="level", per="text"), rewards.from_apply(text_scores)
+    tokens, prompts = jnp.array([[1, 2], [3, 3], [0, 5], [6, 7], [9, 9]]), padded(PROMPTS)
+    policy = policies.tilt(policies.from_apply(decayed, vocab_size=VOCAB), critic)
+    params = policies.TiltParams(WEIGHTS, WEIGHTS, 1.0)
+    drawn = decoding.log_prob(policy, params, jax.random.key(0), prompts, tokens, jnp.ones((5, 2), bool))
+    found = (drawn.log_prob - drawn.log_prob_ref + drawn.log_norm).sum(axis=1)
+    text = decoding.join(prompts, drawn)
+    np.testing.assert_allclose(found, reward(WEIGHTS, *text, jnp.arange(5)), atol=1e-4)
+    few = jnp.broadcast_to(jnp.array([2, 7], jnp.int32), (5, 2))
+    state = critic.init(WEIGHTS, jax.random.key(0), prompts, 2)
+    output = policy.init(params, jax.random.key(0), prompts, 2)[1]
+    every, some = (critic.score(WEIGHTS, jax.random.key(0), state, output, given)[0] for given in (None, few))
+    np.testing.assert_allclose(every[:, [2, 7]], some, atol=1e-6)
+
+
+def test_modules_as_rewards():
+    nnx, equinox = pytest.importorskip("flax.nnx"), pytest.importorskip("equinox")
+
+    class Flax(nnx.Module):
+        def __init__(self):
+            self.table = nnx.Param(WEIGHTS)
+
+        def __call__(self, tokens, mask):
+            return text_scores(self.table[...], tokens, mask)
+
+    class Equinox(equinox.Module):
+        table: jax.Array
+
+        def __call__(self, tokens, mask):
+            return text_scores(self.table, tokens, mask)
+
+    text = jnp.array([[0, 1, 2], [3, 4, 5]]), jnp.array([[False, True, True], [True, True, False]])
+    rest = jnp.array([1, 1]), jnp.array([0, 1])
+    expected = text_scores(WEIGHTS, jnp.array([[1, 2, 0], [3, 4, 0]]), jnp.array([[1, 1, 0], [1, 1, 0]], bool))
+    for reward, params in (rewards.from_nnx(Flax()), rewards.from_equinox(Equinox(WEIGHTS))):
+        np.testing.assert_allclose(rewards.call_reward(reward, params, *text, *rest), expected, rtol=1e-6)
+    critic, params = critics.from_nnx(Flax(), kind="level", per="text")
+    assert critic is critics.from_nnx(Flax(), kind="level", per="text")[0]
+    assert critic.init(params, jax.random.key(0), padded(PROMPTS), 2).text.tokens.shape == (5, 6)
+
+
+def test_what_a_critic_or_reward_of_a_function_refuses():
+    prompts, key = padded(PROMPTS), jax.random.key(0)
+    for build, match in (
+        (lambda: critics.from_apply(None, kind="level"), "score: expected a function, found None"),
+        (lambda: critics.from_apply(decayed, kind="levels"), "kind: expected 'level' or 'increment', found 'levels'"),
+        (lambda: critics.from_apply(decayed, kind="level", per="word"), "per: expected 'token' or 'text'"),
+        (lambda: critics.from_apply(decayed, kind="level", vocab_size=0), "vocab_size: expected at least 1 token"),
+        (lambda: rewards.from_apply(3), "score: expected a function, found 3"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            build()
+    base = policies.from_apply(decayed, vocab_size=VOCAB)
+    for f, per, match in (
+        (text_scores, "token", r"score \(text_scores\): expected shape \(5, 6, 11\), a score per text, place"),
+        (decayed, "text", r"score \(decayed\): expected shape \(55,\), a score per text, found"),
+    ):
+        tilted = policies.tilt(base, critics.from_apply(f, kind="level", per=per))
+        with pytest.raises(ValueError, match=match):
+            tilted.init(policies.TiltParams(WEIGHTS, WEIGHTS, 1.0), key, prompts, 2)
+    with pytest.raises(ValueError, match=r"decayed: expected one real number per text, shape \(5,\)"):
+        rewards.from_apply(decayed)(WEIGHTS, prompts.tokens, prompts.mask, jnp.ones(5, int), jnp.arange(5))
 
 
 def test_what_is_refused():

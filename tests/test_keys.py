@@ -48,9 +48,9 @@ def score(rng):
     return decoding.log_prob(BASE, TABLE, rng, BATCH, tokens, jnp.ones_like(tokens, bool))
 
 
-def blockwise(rng):
+def blocks(function, **keywords):
     params, critic = {"policy": TABLE, "critic": cases.table(5)}, tree.critic(cases.TREE, "level")
-    return decoding.blockwise(BASE, critic, params, rng, BATCH, num_samples=2, block_size=1, **SHARED)
+    return lambda rng: function(BASE, critic, params, rng, BATCH, num_samples=2, block_size=1, **keywords, **SHARED)
 
 
 def roll(rng):
@@ -80,12 +80,14 @@ CALLS = {
     "decoding.sample": lambda rng: decoding.sample(BASE, TABLE, rng, BATCH, **SHARED),
     "decoding.log_prob": score,
     "decoding.best_of_n": decode(decoding.best_of_n, REWARD, num_samples=2),
-    "decoding.blockwise": blockwise,
+    "decoding.beam": blocks(decoding.beam, width=1),
+    "decoding.blockwise": blocks(decoding.blockwise),
     "decoding.cards": decode(decoding.cards, constant_reward, params=THRESHOLDS, max_tries=2),
     "decoding.first_above": decode(decoding.first_above, REWARD, params={"reward_threshold": 0.5}, max_tries=2),
     "decoding.ggro": decode(
         decoding.ggro, constant_reward, token_scores, params={"entropy_threshold": 0.5}, num_samples=2, top_k=2
     ),
+    "decoding.power": lambda rng: decoding.power(BASE, TABLE, rng, BATCH, alpha=2.0, num_steps=1, **SHARED),
     "decoding.quest": decode(decoding.quest, REWARD, params={"beta": 1.0}, num_steps=1),
     "decoding.rejection": decode(decoding.rejection, REWARD, params={"beta": 1.0, "bound": 1.0}, max_tries=2),
     "decoding.smc": decode(decoding.smc, REWARD, params={"beta": 1.0}, num_particles=2),

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import critics, policies, testing, tree
+from jaxalign import critics, decoding, policies, testing, tree
 from jaxalign._arrays import is_supported
 from tests import exact
 from tests.conftest import PROMPTS, padded
+from tests.sampling import assert_mean
 
 TREE = tree.Tree(4, 3)
 BASE, LEVEL, INCREMENT = tree.policy(TREE), tree.critic(TREE, "level"), tree.critic(TREE, "increment")
@@ -147,6 +148,24 @@ def test_a_kl_budget_is_spent_at_each_step(tables):
     assert np.exp(greedy.log_prob[q[0].argmax()]) > 0.999
     flat = first(policies.kl_budget(BASE, LEVEL), {"policy": base, "critic": 0 * q, "kl": 0.1})
     np.testing.assert_allclose(flat.log_prob, base[0], atol=1e-6)
+
+
+def test_a_kl_budget_as_a_proposal_leaves_the_partition_function_unbiased(tables):
+    """Resampled at each step by weights that are no soft value's: E[exp(log_z)] = Z, and the weights differ."""
+    base, _, q = tables
+    tokens, mask = TREE.responses
+    last = mask.sum(1) - 1
+    rows = np.arange(len(tokens))
+    reward = jnp.asarray(np.asarray(q)[TREE.nodes[rows, last], tokens[rows, last]])
+    z = (np.exp(np.asarray(tree.response_log_prob(TREE, base))) * np.exp(np.asarray(reward) / 0.7)).sum()
+    soft = tree.q_values(TREE, tree.soft_value(TREE, base, reward=reward, beta=0.7), reward=reward)
+    params = {"policy": {"policy": base, "critic": soft, "kl": 0.1}, "reward": reward, "beta": 0.7}
+    arguments = {"num_particles": 4, "max_new_tokens": 3, "when": decoding.resampling.always}
+    found = decoding.smc(
+        policies.kl_budget(BASE, LEVEL), tree.reward(TREE), params, exact.RNG, tree.prompts(4000), **arguments
+    )
+    assert_mean(np.exp(np.asarray(found.info.log_z)), z)
+    assert np.asarray(found.info.log_weight).std() > 0.05
 
 
 def pieces(tables):

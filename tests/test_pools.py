@@ -201,3 +201,24 @@ def test_what_is_refused():
 
 def flat(pool_params, scores, log_prob, index):
     return scores.sum()
+
+
+def test_one_beta_for_the_pool_and_its_tilt():
+    """Given to both, per prompt, it gives each prompt the law of its own beta, and one derivative."""
+    base, q = exact.tables(TREE, 3)[0], exact.tables(TREE, 4)[0]
+    policy = policies.tilt(BASE, critics.pool([LEVEL, LEVEL], pools.worst_case()))
+    tokens, mask = exact.responses(TREE)
+    weight = jnp.cos(jnp.arange(mask.shape[1]))
+
+    def score(beta):
+        params = policies.TiltParams(base, critics.PoolParams([q, q[:, ::-1]], {"beta": beta}), beta)
+        prompts = tree.prompts(3)
+        found = decoding.log_prob(policy, params, exact.RNG, prompts, tokens[:3], mask[:3]).log_prob
+        return jnp.where(mask[:3], found * weight, 0).sum(axis=1)
+
+    beta = jnp.array([0.4, 0.9, 2.0])
+    each = [float(score(jnp.full(3, b))[i]) for i, b in enumerate(beta)]
+    np.testing.assert_allclose(score(beta), each, atol=1e-5)
+    slope = jax.grad(lambda b: score(b).sum())(beta)
+    moved = (score(beta + 2e-3) - score(beta - 2e-3)) / 4e-3
+    np.testing.assert_allclose(slope, moved, rtol=2e-2, atol=2e-3)

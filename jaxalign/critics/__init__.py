@@ -13,6 +13,7 @@ from jaxalign.critics._args import args
 from jaxalign.critics._combinators import MapScoresParams, ScoreMap, WeightedSumParams, map_scores, weighted_sum
 from jaxalign.critics._controlled_decoding import QHead, hidden_value, value
 from jaxalign.critics._distribution import DistributionParams, distribution, laws
+from jaxalign.critics._from_apply import TextScores, from_apply, from_equinox, from_nnx
 from jaxalign.critics._from_policy import from_policy
 from jaxalign.critics._genarm import genarm
 from jaxalign.critics._kinds import increment_of, level_of
@@ -27,12 +28,16 @@ __all__ = [
     "QHead",
     "ScoreMap",
     "ShapedParams",
+    "TextScores",
     "TransferQParams",
     "WeightedSumParams",
     "args",
     "distribution",
     "effective_rollouts",
     "follower",
+    "from_apply",
+    "from_equinox",
+    "from_nnx",
     "from_policy",
     "genarm",
     "hidden_value",

@@ -9,18 +9,20 @@ a shape or a count is a keyword:
     num_particles   of smc                                      eos_ids         an id, ids, or the policy's own
     num_steps       moves of quest                              block_size      tokens between two selections
     max_tries       of rejection, first_above and cards         temperature     put on the policy from outside
-    draft_tokens    of speculative
+    draft_tokens    of speculative                          width, groups   beams a search of beam, and searches
 
 Parts of decoders are functions to pass: `resampling` schemes and rules for smc, `stopping` rules of segments for cards
 and ggro, `Cut` for quest.
 """
 
 from jaxalign.decoding import resampling, stopping
+from jaxalign.decoding._beam import BeamInfo, BeamParams, beam
 from jaxalign.decoding._best_of_n import BestOfNInfo, BestOfNParams, best_of_n
 from jaxalign.decoding._blockwise import BlockwiseInfo, BlockwiseParams, blockwise
 from jaxalign.decoding._cards import CardsInfo, CardsParams, cards
 from jaxalign.decoding._ggro import GGROInfo, GGROParams, ggro
 from jaxalign.decoding._kl import sum_of_steps, surprisal
+from jaxalign.decoding._power import power
 from jaxalign.decoding._quest import Cut, QuestInfo, QuestParams, quest, uniform_cut
 from jaxalign.decoding._rejection import FirstAboveParams, RejectionInfo, RejectionParams, first_above, rejection
 from jaxalign.decoding._sampling import log_prob, sample
@@ -29,6 +31,8 @@ from jaxalign.decoding._speculative import SpeculativeInfo, SpeculativeParams, s
 from jaxalign.decoding.requests import join
 
 __all__ = [
+    "BeamInfo",
+    "BeamParams",
     "BestOfNInfo",
     "BestOfNParams",
     "BlockwiseInfo",
@@ -47,6 +51,7 @@ __all__ = [
     "SMCParams",
     "SpeculativeInfo",
     "SpeculativeParams",
+    "beam",
     "best_of_n",
     "blockwise",
     "cards",
@@ -54,6 +59,7 @@ __all__ = [
     "ggro",
     "join",
     "log_prob",
+    "power",
     "quest",
     "rejection",
     "resampling",

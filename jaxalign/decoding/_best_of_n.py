@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import rewards, rollout
-from jaxalign._arrays import repeat_rows
+from jaxalign._arrays import repeat_rows, take_rows
+from jaxalign._checks import is_concrete
 from jaxalign._parts import start_policy
 from jaxalign._programs import tells_programs
 from jaxalign.decoding import _kl
@@ -25,7 +29,23 @@ from jaxalign.decoding.requests import (
     streams,
 )
 from jaxalign.prompts import prompt_index
-from jaxalign.types import Array, ArrayLike, Completions, Decoded, Params, Policy, Prompts, Reward, TextReward
+from jaxalign.types import (
+    Array,
+    ArrayLike,
+    Completions,
+    Decoded,
+    Params,
+    Policy,
+    Prompts,
+    Reward,
+    State,
+    StepOutput,
+    TextReward,
+    TokenBatch,
+)
+
+Drops: TypeAlias = Sequence[tuple[int, int]]
+"""Pairs (t, keep): after t tokens the `keep` best samples go on."""
 
 
 class BestOfNParams(NamedTuple):
@@ -38,7 +58,7 @@ class BestOfNParams(NamedTuple):
 
 
 class BestOfNInfo(NamedTuple):
-    """All n responses of each prompt and their rewards."""
+    """The responses of each prompt that were drawn to their end and their rewards: all n without `drop`, else m."""
 
     samples: Completions
     """[B,n,T]."""
@@ -59,6 +79,7 @@ def best_of_n(
     eos_ids: EosIds = None,
     temperature: ArrayLike = 1.0,
     chunk: int | None = None,
+    drop: Drops = (),
     allow_nan: bool = False,
     tokenizer: Tokenizer | Decode | None = None,
 ) -> Decoded[BestOfNInfo]:
@@ -77,16 +98,22 @@ def best_of_n(
       max_new_tokens, eos_ids, temperature: as `sample`.
       chunk: samples per prompt that are decoded and scored at a time, a divisor of n; all when None. It bounds memory
         (B·chunk caches) and changes no sample.
+      drop: pairs (t, keep) with which drawing stops early for samples that look bad (speculative rejection, arXiv
+        2410.20290): after t tokens the reward scores the texts so far, and the `keep` best of those that are left go
+        on. t and keep are integers, t rises and keep falls. A response that has ended is scored as it stands. The
+        reward should read partial texts; those that are dropped are not in the info. () drops none.
       allow_nan: whether a reward may be NaN, which is an error otherwise; the caller has to look at each one.
       tokenizer: turns ids into texts and, where prompts are strings, texts into ids; a decode function serves for
         the former.
 
     Returns:
-      Decoded: the best responses [B,T], the bound KL(best‖policy) <= log n − (n−1)/n, and BestOfNInfo.
+      Decoded: the best responses [B,T], the bound KL(best‖policy) <= log n − (n−1)/n, which holds for any choice among
+      n draws, and BestOfNInfo of the m samples that were drawn to their end, n without `drop`.
 
     Raises:
-      ValueError: counts below 1, a chunk that does not divide n, a reward over another vocabulary, of another shape
-        than [N], or NaN, and those of `sample`.
+      ValueError: counts below 1, a chunk that does not divide n, a `drop` whose t do not rise below max_new_tokens or
+        whose keep do not fall below n, beside a chunk or with a reward that runs programs of its own; a reward over
+        another vocabulary, of another shape than [N], or NaN, and those of `sample`.
     """
     n = count("num_samples", num_samples)
     chunk = n if chunk is None else count("chunk", chunk)
@@ -105,7 +132,12 @@ def best_of_n(
         whole_responses=True,
     )
     host = rewards.on_host(request.reward)
-    found: Decoded[BestOfNInfo] = _best_of_n(
+    stages = _stages(drop, n, request.max_new_tokens)
+    if stages and (host or chunk != n):
+        other = "a reward that runs programs of its own" if host else f"chunk={chunk}"
+        raise ValueError(f"drop: expected all samples in one program, found {other}")
+    found: Decoded[BestOfNInfo]
+    found, broken = _best_of_n(
         request.policy,
         _no_reward if host else request.reward,
         request.params,
@@ -115,13 +147,33 @@ def best_of_n(
         request.max_new_tokens,
         request.eos_ids,
         chunk,
+        stages,
         request.tempered,
     )
+    if not allow_nan and is_concrete(broken) and bool(broken.any()):
+        rows = np.flatnonzero(np.asarray(broken)).tolist()
+        raise ValueError(f"reward: expected numbers for partial texts, found NaN for prompts {rows}")
     if host:
         found = _scored_on_host(request, found, chunk)
     if not allow_nan:
         check_scores(found.info.reward)
     return found
+
+
+def _stages(drop: Drops, n: int, max_new_tokens: int) -> tuple[tuple[int, int], ...]:
+    """The pairs (t, keep) as ints, checked."""
+    pairs = [tuple(pair) if isinstance(pair, Sequence) else () for pair in drop]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"drop: expected pairs (tokens, samples kept), found {drop!r}")
+    stages = tuple((count("drop: tokens", t), count("drop: samples kept", keep)) for t, keep in pairs)
+    ends = [0, *(t for t, _ in stages), max_new_tokens]
+    left = [n, *(keep for _, keep in stages)]
+    if any(a >= b for a, b in itertools.pairwise(ends)) or any(a <= b for a, b in itertools.pairwise(left)):
+        raise ValueError(
+            f"drop: expected tokens that rise below max_new_tokens = {max_new_tokens} and counts that fall below "
+            f"num_samples = {n}, found {drop!r}"
+        )
+    return stages
 
 
 def _no_reward(params: Params, tokens: Array, mask: Array, prompt_length: Array, index: Array) -> Array:
@@ -142,7 +194,7 @@ def _scored_on_host(request: Request, drawn: Decoded[BestOfNInfo], chunk: int) -
     return Decoded(best, drawn.kl, BestOfNInfo(samples, score))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7, 8, 9))
+@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7, 8, 9, 10))
 def _best_of_n(
     policy: Policy,
     reward: Reward,
@@ -153,8 +205,10 @@ def _best_of_n(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
     chunk: int,
+    stages: tuple[tuple[int, int], ...],
     tempered: bool,
-) -> Decoded[BestOfNInfo]:
+) -> tuple[Decoded[BestOfNInfo], Array]:
+    """(what was decoded, whether the reward of a partial text was NaN [B])."""
     start, draws = jax.random.split(rng)
     index = prompt_index(prompts)
     state, output = start_policy(policy, params["policy"], start, prompts["policy"], max_new_tokens)
@@ -180,7 +234,12 @@ def _best_of_n(
         )
         return chunked
 
-    if chunk == n:
+    broken = jnp.zeros(index.shape, bool)
+    if stages:
+        samples, score, broken = _dropping(
+            policy, reward, params, draws, state, output, prompts["reward"], index, n, max_new_tokens, eos_ids, stages
+        )
+    elif chunk == n:
         samples, score = draw(jnp.arange(n, dtype=jnp.int32))
     else:
         parts = jax.lax.map(draw, jnp.arange(n, dtype=jnp.int32).reshape(-1, chunk))
@@ -188,4 +247,59 @@ def _best_of_n(
         samples, score = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape((x.shape[1], n, *x.shape[3:])), parts)
     pick = jnp.argmax(score, axis=1)
     best: Completions = jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), pick], samples)
-    return Decoded(best, _kl.best_of_n_bound(n, score[:, 0], tempered=tempered), BestOfNInfo(samples, score))
+    return Decoded(best, _kl.best_of_n_bound(n, score[:, 0], tempered=tempered), BestOfNInfo(samples, score)), broken
+
+
+def _dropping(
+    policy: Policy,
+    reward: Reward,
+    params: Params,
+    draws: Array,
+    state: State,
+    output: StepOutput,
+    prompts: TokenBatch,
+    index: Array,
+    n: int,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    stages: tuple[tuple[int, int], ...],
+) -> tuple[Completions, Array, Array]:
+    """(the samples that are left, [B,m,T], their rewards [B,m], whether a partial text's was NaN [B]) of n rows a
+    prompt, which draw as they do without stages."""
+    batch, left, begin = index.shape[0], n, 0
+    rows, finished = streams(index, jnp.arange(n, dtype=jnp.int32)), jnp.zeros(batch * n, bool)
+    fields = rollout.no_records((batch * n, max_new_tokens), output.log_prob.dtype)
+    broken = jnp.zeros(batch, bool)
+
+    def drawn(finished: Array) -> tuple[Completions, Array]:
+        whole = Completions(**fields, finished=finished, truncated=~finished)
+        score = score_completions(reward, params["reward"], repeat_rows(prompts, left), whole)
+        return whole, score.reshape(batch, left)
+
+    for end, keep in (*stages, (max_new_tokens, 0)):
+        rolled = rollout.rollout(
+            policy,
+            params["policy"],
+            draws,
+            state,
+            output,
+            steps=end - begin,
+            eos_ids=eos_ids,
+            finished=finished,
+            rows=rows,
+            last_step=end < max_new_tokens,
+            begin=begin,
+            keep_output=True,
+        )
+        state, output, finished = rolled.state, rolled.output, rolled.completions.finished
+        fields = {name: x.at[:, begin:end].set(getattr(rolled.completions, name)) for name, x in fields.items()}
+        whole, score = drawn(finished)
+        if not keep:
+            break
+        broken = broken | jnp.isnan(score).any(axis=1)
+        kept = jnp.sort(jnp.argsort(-score, axis=1, stable=True)[:, :keep], axis=1)  # the first among equals
+        flat = (kept + left * jnp.arange(batch)[:, None]).reshape(-1)
+        state, output, finished, fields, rows = take_rows((state, output, finished, fields, rows), flat)
+        begin, left = end, keep
+    samples: Completions = jax.tree.map(lambda x: x.reshape((batch, left, *x.shape[1:])), whole)
+    return samples, score, broken

@@ -133,7 +133,7 @@ def blockwise(
     return found
 
 
-class _Pair(NamedTuple):
+class Pair(NamedTuple):
     """The state of a policy and the critic that scores its tokens."""
 
     policy: State
@@ -144,7 +144,7 @@ class _Pair(NamedTuple):
 
 class _Carry(NamedTuple):
     begin: Array  # tokens before this block
-    state: _Pair
+    state: Pair
     finished: Array  # [B]
     kept: dict[str, Array]  # fields of Completions, each [B,T]
     broken: Array  # [B], a score was NaN
@@ -169,7 +169,7 @@ def _blockwise(
     index = prompt_index(prompts)
     batch = index.shape[0]
     rows = streams(index, jnp.arange(n, dtype=jnp.int32))
-    pair = _paired(policy, critic)
+    pair = paired(policy, critic)
     state, output = pair.init(params, start, prompts, max_new_tokens)
 
     def one(carry: _Carry) -> _Carry:
@@ -195,7 +195,7 @@ def _blockwise(
         last = jnp.maximum(mdp.last_index(drawn.mask), 0)
         token = jnp.take_along_axis(drawn.tokens, last[:, None], axis=1)[:, 0]
         key = rollout.step_key(draws, begin + block - 1)
-        q, proposal = _score(critic, params, key, ends, token)
+        q, proposal = score_token(critic, params, key, ends, token)
         score = (q + ends.score if critic.kind == "increment" else q).reshape(batch, n)
         broken = carry.broken | (jnp.isnan(score).any(axis=1) & ~finished)
         best = jnp.argmax(score, axis=1)
@@ -212,7 +212,7 @@ def _blockwise(
         }
         return _Carry(
             begin + block,
-            _Pair(inner, scorer, output, total),
+            Pair(inner, scorer, output, total),
             drawn.finished,
             kept,
             broken,
@@ -231,7 +231,7 @@ def _blockwise(
     return Decoded(completions, kl, BlockwiseInfo(carry.total, blocks)), carry.broken
 
 
-def _score(critic: Critic, params: Params, key: Array, state: _Pair, token: Array) -> tuple[Array, State]:
+def score_token(critic: Critic, params: Params, key: Array, state: Pair, token: Array) -> tuple[Array, State]:
     """(q [B] of one token a row, proposal)."""
     rng = jax.random.fold_in(key, _CRITIC)
     q, proposal = score_critic(
@@ -240,18 +240,18 @@ def _score(critic: Critic, params: Params, key: Array, state: _Pair, token: Arra
     return at_least_float32(q[:, 0]), proposal
 
 
-def _paired(policy: Policy, critic: Critic) -> Policy:
+def paired(policy: Policy, critic: Critic) -> Policy:
     """The policy, unchanged, in one state with the critic's."""
 
-    def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[_Pair, StepOutput]:
+    def init(params: Params, rng: Array, prompts: Prompts, max_new_tokens: int) -> tuple[Pair, StepOutput]:
         inner, output = start_policy(policy, params["policy"], rng, prompts["policy"], max_new_tokens)
         key = jax.random.fold_in(rng, _CRITIC)
         scorer = start_critic(critic, params["critic"], key, prompts["critic"], max_new_tokens)
-        return _Pair(inner, scorer, output, jnp.zeros_like(at_least_float32(output.log_norm))), output
+        return Pair(inner, scorer, output, jnp.zeros_like(at_least_float32(output.log_norm))), output
 
-    def step(params: Params, rng: Array, state: _Pair, token: Array) -> tuple[_Pair, StepOutput]:
+    def step(params: Params, rng: Array, state: Pair, token: Array) -> tuple[Pair, StepOutput]:
         frozen = token < 0
-        q, proposal = _score(critic, params, rng, state, token)
+        q, proposal = score_token(critic, params, rng, state, token)
         choice = jnp.where(frozen, -1, 0)
         scorer = advance_critic(critic, params["critic"], proposal, choice, before=state.critic)
         inner, output = step_policy(policy, params["policy"], rng, state.policy, token)
@@ -260,6 +260,6 @@ def _paired(policy: Policy, critic: Critic) -> Policy:
         score = state.score
         if critic.kind == "increment":
             score = jnp.where(frozen, score, score + q).astype(score.dtype)
-        return _Pair(inner, scorer, output, score), output
+        return Pair(inner, scorer, output, score), output
 
     return Policy(init, step)

@@ -57,6 +57,13 @@ def blockwise_bound(blocks: Array, n: int, dtype: np.dtype, *, tempered: bool) -
     return KL(value, "bound", "bound ceil(|y|/M) (log K - (K-1)/K)", _reference(tempered))
 
 
+def beam_bound(blocks: Array, beams: int, n: int, dtype: np.dtype, *, tempered: bool) -> KL:
+    """log beams + b·log n of blocks b [B]: as many copies of a response are expected among all texts that are written,
+    n continuations for each one that is kept, as exp of that times its probability."""
+    value = (math.log(beams) + blocks * math.log(n)).astype(jnp.promote_types(dtype, jnp.float32))
+    return KL(value, "bound", "bound log(G W) + b log N", _reference(tempered))
+
+
 def selection_bound(n: int) -> float:
     """log n − (n−1)/n: the most that the best of n draws can differ from one draw, in nats."""
     return math.log(n) - (n - 1) / n

@@ -10,7 +10,7 @@ Params of a builder are its NamedTuple, as TiltParams(policy, critic, beta), or 
 
 from jaxalign.policies._adapters import AdaptersParams, adapters
 from jaxalign.policies._combinations import PoliciesParams, mix, product
-from jaxalign.policies._from_apply import Apply, ApplyPrefill, ApplyStep, from_apply, from_nnx, from_torch
+from jaxalign.policies._from_apply import Apply, ApplyPrefill, ApplyStep, from_apply, from_equinox, from_nnx, from_torch
 from jaxalign.policies._generation import Sampling, read_generation_config, with_sampling
 from jaxalign.policies._kl_budget import KLBudgetParams, kl_budget
 from jaxalign.policies._language_model import language_model
@@ -58,6 +58,7 @@ __all__ = [
     "Unembed",
     "adapters",
     "from_apply",
+    "from_equinox",
     "from_nnx",
     "from_torch",
     "head_value",

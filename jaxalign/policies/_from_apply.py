@@ -1,4 +1,4 @@
-"""Any function from tokens to logits as a Policy: a jax function, a flax module, a torch module."""
+"""Any function from tokens to logits as a Policy: a jax function, a flax, equinox or torch module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import mdp
+from jaxalign import _modules, mdp
 from jaxalign._arrays import where_rows
 from jaxalign._builders import cached
 from jaxalign._checks import check_count, check_prompts, is_concrete
@@ -195,20 +195,25 @@ def from_nnx(module: Any, *, vocab_size: int, eos_ids: int | Sequence[int] = ())
     Raises:
       ValueError: as in `from_apply`.
     """
-    from flax import nnx
-
-    definition, params = nnx.split(module)
-    return from_apply(_merged(definition), vocab_size=vocab_size, eos_ids=eos_ids), params
+    apply, params = _modules.of_nnx(module)
+    return from_apply(apply, vocab_size=vocab_size, eos_ids=eos_ids), params
 
 
-@cached
-def _merged(definition: Any) -> Apply:
-    from flax import nnx
+def from_equinox(module: Any, *, vocab_size: int, eos_ids: int | Sequence[int] = ()) -> tuple[Policy, Params]:
+    """An equinox module module(tokens [B,L], mask [B,L]) -> logits [B,L,V] as a Policy and its parameters.
 
-    def apply(params: Params, tokens: TextTokens, mask: TextMask, /) -> Any:
-        return nnx.merge(definition, params)(tokens, mask)
+    Args:
+      module: an equinox.Module of whole batches (jax.vmap one of single texts); its arrays are the parameters.
+      vocab_size, eos_ids: as in `from_apply`.
 
-    return apply
+    Returns:
+      (Policy, params), differentiable in params.
+
+    Raises:
+      ValueError: as in `from_apply`.
+    """
+    apply, params = _modules.of_equinox(module)
+    return from_apply(apply, vocab_size=vocab_size, eos_ids=eos_ids), params
 
 
 @cached

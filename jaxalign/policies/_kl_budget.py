@@ -68,6 +68,11 @@ def kl_budget(policy: Policy, critic: Critic, *, top_k: int | None = None) -> Po
     tilt by one beta spends more where the critic has more to say, and has the better reward for its KL; this one bounds
     every step. log_norm' = log_norm + log Σ pi·exp((q − q_last)/beta_s), q_last of the last token for a level critic.
 
+    Σ log_norm is log pi_ref(y) − log pi'(y) + Σ_s (q_s − q_last)/beta_s, each step at its own beta: no weight of
+    exp(q/beta) of the whole text at any one beta, as a tilt's is. `decoding.smc` corrects for it at the end, so that
+    its Z is unbiased as with every proposal; but the exact soft value does not make the weights equal here, and
+    resampling between steps prefers texts by the budgets that they spent.
+
     Args:
       policy: the policy below.
       critic: gives q, of any unit.

@@ -17,6 +17,7 @@ from jaxalign.rewards.folders import (
     split_label,
     template_tail,
 )
+from jaxalign.rewards.functions import TextFunction, from_apply, from_equinox, from_nnx
 from jaxalign.rewards.models import TokenGradient, from_model, log_likelihood, token_gradient
 from jaxalign.rewards.params import (
     CalibratedParams,
@@ -51,6 +52,7 @@ __all__ = [
     "ShapedParams",
     "SourceReward",
     "Term",
+    "TextFunction",
     "TokenGradient",
     "WeightedSumParams",
     "base_tokens",
@@ -59,7 +61,10 @@ __all__ = [
     "call_reward",
     "check_values",
     "compiled",
+    "from_apply",
+    "from_equinox",
     "from_model",
+    "from_nnx",
     "from_numpy",
     "from_policy",
     "from_text",
