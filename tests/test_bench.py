@@ -21,6 +21,7 @@ SIZES = {
     "decode": (*DRAWS, "--no-torch"),
     "args": (*DRAWS, "--no-torch", "--k", "2"),
     "genarm": DRAWS,
+    "distribution": (*DRAWS, "--k", "3", "--support", "3", "--rank", "2"),
     "speculative": (
         *(*DRAWS, "--new", "5", "--method", "cd", "--vocab", "50", "--noise", "0", "--spread", "0.1"),
         *("--draft-layers", "1", "--draft-width", "64", "--draft-tokens", "2"),
@@ -43,6 +44,7 @@ COLUMNS = {
     "blockwise": ["batch", "candidates", "block", "together tokens/s", "one by one tokens/s", "ratio"],
     "transfer": ["batch", "k", "lookahead", "jaxalign tokens/s"],
     "genarm": ["batch", "base tokens/s", "genarm tokens/s", "adapter tokens/s", "cost", "adapter cost"],
+    "distribution": ["batch", "k", "base tokens/s", "values tokens/s", "laws tokens/s", "ratio"],
     "speculative": [
         "batch",
         "method",
@@ -196,6 +198,8 @@ def test_the_benchmarks_are_listed(capsys):
         ("blockwise", ("--block", "0"), "block"),
         ("recontrol", ("--steps", "0"), "steps"),
         ("recontrol", ("--times", "0"), "times"),
+        ("distribution", ("--support", "1"), "support"),
+        ("distribution", ("--k", "-1"), "k: expected"),
         ("ggro", ("--candidates", "0"), "candidates"),
         ("ggro", ("--k", "0"), "k: "),
         ("score", ("--length", "1"), "length"),
