@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,12 +21,14 @@ class Pair(NamedTuple):
     chosen: Any
     rejected: Any
     where: str = "f:1"
+    truncated: tuple[bool, bool] = (False, False)
 
 
 class Example(NamedTuple):
     prompt: Any
     response: Any
     where: str = "f:1"
+    truncated: bool = False
 
 
 class PromptRow(NamedTuple):
@@ -39,6 +42,24 @@ def form_of(template=cases.CHATML, make=cases.byte_level, **options):
 
 def text(form, ids):
     return form.tokenizer.decode(ids)
+
+
+def test_a_response_that_a_limit_cut_has_no_end(tmp_path):
+    form = form_of()
+    pair = {"prompt": [USER], "chosen": "I am fine.", "rejected": "Yes"}
+    file = tmp_path / "pairs.jsonl"
+    for sides in ((True, False), (False, True), (True, True)):
+        more = {"chosen_truncated": sides[0], "rejected_truncated": sides[1]}
+        file.write_text(json.dumps(pair | more))
+        row = preferences.tokenize_pairs(file, form, max_length=200, tail=True).rows[0]
+        assert text(form, row.chosen) == "I am fine." + ("" if sides[0] else "<|im_end|>\n")
+        assert text(form, row.rejected) == "Yes" + ("" if sides[1] else "<|im_end|>\n")
+        found = preferences.tokenize_texts(file, form, max_length=200)
+        assert text(form, found.rows[0].response) == "I am fine." + ("" if sides[0] else "<|im_end|>")
+        assert bool(found.taught) != sides[0]
+    file.write_text(json.dumps(pair | {"rejected_truncated": "yes"}))
+    with pytest.raises(ValueError, match="jsonl:1: expected true or false in rejected_truncated, found 'yes'"):
+        preferences.tokenize_pairs(file, form, max_length=200)
 
 
 def test_pairs_share_a_prompt_and_say_what_ends_them():

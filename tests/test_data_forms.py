@@ -22,6 +22,11 @@ def file(tmp_path, rows, name: str = "d.jsonl"):
     return path
 
 
+def texts_of(row):
+    """(prompt, chosen, rejected) of a pair, (prompt, response) of a text to learn."""
+    return tuple(getattr(row, name) for name in row._fields if name in ("prompt", "chosen", "rejected", "response"))
+
+
 def options(case, *names):
     return {name: case.options[name] for name in names if name in case.options}
 
@@ -41,7 +46,7 @@ def test_every_form_gives_pairs_texts_and_prompts(case, tmp_path):
                 read(path, **shared, **more)
             continue
         found = read(path, **shared, **more)
-        parts = [row.prompt if read is data.read_prompts else tuple(row[1:4]) for row in found.rows]
+        parts = [row.prompt if read is data.read_prompts else texts_of(row) for row in found.rows]
         assert parts == [part if read is data.read_prompts else tuple(part) for part in expected]
         assert all(row.where.startswith(f"{path}:") for row in found.rows)
         assert (found.skipped, list(found.reasons)) == (0, [])
@@ -91,13 +96,13 @@ def test_columns_take_the_place_of_the_fields_of_their_names(tmp_path):
     assert swapped.rows[0][1:4] == ("Hi", "No", "Yes")
     scored = [{"q": "Hi", "a": answer, "s": {"all": score}} for answer, score in (("No", 1), ("Yes", 2))]
     columns = data.parse_columns("prompt=q, response=a, score=s.all")
-    assert data.read_pairs(file(tmp_path, scored), columns=columns).rows[0][1:] == ("Hi", "Yes", "No", 1.0)
+    assert data.read_pairs(file(tmp_path, scored), columns=columns).rows[0][1:5] == ("Hi", "Yes", "No", 1.0)
     kept = [{"question": "Hi", "system": "Be kind.", "messages": "?", "text": "?", "a": "Yes", "b": "No"}]
     pair = data.read_pairs(file(tmp_path, kept), columns={"chosen": "a", "rejected": "b"}).rows[0]
     assert pair[1:4] == ([forms.system("Be kind."), forms.HI], [forms.YES], [forms.NO])
     example = data.read_examples(file(tmp_path, kept), columns={"response": "a"}).rows[0]
-    assert example[1:] == ([forms.system("Be kind."), forms.HI], [forms.YES])
-    assert data.read_examples(file(tmp_path, kept), columns={"text": "b"}).rows[0][1:] == ("", "No")
+    assert texts_of(example) == ([forms.system("Be kind."), forms.HI], [forms.YES])
+    assert data.read_examples(file(tmp_path, kept), columns={"text": "b"}).rows[0][1:3] == ("", "No")
     chats = [{"log": {"turns": [forms.HI, forms.YES]}, "text": "?", "prompt": "?"}]
     assert data.read_examples(file(tmp_path, chats), columns={"messages": "log.turns"}).rows[0].prompt == []
     dotted = [{"a.b": "Hi", "a": {"b": "?"}, "r": "Yes"}]
@@ -158,7 +163,7 @@ def test_rows_of_one_prompt_are_compared_wherever_they_stand(tmp_path):
 
 def test_text_becomes_turns_where_that_is_wanted(tmp_path):
     def turns(row, read=data.read_pairs):
-        return read(file(tmp_path, [row]), as_messages=True).rows[0][1:]
+        return texts_of(read(file(tmp_path, [row]), as_messages=True).rows[0])
 
     later = " Yes\n\nHuman: So?\n\nAssistant: Fine"
     hh = {"chosen": forms.HH + later, "rejected": forms.HH + " No"}
@@ -199,7 +204,7 @@ def test_of_a_file_of_odd_rows_each_is_right_or_named(name, odd_file):
     found = getattr(data, f"read_{name}")(odd_file, skip_bad=True)
     given: dict[str, list] = {}
     for row in found.rows:
-        part = row.prompt if name == "prompts" else tuple(row[1:4])
+        part = row.prompt if name == "prompts" else texts_of(row)
         given.setdefault(row.where.rpartition(":")[2], []).append(part)
     expected = {str(line): getattr(odd, name) for line, odd in enumerate(odd_rows.ROWS, start=1)}
     good = {line: rows for line, rows in expected.items() if not isinstance(rows, odd_rows.Bad) and rows}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxalign.worlds import sentiment
+from train import world
 
 KIND = "The staff were kind. The breakfast was a delight."
 PLAIN = "The train leaves at nine. It has six cars."
@@ -53,6 +55,26 @@ def test_repeated_runs_and_empty_answers_cost():
     assert sentiment.gold("", "") == -1
     assert sentiment.golds(["a", "b"], [KIND, ANGRY]) == [sentiment.gold("a", KIND), sentiment.gold("b", ANGRY)]
     assert sentiment.second_golds(["a"], [KIND]) == [sentiment.second_gold("a", KIND)]
+
+
+def test_the_everyday_task_writes_chats_of_disjoint_requests(tmp_path):
+    world.run(world.Config(out=str(tmp_path / "world"), task="everyday", prompts=12, held_out=5))
+    assert sorted(path.name for path in (tmp_path / "world").iterdir()) == ["held_out.jsonl", "prompts.jsonl"]
+    asked = {}
+    for name, count in (("prompts", 12), ("held_out", 5)):
+        rows = [json.loads(line) for line in (tmp_path / "world" / f"{name}.jsonl").read_text().splitlines()]
+        assert [[m["role"] for m in row["messages"]] for row in rows] == [["system", "user"]] * count
+        asked[name] = {row["messages"][1]["content"] for row in rows}
+        assert len(asked[name]) == count
+    assert not asked["prompts"] & asked["held_out"]
+    for more, match in (
+        ({"held_out": 41}, "held_out: expected at most 40 requests, found 41"),
+        ({"texts": 3}, "texts: expected none for --task everyday, found 3"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            world.run(world.Config(out=str(tmp_path / "other"), task="everyday", **more))
+    with pytest.raises(ValueError, match="prompts: expected none for --task opinions, found 3"):
+        world.run(world.Config(out=str(tmp_path / "other"), prompts=3))
 
 
 def test_preferences_follow_the_stated_probability():

@@ -76,6 +76,21 @@ def test_the_folder_is_whole_and_loads(tmp_path, monkeypatch):
     assert len(text.generate(lm, params, tokenizer, ["ab"], max_new_tokens=3).texts) == 1
 
 
+def test_the_toy_is_of_the_same_form(tmp_path):
+    command.run(command.Config(out=str(tmp_path / "model"), toy=True, seed=3))
+    lm, params = models.load(tmp_path / "model")
+    assert (lm.config.num_layers, lm.config.tie_embeddings, lm.eos_ids, lm.config.pad_id) == (2, True, (2,), 2)
+    tokenizer = models.tokenizer(tmp_path / "model")
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi, café 12!"}]
+    whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    wanted = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi, café 12!<|im_end|>\n<|im_start|>assistant\n"
+    assert whole == wanted
+    assert tokenizer.decode(tokenizer(whole).input_ids) == wanted
+    assert len(text.generate(lm, params, tokenizer, [chat], max_new_tokens=3).texts) == 1
+    with pytest.raises(ValueError, match=r"seed: expected with --toy, .* found 3"):
+        command.run(command.Config(out=str(tmp_path / "other"), seed=3))
+
+
 def test_the_tokenizer_parts_digits_and_keeps_special_tokens_whole():
     letters = [chr(c) for c in range(ord("!"), ord("~") + 1)] + ["Ġ", "Ċ"]
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "12", "ab"]

@@ -4,53 +4,72 @@ from __future__ import annotations
 
 import json
 import pathlib
+import typing
 
 import pytest
 
 from jaxalign import _options, commands, evaluation
 from jaxalign.evaluation import runs
-from jaxalign.launch import stages
+from jaxalign.launch import real_stages, stages
 from train import quickstart
 
 SHARED = {"seed": 0, "dtype": "float32", "mesh": ""}
-PRESETS = sorted(stages.SIZES)
+PRESETS = [(source, preset) for source in (stages, real_stages) for preset in sorted(source.SIZES)]
+each_preset = pytest.mark.parametrize(("source", "preset"), PRESETS, ids=[preset for _, preset in PRESETS])
 
 
 def strings(options: dict) -> list[str]:
     return [value for value in options.values() if isinstance(value, str)]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_each_stage_reads_the_folders_of_stages_before_it(preset, tmp_path):
+@each_preset
+def test_each_stage_reads_the_folders_of_stages_before_it(source, preset, tmp_path):
     done: set[str] = set()
-    for stage in stages.training_stages(tmp_path, preset, SHARED):
+    for stage in source.training_stages(tmp_path, preset, SHARED):
         out = pathlib.Path(stage.options["out"])
         read = [pathlib.Path(word).relative_to(tmp_path).parts[0] for word in strings(stage.options) if "/" in word]
         assert {name for name in read if name != out.name} <= done, stage.title
         assert out.name not in done
         done.add(out.name)
-    for methods in stages.decoding_groups(tmp_path, preset).values():
+    for methods in source.decoding_groups(tmp_path, preset).values():
         for method in methods:
             folders = [part for part in method.partition("@")[0].split(":") if "/" in part]
             assert {pathlib.Path(folder).relative_to(tmp_path).parts[0] for folder in folders} <= done
-    decoded = strings(stages.decode_options(tmp_path, preset, SHARED))
+    decoded = strings(source.decode_options(tmp_path, preset, SHARED))
     assert {pathlib.Path(w).relative_to(tmp_path).parts[0] for w in decoded if "/" in w} <= done | {"decode"}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_command_of_each_stage_parses_with_its_scripts_parser(preset, tmp_path):
-    for stage in stages.training_stages(tmp_path, preset, SHARED):
+@each_preset
+def test_the_command_of_each_stage_parses_with_its_scripts_parser(source, preset, tmp_path):
+    for stage in source.training_stages(tmp_path, preset, SHARED):
         config = commands.load(stage.job).Config
         words: list[str] = []
         for name, value in stage.options.items():
             option = f"--{name.replace('_', '-')}"
-            words += [option] if value is True else [option, str(value)]
+            if isinstance(value, bool):
+                words.append(option if value else f"--no-{name.replace('_', '-')}")
+            else:
+                words += [option, str(value)]
         parsed = _options.parse(config, description="", args=words, prog=stage.job)
         assert parsed == commands.from_fields(config, stage.options)
         assert {name: _options.flat(parsed)[name] for name in stage.options} == stage.options
-    for methods in stages.decoding_groups(tmp_path, preset).values():
-        options = evaluation.DecodeOptions(**stages.decode_options(tmp_path, preset, SHARED), method=methods)
+    for methods in source.decoding_groups(tmp_path, preset).values():
+        options = evaluation.DecodeOptions(**source.decode_options(tmp_path, preset, SHARED), method=methods)
         assert len(runs.check(options)) == len(methods) + (not any(m.startswith("base") for m in methods))
+
+
+def test_presets_of_the_quickstart_are_those_that_have_sizes():
+    names = typing.get_args(typing.get_type_hints(quickstart.Config)["preset"])
+    assert sorted(names) == sorted(preset for _, preset in PRESETS)
+
+
+def test_a_smaller_preset_says_what_it_leaves_out():
+    assert real_stages.left_out("smollm2") == []
+    for preset, size in real_stages.SIZES.items():
+        decoded = " ".join(m for ms in real_stages.decoding_groups(pathlib.Path("x"), preset).values() for m in ms)
+        for name in real_stages.left_out(preset):
+            assert f"{name}:" not in decoded
+        assert {*size.strengths, *real_stages.left_out(preset)} == set(real_stages.SIZES["smollm2"].strengths)
 
 
 def test_finished_stages_are_reported_and_not_run_again(tmp_path, capsys):

@@ -120,6 +120,20 @@ def test_head_of_another_kind_is_replaced_and_a_classifier_is_no_language_model(
         states.replace_head(new, found, None, jax.random.key(0))
 
 
+def test_laws_on_a_frozen_body_are_the_same_from_stored_states(files, tmp_path, capsys):
+    head = ("--objective", "distribution", "--frozen", "--head-size", "12", "--bins", "7", "--validation", "0")
+    found = {}
+    for name, extra in (("stored", ()), ("online", ("--no-store-states",))):
+        value.main([*options("value", files), *head, *extra, "--out", str(tmp_path / name)])
+        found[name] = models.load(tmp_path / name / "model")[1]
+    assert f"--method distribution:{tmp_path / 'online' / 'model'}:soft@1" in capsys.readouterr().out
+    assert (tmp_path / "stored/states/00000.npy").exists()
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)  # noqa: E731
+    jax.tree.map(same, found["stored"]["head"], found["online"]["head"])
+    base = models.load(files / "base/model")[1]
+    chex.assert_trees_all_equal(found["stored"]["transformer"], base["transformer"])
+
+
 def test_a_frozen_body_stays_and_its_value_head_is_for_editing(files, tmp_path, capsys):
     head = ("--objective", "td", "--frozen", "--activation", "relu", "--head-layers", "2", "--head-size", "12")
     value.main([*options("value", files), *head, "--weight-decay", "0.1", "--out", str(tmp_path / "out")])
@@ -144,7 +158,7 @@ def test_a_frozen_body_stays_and_its_value_head_is_for_editing(files, tmp_path, 
     assert float(drawn.kl.sum()) > 1e-4
     for extra, match in (
         (("--head", "q"), "head: expected scalar with --frozen"),
-        (("--objective", "soft", "--beta", "1"), "objective: expected fudge, td or pairs"),
+        (("--objective", "soft", "--beta", "1"), "objective: expected fudge, td, pairs or distribution"),
         (("--model", str(tmp_path / "out/model")), "model: expected the base with --frozen"),
         (("--head-layers", "0"), "head_layers: expected at least 1"),
     ):

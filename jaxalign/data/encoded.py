@@ -114,7 +114,10 @@ def encode_pairs(
     """
 
     def convert(row: Pair, count: collections.Counter[str], ends: collections.Counter[int]) -> PairTokens:
-        found = [tokens.encode_pair(form, row.prompt, response) for response in (row.chosen, row.rejected)]
+        found = [
+            _without_end(tokens.encode_pair(form, row.prompt, response), truncated)
+            for response, truncated in zip((row.chosen, row.rejected), row.truncated, strict=True)
+        ]
         prompt = _common([side.prompt for side in found])
         if not prompt:
             raise BadRow("expected a prompt token, found none")
@@ -156,6 +159,7 @@ def encode_examples(
             found = tokens.encode_chat(form, row.response, learn=learn)
         else:
             found = tokens.encode_pair(form, row.prompt, row.response)
+        found = _without_end(found, row.truncated)
         prompt, key = found.prompt, _key(row.prompt or row.response)
         response, learned = _side(found, len(prompt), False)
         before = len(prompt) + len(response)
@@ -291,6 +295,14 @@ def _cut_chat(
         raise BadRow(f"expected an assistant's turn within {max_length} tokens, found none")
     first = mask.index(True, 1)
     return ids[:first], ids[first:], mask[first:]
+
+
+def _without_end(found: Encoded, truncated: bool) -> Encoded:
+    """A response that a limit cut, without the end that it did not reach."""
+    if not truncated:
+        return found
+    learned = None if found.learned is None else found.learned[: len(found.response)]
+    return found._replace(closing=[], tail=[], learned=learned)
 
 
 def _side(found: Encoded, prompt: int, tail: bool) -> tuple[list[int], list[bool] | None]:

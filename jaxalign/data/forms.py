@@ -67,14 +67,24 @@ def pair(row: RawRow) -> Content:
         prompt = chats.read_chat(list_in(row, "conversations"), "conversations")
     prompt = _with_system(row, prompt)
     prompt, responses = _join(prompt, sides)
+    truncated = tuple(_truncated(row, name) for name in sides)
     if len(sides) < 2:
-        return Content(prompt, responses, (), tuple(sides))
+        return Content(prompt, responses, (), tuple(sides), truncated=truncated)
     margin = [row.get(f"score_{name}") for name in sides]
     if all(isinstance(each, int | float | str) for each in margin):
         # The order is that of the sides, whatever the scores say: theirs is the difference.
         high, low = (number_in(each, f"score_{name}") for name, each in zip(sides, margin, strict=True))
-        return Content(prompt, responses, (1.0, 0.0), tuple(sides), margin=high - low)
-    return Content(prompt, responses, (1.0, 0.0), tuple(sides))
+        return Content(prompt, responses, (1.0, 0.0), tuple(sides), margin=high - low, truncated=truncated)
+    return Content(prompt, responses, (1.0, 0.0), tuple(sides), truncated=truncated)
+
+
+def _truncated(row: RawRow, side: str) -> bool:
+    """Whether a limit cut a side's response, as a row of the model's own samples may say."""
+    name = f"{side}_truncated"
+    found = row.get(name, False)
+    if not isinstance(found, bool):
+        raise RowError("type", f"expected true or false in {name}, found {found!r}")
+    return found
 
 
 def _join(prompt: Text | None, sides: Mapping[str, Text]) -> tuple[Text, tuple[Text, ...]]:

@@ -143,9 +143,10 @@ def read_examples(
         if whole and len(response) < 2:
             raise RowError("messages", "expected messages with a prompt and a response, found fewer than two")
         _check_response(response, found.names[best])
+        truncated = bool(found.truncated) and found.truncated[best]
         if whole or found.prompt is None:
-            return [Example(where, "" if isinstance(response, str) else [], response)]
-        return [Example(where, found.prompt, response)]
+            return [Example(where, "" if isinstance(response, str) else [], response, truncated)]
+        return [Example(where, found.prompt, response, truncated)]
 
     content = functools.partial(forms.read_content, safer=safer, score=score)
     return _read(source, make, content, "data", columns, skip_bad, as_messages, counts)
@@ -279,7 +280,8 @@ def _pairs(
                 counts["same responses"] += 1
             else:
                 margin = scores[high] - scores[low] if found.scaled else found.margin
-                yield Pair(places[high], prompt, chosen, rejected, margin)
+                truncated = (found.truncated[high], found.truncated[low]) if found.truncated else (False, False)
+                yield Pair(places[high], prompt, chosen, rejected, margin, truncated)
 
 
 def _check_responses(found: Content) -> None:

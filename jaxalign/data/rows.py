@@ -23,6 +23,8 @@ class Pair(NamedTuple):
     """The other response, of the same kind."""
     margin: float | None = None
     """The chosen response's score minus the rejected one's, None where the row has no scores."""
+    truncated: tuple[bool, bool] = (False, False)
+    """Whether the chosen and the rejected response were cut by a limit: such a one has no end."""
 
 
 class Example(NamedTuple):
@@ -34,6 +36,8 @@ class Example(NamedTuple):
     """The prompt: a text, "" for none; or messages, [] where the response is a whole conversation."""
     response: Text
     """What is learned: a text where the prompt is one, else messages, of which the assistant's turns count."""
+    truncated: bool = False
+    """Whether it was cut by a limit: it then has no end, and none is learned."""
 
 
 class PromptText(NamedTuple):
@@ -90,3 +94,5 @@ class Content(NamedTuple):
     """Whether the response is compared with those of other rows that have the same prompt."""
     wanted: bool = True
     """Whether the response is one to learn: a label may say that it is not."""
+    truncated: tuple[bool, ...] = ()
+    """For each response whether it was cut by a limit; () for none."""

@@ -22,6 +22,8 @@ class ResponseOptions:
     such, "DIR - 0.1 * MODULE:FUNCTION". Without it, methods that need none are decoded."""
     gold: str = ""
     """A second reward that no method sees, as --reward."""
+    second_gold: str = ""
+    """A further one beside --gold, as --reward: a method that games the one is found out by the other."""
     embedding: str = ""
     """MODULE:FUNCTION, a program f(texts) -> one vector each (SimCSE in ARGS' tables): reports coherence, the cosine of
     prompt and response."""

@@ -14,17 +14,21 @@ from typing import Any, Protocol, TypeAlias
 
 from jaxalign import metrics
 
+SCORED = ("reward", "gold", "second_gold")
+"""Options that score every response, and the fields of their numbers: the first is what methods maximise."""
+
 Record: TypeAlias = dict[str, Any]
 """A line of a responses file, or a row of results (`summarise`), by name.
 
 A response: method, beta (its strength; None without), index (the prompt's row), prompt, response, tokens [T] (ids),
 log_prob and log_prob_ref [T] with their sums log_prob_sum, log_prob_ref_sum and log_norm_sum, kl [nats] and kl_kind,
-finished, truncated, info (the decoder's own numbers), forwards where the cost is known, and reward, gold and coherence
-where they were computed.
+finished, truncated, info (the decoder's own numbers), forwards where the cost is known, and reward, gold, second_gold
+and coherence where they were computed.
 
-A row: method, beta, responses (how many), means of reward, gold, kl and win_rate, each with its 95 % half-width under
-NAME_95 (None of one response), kl_kind, means of tokens, truncated, forwards, diversity and coherence, and
-tokens_per_second (None where it was not measured). What was not computed is left out."""
+A row: method, beta, responses (how many), means of reward, gold, second_gold, kl and win_rate, and the perplexity under
+the base, each with its 95 % half-width under NAME_95 (None of one response), kl_kind, means of tokens, truncated,
+forwards, diversity and coherence, and tokens_per_second (None where it was not measured). What was not computed is left
+out."""
 Key: TypeAlias = tuple[str, float | None]
 """Method and strength."""
 
@@ -86,8 +90,10 @@ def summarise(records: Sequence[Record]) -> list[Record]:
       records: of any number of methods, all scored by the same rewards.
 
     Returns:
-      Rows with the means of reward, gold and KL [nats] and their 95 % half-widths ("_95", None for a single response),
-      the kind of KL, mean length [tokens], share truncated, tokens through models per token ("forwards", where known),
+      Rows with the means of reward, gold, second gold and KL [nats] and their 95 % half-widths ("_95", None for a
+      single response), the perplexity under the base, exp of the mean over responses of their nats per token, with the
+      half-width that follows from that mean's, the kind of KL, mean length [tokens], share truncated, tokens through
+      models per token ("forwards", where known),
       mean diversity of a response's tokens, mean coherence where it was computed, and the win rate against the method
       "base" on the same prompts, by gold (by reward where there is no gold), ties half.
     """
@@ -99,9 +105,10 @@ def summarise(records: Sequence[Record]) -> list[Record]:
     rows = []
     for (method, beta), group in groups.items():
         row: Record = {"method": method, "beta": beta, "responses": len(group)}
-        for name in ("reward", "gold", "kl"):
+        for name in (*SCORED, "kl"):
             if name in group[0]:
                 row |= _estimate(name, [r[name] for r in group])
+        row |= _perplexity(group)
         row["kl_kind"] = group[0]["kl_kind"]
         row["tokens"] = metrics.mean_interval([len(r["tokens"]) for r in group]).mean
         row["truncated"] = metrics.mean_interval([r["truncated"] for r in group]).mean
@@ -124,6 +131,17 @@ def _estimate(name: str, values: Sequence[float]) -> Record:
     return {name: estimate.mean, f"{name}_95": half}
 
 
+def _perplexity(group: Sequence[Record]) -> Record:
+    """exp of the mean of a response's nats per token under the base; {} for responses of files without them."""
+    known = [r for r in group if r.get("log_prob_ref_sum") is not None and r["tokens"]]
+    if not known:
+        return {}
+    nats = _estimate("nats", [-r["log_prob_ref_sum"] / len(r["tokens"]) for r in known])
+    value = math.exp(min(nats["nats"], 100.0))  # finite for JSON, whatever the base excludes
+    half = nats["nats_95"]
+    return {"perplexity": value, "perplexity_95": None if half is None else value * half}
+
+
 def add_speed(rows: Sequence[Record], speed: Mapping[Key, float], former: pathlib.Path) -> None:
     """Writes tokens_per_second into each row: of this call, else of the `former` summary, else None."""
     known = json.loads(former.read_text()) if former.exists() else []
@@ -140,15 +158,17 @@ def print_table(rows: Sequence[Record]) -> None:
     compiling batch alone, the cost of a method of the user's. passes/token: tokens that pass through models for each
     token of a response.
     """
-    names = [name for name in ("reward", "gold", "kl", "win_rate") if name in rows[0]]
+    names = [name for name in (*SCORED, "kl", "win_rate") if name in rows[0]]
     plain = [name for name in ("diversity", "coherence") if name in rows[0]]
-    head = ["method", "beta", *names, *plain, "tokens", "truncated", "passes/token", "tokens/s", "kind of KL"]
+    plain_head = [*plain, "perplexity", "tokens", "truncated", "passes/token", "tokens/s", "kind of KL"]
+    head = ["method", "beta", *names, *plain_head]
     lines = [head]
     for row in rows:
         cells = [str(row["method"]), _number(row["beta"], "g")]
         cells += [f"{row[name]:.3f} ± {_number(row[f'{name}_95'], '.3f')}" for name in names]
         cells += [
             *(f"{row[name]:.2f}" for name in plain),
+            _number(row.get("perplexity"), ".3g"),
             f"{row['tokens']:.1f}",
             f"{row['truncated']:.2f}",
             _number(row.get("forwards"), ".1f"),

@@ -17,7 +17,7 @@ from jaxalign.evaluation import engine, fits, inspection, loading, plots, result
 from jaxalign.evaluation.engine import Method, Texts
 from jaxalign.evaluation.methods import METHODS
 from jaxalign.evaluation.options import DecodeOptions, ResponseOptions, check_options
-from jaxalign.evaluation.results import Embed, Record
+from jaxalign.evaluation.results import SCORED, Embed, Record
 from jaxalign.evaluation.settings import Setting
 from jaxalign.evaluation.specs import CRITICS, KINDS, Spec, parse_method
 from jaxalign.prompts import prompt_batch
@@ -44,7 +44,7 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     if options.dry_run:
         dry_run.on_enough_devices(options, options.mesh)
     specs = check(options)
-    scored = {"reward": options.reward, "gold": options.gold}
+    scored = {name: getattr(options, name) for name in SCORED}
     tokenizer = models.tokenizer(options.model, chat_template=options.text.chat_template)
     prompts = _read_prompts(options, format_of(options.text, tokenizer)).rows
     texts = Texts([prompt.text for prompt in prompts], [prompt.tokens for prompt in prompts], tokenizer)
@@ -154,7 +154,8 @@ def check(options: DecodeOptions) -> list[Spec]:
     if not specs:
         raise ValueError("method: expected something to decode, found no method and no base")
     reward = rewards.reward_roles(options.reward, name="reward")
-    rewards.reward_roles(options.gold, name="gold")
+    for name in SCORED[1:]:
+        rewards.reward_roles(getattr(options, name), name=name)
     for spec in specs:
         if spec.needs_reward and not options.reward:
             raise ValueError(f"reward: expected a reward, which {spec.text} maximises, found none")
@@ -234,8 +235,8 @@ def _decode(
     inputs = [options.model, *spec.folders.values()]
     if options.draft not in ("", "below") and "draft" in spec.reads:
         inputs.append(options.draft)
-    for name, value in (("reward", options.reward), ("gold", options.gold)):
-        inputs += rewards.reward_inputs(value, name=name)
+    for name in SCORED:
+        inputs += rewards.reward_inputs(getattr(options, name), name=name)
     # Responses and their numbers belong to the code as it was.
     if spec.kind == "function":
         inputs += rewards.program_files(spec.target, name="method")

@@ -14,6 +14,7 @@ from jaxalign.worlds import opinions
 
 GOLD = "jaxalign.worlds.opinions:golds"
 LENGTH = 64  # longest row [tokens]
+INSPECTED = 4  # prompts whose responses the report shows token by token
 
 
 class Stage(NamedTuple):
@@ -25,6 +26,8 @@ class Stage(NamedTuple):
     """Its name, as `jaxalign.commands.run` takes it."""
     options: dict[str, Any]
     """Of the job, by the names of its command line."""
+    once: bool = False
+    """Whether the job refuses a folder that it has written: it is done where that is."""
 
 
 class Size(NamedTuple):
@@ -129,7 +132,7 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
     made = values | {"rollouts": str(out / "value")}  # the roll-outs of the first value model
 
     def stage(title: str, job: str, folder: str, options: dict[str, Any], **more: Any) -> Stage:
-        return Stage(title, job, options | more | {"out": str(out / folder)})
+        return Stage(title, job, options | more | {"out": str(out / folder)}, once=job == "world")
 
     def epochs(name: str) -> dict[str, Any]:
         return {"epochs": size.epochs[name]}
@@ -233,6 +236,7 @@ def decode_options(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> di
         "num_steps": size.moves,
         "max_new_tokens": opinions.MAX_NEW_TOKENS,
         "batch_size": size.prompts,
+        "inspect": INSPECTED,
         "out": str(out / "decode"),
     }
 
@@ -243,6 +247,11 @@ class Clock:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def begin(self, title: str) -> None:
+        """Prints a stage's title with the time that the stages before it took."""
+        minutes, seconds = divmod(round(sum(self.seconds.values())), 60)
+        print(f"{title} ({minutes}:{seconds:02d} so far)", flush=True)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -39,8 +39,9 @@ def laws(lm: models.LanguageModel, *, base: TextModel | None = None) -> Loss:
       base: for Bellman's equation: the base, whose parameters the loss takes as frozen; None: the rewards themselves.
 
     Returns:
-      The loss of batches {"tokens", "mask", "loss_mask" [b,L], "reward" [b]}, a mean over prefixes, which are its
-      weight. Metrics: cross_entropy of the prefixes' own laws, squared_error of their means at the last token.
+      The loss of batches {"tokens", "mask", "loss_mask" [b,L], "reward" [b]}, and of a frozen body's "hidden" [b,L,D]
+      where they are stored, a mean over prefixes, which are its weight. Metrics: cross_entropy of the prefixes' own
+      laws, squared_error of their means at the last token.
 
     Raises:
       ValueError: a model without a head of laws; with `base`, one that is no Q head.
@@ -57,7 +58,7 @@ def laws(lm: models.LanguageModel, *, base: TextModel | None = None) -> Loss:
     def loss(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
         params = objectives.cast(lm, params)
         tokens, response = batch["tokens"], batch["loss_mask"]
-        hidden = lm.hidden(params, tokens, mask=batch["mask"])
+        hidden = batch["hidden"] if "hidden" in batch else lm.hidden(params, tokens, mask=batch["mask"])
         drawn = response[:, 1:]
         prefixes = response | jnp.pad(drawn, ((0, 0), (0, 1)))  # the prompt's last token, and every response token
         count = prefixes.sum()

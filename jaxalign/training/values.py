@@ -42,7 +42,7 @@ class ValueOptions:
     """Between the head's layers."""
     frozen: bool = False
     """Train the head alone, on the base's hidden states: the value of each state that a token is drawn from, the
-    prompt's included, for policies.re_control."""
+    prompt's included, for policies.re_control; or the laws of --objective distribution."""
     store_states: bool = True
     """With --frozen: compute the base's hidden states once, into states/ of the run folder (tokens x width numbers), in
     place of once at each step."""
@@ -105,8 +105,8 @@ def check_value_options(options: ValueOptions, rolled: RolloutOptions, *, model:
         raise ValueError(f"head_layers: expected at least 1, found {options.head_layers}")
     if options.frozen and options.head != "scalar":
         raise ValueError("head: expected scalar with --frozen, found q")
-    if options.frozen and (options.bound or options.objective not in ("fudge", "td", "pairs")):
-        raise ValueError("objective: expected fudge, td or pairs, and no --bound, with --frozen")
+    if options.frozen and (options.bound or options.objective not in ("fudge", "td", "pairs", "distribution")):
+        raise ValueError("objective: expected fudge, td, pairs or distribution, and no --bound, with --frozen")
     if options.frozen and model != rolled.base:
         raise ValueError("model: expected the base with --frozen, whose hidden states are edited")
     if options.objective == "exceedance" and not options.bound:
@@ -131,8 +131,6 @@ def _check_laws(options: ValueOptions) -> None:
     for name in ("bound", "beta", "sharpness"):
         if getattr(options, name):
             raise ValueError(f"{name}: expected none with --objective distribution, which is for all, at decoding")
-    if options.frozen:
-        raise ValueError("frozen: expected no --frozen with --objective distribution")
     if options.targets == "bellman" and options.head != "q":
         raise ValueError("head: expected q for --targets bellman, whose target is a mean over the vocabulary")
     for name, least in (("bins", 2), ("rank", 1)):

