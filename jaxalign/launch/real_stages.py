@@ -88,7 +88,7 @@ SIZES = {
         },
         particles=4,
         lookahead=2,
-        inspect=1,
+        inspect=0,
     ),
     "smollm2-toy": Size(
         toy=True,
@@ -101,10 +101,10 @@ SIZES = {
         passes={"reward_model": 1, "arm": 1, "dpo": 1, "laws": 1, "edit": 1},
         rl={"steps": 1, "batch_size": 4, "samples": 2},
         accumulate=2,
-        strengths={"best_of_n": "2", "laws": "1", "genarm": "1", "follower": "1", "calibrated": "1"},
+        strengths={"best_of_n": "2", "laws": "1", "genarm": "1"},
         particles=2,
         lookahead=1,
-        inspect=1,
+        inspect=0,
     ),
 }
 
