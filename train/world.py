@@ -60,15 +60,14 @@ class Config:
 def run(config: Config) -> pathlib.Path:
     """Writes the files, whole or not at all; gives their folder."""
     _hosts.check_single("train.world")
-    everyday = config.task == "everyday"
-    _check(config, everyday=everyday)
+    _check(config)
     out = pathlib.Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: expected a new or empty folder, found {out}")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if everyday:
+    if config.task == "everyday":
         rows: dict[str, Any] = files.everyday_rows(prompts=config.prompts, held_out=config.held_out)
         following = f"train.preferences --base DIR --prompts {out / 'prompts.jsonl'} --reward {EVERYDAY_GOLD} --out DIR"
     else:
@@ -90,10 +89,10 @@ def run(config: Config) -> pathlib.Path:
     return out
 
 
-def _check(config: Config, *, everyday: bool) -> None:
+def _check(config: Config) -> None:
     """ValueErrors that name the option."""
     default = Config(out=config.out)
-    for name in ("texts", "pairs", "layers", "width", "seed") if everyday else ("prompts",):
+    for name in ("texts", "pairs", "layers", "width", "seed") if config.task == "everyday" else ("prompts",):
         if getattr(config, name) != getattr(default, name):
             raise ValueError(f"{name}: expected none for --task {config.task}, found {getattr(config, name)}")
     for name, least in (("texts", 1), ("pairs", 1), ("layers", 1), ("held_out", 0), ("prompts", 0)):

@@ -123,10 +123,9 @@ def write_toy(folder: str | pathlib.Path, *, seed: int = 0, overwrite: bool = Fa
       ValueError: files stand in the folder.
     """
     about = TOY | _toy_words()
-    width, inner, heads = (
-        TOY[f"llama.{name}"] for name in ("embedding_length", "feed_forward_length", "attention.head_count")
-    )
-    keys = int(width // heads * TOY["llama.attention.head_count_kv"])
+    sizes = ("embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv")
+    width, inner, heads, kv_heads = (int(TOY[f"llama.{name}"]) for name in sizes)
+    keys = width // heads * kv_heads
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (TOY_TOKENS, width), "output_norm.weight": (width,)}
     for layer in range(int(TOY["llama.block_count"])):
         own = {"attn_norm": (width,), "ffn_norm": (width,), "attn_q": (width, width), "attn_output": (width, width)}
