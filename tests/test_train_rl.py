@@ -95,7 +95,7 @@ def test_a_run_writes_a_language_model_and_says_reward_and_kl_before_and_after(n
     # The table was made in float32, and is not that of bfloat16 rewards.
     table = () if "bfloat16" in RUNS[name] else ("--calibration", str(files / "table"))
     command = [*options(files, *RUNS[name], *table, "--transform", "exp:3")]
-    rl.main([*command, "--out", str(tmp_path / "run")])
+    rl.main([*command, "--peak-tflops", "0.5", "--out", str(tmp_path / "run")])
     assert "next: python -m eval.decode" in capsys.readouterr().out.splitlines()[-1]
     lm, params = models.load(tmp_path / "run/model")
     before = models.load(files / "base/model")[1]
@@ -113,6 +113,10 @@ def test_a_run_writes_a_language_model_and_says_reward_and_kl_before_and_after(n
     assert summary["kl"] > 0
     rows = logging.read(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["mfu"] == pytest.approx(row["tflops_per_second"] / 0.5)
+        assert 0 < row["mfu"] < 1
+        assert "flops" not in row
     # At the first iteration the policy is the reference, and what it draws is on its own terms.
     assert abs(rows[0]["kl"]) < (0.1 if "bfloat16" in RUNS[name] else 1e-4)
     if name == "lora":

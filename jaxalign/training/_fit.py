@@ -39,7 +39,8 @@ class StepFunction(Protocol[S]):
           frozen: what `fit` was given.
 
         Returns:
-          (state, metrics): scalars by name; "tokens" adds to the count of tokens and is not logged.
+          (state, metrics): scalars by name. "tokens" adds to the count of tokens and is not logged; nor is "flops",
+            which adds to the operations where `fit` was given `work`.
         """
 
 
@@ -202,7 +203,7 @@ class _Reader:
             raise ValueError(f"step: expected metrics of shape (), found {wrong}")
         host = {name: float(value) for name, value in _hosts.host_value(dict(values)).items()}
         self.tokens += counts.tokens + int(host.pop("tokens", 0))
-        self.flops += counts.flops
+        self.flops += counts.flops + (0.0 if self.work is None else host.pop("flops", 0.0))
         bad = {name: value for name, value in host.items() if not math.isfinite(value)}
         if bad:
             raise FloatingPointError(f"{self.stage}: {bad} at step {taken}; the last checkpoint is from before it")

@@ -130,6 +130,43 @@ def counter(
     return count
 
 
+def policy_gradient_counter(
+    lm: models.LanguageModel, trained: Params, reference: Params, *, passes: int, reads: int, compared: bool
+) -> Callable[[Sequence[int], Sequence[int]], float]:
+    """Makes the count of the operations of an iteration on a policy's own responses.
+
+    A prompt is read once, each of its responses token by token; the reference reads all texts once, and the policy
+    `reads` times before the updates, each of which is a step as `counter` has it. What a reward's model does is left
+    out.
+
+    Args:
+      lm: the policy's model.
+      trained: its parameters, or those of an adapter on the reference, with a head beside it or not.
+      reference: the reference's parameters.
+      passes: updates that each response serves.
+      reads: passes over the texts without a gradient, before the updates.
+      compared: whether each update reads the reference again, as for the exact KL.
+
+    Returns:
+      (lengths of the B prompts, lengths of their B·n responses, those of a prompt together) [tokens] -> operations.
+    """
+    own = matrix_weights(lm, trained) + (0 if "transformer" in trained else matrix_weights(lm, reference))
+    again = compared or "transformer" not in trained
+    update = counter(lm, trained, reference if again else None, compared=compared)
+
+    def forward(weights: int, lengths: Sequence[int]) -> float:
+        return 2.0 * weights * sum(lengths) + sum(attention_flops(lm.config, length) for length in lengths)
+
+    def count(prompts: Sequence[int], responses: Sequence[int]) -> float:
+        before = [length for length in prompts for _ in range(len(responses) // len(prompts))]
+        texts = [length + new for length, new in zip(before, responses, strict=True)]
+        drawn = forward(own, prompts) + forward(own, texts) - forward(own, before)
+        ahead = reads * forward(own, texts) + forward(matrix_weights(lm, reference), texts)
+        return drawn + ahead + passes * update(texts)
+
+    return count
+
+
 def text_lengths(batch: Any) -> list[int]:
     """The lengths of a batch's texts [tokens]: real tokens of each row of the leaves named "mask"."""
     named = jax.tree_util.tree_leaves_with_path(batch)

@@ -91,7 +91,8 @@ class OptimizerOptions:
     """Steps, after the first three, of which jax's profiler writes a trace to profile/ of the run folder; 0: none."""
     peak_tflops: float = 0.0
     """Most 10^12 operations per second of a device, by which metrics tell MFU. 0: that of its data sheet in bfloat16
-    (A100, H100, TPU v5 and others), else none: MFU is left out. train.rl, whose iterations draw as well, tells none."""
+    (A100, H100, TPU v5 and others), else none: MFU is left out. Of train.rl roll-outs and updates count, a reward's
+    model does not."""
 
     def steps_for(self, rows: int) -> int:
         """Steps of a run over that many training rows."""

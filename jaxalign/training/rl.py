@@ -195,6 +195,7 @@ def train_policy(
         begun = dry_run.apply(lambda params: create(params, update), trained)
         _tell(learner, step, begun, frozen, batch, devices, memory=mesh.device_memory)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
+    count, work = _counted(learner, trained, frozen, optimizer, 1 if devices is None else devices.size)
     owned = states.owned(trained, frozen)
     train = create(owned, update) if devices is None else states.on_mesh(devices, owned, update)
     state = RLState(jnp.zeros((), jnp.int32), train, jnp.asarray(beta, jnp.float32), jnp.zeros(2, jnp.int32))
@@ -205,7 +206,7 @@ def train_policy(
     source = batches.batches(rows, pad, batch_size=size, seed=learner.seed)
     with profiling.traced(out, optimizer.profile) as hooks:
         ended: RLState = fit(
-            make_iteration(learner, step),
+            make_iteration(learner, step, count=count),
             state,
             source,
             steps=steps,
@@ -215,12 +216,30 @@ def train_policy(
             frozen=frozen,
             place=place,
             hooks=hooks,
+            work=work,
             donate=True,
             save_every=optimizer.save_every,
             log_every=optimizer.log_every,
             track=optimizer.track,
         )
     return ended
+
+
+def _counted(
+    learner: Learner, trained: Params, frozen: Params, optimizer: OptimizerOptions, devices: int
+) -> tuple[Callable[[Sequence[int], Sequence[int]], float] | None, flops.Work | None]:
+    """The count of an iteration's operations and the peak of the devices; None where that is not known. What a batch
+    asks for is known once its responses are drawn, so that the iteration counts and not `Work`."""
+    peak = flops.peak_flops(jax.devices()[0].device_kind, str(learner.lm.dtype), given=optimizer.peak_tflops)
+    if peak is None:
+        return None, None
+    options, exact = learner.options, learner.method.kl == "exact"
+    several = options.passes * options.minibatches > 1
+    reads = int(exact or options.algorithm == "ppo") + int(several)
+    count = flops.policy_gradient_counter(
+        learner.lm, trained, frozen["reference"], passes=options.passes, reads=reads, compared=exact
+    )
+    return count, flops.Work(lambda batch: 0.0, peak * devices)
 
 
 def _tell(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,7 +126,11 @@ def first_part(learner: Learner, params: Params, frozen: Params, prompts: TokenB
 
 
 def make_iteration(
-    learner: Learner, update: training.TrainStep, *, after: Callable[[dict[str, float]], None] | None = None
+    learner: Learner,
+    update: training.TrainStep,
+    *,
+    after: Callable[[dict[str, float]], None] | None = None,
+    count: Callable[[Sequence[int], Sequence[int]], float] | None = None,
 ) -> training.StepFunction[RLState]:
     """Makes the step of `training.fit`: one roll-out and the updates on it.
 
@@ -134,6 +138,7 @@ def make_iteration(
       learner: what an iteration is made of.
       update: the optimizer's step on a part of the responses.
       after: called with the seconds of roll-out and update, which waits for both: benchmarks.
+      count: lengths of prompts and of responses [tokens] -> operations, told as the metric "flops"; None: not told.
 
     Returns:
       (state, batch of `rl.collate_prompts` with one part, frozen) -> (state, metrics).
@@ -170,7 +175,7 @@ def make_iteration(
         rng, order = jax.random.split(jax.random.fold_in(streams, int(_hosts.host_value(state.step))))
         drawn = draw(learner, state.train.params, frozen, rng, prompts)
         # The one wait of an iteration: whether every reward is a number, and how long the longest response is.
-        rewards, mask = _hosts.host_value((drawn.reward, drawn.samples.mask))
+        rewards, mask, asked = _hosts.host_value((drawn.reward, drawn.samples.mask, part["prompt_mask"]))
         rolled = time.perf_counter()
         if not np.isfinite(rewards).all():
             return _drop(state, rewards, _hosts.host_value(part["row"]))
@@ -189,6 +194,8 @@ def make_iteration(
             after({"rollout": rolled - started, "update": time.perf_counter() - rolled, "tokens": float(mask.sum())})
         dropped = state.dropped.at[1].set(0)
         metrics = means | metrics | {"beta": state.beta, "dropped": dropped[0], "tokens": mask.sum()}
+        if count is not None:
+            metrics["flops"] = count(asked.sum(axis=-1).tolist(), mask.sum(axis=-1).ravel().tolist())
         return RLState(state.step + 1, train, beta, dropped), metrics
 
     return iteration

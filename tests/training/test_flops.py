@@ -87,6 +87,25 @@ def test_a_token_counts_the_experts_that_it_runs_through():
     assert more == each + 2 * 64 * 4  # two of four experts, and the router
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("compared", [False, True])
+def test_an_iteration_draws_reads_and_updates(compared, adapter):
+    lm = models.LanguageModel(tiny_config(**WIDE))
+    params, lora = shapes(lm, SPEC)
+    trained = {"adapter": lora} if adapter else params
+    count = flops.policy_gradient_counter(lm, trained, params, passes=3, reads=2, compared=compared)
+    base, own = flops.matrix_weights(lm, params), flops.matrix_weights(lm, trained)
+    whole = base + own if adapter else own
+    texts, attention = [7, 9, 4, 6], lambda *lengths: sum(flops.attention_flops(lm.config, x) for x in lengths)
+    # Prompts of 5 and 3 tokens, two responses of each.
+    drawn = 2 * whole * (5 + 3 + 2 + 4 + 1 + 3) + attention(5, 3, *texts) - attention(5, 5, 3, 3)
+    read = 2 * (2 * whole * 26 + attention(*texts)) + 2 * base * 26 + attention(*texts)
+    # Forward, and backward by states and weights; of weights under an adapter by states alone.
+    update = 2 * 26 * ((3 * own + 2 * base) if adapter else 3 * own) + 3 * attention(*texts)
+    again = compared * (2 * 26 * base + attention(*texts))
+    assert count([5, 3], [2, 4, 1, 3]) == pytest.approx(drawn + read + 3 * (update + again))
+
+
 def test_only_real_tokens_count():
     short = {**TEXT, "mask": np.arange(48)[None, None] < np.asarray([[5], [48], [0], [1]])[None]}
     assert flops.text_lengths(short) == [5, 48, 0, 1]
