@@ -373,3 +373,70 @@ def test_bad_responses_are_named(words):
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
     with pytest.raises(ValueError, match="eos_id: expected an id, since the tokenizer has no EOS"):
         text.score(counted, jnp.float32(0), plain, ["a"], ["a"])
+
+
+# With a draft ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_proposes_and_the_responses_are_those_of_speculation(model, words):
+    """Of a model, a Policy and the policy below a tilt; batches change no draw, and greedy texts are the model's."""
+    lm, params = model
+    small, own = tiny_lm(5, num_layers=1, eos_ids=(1,))
+    policy = policies.language_model(lm)
+    found = text.generate(
+        lm, params, words, TEXTS, rng=KEY, max_new_tokens=9, draft=(small, own), draft_tokens=3, batch_size=2
+    )
+    expected = decoding.speculative(
+        policy,
+        policies.language_model(small),
+        {"target": params, "draft": own},
+        KEY,
+        as_batch(words, TEXTS),
+        draft_tokens=3,
+        max_new_tokens=9,
+    )
+    assert_completions_equal(found.completions, expected.completions)
+    for row, written in enumerate(found.texts):
+        ids = np.asarray(expected.completions.tokens[row])[np.asarray(expected.completions.mask[row])]
+        assert written == words.decode(ids.tolist(), skip_special_tokens=True)
+    plain = text.generate(lm, params, words, TEXTS, rng=KEY, max_new_tokens=9)
+    assert plain.texts != found.texts  # other draws of the same law
+    for draft in ((policies.language_model(small), own), (lm, params)):
+        cold = text.generate(lm, params, words, TEXTS, max_new_tokens=9, temperature=0.0, draft=draft)
+        assert cold.texts == text.generate(lm, params, words, TEXTS, max_new_tokens=9, temperature=0.0).texts
+
+
+def test_a_drafts_law_is_the_models(model, words):
+    """4,000 draws of one prompt's first token beside its probabilities: of 11 cells 40 has a probability of 2e-5."""
+    lm, params = model
+    small, own = tiny_lm(5, num_layers=1, eos_ids=(1,))
+    found = text.generate(
+        lm, params, words, ["a b c"] * 4000, max_new_tokens=2, draft=(small, own), draft_tokens=1, batch_size=4000
+    )
+    second = policies.language_model(lm)
+    prompt = as_batch(words, ["a b c"])
+    state, output = second.init(params, KEY, prompt, 2)
+    first = np.exp(np.asarray(output.log_prob)[0])
+    expected = np.zeros(11)
+    for token in range(11):
+        after = second.step(params, KEY, state, jnp.array([token]))[1]
+        expected += first[token] * np.exp(np.asarray(after.log_prob)[0]) * (token != 1)
+    tokens, mask = np.asarray(found.completions.tokens), np.asarray(found.completions.mask)
+    for place, law in ((0, first), (1, expected)):
+        count = np.bincount(tokens[mask[:, place], place], minlength=11)
+        assert ((count - 4000 * law) ** 2 / np.maximum(4000 * law, 1e-9)).sum() < 40
+
+
+def test_what_a_draft_refuses(model, words):
+    lm, params = model
+    for given, match in (
+        ({"draft": (lm, params), "num_samples": 2}, "num_samples: expected None with a draft, found 2"),
+        ({"draft": (lm, params), "stream": lambda row, new: None}, "stream: expected None with a draft"),
+        ({"draft": "above"}, r"draft: expected \(model, params\) or 'below', found 'above'"),
+        ({"draft": lm}, r"draft: expected \(model, params\) or 'below', found a LanguageModel"),
+        ({"draft": (params, lm)}, "draft: expected a language model or a Policy, found a dict"),
+        ({"draft": (lm, params), "draft_tokens": 0}, "draft_tokens: expected .*1, found 0"),
+        ({"draft": "below"}, "draft: expected a Policy, found .below. with a target that is no tilt"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            text.generate(lm, params, words, TEXTS, max_new_tokens=4, **given)

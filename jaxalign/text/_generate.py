@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,10 @@ Watch: TypeAlias = Callable[[Completions, bool], None]
 """Called with the next tokens of a batch [B,steps], and whether they are the last."""
 
 
+Draft: TypeAlias = "tuple[LanguageModel | Policy, Params] | Literal['below']"
+"""A model or Policy that proposes tokens, with its parameters; "below": the policy that the model, a tilt, is over."""
+
+
 class Stream(Protocol):
     """Receives the response of a prompt as it grows: `text` goes on where the last one of this row ended."""
 
@@ -75,6 +79,8 @@ def generate(
     max_new_tokens: int = 128,
     temperature: ArrayLike = 1.0,
     num_samples: int | None = None,
+    draft: Draft | None = None,
+    draft_tokens: int = 4,
     eos_ids: int | Sequence[int] | None = None,
     batch_size: int = 32,
     stream: Stream | None = None,
@@ -83,7 +89,8 @@ def generate(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     generation_config: bool | Mapping[str, Any] = False,
 ) -> Generated:
-    """Draws a response to each prompt. The draws are those of `decoding.sample` with the same key.
+    """Draws a response to each prompt. The draws are those of `decoding.sample` with the same key, and with a draft
+    those of `decoding.speculative`, which have the same law.
 
     Args:
       model: what the responses are drawn from: a language model, as `models.load` gives it, or any Policy.
@@ -95,6 +102,11 @@ def generate(
       max_new_tokens: the limit of a response, its EOS included [tokens].
       temperature: one value, or one for each prompt, >= 0; 0 is greedy.
       num_samples: n responses to each prompt; None: one, which is the first of any n.
+      draft: (a language model or Policy over the same tokens, its parameters), which proposes tokens that the model
+        verifies several at a time: the law is the model's own, and decoding is faster where the two agree
+        (`decoding.speculative`). "below": the policy that a tilt is over. It is drawn from under the same temperature
+        and generation_config. None: none.
+      draft_tokens: tokens that the draft proposes at a time.
       eos_ids: the id or ids that end a response; None: the model's own, and for chats the special token in which the
         chat template ends an assistant's turn, which is told in a warning where the model does not name it.
       batch_size: prompts that are decoded together. Those of like length share a batch, padded to a bucket, so that
@@ -113,14 +125,17 @@ def generate(
     Raises:
       ValueError: a model that is neither, no prompts, an empty one, one without tokens or too long for a language model
         (its row is named), a chat that the template refuses or a tokenizer without one, a tokenizer with ids beyond the
-        model's, arguments outside their ranges, and those of `decoding.sample`.
+        model's, a draft beside num_samples or a stream, arguments outside their ranges, and those of `decoding.sample`
+        and `decoding.speculative`.
     """
     policy = model if isinstance(model, Policy) else policies.language_model(_checked(model))
     items = check_prompts(prompts)
     check_tokenizer(tokenizer, policy.vocab_size)
     form = format_of(tokenizer, items, chat_template_kwargs, system)
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("stream_every", stream_every)):
+    counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stream_every": stream_every}
+    for name, value in (counts | {"draft_tokens": draft_tokens}).items():
         check_count(name, value)
+    proposes, own = _opened(draft, num_samples, stream)
     if num_samples is not None:
         check_count("num_samples", num_samples)
         if stream is not None:
@@ -132,6 +147,8 @@ def generate(
     if eos_ids is None:
         ends = _with_chat_end(form, ends, items)
     policy = _with_generation_config(policy, model, generation_config, temperature)
+    if isinstance(proposes, Policy):
+        proposes = _with_generation_config(proposes, model, generation_config, temperature)
     key = key_of(rng, seed)
     heat = _temperatures(temperature, len(items))
 
@@ -140,7 +157,16 @@ def generate(
         check_request(policy, params, key, batch.prompts, max_new_tokens, ends)
     for batch in found:
         here = heat if np.ndim(heat) == 0 else jnp.asarray(np.asarray(heat)[batch.source])
-        if stream is None:
+        if proposes is not None:
+            both = {"target": params} if proposes == "below" else {"target": params, "draft": own}
+            limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": ends}
+            if np.ndim(here) or here != 1:
+                limits["temperature"] = here
+            drawn = decoding.speculative(
+                policy, proposes, both, key, batch.prompts, draft_tokens=draft_tokens, **limits
+            ).completions
+            parts.append(jax.tree.map(lambda x: x[:, None], drawn))
+        elif stream is None:
             parts.append(
                 decoding.sample(
                     policy,
@@ -154,14 +180,37 @@ def generate(
                 )
             )
         else:
-            drawn = with_temperature(policy, params, same_prompts(batch.prompts), here)
+            warm = with_temperature(policy, params, same_prompts(batch.prompts), here)
             watch = watch_texts(stream, tokenizer, ends, batch)
-            parts.append(draw_in_chunks(*drawn, key, max_new_tokens, ends, stream_every, watch))
+            parts.append(draw_in_chunks(*warm, key, max_new_tokens, ends, stream_every, watch))
     completions = in_order(parts, found)
     texts = _texts(tokenizer, completions, ends)
     if num_samples is not None:
         return Generated(texts, completions)
     return Generated([samples[0] for samples in texts], jax.tree.map(lambda x: x[:, 0], completions))
+
+
+def _opened(
+    draft: Draft | None, num_samples: int | None, stream: Stream | None
+) -> tuple[Policy | Literal["below"] | None, Params]:
+    """(the draft as a Policy, its parameters)."""
+    if draft is None:
+        return None, None
+    for name, value in (("num_samples", num_samples), ("stream", stream)):
+        if value is not None:
+            raise ValueError(f"{name}: expected None with a draft, found {value!r:.60}")
+    if isinstance(draft, str):
+        if draft != "below":
+            raise ValueError(f"draft: expected (model, params) or 'below', found {draft!r}")
+        return "below", None
+    if isinstance(draft, Policy) or not isinstance(draft, tuple) or len(draft) != 2:
+        raise ValueError(f"draft: expected (model, params) or 'below', found {described(draft)}")
+    model, params = draft
+    if isinstance(model, Policy):
+        return model, params
+    if not hasattr(model, "prefill"):
+        raise ValueError(f"draft: expected a language model or a Policy, found {described(model)}")
+    return policies.language_model(model), params
 
 
 def _checked(model: LanguageModel) -> LanguageModel:
