@@ -129,32 +129,84 @@ def check_folders(spec: str, folder: pathlib.Path) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), half, params)
 
 
+HOLD = re.compile(r"sdy\.sharding_constraint .*?<@\w+, \[(.*?)\]> : tensor<([\dx]+)x\w+> loc\((#loc\d*)\)")
+FUNCTION = re.compile(r"func\.func \w+ @(\w+)\(")
+CALL = re.compile(r"call @(\w+)\(.*loc\((#loc\d*)\)$")
+IN_ITS_LAYER = re.compile(r"layer_\d+[/.].*(qkv|out|gate_up|down|experts)/|Transformer\.logits/")
 GATHER = re.compile(r'= (\(?.*?\)?) (?:all-gather|all-to-all)(?:-start)?\(.*?op_name="([^"]*)"')
-IN_ITS_LAYER = re.compile(
+OF_A_LAYER = re.compile(
     r"layer_\d+[/.].*((qkv|out|gate_up|down)/sharding_constraint|qkv/slice|experts/while/body/)|Transformer\.logits[/)]"
+    r"|^[\w.]*params\[.{0,2}transformer.{0,2}\]\[.{0,2}(layer_\d+.*(qkv|out|gate_up|down).*kernel|lm_head).{0,2}\]$"
 )
 
 
-def gathers(text: str) -> Iterator[tuple[list[int], str, str]]:
+def holds(lowered: str) -> Iterator[tuple[list[int], str, str]]:
+    """(shape, mesh axes that it is split over, names of the operation and of the calls that lead to it) of each array
+    that a traced program holds."""
+    names = dict(re.findall(r'^(#loc\d*) = loc\("([^"]*)"', lowered, re.MULTILINE))
+    inside, found, callers = "", [], {}
+    for line in lowered.splitlines():
+        if begins := FUNCTION.search(line):
+            inside = begins[1]
+        elif call := CALL.search(line):
+            callers[call[1]] = (inside, names.get(call[2], ""))
+        elif hold := HOLD.search(line):
+            found.append((hold, inside))
+    for hold, function in found:
+        name = names.get(hold[3], "")
+        while function in callers:
+            function, caller = callers[function]
+            name = f"{caller}/{name}"
+        yield [int(size) for size in hold[2].split("x")], hold[1], name
+
+
+def gathers(compiled: str) -> Iterator[tuple[list[int], str, str]]:
     """(shape, name of the operation, line) of each array that a compiled program puts together from devices."""
-    for line in text.splitlines():
+    for line in compiled.splitlines():
         found = GATHER.search(line)
         if found is not None:
             for shape in re.findall(r"\w+\[([\d,]+)\]", found[1]):
                 yield [int(size) for size in shape.split(",")], found[2], line.strip()[:300]
 
 
-def check_program(what: str, text: str, config: models.Config, rows: int) -> None:
-    """Nothing of [tokens, vocabulary] is put together, and no matrix outside the layer that multiplies by it; of
-    experts one at a time."""
-    smallest = config.hidden_size * config.hidden_size
+def check_program(what: str, lowered: str, compiled: str, lm: models.LanguageModel, tokens: tuple[int, int]) -> None:
+    """Nothing of [tokens, vocabulary] is put together, and no matrix outside the layer that multiplies by it, nor over
+    the devices that share its columns; of experts one at a time.
+
+    The layer is that in which the traced program holds the matrix. What the compiler puts together are the arrays of
+    those products alone; some versions of jax name it by the place and others by the argument, which is in no layer.
+    """
+    config, mesh = lm.config, lm.mesh
+    assert mesh is not None
+    smallest = config.hidden_size**2
+    activations = {n // d for n in (tokens[0], math.prod(tokens)) for d in (1, 2, 4, 8)}
+    for axes, split, name in holds(lowered):
+        if math.prod(axes) >= smallest and not set(axes) & activations:
+            assert mesh.shape.get("tensor", 1) == 1 or '"tensor"' in split, f"{what}: all columns {axes} in {name}"
+            split_by_rows = mesh.shape.get("fsdp", 1) == 1 or '"fsdp"' in split
+            assert split_by_rows or IN_ITS_LAYER.search(name), f"{what}: a matrix {axes} in {name}"
     experts = 0 if config.block.experts is None else config.block.experts.count
-    for axes, name, line in gathers(text):
+    wanted = matrices(lm)
+    for axes, name, line in gathers(compiled):
         logits = config.vocab_size in axes and config.hidden_size not in axes
         assert not logits, f"{what}: vocabulary in {line}"
-        if math.prod(axes) >= smallest and not set(axes) & {rows, rows // 2, rows // 4, rows // 8}:  # activations
-            assert IN_ITS_LAYER.search(name), f"{what}: a matrix in {line}"
+        if math.prod(axes) >= smallest // mesh.shape.get("tensor", 1) and not set(axes) & activations:
+            assert OF_A_LAYER.search(name), f"{what}: a matrix in {line}"
             assert not experts or experts not in axes, f"{what}: several experts in {line}"
+            assert sorted(size for size in axes if size > 1) in wanted, f"{what}: another shape in {line}"
+
+
+def matrices(lm: models.LanguageModel) -> list[list[int]]:
+    """The sizes, in order, of the weights of each product as a device holds them once they are put together over fsdp;
+    of experts those of one."""
+    assert lm.mesh is not None
+    params = jax.eval_shape(lm.init, jax.random.key(0))
+    places = jax.tree.leaves(sharding.placements(params, lm.mesh, {**sharding.RULES, "embed": None}))
+    found = []
+    for (path, x), place in zip(jax.tree_util.tree_leaves_with_path(params), places, strict=True):
+        one = re.search("experts/(gate_up|down)", sharding.path_name(path)) is not None
+        found.append(sorted(size for size in place.shard_shape(x.shape)[one:] if size > 1))
+    return found
 
 
 def check_programs(spec: str, **changes: Any) -> float:
@@ -174,8 +226,9 @@ def check_programs(spec: str, **changes: Any) -> float:
     rows, split = 24, sharding.batch_sharding
     tokens = jax.ShapeDtypeStruct((1, rows, 20), jnp.int32, sharding=split(mesh, ahead=1))
     step = training.train_step(loss_of(lm), optimizer, mesh=mesh)
-    program = step.lower(state, {"tokens": tokens}).compile()  # type: ignore[attr-defined]
-    check_program(f"{spec}: training", program.as_text(), config, rows)
+    traced = step.lower(state, {"tokens": tokens})  # type: ignore[attr-defined]
+    program = traced.compile()
+    check_program(f"{spec}: training", traced.as_text(debug_info=True), program.as_text(), lm, (rows, 20))
     first = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split(mesh))
     prompt = jax.ShapeDtypeStruct((rows, 8), jnp.int32, sharding=split(mesh))
     cache = placed(jax.eval_shape(lambda p, t: lm.prefill(p, t, t >= 0, 24)[1], params, prompt))
@@ -185,8 +238,8 @@ def check_programs(spec: str, **changes: Any) -> float:
         logits = lm.logits(params, hidden)
         return logits.argmax(axis=-1), jax.nn.logsumexp(logits, axis=-1), cache
 
-    text = jax.jit(decode).lower(params, cache, first).compile().as_text()
-    check_program(f"{spec}: decoding", text, config, rows)
+    decoding = jax.jit(decode).lower(params, cache, first)
+    check_program(f"{spec}: decoding", decoding.as_text(debug_info=True), decoding.compile().as_text(), lm, (rows, 1))
     return float(program.memory_analysis().argument_size_in_bytes)
 
 
