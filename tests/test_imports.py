@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -79,6 +80,11 @@ def test_the_version_stands_in_one_place():
     text = (ROOT / "jaxalign/_version.py").read_text()
     assert f'__version__ = "{jaxalign.__version__}"' in text
     first = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {jaxalign.__version__}\n" in citation
+    assert set(re.findall(r"arxiv.org/abs/([\d.]+)", citation)) <= set(
+        re.findall(r"arxiv.org/abs/([\d.]+)", (ROOT / "PAPERS.md").read_text())
+    )
     assert first.startswith("[Unreleased]") or first.startswith(f"[{jaxalign.__version__}]")
 
 
