@@ -130,6 +130,7 @@ ELSEWHERE = {
     "decoding.requests.open_request": "calls check_request",
     "models.projections.initial_kernel": "flax calls it",
     "training.rl_iteration.draw": "hands its key to policy_gradient.collect",
+    "training.roll_in.draw": "folds a round into its key, for decoding.sample and best_of_n",
 }
 
 

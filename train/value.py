@@ -7,12 +7,10 @@ the model learns the value of each prefix. Roll-outs are written in numbered sha
 first shard that is missing, and no prompt is lost or repeated.
 
 With --bound the reward is shaped first (Stackelberg): bound above each prompt's threshold, which is solved from its
-roll-outs, and 0 below. The exact heads for decoding by tokens are then
+roll-outs, and 0 below. The exact heads for eval.decode's --method follower:DIR are
 
 python -m train.value --objective exceedance --bound 3 --beta 1 --samples 16 … --out runs/exceedance
 python -m train.value --objective soft --bound 3 --beta 1 --sharpness 2 … --out runs/soft
-
-which eval.decode takes as --method follower:DIR, at that beta.
 
 The exact mean of cd_q learns the base's value from anybody's responses, since its target needs no draw of the base; the
 others learn from --responses the value of whoever wrote them. A response without EOS is scored as it stands:
@@ -23,7 +21,7 @@ The law of the reward is one head for every beta, bound and n, eval.decode's --m
 
 python -m train.value --objective distribution … --out runs/laws
 
-RE-Control's value network, a head on the base's own hidden states for policies.re_control, is
+RE-Control's value network, a head on the base's own hidden states, for policies.re_control:
 
 python -m train.value --objective td --frozen --activation relu --head-layers 2 … --out runs/edit
 """
@@ -38,7 +36,7 @@ from typing import Any
 from jaxalign import commands
 from jaxalign.data import encoded
 from jaxalign.data.text_options import TextOptions, format_of
-from jaxalign.training import reading, responses, rollouts, values
+from jaxalign.training import reading, responses, roll_in, rollouts, values
 from jaxalign.training.options import (
     MeshOptions,
     ModelOptions,
@@ -48,7 +46,7 @@ from jaxalign.training.options import (
     RunOptions,
 )
 from jaxalign.training.training_job import Job
-from jaxalign.training.values import ValueOptions
+from jaxalign.training.value_options import ValueOptions, check_value_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,23 +74,25 @@ def run(config: Config) -> dict[str, Any]:
         return reading.show(texts if options.responses else prompts, config.text, model=rolled.base)
     if not (config.model.model or config.model.architecture):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, model=rolled.base))
-    values.check_value_options(options, rolled, model=config.model.model)
+    check_value_options(options, rolled, model=config.model.model)
     job = Job.open(
         config,
         stage="value",
-        inputs=[*rollouts.inputs(rolled), options.responses],
+        inputs=[*rollouts.inputs(rolled), options.responses, *values.inputs(options)],
         following=lambda out: _following(config, out),
     )
     done = job.finished()
     if done is not None:
         return done
+    config = roll_in.after_rounds(config, job.out, run)
+    options = config.value
     started = job.start(lambda body: values.value_head(options, body), trained=not options.frozen)
     if options.responses:
         given = texts(job.form(started))
         found = responses.scored(given, rolled, started, dtype=config.run.dtype, max_length=rows.max_length)
     else:
         read = prompts(format_of(config.text, started.tokenizer)).rows
-        found = encoded.Loaded(rollouts.roll_out_for(job, rolled, read, started), 0, [])
+        found = encoded.Loaded(rollouts.roll_out_for(job, rolled, read, started, values.rolls_in(options)), 0, [])
     learned = values.value_rows(options, found.rows)
     data = job.split(found._replace(rows=learned))
     started = values.with_support(options, started, learned)
@@ -104,7 +104,7 @@ def run(config: Config) -> dict[str, Any]:
         params = job.fit(started, data, loss, collate, frozen=frozen)
 
     summary = values.measure_values(options, started.lm, params, learned, data, collate, config.optimizer.batch_size)
-    return job.finish(started, params, data, summary, values.about_laws(options, rolled, started))
+    return job.finish(started, params, data, summary, values.about_laws(options, rolled, started, learned))
 
 
 def _following(config: Config, out: pathlib.Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,9 @@ def laws(lm: models.LanguageModel, *, base: TextModel | None = None) -> Loss:
 
     Returns:
       The loss of batches {"tokens", "mask", "loss_mask" [b,L], "reward" [b]}, and of a frozen body's "hidden" [b,L,D]
-      where they are stored, a mean over prefixes, which are its weight. Metrics: cross_entropy of the prefixes' own
-      laws, squared_error of their means at the last token.
+      where they are stored, a mean over prefixes, which are its weight. With "start" [b] and without `base` those count
+      that have at least so many tokens of the response, from which on the base wrote it. Metrics: cross_entropy of the
+      prefixes' own laws, squared_error of their means at the last token.
 
     Raises:
       ValueError: a model without a head of laws; with `base`, one that is no Q head.
@@ -59,15 +60,14 @@ def laws(lm: models.LanguageModel, *, base: TextModel | None = None) -> Loss:
         params = objectives.cast(lm, params)
         tokens, response = batch["tokens"], batch["loss_mask"]
         hidden = batch["hidden"] if "hidden" in batch else lm.hidden(params, tokens, mask=batch["mask"])
-        drawn = response[:, 1:]
-        prefixes = response | jnp.pad(drawn, ((0, 0), (0, 1)))  # the prompt's last token, and every response token
+        prefixes, drawn = _learned(batch, response) if base is None else _prefixes(response)
         count = prefixes.sum()
         target = jnp.broadcast_to(
             losses.two_hot(batch["reward"], support=support)[:, None, :], (*tokens.shape, len(support))
         )
         if base is not None:
             given = jax.lax.stop_gradient(_after_next(lm, params, base, frozen, hidden, batch))
-            last = response & ~jnp.pad(drawn, ((0, 0), (0, 1)))
+            last = _ends(response)
             target = jnp.where(last[..., None], target, given)
         own = lm.head(params, hidden)
         entropy = losses.distribution(own, target=target, mask=prefixes)
@@ -76,12 +76,32 @@ def laws(lm: models.LanguageModel, *, base: TextModel | None = None) -> Loss:
             after = lm.laws_after(params, hidden[:, :-1], tokens[:, 1:, None])[..., 0, :]
             read = losses.distribution(after, target=target[:, 1:], mask=drawn)
             total = total + read * drawn.sum() / jnp.maximum(count, 1)
-        ends = response & ~jnp.pad(drawn, ((0, 0), (0, 1)))
+        ends = _ends(response)
         mean = (jnp.exp(own) * jnp.asarray(support)).sum(axis=-1)
         error = jnp.where(ends, (mean - batch["reward"][:, None]) ** 2, 0).sum() / jnp.maximum(ends.sum(), 1)
         return total, LossAux(count, {"cross_entropy": entropy, "squared_error": error})
 
     return loss
+
+
+def _prefixes(response: Array) -> tuple[Array, Array]:
+    """The prompt's last token and every response token [b,L], and the tokens that are chosen at each place [b,L-1]."""
+    drawn = response[:, 1:]
+    return response | jnp.pad(drawn, ((0, 0), (0, 1))), drawn
+
+
+def _ends(response: Array) -> Array:
+    """The last token of each response [b,L]."""
+    return response & ~jnp.pad(response[:, 1:], ((0, 0), (0, 1)))
+
+
+def _learned(batch: Any, response: Array) -> tuple[Array, Array]:
+    """`_prefixes`, of them those after which the base wrote what followed."""
+    prefixes, drawn = _prefixes(response)
+    if "start" not in batch:
+        return prefixes, drawn
+    of_base = jnp.cumsum(response, axis=1) >= batch["start"][:, None]
+    return prefixes & of_base, drawn & of_base[:, 1:]
 
 
 def _after_next(
@@ -100,11 +120,12 @@ def _after_next(
     return models.chunked(read, hidden, base_hidden, width=lm.vocab_size * lm.head_width)
 
 
-def atoms_of(text: str) -> tuple[float, ...]:
-    """Reads the atoms of an option.
+def numbers_of(text: str, name: str = "atoms") -> tuple[float, ...]:
+    """Reads the numbers of an option.
 
     Args:
       text: numbers, as in "0,1"; "" for none.
+      name: the option's, for messages.
 
     Returns:
       Each once, in order.
@@ -115,16 +136,74 @@ def atoms_of(text: str) -> tuple[float, ...]:
     try:
         return tuple(sorted({float(part) for part in text.split(",")})) if text else ()
     except ValueError as error:
-        raise ValueError(f"atoms: expected numbers, as in 0,1, found {text!r}") from error
+        raise ValueError(f"{name}: expected numbers, as in 0,1, found {text!r}") from error
 
 
-def support_of(rewards: Sequence[float], *, bins: int, atoms: Sequence[float] = ()) -> models.Distribution:
+def range_of(text: str) -> tuple[float, ...]:
+    """Reads LOW,HIGH.
+
+    Args:
+      text: of --reward-range; "" for none.
+
+    Returns:
+      The two numbers, or none.
+
+    Raises:
+      ValueError: anything but two finite numbers of which the first is smaller.
+    """
+    found = numbers_of(text, "reward_range")
+    if text and (len(found) != 2 or not np.isfinite(found).all() or float(text.split(",")[0]) != found[0]):
+        raise ValueError(f"reward_range: expected LOW,HIGH, as in -2,2, found {text!r}")
+    return found
+
+
+class Scored(Protocol):
+    """A response with its reward."""
+
+    @property
+    def reward(self) -> float:
+        """Of the whole response."""
+
+    @property
+    def row(self) -> int:
+        """Row of the prompt in its file."""
+
+
+def within(rows: Sequence[Scored], ends: Sequence[float], *, clip: bool) -> list[float]:
+    """Gives rewards that lie within a support.
+
+    Args:
+      rows: of all responses.
+      ends: the support, or its ends.
+      clip: whether a reward beyond it counts as its end.
+
+    Returns:
+      The reward of each row.
+
+    Raises:
+      ValueError: without `clip`, a reward beyond the support; it names the reward, the range and the row.
+    """
+    # In the type that models give rewards in.
+    low, high = float(np.float32(ends[0])), float(np.float32(ends[-1]))
+    for row in rows:
+        if not clip and not low <= np.float32(row.reward) <= high:
+            raise ValueError(
+                f"reward: expected rewards in [{low:g}, {high:g}], or --clip-reward, found {row.reward:g} for prompt "
+                f"{row.row}"
+            )
+    return [row.reward if low <= np.float32(row.reward) <= high else min(max(row.reward, low), high) for row in rows]
+
+
+def support_of(
+    rewards: Sequence[float], *, bins: int, atoms: Sequence[float] = (), ends: Sequence[float] = ()
+) -> models.Distribution:
     """Gives the support for a set of rewards: the atoms, or an even grid from the smallest to the largest.
 
     Args:
       rewards: of all responses that are learned from.
       bins: K >= 2, points of the grid.
       atoms: the only rewards that there are; () for a grid.
+      ends: the ends of the grid; (): the smallest and the largest reward.
 
     Returns:
       The Distribution, of rank 16.
@@ -143,14 +222,19 @@ def support_of(rewards: Sequence[float], *, bins: int, atoms: Sequence[float] = 
         return models.Distribution(tuple(sorted(float(a) for a in atoms)), "atoms")
     if bins < 2:
         raise ValueError(f"bins: expected at least 2, found {bins}")
-    low, high = float(found.min()), float(found.max())
+    low, high = ends or (float(found.min()), float(found.max()))
     if low == high:
         raise ValueError(f"reward: expected rewards that differ, found {low:g} for every response")
     return models.Distribution(tuple(np.linspace(low, high, bins).tolist()), "grid")
 
 
 def for_rewards(
-    started: functions.StartedModel, rewards: Sequence[float], *, bins: int, atoms: Sequence[float] = ()
+    started: functions.StartedModel,
+    rewards: Sequence[float],
+    *,
+    bins: int,
+    atoms: Sequence[float] = (),
+    ends: Sequence[float] = (),
 ) -> functions.StartedModel:
     """Gives a model's head of laws the support of the rewards, and their histogram as the law that it begins with.
 
@@ -159,6 +243,7 @@ def for_rewards(
       rewards: of all responses that are learned from.
       bins: points of the grid.
       atoms: the only rewards that there are; () for a grid.
+      ends: the ends of the grid; (): the smallest and the largest reward.
 
     Returns:
       The model with the support in its config, and its parameters.
@@ -169,7 +254,7 @@ def for_rewards(
     head = started.lm.config.head
     assert head is not None
     assert head.distribution is not None
-    spec = dataclasses.replace(support_of(rewards, bins=bins, atoms=atoms), rank=head.distribution.rank)
+    spec = dataclasses.replace(support_of(rewards, bins=bins, atoms=atoms, ends=ends), rank=head.distribution.rank)
     lm = dataclasses.replace(
         started.lm,
         config=dataclasses.replace(started.lm.config, head=dataclasses.replace(head, distribution=spec)),
@@ -234,8 +319,7 @@ def measure(
         cast = objectives.cast(lm, params)
         hidden = lm.hidden(cast, batch["tokens"], mask=batch["mask"])
         own = lm.head(cast, hidden)
-        response = batch["loss_mask"]
-        prefixes = response | jnp.pad(response[:, 1:], ((0, 0), (0, 1)))
+        prefixes, drawn = _learned(batch, batch["loss_mask"])
         target = losses.two_hot(batch["reward"], support=points)
         entropy = -(target[:, None] * own).sum(axis=-1)
         value = jax.nn.logsumexp(own[..., None, :] + support / jnp.asarray(betas)[:, None], axis=-1)
@@ -247,8 +331,8 @@ def measure(
         }
         if head.kind == "q":  # what decoding reads
             after = lm.laws_after(cast, hidden[:, :-1], batch["tokens"][:, 1:, None])[..., 0, :]
-            each = jnp.where(response[:, 1:], -(target[:, None] * after).sum(axis=-1), 0).sum(axis=1)
-            given["after"] = each / response.sum(axis=1)
+            each = jnp.where(drawn, -(target[:, None] * after).sum(axis=-1), 0).sum(axis=1)
+            given["after"] = each / drawn.sum(axis=1)
         return given
 
     got = functions.evaluate(score, params, data.validation, collate, batch_size)

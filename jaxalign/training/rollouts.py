@@ -23,7 +23,7 @@ from jaxalign.data.text_options import TextOptions, ending_ids, format_of
 from jaxalign.models import sharding
 from jaxalign.prompts import prompt_batch
 from jaxalign.tokens import Text
-from jaxalign.training import dry_run
+from jaxalign.training import dry_run, roll_in
 from jaxalign.training.job import StartedModel, first_rows, iterate
 from jaxalign.training.options import RolloutOptions, RunOptions
 from jaxalign.training.training_job import Job
@@ -41,6 +41,8 @@ class Rollout(NamedTuple):
     """Of the whole response."""
     row: int
     """Row of the prompt in its file."""
+    start: int = 0
+    """How many of its first tokens another policy than the base wrote (`roll_in`)."""
 
 
 def inputs(options: RolloutOptions) -> list[str]:
@@ -185,6 +187,7 @@ def roll_out(
     text: TextOptions,
     model: str = "",
     mesh: str = "",
+    rolls_in: roll_in.RollIn | None = None,
 ) -> list[Rollout]:
     """Makes roll-outs in shards; shards that are there are read.
 
@@ -199,9 +202,10 @@ def roll_out(
       text: how the prompts became tokens; what ends a response follows from it (`ending_ids`).
       model: as in `load_base`.
       mesh: devices that draw and score, as `sharding.make_mesh` reads it.
+      rolls_in: what writes the first tokens, and whose roll-outs are read as well; None: the base alone.
 
     Returns:
-      All roll-outs, in order of prompt and sample.
+      All roll-outs, in order of prompt and sample; those of earlier rounds first.
 
     Raises:
       ValueError: shards were made from other prompts, or a roll-out is longer than `max_length` with its prompt.
@@ -216,6 +220,8 @@ def roll_out(
     # What the first process finds missing is dealt out: the others may look later, when some are written.
     lacking: list[int] = json.loads(_hosts.from_first(json.dumps([k for k in range(shards) if not paths[k].exists()])))
     folder.mkdir(exist_ok=True)
+    rolls_in = roll_in.RollIn("", 1.0) if rolls_in is None else rolls_in
+    before = roll_in.shards_of(rolls_in.earlier)
     if lacking:
         devices = sharding.make_mesh(mesh, local=True)  # each process has shards of its own
         lm, params = load_base(options.base, tokenizer, dtype=run.dtype, model=model, mesh=devices)
@@ -224,16 +230,18 @@ def roll_out(
         policy = policies.language_model(lm)
         reward, reward_params = open_reward(options.reward, lm, tokenizer, dtype=run.dtype, sources=sources, text=text)
         arguments = {"policy": params, "reward": reward_params}
+        guide = roll_in.guide_of(rolls_in, options, lm, params, tokenizer, dtype=run.dtype)
+        more: dict[str, Any] = {} if guide is None else {"guide": guide}
         with _progress.progress(f"{stage}: roll-outs", len(prompts), unit="prompt") as bar:
             ends = lm.config.eos_ids
             bar.update(sum(map(len, (shard_rows[k] for k in range(shards) if k not in lacking))))
             for k in _hosts.dealt(lacking):
                 write_shard(
-                    options, run.seed, policy, reward, arguments, ends, prompts, shard_rows[k], paths[k], digest
+                    options, run.seed, policy, reward, arguments, ends, prompts, shard_rows[k], paths[k], digest, **more
                 )
                 bar.update(len(shard_rows[k]))
         _hosts.barrier("roll-outs")
-    found = [row for path in paths for row in _read(path, prompts, digest, options.prompts)]
+    found = [row for path in [*before, *paths] for row in _read(path, prompts, digest, options.prompts)]
     longest = max(len(row.prompt) + len(row.response) for row in found)
     if longest > max_length:
         raise ValueError(f"max_length: expected at least the longest roll-out's {longest} tokens, found {max_length}")
@@ -249,7 +257,11 @@ def longest_rollouts(options: RolloutOptions, prompts: Sequence[encoded.Prompt])
 
 
 def roll_out_for(
-    job: Job, options: RolloutOptions, prompts: Sequence[encoded.Prompt], started: StartedModel
+    job: Job,
+    options: RolloutOptions,
+    prompts: Sequence[encoded.Prompt],
+    started: StartedModel,
+    rolls_in: roll_in.RollIn | None = None,
 ) -> list[Rollout]:
     """`roll_out` in a job's folder, by its seed and type, for the model that it trains; in a dry run, rows of the
     largest size."""
@@ -269,6 +281,7 @@ def roll_out_for(
         text=config.text,
         model=config.model.model or config.model.tokenizer,
         mesh=config.mesh.mesh,
+        rolls_in=rolls_in,
     )
 
 
@@ -293,10 +306,11 @@ def _read(path: pathlib.Path, prompts: Sequence[encoded.Prompt], digest: str, na
     with np.load(path) as shard:
         if str(shard["prompts"]) != digest:
             raise ValueError(f"prompts: expected those that {path} was made from, found others in {name}")
-        columns = (shard[n] for n in ("index", "tokens", "length", "reward"))
+        columns = [shard[n] for n in ("index", "tokens", "length", "reward")]
+        start = shard["start"] if "start" in shard else np.zeros_like(columns[0])
         return [
-            Rollout(prompts[i].tokens, tokens[:length].tolist(), float(reward), int(i))
-            for i, tokens, length, reward in zip(*columns, strict=True)
+            Rollout(prompts[i].tokens, tokens[:length].tolist(), float(reward), int(i), int(begin))
+            for i, tokens, length, reward, begin in zip(*columns, start, strict=True)
         ]
 
 
@@ -311,6 +325,7 @@ def write_shard(
     rows: range,
     path: pathlib.Path,
     digest: str,
+    guide: roll_in.Guide | None = None,
 ) -> None:
     """Makes one shard, a function of the seed and its prompts' rows. Its file is whole or absent.
 
@@ -323,34 +338,35 @@ def write_shard(
       rows: those of the shard.
       path: the shard's file.
       digest: of all prompts, which is kept with the roll-outs.
+      guide: what writes the first tokens, as many as are kept with them; None: the base.
 
     Raises:
       ValueError: a reward that is not finite.
     """
     parts = []
-    size = max(options.decode_batch // options.samples, 1)
+    size = max(options.decode_batch // (options.samples if guide is None else 1), 1)
+    limits: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "eos_ids": eos_ids}
     for part in iterate(list(rows), size):
         batch = prompt_batch([prompts[i].tokens for i in part], index=part, batch_size=size)
-        drawn = decoding.best_of_n(
-            policy,
-            reward,
-            arguments,
-            jax.random.key(seed),
-            batch,
-            num_samples=options.samples,
-            max_new_tokens=options.max_new_tokens,
-            eos_ids=eos_ids,
-        ).info
-        kept = drawn.samples.tokens, drawn.samples.mask, drawn.reward
-        tokens, mask, scores = first_rows(kept, len(part))
+        rng = jax.random.key(seed)
+        if guide is None:
+            drawn = decoding.best_of_n(
+                policy, reward, arguments, rng, batch, num_samples=options.samples, **limits
+            ).info
+            length = drawn.samples.mask.sum(axis=-1)
+            kept = roll_in.Drawn(drawn.samples.tokens, length, drawn.reward, jnp.zeros_like(length))
+        else:
+            kept = roll_in.draw(guide, policy, reward, arguments, rng, batch, samples=options.samples, **limits)
+        tokens, length, scores, start = first_rows(tuple(kept), len(part))
         if not np.isfinite(scores).all():
             raise ValueError(f"reward: expected finite numbers, found {scores} for prompts {part}")
         index = np.repeat(part, options.samples)
-        parts.append((index, tokens.reshape(-1, tokens.shape[-1]), mask.sum(-1).reshape(-1), scores.reshape(-1)))
-    index, tokens, length, scores = (np.concatenate(x) for x in zip(*parts, strict=True))
+        parts.append((index, tokens.reshape(-1, tokens.shape[-1]), *(x.reshape(-1) for x in (length, scores, start))))
+    names = ("index", "tokens", "length", "reward", "start")
+    told: dict[str, Any] = dict(zip(names, (np.concatenate(x) for x in zip(*parts, strict=True)), strict=True))
     temporary = path.with_name(f".{path.name}")
     with temporary.open("wb") as sink:
-        np.savez(sink, index=index, tokens=tokens, length=length, reward=scores, prompts=np.asarray(digest))
+        np.savez(sink, **told, prompts=np.asarray(digest))
     temporary.replace(path)
 
 

@@ -1,10 +1,9 @@
-"""Values of prefixes: options, rows and figures of the training of value models on roll-outs."""
+"""Values of prefixes: rows, heads, losses and figures of the training of value models on roll-outs."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,57 +11,13 @@ import numpy as np
 from jaxalign import _hosts, models, shaping
 from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
-from jaxalign.training import adapters, dry_run, hidden_states, law_sources, laws, objectives, rollouts
+from jaxalign.training import adapters, dry_run, hidden_states, law_sources, laws, objectives, roll_in, rollouts
 from jaxalign.training import job as functions
-from jaxalign.training.options import RolloutOptions, check_finite, check_rollout_options
+from jaxalign.training.options import RolloutOptions
 from jaxalign.training.step import Loss, LossAux
 from jaxalign.training.training_job import Job
+from jaxalign.training.value_options import ValueOptions
 from jaxalign.types import Array, Params
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ValueOptions:
-    """What a value model learns."""
-
-    responses: str = ""
-    """In place of --prompts: rows of "prompt" and "response" by any policy, of any form of data (docs/data.md), such as
-    responses.jsonl of eval.decode; each is scored as a whole text, EOS added."""
-    objective: Literal["fudge", "cd_q", "td", "pairs", "soft", "exceedance", "distribution"] = "fudge"
-    """fudge: the roll-out's reward at every prefix; cd_q: exact mean over the base's next tokens (Q head); td: the next
-    prefix's value; pairs: the reward at the last token, and neighbours alike; soft: beta·log E exp(reward/beta);
-    exceedance: a classifier of the utility's exceeding the threshold; distribution: the law of the reward, which
-    serves every beta, threshold, bound and n (docs/methods/distribution.md)."""
-    head: Literal["scalar", "q"] = "scalar"
-    """scalar: one value a prefix; q: the value of every next token at once."""
-    head_size: int = 0
-    """Width of the head's hidden layers; 0: the model's."""
-    head_layers: int = 1
-    """Hidden layers of the head."""
-    activation: Literal["silu", "relu", "gelu", "tanh"] = "silu"
-    """Between the head's layers."""
-    frozen: bool = False
-    """Train the head alone, on the base's hidden states: the value of each state that a token is drawn from, the
-    prompt's included, for policies.re_control; or the laws of --objective distribution."""
-    store_states: bool = True
-    """With --frozen: compute the base's hidden states once, into states/ of the run folder (tokens x width numbers), in
-    place of once at each step."""
-    bound: float = 0.0
-    """Bound B of the shaped reward [units of reward]; 0: the reward as it is."""
-    beta: float = 0.0
-    """KL weight that the head is for [units of reward per nat]; with --bound and with --objective soft."""
-    sharpness: float = 0.0
-    """Shaped reward B·sigmoid(sharpness·(u − m)) [per unit of reward]; 0: B·1[u > m]."""
-    pair_weight: float = 1.0
-    """Weight of the pair term of --objective pairs [1]."""
-    bins: int = 49
-    """Support points of --objective distribution, an even grid over the rewards."""
-    atoms: str = ""
-    """With --objective distribution: the only rewards that there are, as in 0,1; "": a grid."""
-    rank: int = 16
-    """With --objective distribution and a Q head: numbers a token is embedded by."""
-    targets: Literal["rollouts", "bellman"] = "rollouts"
-    """What --objective distribution learns: the rewards of the roll-outs, or by a Q head the mean law after the base's
-    next tokens, also from --responses of another policy."""
 
 
 class ValueRow(NamedTuple):
@@ -78,80 +33,31 @@ class ValueRow(NamedTuple):
     """The reward before it was shaped."""
     threshold: float
     """Of its prompt; 0 without shaping."""
-
-
-def check_value_options(options: ValueOptions, rolled: RolloutOptions, *, model: str) -> None:
-    """Checks the values of options that need no file.
-
-    Args:
-      options: of the value model.
-      rolled: of its roll-outs.
-      model: folder of the model that is trained.
-
-    Raises:
-      ValueError: it names the option, what was expected and what was found.
-    """
-    check_rollout_options(rolled)
-    if bool(rolled.prompts) == bool(options.responses):
-        found = "both" if rolled.prompts else "neither"
-        raise ValueError(f"prompts: expected either --prompts or --responses, found {found}")
-    for name, value in (("bound", options.bound), ("rollouts", rolled.rollouts)):
-        if options.responses and value:
-            raise ValueError(f"{name}: expected --prompts, of which roll-outs are made, found --responses")
-    if options.objective == "cd_q" and options.head != "q":
-        raise ValueError("head: expected q for --objective cd_q, whose target is a mean over the vocabulary")
-    check_finite(options, "bound", "beta", "sharpness", "pair_weight")
-    if options.head_layers < 1:
-        raise ValueError(f"head_layers: expected at least 1, found {options.head_layers}")
-    if options.frozen and options.head != "scalar":
-        raise ValueError("head: expected scalar with --frozen, found q")
-    if options.frozen and (options.bound or options.objective not in ("fudge", "td", "pairs", "distribution")):
-        raise ValueError("objective: expected fudge, td, pairs or distribution, and no --bound, with --frozen")
-    if options.frozen and model != rolled.base:
-        raise ValueError("model: expected the base with --frozen, whose hidden states are edited")
-    if options.objective == "exceedance" and not options.bound:
-        raise ValueError(
-            "bound: expected a value > 0 for --objective exceedance, which is for a shaped reward, found 0"
-        )
-    if (options.bound or options.objective == "soft") and not options.beta:
-        raise ValueError("beta: expected a value > 0 with --bound and with --objective soft, found 0")
-    _check_laws(options)
-    if options.bound and rolled.samples < 2:
-        raise ValueError(f"samples: expected at least 2 for a threshold per prompt, found {rolled.samples}")
-    if options.objective == "exceedance" and options.sharpness:
-        raise ValueError("sharpness: expected 0 for --objective exceedance; --objective soft serves a soft threshold")
-
-
-def _check_laws(options: ValueOptions) -> None:
-    if options.objective != "distribution":
-        if options.targets != "rollouts" or options.atoms:
-            name = "atoms" if options.atoms else "targets"
-            raise ValueError(f"{name}: expected --objective distribution, found {options.objective}")
-        return
-    for name in ("bound", "beta", "sharpness"):
-        if getattr(options, name):
-            raise ValueError(f"{name}: expected none with --objective distribution, which is for all, at decoding")
-    if options.targets == "bellman" and options.head != "q":
-        raise ValueError("head: expected q for --targets bellman, whose target is a mean over the vocabulary")
-    for name, least in (("bins", 2), ("rank", 1)):
-        if getattr(options, name) < least:
-            raise ValueError(f"{name}: expected at least {least}, found {getattr(options, name)}")
-    if options.atoms and len(laws.atoms_of(options.atoms)) < 2:
-        raise ValueError(f"atoms: expected at least two rewards, as in 0,1, found {options.atoms!r}")
+    start: int = 0
+    """How many of its first tokens the base did not write: laws before them are not learned."""
 
 
 def value_rows(options: ValueOptions, found: list[rollouts.Rollout]) -> list[ValueRow]:
-    """Makes rows to learn values from; with --bound each reward is shaped by its prompt's threshold.
+    """Makes rows to learn values from; with --bound each reward is shaped by its prompt's threshold, with --clip-reward
+    it is clipped.
 
     Args:
-      options: bound, beta and sharpness are read.
+      options: bound, beta, sharpness, and what bounds the laws' support are read.
       found: all roll-outs of each prompt, of which its threshold is solved.
 
     Returns:
       A row for each roll-out, in the order of prompts.
+
+    Raises:
+      ValueError: a reward beyond the support of laws, without --clip-reward.
     """
     if not options.bound:
-        return [ValueRow(r.prompt, r.response, r.reward, r.reward, 0.0) for r in found]
+        ends = laws.numbers_of(options.atoms) or laws.range_of(options.reward_range)
+        within = laws.within(found, ends, clip=options.clip_reward) if ends else [r.reward for r in found]
+        return [
+            ValueRow(r.prompt, r.response, reward, r.reward, 0.0, r.start)
+            for r, reward in zip(found, within, strict=True)
+        ]
     groups = list(rollouts.by_prompt(found).values())
     utility = np.asarray([[row.reward for row in rows] for rows in groups], np.float32)
     threshold = shaping.optimal_threshold(utility, gain=options.bound / options.beta)
@@ -183,7 +89,7 @@ def value_head(options: ValueOptions, body: models.Config) -> models.Head:
     kind: Any = "q" if options.head == "q" else "value"
     law = None
     if options.objective == "distribution":  # its range is that of the rewards, once there are any
-        points = laws.atoms_of(options.atoms) or tuple(np.linspace(0, 1, options.bins).tolist())
+        points = laws.numbers_of(options.atoms) or tuple(np.linspace(0, 1, options.bins).tolist())
         law = models.Distribution(points, "atoms" if options.atoms else "grid", options.rank)
     return models.Head(
         kind,
@@ -201,7 +107,7 @@ def with_support(
     """Gives a head of laws the support of the rewards (`laws.for_rewards`); another head, and shapes, stay.
 
     Args:
-      options: objective, bins and atoms are read.
+      options: objective, bins, atoms and reward_range are read.
       started: the model.
       rows: all rows that there are to learn from.
 
@@ -211,20 +117,41 @@ def with_support(
     if options.objective != "distribution" or dry_run.is_abstract(started.params):
         return started
     return laws.for_rewards(
-        started, [row.utility for row in rows], bins=options.bins, atoms=laws.atoms_of(options.atoms)
+        started,
+        [row.reward for row in rows],
+        bins=options.bins,
+        atoms=laws.numbers_of(options.atoms),
+        ends=laws.range_of(options.reward_range),
     )
 
 
+def inputs(options: ValueOptions) -> list[str]:
+    """Files and folders that roll-ins and other rounds are read from, beside those of the roll-outs."""
+    shards = [str(path) for path in roll_in.shards_of(roll_in.folders(options.earlier))]
+    return [*([options.roll_in] if options.roll_in else []), *shards]
+
+
+def rolls_in(options: ValueOptions) -> roll_in.RollIn:
+    """What writes the first tokens of the roll-outs, and of which rounds they are read."""
+    return roll_in.RollIn(options.roll_in, options.roll_in_beta, tuple(roll_in.folders(options.earlier)))
+
+
 def about_laws(
-    options: ValueOptions, rolled: RolloutOptions, started: functions.StartedModel
+    options: ValueOptions, rolled: RolloutOptions, started: functions.StartedModel, rows: list[ValueRow]
 ) -> dict[str, dict[str, Any]] | None:
     """What is written beside a head of laws, by the name of its file: what the laws are of. None for another head."""
     if options.objective != "distribution" or dry_run.is_abstract(started.params):
         return None
     of_base = not options.responses or options.targets == "bellman"
     given = bool(options.responses)
-    about = law_sources.made_with(rolled, started.tokenizer, responses=given, of_base=of_base, clipped=0.0)
+    clipped = _clipped(rows)
+    about = law_sources.made_with(rolled, started.tokenizer, responses=given, of_base=of_base, clipped=clipped)
     return {law_sources.FILE: about}
+
+
+def _clipped(rows: list[ValueRow]) -> float:
+    """Share of the rows whose reward was clipped."""
+    return float(np.mean([row.reward != row.utility for row in rows]))
 
 
 def following(options: ValueOptions, folder: str) -> str:
@@ -250,7 +177,8 @@ def collate_values(options: ValueOptions, max_length: int) -> Callable[[list[Val
 
     Returns:
       A list of b rows -> {"tokens", "mask", "loss_mask" [b,L], "reward", "threshold" [b]}. The reward of --objective
-      exceedance is the utility, which its classifier compares with the threshold.
+      exceedance is the utility, which its classifier compares with the threshold; --objective distribution has "start"
+      [b] too, the tokens that the base did not write.
     """
     classify = options.objective == "exceedance"
 
@@ -260,6 +188,8 @@ def collate_values(options: ValueOptions, max_length: int) -> Callable[[list[Val
         rewards = [row.utility if classify else row.reward for row in rows]
         more = {"reward": rewards, "threshold": [row.threshold for row in rows]}
         arrays = {name: np.asarray(values, np.float32) for name, values in more.items()}
+        if options.objective == "distribution":
+            arrays["start"] = np.asarray([row.start for row in rows], np.int32)
         return preferences.pad_texts(texts, length=length) | arrays
 
     return collate
@@ -391,7 +321,8 @@ def measure_values(
         summary |= {"shaped_reward": float(rewards.mean()), "threshold": float(np.mean([r.threshold for r in rows]))}
         summary["exceed"] = float(np.mean([row.utility > row.threshold for row in rows]))
     if options.objective == "distribution":
-        summary |= laws.measure(lm, params, data, collate, rewards=utility, rollouts=len(rows), batch_size=batch_size)
+        summary |= laws.measure(lm, params, data, collate, rewards=rewards, rollouts=len(rows), batch_size=batch_size)
+        summary["clipped_share"] = _clipped(rows)
     if data.validation:
         measured = functions.evaluate(score, params, data.validation, collate, batch_size)
         mean, half = functions.interval(measured["error"])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxalign.training import hidden_states as states
-from jaxalign.training.values import ValueOptions, ValueRow, collate_values
+from jaxalign.training.value_options import ValueOptions
+from jaxalign.training.values import ValueRow, collate_values
 from tests.conftest import tiny_lm
 
 ROWS = [ValueRow([1 + i % 3, 2], [3 + i % 5] * (1 + i % 4), 0.5, 0.5, 0.0) for i in range(7)]
