@@ -24,7 +24,7 @@ class _Lines:
 
 
 def progress(stage: str, total: int, *, initial: int = 0, unit: str = "it", shown: bool = True) -> Any:
-    """A tqdm bar on stderr: stage, count, rate and ETA. Redrawn on a terminal; elsewhere one line every ten seconds.
+    """A tqdm bar on stderr: stage, count, rate and ETA. Redrawn on a terminal; elsewhere a line a minute.
     Of several processes the first shows its own; none where it is not to be shown."""
     from tqdm import tqdm  # a bar alone needs it: importing the library does not load it
 
@@ -35,7 +35,7 @@ def progress(stage: str, total: int, *, initial: int = 0, unit: str = "it", show
         initial=initial,
         desc=stage,
         unit=unit,
-        mininterval=0.2 if terminal else 10.0,
+        mininterval=0.2 if terminal else 60.0,
         maxinterval=10.0 if terminal else 60.0,
         file=sys.stderr if terminal else _Lines(sys.stderr),
         ascii=not terminal,

@@ -10,7 +10,7 @@ import pytest
 
 from eval import decode
 from jaxalign import metrics, models
-from jaxalign.evaluation import engine, methods, plots, specs, tilts
+from jaxalign.evaluation import engine, methods, plots, results, specs, tilts
 from jaxalign.models import Follower, Head
 from tests.conftest import tiny_lm
 from tests.test_eval_decode import tokenizer
@@ -36,6 +36,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 def command(folders, out, *methods: str, options: tuple[str, ...] = ()) -> list[str]:
     given = ["--model", folders["base"], "--reward", folders["reward"], "--gold", folders["gold"]]
+    given += ["--second-gold", folders["reward"]]
     given += ["--prompts", folders["prompts.txt"], "--out", str(out), "--max-new-tokens", "4", "--batch-size", "3"]
     given += [
         "--num-steps",
@@ -100,9 +101,41 @@ def test_every_kind_of_method_has_its_row(finished, folders):
     assert by_name["ggro_2", None]["kl_kind"] == "surprisal"
     for row in rows:
         assert np.isfinite([row["gold"], row["reward"], row["kl"], row["forwards"]]).all(), row["method"]
+        assert (row["second_gold"], row["second_gold_95"]) == (row["reward"], row["reward_95"])
+        assert 1 < row["perplexity"] < np.inf
         assert row["forwards"] >= 1
         assert plots.family(row["method"]) in plots.STYLES
     assert (finished / "frontier.png").stat().st_size > 10_000
+
+
+def test_perplexity_is_that_of_the_mean_nats_per_token():
+    shared = {"method": "base", "beta": None, "kl": 0.0, "kl_kind": "exact", "truncated": True}
+    records = [
+        shared | {"index": i, "tokens": [5] * n, "log_prob_ref_sum": -nats}
+        for i, (n, nats) in enumerate([(2, 4.0), (4, 4.0), (1, 3.0)])
+    ]
+    (row,) = results.summarise(records)
+    each = metrics.mean_interval([2.0, 1.0, 3.0])
+    assert row["perplexity"] == pytest.approx(np.exp(each.mean))
+    assert row["perplexity_95"] == pytest.approx(np.exp(each.mean) * each.half_width)
+    (row,) = results.summarise([shared | {"index": 0, "tokens": [], "log_prob_ref_sum": 0.0}])
+    assert "perplexity" not in row
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "label"),
+    [
+        ("distribution:a/laws/model:soft", "distributional CD", "distributional CD"),
+        ("distribution:a/laws/model:follower(bound=2)", "Stackelberg", "Stackelberg, B 2"),
+        ("distribution:laws:calibrated(exp:5)", "InfAlign's tilt", "InfAlign's tilt, exp:5"),
+        ("distribution:laws:best_of@4", "distributional CD", "distributional CD, best_of, 4"),
+        ("blockwise_4x8 distribution:laws:mean", "blockwise CD", "blockwise CD, 4 of 8 tokens"),
+    ],
+)
+def test_readings_of_a_head_of_laws_stand_under_their_methods_names(method, family, label):
+    assert plots.family(method) == family
+    assert plots.label(method) == label
+    assert family in plots.STYLES
 
 
 def test_one_more_method_decodes_that_method_alone(finished, folders, monkeypatch):

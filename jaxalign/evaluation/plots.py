@@ -22,7 +22,10 @@ LABELS = {
     "smc": "SMC",
     "quest": "QUEST",
     "cards": "CARDS",
+    "distribution": "distributional CD",
 }
+READINGS = {"follower": "Stackelberg", "calibrated": "InfAlign's tilt"}
+"""Readings of a head of laws that are methods of their own."""
 # Okabe and Ito's colours and a few more, and a marker each: told apart without colour, too.
 STYLES = {
     "base": ("black", "s"),
@@ -41,7 +44,13 @@ STYLES = {
     "SMC": ("#444444", "d"),
     "QUEST": ("#F0E442", "8"),
     "CARDS": ("#F781BF", "H"),
+    "distributional CD": ("#A65628", "o"),
+    "InfAlign's tilt": ("#4DAF4A", "p"),
 }
+
+
+READING = r"distribution:.*:(\w+)(?:\(([^()]*)\))?(?:@([^@/]*))?"
+"""A method that reads a head of laws: its reading, the reading's numbers, and n or nats."""
 
 
 def family(method: str) -> str:
@@ -50,6 +59,8 @@ def family(method: str) -> str:
         return "SMC" if method.startswith("smc:") else "sum of critics"
     if method.startswith("value:") and "cd_q" in method:
         return "CD-Q"
+    if found := re.fullmatch(READING, method):
+        return READINGS.get(found.group(1), LABELS["distribution"])
     if found := re.match(r"policy:(?:.*/)?(rl|dpo)(?:_[^/]*)?(?:/model)?/?$", method):
         return found.group(1).upper()
     return next((label for prefix, label in LABELS.items() if method.startswith(prefix)), method)
@@ -65,6 +76,10 @@ def label(method: str) -> str:
         return f"GGRO, {found.group(1)} forms"
     if found := re.search(r"exceedance_([\d.]+)", method):
         return f"{family(method)}, B {found.group(1)}"
+    if found := re.fullmatch(READING, method):
+        name = [] if found.group(1) in ("soft", *READINGS) else [found.group(1)]
+        parts = [*name, *(part.strip().replace("bound=", "B ") for part in found.groups()[1:] if part)]
+        return ", ".join([family(method), *parts])
     return family(method)
 
 

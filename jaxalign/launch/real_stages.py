@@ -22,7 +22,8 @@ class Size(NamedTuple):
     prompts: int  # to train on
     held_out: int  # to decode
     tokens: int  # longest response
-    samples: int  # per prompt, for preferences and for roll-outs
+    samples: int  # per prompt, of which neighbours are compared
+    rollouts: int  # per prompt, for laws, values and the calibration table
     length: int  # longest row [tokens]
     validation: float  # share of the prompts that figures of training are of
     passes: dict[str, float]  # epochs of reward_model, arm, dpo, laws, edit
@@ -41,11 +42,12 @@ SIZES = {
         prompts=160,
         held_out=32,
         tokens=32,
-        samples=4,
+        samples=6,
+        rollouts=4,
         length=112,
         validation=0.1,
-        passes={"reward_model": 1, "arm": 1, "dpo": 1, "laws": 12, "edit": 12},
-        rl={"steps": 10, "batch_size": 16, "samples": 4},
+        passes={"reward_model": 2, "arm": 1, "dpo": 1, "laws": 12, "edit": 12},
+        rl={"steps": 8, "batch_size": 16, "samples": 4},
         accumulate=2,
         strengths={
             "best_of_n": "4,16",
@@ -69,10 +71,11 @@ SIZES = {
         prompts=48,
         held_out=16,
         tokens=24,
-        samples=4,
+        samples=8,
+        rollouts=4,
         length=96,
         validation=0.15,
-        passes={"reward_model": 1, "arm": 1, "dpo": 1, "laws": 12, "edit": 12},
+        passes={"reward_model": 2.5, "arm": 1, "dpo": 1, "laws": 12, "edit": 12},
         rl={"steps": 4, "batch_size": 8, "samples": 4},
         accumulate=2,
         strengths={
@@ -96,6 +99,7 @@ SIZES = {
         held_out=4,
         tokens=6,
         samples=2,
+        rollouts=2,
         length=128,
         validation=0.2,
         passes={"reward_model": 1, "arm": 1, "dpo": 1, "laws": 1, "edit": 1},
@@ -117,7 +121,7 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
     rows |= {"validation": size.validation}
     lora = {"lora_rank": 8, "batch_size": 8, "learning_rate": 5e-4}
     pairs = rows | lora | {"model": base, "data": str(out / "preferences" / "pairs.jsonl")}
-    sampled = {"base": base, "prompts": prompts, "samples": size.samples, "max_new_tokens": size.tokens}
+    sampled = {"base": base, "prompts": prompts, "samples": size.rollouts, "max_new_tokens": size.tokens}
     sampled |= {"max_length": size.length, "decode_batch": 64} | shared
     proxy = {"reward": str(out / "reward_model" / "model")}
     heads = rows | sampled | proxy | {"batch_size": 32, "learning_rate": 1e-3, "accumulate": 1}
@@ -138,9 +142,12 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
             once=True,
         ),
         stage(
-            "samples and noisy preferences", "preferences", "preferences", sampled | {"reward": GOLD, "noise": NOISE}
+            "samples and noisy preferences",
+            "preferences",
+            "preferences",
+            sampled | {"samples": size.samples, "reward": GOLD, "noise": NOISE},
         ),
-        stage("reward model (LoRA)", "reward_model", "reward_model", pairs),
+        stage("reward model (LoRA)", "reward_model", "reward_model", pairs | {"learning_rate": 1e-3}),
         stage(
             "laws of the reward, on the frozen base",
             "value",
