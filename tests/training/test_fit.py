@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import signal
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxalign import training
+from jaxalign import _progress, training
 from jaxalign.data import batches
 from jaxalign.training import logging as lines
 
@@ -229,6 +230,19 @@ def test_progress_is_whole_lines_in_a_pipe(tmp_path):
     assert "12/12" in shown[-1]
     assert "loss" in shown[-1]
     assert "tokens/s" in shown[-1]
+
+
+def test_a_pipe_gets_a_line_a_minute(monkeypatch):
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    with _progress.progress("job", 900, unit="row") as bar:
+        for _ in range(900):
+            bar.update(1)
+    lines = pipe.getvalue().splitlines()
+    assert "0/900" in lines[0]
+    assert "900/900" in lines[-1]
+    assert bar.mininterval == 60
+    assert len(lines) <= 3
 
 
 # Hooks ----------------------------------------------------------------------------------------------------------------
