@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -19,11 +18,6 @@ from jaxalign import _io, commands, models
 from . import shapes
 
 BASE, REWARD = "Llama-3.1-8B", "Skywork-Reward-V2-Llama-3.1-8B"
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-FLAGS += " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith(
-    ("0.8", "0.9", "0.10.")
-)
-"""Of the compiler: machine code of any quality, which nothing runs. Buffers are planned before it is written."""
 PROGRAM = """
 import json, sys
 from jaxalign import commands
@@ -124,8 +118,7 @@ def _row(config: Config, folder: pathlib.Path, title: str, mesh: str) -> dict[st
     begin = time.perf_counter()
     found = subprocess.run(
         [sys.executable, "-c", PROGRAM, job, json.dumps(options)],
-        env=os.environ
-        | {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,

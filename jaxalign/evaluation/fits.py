@@ -145,8 +145,8 @@ def _methods(
         def program(params: dict[str, Params], rng: Array, prompts: TokenBatch, index: int = index) -> Any:
             return plan(params)[index].draw(rng, prompts)
 
-        compiled = jax.jit(program, static_argnums=3).lower(own, jax.random.key(0), batch, index).compile()
-        memory: Any = compiled.memory_analysis()
+        lowered = jax.jit(program, static_argnums=3).lower(own, jax.random.key(0), batch, index)
+        memory: Any = dry_run.planned(lowered).memory_analysis()
         weights = dry_run.bytes_of(own)
         total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         tokens = batch.tokens.shape[0] * options.max_new_tokens

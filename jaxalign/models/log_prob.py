@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import mdp
+from jaxalign.models import sharding
+from jaxalign.models.remat import after
 from jaxalign.types import Array, Params, TokenBatch
 
 T = TypeVar("T")
@@ -125,6 +127,7 @@ def token_log_prob(lm: HasLogits, params: Params, hidden: Array, targets: Array,
       ValueError: hidden and targets of different batches or lengths, a chunk below 1.
     """
     chex.assert_rank([hidden, targets], [3, 2])
+    params = _waiting(lm, params, hidden)
 
     def part(hidden: Array, targets: Array) -> Array:
         logits = lm.logits(params, hidden)
@@ -132,3 +135,14 @@ def token_log_prob(lm: HasLogits, params: Params, hidden: Array, targets: Array,
         return picked - jax.nn.logsumexp(logits, axis=-1)
 
     return chunked(part, hidden, targets, chunk=chunk, width=lm.vocab_size)
+
+
+def _waiting(lm: HasLogits, params: Params, hidden: Array) -> Params:
+    """The parameters, whose vocabulary matrix is put together from shards once there are hidden states. It is an
+    argument of the loop over chunks: a frozen one would else lie there whole while the layers run."""
+    mesh = getattr(lm, "mesh", None)
+    if not sharding.is_split(mesh, "fsdp"):
+        return params
+    name = "lm_head" if "lm_head" in params["transformer"] else "embedding"
+    tied = {"transformer": {name: after(params["transformer"][name], hidden)}}
+    return {**params, "transformer": params["transformer"] | sharding.constrain(tied, mesh)["transformer"]}

@@ -50,7 +50,7 @@ def rematerialised(layer: RowLayer, remat: str) -> RowLayer:
 
     @jax.custom_vjp
     def whole(variables: Params, x: Array, *more: Any) -> tuple[Array, Any]:
-        return layer(variables, x, *more)
+        return layer(after(variables, x), x, *more)
 
     def forward(variables: Any, x: Any, *more: Any) -> tuple[tuple[Array, Any], Any]:
         """Of the variables those that are differentiated by have gradients alone: of a frozen model an adapter's."""

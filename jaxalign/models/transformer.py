@@ -256,9 +256,17 @@ class OneLayer(nn.Module):
         return found
 
     def read(self, variables: Any, x: Array, rows: RowMask, at: Array | None) -> tuple[Array, KeyValue]:
-        """The layer with these variables, which are cast here: of masters no copy is kept."""
-        found: tuple[Array, KeyValue] = self.apply(jax.tree.map(lambda w: w.astype(self.dtype), variables), x, rows, at)
+        """The layer with these variables, which are cast here: of masters no copy is kept. They are put together from
+        their shards here too, and not where they come from, which may be ahead of all layers."""
+        held = {kind: _held(kind, tree, self.mesh) for kind, tree in variables.items()}
+        found: tuple[Array, KeyValue] = self.apply(jax.tree.map(lambda w: w.astype(self.dtype), held), x, rows, at)
         return found
+
+
+def _held(kind: str, variables: Any, mesh: Mesh | None) -> Any:
+    """A layer's variables of one kind in the shards that they have in a model's parameters."""
+    name = "transformer" if kind == "params" else kind
+    return sharding.constrain({name: variables}, mesh)[name]
 
 
 class ReadLayer(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -21,6 +22,17 @@ from jaxalign.types import Params
 
 CARDS = (80, 96, 141)
 """Memory of the devices that are named [GB]."""
+
+AS_ACCELERATORS: dict[str, bool | str] = {
+    "xla_cpu_enable_concurrency_optimized_scheduler": False,
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+}
+"""Options of the CPU's compiler. Left to itself it begins all at once that waits for nothing, such as copies of every
+layer's weights and the zeros that sums begin with; a GPU's and a TPU's order a program by the memory that it takes. The
+others leave machine code as it comes, which nothing runs: buffers are planned before it is written."""
+if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):
+    AS_ACCELERATORS["xla_cpu_use_fusion_emitters"] = False
 
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")
@@ -124,8 +136,7 @@ def estimate(
     state, frozen = abstract((state, frozen), mesh)
     rows = None if mesh is None else sharding.batch_sharding(mesh, ahead=1)
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=rows), batch)
-    compiled = cast(Any, step).lower(state, given, frozen).compile()
-    memory = compiled.memory_analysis()
+    memory = cast(Any, planned(cast(Any, step).lower(state, given, frozen)).memory_analysis())
     devices = 1 if mesh is None else mesh.size
     tokens = sum(math.prod(x.shape) for x in _tokens(given))
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -141,9 +152,15 @@ def estimate(
     )
 
 
+def planned(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """A program compiled for its memory_analysis: on a CPU as an accelerator's compiler orders it
+    (`AS_ACCELERATORS`)."""
+    return lowered.compile(compiler_options=AS_ACCELERATORS if jax.default_backend() == "cpu" else None)
+
+
 def held(program: Any, *args: Any) -> int:
     """The most bytes that each device holds while a compiled function runs on such arguments, arrays or shapes."""
-    return bytes_held(program.lower(*args).compile())
+    return bytes_held(planned(program.lower(*args)))
 
 
 def bytes_held(compiled: Any) -> int:
