@@ -22,6 +22,7 @@ by the methods marked *.
     transfer *     an aligned baseline               beta
     best_of_n *    -                                 n [responses]
     blockwise      value:DIR, args:DIR, ...          K [continuations of --block-size tokens]
+    beam           value:DIR, args:DIR, ...          beams [each of --continuations of --block-size]
     re_control     train.value --frozen              step size
     ggro *         -                                 candidates per segment
     smc *          value:DIR, ... or none (the base) beta
@@ -29,7 +30,7 @@ by the methods marked *.
     cards *        -                                 beta
 
 args, value, follower, genarm and transfer are critics; a weighted sum of critics, "0.5 * args:DIR + value:DIR@1", is
-one method, and stands behind blockwise: and smc: as well. MODULE:FUNCTION is a method of your own: a function of
+one method, and stands behind blockwise:, beam: and smc: as well. MODULE:FUNCTION is a method of your own: a function of
 jaxalign.evaluation.MethodInputs that gives draw(rng, prompts) -> Decoded or Completions; see
 jaxalign.evaluation.functions.
 """

@@ -250,8 +250,10 @@ def test_blocks_are_selected_by_each_critic(folders, tmp_path):
     as best-of-n does, from the same draws."""
     critic = f"args:{folders['reward']}"
     specs = (critic, f"value:{folders['q']}")
-    given = methods(*(f"{spec}@1" for spec in specs), *(f"blockwise:{spec}@3" for spec in specs), "best_of_n@3")
-    options = ("--block-size", "2", "9", "--reward", folders["reward"], "--no-include-base")
+    given = methods(
+        *(f"{spec}@1" for spec in specs), *(f"blockwise:{spec}@3" for spec in specs), "best_of_n@3", f"beam:{critic}@1"
+    )
+    options = ("--block-size", "2", "9", "--continuations", "3", "--reward", folders["reward"], "--no-include-base")
     decode.main([*arguments(folders, tmp_path / "out", *given, *options), "--batch-size", "5"])
     records = read(tmp_path / "out")
     kinds = {r["kl_kind"] for r in records if r["method"].startswith("blockwise")}
@@ -259,6 +261,9 @@ def test_blocks_are_selected_by_each_critic(folders, tmp_path):
     by_method = {}
     for r in records:
         by_method.setdefault(r["method"], []).append(r)
+    beams = by_method.pop(f"beam_1x3x2 {critic}"), by_method.pop(f"beam_1x3x9 {critic}")
+    for blocks, rows in zip(("3x2", "3x9"), beams, strict=True):  # one beam of three continuations
+        assert [r["tokens"] for r in rows] == [r["tokens"] for r in by_method[f"blockwise_{blocks} {critic}"]]
     assert set(by_method) == {
         "best_of_3",
         *(f"{prefix}{s}" for s in specs for prefix in ("", "blockwise_3x2 ", "blockwise_3x9 ")),

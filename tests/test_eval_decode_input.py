@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from eval import decode
-from jaxalign import models
+from jaxalign import evaluation, models
+from jaxalign.evaluation.options import drop_stages
 from tests.conftest import tiny_lm
 from tests.test_eval_decode import arguments, command, folders, methods, read, tokenizer
 
@@ -56,6 +57,10 @@ def test_bad_input_names_its_field_and_writes_nothing(folders, tmp_path):
         (("--mesh", "rows=2"), "mesh"),
         (("--no-include-base",), "method: expected something to decode"),
         (("--embedding", "tests.test_eval_decode:nothing"), "embedding: expected MODULE:FUNCTION"),
+        (("--continuations", "0"), "continuations: expected at least 1, found 0"),
+        (("--drop", "4"), "drop: expected TOKENS:SHARE with tokens that rise below max_new_tokens"),
+        (("--drop", "4:0.5", "2:0.5"), "drop: expected TOKENS:SHARE with tokens that rise below max_new_tokens"),
+        (("--drop", "4:1.5"), "drop: expected TOKENS:SHARE"),
         (("--block-size", "0"), "block_size: expected lengths of at least 1 token"),
         (("--block-size", "2", "2"), "block_size: .*each once"),
         (methods(f"blockwise:{arm}@1"), "method: expected at least 2 to choose from"),
@@ -177,3 +182,12 @@ def test_options_that_no_method_reads_are_noted(folders, tmp_path, capsys):
     assert "note: no method of this run reads --top-k, --rollouts" in capsys.readouterr().out
     decode.main(arguments(folders, tmp_path / "out", "--top-k", "3", *methods(f"genarm:{folders['arm']}@1")))
     assert "note: " not in capsys.readouterr().out
+
+
+def test_stages_that_drop_samples_for_each_number_of_them():
+    """A share that would drop none is passed over."""
+    options = evaluation.DecodeOptions(
+        model="", prompts="", out="", max_new_tokens=9, drop=("2:0.5", "4:0.25", "6:0.2")
+    )
+    found = {n: drop_stages(options, n) for n in (2, 8, 16)}
+    assert found == {2: ((2, 1),), 8: ((2, 4), (4, 2), (6, 1)), 16: ((2, 8), (4, 4), (6, 3))}

@@ -66,6 +66,7 @@ def every_method(folders) -> list[str]:
         f"policy:{folders['dpo']}",
         f"transfer:{folders['dpo']}@1",
         f"blockwise:value:{folders['q']}@2",
+        f"beam:value:{folders['q']}@2",
         f"re_control:{folders['re_control']}@0.5",
         "ggro@2",
         f"smc:value:{folders['q']}@1",

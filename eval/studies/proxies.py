@@ -83,7 +83,8 @@ def sizes(config: Options, world: base.World) -> list[Size]:
     if len(rows) <= config.pairs:
         raise ValueError(f"pairs: expected fewer than the run's {len(rows)}, found {config.pairs}")
     out.mkdir(exist_ok=True)
-    few.write_text("".join(f"{row}\n" for row in rows[: config.pairs]))
+    if not few.exists():  # a run tells by its files' times whether they are those that it began with
+        few.write_text("".join(f"{row}\n" for row in rows[: config.pairs]))
     made = json.loads((run / "reward_model" / "config.json").read_text())
     preset = stages.SIZES[json.loads((run / "results.json").read_text())["preset"]]
     shared: dict[str, Any] = {"model": str(run / "sft" / "model"), "max_length": stages.LENGTH, "batch_size": 64}

@@ -14,6 +14,7 @@ from jaxalign import decoding, gibbs, policies, rewards
 from jaxalign._checks import check_language_model, is_concrete
 from jaxalign.evaluation import functions
 from jaxalign.evaluation.engine import Drawn, Forwards, Method, Stepwise
+from jaxalign.evaluation.options import drop_stages
 from jaxalign.evaluation.settings import Setting, default_threshold
 from jaxalign.evaluation.specs import Spec
 from jaxalign.evaluation.tilts import summed, tilt, trained_beta
@@ -137,19 +138,22 @@ def _best_of_n(setting: Setting, spec: Spec) -> list[Method]:
     both = {"policy": setting.params, "reward": scorer.params}
 
     def at(n: int) -> Method:
+        stages = drop_stages(setting.options, n)
+
         def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
             return decoding.best_of_n(
-                setting.proposal, scorer.reward, both, rng, prompts, num_samples=n, **setting.limits
+                setting.proposal, scorer.reward, both, rng, prompts, num_samples=n, drop=stages, **setting.limits
             )
 
-        return _of_base(
-            setting,
-            f"best_of_{n}",
-            None,
-            draw,
-            trace=("best_of_n", n),
-            forwards=lambda prompt, length, info: n * (prompt + 2 * length),
-        )
+        def forwards(prompt: int, length: int, info: Mapping[str, float], /) -> float:
+            left, begin, total = n, 0, 0.0
+            for end, keep in (*stages, (length, 0)):  # what is left draws to the end and is scored from the prompt on
+                end = min(end, length)
+                total += left * (prompt + end + max(end - begin, 0))
+                begin, left = end, keep
+            return total
+
+        return _of_base(setting, f"best_of_{n}", None, draw, trace=("best_of_n", n, stages), forwards=forwards)
 
     return [at(int(n)) for n in spec.strengths]
 
@@ -184,6 +188,39 @@ def _blockwise(setting: Setting, spec: Spec) -> list[Method]:
         )
 
     return [at(int(k), block) for block in setting.options.block_size for k in spec.strengths]
+
+
+def _beam(setting: Setting, spec: Spec) -> list[Method]:
+    """Beams of the base, selected block by block by a critic that steps with it."""
+    part = summed(setting, spec.terms)
+    if part.at is not None:
+        raise ValueError(f"method: expected {part.strength} in the reading, as soft(beta=0.5), found {spec.text!r}")
+    both, n = {"policy": setting.params, "critic": part.params}, setting.options.continuations
+
+    def at(width: int, block: int) -> Method:
+        def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
+            return decoding.beam(
+                setting.proposal,
+                part.critic,
+                both,
+                rng,
+                prompts,
+                width=width,
+                num_samples=n,
+                block_size=block,
+                **setting.limits,
+            )
+
+        return _of_base(
+            setting,
+            f"beam_{width}x{n}x{block} {spec.name.partition(':')[2]}",
+            None,
+            draw,
+            trace=("beam", part.critic, width, n, block),
+            forwards=lambda prompt, length, info: width * n * length * (1 + part.cost(prompt, length, 1)),
+        )
+
+    return [at(int(width), block) for block in setting.options.block_size for width in spec.strengths]
 
 
 def _re_control(setting: Setting, spec: Spec) -> list[Method]:
@@ -351,6 +388,7 @@ METHODS: dict[str, Callable[[Setting, Spec], list[Method]]] = {
     "tilt": _tilt,
     "best_of_n": _best_of_n,
     "blockwise": _blockwise,
+    "beam": _beam,
     "re_control": _re_control,
     "ggro": _ggro,
     "smc": _smc,

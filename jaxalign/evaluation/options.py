@@ -34,7 +34,12 @@ class ResponseOptions:
     10 for ggro and for critics that score one candidate at a time (args, transfer, scalar value heads); the whole
     vocabulary for Q heads and genarm, which give all scores at once."""
     block_size: tuple[int, ...] = (8,)
-    """Lengths of a block of blockwise decoding [tokens]; each is decoded."""
+    """Lengths of a block of blockwise decoding and beam search [tokens]; each is decoded."""
+    continuations: int = 4
+    """Continuations of each beam of beam search."""
+    drop: tuple[str, ...] = ()
+    """TOKENS:SHARE, as 8:0.5: after so many tokens the reward scores best_of_n's samples, of which this share of n goes
+    on."""
     rollouts: int = 1
     """Roll-outs per candidate of transfer."""
     lookahead: int | None = None
@@ -105,6 +110,7 @@ class DecodeOptions(ResponseOptions):
 
 
 AT_LEAST = {
+    "continuations": 1,
     "rollouts": 1,
     "gradient_steps": 1,
     "num_particles": 1,
@@ -134,6 +140,7 @@ def check_options(options: ResponseOptions) -> None:
     blocks = options.block_size
     if not blocks or min(blocks) < 1 or len(set(blocks)) < len(blocks):
         raise ValueError(f"block_size: expected lengths of at least 1 token, each once, found {blocks}")
+    drop_stages(options, 2)
     for name in (
         "entropy_threshold",
         "temperature",
@@ -145,3 +152,30 @@ def check_options(options: ResponseOptions) -> None:
         raise ValueError(f"reward_threshold: expected a finite value, found {options.reward_threshold}")
     if options.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype: expected float32 or bfloat16, found {options.dtype!r}")
+
+
+def drop_stages(options: ResponseOptions, n: int) -> tuple[tuple[int, int], ...]:
+    """The pairs (tokens, samples that go on) of `drop` for n samples; a share that drops none is passed over.
+
+    Raises:
+      ValueError: what is no TOKENS:SHARE with a share below 1, or tokens that do not rise below the limit.
+    """
+    stages: list[tuple[int, int]] = []
+    before, left = 0, n
+    for text in options.drop:
+        tokens, _, share = text.partition(":")
+        try:
+            end, part = int(tokens), float(share)
+        except ValueError:
+            end, part = 0, 0.0
+        if not (before < end < options.max_new_tokens and 0 < part < 1):
+            raise ValueError(
+                f"drop: expected TOKENS:SHARE with tokens that rise below max_new_tokens = {options.max_new_tokens} "
+                f"and shares between 0 and 1, found {options.drop}"
+            )
+        keep = max(int(n * part), 1)
+        if keep < left:
+            stages.append((end, keep))
+            left = keep
+        before = end
+    return tuple(stages)

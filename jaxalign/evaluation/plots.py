@@ -15,6 +15,7 @@ LABELS = {
     "genarm": "GenARM",
     "follower": "Stackelberg",
     "blockwise": "blockwise CD",
+    "beam": "beam search",
     "transfer": "Transfer Q*",
     "policy": "policy",
     "re_control": "RE-Control",
@@ -34,6 +35,7 @@ STYLES = {
     "CD-FUDGE": ("#E69F00", "o"),
     "CD-Q": ("#A6761D", "p"),
     "blockwise CD": ("#8C564B", "h"),
+    "beam search": ("#332288", "H"),
     "Transfer Q*": ("#7570B3", "<"),
     "GenARM": ("#009E73", "^"),
     "Stackelberg": ("#0072B2", "P"),
@@ -72,6 +74,8 @@ def label(method: str) -> str:
         return f"best-of-{found.group(1)}"
     if found := re.match(r"blockwise_(\d+)x(\d+)", method):
         return f"blockwise CD, {found.group(1)} of {found.group(2)} tokens"
+    if found := re.match(r"beam_(\d+)x(\d+)x(\d+)", method):
+        return f"beam search, {found.group(1)} of {found.group(2)} x {found.group(3)} tokens"
     if found := re.match(r"ggro_(\d+)", method):
         return f"GGRO, {found.group(1)} forms"
     if found := re.search(r"exceedance_([\d.]+)", method):

@@ -35,8 +35,9 @@ KINDS: dict[str, Kind] = {
     "base": Kind("nothing", "none", ("draft", "draft_tokens")),
     "policy": Kind("folder", "none", ("draft", "draft_tokens")),
     "tilt": Kind("critics", "beta", ("top_k", "draft", "draft_tokens")),
-    "best_of_n": Kind("nothing", "choice", needs_reward=True, draws="several"),
+    "best_of_n": Kind("nothing", "choice", ("drop",), needs_reward=True, draws="several"),
     "blockwise": Kind("critics", "choice", ("block_size",), draws="several"),
+    "beam": Kind("critics", "count", ("block_size", "continuations"), draws="several"),
     "re_control": Kind("folder", "beta", ("gradient_steps",)),
     "ggro": Kind("nothing", "count", ("entropy_threshold", "top_k"), needs_reward=True),
     "smc": Kind("critics or nothing", "beta", ("num_particles", "top_k"), needs_reward=True, draws="untempered"),
@@ -143,7 +144,7 @@ def _halves(text: str) -> tuple[str, str]:
 
 def parse_method(text: str) -> Spec:
     """Reads KIND[:DIR][@STRENGTHS], a weighted sum of critics "CRITIC:DIR + 0.5 * CRITIC:DIR@STRENGTHS", also behind
-    "blockwise:" or "smc:", or MODULE:FUNCTION[@STRENGTHS].
+    "blockwise:", "beam:" or "smc:", or MODULE:FUNCTION[@STRENGTHS].
 
     Raises:
       ValueError: says what is wrong with it.
