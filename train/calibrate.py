@@ -19,8 +19,7 @@ import numpy as np
 
 from jaxalign import _io, commands, models
 from jaxalign.data.text_options import TextOptions, format_of
-from jaxalign.models import sharding
-from jaxalign.training import dry_run, job, reading, rollouts, tables
+from jaxalign.training import dry_run, job, mesh_checks, reading, rollouts, tables
 from jaxalign.training.options import RolloutOptions, RunOptions, check_rollout_options
 
 
@@ -50,7 +49,7 @@ def run(config: Config) -> dict[str, Any]:
     check_rollout_options(options)
     if config.run.dry_run:
         dry_run.on_enough_devices(config, config.mesh)
-    sharding.make_mesh(config.mesh, local=True)
+    mesh_checks.check_rollouts(options, config.mesh)
     if options.samples < 2:
         raise ValueError(f"samples: expected at least 2 responses to rank among, found {options.samples}")
     if config.run.dry_run:

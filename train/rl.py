@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from jaxalign import commands, models
+from jaxalign import commands, models, rewards
 from jaxalign.data import encoded
 from jaxalign.data.text_options import TextOptions, ending_ids, format_of
 from jaxalign.prompts import bucket
@@ -69,6 +69,7 @@ def run(config: Config) -> dict[str, Any]:
             f"python -m eval.decode --model {config.model.model or 'BASE'} --reward REWARD --prompts FILE "
             f"--method policy:{out / 'model'} --out DIR"
         ),
+        beside=rewards.reward_roles(config.reward.reward),
         rows_per_step=check_rl_options(config.rl, batch_size=size, accumulate=accumulate),
     )
     done = job.finished()

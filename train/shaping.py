@@ -66,6 +66,7 @@ def run(config: Config) -> dict[str, Any]:
         config,
         stage="threshold" if options.amortise else "leader",
         inputs=rollouts.inputs(config.rollouts),
+        drawn=config.rollouts,
         following=lambda out: (
             "docs/stackelberg.md"
             if options.amortise or network

@@ -79,10 +79,10 @@ def run(config: Config) -> dict[str, Any]:
         config,
         stage="value",
         inputs=[*rollouts.inputs(rolled), options.responses, *values.inputs(options)],
+        drawn=rolled,
         following=lambda out: _following(config, out),
     )
-    done = job.finished()
-    if done is not None:
+    if (done := job.finished()) is not None:
         return done
     config = roll_in.after_rounds(config, job.out, run)
     options = config.value

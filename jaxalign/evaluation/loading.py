@@ -11,6 +11,7 @@ from jaxalign._checks import check_prompt_fits
 from jaxalign.evaluation.options import ResponseOptions
 from jaxalign.evaluation.specs import Spec
 from jaxalign.models import sharding
+from jaxalign.models.hf import folders as hf_folders
 from jaxalign.training import law_sources
 from jaxalign.types import Params, Reward, TokenBatch
 
@@ -68,6 +69,8 @@ def load(folders: dict[str, str], tokenizer: Any, *, dtype: str, mesh: str, batc
     distinct: dict[str, str] = {}  # folder -> its first role, the base's before all others
     for name, folder in folders.items():
         distinct.setdefault(folder, name)
+    for folder, name in distinct.items():
+        hf_folders.check_fits(folder, devices, name=name)
     for folder, name in distinct.items():
         if folder != folders["model"]:
             models.check_tokens(tokenizer, models.tokenizer(folder), name=name)

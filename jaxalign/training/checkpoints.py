@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 S = TypeVar("S")
+ANOTHER = "name another --out, or remove that folder"
 
 
 def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
@@ -75,7 +76,8 @@ def restore(manager: ocp.CheckpointManager, template: S, position: dict[str, Any
       (state, its step), None without a checkpoint.
 
     Raises:
-      ValueError: the checkpoint was made on other data than `position` names: its batches would not go on.
+      ValueError: the checkpoint was made on other data than `position` names: its batches would not go on; or it is of
+        another model: the first array that differs is named, with both shapes.
     """
     import orbax.checkpoint as ocp
 
@@ -83,13 +85,33 @@ def restore(manager: ocp.CheckpointManager, template: S, position: dict[str, Any
     if step is None:
         return None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-    found = manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-    )
+    wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+    try:
+        found = manager.restore(step, args=wanted)
+    except ValueError as error:
+        if difference := _difference(manager, step, template):
+            raise ValueError(f"checkpoint: {difference} in {manager.directory}; {ANOTHER}") from error
+        raise
     changed = {k for k in set(position) | set(found["data"]) if position.get(k) != found["data"].get(k)} - {"step"}
     if changed:
         raise ValueError(
             f"data: expected {found['data']} as the checkpoint in {manager.directory} was made with, found {position}; "
-            "name another --out, or remove that folder"
+            f"{ANOTHER}"
         )
     return found["state"], step
+
+
+def _difference(manager: ocp.CheckpointManager, step: int, template: Any) -> str:
+    """The first array, parameters first, that a checkpoint has otherwise than a state; "" where none differs."""
+    import orbax.checkpoint as ocp
+
+    metadata: Any = ocp.StandardCheckpointer().metadata(manager.directory / str(step) / "state")
+    leaves = jax.tree.leaves(metadata.item_metadata.tree, is_leaf=lambda x: hasattr(x, "shape"))
+    stored = {leaf.name: tuple(leaf.shape) for leaf in leaves if hasattr(leaf, "shape")}
+    named = jax.tree_util.tree_leaves_with_path(template)
+    own = {jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape) for path, x in named}
+    for name in sorted({*stored, *own}, key=lambda name: ("params." not in name, name)):
+        if stored.get(name) != own.get(name):
+            shape = own.get(name, "no such array")
+            return f"{name.replace('.', '/')}: expected {shape} of this model, found {stored.get(name, 'none')}"
+    return ""

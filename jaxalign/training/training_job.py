@@ -10,9 +10,9 @@ from typing import Any
 from jaxalign import _io, models
 from jaxalign.data import encoded
 from jaxalign.tokens import TextFormat
-from jaxalign.training import adapters, dry_run, fitting, memory
+from jaxalign.training import adapters, dry_run, fitting, memory, mesh_checks
 from jaxalign.training import job as functions
-from jaxalign.training.options import TrainingConfig, check_training_config
+from jaxalign.training.options import RolloutOptions, TrainingConfig, check_training_config
 from jaxalign.training.step import Loss
 from jaxalign.types import Params
 
@@ -43,6 +43,8 @@ class Job:
         inputs: Sequence[str] = (),
         product: str = "model",
         rows_per_step: int | None = None,
+        drawn: RolloutOptions | None = None,
+        beside: Mapping[str, str] | None = None,
     ) -> Job:
         """Checks the options and opens the run folder.
 
@@ -55,12 +57,15 @@ class Job:
           product: what the run writes, in its folder.
           rows_per_step: rows of an optimizer step, which micro-batches and devices share; --batch-size where it is
             None.
+          drawn: roll-outs that the run makes, which have to divide over the mesh as the model has.
+          beside: role -> folder, of further models that have to.
 
         Returns:
           The job; its folder holds config.json.
 
         Raises:
-          ValueError: an option is not as expected, or the folder is of another run.
+          ValueError: an option is not as expected, a model or rows do not divide over the mesh, or the folder is of
+            another run.
         """
         if config.run.dry_run:
             dry_run.on_enough_devices(config, config.mesh.mesh)
@@ -68,6 +73,9 @@ class Job:
         if config.run.dry_run:
             out = pathlib.Path(config.run.out)
             return Job(config, stage, out, following(out), product)
+        mesh_checks.check_models({"model": config.model.model, **(beside or {})}, config.mesh.mesh)
+        if drawn is not None:
+            mesh_checks.check_rollouts(drawn, config.mesh.mesh)
         names = [*inputs, config.model.model, config.model.architecture, config.model.tokenizer]
         read = [folder for name in names for folder in models.source_folders(name)]
         out = _io.open_run(config.run.out, config, inputs=read)

@@ -73,6 +73,26 @@ def load(
     return lm, tensors.read_params(source, lm, edits)
 
 
+def check_fits(path: str | pathlib.Path, mesh: jax.sharding.Mesh | None, *, name: str) -> None:
+    """Checks by a folder's configuration alone that its model divides over a mesh.
+
+    Args:
+      path: as in `load`.
+      mesh: None: nothing is checked.
+      name: what the model is, for messages.
+
+    Raises:
+      ValueError: names the model, the size, the mesh's axis and the folder.
+    """
+    if mesh is None:
+        return
+    config = read_config(path)
+    try:
+        LanguageModel(config, "float32", mesh)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error} in {path}") from error
+
+
 @contextlib.contextmanager
 def stored(
     path: str | pathlib.Path, *, base: str | pathlib.Path | None = None, dtype: DTypeLike = "float32"
