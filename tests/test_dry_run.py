@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
+import types
 
 import jax
 import pytest
 
 from eval import decode
-from jaxalign import models, training
+from jaxalign import _devices, models, training
 from jaxalign.training import dry_run, states
 from jaxalign.worlds import opinions
 from tests.conftest import tiny_lm
@@ -145,6 +148,49 @@ def test_a_head_of_a_dry_run_is_a_shape():
     _, real = states.replace_head(lm, params, models.Head("value", hidden_size=8), jax.random.key(0))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(found))
     assert found == jax.eval_shape(lambda: real)
+
+
+TOPOLOGY = ["--mesh", "fsdp=8,tensor=2", "--topology", "v5e:4x4"]
+
+
+def test_a_topology_is_compiled_for_in_a_process_that_has_its_devices(folder, monkeypatch):
+    """The package is not part of the tests: what that process is started with stands for it."""
+    line, started = [*JOBS["sft"][1].format(folder=folder).split(), "--out", "none"], []
+    monkeypatch.setitem(sys.modules, "libtpu", types.SimpleNamespace(get_library_path=lambda: "here/libtpu.so"))
+    found = subprocess.CompletedProcess([], 0, "told\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda words, **given: started.append((words, given["env"])) or found)
+    with pytest.raises(dry_run.Told):
+        sft.main([*line, *TOPOLOGY, "--dry-run"])
+    ((words, environment),) = started
+    assert words[3] == "sft"
+    wanted = {"JAXALIGN_TOPOLOGY": "v5e:4x4", "TPU_LIBRARY_PATH": "here/libtpu.so", "TPU_SKIP_MDS_QUERY": "1"}
+    assert wanted.items() <= environment.items()
+    assert environment["JAX_PLATFORMS"] == "cpu"
+
+
+def test_a_process_of_a_topology_makes_its_meshes_of_described_devices(monkeypatch):
+    described = [f"device {i}" for i in range(16)]
+    monkeypatch.setenv(_devices.VARIABLE, "v5e:4x4")
+    monkeypatch.setattr(_devices, "_described", lambda name: tuple(described))
+    assert _devices.every() == described
+    assert _devices.backend() == "tpu"
+    monkeypatch.delenv(_devices.VARIABLE)
+    assert _devices.every() == jax.devices()
+    assert _devices.backend() == jax.default_backend()
+
+
+def test_a_topology_is_refused_without_what_it_needs(folder, heads, monkeypatch):
+    line = [*JOBS["sft"][1].format(folder=folder).split(), "--out", "none"]
+    decoding = ["--model", f"{heads}/base", "--prompts", f"{heads}/prompts.jsonl", "--out", "none"]
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    for job, words, error in (
+        (sft, [*line, *TOPOLOGY], r"topology: expected with --dry-run, found 'v5e:4x4' alone"),
+        (decode, [*decoding, *TOPOLOGY], r"topology: expected with --dry-run, found 'v5e:4x4' alone"),
+        (sft, [*line, *TOPOLOGY[2:], "--dry-run"], r"topology: expected with --mesh, .* found 'v5e:4x4' alone"),
+        (sft, [*line, *TOPOLOGY, "--dry-run"], r"topology: expected the TPU's compiler .* found no package libtpu"),
+    ):
+        with pytest.raises(ValueError, match=f"^{error}"):
+            job.main(words)
 
 
 def test_what_fits_leaves_room_for_the_runtime():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign import models, rewards
+from jaxalign import _devices, models, rewards
 from jaxalign._checks import check_language_model
 from jaxalign.evaluation.engine import Method, Texts
 from jaxalign.evaluation.loading import Scorer
@@ -96,7 +96,7 @@ def tell(
     rows = None if mesh is None else sharding.batch_sharding(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), prompts)
     devices = 1 if mesh is None else mesh.size
-    kind = jax.devices()[0].device_kind
+    kind = _devices.every()[0].device_kind
     print(f"decode: an estimate, by the program compiled for {devices} of {kind}; per device, weights included:")
     most: dry_run.Estimate | None = None
     for spec in specs:

@@ -103,6 +103,9 @@ class DecodeOptions(ResponseOptions):
     they need of each device. Configs, tokenizers and prompts are read, no weights; nothing is written."""
     device_memory: float = 0.0
     """With --dry-run: memory of a device [GB], of which it says whether it is enough; 0: 80, 96 and 141."""
+    topology: str = ""
+    """With --dry-run and --mesh: TPUs that are not there, as in v5e:4x4 or v5p:2x2x1, for which the TPU's own compiler
+    compiles (pip install 'jaxalign[topology]')."""
     include_base: bool = True
     """Decode the base too, where it is not among the methods: win rates are over it."""
     config: str = ""
@@ -150,6 +153,8 @@ def check_options(options: ResponseOptions) -> None:
             raise ValueError(f"{name}: expected a finite value >= 0, found {getattr(options, name)}")
     if options.reward_threshold is not None and not math.isfinite(options.reward_threshold):
         raise ValueError(f"reward_threshold: expected a finite value, found {options.reward_threshold}")
+    if isinstance(options, DecodeOptions) and options.topology and not options.dry_run:
+        raise ValueError(f"topology: expected with --dry-run, found {options.topology!r} alone")
     if options.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype: expected float32 or bfloat16, found {options.dtype!r}")
 

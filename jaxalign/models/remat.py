@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxalign import _devices
 from jaxalign.types import Array, Params
 
 
@@ -90,7 +91,7 @@ def after(tree: Any, *first: Array | None) -> Any:
     `jax.checkpoint` puts a barrier between the two passes. On a CPU XLA removes it before it orders the program: all
     layers are then computed again before the first is needed, and no memory is saved. The least of |x| and 0 is 0,
     which XLA does not know."""
-    if jax.default_backend() != "cpu":
+    if _devices.backend() != "cpu":
         return tree
     some = [jax.lax.stop_gradient(x)[(0,) * x.ndim].astype(jnp.float32) for x in first if x is not None and x.size]
     zero = sum(jnp.minimum(jnp.abs(x), 0) for x in some)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxalign import _devices
 from jaxalign._arrays import NEGATIVE
 from jaxalign.models.attention import soft_cap, wide_einsum
 from jaxalign.models.config import Config
@@ -128,7 +129,7 @@ def kernel_fits(config: Config, dtype: DTypeLike) -> bool:
     """Whether cuDNN's kernel serves a model of this type on the devices of this process."""
     if config.block.attention_cap is not None:
         return False
-    if jax.default_backend() != "gpu" or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
+    if _devices.backend() != "gpu" or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
         return False
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
     if not all(part.isdigit() for part in capability.split(".")):  # an AMD device has a name there

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxalign import _hosts
+from jaxalign import _devices, _hosts
 from jaxalign.types import Array
 
 T = TypeVar("T")
@@ -292,7 +292,7 @@ def make_mesh(spec: str, *, local: bool = False) -> Mesh | None:
         if not re.fullmatch(r"-1|[1-9]\d*", count):
             raise ValueError(f"mesh: {name}: expected a size >= 1, or -1 for the rest, found {count!r} in {spec!r}")
         sizes[name] = int(count)
-    devices = jax.devices()
+    devices = _devices.every()
     rest = [name for name, size in sizes.items() if size == -1]
     product = math.prod(size for size in sizes.values() if size != -1)
     if len(rest) > 1:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _options, models
+from jaxalign import _devices, _options, models
 from jaxalign.models import sharding
 from jaxalign.training.step import TrainState, TrainStep
 from jaxalign.types import Params
@@ -198,7 +198,7 @@ def tell(stage: str, found: Estimate, *, memory: float = 0.0) -> None:
     Raises:
       Told: always, since a dry run ends here.
     """
-    kind = jax.devices()[0].device_kind
+    kind = _devices.every()[0].device_kind
     parts = [(name, getattr(found, name)) for name in ("parameters", "optimizer", "frozen")]
     lines = [
         f"{stage}: an estimate, by the program compiled for {found.devices} of {kind}; per device:",
@@ -227,7 +227,7 @@ def fitting(found: Estimate, memory: float = 0.0) -> str:
 
 
 def on_enough_devices(config: Any, mesh: str) -> None:
-    """Where there are fewer devices than a mesh has, runs the job on simulated ones in a process of its own.
+    """Runs the job in a process of its own where there are fewer devices than a mesh has, or --topology describes some.
 
     Args:
       config: of a job that is a module of train/.
@@ -235,18 +235,22 @@ def on_enough_devices(config: Any, mesh: str) -> None:
 
     Raises:
       Told: the other process has told the figures.
-      ValueError: what the other process found wrong.
+      ValueError: a topology without a mesh or without its compiler; what the other process found wrong.
     """
+    topology = str(_options.flat(config).get("topology", ""))
     sizes = [part.partition("=")[2].strip() for part in mesh.split(",") if part]
     needed = math.prod(int(size) for size in sizes if size.isdecimal())
-    if needed <= len(jax.devices()):
+    if topology and not mesh:
+        raise ValueError(f"topology: expected with --mesh, as in data=-1, found {topology!r} alone")
+    if os.environ.get(_devices.VARIABLE) if topology else needed <= len(jax.devices()):
         return
     options = json.dumps(_options.flat(config))
     program = "import json, sys; from jaxalign import commands; commands.run(sys.argv[1], **json.loads(sys.argv[2]))"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={needed}"
+    simulated = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     found = subprocess.run(
         [sys.executable, "-c", program, _options.job_of(type(config)), options],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | (_devices.environment(topology) if topology else simulated),
         capture_output=True,
         text=True,
         check=False,

@@ -115,6 +115,9 @@ class MeshOptions:
 
     device_memory: float = 0.0
     """With --dry-run: memory of a device [GB], of which it says whether it is enough; 0: 80, 96 and 141."""
+    topology: str = ""
+    """With --dry-run and --mesh: TPUs that are not there, as in v5e:4x4 or v5p:2x2x1, for which the TPU's own compiler
+    compiles (pip install 'jaxalign[topology]')."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,6 +194,8 @@ def check_training_config(config: TrainingConfig, *, rows_per_step: int | None =
     Raises:
       ValueError: it names the option, what was expected and what was found.
     """
+    if config.mesh.topology and not config.run.dry_run:
+        raise ValueError(f"topology: expected with --dry-run, found {config.mesh.topology!r} alone")
     check_optimizer_options(config.optimizer)
     check_row_options(config.rows)
     if rows_per_step is None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _hosts, _io, _progress, decoding, models, policies, rewards
+from jaxalign import _devices, _hosts, _io, _progress, decoding, models, policies, rewards
 from jaxalign._checks import check_language_model
 from jaxalign.data import chats, encoded
 from jaxalign.data.text_options import TextOptions, ending_ids, format_of
@@ -138,8 +138,8 @@ def tell_memory(
 
     arguments = dry_run.abstract({"policy": base, "reward": params}, devices)
     held = dry_run.held(jax.jit(draw), arguments, jax.random.key(0), prompt_batch(rows, batch_size=size)) / 1e9
-    number = 1 if devices is None else devices.size
-    print(f"{stage}: an estimate, by the program compiled for {number} of {jax.devices()[0].device_kind}; per device:")
+    number, kind = 1 if devices is None else devices.size, _devices.every()[0].device_kind
+    print(f"{stage}: an estimate, by the program compiled for {number} of {kind}; per device:")
     print(f"  {size * options.samples} responses at a time: {held:.4g} GB, weights included; a reward's pass aside")
 
 

@@ -1,0 +1,52 @@
+"""The devices that programs are made for: those that are there, or described ones that a dry run compiles for."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import jax
+
+VARIABLE = "JAXALIGN_TOPOLOGY"
+"""Environment variable of a process that compiles for described devices: "v5e:4x4" or another name of libtpu's."""
+
+
+def every() -> list[Any]:
+    """The devices of a mesh: jax's, or those of the topology that this process compiles for."""
+    name = os.environ.get(VARIABLE, "")
+    return list(_described(name)) if name else jax.devices()
+
+
+def backend() -> str:
+    """The platform that programs are compiled for: "cpu", "gpu" or "tpu"."""
+    return "tpu" if os.environ.get(VARIABLE) else jax.default_backend()
+
+
+def environment(topology: str) -> dict[str, str]:
+    """The variables of a process that compiles for a topology.
+
+    Raises:
+      ValueError: the package libtpu, which holds the compiler, is not installed.
+    """
+    try:
+        import libtpu
+    except ImportError as error:
+        raise ValueError(
+            f"topology: expected the TPU's compiler for {topology!r}, which is pip install 'jaxalign[topology]', found "
+            "no package libtpu"
+        ) from error
+    path: str = libtpu.get_library_path()
+    known = {"TPU_LIBRARY_PATH": path, "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+    return known | {VARIABLE: topology, "JAX_PLATFORMS": "cpu"}
+
+
+@functools.cache
+def _described(name: str) -> tuple[Any, ...]:
+    from jax.experimental import topologies
+
+    try:
+        return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:
+        words = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(f"topology: expected a name of libtpu's, as in v5e:4x4, found {name!r} ({words})") from error
