@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jaxalign.launch.stages import Stage
 
 GOLD, SECOND_GOLD = "jaxalign.worlds.sentiment:golds", "jaxalign.worlds.sentiment:second_golds"
-NOISE = 0.15  # of the reader [units of gold]
+NOISE = 0.1  # of the reader [units of gold]
 
 
 class Size(NamedTuple):
@@ -26,7 +26,8 @@ class Size(NamedTuple):
     rollouts: int  # per prompt, for laws, values and the calibration table
     length: int  # longest row [tokens]
     validation: float  # share of the prompts that figures of training are of
-    passes: dict[str, float]  # epochs of reward_model, arm, dpo, laws, edit
+    passes: dict[str, float]  # epochs of reward_model, laws, edit
+    steps: dict[str, int]  # optimizer steps of arm and dpo, eight pairs each
     rl: dict[str, int]  # steps, batch_size, samples
     accumulate: int  # micro-batches of a step
     strengths: dict[str, str]  # of each method, as eval.decode's --method takes them after @; a method that is not here
@@ -42,11 +43,12 @@ SIZES = {
         prompts=160,
         held_out=32,
         tokens=32,
-        samples=6,
+        samples=8,
         rollouts=4,
         length=112,
         validation=0.1,
-        passes={"reward_model": 2, "arm": 1, "dpo": 1, "laws": 12, "edit": 12},
+        passes={"reward_model": 1.5, "laws": 12, "edit": 12},
+        steps={"arm": 48, "dpo": 48},
         rl={"steps": 8, "batch_size": 16, "samples": 4},
         accumulate=2,
         strengths={
@@ -68,14 +70,15 @@ SIZES = {
     ),
     "smollm2-short": Size(
         toy=False,
-        prompts=48,
+        prompts=96,
         held_out=16,
         tokens=24,
         samples=8,
         rollouts=4,
         length=96,
         validation=0.15,
-        passes={"reward_model": 2.5, "arm": 1, "dpo": 1, "laws": 12, "edit": 12},
+        passes={"reward_model": 1, "laws": 12, "edit": 12},
+        steps={"arm": 20, "dpo": 20},
         rl={"steps": 4, "batch_size": 8, "samples": 4},
         accumulate=2,
         strengths={
@@ -102,7 +105,8 @@ SIZES = {
         rollouts=2,
         length=128,
         validation=0.2,
-        passes={"reward_model": 1, "arm": 1, "dpo": 1, "laws": 1, "edit": 1},
+        passes={"reward_model": 1, "laws": 1, "edit": 1},
+        steps={"arm": 1, "dpo": 1},
         rl={"steps": 1, "batch_size": 4, "samples": 2},
         accumulate=2,
         strengths={"best_of_n": "2", "laws": "1", "genarm": "1"},
@@ -129,8 +133,9 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
     rl = rows | lora | size.rl | proxy | {"model": base, "prompts": prompts, "max_new_tokens": size.tokens}
 
     def stage(title: str, job: str, folder: str, options: dict[str, Any], *, once: bool = False) -> Stage:
-        passes = {"epochs": size.passes[folder]} if folder in size.passes else {}
-        return Stage(title, job, options | passes | {"out": str(out / folder)}, once=once)
+        long = {"epochs": size.passes[folder]} if folder in size.passes else {}
+        long |= {"steps": size.steps[folder]} if folder in size.steps else {}
+        return Stage(title, job, options | long | {"out": str(out / folder)}, once=once)
 
     return [
         stage("SmolLM2-135M-Instruct as a folder", "smollm2", "base", {"toy": size.toy}, once=True),
