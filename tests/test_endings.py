@@ -85,6 +85,28 @@ def test_the_end_of_a_turn_is_a_special_token_or_none(make, expected):
 
 
 @pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (
+            cases.CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' else raise_exception('no') }}"),
+            "no",
+        ),
+        (cases.CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}"), "one that drops it"),
+        (cases.CHATML.replace("<|im_end|>", "{{ m.content | length }}"), "another text"),
+    ],
+)
+def test_a_template_whose_end_cannot_be_read_is_told(template, found):
+    form = tokens.text_format(cases.byte_level(template, eos_token="<|endoftext|>"))
+    with pytest.warns(UserWarning, match=f"the end of an assistant's turn cannot be read .*{found}"):
+        assert tokens.chat_end(form) is None
+    with pytest.warns(UserWarning, match="end at the EOS ids alone"):
+        assert tokens.ends_of_reply(form, [CHAT], (1,)) == (1,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokens.ends_of_reply(form, ["hello there"], (1,)) == (1,)
+
+
+@pytest.mark.parametrize(
     ("prompts", "extra", "length"),
     [("chats", (), 1), ("texts", (), 4), ("texts", ("--eos-token", "<|im_end|>"), 1)],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -50,7 +51,7 @@ class Setting(NamedTuple):
         """How responses are drawn beside --temperature: as generation_config.json says, or from the whole
         distribution."""
         given = self.lm.config.generation if self.options.generation_config else ""
-        return policies.read_generation_config(given)
+        return _sampling_of(given)
 
     @property
     def proposal(self) -> Policy:
@@ -100,6 +101,12 @@ class Setting(NamedTuple):
         if self.options.top_k is None:
             return None if whole else min(10, self.lm.vocab_size)
         return self.options.top_k or None
+
+
+@functools.cache
+def _sampling_of(generation: str) -> policies.Sampling:
+    """`read_generation_config` of a text, which every method asks for, once."""
+    return policies.read_generation_config(generation)
 
 
 def default_threshold(setting: Setting) -> float:

@@ -14,6 +14,7 @@ The rules:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -156,14 +157,19 @@ def chat_end(form: TextFormat) -> int | None:
       form: the format.
 
     Returns:
-      Its id; None for a tokenizer without a template, and for a template that ends a turn in plain text, in another way
-      each time, or not at all.
+      Its id; None for a tokenizer without a template, and for a template that ends a turn in plain text or not at all.
+      None, with a warning, for one of which the end cannot be read: it fails on a turn, or ends each in another way.
     """
     if not getattr(form.tokenizer, "chat_template", None):
         return None
     try:
         closing = turn_end(form._replace(closing=()))[0]
-    except ValueError:
+    except ValueError as error:
+        warnings.warn(
+            f"chat_template: the end of an assistant's turn cannot be read ({error}): responses to chats end at the "
+            "EOS ids alone",
+            stacklevel=2,
+        )
         return None
     return closing[-1] if closing and closing[-1] in {*form.eos_ids, *form.specials} else None
 

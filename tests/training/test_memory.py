@@ -66,11 +66,11 @@ def test_a_step_with_full_remat_plans_a_third_of_the_temporaries():
 
 @needs_jit
 def test_gradients_wait_for_the_update_in_the_type_of_the_model():
-    """Half of their bytes is saved, and no copy of them is kept clipped, in the order of operations that takes the
-    least memory. (The CPU's own order of jax 0.12 makes the float32 products of all gradients, whose squares the norm
-    adds up, before the first sum.)"""
+    """Half of their bytes is saved, and no copy of them is kept clipped. (Of jax 0.12 in the order of operations that
+    takes the least memory: the CPU's own makes the float32 products of all gradients, whose squares the norm adds up,
+    before the first sum.)"""
     order = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    flags = order if jax.__version_info__ >= (0, 10) else None  # older versions may not know it
+    flags = order if jax.__version_info__ >= (0, 11) else None
     lm, _ = tiny_lm(0, dtype="bfloat16", **SMALL | {"hidden_size": 256, "intermediate_size": 768})
     lm = dataclasses.replace(lm, remat="full")
     size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lm.init, jax.random.key(0))))
