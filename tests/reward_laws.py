@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import losses, tree
-from jaxalign.critics import reads
+from jaxalign.critics import _reading, reads
 
 TREE = tree.Tree(3, 4, eos_id=None)
 ATOMS = tuple(np.arange(-3, 3.25, 0.5))
@@ -79,13 +79,13 @@ def log_of(p: np.ndarray) -> np.ndarray:
 def compute(read: reads.Read, atoms: bool, numbers, support, log_p, log_p_prompt):
     """q [B,...] of either kind of reading."""
     if read.value is None:
-        return reads.weigh(*reads.log_weights(read, numbers, support, log_p_prompt, atoms=atoms), log_p)
-    return reads.value_of(read, numbers, support, log_p, log_p_prompt, atoms=atoms)
+        return _reading.weigh(*_reading.log_weights(read, numbers, support, log_p_prompt, atoms=atoms), log_p)
+    return _reading.value_of(read, numbers, support, log_p, log_p_prompt, atoms=atoms)
 
 
 def read_at(read: reads.Read, p: np.ndarray, support: tuple[float, ...], **numbers) -> np.ndarray:
     """q [N] of laws p [N,K], of which the first is the prompt's; rewards are support points where it is ATOMS."""
-    reads.check_numbers(read, numbers)
+    _reading.check_numbers(read, numbers)
     log_p = jnp.asarray(log_of(p))
     numbers = {name: jnp.asarray(value, log_p.dtype) for name, value in numbers.items()}
     points = jnp.asarray(support, log_p.dtype)

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxalign import losses, shaping, tree
-from jaxalign.critics import reads
+from jaxalign.critics import _reading, reads
 from tests.reward_laws import (
     ATOMS,
     PREFIX,
@@ -327,7 +327,7 @@ def test_distribution_D11_numbers_of_other_names_or_values():
         (reads.cvar(), {"level": 1.5}, "level: expected a share"),
     ):
         with pytest.raises(ValueError, match=message):
-            reads.check_numbers(read, numbers)
+            _reading.check_numbers(read, numbers)
 
 
 def test_distribution_D11_readings_of_ones_own():
@@ -363,7 +363,7 @@ def test_what_is_no_number_is_seen_in_every_value():
         np.testing.assert_array_equal(np.isnan(read_at(read, broken, ATOMS, **numbers)), [False, False, True, False])
     unknown = reads.of(log_omega=lambda numbers, support, log_p: support * jnp.nan)
     assert np.isnan(read_at(unknown, p, ATOMS)).all()
-    weights = reads.log_weights(
+    weights = _reading.log_weights(
         reads.chi_squared(), {"beta": jnp.nan}, jnp.asarray(ATOMS), jnp.log(jnp.asarray(p[:1])), atoms=True
     )
     assert np.isnan(weights[0]).all()

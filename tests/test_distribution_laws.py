@@ -12,7 +12,7 @@ import pytest
 
 from jaxalign import gibbs, infalign, shaping, tree
 from jaxalign._arrays import NEGATIVE
-from jaxalign.critics import reads
+from jaxalign.critics import _reading, reads
 from tests.exact import total_variation
 from tests.reward_laws import (
     ATOMS,
@@ -44,7 +44,7 @@ def same_law(found: np.ndarray, exact: np.ndarray) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def log_weights(read, atoms, numbers, support, log_p_prompt):
-    return reads.log_weights(read, numbers, support, log_p_prompt, atoms=atoms)
+    return _reading.log_weights(read, numbers, support, log_p_prompt, atoms=atoms)
 
 
 def weights(read: reads.Read, name: str, support: tuple[float, ...], **numbers) -> tuple[np.ndarray, float]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxalign import critics, decoding, losses, models, policies, prompt_batch, rewards, testing
-from jaxalign.critics import reads
+from jaxalign.critics import _reading, reads
 from jaxalign.evaluation.readings import parse_reading
 from jaxalign.evaluation.specs import parse_method
 from jaxalign.training import laws, objectives
@@ -114,8 +114,8 @@ def test_rewards_far_from_zero_keep_the_digits_of_their_differences(read, number
     ]
     np.testing.assert_allclose(found[1].log_prob, found[0].log_prob, atol=2e-5)
     np.testing.assert_allclose(found[1].log_norm, found[0].log_norm, atol=2e-4)
-    assert reads.origin(SUPPORT) == 0
-    assert reads.origin(far) == 10_000.25
+    assert _reading.origin(SUPPORT) == 0
+    assert _reading.origin(far) == 10_000.25
 
 
 def test_value_and_follower_read_a_head_of_laws():

@@ -14,7 +14,7 @@ from jaxalign._blocks import at, joined
 from jaxalign._builders import cached
 from jaxalign._checks import fields_of
 from jaxalign._parts import check_model
-from jaxalign.critics import reads
+from jaxalign.critics import _reading, reads
 from jaxalign.critics._model_critics import chosen_token, prompt_check
 from jaxalign.models.blocks import Block, append_block, read_block, reads_blocks
 from jaxalign.prompts import prompt_index
@@ -104,7 +104,7 @@ def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
     weighs = read.log_omega is not None
 
     # Taken out before the points are rounded to float32, and before they are divided by a beta.
-    taken = reads.origin(spec.support) if read.relative else 0.0
+    taken = _reading.origin(spec.support) if read.relative else 0.0
 
     def support() -> Array:
         return jnp.asarray([point - taken for point in spec.support], jnp.result_type(float))
@@ -118,14 +118,14 @@ def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
         log_omega, shift = None, jnp.zeros(law.shape[0], law.dtype)
         if weighs:
             every = numbers | {name: given[name] for name in read.free}
-            log_omega, shift = reads.log_weights(read, every, support(), law, atoms=atoms)
+            log_omega, shift = _reading.log_weights(read, every, support(), law, atoms=atoms)
         return DistributionState(cache, hidden if by_token else None, law, log_omega, shift.astype(law.dtype), numbers)
 
     def read_laws(state: DistributionState, log_p: Array) -> Array:
         """q [B,...,k] of laws [B,...,k,K]."""
         if state.log_omega is not None:
-            return reads.weigh(state.log_omega, state.shift, log_p)
-        return reads.value_of(read, state.numbers, support(), log_p, state.prompt, atoms=atoms)
+            return _reading.weigh(state.log_omega, state.shift, log_p)
+        return _reading.value_of(read, state.numbers, support(), log_p, state.prompt, atoms=atoms)
 
     def known(q: Array) -> Array:
         """Rows in which no candidate has weighted mass say nothing: q = 0."""
@@ -198,7 +198,7 @@ def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
 
     def check(params: Params, prompts: TokenBatch, max_new_tokens: int) -> None:
         own, given = fields_of(params, DistributionParams)
-        reads.check_numbers(read, given)
+        _reading.check_numbers(read, given)
         for name in read.numbers:
             per_row(given[name], prompt_index(prompts).shape[0], name=name)
         fits(own, prompts, max_new_tokens)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxalign import infalign
-from jaxalign.critics import reads
+from jaxalign.critics import _reading, reads
 
 
 class Reading(NamedTuple):
@@ -89,5 +89,5 @@ def parse_reading(text: str) -> Reading:
     if missing or unknown:
         found = f"also {unknown}" if unknown else f"no {missing}"
         raise ValueError(f"method: expected the numbers {sorted(wanted)} of {name}, found {found} in {text!r}")
-    reads.check_numbers(read, numbers | ({} if strength is None else {strength: 1.0}))
+    _reading.check_numbers(read, numbers | ({} if strength is None else {strength: 1.0}))
     return Reading(read, numbers, strength)
