@@ -4,6 +4,7 @@ D4, D5, D7 to D10."""
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -330,3 +331,34 @@ def test_distribution_D10_other_numbers_are_no_new_trace():
                 counted(reads.follower(), {name: jnp.asarray(x) for name, x in numbers.items()}, log_p)
         counted(reads.soft(), {"beta": jnp.asarray(beta)}, log_p)
     assert traces == ["follower", "soft"]
+
+
+BUILDERS = (
+    *(reads.soft, reads.follower, reads.best_of, reads.worst_of, reads.chi_squared, reads.kl, reads.mean),
+    *(reads.exceedance, reads.expected_max, reads.quantile, reads.cvar),
+    *(lambda: reads.follower(solve=True), lambda: reads.calibrated(infalign.exponential(5.0))),
+    lambda: reads.shaped(capped),
+)
+
+
+def capped(limit, reward):
+    return jnp.minimum(reward, limit[..., None])
+
+
+def test_distribution_D10_a_frontier_of_every_reading_is_one_trace():
+    """Three values of each number, readings built anew for each: one trace for every reading."""
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def counted(read, numbers, log_p):
+        traces.append(read.name)
+        return compute(read, True, numbers, jnp.asarray(ATOMS), log_p[None], log_p[:1])
+
+    log_p = jnp.asarray(log_of(laws("B", ATOMS)[:4]))
+    assert {make().name for make in BUILDERS} == {read.name for read, _ in READINGS} | {"shaped"}
+    for make in BUILDERS:
+        for values in itertools.product((0.3, 0.7, 0.9), repeat=len(make().numbers)):
+            numbers = {name: jnp.asarray(x) for name, x in zip(make().numbers, values, strict=True)}
+            numbers |= {name: jnp.asarray(1.0) for name in make().free}
+            assert np.isfinite(counted(make(), numbers, log_p)).all()
+    assert traces == [make().name for make in BUILDERS]
