@@ -14,6 +14,7 @@ from jaxalign import critics, decoding, losses, models, policies, prompt_batch, 
 from jaxalign.critics import _reading, reads
 from jaxalign.evaluation.readings import parse_reading
 from jaxalign.evaluation.specs import parse_method
+from jaxalign.models import heads
 from jaxalign.training import laws, objectives
 from jaxalign.training.job import Data, StartedModel
 from tests.conftest import EOS, VOCAB, tiny_lm
@@ -30,7 +31,7 @@ def with_laws(kind: str, **more) -> tuple[models.LanguageModel, dict]:
     params = lm.init(jax.random.key(1))
 
     def scale(path, x):
-        return x * 30 if "outer" in jax.tree_util.keystr(path) else x
+        return x * 30 if any(name in jax.tree_util.keystr(path) for name in ("outer", "tokens", "own")) else x
 
     return lm, jax.tree_util.tree_map_with_path(scale, params)
 
@@ -211,6 +212,27 @@ def test_bellmans_target_is_the_mean_law_after_the_bases_next_tokens():
     np.testing.assert_allclose(aux.metrics["cross_entropy"], -(target * own).sum() / 3, rtol=1e-5)
     with pytest.raises(ValueError, match="expected a Q head for Bellman's equation, found a value head"):
         laws.laws(with_laws("value")[0], base=base)
+
+
+def test_a_token_moves_the_law_that_the_tokens_of_a_state_share():
+    lm, params = with_laws("q")
+    head, hidden = params["head"], jax.random.normal(jax.random.key(3), (2, lm.config.hidden_size))
+    features = jax.nn.silu(hidden @ head["inner"]["kernel"] + head["inner"]["bias"])
+    shared = features @ head["outer"]["kernel"] + head["outer"]["bias"]
+    x = np.linspace(-1, 1, len(SUPPORT))
+    curves = 4 * np.stack([x, 2 * x**2 - 1, 4 * x**3 - 3 * x])
+    ones = jnp.concatenate([features, jnp.ones((2, 1))], axis=1)
+    tokens = jnp.array([[3, 1], [2, 7]])
+    moves = jnp.einsum("bf,bkjf->bkj", ones, head["tokens"][tokens].reshape(2, 2, 3, -1))
+    expected = jax.nn.log_softmax(shared[:, None] + moves @ curves)
+    np.testing.assert_allclose(lm.laws_after(params, hidden, tokens), expected, atol=1e-5)
+    for_all = lm.laws_after(params, hidden, tokens[0])
+    each = lm.laws_after(params, hidden, jnp.broadcast_to(tokens[0], (2, 2)))
+    np.testing.assert_allclose(for_all, each, atol=1e-6)
+    # With as many moves as support points less one any two laws of one state are apart by one of them.
+    every = np.vstack([np.ones(9), heads._curves(9, 8)])
+    assert np.linalg.matrix_rank(every) == 9
+    assert heads._curves(2, 1).tolist() == [[-4.0, 4.0]]
 
 
 @pytest.mark.parametrize("kind", ["value", "q"])

@@ -300,12 +300,10 @@ def model_cases() -> dict[str, tuple[Case, Case]]:
     summed = critics.weighted_sum([critics.genarm(arm)])
     beta = jnp.array([0.5, 1.0, 4.0, 0.8])
     inner = {"policy": params, "critic": values, "beta": jnp.asarray(2.0)}
-    laws = models.with_head(
-        tiny_lm(0)[0], models.Head("q", hidden_size=16, distribution=models.Distribution((-2.0, 0.0, 3.0)))
-    )
-    head = jax.tree_util.tree_map_with_path(
-        lambda path, x: x * 30 if "outer" in jax.tree_util.keystr(path) else x, laws.init(jax.random.key(1))
-    )
+    support = models.Distribution((-2.0, 0.0, 3.0))
+    laws = models.with_head(tiny_lm(0)[0], models.Head("q", hidden_size=16, distribution=support))
+    head = laws.init(jax.random.key(1))
+    head |= {"head": jax.tree.map(lambda x: 30 * x, head["head"])}
     windows = tiny_lm(2, windows=(3, None), family="qwen2", qkv_bias=True)
     return {
         "windows": (Case(policies.language_model(windows[0]), windows[1]), draft),

@@ -27,7 +27,7 @@ class Config(common.Options):
     """Candidates per token, one or several; 0: the whole vocabulary."""
     support: int = 32
     """Points of the law's support, at least 2."""
-    rank: int = 16
+    rank: int = 2
     """Entries of a token in the head of laws."""
     prompt: int = 32
     """Prompt length [tokens]."""

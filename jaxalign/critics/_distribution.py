@@ -139,9 +139,9 @@ def distribution(lm: models.LanguageModel, read: reads.Read) -> Critic:
         ids = jnp.minimum(jnp.arange(-(-vocab // width) * width, dtype=jnp.int32), vocab - 1).reshape(-1, width)
 
         def block(tokens: Array) -> Array:
-            each = jnp.broadcast_to(tokens, (*rows, width))
             if hidden is not None:
-                return read_laws(state, lm.laws_after(params, hidden, each))
+                return read_laws(state, lm.laws_after(params, hidden, tokens))
+            each = jnp.broadcast_to(tokens, (*rows, width))
             return read_laws(state, lm.head(params, lm.candidates(params, state.cache, each)[0]))
 
         return jnp.moveaxis(jax.lax.map(block, ids), 0, -2).reshape(*rows, -1)[..., :vocab]

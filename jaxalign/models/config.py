@@ -48,7 +48,8 @@ class Distribution:
         left one, a larger one as the right.
       mode: "atoms": every reward is a support point; "grid": rewards lie between them, and each counts as the law on
         its two neighbours whose mean it is (`losses.two_hot`).
-      rank: of a Q head: the law after a token is softmax(M·a_z + b), with a_z of so many entries.
+      rank: of a Q head: in how many ways a token moves the law that the tokens of a state share; 1: it shifts it,
+        2: and widens it; K − 1: to any law.
 
     Raises:
       ValueError: fewer than two points, points that are not finite or not in order, another mode, a rank below 1.
@@ -56,7 +57,7 @@ class Distribution:
 
     support: tuple[float, ...]
     mode: Literal["atoms", "grid"] = "grid"
-    rank: int = 16
+    rank: int = 2
 
     def __post_init__(self) -> None:
         points = tuple(float(point) for point in self.support)

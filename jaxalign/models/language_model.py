@@ -324,7 +324,8 @@ class LanguageModel(CachedPasses):
         Args:
           params: the model's.
           hidden: [...,D], after the final norm.
-          tokens: [...,k], ids that may come next.
+          tokens: [...,k], ids that may come next; or [k], the same ids at each hidden state, whose weights are then
+            read once.
 
         Returns:
           Log-probabilities of the support [...,k,K], in at least float32.

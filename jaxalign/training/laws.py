@@ -114,7 +114,7 @@ def _after_next(
 
     def read(hidden: Array, base_hidden: Array) -> Array:
         weight = jax.nn.softmax(base.logits(frozen, base_hidden))
-        after = lm.laws_after(params, hidden, jnp.broadcast_to(every, (*hidden.shape[:-1], lm.vocab_size)))
+        after = lm.laws_after(params, hidden, every)
         return jnp.einsum("...v,...vk->...k", weight, jnp.exp(after))
 
     return models.chunked(read, hidden, base_hidden, width=lm.vocab_size * lm.head_width)
@@ -206,7 +206,7 @@ def support_of(
       ends: the ends of the grid; (): the smallest and the largest reward.
 
     Returns:
-      The Distribution, of rank 16.
+      The Distribution, of rank 2.
 
     Raises:
       ValueError: rewards that are not finite, all equal, or (with atoms) others than these; fewer than two bins.

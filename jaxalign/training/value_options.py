@@ -47,8 +47,9 @@ class ValueOptions:
     """Support points of --objective distribution, an even grid over the rewards."""
     atoms: str = ""
     """With --objective distribution: the only rewards that there are, as in 0,1; "": a grid."""
-    rank: int = 16
-    """With --objective distribution and a Q head: numbers a token is embedded by."""
+    rank: int = 2
+    """With --objective distribution and a Q head: in how many ways a token moves the law of a state; 1: it shifts it,
+    2: and widens it."""
     targets: Literal["rollouts", "bellman"] = "rollouts"
     """What --objective distribution learns: the rewards of the roll-outs, or by a Q head the mean law after the base's
     next tokens, also from --responses of another policy."""
