@@ -57,6 +57,19 @@ def block_width(vocab: int) -> int:
 _BLOCK = 128
 
 
+def draw_width(vocab: int) -> int:
+    """How many neighbouring entries make a block of `rollout.draw`: those of `block_width`, if it is within twice the
+    usual. Else the size that leaves the fewest numbers to add up, blocks and the entries of one: 128 blocks of 1187 of
+    the 151,936 tokens of Qwen, and not 9,496 of 16. Sorting (`largest`) takes all entries of k blocks, and keeps small
+    ones.
+    """
+    width = block_width(vocab)
+    if vocab % 8 or vocab <= 8 * _BLOCK or _far_from_block(width) <= 2:
+        return width
+    share = vocab // 8
+    return min((w for w in range(width, 16 * _BLOCK) if share % w == 0), key=lambda w: w + vocab // w, default=width)
+
+
 def _far_from_block(width: int) -> float:
     return max(width / _BLOCK, _BLOCK / width)
 

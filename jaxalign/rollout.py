@@ -16,7 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import block_width, is_supported, where_rows
+from jaxalign._arrays import draw_width, is_supported, where_rows
 from jaxalign._checks import check_rng
 from jaxalign._parts import called, check_same_types, step_policy
 from jaxalign.shapes import LogProbs, NextToken, Numbers, OverTokens, PerPrompt, PerPromptFlag
@@ -58,7 +58,7 @@ def draw(log_prob: LogProbs, uniform: PerPrompt) -> NextToken:
     """
     chex.assert_rank([log_prob, uniform], [2, 1])
     batch, vocab = log_prob.shape
-    width = block_width(vocab)
+    width = draw_width(vocab)
     blocks = -(-vocab // width)
     weight = jnp.exp(log_prob - log_prob.max(axis=-1, keepdims=True))
     weight = jnp.pad(weight, ((0, 0), (0, blocks * width - vocab))).reshape(batch, blocks, width)

@@ -35,3 +35,15 @@ def test_no_block_lies_on_two_of_eight_devices(vocab):
 @pytest.mark.parametrize("vocab", [11, 1000, 1024, 50257])
 def test_other_vocabularies_have_the_usual_blocks(vocab):
     assert _arrays.block_width(vocab) == min(vocab, 128)
+
+
+@pytest.mark.parametrize("vocab", [11, 1000, 1336, 32000, 32064, 49152, 50257, 50304, 100352, 128256, 256000, 262208])
+def test_blocks_of_draws_are_those_of_the_largest(vocab):
+    assert _arrays.draw_width(vocab) == _arrays.block_width(vocab)
+
+
+def test_a_vocabulary_whose_blocks_would_be_small_has_larger_ones_of_draws():
+    """Draws of Qwen's vocabulary: no block lies on two devices, and blocks and entries of one are few together."""
+    width = _arrays.draw_width(151936)
+    assert 151936 % (8 * width) == 0
+    assert width + 151936 // width < 2048

@@ -101,7 +101,7 @@ def run(config: Config) -> dict[str, Any]:
     if options.frozen:
         params = values.fit_head(job, started, data, loss, collate, store=options.store_states)
     else:
-        params = job.fit(started, data, loss, collate, frozen=frozen)
+        params = values.fit_all(job, started, data, loss, collate, frozen=frozen)
 
     summary = values.measure_values(options, started.lm, params, learned, data, collate, config.optimizer.batch_size)
     return job.finish(started, params, data, summary, values.about_laws(options, rolled, started, learned))

@@ -265,10 +265,52 @@ def fit_head(
         numbered = data._replace(train=list(zip(data.train, range(len(data.train)), strict=True)))
         return {**body, **job.fit(alone, numbered, loss, hidden_states.with_states(collate, known))}
 
-    def of_head(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
-        return loss({**frozen, **params}, batch, None)
+    read, of_read = _what_is_read(loss, body)
 
-    return {**body, **job.fit(alone, data, of_head, collate, frozen=body)}
+    def of_head(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
+        return of_read({**frozen, **params}, batch, None)
+
+    return {**body, **job.fit(alone, data, of_head, collate, frozen=read)}
+
+
+def fit_all(
+    job: Job,
+    started: functions.StartedModel,
+    data: functions.Data,
+    loss: Loss,
+    collate: Callable[[list[ValueRow]], dict[str, np.ndarray]],
+    *,
+    frozen: Params,
+) -> Params:
+    """Trains the head and the body, but for an lm_head of its own, which values are not read by: neither gradients nor
+    moments of it are made, and no decay reaches it.
+
+    Args:
+      job, started, data, loss, collate: as in `fit_head`.
+      frozen: what the loss takes as frozen.
+
+    Returns:
+      Parameters of the whole model, float32.
+    """
+    kept = {name: x for name, x in started.params["transformer"].items() if name == "lm_head"}
+    read, of_read = _what_is_read(loss, started.params)
+    found = job.fit(started._replace(params=read), data, of_read, collate, frozen=frozen)
+    return {**found, "transformer": {**found["transformer"], **kept}}
+
+
+def _what_is_read(loss: Loss, params: Params) -> tuple[Params, Loss]:
+    """The parameters without an lm_head, and the loss of these."""
+    body = dict(params["transformer"])
+    unread = body.pop("lm_head", None)
+    if unread is None:
+        return params, loss
+
+    def of_read(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
+        nothing = jnp.zeros(unread.shape, unread.dtype)  # what nothing reads is not compiled
+        whole = {**params, "transformer": {**params["transformer"], "lm_head": nothing}}
+        return loss(whole, batch, frozen)
+
+    return {**params, "transformer": body}, of_read
 
 
 def measure_values(

@@ -3,6 +3,7 @@ trained alone."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import pathlib
@@ -92,6 +93,23 @@ def test_a_run_holds_its_state_and_frozen_weights_in_half_precision(job, line, w
     if "--frozen" in line:
         assert lm.config.head is not None
         chex.assert_trees_all_equal(params["transformer"], models.load(folder / "base")[1]["transformer"])
+
+
+@pytest.mark.parametrize("objective", ["fudge", "cd_q --head q"])
+def test_values_train_no_lm_head_which_they_are_not_read_by(objective, folder, tmp_path, monkeypatch):
+    """Neither masters nor moments of it; it is written as it came, whatever the decay."""
+    lm, tied = models.load(folder / "base")
+    lm = models.LanguageModel(dataclasses.replace(lm.config, tie_embeddings=False))
+    head = jax.random.normal(jax.random.key(2), (lm.config.hidden_size, lm.vocab_size))
+    params = {"transformer": tied["transformer"] | {"lm_head": head}}
+    models.save(tmp_path / "base", lm, params, tokenizer=models.tokenizer(folder / "base"))
+    line = f"{DRAWN} --base {tmp_path}/base --objective {objective} --head-size 2 --samples 1 --weight-decay 0.5"
+    _, trained, moments = held_in_training(value.main, line, folder, tmp_path / "run", monkeypatch)
+    beside = 4 * 3 * lm.vocab_size if "q" in objective else 0
+    assert size(tied) < trained < size(tied) + beside + 4 * 4 * lm.config.hidden_size
+    assert moments == pytest.approx(2 * trained, abs=64)
+    written = models.load(tmp_path / "run/model")[1]
+    chex.assert_trees_all_equal(written["transformer"]["lm_head"], head)
 
 
 def test_a_trained_head_goes_on_from_float32_beside_frozen_weights(folder, tmp_path):
