@@ -232,3 +232,17 @@ def test_a_dry_run_of_decoding_says_what_each_method_needs(heads, capsys):
     assert len(lines[begin + 1 :]) == 1 + len(METHODS) + 1  # the base, and best of 2 and of 4 are two programs
     assert all(line.endswith(": fits 80 GB") for line in lines[begin + 1 :])
     assert told.value.estimate is not None
+
+
+def test_options_of_the_cpus_compiler_are_for_a_cpu_alone(monkeypatch):
+    """A compiler of other devices refuses them."""
+    given = []
+
+    class Lowered:
+        def compile(self, compiler_options=None):
+            given.append(compiler_options)
+
+    dry_run.planned(Lowered())
+    monkeypatch.setenv(_devices.VARIABLE, "v5e:4x4")
+    dry_run.planned(Lowered())
+    assert given == [dry_run.AS_ACCELERATORS, None]

@@ -155,7 +155,7 @@ def estimate(
 def planned(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """A program compiled for its memory_analysis: on a CPU as an accelerator's compiler orders it
     (`AS_ACCELERATORS`)."""
-    return lowered.compile(compiler_options=AS_ACCELERATORS if jax.default_backend() == "cpu" else None)
+    return lowered.compile(compiler_options=AS_ACCELERATORS if _devices.backend() == "cpu" else None)
 
 
 def held(program: Any, *args: Any) -> int:
