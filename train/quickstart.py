@@ -34,7 +34,7 @@ class Config:
     preset: Literal["default", "tiny", "smollm2", "smollm2-short", "smollm2-toy"] = "default"
     """default: the run of the README, 8 minutes on two CPU cores; tiny: the same training and
     few methods in a minute and a half, too small to learn the world well. smollm2, smollm2-short: real text, an hour
-    and a quarter of an hour; smollm2-toy: the same commands on a random model, half a minute."""
+    and a quarter of an hour; smollm2-toy: the same commands on a random model, a minute."""
     seed: int = 0
     """Seed of the world, of all weights and of all draws."""
     dtype: Literal["float32", "bfloat16"] = "float32"
