@@ -67,6 +67,8 @@ def jobs(config: Config, folder: pathlib.Path, rows: int) -> dict[str, tuple[str
     parts = {"batch_size": rows, "accumulate": config.samples}
     rolled = drawn | {"base": base, "decode_batch": rows * config.samples}
     learned = rolled | {"batch_size": rows, "validation": 0.0}
+    decoded = {"model": base, "reward": reward, "prompts": drawn["prompts"], "max_new_tokens": config.new}
+    decoded |= {"batch_size": rows}
     leader = learned | {"model": reward, "bound": 4.0, "beta": 1.0, "validation": 0.25}
     return {
         "sft": ("sft", pairs | {"model": base}),
@@ -78,6 +80,9 @@ def jobs(config: Config, folder: pathlib.Path, rows: int) -> dict[str, tuple[str
         "value": ("value", learned),
         "value, frozen base (RE-Control)": ("value", learned | {"objective": "td", "frozen": True}),
         "shaping, leader of rewards": ("shaping", leader),
+        "decode, best of n": ("decode", decoded | {"method": (f"best_of_n@{config.samples}",)}),
+        "decode, ARGS by the reward model": ("decode", decoded | {"method": (f"args:{reward}@1",)}),
+        "decode, GenARM by a model of the base's size": ("decode", decoded | {"method": (f"genarm:{base}@1",)}),
         "rl, LoRA, model as reward": ("rl", drawn | parts | LORA | {"model": base, "validation": 0.0}),
     }
 
@@ -113,7 +118,7 @@ def _row(config: Config, folder: pathlib.Path, title: str, mesh: str) -> dict[st
     rows = math.prod(int(sizes.get(axis, 1)) for axis in ("data", "fsdp"))
     job, options = jobs(config, folder, rows)[title]
     options = options | {"mesh": mesh, "out": str(folder / "out"), "dtype": "bfloat16", "dry_run": True}
-    options |= {"remat": "full"}
+    options |= {} if job == "decode" else {"remat": "full"}
     devices = math.prod(int(size) for size in sizes.values())
     begin = time.perf_counter()
     found = subprocess.run(
