@@ -51,6 +51,15 @@ def test_the_curves_are_means_over_subsets():
     assert curves.by_rank(3.0)[8]["kl"][0] < np.log(8) - 7 / 8
 
 
+def test_particles_are_weighted_by_the_reward():
+    given = table(prompts=4)._replace(scale=(1.0, 2.0))
+    found = over_optimisation.weighted(given, 0.5)
+    weight = np.exp((1.0 + 2.0 * given.proxy[0]) / 0.5)  # in the member's own units; the mean cancels
+    share = weight / weight.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found["gold"], (share * given.gold).sum(axis=1))
+    np.testing.assert_allclose(found["kl"], (share * np.log(8 * share)).sum(axis=1))
+
+
 def test_rows_say_what_each_curve_loses():
     rows, ends = over_optimisation.selections(CONFIG, "few", table())
     assert len(rows) == 5 * 4

@@ -2,26 +2,22 @@
 
 Reads the folder of a finished train.quickstart. A reward model of all its preference pairs and one of a few of them are
 maximised by best-of-n up to 256, controlled decoding, GenARM and sequential Monte Carlo; gold is the world's own
-program. 256 responses of the base to each held-out prompt are drawn and scored once: the curves of best-of-n and of its
-mitigations are means over subsets of these. The mitigations: the lower bound of an ensemble, inference-time pessimism,
-the calibrated threshold, and caution, a penalty on responses that are unlike the base's. A few rows at equal compute,
-and the loss from each curve's best n to the largest, end the table.
+program. 256 responses of the base to each held-out prompt are drawn and scored once: they are the particles of Monte
+Carlo, and the curves of best-of-n and of its mitigations are means over subsets of them. The mitigations: the lower
+bound of an ensemble, inference-time pessimism, the calibrated threshold, and caution, a penalty on responses that are
+unlike the base's. What each loses from its best n to the largest, and what it has at equal compute, end the table.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import commands, critics, decoding, metrics, policies, rewards, shaping
-from jaxalign.prompts import prompt_batch
+from jaxalign import commands, critics, metrics, policies, shaping
 from jaxalign.types import Policy
-from jaxalign.worlds import opinions
 
 from . import base, common, proxies
 
@@ -42,10 +38,8 @@ class Config(proxies.Options):
     """Divisions of the samples into subsets, for pessimism, which is no function of ranks."""
     betas: tuple[float, ...] = (2.0, 1.0, 0.5, 0.25, 0.12, 0.06)
     """KL weights of controlled decoding, GenARM and sequential Monte Carlo [units of reward per nat]."""
-    particles: int = 16
-    """Of sequential Monte Carlo."""
     responses: int = 4
-    """Responses to each prompt of the decoders besides best-of-n."""
+    """Responses to each prompt of controlled decoding and GenARM."""
 
 
 class Curves:
@@ -225,10 +219,8 @@ def decoded(config: Config, world: base.World, size: proxies.Size, table: proxie
             found = base.respond(own, policy, given, n=config.responses, seed=config.seed + 1)
             rows.append(_row(size.name, name, beta, found, mean, deviation) | {"passes": 2})
     for beta in config.betas:
-        rows.append(
-            _row(size.name, "SMC", beta, particles(config, own, tilts["CD"], beta), mean, deviation)
-            | {"passes": 3 * config.particles}
-        )
+        about = {"pairs": size.name, "method": "SMC", "beta": beta}
+        rows.append(about | estimates(weighted(table, beta)) | {"passes": 2 * config.samples})
     return rows
 
 
@@ -237,31 +229,23 @@ def _row(pairs: str, method: str, beta: float, found: base.Responses, mean: floa
     return {"pairs": pairs, "method": method, "beta": beta} | estimates({k: v.mean(axis=1) for k, v in values.items()})
 
 
-def particles(config: Config, world: base.World, proposal: tuple[Policy, Any], beta: float) -> base.Responses:
-    """One particle of each of some runs for each prompt, proposed by controlled decoding at the same beta."""
-    policy, value = proposal
-    reward, prompts = rewards.from_model(world.reward_model[0]), prompt_batch(world.ids)
-    index = jnp.arange(len(world.ids))
-    score: Callable[..., Any] = jax.jit(lambda p, drawn: reward(p, *decoding.join(prompts, drawn), index))
-    weight = jnp.asarray(beta, jnp.float32)
-    tilt = policies.TiltParams(world.base[1], value, weight)
-    params = {"policy": tilt, "reward": world.reward_model[1], "beta": weight}
-    parts = []
-    for k in range(config.responses):
-        found = decoding.smc(
-            policy,
-            reward,
-            params,
-            jax.random.key(100 * config.seed + k),
-            prompts,
-            num_particles=config.particles,
-            max_new_tokens=opinions.MAX_NEW_TOKENS,
-            eos_ids=world.base[0].config.eos_ids,
-        )
-        drawn = found.completions
-        parts.append((drawn.tokens, drawn.mask, score(world.reward_model[1], drawn), found.kl.value))
-    tokens, mask, proxy, kl = (np.stack([np.asarray(x) for x in xs], axis=1) for xs in zip(*parts, strict=True))
-    return base.measure(world, np.arange(len(world.ids)), tokens, mask, proxy, kl)
+def weighted(table: proxies.Table, beta: float) -> dict[str, np.ndarray]:
+    """Gives what particles have that the base proposes, without resampling: a draw in proportion to exp(r/beta).
+
+    Args:
+      table: base samples, which are the particles.
+      beta: the KL weight, in the first member's own units of reward per nat.
+
+    Returns:
+      gold, proxy and the estimate E[r]/beta − log Z of the KL, each [prompts].
+    """
+    reward = table.proxy[0] * table.scale[1] / beta
+    top = reward.max(axis=1, keepdims=True)
+    weight = np.exp(reward - top)
+    log_z = np.log(weight.mean(axis=1)) + top[:, 0]
+    share = weight / weight.sum(axis=1, keepdims=True)
+    means = {name: (share * x).sum(axis=1) for name, x in (("gold", table.gold), ("proxy", table.proxy[0]))}
+    return means | {"kl": (share * reward).sum(axis=1) - log_z}
 
 
 STYLES = {
@@ -282,7 +266,7 @@ def _picture(config: Config, rows: list[dict[str, Any]], out: Any) -> None:
     figure, panels = common.pyplot().subplots(
         2, 2 * len(sizes), figsize=(15.5, 7), layout="constrained", sharey="row", squeeze=False
     )
-    groups = (tuple(STYLES)[:5], ("best-of-n", *tuple(STYLES)[5:]))
+    groups = (tuple(STYLES)[:5], tuple(name for name in STYLES if any(row["method"] == name for row in rows)))
     for k, pairs in enumerate(sizes):
         for g, names in enumerate(groups):
             for line, (column, title) in enumerate((("gold", "gold"), ("proxy", "proxy [its deviations]"))):
@@ -298,10 +282,12 @@ def _picture(config: Config, rows: list[dict[str, Any]], out: Any) -> None:
                     axes.errorbar(x, [r[column] for r in mine], [r[f"{column}_95"] or 0 for r in mine], **style)
                 if g == 0:
                     axes.set_xscale("log", base=2)
+                else:
+                    axes.set_xscale("symlog", linthresh=1)
                 axes.set_xlabel("responses n" if g == 0 else "KL to the base [nats]")
                 axes.set_title(f"{title}, {pairs}", fontsize=10)
                 axes.grid(alpha=0.25)
-                if k == 0 and line == 0:
+                if k == 0 and line == g:
                     axes.legend(frameon=False, fontsize=8)
     common.save(figure, out / "over_optimisation.png")
 
