@@ -20,6 +20,9 @@ from jaxalign.types import Array
 
 from . import base, common
 
+HEAD_BOUNDS = (2.0, 6.0, 12.0)
+"""Bounds of the followers that are read from the quickstart's head of laws."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Options):
@@ -134,13 +137,11 @@ def by_tokens(config: Config, world: base.World) -> list[dict[str, Any]]:
                 10,
             )
         )
-    for head in sorted(world.folder.glob("exceedance_*")):
-        model, head_params = models.load(str(head / "model"))
-        follower = critics.follower(model)
-        assert model.config.head is not None
-        assert model.config.head.follower is not None
-        bound = model.config.head.follower.bound
-        runs.append(("threshold", f"exceedance head, B {bound:g}", 1.0, follower, head_params, None))
+    head = raw_head[0].config.head
+    assert head is not None
+    for bound in HEAD_BOUNDS if head.distribution is not None else ():
+        follower = critics.follower(raw_head[0], beta=1.0, bound=bound)
+        runs.append(("threshold", f"head of laws, B {bound:g}", 1.0, follower, raw_head[1], None))
     rows = []
     for name, decoder, beta, critic, critic_params, k in runs:
         arguments = {"policy": params, "critic": critic_params, "beta": jnp.asarray(beta, jnp.float32)}
@@ -198,9 +199,9 @@ def _draw(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> None
         for name in ("raw", "soft threshold"):
             mine = [r for r in rows if r.get("decoder") == decoder and r["shaping"] == name]
             common.curve(axes, mine, "kl", "gold", name, marker=marker, label=f"{name}, {decoder}")
-    mine = sorted((r for r in rows if "exceedance" in str(r.get("decoder"))), key=lambda r: r["kl"])
+    mine = sorted((r for r in rows if "head of laws" in str(r.get("decoder"))), key=lambda r: r["kl"])
     if mine:
-        common.curve(axes, mine, "kl", "gold", "threshold", marker="P", label="threshold, exceedance head")
+        common.curve(axes, mine, "kl", "gold", "threshold", marker="P", label="threshold, head of laws")
     axes.axhline(start["gold"], color="0.7", lw=1, zorder=0)
     axes.set(xlabel="KL to the base [nats]", ylabel="true utility (gold)")
     axes.set_xscale("symlog", linthresh=1.0)

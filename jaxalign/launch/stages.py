@@ -38,7 +38,7 @@ class Size(NamedTuple):
     texts: int
     pairs: int
     rollouts: int  # per prompt
-    epochs: dict[str, float]  # sft, reward_model, value, cd_q, edit, arm, dpo, heads of shaped rewards
+    epochs: dict[str, float]  # sft, reward_model, value, cd_q, edit, arm, dpo
     table: int  # base samples per prompt that rewards are calibrated by
     rl_steps: int
     prompts: int
@@ -63,7 +63,6 @@ SIZES = {
             "edit": 2,
             "arm": 1.5,
             "dpo": 0.7,
-            "heads": 1.5,
         },
         table=16,
         rl_steps=20,
@@ -72,6 +71,9 @@ SIZES = {
             "best_of_n": "2,4,8,16",
             "args": "4,2,1,0.5,0.25",
             "value": "2,1,0.5,0.25,0.12",
+            "soft": "2,1,0.5",
+            "calibrated": "0.3",
+            "best_of": "4,16",
             "cd_q": "2,1,0.5,0.25",
             "blockwise": "4",
             "genarm": "4,2,1,0.5,0.25,0.06",
@@ -84,7 +86,7 @@ SIZES = {
         },
         particles=16,
         moves=16,
-        bounds=(6.0,),
+        bounds=(2.0, 6.0, 12.0),
     ),
     "tiny": Size(
         layers=1,
@@ -92,7 +94,7 @@ SIZES = {
         texts=1_500,
         pairs=600,
         rollouts=2,
-        epochs={"sft": 1, "reward_model": 1, "value": 1, "cd_q": 1, "edit": 1, "arm": 1, "dpo": 1, "heads": 1},
+        epochs={"sft": 1, "reward_model": 1, "value": 1, "cd_q": 1, "edit": 1, "arm": 1, "dpo": 1},
         table=4,
         rl_steps=2,
         prompts=16,
@@ -141,7 +143,7 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
     new = {"architecture": str(data / "config.json"), "tokenizer": str(data / "tokenizer")}
     table = sampled | {"base": base, "dtype": shared["dtype"], "samples": size.table}
     policy_gradient = shared | sampled | {"model": base, "calibration": str(out / "table"), "transform": "identity"}
-    q_head, exceedance = {"head": "q"}, {"objective": "exceedance", "beta": 1.0, "head": "q"}
+    q_head = {"head": "q"}
     return [
         stage("world and tokenizer", "world", "data", texts, held_out=size.prompts, seed=shared["seed"]),
         stage(
@@ -153,7 +155,8 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
             learning_rate=4e-3,
         ),
         stage("reward model", "reward_model", "reward_model", pairs | epochs("reward_model"), learning_rate=1e-3),
-        stage("value model", "value", "value", values | q_head | epochs("value")),
+        # One head for every strength: its mean is the value, and shaped rewards are read from it.
+        stage("laws of the reward", "value", "value", values | q_head | epochs("value"), objective="distribution"),
         stage(
             "value model by Bellman's equation (CD-Q)",
             "value",
@@ -183,16 +186,6 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
             learning_rate=1e-3,
             validation=0.0,  # it is measured among the other methods
         ),
-        *(
-            stage(
-                f"exceedance head, bound {bound:g}",
-                "value",
-                f"exceedance_{bound:g}",
-                made | exceedance | epochs("heads"),
-                bound=bound,
-            )
-            for bound in size.bounds
-        ),
     ]
 
 
@@ -201,17 +194,21 @@ def decoding_groups(out: pathlib.Path, preset: str) -> dict[str, tuple[str, ...]
     size = SIZES[preset]
     names = ("reward_model", "value", "cd_q", "arm", "dpo", "edit", "rl")
     model = {name: str(out / name / "model") for name in names}
+    laws = f"distribution:{model['value']}"
     wanted = {  # method -> (title, KIND:DIR)
         "best_of_n": ("base and best-of-n", "best_of_n"),
         "args": ("ARGS", f"args:{model['reward_model']}"),
-        "value": ("CD-FUDGE", f"value:{model['value']}"),
+        "value": ("distributional CD by means", f"{laws}:mean"),
+        "soft": ("distributional CD", f"{laws}:soft"),
+        "calibrated": ("InfAlign's tilt", f"{laws}:calibrated(exp:5)"),
+        "best_of": ("best-of-n by tokens", f"{laws}:best_of"),
         "cd_q": ("CD-Q", f"value:{model['cd_q']}"),
-        "blockwise": ("blockwise CD", f"blockwise:value:{model['value']}"),
+        "blockwise": ("blockwise CD", f"blockwise:{laws}:mean"),
         "genarm": ("GenARM", f"genarm:{model['arm']}"),
         "transfer": ("Transfer Q*", f"transfer:{model['dpo']}"),
         "re_control": ("RE-Control", f"re_control:{model['edit']}"),
         "ggro": ("GGRO", "ggro"),
-        "smc": ("SMC", f"smc:value:{model['value']}"),
+        "smc": ("SMC", f"smc:{laws}:mean"),
         "quest": ("QUEST", "quest"),
         "cards": ("CARDS", "cards"),
     }
@@ -220,7 +217,7 @@ def decoding_groups(out: pathlib.Path, preset: str) -> dict[str, tuple[str, ...]
         for method, (title, kind) in wanted.items()
         if method in size.strengths
     }
-    groups["Stackelberg"] = tuple(f"follower:{out / f'exceedance_{bound:g}' / 'model'}" for bound in size.bounds)
+    groups["Stackelberg"] = tuple(f"{laws}:follower(bound={bound:g})@1" for bound in size.bounds)
     return groups | {"DPO": (f"policy:{model['dpo']}",), "RL": (f"policy:{model['rl']}",)}
 
 
