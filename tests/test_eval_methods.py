@@ -129,7 +129,7 @@ def test_perplexity_is_that_of_the_mean_nats_per_token():
         ("distribution:a/laws/model:soft", "distributional CD", "distributional CD"),
         ("distribution:a/laws/model:follower(bound=2)", "Stackelberg", "Stackelberg, B 2"),
         ("distribution:laws:calibrated(exp:5)", "InfAlign's tilt", "InfAlign's tilt, exp:5"),
-        ("distribution:laws:best_of@4", "distributional CD", "distributional CD, best_of, 4"),
+        ("distribution:laws:best_of@4", "best-of-n by tokens", "best-of-n by tokens, 4"),
         ("blockwise_4x8 distribution:laws:mean", "blockwise CD", "blockwise CD, 4 of 8 tokens"),
     ],
 )

@@ -25,8 +25,13 @@ LABELS = {
     "cards": "CARDS",
     "distribution": "distributional CD",
 }
-READINGS = {"follower": "Stackelberg", "calibrated": "InfAlign's tilt"}
-"""Readings of a head of laws that are methods of their own."""
+READINGS = {
+    "follower": "Stackelberg",
+    "calibrated": "InfAlign's tilt",
+    "mean": "distributional CD, mean",
+    "best_of": "best-of-n by tokens",
+}
+"""Readings of a head of laws that are methods of their own, each with a line of its own."""
 # Okabe and Ito's colours and a few more, and a marker each: told apart without colour, too.
 STYLES = {
     "base": ("black", "s"),
@@ -47,6 +52,8 @@ STYLES = {
     "QUEST": ("#F0E442", "8"),
     "CARDS": ("#F781BF", "H"),
     "distributional CD": ("#A65628", "o"),
+    "distributional CD, mean": ("#E69F00", "o"),
+    "best-of-n by tokens": ("#882255", "D"),
     "InfAlign's tilt": ("#4DAF4A", "p"),
 }
 
