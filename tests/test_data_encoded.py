@@ -62,6 +62,26 @@ def test_a_response_that_a_limit_cut_has_no_end(tmp_path):
         preferences.tokenize_pairs(file, form, max_length=200)
 
 
+def test_a_sample_that_a_limit_cut_has_no_end(tmp_path):
+    """A response of its own row, as eval.decode writes them, learned as a text or in pairs by score."""
+    form = form_of()
+    rows = [
+        {"prompt": [USER], "response": "I am fine.", "truncated": True, "reward": 2.0},
+        {"prompt": [USER], "response": "Yes", "truncated": False, "reward": 1.0},
+    ]
+    file = tmp_path / "responses.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cut, ended = preferences.tokenize_texts(file, form, max_length=200).rows
+    assert text(form, cut.response) == "I am fine."
+    assert text(form, ended.response) == "Yes<|im_end|>"
+    (pair,) = preferences.tokenize_pairs(file, form, max_length=200, score="reward").rows
+    assert text(form, pair.chosen) == "I am fine."
+    assert text(form, pair.rejected) == "Yes<|im_end|>"
+    file.write_text(json.dumps(rows[0] | {"truncated": "no"}))
+    with pytest.raises(ValueError, match="jsonl:1: expected true or false in truncated, found 'no'"):
+        preferences.tokenize_texts(file, form, max_length=200)
+
+
 def test_pairs_share_a_prompt_and_say_what_ends_them():
     form = form_of()
     rows = [Pair([USER], "I am fine.", [{"role": "assistant", "content": "Yes"}]), Pair("hello", " there", " you")]

@@ -67,7 +67,7 @@ def pair(row: RawRow) -> Content:
         prompt = chats.read_chat(list_in(row, "conversations"), "conversations")
     prompt = _with_system(row, prompt)
     prompt, responses = _join(prompt, sides)
-    truncated = tuple(_truncated(row, name) for name in sides)
+    truncated = tuple(_truncated(row, f"{name}_truncated") for name in sides)
     if len(sides) < 2:
         return Content(prompt, responses, (), tuple(sides), truncated=truncated)
     margin = [row.get(f"score_{name}") for name in sides]
@@ -78,13 +78,12 @@ def pair(row: RawRow) -> Content:
     return Content(prompt, responses, (1.0, 0.0), tuple(sides), truncated=truncated)
 
 
-def _truncated(row: RawRow, side: str) -> bool:
-    """Whether a limit cut a side's response, as a row of the model's own samples may say."""
-    name = f"{side}_truncated"
-    found = row.get(name, False)
-    if not isinstance(found, bool):
+def _truncated(row: RawRow, name: str) -> bool:
+    """Whether a limit cut a response, as a row of a model's own samples may say."""
+    found = row.get(name)
+    if found not in (None, False, True):  # 0 and 1 as well, which tables have in their place
         raise RowError("type", f"expected true or false in {name}, found {found!r}")
-    return found
+    return bool(found)
 
 
 def _join(prompt: Text | None, sides: Mapping[str, Text]) -> tuple[Text, tuple[Text, ...]]:
@@ -263,7 +262,7 @@ def text(row: RawRow, score: str) -> Content:
             "type", f"expected text in prompt and response, or messages, found {type(value).__name__} in {names[0]}"
         )
     given, answers = _join_reply(_with_system(row, prompt) or "", _text_or_chat(value, names[0]))
-    whole = Content(given, (answers,), (), (names[0],))
+    whole = Content(given, (answers,), (), (names[0],), truncated=(_truncated(row, "truncated"),))
     if score in row:
         return whole._replace(scores=(number_in(row[score], score),), scaled=True, grouped=True)
     if isinstance(row.get("label"), bool):

@@ -95,7 +95,9 @@ def read_pairs(
                 continue
             each = [found for _, found in members]
             whole = each[0]._replace(
-                responses=tuple(found.responses[0] for found in each), scores=tuple(found.scores[0] for found in each)
+                responses=tuple(found.responses[0] for found in each),
+                scores=tuple(found.scores[0] for found in each),
+                truncated=tuple(found.truncated[0] for found in each),
             )
             yield from _pairs([where for where, _ in members], whole, compare, counts)
 

@@ -15,7 +15,7 @@ class ValueOptions:
 
     responses: str = ""
     """In place of --prompts: rows of "prompt" and "response" by any policy, of any form of data (docs/data.md), such as
-    responses.jsonl of eval.decode; each is scored as a whole text, EOS added."""
+    responses.jsonl of eval.decode; each is scored as a whole text, EOS added unless the row says "truncated"."""
     objective: Literal["fudge", "cd_q", "td", "pairs", "soft", "exceedance", "distribution"] = "fudge"
     """fudge: the roll-out's reward at every prefix; cd_q: exact mean over the base's next tokens (Q head); td: the next
     prefix's value; pairs: the reward at the last token, and neighbours alike; soft: beta·log E exp(reward/beta);
