@@ -65,7 +65,7 @@ def check_row(form, ids, *parts):
 def test_each_row_is_right_or_named(kind, name, odd_file):
     form = tokens.text_format(FORMATS[name]())
     found, read = READERS[kind](odd_file, form), PLAIN[kind](odd_file)
-    chats = [row for row in read.rows if not all(isinstance(part, str) for part in row[1:4] if part is not None)]
+    chats = [row for row in read.rows if not all(isinstance(part, str | bool | None) for part in row[1:4])]
     assert len(found.rows) + found.skipped == len(read.rows) + read.skipped
     refused = found.skipped - read.skipped
     if form.tokenizer.chat_template is None:

@@ -86,10 +86,13 @@ def restore(manager: ocp.CheckpointManager, template: S, position: dict[str, Any
         return None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
     wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+    # Shapes first, since a read that fails half-way leaves tasks of its own behind.
+    if difference := _difference(manager, step, template, names=False):
+        raise ValueError(f"checkpoint: {difference} in {manager.directory}; {ANOTHER}")
     try:
         found = manager.restore(step, args=wanted)
     except ValueError as error:
-        if difference := _difference(manager, step, template):
+        if difference := _difference(manager, step, template, names=True):
             raise ValueError(f"checkpoint: {difference} in {manager.directory}; {ANOTHER}") from error
         raise
     changed = {k for k in set(position) | set(found["data"]) if position.get(k) != found["data"].get(k)} - {"step"}
@@ -101,8 +104,9 @@ def restore(manager: ocp.CheckpointManager, template: S, position: dict[str, Any
     return found["state"], step
 
 
-def _difference(manager: ocp.CheckpointManager, step: int, template: Any) -> str:
-    """The first array, parameters first, that a checkpoint has otherwise than a state; "" where none differs."""
+def _difference(manager: ocp.CheckpointManager, step: int, template: Any, *, names: bool) -> str:
+    """The first array, parameters first, that a checkpoint has otherwise than a state; "" where none differs. Without
+    `names` only arrays that both have are compared."""
     import orbax.checkpoint as ocp
 
     metadata: Any = ocp.StandardCheckpointer().metadata(manager.directory / str(step) / "state")
@@ -110,7 +114,8 @@ def _difference(manager: ocp.CheckpointManager, step: int, template: Any) -> str
     stored = {leaf.name: tuple(leaf.shape) for leaf in leaves if hasattr(leaf, "shape")}
     named = jax.tree_util.tree_leaves_with_path(template)
     own = {jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape) for path, x in named}
-    for name in sorted({*stored, *own}, key=lambda name: ("params." not in name, name)):
+    compared = {*stored, *own} if names else {*stored} & {*own}
+    for name in sorted(compared, key=lambda name: ("params." not in name, name)):
         if stored.get(name) != own.get(name):
             shape = own.get(name, "no such array")
             return f"{name.replace('.', '/')}: expected {shape} of this model, found {stored.get(name, 'none')}"
