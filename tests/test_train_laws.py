@@ -16,7 +16,7 @@ from jaxalign import decoding, losses, models, policies, prompt_batch
 from jaxalign.evaluation import loading
 from jaxalign.evaluation.options import DecodeOptions
 from jaxalign.evaluation.specs import parse_method
-from jaxalign.training import dry_run, law_sources, laws, roll_in, tables, value_options
+from jaxalign.training import dry_run, law_sources, laws, roll_in, tables, value_options, values
 from jaxalign.training.options import RolloutOptions
 from tests.conftest import tiny_lm
 from tests.test_train_scripts import files, options
@@ -163,12 +163,26 @@ def test_rewards_beyond_a_range_are_named_or_clipped_and_counted(files, tmp_path
         ({"reward_range": "1,-1"}, "reward_range: expected LOW,HIGH"),
         ({"reward_range": "1"}, "reward_range: expected LOW,HIGH"),
         ({"reward_range": "0,1", "atoms": "0,1"}, "reward_range: expected none beside --atoms"),
+        ({"bin_width": 0.1}, "reward_range: expected LOW,HIGH with --bin-width, which divides it, found none"),
+        ({"bin_width": -0.1, "reward_range": "0,1"}, "bin_width: expected a finite value"),
+        ({"bin_width": 0.1, "reward_range": "0,1", "bins": 9}, "bins: expected none beside --bin-width, found 9"),
+        ({"bin_width": 0.1, "objective": "fudge"}, "bin_width: expected --objective distribution"),
     ],
 )
 def test_options_of_laws_that_are_refused(more, message):
     given = value_options.ValueOptions(**{"objective": "distribution"} | more)
     with pytest.raises(ValueError, match=message):
         value_options.check_value_options(given, RolloutOptions(base="b", prompts="p", reward="r"), model="b")
+
+
+@pytest.mark.parametrize(
+    ("ends", "width", "bins"), [("0,1", 0.1, 11), ("-1.5,0", 0.5, 4), ("0,1", 0.3, 5), ("0,1", 7, 2)]
+)
+def test_a_width_of_bins_is_the_largest_distance_of_points(ends, width, bins):
+    given = value_options.ValueOptions(objective="distribution", reward_range=ends, bin_width=width)
+    assert value_options.number_of_bins(given) == bins
+    head = values.value_head(given, tiny_lm(2)[0].config)
+    assert len(head.distribution.support) == bins
 
 
 def test_rounds_make_their_own_rollouts():

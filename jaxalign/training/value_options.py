@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from jaxalign.training import laws
@@ -45,6 +46,8 @@ class ValueOptions:
     """Weight of the pair term of --objective pairs [1]."""
     bins: int = 49
     """Support points of --objective distribution, an even grid over the rewards."""
+    bin_width: float = 0.0
+    """In place of --bins: the distance of neighbouring points [units of reward], on the grid of --reward-range."""
     atoms: str = ""
     """With --objective distribution: the only rewards that there are, as in 0,1; "": a grid."""
     rank: int = 2
@@ -68,6 +71,14 @@ class ValueOptions:
     the roll-outs of all rounds so far. The last is the run's; the others are in rounds/ of the run folder."""
     earlier: str = ""
     """Run folders of other rounds over the same prompts, separated by commas, whose roll-outs are learned from too."""
+
+
+def number_of_bins(options: ValueOptions) -> int:
+    """Gives the number of points of a grid: --bins, or what --bin-width makes of --reward-range."""
+    if not options.bin_width:
+        return options.bins
+    low, high = laws.range_of(options.reward_range)
+    return max(2, math.ceil((high - low) / options.bin_width - 1e-6) + 1)
 
 
 def check_value_options(options: ValueOptions, rolled: RolloutOptions, *, model: str) -> None:
@@ -115,7 +126,7 @@ def check_value_options(options: ValueOptions, rolled: RolloutOptions, *, model:
 def _check_laws(options: ValueOptions, rolled: RolloutOptions) -> None:
     if options.objective != "distribution":
         default = ValueOptions()
-        for name in ("atoms", "targets", *_ROUNDS, "reward_range", "clip_reward"):
+        for name in ("atoms", "targets", *_ROUNDS, "reward_range", "clip_reward", "bin_width"):
             if getattr(options, name) != getattr(default, name):
                 raise ValueError(f"{name}: expected --objective distribution, found {options.objective}")
         return
@@ -133,6 +144,11 @@ def _check_laws(options: ValueOptions, rolled: RolloutOptions) -> None:
         laws.range_of(options.reward_range)
     if options.atoms and options.reward_range:
         raise ValueError("reward_range: expected none beside --atoms, whose ends they are")
+    check_finite(options, "bin_width")
+    if options.bin_width and not options.reward_range:
+        raise ValueError("reward_range: expected LOW,HIGH with --bin-width, which divides it, found none")
+    if options.bin_width and options.bins != ValueOptions().bins:
+        raise ValueError(f"bins: expected none beside --bin-width, found {options.bins}")
     if options.clip_reward and not (options.atoms or options.reward_range):
         raise ValueError("reward_range: expected LOW,HIGH or --atoms with --clip-reward, found neither")
     _check_rounds(options, rolled)

@@ -16,7 +16,7 @@ from jaxalign.training import job as functions
 from jaxalign.training.options import RolloutOptions
 from jaxalign.training.step import Loss, LossAux
 from jaxalign.training.training_job import Job
-from jaxalign.training.value_options import ValueOptions
+from jaxalign.training.value_options import ValueOptions, number_of_bins
 from jaxalign.types import Array, Params
 
 
@@ -89,7 +89,7 @@ def value_head(options: ValueOptions, body: models.Config) -> models.Head:
     kind: Any = "q" if options.head == "q" else "value"
     law = None
     if options.objective == "distribution":  # its range is that of the rewards, once there are any
-        points = laws.numbers_of(options.atoms) or tuple(np.linspace(0, 1, options.bins).tolist())
+        points = laws.numbers_of(options.atoms) or tuple(np.linspace(0, 1, number_of_bins(options)).tolist())
         law = models.Distribution(points, "atoms" if options.atoms else "grid", options.rank)
     return models.Head(
         kind,
@@ -119,7 +119,7 @@ def with_support(
     return laws.for_rewards(
         started,
         [row.reward for row in rows],
-        bins=options.bins,
+        bins=number_of_bins(options),
         atoms=laws.numbers_of(options.atoms),
         ends=laws.range_of(options.reward_range),
     )
