@@ -185,3 +185,18 @@ def test_load_places_parameters_on_a_mesh(tmp_path):
     for leaf in jax.tree.leaves(placed):
         assert leaf.sharding.mesh == mesh
     assert_trees_identical(placed, params)
+
+
+def test_a_folder_that_is_not_there_is_no_riddle_of_the_hub(tmp_path, monkeypatch):
+    """Two names with a slash may be a folder or a model of the hub: where neither is there, one line says so."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def unreachable(*_, **__):
+        raise errors.LocalEntryNotFoundError("no network\nand no snapshot")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    message = "^path: expected a folder or a model of the hub, found no folder runs/sft; LocalEntry.*: no network$"
+    with pytest.raises(ValueError, match=message):
+        models.load("runs/sft")

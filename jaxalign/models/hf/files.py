@@ -53,10 +53,17 @@ def local_folder(path: str | pathlib.Path, *, revision: str | None = None) -> pa
     if folder.is_dir():
         return folder
     if isinstance(path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not folder.parent.is_dir():
-        from huggingface_hub import snapshot_download  # needed for models on the hub alone
+        from huggingface_hub import errors, snapshot_download  # needed for models on the hub alone
 
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-        return pathlib.Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        try:
+            return pathlib.Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+            # A misspelt folder of two names looks like a model of the hub.
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise ValueError(
+                f"path: expected a folder or a model of the hub, found no folder {path}; {reason}"
+            ) from error
     raise ValueError(f"path: expected a folder with config.json and safetensors, found none at {folder}")
 
 
