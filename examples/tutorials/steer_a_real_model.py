@@ -52,8 +52,8 @@ print("KL at most [nats]:", best.kl.value[0])
 # %% [markdown]
 # ## Guided by itself
 #
-# Asked to be cheerful, the model is another policy. As a critic it guides the model that was not asked, token by
-# token:
+# With a system turn that wants cheerful answers, the model is another policy. As a critic it guides the model without
+# that turn, token by token:
 #
 #     pi(z | s)  ∝  pi_ref(z | s) · exp( (log p(z | cheerful, s) - log p(z | s)) / beta )
 #
@@ -61,8 +61,8 @@ print("KL at most [nats]:", best.kl.value[0])
 # and each part reads a prompt of its own. The KL of each response is exact, and comes with the draw.
 
 # %%
-asked = [[{"role": "system", "content": "You are cheerful and friendly."}, *chat] for chat in chats]
-cheerful = prompt_batch([tokens.encode_prompt(form, chat).ids for chat in asked])
+with_turn = [[{"role": "system", "content": "You are cheerful and friendly."}, *chat] for chat in chats]
+cheerful = prompt_batch([tokens.encode_prompt(form, chat).ids for chat in with_turn])
 critic = critics.weighted_sum([critics.from_policy(base), critics.from_policy(base)])
 guided = policies.tilt(base, critic)
 weights = critics.WeightedSumParams([params, params], jnp.array([1.0, -1.0]))
