@@ -39,6 +39,7 @@ LINES = {
     "shaping": f"{DRAWN} --batch-size 8 --model {{}}/reward",
     "rl": f"{PROMPTS} --samples 4 --batch-size 8 --max-length 32 --model {{}}/base",
     "calibrate": DRAWN,
+    "preferences": DRAWN,
     "decode": f"{PROMPTS} --batch-size 8 --model {{}}/base --method value:{{}}/value@1 --method best_of_n@2",
 }
 """Job -> its options on one device."""

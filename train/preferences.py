@@ -17,8 +17,7 @@ from typing import Any
 
 from jaxalign import _hosts, _io, commands, models
 from jaxalign.data.text_options import TextOptions, ending_ids, format_of
-from jaxalign.models import sharding
-from jaxalign.training import dry_run, job, labels, reading, rollouts
+from jaxalign.training import dry_run, job, labels, mesh_checks, reading, rollouts
 from jaxalign.training.options import RolloutOptions, RunOptions, check_finite, check_rollout_options
 
 PAIRS = "pairs.jsonl"
@@ -53,7 +52,7 @@ def run(config: Config) -> dict[str, Any]:
         raise ValueError(f"samples: expected at least 2 responses to compare, found {options.samples}")
     if config.run.dry_run:
         dry_run.on_enough_devices(config, config.mesh)
-    sharding.make_mesh(config.mesh, local=True)
+    mesh_checks.check_rollouts(options, config.mesh)
     tokenizer = models.tokenizer(options.base, chat_template=config.text.chat_template)
     if config.run.dry_run:
         prompts = read(format_of(config.text, tokenizer)).rows
