@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,39 +109,6 @@ def test_a_flax_module_and_its_gradients():
     np.testing.assert_allclose(total(params), expected, rtol=1e-5)
     (gradient,) = jax.tree.leaves(jax.grad(total)(params))
     assert float(jnp.abs(gradient[6, 1])) > 0
-
-
-def test_a_torch_module_is_read_on_the_host(monkeypatch):
-    """Through a stand-in for torch, which the library only imports inside: int64 and bool tensors, `logits` read."""
-
-    class Tensor(np.ndarray):
-        def float(self):
-            return self.astype(np.float32)
-
-        def numpy(self):
-            return np.asarray(self)
-
-    class NoGrad:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-    fake = types.SimpleNamespace(from_numpy=lambda x: x.view(Tensor), no_grad=NoGrad)
-    monkeypatch.setitem(sys.modules, "torch", fake)
-    seen = []
-
-    def module(tokens, mask):
-        seen.append((tokens.dtype, mask.dtype))
-        return types.SimpleNamespace(logits=np.asarray(WEIGHTS, np.float64)[np.asarray(tokens)].view(Tensor))
-
-    policy, params = policies.from_torch(module, vocab_size=VOCAB, eos_ids=0)
-    found = decoding.sample(policy, params, jax.random.key(0), padded(PROMPTS), max_new_tokens=3, temperature=0.0)
-    table = np.asarray(WEIGHTS)
-    for row, prompt in enumerate(PROMPTS):
-        assert int(found.tokens[row, 0]) == table[prompt[-1]].argmax()
-    assert set(seen) == {(np.dtype(np.int64), np.dtype(bool))}
 
 
 def test_an_equinox_module_and_its_gradients():

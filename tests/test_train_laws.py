@@ -72,10 +72,12 @@ def test_a_folder_of_laws_tells_what_they_are_of_and_its_own_run_is_decoded(trai
         (("--reward", "jaxalign.worlds.opinions:gold"), r"reward: expected the reward .*golds .*found .*"),
         (("--reward", "2 * jaxalign.worlds.opinions:golds"), "reward: expected the reward"),
         (("--max-new-tokens", "9"), r"max_new_tokens: expected the max_new_tokens .* are of, 8, found 9"),
+        (("--temperature", "0.7"), r"temperature: expected the temperature .* are of, 1.0, found 0.7"),
+        (("--temperature", "0"), r"temperature: expected the temperature .* are of, 1.0, found 0.0"),
     ],
-    ids=["base", "reward", "weight", "limit"],
+    ids=["base", "reward", "weight", "limit", "temperature", "greedy"],
 )
-def test_laws_of_another_base_reward_or_limit_are_refused(more, message, trained, files, tmp_path):
+def test_distribution_D11_laws_of_another_run_are_refused(more, message, trained, files, tmp_path):
     if "OTHER" in more:
         lm, params = models.load(files / "base/model")
         params["transformer"]["norm"]["scale"] = params["transformer"]["norm"]["scale"] + 1e-3
@@ -84,6 +86,23 @@ def test_laws_of_another_base_reward_or_limit_are_refused(more, message, trained
     with pytest.raises(ValueError, match=message):
         decode.main(decode_options(files, trained / "model", tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*generation_config.json has")
+@pytest.mark.parametrize(("fields", "found"), [({"top_p": 0.9}, "top_p=0.9"), ({"do_sample": False}, "0.0")])
+def test_distribution_D11_a_generation_config_that_changes_the_draws_is_refused(
+    fields, found, trained, files, tmp_path
+):
+    base = tmp_path / "base"
+    shutil.copytree(files / "base/model", base)
+    (base / "generation_config.json").write_text(json.dumps(fields))
+    run = DecodeOptions(model=str(base), prompts="", out="", max_new_tokens=8, generation_config=True)
+    specs = [parse_method(f"value:{trained / 'model'}@1")]
+    tokenizer = models.tokenizer(str(base))
+    with pytest.raises(ValueError, match=f"temperature: expected the temperature .* are of, 1.0, found .*{found}"):
+        loading.check_laws(run, specs, tokenizer)
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 1.0, "top_k": 0}))
+    loading.check_laws(run, specs, tokenizer)
 
 
 def laws_run(files, out, *more: str) -> None:

@@ -13,7 +13,7 @@ from jaxalign.critics._args import args
 from jaxalign.critics._combinators import MapScoresParams, ScoreMap, WeightedSumParams, map_scores, weighted_sum
 from jaxalign.critics._controlled_decoding import QHead, hidden_value, value
 from jaxalign.critics._distribution import DistributionParams, distribution, laws
-from jaxalign.critics._from_apply import TextScores, from_apply, from_equinox, from_nnx
+from jaxalign.critics._from_apply import TextScores, from_apply, from_equinox, from_nnx, from_torch
 from jaxalign.critics._from_policy import from_policy
 from jaxalign.critics._genarm import genarm
 from jaxalign.critics._kinds import increment_of, level_of
@@ -39,6 +39,7 @@ __all__ = [
     "from_equinox",
     "from_nnx",
     "from_policy",
+    "from_torch",
     "genarm",
     "hidden_value",
     "increment_of",

@@ -161,3 +161,30 @@ def from_equinox(
     """
     function, params = _modules.of_equinox(module)
     return from_apply(function, kind=kind, per=per, vocab_size=vocab_size), params
+
+
+def from_torch(
+    module: Any, *, kind: CriticKind, per: Literal["token", "text"] = "token", vocab_size: int | None = None
+) -> tuple[Critic, Params]:
+    """A torch module module(tokens [B,L], mask [B,L]) -> scores as a Critic, read on the host without a cache.
+
+    transformers' models serve as they are: an output with `logits` is read, and of a classifier with one label these
+    are the scores of texts. There are no parameters, and so no gradients by them; those of a policy under a tilt are
+    right.
+
+    Args:
+      module: in evaluation mode; called under no_grad with an int64 and a bool tensor where its parameters lie.
+      kind, per: as in `from_apply`.
+      vocab_size: V, which per="token" needs.
+
+    Returns:
+      (Critic, ()).
+
+    Raises:
+      ValueError: as in `from_apply`; per="token" without a vocab_size; while it draws, an error of the module or scores
+        of another shape, with its name.
+    """
+    if per == "token" and vocab_size is None:
+        raise ValueError("vocab_size: expected the number of scores of a place with per='token', found None")
+    function = _modules.of_torch(module, vocab_size=vocab_size if per == "token" else None)
+    return from_apply(function, kind=kind, per=per, vocab_size=vocab_size), ()

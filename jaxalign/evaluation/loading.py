@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxalign import models, rewards
+from jaxalign import models, policies, rewards
 from jaxalign._checks import check_prompt_fits
 from jaxalign.evaluation.options import ResponseOptions
 from jaxalign.evaluation.specs import Spec
@@ -138,10 +138,10 @@ def scorers(
 
 
 def check_laws(options: ResponseOptions, specs: Sequence[Spec], tokenizer: Any) -> None:
-    """Checks that the heads of laws of a run were learned with its base, reward, template and limit.
+    """Checks that the heads of laws of a run were learned with its base, reward, template, temperature and limit.
 
     Args:
-      options: model, reward and max_new_tokens are read.
+      options: model, reward, max_new_tokens, temperature and generation_config are read.
       specs: the methods.
       tokenizer: the base's.
 
@@ -153,6 +153,14 @@ def check_laws(options: ResponseOptions, specs: Sequence[Spec], tokenizer: Any) 
     for folder, critic in folders.items():
         if critic == "distribution" and folder not in told:
             print(f"note: {folder} has no {law_sources.FILE}; of which base and reward its laws are is not known")
+    sampling = policies.Sampling(options.temperature)
+    if told and options.generation_config:
+        sampling = policies.read_generation_config(models.read_config(options.model).generation)
     law_sources.check(
-        told, base=options.model, reward=options.reward, tokenizer=tokenizer, max_new_tokens=options.max_new_tokens
+        told,
+        base=options.model,
+        reward=options.reward,
+        tokenizer=tokenizer,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
     )

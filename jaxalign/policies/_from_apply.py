@@ -216,40 +216,21 @@ def from_equinox(module: Any, *, vocab_size: int, eos_ids: int | Sequence[int] =
     return from_apply(apply, vocab_size=vocab_size, eos_ids=eos_ids), params
 
 
-@cached
-def from_torch(module: Any, *, vocab_size: int, eos_ids: int | tuple[int, ...] = ()) -> tuple[Policy, Params]:
+def from_torch(module: Any, *, vocab_size: int, eos_ids: int | Sequence[int] = ()) -> tuple[Policy, Params]:
     """A torch module module(tokens [B,L], mask [B,L]) -> logits [B,L,V] as a Policy, read on the host without a cache.
 
     transformers' models serve as they are: an output with `logits` is read. There are no parameters, and so
     no gradients.
 
     Args:
-      module: called under no_grad with an int64 and a bool tensor on the CPU.
+      module: in evaluation mode; called under no_grad with an int64 and a bool tensor where its parameters lie.
       vocab_size, eos_ids: as in `from_apply`.
 
     Returns:
       (Policy, ()).
 
     Raises:
-      ValueError: as in `from_apply`.
+      ValueError: as in `from_apply`; while it draws, an error of the module or logits of another shape, with its name.
     """
-
-    def host(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        import torch
-
-        with torch.no_grad():
-            found = module(torch.from_numpy(np.array(tokens, np.int64)), torch.from_numpy(np.array(mask, bool)))
-        logits = np.asarray(getattr(found, "logits", found).float().numpy())
-        if logits.shape != (*tokens.shape, vocab_size):
-            raise ValueError(
-                f"from_torch: {called(module)}: expected logits of shape {(*tokens.shape, vocab_size)}, found "
-                f"{logits.shape}"
-            )
-        return logits
-
-    def apply(params: Params, tokens: TextTokens, mask: TextMask, /) -> Array:
-        shape = jax.ShapeDtypeStruct((*tokens.shape, vocab_size), jnp.float32)
-        found: Array = jax.pure_callback(host, shape, tokens, mask)
-        return found
-
-    return from_apply(apply, vocab_size=vocab_size, eos_ids=eos_ids), ()
+    check_count("vocab_size", vocab_size, least=1, unit="token")
+    return from_apply(_modules.of_torch(module, vocab_size=vocab_size), vocab_size=vocab_size, eos_ids=eos_ids), ()

@@ -17,7 +17,7 @@ from jaxalign.rewards.folders import (
     split_label,
     template_tail,
 )
-from jaxalign.rewards.functions import TextFunction, from_apply, from_equinox, from_nnx
+from jaxalign.rewards.functions import TextFunction, from_apply, from_equinox, from_nnx, from_torch
 from jaxalign.rewards.models import TokenGradient, from_model, log_likelihood, token_gradient
 from jaxalign.rewards.params import (
     CalibratedParams,
@@ -68,6 +68,7 @@ __all__ = [
     "from_numpy",
     "from_policy",
     "from_text",
+    "from_torch",
     "is_program",
     "log_likelihood",
     "map_reward",

@@ -1,4 +1,4 @@
-"""Any function of token arrays, a flax module or an equinox module as a Reward of whole texts."""
+"""Any function of token arrays, a flax, equinox or torch module as a Reward of whole texts."""
 
 from __future__ import annotations
 
@@ -79,3 +79,22 @@ def from_equinox(module: Any) -> tuple[Reward, Params]:
     """
     function, params = _modules.of_equinox(module)
     return from_apply(function), params
+
+
+def from_torch(module: Any) -> tuple[Reward, Params]:
+    """Builds the Reward of a torch module module(tokens [N,L], mask [N,L]) -> [N], which is called on the host.
+
+    transformers' classifiers with one label serve as they are: an output with `logits` [N,1] is read. There are no
+    parameters, and so no gradients. A model over other tokens than the policy's is a function of strings
+    (`from_text`).
+
+    Args:
+      module: in evaluation mode; called under no_grad with an int64 and a bool tensor where its parameters lie.
+
+    Returns:
+      (Reward, ()).
+
+    Raises:
+      ValueError: no function; when it is used, an error of the module or another shape than [N], with its name.
+    """
+    return from_apply(_modules.of_torch(module)), ()

@@ -1,4 +1,5 @@
-"""What a head of laws was learned from: a law of rewards is that of one base, reward, template and limit."""
+"""What a head of laws was learned from: a law of rewards is that of one base, reward, template, temperature and
+limit."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import pathlib
 from typing import Any
 
+from jaxalign import policies
 from jaxalign.training import tables
 from jaxalign.training.options import RolloutOptions
 
@@ -14,9 +16,12 @@ MEANING = {
     "base": ("model", "the model whose responses the rewards are of"),
     "reward": ("reward", "the reward"),
     "template": ("model", "the chat template"),
+    "temperature": ("temperature", "of the draws"),
     "max_new_tokens": ("max_new_tokens", "the longest response"),
 }
 """What is compared when a head is read -> the option of a run that decides it, and what it is."""
+WHOLE = policies.Sampling()
+"""At temperature 1, from the whole vocabulary, as roll-outs are drawn."""
 
 
 def made_with(
@@ -49,10 +54,18 @@ def made_with(
     }
 
 
-def check(folders: list[str], *, base: str, reward: str, tokenizer: Any, max_new_tokens: int) -> None:
-    """Checks that heads of laws are of a run's base, reward, template and limit.
+def check(
+    folders: list[str],
+    *,
+    base: str,
+    reward: str,
+    tokenizer: Any,
+    max_new_tokens: int,
+    sampling: policies.Sampling = WHOLE,
+) -> None:
+    """Checks that heads of laws are of a run's base, reward, template, temperature and limit.
 
-    What a head does not tell is not compared; nor is the temperature, which decoding puts on the tilt and not below it.
+    What a head does not tell is not compared.
 
     Args:
       folders: of the heads.
@@ -60,14 +73,20 @@ def check(folders: list[str], *, base: str, reward: str, tokenizer: Any, max_new
       reward: as `rewards.parse_reward` reads it; "": none.
       tokenizer: the base's.
       max_new_tokens: limit of a response [tokens].
+      sampling: how the run draws. Laws are of the temperature that they name and of the whole vocabulary.
 
     Raises:
-      ValueError: a head of another base, reward, template or limit; it names the option and the folder.
+      ValueError: a head of another base, reward, template, temperature or limit; it names the option and the folder.
     """
     told = {name: _about(name) for name in folders}
     if not any(told.values()):
         return
-    run = tables.made_with(base, reward or base, tokenizer, (), max_new_tokens=max_new_tokens, dtype="")
+    heat = sampling.temperature
+    run = tables.made_with(
+        base, reward or base, tokenizer, (), max_new_tokens=max_new_tokens, dtype="", temperature=heat
+    )
+    if sampling != policies.Sampling(heat):
+        run["temperature"] = sampling
     for folder, about in told.items():
         for name, (option, meaning) in MEANING.items():
             if about.get(name) is None or (name == "reward" and not reward):
