@@ -146,7 +146,7 @@ def test_no_ratio_is_clipped_in_bfloat16_before_the_policy_moves(algorithm, file
     small = ("--ratio-clip", "1e-8", "--dtype", "bfloat16", "--learning-rate", "1e-30", "--minibatches", "2", *kind)
     rl.main([*options(files, *small, "--passes", "2", "--accumulate", "2"), "--out", str(tmp_path / "run")])
     for row in logging.read(tmp_path / "run/metrics.jsonl"):
-        assert row["clipped"] == 0
+        assert row["clipped"] == row["clipped_first"] == 0
         assert 0 <= row["mismatch"] <= row["mismatch_max"] < 0.5
         assert 0 <= row["sampler_kl"] < 0.01
 
@@ -157,6 +157,8 @@ def test_weights_of_the_sampler_are_told(files, tmp_path):
     assert all(0 < row["sampler_clipped"] < 1 for row in logging.read(tmp_path / "run/metrics.jsonl"))
     with pytest.raises(ValueError, match=r"sampler_clip: expected with ratios by token .* found 1\.0 with rloo"):
         rl.main([*options(files, "--sampler-clip", "1.0"), "--out", str(tmp_path / "refused")])
+    with pytest.raises(ValueError, match="sampler_weights: expected with --sampler-clip"):
+        rl.main([*options(files, "--sampler-weights", "response"), "--out", str(tmp_path / "refused")])
 
 
 def test_a_run_that_goes_on_is_the_uninterrupted_one(files, tmp_path, monkeypatch):

@@ -250,7 +250,13 @@ def _check_both(method: Method, both: ReadBoth | None) -> None:
 
 @cached
 def loss(
-    method: Method, read: Read, both: ReadBoth | None = None, *, once: bool = False, sampler_clip: float = 0.0
+    method: Method,
+    read: Read,
+    both: ReadBoth | None = None,
+    *,
+    once: bool = False,
+    sampler_clip: float = 0.0,
+    sampler_weights: Literal["token", "response"] = "token",
 ) -> Loss:
     """Makes the clipped policy-gradient loss, with the KL term and PPO's value loss as the method says.
 
@@ -261,26 +267,32 @@ def loss(
       once: whether the rows serve one update, so that pi_old is the policy itself: its log-probability is that of this
         very pass, and each ratio is 1 exactly, whatever the rounding of the pass that drew.
       sampler_clip: C > 0 weighs each token by min(pi_old/pi_sampler, C), which corrects for a sampler that is not the
-        policy itself (another type, temperature or engine); 0: no weights. Of ratios of tokens alone.
+        policy itself (another type, temperature or engine); 0: no weights. No gradient goes through them.
+      sampler_weights: "token": pi_old/pi_sampler of that token, with ratios of tokens alone; the states stay the
+        sampler's. "response": of the whole response, min(Π_t pi_old/pi_sampler, C), which with C = inf is right for the
+        states, too. Its logarithm is a sum over the T tokens: use it where T·sampler_kl is far below log C.
 
     Returns:
       The loss of rows of `prepare`, whose "old" is `own_log_prob` where they serve several updates. Metrics: clipped
       (share of ratios outside the clip); drift (mean log pi_sampler/pi of a response); mismatch and mismatch_max (mean
       and largest |log pi_old/pi_sampler| of a token) and sampler_kl (mean of x − 1 − log x at x = pi_old/pi_sampler,
       an estimate of KL(pi_sampler‖pi_old) of a token in nats); with sampler_clip, sampler_clipped (share of weights at
-      C); value_error (PPO).
+      C); value_error (PPO). mismatch_max is the largest of all micro-batches, the others are means.
 
     Raises:
-      ValueError: a sampler_clip that is negative, or one with the ratio of whole responses (rloo without the exact KL).
+      ValueError: a sampler_clip that is negative, another kind of weights, or weights of tokens with the ratio of whole
+        responses (rloo without the exact KL).
     """
     _check_both(method, both)
     whole = method.algorithm == "rloo" and both is None
     if not sampler_clip >= 0:
         raise ValueError(f"sampler_clip: expected a value >= 0, found {sampler_clip}")
-    if sampler_clip and whole:
+    if sampler_weights not in ("token", "response"):
+        raise ValueError(f"sampler_weights: expected 'token' or 'response', found {sampler_weights!r}")
+    if sampler_clip and whole and sampler_weights == "token":
         raise ValueError(
-            "sampler_clip: expected ratios of tokens (grpo, ppo, or the exact KL): a product of weights over a whole "
-            f"response has no bound, found {sampler_clip} for rloo"
+            "sampler_clip: expected ratios of tokens (grpo, ppo, or the exact KL) for weights of tokens, or "
+            f'sampler_weights="response", found {sampler_clip} for rloo, whose ratio is of a whole response'
         )
 
     def measured(params: Params, batch: Any, frozen: Params = None) -> tuple[Array, LossAux]:
@@ -295,7 +307,9 @@ def loss(
         apart = jnp.where(mask, at_least_float32(before) - drawn, 0)
         advantage = rows["advantage"]
         if sampler_clip:
-            advantage = advantage * jnp.minimum(jnp.exp(apart), sampler_clip)
+            by_token = sampler_weights == "token"
+            weight = jnp.exp(apart if by_token else apart.sum(axis=-1, keepdims=advantage.ndim == 2))
+            advantage = advantage * jnp.minimum(weight, sampler_clip)
         total = losses.policy_gradient(
             log_prob, old_log_prob=before, advantage=advantage, mask=mask, clip=method.clip, whole=whole
         )
@@ -311,11 +325,11 @@ def loss(
             "clipped": clipped,
             "drift": jnp.where(mask, drawn - log_prob, 0).sum(axis=-1).mean(),
             "mismatch": jnp.abs(apart).sum() / count,
-            "mismatch_max": jnp.abs(apart).max(),
             "sampler_kl": (jnp.expm1(apart) - apart).sum() / count,
         }
         if sampler_clip:
-            metrics["sampler_clipped"] = (mask & (jnp.exp(apart) >= sampler_clip)).sum() / count
+            at_most = weight >= sampler_clip
+            metrics["sampler_clipped"] = (mask & at_most).sum() / count if by_token else at_most.mean()
         if method.algorithm == "ppo":
             assert value is not None
             error = losses.clipped_value(
@@ -323,7 +337,7 @@ def loss(
             )
             total += method.value_weight * error
             metrics["value_error"] = error
-        return total, LossAux(jnp.asarray(mask.shape[0]), metrics)
+        return total, LossAux(jnp.asarray(mask.shape[0]), metrics, {"mismatch_max": jnp.abs(apart).max()})
 
     return measured
 

@@ -175,7 +175,12 @@ def train_policy(
     once = learner.options.passes * learner.options.minibatches == 1
     read = policy_gradient.of_model(learner.lm)
     loss = policy_gradient.loss(
-        learner.method, read, read_both(learner), once=once, sampler_clip=learner.options.sampler_clip
+        learner.method,
+        read,
+        read_both(learner),
+        once=once,
+        sampler_clip=learner.options.sampler_clip,
+        sampler_weights=learner.options.sampler_weights,
     )
 
     def assembled(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:

@@ -186,6 +186,9 @@ def make_iteration(
             train, found = update(train, rows, frozen)
             sums.append(found)
         means = sums[0] if len(sums) == 1 else jax.tree.map(lambda *x: sum(x) / len(x), *sums)
+        # The policy has not moved at the first update, whose ratios are 1 by construction: this is 0.
+        means = means | {"clipped_first": sums[0]["clipped"]}
+        means["mismatch_max"] = functools.reduce(jnp.maximum, [found["mismatch_max"] for found in sums])
         beta = state.beta
         if learner.target_kl:
             beta = advantages.adapt_beta(beta, kl=metrics["kl"], target=learner.target_kl).astype(jnp.float32)

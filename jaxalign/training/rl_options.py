@@ -56,7 +56,10 @@ class RLOptions:
     sampler_clip: float = 0.0
     """Weigh each token by its probability under the policy over that under the sampler, at most this (2 is usual):
     corrects for the rounding of a sampler in bfloat16, which the metrics mismatch and sampler_kl show. 0: no weights.
-    Of ratios by token: grpo, ppo, or --kl exact."""
+    Weights of tokens go with ratios of tokens: grpo, ppo, or --kl exact."""
+    sampler_weights: Literal["token", "response"] = "token"
+    """What --sampler-clip bounds: the weight of a token, or that of a whole response, whose logarithm is a sum over its
+    T tokens and which only serves where T x sampler_kl is far below the logarithm of --sampler-clip."""
     decay: float = 0.95
     """ppo: decay of generalised advantages, in [0, 1]."""
     value_weight: float = 0.1
@@ -99,11 +102,14 @@ def check_rl_options(options: RLOptions, *, batch_size: int, accumulate: int) ->
     """
     check_finite(options, "ratio_clip", above=True)
     check_finite(options, "sampler_clip")
-    if options.sampler_clip and options.algorithm == "rloo" and options.kl != "exact":
+    of_tokens = options.algorithm != "rloo" or options.kl == "exact"
+    if options.sampler_clip and not of_tokens and options.sampler_weights == "token":
         raise ValueError(
             f"sampler_clip: expected with ratios by token (grpo, ppo, or --kl exact), found {options.sampler_clip} "
-            "with rloo, whose ratio is of a whole response"
+            "with rloo, whose ratio is of a whole response (--sampler-weights response weighs these)"
         )
+    if options.sampler_weights == "response" and not options.sampler_clip:
+        raise ValueError("sampler_weights: expected with --sampler-clip, found response without")
     least = 1 if options.algorithm == "ppo" else 2
     if options.samples < least:
         raise ValueError(f"samples: expected at least {least} for {options.algorithm}, found {options.samples}")

@@ -38,6 +38,8 @@ class LossAux(NamedTuple):
     Σ weight·gradient / Σ weight, which is the gradient of the large batch."""
     metrics: Mapping[str, Array]
     """Name -> [], means over the same items."""
+    largest: Mapping[str, Array] = {}
+    """Name -> [], maxima over them: of several micro-batches the largest is reported."""
 
 
 class Loss(Protocol):
@@ -171,35 +173,38 @@ def train_step(
         not share A.
     """
 
-    def scaled(params: Params, part: Any, frozen: Params) -> tuple[Array, tuple[Array, Metrics]]:
+    def scaled(params: Params, part: Any, frozen: Params) -> tuple[Array, tuple[tuple[Array, Metrics], Metrics]]:
         value, aux = checked(loss, loss(params, part, frozen))
         weight = jnp.asarray(aux.weight).astype(jnp.float32)
-        sums = {"loss": value, **aux.metrics}
-        return value * weight, (weight, {k: jnp.asarray(v).astype(jnp.float32) * weight for k, v in sums.items()})
+        sums = {k: jnp.asarray(v).astype(jnp.float32) * weight for k, v in {"loss": value, **aux.metrics}.items()}
+        return value * weight, ((weight, sums), {k: jnp.asarray(v).astype(jnp.float32) for k, v in aux.largest.items()})
 
-    def gradient(params: Params, part: Any, frozen: Params) -> tuple[Params, tuple[Array, Metrics]]:
-        grads, sums = jax.grad(scaled, has_aux=True)(params, part, frozen)
+    def gradient(params: Params, part: Any, frozen: Params) -> tuple[tuple[Params, tuple[Array, Metrics]], Metrics]:
+        grads, (sums, largest) = jax.grad(scaled, has_aux=True)(params, part, frozen)
         if gradient_dtype is None:
-            return grads, sums
+            return (grads, sums), largest
         # The barrier keeps the compiler from storing what the conversion was made of.
-        return jax.lax.optimization_barrier(jax.tree.map(lambda g: g.astype(gradient_dtype), grads)), sums
+        kept = jax.lax.optimization_barrier(jax.tree.map(lambda g: g.astype(gradient_dtype), grads))
+        return (kept, sums), largest
 
     def accumulate(params: Params, batch: Batch, frozen: Params) -> Any:
         parts = micro_batches(batch)
         if parts == 1:
             return gradient(params, jax.tree.map(lambda x: x[0], batch), frozen)
-        _, sums = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch), frozen)
+        (_, sums), largest = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch), frozen)
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (params, sums))
         zero = sharding.constrain(zero, mesh)
+        least = jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), largest)
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            found = gradient(params, part, frozen)
-            return jax.tree.map(lambda whole, new: whole + new.astype(whole.dtype), total, found), None
+        def add(carry: Any, part: Any) -> tuple[Any, None]:
+            found, most = gradient(params, part, frozen)
+            total = jax.tree.map(lambda whole, new: whole + new.astype(whole.dtype), carry[0], found)
+            return (total, jax.tree.map(jnp.maximum, carry[1], most)), None
 
-        return jax.lax.scan(add, zero, batch)[0]
+        return jax.lax.scan(add, (zero, least), batch)[0]
 
     def step(state: TrainState, batch: Batch, frozen: Params = None) -> tuple[TrainState, Metrics]:
-        grads, (weight, sums) = accumulate(state.params, batch, frozen)
+        (grads, (weight, sums)), largest = accumulate(state.params, batch, frozen)
         grads = sharding.constrain(grads, mesh)
         # A batch without items has sums of zero: it moves nothing and reports zero.
         total = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
@@ -209,7 +214,7 @@ def train_step(
             # By a factor: products of gradients are made again where they are read, which quotients are not.
             share = 1 / total
             grads = jax.tree.map(lambda g, x: g.astype(x.dtype) * share.astype(x.dtype), grads, state.params)
-        metrics = {name: value / total for name, value in sums.items()}
+        metrics = {name: value / total for name, value in sums.items()} | largest
         metrics["grad_norm"] = optax.global_norm(grads)
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
@@ -227,11 +232,14 @@ def checked(loss: Loss, found: Any) -> tuple[Array, LossAux]:
         kinds = [type(part).__name__ for part in found] if isinstance(found, tuple) else type(found).__name__
         raise ValueError(f"loss {name}: expected (loss [], LossAux(weight [], metrics)), found {kinds}")
     value, aux = found
-    if not isinstance(aux.metrics, Mapping):
-        raise ValueError(f"loss {name}: expected metrics by name, found {type(aux.metrics).__name__}")
-    if taken := sorted(set(aux.metrics) & set(RESERVED)):
+    for given in (aux.metrics, aux.largest):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"loss {name}: expected metrics by name, found {type(given).__name__}")
+    if taken := sorted((set(aux.metrics) | set(aux.largest)) & set(RESERVED)):
         raise ValueError(f"loss {name}: expected metrics other than the step's own {RESERVED}, found {taken}")
-    for part, x in (("loss", value), ("weight", aux.weight), *aux.metrics.items()):
+    if twice := sorted(set(aux.metrics) & set(aux.largest)):
+        raise ValueError(f"loss {name}: expected each name once, as a mean or as a largest value, found {twice}")
+    for part, x in (("loss", value), ("weight", aux.weight), *aux.metrics.items(), *aux.largest.items()):
         if jnp.shape(x) != ():
             raise ValueError(f"loss {name}: expected {part} of shape (), found {jnp.shape(x)}")
     if not jnp.issubdtype(jnp.asarray(value).dtype, jnp.floating):

@@ -259,7 +259,34 @@ def test_weights_of_a_tempered_sampler_give_the_policys_own_gradient(once):
     assert np.abs(gradient(1.0) - expected).max() > 1e-3
 
 
-def test_sampler_weights_of_whole_responses_are_refused():
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_weights_of_whole_responses_are_right_for_the_states_too(algorithm):
+    """Of all responses of a tree, drawn at temperature 1.1: the weights of tokens leave the sampler's states."""
+    _, reward, policy = problem()
+    own, mask = log_probs(policy), jnp.asarray(TREE.responses[1])
+    drawn = log_probs(policy / 1.1)
+    law = M * jnp.exp(drawn.sum(axis=1))
+    advantage = reward * law if algorithm == "rloo" else (reward * law)[:, None] * jnp.ones_like(own)
+    rows = {"mask": mask, "drawn": drawn, "old": own, "advantage": advantage}
+    read = lambda params, rows: (log_probs(params), None)  # noqa: E731
+
+    def gradient(cap: float, kind: str) -> jax.Array:
+        method = policy_gradient.Method(algorithm)
+        loss = policy_gradient.loss(method, read, sampler_clip=cap, sampler_weights=kind)
+        (_, aux), found = jax.value_and_grad(loss, has_aux=True)(policy, rows, None)
+        assert float(aux.metrics["sampler_clipped"]) == (0 if cap == math.inf else pytest.approx(0.5, abs=0.5))
+        return -found
+
+    expected = jax.grad(lambda p: gibbs.utility(log_probs(p).sum(axis=1), reward))(policy)
+    np.testing.assert_allclose(gradient(math.inf, "response"), expected, atol=1e-12)
+    assert np.abs(gradient(1.0, "response") - expected).max() > 1e-3
+    if algorithm == "grpo":
+        assert np.abs(gradient(math.inf, "token") - expected).max() > 1e-3
+
+
+def test_sampler_weights_of_tokens_are_refused_with_ratios_of_responses():
+    with pytest.raises(ValueError, match="sampler_weights: expected 'token' or 'response', found 'text'"):
+        policy_gradient.loss(policy_gradient.Method("grpo"), read_table, sampler_clip=2.0, sampler_weights="text")
     with pytest.raises(ValueError, match="sampler_clip: expected ratios of tokens"):
         policy_gradient.loss(policy_gradient.Method("rloo"), read_table, sampler_clip=2.0)
     with pytest.raises(ValueError, match="sampler_clip: expected a value >= 0, found -1"):

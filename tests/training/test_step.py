@@ -280,6 +280,18 @@ def test_a_step_that_donates_takes_the_state():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start.params))
 
 
+def test_of_several_micro_batches_the_largest_value_is_told_and_the_mean_of_means():
+    def loss(params, batch, frozen):
+        error = (batch["x"] * params["w"]) ** 2
+        return error.mean(), training.LossAux(jnp.asarray(2.0), {"mean": error.mean()}, {"worst": error.max()})
+
+    optimizer = optax.sgd(0.1)
+    step = training.train_step(loss, optimizer)
+    for parts in ([[1.0, 4.0, 2.0, 3.0]], [[1.0, 4.0], [2.0, 3.0]]):
+        _, metrics = step(training.create({"w": jnp.ones(())}, optimizer), {"x": jnp.asarray(parts)})
+        assert (float(metrics["mean"]), float(metrics["worst"])) == (7.5, 16.0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_objectives_are_cached_by_value(name):
     assert objective(name)[0] is objective(name)[0]
@@ -295,6 +307,8 @@ def test_objectives_are_cached_by_value(name):
         (lambda x: (x.mean(), training.LossAux(jnp.ones(()), {"a": x})), r"expected a of shape \(\), found \(4,\)"),
         (lambda x: (x.mean(), training.LossAux(jnp.ones(()), {"loss": x.mean()})), r"step's own .*found \['loss'\]"),
         (lambda x: (x.mean(), training.LossAux(jnp.ones(()), 3)), r"expected metrics by name, found int"),
+        (lambda x: (x.mean(), training.LossAux(jnp.ones(()), {}, {"a": x})), r"expected a of shape \(\), found \(4,\)"),
+        (lambda x: (x.mean(), training.LossAux(jnp.ones(()), *2 * [{"a": x.mean()}])), r"each name once.*\['a'\]"),
     ],
 )
 def test_a_loss_of_another_form_is_named(result, message):
