@@ -37,6 +37,7 @@ from jaxalign.infalign.levels import (
     win_rate_gradient,
 )
 from jaxalign.infalign.parsing import fixed_transform, needs_beta, parse_transform
+from jaxalign.infalign.partition import log_partition
 from jaxalign.infalign.procedures import OfQuantile, Procedure, best_of, none, worst_of
 from jaxalign.infalign.transforms import (
     Transform,
@@ -76,6 +77,7 @@ __all__ = [
     "identity",
     "keep_best",
     "log",
+    "log_partition",
     "match_kl",
     "mid_rank",
     "needs_beta",

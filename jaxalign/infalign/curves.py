@@ -178,7 +178,7 @@ def _curve(log_policy: Array, best: Procedure, worst: Procedure) -> Curve:
     return Curve(curve_kl(log_policy), *(curve_win_rate(jnp.exp(log_policy), p) for p in (none(), best, worst)))
 
 
-def match_kl(transform: Transform, *, kl: ArrayLike) -> Numbers:
+def match_kl(transform: Transform, *, kl: ArrayLike, samples: int | None = None) -> Numbers:
     """Gives the beta at which the policy tilted by Phi(C) has a given KL to its base.
 
     Bisected over many decades. Its derivatives, in kl and in what Phi depends on, are those of the implicit function,
@@ -188,16 +188,24 @@ def match_kl(transform: Transform, *, kl: ArrayLike) -> Numbers:
     Args:
       transform: Phi, called once on the grid's quantiles [M].
       kl: > 0, any shape [...], in nats.
+      samples: K >= 2: beta for quantiles that are ranks among a table of K base samples, at which the KL is `kl` in the
+        mean over tables, by 4,000 fixed draws of the gaps between the samples; a finite table costs nats. None: exact
+        quantiles.
 
     Returns:
       beta [...]; NaN under jit for a KL that no beta of the grid's reach gives (a transform
       that is flat at its top, or a KL above 20).
 
     Raises:
-      ValueError: kl <= 0, a transform that changes the shape; on concrete values a KL that is not reached.
+      ValueError: kl <= 0, a transform that changes the shape, fewer than 2 samples; on concrete values a KL that is not
+        reached, with `samples` also a transform that is not finite at 0.
     """
     check_positive("kl", kl)
     kl = at_least_float32(kl)
+    if samples is not None:
+        from jaxalign.infalign.partition import match_table_kl  # which reads this module's grid
+
+        return match_table_kl(transform, kl=kl, samples=samples)
     c, _ = grid(kl.dtype)
     value = transformed(transform, c).astype(kl.dtype)
     # A unit for the root: beta is the same, and so are its derivatives, whatever the unit.

@@ -18,6 +18,7 @@ from jaxalign.losses._preferences import (
     language_model,
     log_ratio_difference,
 )
+from jaxalign.losses._regression import HIGHEST_RATIO, LOWEST_TARGET, RegressionLimits, regress, regression_limits
 from jaxalign.losses._values import (
     cd_q,
     clipped_share,
@@ -30,6 +31,9 @@ from jaxalign.losses._values import (
 )
 
 __all__ = [
+    "HIGHEST_RATIO",
+    "LOWEST_TARGET",
+    "RegressionLimits",
     "autoregressive_reward",
     "bradley_terry",
     "cd_q",
@@ -48,6 +52,8 @@ __all__ = [
     "last_and_pairs",
     "log_ratio_difference",
     "policy_gradient",
+    "regress",
+    "regression_limits",
     "soft_value",
     "td",
     "two_hot",
