@@ -6,12 +6,17 @@ Advantages are data: nothing here is to be differentiated through.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import mdp
 from jaxalign._arrays import at_least_float32, centred, is_flat
+from jaxalign._checks import check_integer
 from jaxalign.shapes import PerPrompt, PerToken, ResponseMask, Samples
 from jaxalign.types import Array, ArrayLike
 
@@ -21,6 +26,9 @@ __all__ = [
     "gae",
     "group_relative",
     "leave_one_out",
+    "max_at_k",
+    "min_at_k",
+    "pass_at_k",
     "to_come",
     "token_rewards",
 ]
@@ -145,6 +153,85 @@ def group_relative(reward: Samples, *, epsilon: float = 1e-4) -> Samples:
     inner = centred(reward)
     deviation = jnp.sqrt((inner**2).sum(axis=-1, keepdims=True) / (n - 1))
     return jnp.where(is_flat(reward), 0, inner / (deviation + epsilon))
+
+
+def max_at_k(reward: Samples, *, k: int) -> Samples:
+    """Gives the weights of samples in the gradient of E[max of the rewards of k draws], from n >= k of them.
+
+    With the rewards sorted, g_0 <= … <= g_{n−1},
+
+        A_i = Σ_{j<i} comb(j, k−2)·(g_i − g_j)/comb(n, k)
+
+    and the SUM over the n samples of A_i·∇log pi(y_i) has the gradient's mean: the weight of a sample less a baseline
+    that does not see it. All are >= 0; do not subtract their mean over the group, which would be a bias. A loss that
+    is a mean over samples takes n·A. For k = 1 it is `leave_one_out` over n.
+
+    Args:
+      reward: [...,n], independent samples of a prompt, n >= 2.
+      k: 1 to n.
+
+    Returns:
+      [...,n], in units of reward.
+
+    Raises:
+      ValueError: n < 2, a k that is no whole number from 1 to n.
+
+    Source: PKPO, arXiv 2505.15201.
+    """
+    n = _group_size(reward)
+    if not 1 <= check_integer("k", k) <= n:
+        raise ValueError(f"k: expected 1 to the {n} samples of each prompt, found {k}")
+    reward = at_least_float32(reward)
+    if k == 1:
+        return leave_one_out(reward) / n
+    order = jnp.argsort(reward, axis=-1)
+    ordered = jnp.take_along_axis(reward, order, axis=-1)
+    apart = ordered[..., :, None] - ordered[..., None, :]
+    found = (jnp.asarray(_pairs(n, k), reward.dtype) * apart).sum(axis=-1)
+    return jnp.take_along_axis(found, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def min_at_k(reward: Samples, *, k: int) -> Samples:
+    """Gives the weights of samples in the gradient of E[min of the rewards of k draws]: those of `max_at_k` of −reward,
+    negated, so that all are <= 0.
+
+    Args:
+      reward: [...,n], independent samples of a prompt, n >= 2.
+      k: 1 to n.
+
+    Returns:
+      [...,n], in units of reward; their sum over samples is the gradient, as for `max_at_k`.
+
+    Raises:
+      ValueError: as `max_at_k`.
+    """
+    return -max_at_k(-at_least_float32(reward), k=k)
+
+
+def pass_at_k(reward: Samples, *, k: int) -> Samples:
+    """Gives the weights of samples in the gradient of pass@k, the chance that one of k draws is right: `max_at_k` of
+    1[reward > 0].
+
+    Args:
+      reward: [...,n], independent samples of a prompt, n >= 2; right where it is above 0.
+      k: 1 to n.
+
+    Returns:
+      [...,n] in [0, 1]; 0 for wrong ones.
+
+    Raises:
+      ValueError: as `max_at_k`.
+    """
+    reward = at_least_float32(reward)
+    right = jnp.where(jnp.isnan(reward), jnp.nan, (reward > 0).astype(reward.dtype))
+    return max_at_k(right, k=k)
+
+
+@functools.cache
+def _pairs(n: int, k: int) -> np.ndarray:
+    """[n,n]: comb(j, k−2)/comb(n, k) at i > j, 0 elsewhere."""
+    column = np.array([math.comb(j, k - 2) / math.comb(n, k) for j in range(n)])
+    return np.tril(np.broadcast_to(column, (n, n)), -1)
 
 
 def _group_size(reward: Array) -> int:

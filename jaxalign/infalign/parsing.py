@@ -13,7 +13,10 @@ from jaxalign.infalign.fixed_point import optimal_transform
 from jaxalign.infalign.procedures import Procedure, best_of, worst_of
 from jaxalign.infalign.transforms import Transform
 
-NAMES = "identity, log, exp:A (A not 0), bon:N, won:N (N at least 1), and for a beta bon_fp:N, won_fp:N"
+NAMES = (
+    "identity, log, exp:A (A not 0), bon:N, won:N, best_of:N, worst_of:N (N at least 1), and for a beta bon_fp:N, "
+    "won_fp:N"
+)
 RESIDUAL = 1e-6
 """Of a fixed point that is taken for solved [nats]."""
 
@@ -22,8 +25,9 @@ def parse_transform(text: str, *, beta: float | None = None) -> Transform:
     """Gives the transform that a command line names.
 
     Args:
-      text: identity, log, exp:A, bon:N (`best_of_n_power`) or won:N (`worst_of_n_power`); for a beta also bon_fp:N and
-        won_fp:N, the optimum for best-of-N and worst-of-N (`fixed_transform`).
+      text: identity, log, exp:A, bon:N (`best_of_n_power`), won:N (`worst_of_n_power`), best_of:N (c^N, the win rate of
+        a response over the best of N of the base) or worst_of:N (1 − (1 − c)^N); for a beta also bon_fp:N and won_fp:N,
+        the optimum for best-of-N and worst-of-N (`fixed_transform`).
       beta: the KL weight > 0 that a fixed point is solved for.
 
     Returns:
@@ -45,6 +49,10 @@ def parse_transform(text: str, *, beta: float | None = None) -> Transform:
             return transforms.best_of_n_power(int(number))
         if name == "won" and colon:
             return transforms.worst_of_n_power(int(number))
+        if name == "best_of" and colon:
+            return best_of(int(number)).cumulative
+        if name == "worst_of" and colon:
+            return worst_of(int(number)).cumulative
         if needs_beta(text) and colon:
             if beta is None:
                 raise ValueError("it is solved for a beta, and none was given")

@@ -55,6 +55,9 @@ class Method:
     """Of PPO's value loss."""
     value_clip: float = math.inf
     """Largest change of a value that PPO's value loss follows [units of reward]."""
+    advantage: str = "mean"
+    """What the rewards of a prompt's samples are worth to "rloo": "mean", or that of a group of k, "max@k", "min@k" and
+    "pass@k" (`advantages.max_at_k`). The KL is that of each sample."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("algorithm", ("rloo", "grpo", "ppo")), ("kl", ("reward", "k2", "k3", "exact"))):
@@ -67,6 +70,39 @@ class Method:
             raise ValueError(f"decay: expected a value in [0, 1], found {self.decay}")
         if not 0 <= self.value_weight < math.inf:
             raise ValueError(f"value_weight: expected a finite value >= 0, found {self.value_weight}")
+        if self.advantage != "mean":
+            of_group(self.advantage)
+            if self.algorithm != "rloo":
+                raise ValueError(f"advantage: expected {self.advantage} with rloo, found {self.algorithm}")
+
+
+def of_group(name: str) -> tuple[str, int]:
+    """Reads the name of an advantage of k samples.
+
+    Args:
+      name: "max@k", "min@k" or "pass@k".
+
+    Returns:
+      ("max", "min" or "pass", k).
+
+    Raises:
+      ValueError: another name, or a k below 1.
+    """
+    kind, _, k = name.partition("@")
+    if kind not in ("max", "min", "pass") or not k.isdecimal() or int(k) < 1:
+        raise ValueError(f"advantage: expected mean, or max@K, min@K or pass@K with K at least 1, found {name!r}")
+    return kind, int(k)
+
+
+def _worth(method: Method, reward: Array) -> Array:
+    """The advantages [B,n] of rewards alone, of which a mean over samples is taken."""
+    if method.algorithm == "grpo":
+        return advantages.group_relative(reward)
+    if method.advantage == "mean":
+        return advantages.leave_one_out(reward)
+    kind, k = of_group(method.advantage)
+    found = {"max": advantages.max_at_k, "min": advantages.min_at_k, "pass": advantages.pass_at_k}[kind]
+    return found(reward, k=k) * reward.shape[-1]
 
 
 @cached
@@ -221,16 +257,15 @@ def prepare(
         # Against the mean of the prompt's other samples at the same token, which tells nothing of this one.
         later = advantages.to_come(ahead).reshape(count, n, -1)
         later = jnp.moveaxis(advantages.leave_one_out(jnp.moveaxis(later, 1, 2)), 2, 1)
-        plain = advantages.leave_one_out if method.algorithm == "rloo" else advantages.group_relative
-        rows["advantage"] = flat(plain(reward))[:, None] - flat(later)
+        rows["advantage"] = flat(_worth(method, reward))[:, None] - flat(later)
     else:
         cost = penalty * ratio.sum(axis=-1).reshape(count, n)
         if method.algorithm == "rloo":
             # Each by itself: beside a reward of 1e6 the KL would have lost its digits.
-            rows["advantage"] = flat(advantages.leave_one_out(reward) - advantages.leave_one_out(cost))
+            rows["advantage"] = flat(_worth(method, reward) - advantages.leave_one_out(cost))
         else:
             # The KL stays outside the division: in a group of equal rewards it alone would have unit spread.
-            found = advantages.group_relative(reward) - advantages.leave_one_out(cost)
+            found = _worth(method, reward) - advantages.leave_one_out(cost)
             rows["advantage"] = jnp.broadcast_to(flat(found)[:, None], mask.shape)
     kl = ratio.sum(axis=-1) if kl is None else jnp.where(mask, kl, 0).sum(axis=-1)
     metrics = {

@@ -56,7 +56,12 @@ def head_of(options: RLOptions, model: str) -> Callable[[models.Config], models.
 def method_of(options: RLOptions) -> policy_gradient.Method:
     """The settings of the algorithm."""
     return policy_gradient.Method(
-        options.algorithm, options.kl, clip=options.ratio_clip, decay=options.decay, value_weight=options.value_weight
+        options.algorithm,
+        options.kl,
+        clip=options.ratio_clip,
+        decay=options.decay,
+        value_weight=options.value_weight,
+        advantage=options.advantage,
     )
 
 

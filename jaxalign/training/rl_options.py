@@ -7,6 +7,7 @@ from typing import Literal
 
 from jaxalign import infalign
 from jaxalign.training.options import check_finite
+from jaxalign.training.policy_gradient import of_group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,9 @@ class RewardOptions:
     calibration: str = ""
     """Folder of train.calibrate: rewards become their quantile among the base's own for the prompt, in [0, 1]."""
     transform: str = ""
-    """Map of the quantile: identity, log, exp:A, bon:N, won:N, or the optimum for best-of-N and worst-of-N at --beta,
-    bon_fp:N and won_fp:N. Without --calibration the map is of the sigmoid of the reward."""
+    """Map of the quantile: identity, log, exp:A, bon:N, won:N, best_of:N, worst_of:N (infalign.parse_transform), or the
+    optimum for best-of-N and worst-of-N at --beta, bon_fp:N and won_fp:N. Without --calibration the map is of the
+    sigmoid of the reward."""
     width: float = 0.0
     """Width of a smoothed calibration [units of reward]; 0: ranks."""
     bound: float = 0.0
@@ -43,6 +45,10 @@ class RLOptions:
     """Where the KL enters. reward: beta·log(pi/pi_ref) is taken off the reward; k2, k3: a term of the loss. k3 is the
     one of GRPO's paper; its optimum is not the Gibbs policy. exact: summed over the vocabulary at each token, with less
     noise, for a pass of the reference with each update."""
+    advantage: str = "mean"
+    """What the rewards of a prompt's samples are worth, with rloo. mean: that of each; max@K, min@K, pass@K: the best,
+    the worst, any success (reward > 0) of K draws. With --calibration and --transform best_of:K (worst_of:K) max@K
+    (min@K) is the win rate over the base under that procedure."""
     samples: int = 8
     """Responses per prompt and iteration."""
     max_new_tokens: int = 128
@@ -113,6 +119,13 @@ def check_rl_options(options: RLOptions, *, batch_size: int, accumulate: int) ->
     least = 1 if options.algorithm == "ppo" else 2
     if options.samples < least:
         raise ValueError(f"samples: expected at least {least} for {options.algorithm}, found {options.samples}")
+    if options.advantage != "mean":
+        _, k = of_group(options.advantage)
+        if options.algorithm != "rloo" or k > options.samples:
+            raise ValueError(
+                f"advantage: expected {options.advantage} with rloo and at least {k} samples, found "
+                f"{options.algorithm} and {options.samples}"
+            )
     for name in ("minibatches", "passes", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}: expected at least 1, found {getattr(options, name)}")

@@ -354,6 +354,9 @@ def test_minibatches_are_a_partition_of_the_rows():
         ({"clip": 0.0}, "clip: expected a value > 0"),
         ({"decay": 1.5}, "decay: expected"),
         ({"value_weight": -1.0}, "value_weight: expected"),
+        ({"advantage": "best@4"}, "advantage: expected mean, or max@K"),
+        ({"advantage": "max@0"}, "advantage: expected mean, or max@K"),
+        ({"advantage": "max@4", "algorithm": "grpo"}, "advantage: expected max@4 with rloo, found grpo"),
     ],
 )
 def test_methods_refuse_what_they_do_not_know(change, message):
