@@ -147,6 +147,25 @@ def test_a_reward_model_is_trained_as_an_adapter_and_a_score(root, tmp_path):
     assert jnp.any(new != params["head"]["score"]["kernel"])
 
 
+def test_a_reward_model_that_pools_by_the_mean_is_read_so_from_both_folders(root, tmp_path):
+    short = ("--steps", "1", "--batch-size", "2", "--max-length", "16", "--validation", "0", "--learning-rate", "1e-2")
+    start = ["--data", str(root / "pairs.jsonl"), *short]
+    lora = ("--model", str(root / "base"), "--lora-rank", "2", "--pooling", "mean")
+    reward_model.main([*start, *lora, "--out", str(tmp_path / "run")])
+    lm, params = models.load(tmp_path / "run/model")
+    assert lm.config.head == models.Head("reward", pooling="mean")
+    with pytest.warns(UserWarning, match="the pad id 0 of the adapter's tokenizer"):
+        found, adapted = models.load(tmp_path / "run/adapter")
+    assert found == lm
+    chex.assert_trees_all_close(adapted, params, rtol=1e-5, atol=1e-6)
+    for pooling, kept in (((), "mean"), (("--pooling", "last"), "last")):  # a reward model keeps its own unless told
+        reward_model.main([*start, "--model", str(tmp_path / "run/model"), *pooling, "--out", str(tmp_path / kept)])
+        assert models.read_config(tmp_path / kept / "model").reward_pooling == kept
+    values = json.loads((tmp_path / "run/model/config.json").read_text()) | {"classifier_pooling": "cls"}
+    with pytest.raises(ValueError, match="classifier_pooling: expected 'mean' or none, found 'cls'"):
+        models.config_from_hf(values)
+
+
 def test_rollouts_come_from_an_adapter_scored_by_an_adapter(root, tmp_path):
     """train.calibrate: the table of two adapters is that of their merged models, and names both by their weights."""
     short = ("--samples", "2", "--max-new-tokens", "3", "--shard", "2", "--decode-batch", "4", "--max-length", "16")

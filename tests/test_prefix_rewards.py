@@ -48,8 +48,10 @@ def reward_cases() -> dict:
     table = jnp.linspace(-1.0, 1.0, B)
     (padded_lm, padded_params), (three, three_params) = model(1, pad_id=2), classifier(pad_id=EOS[0])
     weights = jnp.array([0.5, -1.0, 2.0])
+    pools = models.with_head(left, models.Head("reward", pooling="mean"))
     return {
         "from_model": (one, left_params),
+        "mean": (rewards.from_model(pools), left_params),
         "own_pad": (rewards.from_model(padded_lm), padded_params),
         "pad_is_eos": (rewards.from_model(model(1, pad_id=EOS[0])[0]), left_params),
         "label": (rewards.from_model(three, label="true"), three_params),
@@ -63,7 +65,7 @@ def reward_cases() -> dict:
     }
 
 
-REWARDS = ("from_model", "own_pad", "pad_is_eos", "label", "weighted_labels", "shaped", "whole_text")
+REWARDS = ("from_model", "mean", "own_pad", "pad_is_eos", "label", "weighted_labels", "shaped", "whole_text")
 
 
 @functools.cache

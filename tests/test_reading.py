@@ -16,21 +16,27 @@ from jaxalign.types import StepOutput
 from tests.conftest import EOS, VOCAB, alone, padded, tiny_lm
 
 PAD = 2
-PADS = {"none": None, "eos": EOS[0], "own": PAD}
+PADS = {"none": None, "eos": EOS[0], "own": PAD, "mean": PAD}
+"""Name -> pad id; "mean" pools by the mean."""
 TAILS = {"no tail": (), "tail": (7, 8), "tail with a pad": (7, PAD), "tail of pads": (PAD,)}
 PROMPTS = [[4, 5, 6], [7], [8, PAD], [9, EOS[0]], [5, 0, 5]]
 RESPONSES = [list(r) for n in range(4) for r in itertools.product((EOS[0], PAD, 5), repeat=n)]
 
 
 def model(pad: str, seed: int = 1):
-    return tiny_lm(seed, "reward", num_layers=1, pad_id=PADS[pad])
+    lm, params = tiny_lm(seed, "reward", num_layers=1, pad_id=PADS[pad])
+    return models.with_head(lm, models.Head("reward", pooling="mean" if pad == "mean" else "last")), params
 
 
 def wanted(lm, params, prompt: list[int], response: list[int], tail=(), ends=EOS, label: int = 0) -> float:
-    """The rule in plain Python: the whole text, with its tail, at its last id that is not the pad id."""
+    """The rule in plain Python: the whole text, with its tail, at its last id that is not the pad id, or the mean over
+    all that are not."""
     text = [*prompt, *response, *(tail if response and response[-1] in ends else ())]
     places = [i for i, token in enumerate(text) if token != lm.config.pad_id]
-    return float(alone(lm, params, text).head[max(places, default=0), label])
+    head = alone(lm, params, text).head[:, label]
+    if lm.config.head.pooling == "mean":  # of a head without a bias or a bound
+        return float(sum(head[i] for i in places) / max(len(places), 1))
+    return float(head[max(places, default=0)])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -151,6 +157,7 @@ def test_the_token_gradient_is_that_of_the_token_that_is_read(pad, tail):
     texts_with_tail = [[*prompt, *r, *(TAILS[tail] if r[-1] in EOS else ())] for r in responses]
     text = padded(texts_with_tail, side="right")
     at = models.read_index(text.tokens, text.mask, lm.reward_pad_id)
+    read = text.mask & (text.tokens != PAD)
 
     @jax.jit
     def along(size: jax.Array) -> jax.Array:
@@ -158,7 +165,10 @@ def test_the_token_gradient_is_that_of_the_token_that_is_read(pad, tail):
         embeddings = lm.embed(params, text.tokens)
         embeddings = embeddings.at[:, len(prompt)].add(size * lm.embed(params, jnp.asarray(9)))
         hidden = lm.hidden(params, text.tokens, mask=text.mask, embeddings=embeddings)
-        return lm.head(params, hidden)[jnp.arange(len(responses)), at, 0]
+        found = lm.head(params, hidden)[..., 0]
+        if pad == "mean":
+            return jnp.where(read, found, 0).sum(axis=1) / read.sum(axis=1)
+        return found[jnp.arange(len(responses)), at]
 
     _, slope = jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),))
     np.testing.assert_allclose(found[1][:, 9], slope, rtol=1e-3, atol=1e-3 * np.abs(slope).max())
@@ -267,6 +277,10 @@ def test_what_cannot_be_read_is_named():
     for weights, match in ((jnp.ones(2), "one for each of 3 labels"), (jnp.array([1, jnp.nan, 0]), "finite")):
         with pytest.raises(ValueError, match=f"weights: expected {match}"):
             weighted.check(rewards.LabelParams(params, weights), padded(PROMPTS), 4)
+    with pytest.raises(ValueError, match="pooling: expected 'last' of a value head, found 'mean'"):
+        models.Head("value", pooling="mean")
+    with pytest.raises(ValueError, match="pooling: expected 'last' or 'mean', found 'max'"):
+        models.Head("reward", pooling="max")
     with pytest.raises(ValueError, match="expected entries model, weights"):
         whole(weighted, params, *texts([4], [[5]], "left"))
     with pytest.raises(ValueError, match="reward: expected a model with a scalar head, found head_width = 3"):

@@ -4,6 +4,8 @@ python -m train.reward_model --data pairs.jsonl --model DIR --out runs/reward
 
 A scalar head is read where transformers reads it: at the last token of prompt and response, EOS included, that is not
 the tokenizer's pad id. Where the pad id is the EOS that is the token before it. The pad id is written to config.json.
+With --pooling mean the head reads the mean of the hidden states of the text's tokens instead, which learns from fewer
+pairs what is spread over a text; config.json says so ("classifier_pooling"), and transformers does not read it.
 The data is JSON lines (or .jsonl.gz, .parquet) with {"prompt", "chosen", "rejected"}, transcripts {"chosen",
 "rejected"} in the form of hh-rlhf, or lists of chat messages. summary.json holds the accuracy on held-out pairs with
 its 95 % interval.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -48,6 +50,9 @@ class Config:
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
     adapters: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
+    pooling: Literal["own", "last", "mean"] = "own"
+    """How the head reads a text: last, at the token at which transformers reads it; mean, from the mean of the hidden
+    states of its tokens; own, as --model does, last where it is no reward model."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -69,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
-    started = job.start(lambda _: models.Head("reward"), texts_per_row=2, trained=adapter is None)
+    started = job.start(functools.partial(_head, config.pooling), texts_per_row=2, trained=adapter is None)
     data = job.split(read(job.form(started)))
     collate = pairs.padding(config.rows.max_length)
     params = job.fit(started, data, objectives.bradley_terry(started.lm), collate, adapter=adapter)
@@ -80,6 +85,10 @@ def run(config: Config) -> dict[str, Any]:
 
     summary = pairs.accuracy(score, params, data, collate, config.optimizer.batch_size)
     return job.finish(started, params, data, summary)
+
+
+def _head(pooling: Literal["own", "last", "mean"], config: models.Config) -> models.Head:
+    return models.Head("reward", pooling=config.reward_pooling if pooling == "own" else pooling)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -79,7 +79,8 @@ def run(config: Config) -> dict[str, Any]:
         return done
     bound = options.bound if options.leader == "reward_model" and not options.amortise else None
     texts = 1 if network or options.amortise else config.rollouts.samples
-    started = job.start(lambda _: models.Head("reward", bound=bound), texts_per_row=texts)
+    head = lambda config: models.Head("reward", bound=bound, pooling=config.reward_pooling)  # noqa: E731
+    started = job.start(head, texts_per_row=texts)
     prompts = read(format_of(config.text, started.tokenizer)).rows
     found = rollouts.roll_out_for(job, config.rollouts, prompts, started)
     data = job.split(encoded.Loaded(shaping_data.prompt_groups(found), 0, []))

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, cast
 import jax
 import jax.numpy as jnp
 
+from jaxalign import models
 from jaxalign._arrays import at_least_float32, where_rows
 from jaxalign._blocks import at, joined
 from jaxalign._checks import Sized, check_model_params, check_prompt_fits
@@ -42,8 +43,20 @@ class CandidateCriticState(NamedTuple):
     scored."""
     reward: PerPrompt | None = None
     """[B], the score of the text so far, which a pad id does not change; None where the model has no such id."""
+    pooled: models.Pooled | None = None
+    """The hidden states of the text so far, added up, of a head that pools by the mean; None of another."""
     q: Scores | None = None
     """In a proposal, the scores of the candidates; None where `entries` or `reward` is."""
+    candidates: Candidates | None = None
+    """In a proposal, the candidates [B,K]; None where `hidden` is."""
+    hidden: Array | None = None
+    """In a proposal, the states [B,K,D] of the candidates; None where `entries` or `pooled` is."""
+
+
+def _joined(before: models.Pooled, hidden: Array, tokens: Array, pad_id: int | None) -> models.Pooled:
+    """The states before [B] with those of each of tokens [B,K], hidden [B,K,D]: over [B,K]."""
+    own = models.pooled(hidden[..., None, :], tokens[..., None], jnp.ones((*tokens.shape, 1), bool), pad_id)
+    return models.Pooled(before.total[:, None], before.number[:, None]).plus(own)
 
 
 class VocabularyCriticState(NamedTuple):
@@ -111,7 +124,7 @@ def candidate_critic(
     Over the whole vocabulary (candidates None) the tokens are scored in blocks, and the chosen one is read once more:
     neither the activations nor the keys and values of V tokens a row are ever held. A reward head is read as
     `rewards.from_model` reads the text that a candidate ends: the pad id, also where it is an EOS, has the score of the
-    text before it, and an end has that of its tail.
+    text before it, and an end has that of its tail. A head that pools by the mean reads it with the text so far.
 
     Args:
       name: of the builder, for error texts.
@@ -129,23 +142,28 @@ def candidate_critic(
     kept = lm if isinstance(lm, prefixes.PrefixModel) else None  # what reads several tokens after a cache
     if read_as.tail and kept is None:
         raise ValueError(f"{name}: tail: expected a model that reads segments (rewards.prefixes.PrefixModel)")
-    passes_over = read_as.pad_id is not None
+    pools = read_as.pooling == "mean"
+    passes_over = pools or read_as.pad_id is not None
 
     def read(params: Params, hidden: Array) -> Array:
         found = lm.head(params, hidden)
         check_array(f"{name}: lm.head", found, (*hidden.shape[:-1], lm.head_width), "the labels of each hidden state")
         return weigh(found[..., read_as.label])
 
+    def read_each(params: Params, before: models.Pooled | None, hidden: Array, tokens: Array) -> Array:
+        """The scores [B,K] of tokens [B,K] after the text so far."""
+        return read(params, hidden if before is None else _joined(before, hidden, tokens, read_as.pad_id).mean)
+
     def init(params: Params, rng: Array, prompts: TokenBatch, max_new_tokens: int) -> State:
         capacity = prompts.tokens.shape[1] + max_new_tokens
         if not passes_over:
             return CandidateCriticState(lm.prefill(params, prompts.tokens, prompts.mask, capacity)[1])
-        cache, reward = prefixes.prefilled(lm, read_as, params, prompts, capacity)
-        return CandidateCriticState(cache, reward=weigh(reward))
+        found = prefixes.prefilled(lm, read_as, params, prompts, capacity)
+        return CandidateCriticState(found.cache, reward=weigh(found.reward), pooled=found.pooled)
 
     def at_ends(params: Params, state: CandidateCriticState, tokens: Candidates, q: Scores) -> Scores:
         """The scores of candidates [B,K] where those that a text is not read at, and ends, have their own."""
-        if state.reward is not None:
+        if state.reward is not None and read_as.pad_id is not None:
             q = jnp.where(tokens == read_as.pad_id, state.reward[:, None], q)
         if not read_as.tail or kept is None:
             return q
@@ -156,7 +174,7 @@ def candidate_critic(
         def with_tail() -> Scores:
             before = jnp.zeros(batch) if state.reward is None else state.reward
             text = jnp.broadcast_to(ends[None, :, None], (batch, len(read_as.ends), 1))
-            prefix = prefixes.ModelPrefix(state.cache, before)
+            prefix = prefixes.ModelPrefix(state.cache, before, state.pooled)
             found = prefixes.read_segments(kept, read_as, params, prefix, text, jnp.ones(text.shape, bool))[0]
             tailed = jnp.take_along_axis(weigh(found), jnp.argmax(each, axis=-1), axis=1)
             return jnp.where(each.any(axis=-1), tailed, q).astype(q.dtype)
@@ -178,14 +196,24 @@ def candidate_critic(
             ids = jnp.minimum(jnp.arange(-(-vocab // width) * width, dtype=jnp.int32), vocab - 1).reshape(-1, width)
 
             def block(tokens: Array) -> Array:
-                return read(params, lm.candidates(params, state.cache, jnp.broadcast_to(tokens, (batch, width)))[0])
+                each = jnp.broadcast_to(tokens, (batch, width))
+                return read_each(params, state.pooled, lm.candidates(params, state.cache, each)[0], each)
 
             q = jnp.moveaxis(jax.lax.map(block, ids), 0, 1).reshape(batch, -1)[:, :vocab]
             every = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32), (batch, vocab))
-            return at_ends(params, state, every, q), CandidateCriticState(state.cache, reward=state.reward)
+            return at_ends(params, state, every, q), state
         hidden, entries = lm.candidates(params, state.cache, candidates)
-        q = at_ends(params, state, candidates, read(params, hidden))
-        return q, CandidateCriticState(state.cache, entries, state.reward, q if passes_over else None)
+        q = at_ends(params, state, candidates, read_each(params, state.pooled, hidden, candidates))
+        proposal = state._replace(entries=entries, q=q if passes_over else None)
+        return q, proposal._replace(candidates=candidates, hidden=hidden) if pools else proposal
+
+    def moved(before: models.Pooled | None, hidden: Array, token: Array, choice: Array) -> models.Pooled | None:
+        """The states with that of a token [B], hidden [B,D]; those before where the choice is -1."""
+        if before is None:
+            return None
+        after = jax.tree.map(lambda x: x[:, 0], _joined(before, hidden[:, None], token[:, None], read_as.pad_id))
+        found: models.Pooled = where_rows(choice < 0, before, after)
+        return found
 
     def advance(params: Params, proposal: CandidateCriticState, choice: Array) -> State:
         before = proposal.reward
@@ -193,13 +221,20 @@ def candidate_critic(
             hidden, cache = lm.step(params, proposal.cache, choice)
             if before is None:
                 return CandidateCriticState(cache)
-            moves = (choice >= 0) & (choice != read_as.pad_id)
-            return CandidateCriticState(cache, reward=jnp.where(moves, read(params, hidden), before))
+            moves = choice >= 0 if read_as.pad_id is None else (choice >= 0) & (choice != read_as.pad_id)
+            found = read_each(params, proposal.pooled, hidden[:, None], choice[:, None])[:, 0]
+            pooled = moved(proposal.pooled, hidden, choice, choice)
+            return CandidateCriticState(cache, reward=jnp.where(moves, found, before), pooled=pooled)
         cache = lm.commit(proposal.cache, proposal.entries, choice)
         if before is None or proposal.q is None:
             return CandidateCriticState(cache)
-        picked = jnp.take_along_axis(proposal.q, jnp.maximum(choice, 0)[:, None], axis=1)[:, 0]
-        return CandidateCriticState(cache, reward=jnp.where(choice >= 0, picked, before))
+        place = jnp.maximum(choice, 0)[:, None]
+        reward = jnp.where(choice >= 0, jnp.take_along_axis(proposal.q, place, axis=1)[:, 0], before)
+        if proposal.hidden is None or proposal.candidates is None:
+            return CandidateCriticState(cache, reward=reward)
+        hidden = jnp.take_along_axis(proposal.hidden, place[..., None], axis=1)[:, 0]
+        token = jnp.take_along_axis(proposal.candidates, place, axis=1)[:, 0]
+        return CandidateCriticState(cache, reward=reward, pooled=moved(proposal.pooled, hidden, token, choice))
 
     return Critic(init, score, advance, "level", prompt_check(lm, len(read_as.tail), head=True), lm.vocab_size, beta)
 

@@ -152,7 +152,12 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
             "preferences",
             sampled | {"samples": size.samples, "reward": GOLD, "noise": NOISE},
         ),
-        stage("reward model (LoRA)", "reward_model", "reward_model", pairs | {"learning_rate": 1e-3}),
+        stage(
+            "reward model (LoRA)",
+            "reward_model",
+            "reward_model",
+            pairs | {"learning_rate": 1e-3, "pooling": "mean"},  # friendliness is spread over a text
+        ),
         stage(
             "laws of the reward, on the frozen base",
             "value",

@@ -13,7 +13,7 @@ from jaxalign.models.hf.tokenizers import tokenizer
 from jaxalign.models.language_model import LanguageModel, ModelOutput, with_head
 from jaxalign.models.log_prob import chunked, response_hidden, token_log_prob
 from jaxalign.models.lora import Lora
-from jaxalign.models.pooling import last_read_index, read_index
+from jaxalign.models.pooling import Pooled, last_read_index, pooled, read_index
 from jaxalign.models.tiny_model import tiny
 from jaxalign.models.vocabulary import (
     check_ends_kept,
@@ -35,6 +35,7 @@ __all__ = [
     "LanguageModel",
     "Lora",
     "ModelOutput",
+    "Pooled",
     "Rope",
     "check_ends_kept",
     "check_rows",
@@ -49,6 +50,7 @@ __all__ = [
     "load_beside",
     "lora",
     "match_vocabulary",
+    "pooled",
     "read_config",
     "read_index",
     "response_hidden",

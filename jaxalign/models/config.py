@@ -93,6 +93,8 @@ class Head:
       hidden_size: the width of the hidden layers of a value or Q head; None: linear with a bias.
       num_hidden: how many such layers (RE-Control's value nets have one or two, with "relu").
       activation: between the layers.
+      pooling: of a reward head: "last" reads a text where transformers does (`models.read_index`), "mean" reads the
+        mean of the hidden states of its tokens (`models.pooled`), as transformers' ModernBERT names it.
       bound: of a reward head: its output is bound·sigmoid(score), a reward in [0, bound]; None: the score itself.
       follower: of a value or Q head that was trained for a shaped reward.
       distribution: of a value or Q head that gives the law of the reward: to log-probabilities of its support.
@@ -110,6 +112,7 @@ class Head:
     follower: Follower | None = None
     labels: tuple[str, ...] = ()
     distribution: Distribution | None = None
+    pooling: Literal["last", "mean"] = "last"
 
     def __post_init__(self) -> None:
         if self.kind not in HEAD_KINDS:
@@ -124,6 +127,10 @@ class Head:
             check_positive("bound", self.bound)
             if self.kind != "reward":
                 raise ValueError(f"bound: expected None of a {self.kind} head, found {self.bound}")
+        if self.pooling not in ("last", "mean"):
+            raise ValueError(f"pooling: expected 'last' or 'mean', found {self.pooling!r}")
+        if self.pooling != "last" and self.kind != "reward":
+            raise ValueError(f"pooling: expected 'last' of a {self.kind} head, found {self.pooling!r}")
         if self.follower is not None and self.kind == "reward":
             raise ValueError("follower: expected a value or Q head, found a reward head")
         if self.follower is not None and not isinstance(self.follower, Follower):
@@ -303,6 +310,11 @@ class Config:
     def reward_pad_id(self) -> int | None:
         """The pad id of a model with a reward head, which is not read at it; None of other heads and without one."""
         return self.pad_id if self.head is not None and self.head.kind == "reward" else None
+
+    @property
+    def reward_pooling(self) -> Literal["last", "mean"]:
+        """How a reward head reads a text (`Head.pooling`); "last" of other heads and without one."""
+        return "last" if self.head is None else self.head.pooling
 
     @property
     def label_names(self) -> tuple[str, ...]:

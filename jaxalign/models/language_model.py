@@ -119,6 +119,11 @@ class LanguageModel(CachedPasses):
         return self.config.reward_pad_id
 
     @property
+    def reward_pooling(self) -> Literal["last", "mean"]:
+        """How a reward head reads a text, "last" or "mean" (`models.Head`); "last" of other heads."""
+        return self.config.reward_pooling
+
+    @property
     def _module(self) -> Transformer:
         return Transformer(self.config, jnp.dtype(self.dtype), self.mesh, self.remat)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -73,7 +74,7 @@ def from_model(
     The score stands at the last real token that is not the model's pad id, under either padding. With a pad id that is
     also an EOS (TRL's trainer makes these models) that is the token before the end of a finished response. A model
     without a pad id is read at the last real token, and so is a value head. A text of pads alone is read at its first
-    token. See `rewards.reading`.
+    token. A head that pools by the mean (`models.Head`) reads the mean of the hidden states. See `rewards.reading`.
 
     Args:
       lm: a model with a scalar head, or a classifier with several labels. One that offers `prefixes.PrefixModel` keeps
@@ -101,9 +102,8 @@ def _from_model(lm: HeadModel, reading: Reading) -> Reward:
         params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
     ) -> RewardValues:
         tokens, mask = readings.whole(reading, tokens, mask, prompt_length)
-        at = models.read_index(tokens, mask, reading.pad_id)[:, None]
-        hidden = lm.hidden(readings.model_params(reading, params), tokens, mask=mask, at=at)
-        return readings.value(reading, lm, params, hidden)[:, 0]
+        hidden = functools.partial(lm.hidden, readings.model_params(reading, params), tokens, mask=mask)
+        return readings.value_of_texts(reading, lm, params, tokens, mask, hidden)
 
     kept = prefixes.model_prefix(lm, reading) if isinstance(lm, prefixes.PrefixModel) else None
     return CheckedReward(reward, _model_check(lm, reading), lm.vocab_size, kept)
@@ -151,7 +151,7 @@ def token_gradient(
     e is the input embedding [D] at column `position`, r the reward of `from_model` of the same arguments, E the
     embedding table. The difference g_v − g_current estimates, to first order, what replacing the token that stands
     there adds to the reward. The gradient is one vector [D] a row, with the numbers of the one-hot gradient, of which
-    nothing [N,L,V] is made. It is 0 at a token behind the one that the model is read at.
+    nothing [N,L,V] is made. It is 0 at a token behind the last that the model reads.
 
     Args:
       lm: a model with a scalar head.
@@ -180,12 +180,12 @@ def _token_gradient(lm: EmbeddingModel, reading: Reading) -> TokenGradient:
     ) -> tuple[RewardValues, Scores]:
         given, rows = readings.model_params(reading, params), jnp.arange(tokens.shape[0])
         tokens, mask = readings.whole(reading, tokens, mask, prompt_length)
-        at = models.read_index(tokens, mask, reading.pad_id)[:, None]
         embeddings = lm.embed(given, jnp.where(mask, tokens, 0))
 
         def total(e: Array) -> tuple[Array, Array]:
-            hidden = lm.hidden(given, tokens, mask=mask, embeddings=embeddings.at[rows, position].set(e), at=at)
-            found = readings.value(reading, lm, params, hidden)[:, 0]
+            replaced = embeddings.at[rows, position].set(e)
+            hidden = functools.partial(lm.hidden, given, tokens, mask=mask, embeddings=replaced)
+            found = readings.value_of_texts(reading, lm, params, tokens, mask, hidden)
             return found.sum(), found
 
         gradient, found = jax.grad(total, has_aux=True)(embeddings[rows, position])

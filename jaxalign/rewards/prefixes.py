@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import mdp, models
-from jaxalign._arrays import at_least_float32
+from jaxalign._arrays import at_least_float32, where_rows
 from jaxalign.prompts import prompt_index
 from jaxalign.rewards import reading as readings
 from jaxalign.rewards.reading import Reading
@@ -71,8 +71,8 @@ class PrefixModel(HeadModel, Protocol):
         packed: int | None = None,
         at: Array | None = None,
     ) -> tuple[Array, State]:
-        """M alternative continuations [B,M,S] over the shared prefix: (hidden at the columns at [B,M], entries to
-        `append`), as `models.LanguageModel.segments`."""
+        """M alternative continuations [B,M,S] over the shared prefix: (hidden at the columns at [B,M], or of all
+        [B,M,S,D], entries to `append`), as `models.LanguageModel.segments`."""
 
     def append(self, cache: Any, entries: Any, mask: Array, choice: Choice) -> State:
         """Writes segment choice [B] of each row into the cache; -1 freezes a row."""
@@ -100,6 +100,8 @@ class ModelPrefix(NamedTuple):
     """The model's cache of the prefix."""
     reward: PerPrompt
     """[N], of the prefix, its tail included where it has ended."""
+    pooled: models.Pooled | None = None
+    """The hidden states of the same tokens, added up, of a head that pools by the mean; None of another."""
 
 
 class ModelProposal(NamedTuple):
@@ -111,6 +113,8 @@ class ModelProposal(NamedTuple):
     """[N,M,S] bool, the segments' real tokens."""
     reward: Array
     """[N,M]."""
+    pooled: models.Pooled | None = None
+    """Over [N,M], the states of prefix and segment; None as in a state."""
 
 
 def model_prefix(lm: PrefixModel, reading: Reading) -> PrefixReward:
@@ -123,15 +127,16 @@ def model_prefix(lm: PrefixModel, reading: Reading) -> PrefixReward:
 
     def init(params: Params, prompts: TokenBatch, max_new_tokens: int) -> ModelPrefix:
         capacity = prompts.tokens.shape[1] + max_new_tokens
-        return ModelPrefix(*prefilled(lm, reading, params, prompts, capacity))
+        return prefilled(lm, reading, params, prompts, capacity)
 
     def score(params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]:
         return read_segments(lm, reading, params, state, tokens, mask)
 
     def commit(params: Params, state: State, proposal: State, choice: Choice) -> ModelPrefix:
         cache = lm.append(state.cache, proposal.entries, proposal.mask, choice)
-        picked = jnp.take_along_axis(proposal.reward, jnp.maximum(choice, 0)[:, None], axis=1)[:, 0]
-        return ModelPrefix(cache, jnp.where(choice >= 0, picked, state.reward))
+        chosen = jnp.maximum(choice, 0)[:, None]
+        kept = lambda new, old: where_rows(choice < 0, old, jax.vmap(lambda x, i: x[i[0]])(new, chosen))  # noqa: E731
+        return ModelPrefix(cache, *jax.tree.map(kept, (proposal.reward, proposal.pooled), (state.reward, state.pooled)))
 
     return PrefixReward(init, score, commit)
 
@@ -147,16 +152,21 @@ def read_segments(
 
 def prefilled(
     lm: PrefixModel | CandidateModel, reading: Reading, params: Params, prompts: TokenBatch, capacity: int
-) -> tuple[State, PerPrompt]:
-    """The cache of the prompts, and their rewards [N]."""
+) -> ModelPrefix:
+    """The state of the prompts."""
     given = readings.model_params(reading, params)
+    if reading.pooling == "mean":  # prefill gives the states of one token alone: the prompts are read twice
+        tokens, mask = mdp.compact(prompts.tokens, prompts.mask)
+        _, cache = lm.prefill(given, tokens, mask, capacity)
+        pooled = models.pooled(lm.hidden(given, tokens, mask=mask), tokens, mask, reading.pad_id)
+        return ModelPrefix(cache, readings.value(reading, lm, params, pooled.mean), pooled)
     if reading.pad_id is None:
         hidden, cache = lm.prefill(given, prompts.tokens, prompts.mask.astype(bool), capacity)
     else:
         tokens, mask = mdp.compact(prompts.tokens, prompts.mask)
         place = models.read_index(tokens, mask, reading.pad_id)
         hidden, cache = lm.prefill(given, tokens, mask, capacity, at=place)
-    return cache, readings.value(reading, lm, params, hidden)
+    return ModelPrefix(cache, readings.value(reading, lm, params, hidden))
 
 
 def model_token_gradient(lm: PrefixModel, reading: Reading) -> PrefixTokenGradient:
@@ -186,7 +196,15 @@ def _read(
     embeddings: Array | None = None,
 ) -> tuple[Array, ModelProposal]:
     """(reward [N,M], proposal) of segments [N,M,S] in a pass of `packed` tokens."""
-    given, last = readings.model_params(reading, params), models.last_read_index(tokens, mask, reading.pad_id)
+    given = readings.model_params(reading, params)
+    if reading.pooling == "mean":
+        assert state.pooled is not None
+        hidden, entries = lm.segments(given, state.cache, tokens, mask, packed=packed, embeddings=embeddings)
+        before = jax.tree.map(lambda x: x[:, None], state.pooled)
+        pooled = before.plus(models.pooled(hidden, tokens, mask, reading.pad_id))
+        found = readings.value(reading, lm, params, pooled.mean)
+        return found, ModelProposal(entries, mask, found, pooled)
+    last = models.last_read_index(tokens, mask, reading.pad_id)
     hidden, entries = lm.segments(given, state.cache, tokens, mask, packed=packed, at=last, embeddings=embeddings)
     found = jnp.where(last >= 0, readings.value(reading, lm, params, hidden), state.reward[:, None])
     return found, ModelProposal(entries, mask, found)

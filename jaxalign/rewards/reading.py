@@ -6,6 +6,8 @@ The rules are those of transformers' …ForSequenceClassification (`GenericForSe
   trainer): the end of a finished response is then passed over. A text of pads alone is read at its first token.
 - A model without a pad id is read at the last real token.
 - An unfinished text, such as the prefix in guided decoding, is read at its last token, as ARGS reads it.
+- A head that pools by the mean (`models.Head`) reads the mean of the hidden states of all real tokens, prompt and
+  response, that are not the pad id; so it reads a partial text.
 - A `tail`, the ids that the model's chat template writes after the end of a turn, follows a response that has ended,
   unless the response holds it.
 """
@@ -13,17 +15,17 @@ The rules are those of transformers' …ForSequenceClassification (`GenericForSe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import mdp
+from jaxalign import mdp, models
 from jaxalign._arrays import at_least_float32
 from jaxalign._checks import fields_of
 from jaxalign._parts import check_model
 from jaxalign.rewards.params import LabelParams
-from jaxalign.shapes import TextLength, TextMask, TextTokens
+from jaxalign.shapes import RewardValues, TextLength, TextMask, TextTokens
 from jaxalign.types import Array, HeadModel, Params
 
 
@@ -38,6 +40,14 @@ class Reading(NamedTuple):
     """Ids that end a response; empty without a tail."""
     label: int | None = 0
     """The column of the head that is the reward; None: a weighted sum of all, whose params are `LabelParams`."""
+    pooling: Literal["last", "mean"] = "last"
+    """Whether the head reads the last token, or the mean of all."""
+
+
+class ReadHidden(Protocol):
+    """The hidden states of given texts: [N,L,D], or [N,R,D] at the columns at [N,R]."""
+
+    def __call__(self, *, at: Array | None = None) -> Array: ...
 
 
 def reading_of(
@@ -55,7 +65,8 @@ def reading_of(
     Args:
       name: of the builder, for error texts.
       lm: a model with a head of scalars. Its `reward_pad_id` is the id that is passed over, its `label_names` name the
-        head's columns, and its `eos_ids` end a response; a model that lacks them has none.
+        head's columns, and its `eos_ids` end a response; a model that lacks them has none. Its `reward_pooling` is
+        "last" or "mean"; "last" where it lacks it.
       label: the name or the number of a label; needed where the head has several, unless `weighted`.
       weighted: whether the reward is a weighted sum of the labels.
       tail: ids that follow a response that has ended.
@@ -86,7 +97,8 @@ def reading_of(
     column = None if weighted else _column(name, names, label)
     if weighted and label is not None:
         raise ValueError(f"{name}: label: expected None where the labels are weighted, found {label!r}")
-    return Reading(getattr(lm, "reward_pad_id", None), after, ended if after else (), column)
+    pooling: Literal["last", "mean"] = "mean" if getattr(lm, "reward_pooling", "last") == "mean" else "last"
+    return Reading(getattr(lm, "reward_pad_id", None), after, ended if after else (), column, pooling)
 
 
 def _ids(name: str, field: str, ids: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:
@@ -130,6 +142,16 @@ def value(reading: Reading, lm: HeadModel, params: Params, hidden: Array) -> Arr
     if reading.label is not None:
         return found[..., reading.label]
     return (found * label_weights(lm, params)).sum(axis=-1)
+
+
+def value_of_texts(
+    reading: Reading, lm: HeadModel, params: Params, tokens: TextTokens, mask: TextMask, hidden: ReadHidden
+) -> RewardValues:
+    """The reward [N] of whole texts [N,L], whose hidden states `hidden` gives."""
+    if reading.pooling == "mean":
+        return value(reading, lm, params, models.pooled(hidden(), tokens, mask, reading.pad_id).mean)
+    at = models.read_index(tokens, mask, reading.pad_id)[:, None]
+    return value(reading, lm, params, hidden(at=at))[:, 0]
 
 
 def follow(reading: Reading, tokens: Array, mask: Array, ended: Array) -> tuple[Array, Array]:

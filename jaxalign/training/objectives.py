@@ -341,7 +341,8 @@ def group_rewards(lm: ScoringModel, params: Params, batch: Any) -> Array:
 
 
 def rewards_of(lm: ScoringModel, params: Params, batch: Any) -> Array:
-    """Reads rewards at the token at which `rewards.from_model` and transformers read the model once it is saved.
+    """Reads rewards where `rewards.from_model` reads the model once it is saved: at the token at which transformers
+    reads it, or from the mean of the hidden states where its head pools by the mean.
 
     Args:
       lm: the reward model.
@@ -356,9 +357,12 @@ def rewards_of(lm: ScoringModel, params: Params, batch: Any) -> Array:
     """
     if lm.head_width != 1:
         raise ValueError(f"reward: expected a model with a scalar head, found head_width = {lm.head_width}")
-    at = models.read_index(batch["tokens"], batch["mask"], lm.reward_pad_id)[:, None]
-    hidden = lm.hidden(params, batch["tokens"], mask=batch["mask"], at=at)
-    return lm.head(params, hidden)[:, 0, 0]
+    tokens, mask = batch["tokens"], batch["mask"]
+    if lm.reward_pooling == "mean":
+        states = models.pooled(lm.hidden(params, tokens, mask=mask), tokens, mask, lm.reward_pad_id).mean
+        return lm.head(params, states)[:, 0]
+    at = models.read_index(tokens, mask, lm.reward_pad_id)[:, None]
+    return lm.head(params, lm.hidden(params, tokens, mask=mask, at=at))[:, 0, 0]
 
 
 def log_likelihoods(lm: TextModel, params: Params, batch: Any) -> Array:

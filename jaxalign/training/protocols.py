@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from jax.typing import DTypeLike
 
@@ -42,6 +42,10 @@ class ScoringModel(HasDType, HeadModel, Protocol):
     @property
     def reward_pad_id(self) -> int | None:
         """The id by which the token is found at which a reward is read (`models.read_index`)."""
+
+    @property
+    def reward_pooling(self) -> Literal["last", "mean"]:
+        """Whether a reward is read there, or from the mean of the hidden states (`models.pooled`)."""
 
 
 class PolicyModel(TextModel, Protocol):

@@ -25,6 +25,7 @@ NEUTRAL = (
 
 SUPPORTED = (
     "alpha_pattern",
+    "classifier_pooling",  # "mean": how the score is read; a field of ours, which peft does not know
     "exclude_modules",
     "layers_pattern",
     "layers_to_transform",

@@ -12,6 +12,9 @@ from jaxalign.models.config import Config, Distribution, Follower, Head, default
 from jaxalign.models.families import FAMILIES, Family
 from jaxalign.models.hf.rope import KINDS, context, read_ropes, write_ropes
 
+POOLING = "classifier_pooling"
+"""The field of transformers' ModernBERT that says how a classifier pools; the classes of decoders pass it over."""
+
 # Fields that change what a layer computes, and the values under which they do nothing: others are refused unless the
 # family reads the field (`Family.reads`).
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -212,11 +215,30 @@ def _head(values: dict[str, Any], family: Family) -> Head | None:
         raise ValueError(f"auto_map: expected a model without code of its own, found {code}")
     if architecture.endswith("ForSequenceClassification"):
         labels = _labels(values)
-        return Head("reward", num_labels=len(labels), bound=values.get("jaxalign_bound"), labels=labels)
+        bound, pooling = values.get("jaxalign_bound"), read_pooling(values)
+        return Head("reward", num_labels=len(labels), bound=bound, labels=labels, pooling=pooling)
     causal = family.causal or "…ForCausalLM"
     if architecture and not architecture.endswith(causal.removeprefix("…")):
         raise ValueError(f"architectures: expected {causal} or …ForSequenceClassification, found {architecture!r}")
     return None
+
+
+def read_pooling(values: dict[str, Any]) -> Literal["last", "mean"]:
+    """How a reward head reads a text: the field of transformers' ModernBERT, "mean" or none.
+
+    Args:
+      values: of a config.json, or of an adapter_config.json.
+
+    Returns:
+      What `Head.pooling` says.
+
+    Raises:
+      ValueError: another value.
+    """
+    found = values.get(POOLING)
+    if found not in (None, "mean"):
+        raise ValueError(f"{POOLING}: expected 'mean' or none, found {found!r}")
+    return "last" if found is None else "mean"
 
 
 def _labels(values: dict[str, Any]) -> tuple[str, ...]:
@@ -288,6 +310,8 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         values["label2id"] = {name: i for i, name in enumerate(config.head.label_names)}
         if config.head.bound is not None:
             values["jaxalign_bound"] = config.head.bound
+        if config.head.pooling == "mean":
+            values[POOLING] = "mean"
     elif config.head is not None:
         values["jaxalign_head"] = dataclasses.asdict(config.head)
     if config_from_hf(values) != dataclasses.replace(config, generation=""):  # which has a file of its own

@@ -23,6 +23,7 @@ from jaxalign.models.checks import named
 from jaxalign.models.config import Config
 from jaxalign.models.families import Rule, fuse, fused_shape, packed, split_sizes, unfuse, unpacked
 from jaxalign.models.hf.adapter_fields import MUST_BE, SCORES, check_fields, module_scale, targets
+from jaxalign.models.hf.config import POOLING
 from jaxalign.models.hf.files import local_folder, read_json, whole_folder, write_json
 from jaxalign.models.hf.tensors import plain_name, rules_of, theirs_widths
 from jaxalign.models.language_model import LanguageModel
@@ -95,6 +96,8 @@ def save_adapter(
     if score is not None:
         tensors[f"{_PREFIX}score.weight"] = score
         values |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        if lm.config.reward_pooling == "mean":
+            values[POOLING] = "mean"
     tensors = _hosts.host_value(tensors)  # small; every process takes its part
     with _hosts.together():
         if _hosts.is_first():
