@@ -166,6 +166,21 @@ def test_a_reward_model_that_pools_by_the_mean_is_read_so_from_both_folders(root
         models.config_from_hf(values)
 
 
+def test_the_head_of_a_frozen_reward_model_is_trained_alone(root, tmp_path):
+    short = ("--steps", "2", "--batch-size", "2", "--max-length", "16", "--validation", "0", "--learning-rate", "1e-2")
+    start = ["--model", str(root / "base"), "--data", str(root / "pairs.jsonl"), *short, "--frozen"]
+    reward_model.main([*start, "--weight-decay", "0.5", "--out", str(tmp_path / "run")])
+    lm, params = models.load(tmp_path / "run/model")
+    base = models.load(root / "base")[1]["transformer"]
+    chex.assert_trees_all_equal(params["transformer"], {name: base[name] for name in params["transformer"]})
+    new = job.start(
+        ModelOptions(model=str(root / "base")), lambda _: lm.config.head, seed=0, dtype="float32", max_length=16
+    )
+    assert jnp.any(new.params["head"]["score"]["kernel"] != params["head"]["score"]["kernel"])
+    with pytest.raises(ValueError, match="lora_rank: expected 0 with --frozen, found 2"):
+        reward_model.main([*start, "--lora-rank", "2", "--out", str(tmp_path / "other")])
+
+
 def test_rollouts_come_from_an_adapter_scored_by_an_adapter(root, tmp_path):
     """train.calibrate: the table of two adapters is that of their merged models, and names both by their weights."""
     short = ("--samples", "2", "--max-new-tokens", "3", "--shard", "2", "--decode-batch", "4", "--max-length", "16")

@@ -11,7 +11,8 @@ The data is JSON lines (or .jsonl.gz, .parquet) with {"prompt", "chosen", "rejec
 its 95 % interval.
 
 With --lora-rank an adapter and the head are trained on the frozen --model: adapter/ holds both, in peft's form, with
-the tokenizer, by whose pad id it is read; model/ is merged.
+the tokenizer, by whose pad id it is read; model/ is merged. With --frozen the head alone is trained, on a body that
+stays as it is: the better choice where pairs are few.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 
 from jaxalign import commands, models
 from jaxalign.data.text_options import CompareOptions, TextOptions
-from jaxalign.training import adapters, objectives, pairs, reading
+from jaxalign.training import adapters, objectives, pairs, reading, values
 from jaxalign.training.options import (
     AdapterOptions,
     MeshOptions,
@@ -53,6 +54,8 @@ class Config:
     pooling: Literal["own", "last", "mean"] = "own"
     """How the head reads a text: last, at the token at which transformers reads it; mean, from the mean of the hidden
     states of its tokens; own, as --model does, last where it is no reward model."""
+    frozen: bool = False
+    """Train the head alone; the other weights stay."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -63,6 +66,8 @@ def run(config: Config) -> dict[str, Any]:
     if config.text.show:
         return reading.show(read, config.text, model=config.model.model, tokenizer=config.model.tokenizer)
     adapter = adapters.spec_of(config.adapters)
+    if config.frozen and adapter is not None:
+        raise ValueError(f"lora_rank: expected 0 with --frozen, found {config.adapters.lora_rank}")
     job = Job.open(
         config,
         stage="reward_model",
@@ -74,10 +79,15 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
-    started = job.start(functools.partial(_head, config.pooling), texts_per_row=2, trained=adapter is None)
+    trained = adapter is None and not config.frozen
+    started = job.start(functools.partial(_head, config.pooling), texts_per_row=2, trained=trained)
     data = job.split(read(job.form(started)))
     collate = pairs.padding(config.rows.max_length)
-    params = job.fit(started, data, objectives.bradley_terry(started.lm), collate, adapter=adapter)
+    loss = objectives.bradley_terry(started.lm)
+    if config.frozen:
+        params = values.fit_head(job, started, data, loss, collate, store=False)
+    else:
+        params = job.fit(started, data, loss, collate, adapter=adapter)
 
     def score(params: Any, batch: Any) -> Any:
         cast = objectives.cast(started.lm, params)

@@ -47,7 +47,7 @@ SIZES = {
         rollouts=4,
         length=112,
         validation=0.1,
-        passes={"reward_model": 1.5, "laws": 6, "edit": 6},
+        passes={"reward_model": 2, "laws": 6, "edit": 6},
         steps={"arm": 48, "dpo": 48},
         rl={"steps": 8, "batch_size": 16, "samples": 4},
         accumulate=2,
@@ -77,7 +77,7 @@ SIZES = {
         rollouts=4,
         length=96,
         validation=0.15,
-        passes={"reward_model": 1, "laws": 6, "edit": 6},
+        passes={"reward_model": 2, "laws": 6, "edit": 6},
         steps={"arm": 20, "dpo": 20},
         rl={"steps": 4, "batch_size": 8, "samples": 4},
         accumulate=2,
@@ -124,7 +124,8 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
     rows = shared | {"max_length": size.length, "save_every": 100, "log_every": 5, "accumulate": size.accumulate}
     rows |= {"validation": size.validation}
     lora = {"lora_rank": 8, "batch_size": 8, "learning_rate": 5e-4}
-    pairs = rows | lora | {"model": base, "data": str(out / "preferences" / "pairs.jsonl")}
+    labelled = {"model": base, "data": str(out / "preferences" / "pairs.jsonl")}
+    pairs = rows | lora | labelled
     sampled = {"base": base, "prompts": prompts, "samples": size.rollouts, "max_new_tokens": size.tokens}
     sampled |= {"max_length": size.length, "decode_batch": 64} | shared
     proxy = {"reward": str(out / "reward_model" / "model")}
@@ -152,11 +153,13 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
             "preferences",
             sampled | {"samples": size.samples, "reward": GOLD, "noise": NOISE},
         ),
+        # Friendliness is spread over a text, and pairs are few: a head on the mean of the base's states learns more than
+        # an adapter does.
         stage(
-            "reward model (LoRA)",
+            "reward model",
             "reward_model",
             "reward_model",
-            pairs | {"learning_rate": 1e-3, "pooling": "mean"},  # friendliness is spread over a text
+            rows | labelled | {"batch_size": 8, "learning_rate": 1e-2, "pooling": "mean", "frozen": True},
         ),
         stage(
             "laws of the reward, on the frozen base",

@@ -236,7 +236,7 @@ def fit_head(
     started: functions.StartedModel,
     data: functions.Data,
     loss: Loss,
-    collate: Callable[[list[ValueRow]], dict[str, np.ndarray]],
+    collate: Callable[[list[Any]], dict[str, Any]],
     *,
     store: bool,
 ) -> Params:
@@ -248,7 +248,7 @@ def fit_head(
       started: the model.
       data: its training rows are used.
       loss: of the whole model's parameters.
-      collate: pads rows, as `collate_values` gives it.
+      collate: pads rows, as `collate_values` and `pairs.padding` give it; the former where the states are stored.
       store: the body reads each row once, into states/ of the run folder (`hidden_states.stored_states`), and not at
         each step. Several processes read it at each step, which is printed, and so counts a dry run.
 
