@@ -153,8 +153,8 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
             "preferences",
             sampled | {"samples": size.samples, "reward": GOLD, "noise": NOISE},
         ),
-        # Friendliness is spread over a text, and pairs are few: a head on the mean of the base's states learns more than
-        # an adapter does.
+        # Friendliness is spread over a text, and pairs are few: a head on the mean of the base's states learns more
+        # than an adapter does.
         stage(
             "reward model",
             "reward_model",

@@ -60,7 +60,14 @@ class Pooled(NamedTuple):
         return self.total / jnp.maximum(self.number, 1)[..., None]
 
     def plus(self, other: Pooled) -> Pooled:
-        """The states of both texts; shapes broadcast."""
+        """Adds the states of another text.
+
+        Args:
+          other: over [...], broadcast with this one's.
+
+        Returns:
+          The states of both.
+        """
         return Pooled(self.total + other.total, self.number + other.number)
 
 
