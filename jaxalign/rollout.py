@@ -30,6 +30,7 @@ __all__ = [
     "Hooks",
     "Rolled",
     "draw",
+    "draw_margin",
     "draw_rows",
     "exact_kl",
     "is_eos",
@@ -38,6 +39,7 @@ __all__ = [
     "rollout",
     "step_key",
     "token_value",
+    "uniform_rows",
 ]
 
 _MOVE = 2**31 - 1  # no prompt's index: keys of the policy's steps are none of the draws'
@@ -149,11 +151,45 @@ def draw_rows(log_prob: LogProbs, rng: Array, rows: Array) -> NextToken:
     Raises:
       ValueError: an rng that is no key.
     """
+    return draw(log_prob, uniform_rows(rng, rows, log_prob.dtype))
+
+
+def uniform_rows(rng: Array, rows: Array, dtype: jnp.dtype) -> PerPrompt:
+    """Draws a uniform number of each row from its own random stream.
+
+    Args:
+      rng: consumed; row b draws with it folded with each number of rows[b].
+      rows: [B,m] integers.
+      dtype: of the numbers.
+
+    Returns:
+      [B] in [0,1).
+
+    Raises:
+      ValueError: an rng that is no key.
+    """
     check_rng(rng)
     keys = jnp.broadcast_to(rng, rows.shape[:1] + rng.shape)
     for i in range(rows.shape[1]):
         keys = jax.vmap(jax.random.fold_in)(keys, rows[:, i])
-    return draw(log_prob, jax.vmap(lambda key: jax.random.uniform(key, dtype=log_prob.dtype))(keys))
+    return jax.vmap(lambda key: jax.random.uniform(key, dtype=dtype))(keys)
+
+
+def draw_margin(log_prob: LogProbs, uniform: PerPrompt) -> PerPrompt:
+    """Gives how far the cumulative probabilities may move before `draw` takes another token.
+
+    Args:
+      log_prob: [B,V], normalised or not.
+      uniform: [B] in [0,1), the number that the token is drawn with.
+
+    Returns:
+      [B] in [0,1]: the distance of u to the nearest cumulative sum between two tokens; 1 where one token has all the
+      mass.
+    """
+    weight = jnp.exp(log_prob - log_prob.max(axis=-1, keepdims=True))
+    edges = jnp.cumsum(weight, axis=-1) / weight.sum(axis=-1, keepdims=True)
+    inner = (weight > 0) & (jnp.cumsum((weight > 0)[:, ::-1], axis=-1)[:, ::-1] > 1)  # not after the last token
+    return jnp.where(inner, jnp.abs(uniform[:, None] - edges), 1).min(axis=-1)
 
 
 def record(output: StepOutput, token: NextToken, active: PerPromptFlag) -> dict[str, Array]:

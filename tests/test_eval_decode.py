@@ -175,6 +175,18 @@ def test_responses_do_not_depend_on_the_batch(finished, folders, tmp_path):
         assert pairs[r["method"], r["beta"], r["index"]] == r["tokens"]
 
 
+def test_deterministic_runs_give_the_same_bits_at_any_batch_size(folders, tmp_path):
+    extra = ("--dtype", "bfloat16", "--deterministic", "2", *methods("best_of_n@3"), "--reward", folders["reward"])
+    for size in ("1", "5"):
+        decode.main([*arguments(folders, tmp_path / size, *extra), "--batch-size", size])
+    found = [[{k: v for k, v in r.items() if k != "seconds"} for r in read(tmp_path / size)] for size in ("1", "5")]
+    key = lambda r: (r["method"], r["index"])  # noqa: E731
+    assert sorted(found[0], key=key) == sorted(found[1], key=key)
+    for other in (("--stream",), ("--mesh", "data=1")):
+        with pytest.raises(ValueError, match=f"{other[0][2:]}: expected none with --deterministic"):
+            decode.main(arguments(folders, tmp_path / "refused", *extra, *other))
+
+
 def test_other_prompts_under_the_same_name_are_refused(folders, tmp_path, monkeypatch):
     """Otherwise the responses of the old prompts would be reported for the new ones."""
     prompts, out = tmp_path / "p.txt", tmp_path / "out"

@@ -78,6 +78,17 @@ def test_batches_change_no_draw_and_keep_the_order(model, words):
         assert_completions_equal(parts.completions, whole.completions)
 
 
+def test_deterministic_draws_are_those_of_any_batch_size(model, words):
+    lm, params = model
+    draw = lambda size: text.generate(  # noqa: E731
+        lm, params, words, TEXTS, seed=3, max_new_tokens=5, batch_size=size, deterministic=2
+    )
+    jax.tree.map(np.testing.assert_array_equal, draw(1).completions, draw(32).completions)
+    for other in ({"stream": print}, {"draft": (lm, params)}):
+        with pytest.raises(ValueError, match="expected None with deterministic = 2"):
+            text.generate(lm, params, words, TEXTS, deterministic=2, **other)
+
+
 @pytest.mark.parametrize("every", [1, 4, 50])
 def test_a_stream_draws_the_same_and_its_pieces_add_up(every, model, words):
     lm, params = model

@@ -11,6 +11,9 @@ a shape or a count is a keyword:
     max_tries       of rejection, first_above and cards         temperature     put on the policy from outside
     draft_tokens    of speculative                          width, groups   beams a search of beam, and searches
 
+`sample`, `log_prob` and `best_of_n` take deterministic=G, chunks of G rows whose responses are the same in every batch;
+`in_chunks` runs any other decoder, or one of your own, in chunks of G prompts.
+
 Parts of decoders are functions to pass: `resampling` schemes and rules for smc, `stopping` rules of segments for cards
 and ggro, `Cut` for quest.
 """
@@ -20,8 +23,10 @@ from jaxalign.decoding._beam import BeamInfo, BeamParams, beam
 from jaxalign.decoding._best_of_n import BestOfNInfo, BestOfNParams, best_of_n
 from jaxalign.decoding._blockwise import BlockwiseInfo, BlockwiseParams, blockwise
 from jaxalign.decoding._cards import CardsInfo, CardsParams, cards
+from jaxalign.decoding._chunks import in_chunks
 from jaxalign.decoding._ggro import GGROInfo, GGROParams, ggro
 from jaxalign.decoding._kl import sum_of_steps, surprisal
+from jaxalign.decoding._margins import draw_margins
 from jaxalign.decoding._power import power
 from jaxalign.decoding._quest import Cut, QuestInfo, QuestParams, quest, uniform_cut
 from jaxalign.decoding._rejection import FirstAboveParams, RejectionInfo, RejectionParams, first_above, rejection
@@ -55,8 +60,10 @@ __all__ = [
     "best_of_n",
     "blockwise",
     "cards",
+    "draw_margins",
     "first_above",
     "ggro",
+    "in_chunks",
     "join",
     "log_prob",
     "power",

@@ -16,7 +16,7 @@ from jaxalign._arrays import repeat_rows, take_rows
 from jaxalign._checks import is_concrete
 from jaxalign._parts import start_policy
 from jaxalign._programs import tells_programs
-from jaxalign.decoding import _kl
+from jaxalign.decoding import _chunks, _kl
 from jaxalign.decoding.requests import (
     Decode,
     EosIds,
@@ -30,6 +30,7 @@ from jaxalign.decoding.requests import (
 )
 from jaxalign.prompts import prompt_index
 from jaxalign.types import (
+    KL,
     Array,
     ArrayLike,
     Completions,
@@ -82,11 +83,13 @@ def best_of_n(
     drop: Drops = (),
     allow_nan: bool = False,
     tokenizer: Tokenizer | Decode | None = None,
+    deterministic: int | None = None,
 ) -> Decoded[BestOfNInfo]:
     """Draws n independent responses per prompt and keeps the one of highest reward, the first among equals.
 
-    The prompt is encoded once and its state repeated. Sample j of a prompt depends on rng, the prompt's index and j
-    alone: the first m of n are those of a call with m, and sample 0 is what `sample` draws.
+    The prompt is encoded once and its state repeated. Sample j of a prompt draws from rng, the prompt's index and j:
+    the first m of n are those of a call with m, and sample 0 is what `sample` draws, up to the rounding of programs of
+    other batch sizes, and exactly with `deterministic`.
 
     Args:
       policy: what the responses are drawn from.
@@ -105,6 +108,8 @@ def best_of_n(
       allow_nan: whether a reward may be NaN, which is an error otherwise; the caller has to look at each one.
       tokenizer: turns ids into texts and, where prompts are strings, texts into ids; a decode function serves for
         the former.
+      deterministic: G >= 1, as `sample`: the B·n samples are drawn, and scored, in chunks of G rows, and are the same
+        at any batch size, n and padding. It goes with neither `chunk` nor `drop`.
 
     Returns:
       Decoded: the best responses [B,T], the bound KL(best‖policy) <= log n − (n−1)/n, which holds for any choice among
@@ -112,7 +117,8 @@ def best_of_n(
 
     Raises:
       ValueError: counts below 1, a chunk that does not divide n, a `drop` whose t do not rise below max_new_tokens or
-        whose keep do not fall below n, beside a chunk or with a reward that runs programs of its own; a reward over
+        whose keep do not fall below n, beside a chunk or with a reward that runs programs of its own; deterministic
+        beside a chunk or a `drop`; a reward over
         another vocabulary, of another shape than [N], or NaN, and those of `sample`.
     """
     n = count("num_samples", num_samples)
@@ -137,6 +143,13 @@ def best_of_n(
         other = "a reward that runs programs of its own" if host else f"chunk={chunk}"
         raise ValueError(f"drop: expected all samples in one program, found {other}")
     found: Decoded[BestOfNInfo]
+    if deterministic is not None:
+        if stages or chunk != n:
+            raise ValueError(f"deterministic: expected no chunk and no drop, found chunk={chunk} and drop={drop!r}")
+        found = _in_chunks(request, rng, n, count("deterministic", deterministic), host=host)
+        if not allow_nan:
+            check_scores(found.info.reward)
+        return found
     found, broken = _best_of_n(
         request.policy,
         _no_reward if host else request.reward,
@@ -189,9 +202,36 @@ def _scored_on_host(request: Request, drawn: Decoded[BestOfNInfo], chunk: int) -
     for start in range(0, n, chunk):
         flat = jax.tree.map(lambda x, s=start: x[:, s : s + chunk].reshape((-1, *x.shape[2:])), samples)
         parts.append(score_completions(request.reward, request.params["reward"], prompts, flat).reshape(batch, chunk))
-    score = jnp.concatenate(parts, axis=1)
-    best: Completions = jax.tree.map(lambda x: x[jnp.arange(batch), jnp.argmax(score, axis=1)], samples)
-    return Decoded(best, drawn.kl, BestOfNInfo(samples, score))
+    return _best(samples, jnp.concatenate(parts, axis=1), drawn.kl)
+
+
+def _best(samples: Completions, score: Array, kl: KL) -> Decoded[BestOfNInfo]:
+    """The sample [B,T] of highest score [B,n] of each prompt."""
+    best: Completions = jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), jnp.argmax(score, axis=1)], samples)
+    return Decoded(best, kl, BestOfNInfo(samples, score))
+
+
+def _in_chunks(request: Request, rng: Array, n: int, size: int, *, host: bool) -> Decoded[BestOfNInfo]:
+    """The n samples of each prompt, drawn and scored `size` rows at a time."""
+    prompts, scored = request.prompts["policy"], request.prompts["reward"]
+    params, limit = request.params["policy"], request.max_new_tokens
+    drawn = _chunks.draw(request.policy, params, rng, prompts, limit, request.eos_ids, n, size)
+    samples: Completions = jax.tree.map(lambda x: x.reshape((-1, n, *x.shape[1:])), drawn)
+    kl = _kl.best_of_n_bound(n, samples.log_prob[:, 0, 0], tempered=request.tempered)
+    if host:
+        waiting = BestOfNInfo(samples, jnp.zeros(samples.finished.shape))
+        return _scored_on_host(request, Decoded(jax.tree.map(lambda x: x[:, 0], samples), kl, waiting), n)
+    repeated = repeat_rows(scored._replace(index=prompt_index(scored)), n)
+    parts = list(itertools.chain(*_chunks.chunks(repeated, size)))
+    found = [
+        _score(request.reward, request.params["reward"], part.prompts, take_rows(drawn, jnp.asarray(part.rows)))
+        for part in parts
+    ]
+    score = _chunks.in_order(found, [part.rows[: part.size] for part in parts])
+    return _best(samples, score.reshape(-1, n), kl)
+
+
+_score = jax.jit(score_completions, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7, 8, 9, 10))
@@ -245,9 +285,7 @@ def _best_of_n(
         parts = jax.lax.map(draw, jnp.arange(n, dtype=jnp.int32).reshape(-1, chunk))
         # [n/chunk, B, chunk, ...] -> [B, n, ...]
         samples, score = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape((x.shape[1], n, *x.shape[3:])), parts)
-    pick = jnp.argmax(score, axis=1)
-    best: Completions = jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), pick], samples)
-    return Decoded(best, _kl.best_of_n_bound(n, score[:, 0], tempered=tempered), BestOfNInfo(samples, score)), broken
+    return _best(samples, score, _kl.best_of_n_bound(n, score[:, 0], tempered=tempered)), broken
 
 
 def _dropping(

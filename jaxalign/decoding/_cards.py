@@ -112,7 +112,8 @@ def cards(
       params: CardsParams, or {"policy", "reward", "beta", "reward_threshold", "entropy_threshold"} and if wanted
         {"reward_start"}. The code's settings: entropy 3, beta 0.7, segments of 4 to 64 tokens, start halfway from the
         prompt's own reward to the threshold, which is 8.5 for its reward model.
-      rng: consumed. A prompt's response depends on rng and its index alone.
+      rng: consumed. A prompt's response depends on rng and its index alone at one batch size and width; `in_chunks`
+        holds it at every other.
       max_tries: >= 1, for each segment.
       min_segment, max_segment: tokens; max_segment None for no limit but max_new_tokens.
       segment_rule: where a segment ends, a function of `stopping`.

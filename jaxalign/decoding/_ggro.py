@@ -93,7 +93,8 @@ def ggro(
       params: GGROParams, or {"policy", "reward", "entropy_threshold"} and if wanted {"gradient"}; without it, the
         gradient reads the reward's.
       rng: consumed, by proposals at a temperature and by policies that draw in their steps. Without the latter, a
-        prompt's response depends on rng and its index alone.
+        prompt's response depends on rng and its index alone at one batch size and width; `in_chunks` holds it at every
+        other.
       num_samples: S >= 1, candidates per segment; 1 is greedy decoding.
       top_k: k, tokens that may be forced; 1 is greedy decoding. More than the vocabulary: all of it.
       temperature: scalar or [B] >= 0, of the proposal [units of reward]; 0: the best.

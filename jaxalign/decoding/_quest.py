@@ -117,8 +117,9 @@ def quest(
 
     Args:
       params: QuestParams, or {"policy", "reward", "beta"}.
-      rng: consumed. A prompt's chain depends on rng and its index alone, and its first m moves are those of a chain of
-        m. A policy that draws does so with one key per position, the same in every move: it is one fixed policy.
+      rng: consumed. A prompt's chain depends on rng and its index alone at one batch size and width (`in_chunks` holds
+        it at every other), and its first m moves are those of a chain of m. A policy that draws does so with one key
+        per position, the same in every move: it is one fixed policy.
       num_steps: M >= 0, moves; 0 is a draw from the policy.
       cut: where moves cut, `uniform_cut` or a law of your own; built once.
       keep_states: whether to give every state.

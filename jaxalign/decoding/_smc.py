@@ -105,7 +105,8 @@ def smc(
       policy: the proposal; its log_prob_ref is the base (`policies.with_reference` for a DPO or RL model). With top-k,
         top-p or candidates the target is pi* on the kept responses, Z included, and truncated_support says so.
       params: SMCParams, or {"policy", "reward", "beta"} and if wanted {"ess_threshold"}.
-      rng: consumed. A prompt's particles depend on rng and its index alone.
+      rng: consumed. A prompt's particles depend on rng and its index alone at one batch size and width; `in_chunks`
+        holds them at every other.
       prompts: as `best_of_n`; encoded once, the state repeated N times. A resampling copies the N states.
       num_particles: N >= 1.
       temperature: of the proposal. The weights account for it, so that the target is the same at each one.

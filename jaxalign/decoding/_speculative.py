@@ -85,8 +85,8 @@ def speculative(
       draft: a Policy over the same tokens; "below": the policy that the target tilts, whose steps then serve both and
         whose cache is kept once.
       params: SpeculativeParams, or {"target", "draft"}.
-      rng: consumed. A prompt's response depends on rng and its index alone. It is not the response of `sample` with the
-        same rng, but one of the same law.
+      rng: consumed. A prompt's response depends on rng and its index alone at one batch size and width; `in_chunks`
+        holds it at every other. It is not the response of `sample` with the same rng, but one of the same law.
       prompts: as `sample`; a dict {"target", "draft"} gives the two their own.
       draft_tokens: G >= 1, tokens drawn from the draft in a round.
       max_new_tokens, eos_ids, tokenizer: as `sample`.

@@ -40,7 +40,7 @@ class Limits(Untempered):
 
 
 class Draw(Protocol):
-    """Decodes one batch. A prompt's response depends on rng and its index alone."""
+    """Decodes one batch. A prompt's response depends on rng and its index alone at one batch size and width."""
 
     def __call__(self, rng: Array, prompts: TokenBatch, /) -> Drawn: ...
 
@@ -138,6 +138,15 @@ def batches(ids: list[list[int]], *, batch_size: int, mesh: str) -> list[Batch]:
             prompts = jax.device_put(prompts, sharding.batch_sharding(devices))
         out.append(Batch(rows, prompts))
     return out
+
+
+def in_chunks(method: Method, size: int) -> Method:
+    """The method with `size` prompts decoded at a time (`decoding.in_chunks`), the same in every batch."""
+
+    def draw(rng: Array, prompts: TokenBatch, /) -> Drawn:
+        return decoding.in_chunks(lambda part: method.draw(rng, part), prompts, size)
+
+    return method._replace(draw=draw, trace=(method.trace, size))
 
 
 def decode_batch(method: Method, rng: Array, prompts: TokenBatch) -> Drawn:

@@ -71,7 +71,7 @@ class MethodInputs(NamedTuple):
 
 
 class OwnDraw(Protocol):
-    """Decodes one batch. A prompt's response should depend on rng and its index alone: batches are then of any size.
+    """Decodes one batch. A prompt's response should depend on rng and its index alone at one batch size and width.
 
     Args:
       rng: one key for all batches; the library's decoders fold the prompts' index into it.

@@ -74,6 +74,9 @@ class ResponseOptions:
     """Tokens that the draft proposes at a time."""
     batch_size: int = 16
     """Prompts decoded together."""
+    deterministic: int = 0
+    """G: decode G prompts at a time, each padded to the bucket of its own length, so that responses are the same at any
+    --batch-size and beside any other prompts (on one device, jax version and dtype); 0: a batch at once."""
     seed: int = 0
     """Seed of all draws."""
     dtype: str = "float32"
@@ -124,6 +127,7 @@ AT_LEAST = {
     "draft_tokens": 1,
     "batch_size": 1,
     "lookahead": 0,
+    "deterministic": 0,
     "top_k": 0,
 }
 """Option -> its least value; None, a default, is let through."""

@@ -73,6 +73,8 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     setting = Setting(options, loaded, scorers.get("reward"), texts, reader)
     with telling():  # a default threshold scores responses
         plans = {spec: METHODS[spec.kind](setting, spec) for spec in specs}
+    if options.deterministic:
+        plans = {spec: [engine.in_chunks(m, options.deterministic) for m in plan] for spec, plan in plans.items()}
     every = [(method.name, method.beta) for plan in plans.values() for method in plan]
     if twice := {str(key) for key in every if every.count(key) > 1}:
         raise ValueError(f"method: expected each method and strength once, found {sorted(twice)} twice")
@@ -149,6 +151,9 @@ def check(options: DecodeOptions) -> list[Spec]:
             raise ValueError(f"{name}: expected one process, found {_hosts.count()}")
     if options.stream and options.draft:
         raise ValueError("stream: expected no --draft, which draws several tokens at a time, found both")
+    for name in ("stream", "mesh"):
+        if options.deterministic and getattr(options, name):
+            raise ValueError(f"{name}: expected none with --deterministic, found {getattr(options, name)!r}")
     first = ("base",) if options.include_base or "base" in options.method else ()
     specs = [parse_method(text) for text in dict.fromkeys((*first, *options.method))]
     if not specs:

@@ -12,8 +12,9 @@ from jaxalign import _hosts
 from jaxalign.decoding.requests import with_temperature
 from jaxalign.evaluation.engine import Batch, Drawn, Method, Stepwise, Texts, Watch
 from jaxalign.prompts import prompt_index
-from jaxalign.text._generate import draw_in_chunks, watch_texts
+from jaxalign.text._generate import draw_in_chunks
 from jaxalign.text._requests import Batch as TextBatch
+from jaxalign.text._texts import watch_texts
 from jaxalign.types import Array, Completions, Decoded
 
 EVERY = 1  # tokens between two looks at what was drawn

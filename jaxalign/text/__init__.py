@@ -7,9 +7,10 @@ Prompts are strings or chats; a chat goes through the tokenizer's template. docs
     text.generate(lm, params, tokenizer, ["Once upon a time"]).texts
 """
 
-from jaxalign.text._generate import Generated, Stream, generate
+from jaxalign.text._generate import Generated, generate
 from jaxalign.text._requests import Prompt
 from jaxalign.text._score import log_prob, score
+from jaxalign.text._texts import Stream
 from jaxalign.tokens import Messages, Tokenizer
 
 __all__ = ["Generated", "Messages", "Prompt", "Stream", "Tokenizer", "generate", "log_prob", "score"]

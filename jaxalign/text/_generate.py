@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from jaxalign._programs import tells_programs
 from jaxalign.decoding.requests import check_request, open_eos_ids, streams, with_temperature
 from jaxalign.prompts import prompt_index
 from jaxalign.text._requests import (
-    Batch,
     Prompt,
     batches,
     check_count,
@@ -30,7 +29,8 @@ from jaxalign.text._requests import (
     key_of,
     prompt_ids,
 )
-from jaxalign.tokens import TextFormat, Tokenizer, byte_tokens, decode_text, ends_of_reply, settled_text
+from jaxalign.text._texts import Stream, Watch, texts_of, watch_texts
+from jaxalign.tokens import TextFormat, Tokenizer, decode_text, ends_of_reply
 from jaxalign.types import (
     Array,
     ArrayLike,
@@ -44,18 +44,8 @@ from jaxalign.types import (
     StepOutput,
 )
 
-Watch: TypeAlias = Callable[[Completions, bool], None]
-"""Called with the next tokens of a batch [B,steps], and whether they are the last."""
-
-
 Draft: TypeAlias = "tuple[LanguageModel | Policy, Params] | Literal['below']"
 """A model or Policy that proposes tokens, with its parameters; "below": the policy that the model, a tilt, is over."""
-
-
-class Stream(Protocol):
-    """Receives the response of a prompt as it grows: `text` goes on where the last one of this row ended."""
-
-    def __call__(self, row: int, text: str, /) -> object: ...
 
 
 class Generated(NamedTuple):
@@ -88,6 +78,7 @@ def generate(
     system: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     generation_config: bool | Mapping[str, Any] = False,
+    deterministic: int | None = None,
 ) -> Generated:
     """Draws a response to each prompt. The draws are those of `decoding.sample` with the same key, and with a draft
     those of `decoding.speculative`, which have the same law.
@@ -97,7 +88,8 @@ def generate(
       params: its parameters. Values per prompt in them, as one beta for each, need all prompts in one batch.
       tokenizer: its tokenizer, as `models.tokenizer` gives it.
       prompts: texts, or chats as lists of messages.
-      rng: a key, consumed. A response depends on it and on the prompt's number in the list, not on its batch.
+      rng: a key, consumed. In batches of one size and width a response depends on it and on the prompt's number in the
+        list; with `deterministic` in all of them.
       seed: makes the key where rng is None; 0 when both are.
       max_new_tokens: the limit of a response, its EOS included [tokens].
       temperature: one value, or one for each prompt, >= 0; 0 is greedy.
@@ -118,6 +110,8 @@ def generate(
       chat_template_kwargs: further arguments of the chat template, for instance {"enable_thinking": False}.
       generation_config: temperature, top_k and top_p as transformers names them, in place of `temperature`; True: those
         of the model's generation_config.json (`policies.read_generation_config`).
+      deterministic: G rows that are decoded together whatever batch_size is: the tokens are the same at any batch_size
+        and beside any other prompts (`decoding.sample`). None: a batch at once.
 
     Returns:
       Generated: the texts and their Completions.
@@ -125,8 +119,8 @@ def generate(
     Raises:
       ValueError: a model that is neither, no prompts, an empty one, one without tokens or too long for a language model
         (its row is named), a chat that the template refuses or a tokenizer without one, a tokenizer with ids beyond the
-        model's, a draft beside num_samples or a stream, arguments outside their ranges, and those of `decoding.sample`
-        and `decoding.speculative`.
+        model's, a draft beside num_samples or a stream, deterministic beside a draft or a stream, arguments outside
+        their ranges, and those of `decoding.sample` and `decoding.speculative`.
     """
     policy = model if isinstance(model, Policy) else policies.language_model(_checked(model))
     items = check_prompts(prompts)
@@ -136,6 +130,9 @@ def generate(
     for name, value in (counts | {"draft_tokens": draft_tokens}).items():
         check_count(name, value)
     proposes, own = _opened(draft, num_samples, stream)
+    for name, other in (("draft", draft), ("stream", stream)):
+        if deterministic is not None and other is not None:
+            raise ValueError(f"{name}: expected None with deterministic = {deterministic}, found {other!r:.60}")
     if num_samples is not None:
         check_count("num_samples", num_samples)
         if stream is not None:
@@ -177,6 +174,7 @@ def generate(
                     eos_ids=ends,
                     temperature=here,
                     num_samples=num_samples or 1,
+                    deterministic=deterministic,
                 )
             )
         else:
@@ -184,7 +182,7 @@ def generate(
             watch = watch_texts(stream, tokenizer, ends, batch)
             parts.append(draw_in_chunks(*warm, key, max_new_tokens, ends, stream_every, watch))
     completions = in_order(parts, found)
-    texts = _texts(tokenizer, completions, ends)
+    texts = texts_of(tokenizer, completions, ends)
     if num_samples is not None:
         return Generated(texts, completions)
     return Generated([samples[0] for samples in texts], jax.tree.map(lambda x: x[:, 0], completions))
@@ -355,45 +353,3 @@ def _joined(chunks: Sequence[Completions], max_new_tokens: int) -> Completions:
 
     joined: Completions = jax.tree.map(join, *chunks)
     return joined
-
-
-# Texts ----------------------------------------------------------------------------------------------------------------
-
-
-def _without_end(ids: list[int], eos_ids: tuple[int, ...]) -> list[int]:
-    """The ids before the EOS that ended a response: it may be any token, and it is no text."""
-    return ids[:-1] if ids and ids[-1] in eos_ids else ids
-
-
-def _texts(tokenizer: Tokenizer, completions: Completions, eos_ids: tuple[int, ...]) -> list[list[str]]:
-    """The texts of completions [N,n,T]."""
-    tokens, mask = _hosts.host_value((completions.tokens, completions.mask))
-    return [
-        [
-            decode_text(tokenizer, _without_end(row[real].tolist(), eos_ids))
-            for row, real in zip(samples, valid, strict=True)
-        ]
-        for samples, valid in zip(tokens, mask, strict=True)
-    ]
-
-
-def watch_texts(stream: Stream, tokenizer: Tokenizer, eos_ids: tuple[int, ...], batch: Batch) -> Watch:
-    """Gives the caller's stream what is settled of each row's text, and at its end the rest."""
-    byte_ids = byte_tokens(tokenizer)
-    ids: list[list[int]] = [[] for _ in batch.rows]
-    given = [""] * len(batch.rows)
-
-    def watch(drawn: Completions, last: bool) -> None:
-        tokens, mask, finished = _hosts.host_value((drawn.tokens, drawn.mask, drawn.finished))
-        for b, row in enumerate(batch.rows):
-            new = tokens[b][mask[b]].tolist()
-            ids[b] += new
-            if not new and not last:
-                continue
-            text = _without_end(ids[b], eos_ids)
-            now = decode_text(tokenizer, text) if last or finished[b] else settled_text(tokenizer, text, byte_ids)
-            if len(now) > len(given[b]) and now.startswith(given[b]):
-                stream(row, now[len(given[b]) :])
-                given[b] = now
-
-    return watch
