@@ -48,6 +48,11 @@ def score(rng):
     return decoding.log_prob(BASE, TABLE, rng, BATCH, tokens, jnp.ones_like(tokens, bool))
 
 
+def margins(rng):
+    tokens = jnp.ones((3, 2), jnp.int32)
+    return decoding.draw_margins(BASE, TABLE, rng, BATCH, tokens, jnp.ones_like(tokens, bool))
+
+
 def blocks(function, **keywords):
     params, critic = {"policy": TABLE, "critic": cases.table(5)}, tree.critic(cases.TREE, "level")
     return lambda rng: function(BASE, critic, params, rng, BATCH, num_samples=2, block_size=1, **keywords, **SHARED)
@@ -79,6 +84,7 @@ THRESHOLDS = {"beta": 1.0, "reward_threshold": 0.0, "entropy_threshold": 0.5}
 CALLS = {
     "decoding.sample": lambda rng: decoding.sample(BASE, TABLE, rng, BATCH, **SHARED),
     "decoding.log_prob": score,
+    "decoding.draw_margins": margins,
     "decoding.best_of_n": decode(decoding.best_of_n, REWARD, num_samples=2),
     "decoding.beam": blocks(decoding.beam, width=1),
     "decoding.blockwise": blocks(decoding.blockwise),
@@ -103,6 +109,7 @@ CALLS = {
     "models.lora.init": lambda rng: models.lora.init(rng, LM, models.Lora(2, alpha=4.0)),
     "rollout.draw_rows": lambda rng: rollout.draw_rows(LAW[None], rng, jnp.zeros((1, 1), int)),
     "rollout.rollout": roll,
+    "rollout.uniform_rows": lambda rng: rollout.uniform_rows(rng, jnp.zeros((1, 1), int), jnp.float32),
     "rollout.step_key": lambda rng: jax.random.uniform(rollout.step_key(rng, 3)),
     "testing.check_critic": lambda rng: testing.check_critic(
         tree.critic(cases.TREE, "level"), TABLE, BATCH, vocab_size=cases.TREE.vocab_size, rng=rng
