@@ -129,7 +129,9 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
     sampled = {"base": base, "prompts": prompts, "samples": size.rollouts, "max_new_tokens": size.tokens}
     sampled |= {"max_length": size.length, "decode_batch": 64} | shared
     proxy = {"reward": str(out / "reward_model" / "model")}
-    heads = rows | sampled | proxy | {"batch_size": 32, "learning_rate": 1e-3, "accumulate": 1}
+    # By another seed than that of the labelled samples: the reward model is more certain of what it was trained on.
+    fresh = sampled | {"seed": shared["seed"] + 1}
+    heads = rows | fresh | proxy | {"batch_size": 32, "learning_rate": 1e-3, "accumulate": 1}
     made = {"rollouts": str(out / "laws")}  # the roll-outs of the first value model
     rl = rows | lora | size.rl | proxy | {"model": base, "prompts": prompts, "max_new_tokens": size.tokens}
 
@@ -175,7 +177,7 @@ def training_stages(out: pathlib.Path, preset: str, shared: dict[str, Any]) -> l
         ),
         stage("autoregressive reward model (LoRA)", "arm", "arm", pairs | {"beta_r": 0.5}),
         stage("aligned model (DPO, LoRA)", "dpo", "dpo", pairs | {"beta": 0.1}),
-        stage("calibration table", "calibrate", "table", sampled | proxy | made),
+        stage("calibration table", "calibrate", "table", fresh | proxy | made),
         stage(
             "aligned model (RL on calibrated rewards, LoRA)",
             "rl",
