@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxalign import gibbs
 from jaxalign._arrays import at_least_float32, centred
-from jaxalign._checks import check_positive
+from jaxalign._checks import check_positive, is_concrete
 from jaxalign.shapes import Numbers, Samples, Scalar
 from jaxalign.types import Array, ArrayLike
 
@@ -99,13 +101,16 @@ def solve_leader(
     utility: ArrayLike,
     bound: ArrayLike,
     beta: ArrayLike,
+    prior: ArrayLike | None = None,
     objective: Objective | None = None,
+    start: ArrayLike | None = None,
     steps: int = 600,
     step_size: float = 0.05,
 ) -> Leader:
     """Climbs an objective of the reward table by projected gradients.
 
-    The reward starts at bound/2 and stays in [0, bound]. Constraints and other aims enter through `objective`: a KL
+    The reward stays in [0, bound]. Over a prior on the follower's beta the best reward is not always a threshold: the
+    climb starts from the best one of the n there are. Constraints and other aims enter through `objective`: a KL
     budget (`excess_kl` as a penalty), a lower quantile or the minimum over an ensemble or over groups of users (utility
     [G,...,n] and jnp.quantile over G), groups with bases of their own.
 
@@ -113,9 +118,11 @@ def solve_leader(
       log_base: [...,n], log weights of the base.
       utility: [...,n], read by the default objective alone.
       bound: > 0, a scalar [reward].
-      beta: > 0, a scalar.
+      beta: > 0, a scalar, or [m] with a prior.
+      prior: [m], the probability of each beta; None for one beta.
       objective: objective(reward table, of log_base's shape) -> a number; None: the mean over prompts of
-        `leader_utility`, whose optimum is the threshold reward.
+        `leader_utility`, and over the prior where there is one.
+      start: the reward table to start from; None: bound/2, or with a prior the best threshold reward.
       steps: of the ascent.
       step_size: the largest first step as a share of the bound, falling to 0 on a cosine.
 
@@ -123,12 +130,28 @@ def solve_leader(
       A Leader.
 
     Raises:
-      ValueError: bound or beta <= 0.
+      ValueError: bound or beta <= 0; a prior that is not a law over beta's entries.
     """
     check_positive("bound", bound)
     check_positive("beta", beta)
     log_base = at_least_float32(log_base)
-    if objective is None:
+    if prior is not None:
+        _check_prior(prior, beta)
+
+        def at(beta: Array, reward: Array) -> Numbers:
+            return leader_utility(log_base, reward, utility=utility, beta=beta)
+
+        def expected(reward: Array) -> Numbers:
+            found: Array = jnp.tensordot(
+                at_least_float32(prior), jax.vmap(at, (0, None))(at_least_float32(beta), reward), axes=1
+            )
+            return found
+
+        if start is None:
+            start = _best_threshold(jnp.broadcast_to(at_least_float32(utility), log_base.shape), bound, expected)
+        if objective is None:
+            objective = lambda reward: expected(reward).mean()  # noqa: E731
+    elif objective is None:
         objective = functools.partial(_mean_utility, utility=utility, log_base=log_base, beta=beta)
     optimizer = optax.adam(optax.cosine_decay_schedule(step_size, steps), b1=0.9, b2=0.99, eps=1e-20)
 
@@ -142,9 +165,28 @@ def solve_leader(
         update, state = optimizer.update(-gradient, state)
         return (jnp.clip(optax.apply_updates(share, update), 0, 1), state), value
 
-    start = jnp.full(log_base.shape, 0.5, log_base.dtype)
-    (share, _), history = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
+    first = 0.5 if start is None else jnp.clip(at_least_float32(start) / bound, 0, 1)
+    first = jnp.broadcast_to(jnp.asarray(first, log_base.dtype), log_base.shape)
+    (share, _), history = jax.lax.scan(step, (first, optimizer.init(first)), length=steps)
     return Leader(share * bound, scaled(share), history)
+
+
+def _check_prior(prior: ArrayLike, beta: ArrayLike) -> None:
+    if np.ndim(prior) != 1 or np.shape(prior) != np.shape(beta):
+        raise ValueError(
+            f"prior: expected a probability [m] for each beta [m], found shapes {np.shape(prior)} and {np.shape(beta)}"
+        )
+    if is_concrete(prior):
+        law = np.asarray(prior, float)
+        if not (law >= 0).all() or abs(law.sum() - 1) > 1e-4:
+            raise ValueError(f"prior: expected probabilities of sum 1, found {law}")
+
+
+def _best_threshold(utility: Array, bound: ArrayLike, expected: Callable[[Array], Array]) -> Array:
+    """Of the n rewards that pay all responses from one on, the best of each prompt [...,n]."""
+    rewards = at_least_float32(bound) * (utility >= jnp.moveaxis(utility, -1, 0)[..., None])
+    best = jax.vmap(expected)(rewards).argmax(axis=0)
+    return jnp.take_along_axis(rewards, best[None, ..., None], axis=0)[0]
 
 
 def _mean_utility(reward: Array, *, utility: ArrayLike, log_base: Array, beta: ArrayLike) -> Array:

@@ -1,8 +1,8 @@
 """The leader's gradient through a follower that is trained: theta*(phi) = argmax over theta of J(theta, phi).
 
 `implicit` solves the linear system of the implicit function by Hessian-vector products, `best_response` puts its
-derivatives on a trained theta, `unrolled` differentiates through the steps of a short training, `nudged` needs no
-derivative of the training at all. phi: the leader's parameters, theta: the follower's, both pytrees.
+derivatives on a trained theta, `unrolled` differentiates through the steps of a short training. `surrogates.nudged`
+needs no derivative of the training at all. phi: the leader's parameters, theta: the follower's, both pytrees.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxalign._arrays import at_least_float32, with_root_derivatives
+from jaxalign._arrays import with_root_derivatives
 from jaxalign._checks import check_count, check_positive, fields_of, is_concrete
-from jaxalign.shapes import Samples, Scalar
-from jaxalign.shaping.surrogates import check_shape
-from jaxalign.types import Array, ArrayLike, Params
+from jaxalign.shapes import Scalar
+from jaxalign.types import Array, Params
 
 
 class BilevelObjective(Protocol):
@@ -212,45 +210,3 @@ def unrolled(
 
     theta, _ = jax.lax.scan(step, theta, length=steps)
     return outer(theta, phi)
-
-
-def nudged(
-    reward: Samples,
-    other: Samples,
-    *,
-    multiplier: float,
-    log_weight: ArrayLike = 0.0,
-    other_log_weight: ArrayLike = 0.0,
-    centred: bool = False,
-) -> Scalar:
-    """Gives a number whose gradient is that of U, from two trainings of the follower: with r, and with r nudged by u.
-
-    The value-function penalty, max over theta of U − multiplier·(max J − J), has the follower of the reward
-    r + u/multiplier, so that dU/dphi ≈ multiplier·(E_nudged[dr/dphi] − E_follower[dr/dphi]). Centred, of followers of
-    r ± u/multiplier, at half that factor, the bias falls as 1/multiplier²; the noise of separate draws grows like the
-    multiplier. Common draws of the follower itself, re-weighted by ±u/(multiplier·beta), have no such noise, and give
-    `covariance` as the multiplier grows.
-
-    Args:
-      reward: [...,n], r_phi of draws of the follower trained with r + u/multiplier.
-      other: [...,m], r_phi of draws of the follower of r, or with `centred` of r − u/multiplier.
-      multiplier: > 0, in units of u per unit of reward; well above range(u)/beta.
-      log_weight: [...,n], log weights of the first draws; 0: equal ones.
-      other_log_weight: [...,m], of the others.
-      centred: whether the second follower was nudged the other way.
-
-    Returns:
-      A scalar, the mean over prompts.
-
-    Raises:
-      ValueError: multiplier <= 0, log weights of another shape.
-    """
-    check_positive("multiplier", multiplier)
-    means = []
-    for name, values, weight in (("log_weight", reward, log_weight), ("other_log_weight", other, other_log_weight)):
-        values, weight = at_least_float32(values), at_least_float32(weight)
-        weight = jnp.broadcast_to(weight, values.shape) if np.ndim(weight) == 0 else weight
-        check_shape(name, weight, "its rewards", values.shape)
-        share = jax.lax.stop_gradient(jax.nn.softmax(weight, axis=-1))
-        means.append((share * values).sum(axis=-1).mean())
-    return multiplier * (means[0] - means[1]) / (2 if centred else 1)

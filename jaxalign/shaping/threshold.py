@@ -89,7 +89,7 @@ def _check(utility: Array, log_base: Array, gain: Array) -> None:
         raise ValueError("utility: expected finite numbers, found NaN or infinity")
 
 
-def _weights(log_base: Array) -> tuple[Array, Array]:
+def normalised_weights(log_base: Array) -> tuple[Array, Array]:
     """(normalised log weights, those that are present)."""
     inside = is_supported(log_base)
     log_weight = jnp.where(inside, log_base, -jnp.inf)
@@ -102,7 +102,7 @@ def _threshold(utility: Array, log_base: Array, gain: Array) -> Array:
     """The root, with the derivatives of E_pi*[u], which it is while the set above it stays: no rule of its own, which
     jax would drop inside a `lax.scan`, nor derivatives of the climb."""
     m = _climbed(*jax.lax.stop_gradient((utility, log_base, gain)))
-    log_weight, present = _weights(log_base)
+    log_weight, present = normalised_weights(log_base)
     # The gain is taken off below, not put on above, where at 1e4 it would leave three digits of the weights.
     above = utility >= m[..., None]
     logit = jnp.where(present, log_weight - jnp.where(above, 0, gain[..., None]), -jnp.inf)
@@ -112,7 +112,7 @@ def _threshold(utility: Array, log_base: Array, gain: Array) -> Array:
 
 
 def _climbed(utility: Array, log_base: Array, gain: Array) -> Array:
-    log_weight, present = _weights(log_base)
+    log_weight, present = normalised_weights(log_base)
     top = jnp.where(present, utility, -jnp.inf).max(axis=-1, keepdims=True)
     # Shifted by the maximum, all terms are <= 0: sums keep their digits, and identical utilities give exactly 0. In
     # units of the range, sums of weights up to e^80 stay within float32 for utilities of any size.
@@ -252,7 +252,7 @@ def mixture(utility: ArrayLike, *, log_base: ArrayLike | None = None, threshold:
     """
     utility, threshold, gain = map(at_least_float32, (utility, threshold, gain))
     log_base = jnp.zeros_like(utility) if log_base is None else at_least_float32(log_base)
-    log_weight, present = _weights(jnp.broadcast_to(log_base, utility.shape))
+    log_weight, present = normalised_weights(jnp.broadcast_to(log_base, utility.shape))
     above = present & (utility > column(threshold))
     exceed = jnp.where(above, jnp.exp(jnp.where(present, log_weight, 0)), 0).sum(axis=-1)
     log_exceed = jnp.where(exceed > 0, jnp.log(jnp.where(exceed > 0, exceed, 1)), -jnp.inf)
