@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -14,15 +13,24 @@ BLOCK_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 QK_NORMS = ("head", "all_heads")
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    """ValueError unless value is an integer, at least `least`."""
+MOST = 2**31 - 1
+"""Sizes and ids are int32 on devices."""
+
+MOST_LAYERS = 10_000
+"""More layers than any model has: the names of their parameters alone would fill the memory."""
+
+
+def check_integer(name: str, value: Any, least: int, most: int = MOST) -> None:
+    """ValueError unless value is an integer, at least `least` and at most `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected an integer, at least {least}, found {value!r}")
+    if value > most:
+        raise ValueError(f"{name}: expected at most {most}, found {value:.6g}")
 
 
 def check_positive(name: str, value: Any) -> None:
     """ValueError unless value is a finite number > 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
         raise ValueError(f"{name}: expected a finite value > 0, found {value!r}")
 
 

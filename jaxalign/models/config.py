@@ -7,7 +7,7 @@ import itertools
 import math
 from typing import Any, Literal
 
-from jaxalign.models.block import Block, Rope, check_integer, check_positive
+from jaxalign.models.block import MOST, MOST_LAYERS, Block, Rope, check_integer, check_positive
 
 ACTIVATION_NAMES = ("silu", "relu", "gelu", "tanh")
 HEAD_KINDS = ("reward", "value", "q")
@@ -142,8 +142,8 @@ class Head:
                 raise ValueError("distribution: expected a value or Q head without a follower, found another")
         if self.kind != "reward" and self.num_labels != 1:
             raise ValueError(f"num_labels: expected 1 for a {self.kind} head, found {self.num_labels}")
-        for name in ("num_labels", "num_hidden"):
-            check_integer(name, getattr(self, name), 1)
+        check_integer("num_labels", self.num_labels, 1)
+        check_integer("num_hidden", self.num_hidden, 1, MOST_LAYERS)
         self._check_labels()
 
     def _check_labels(self) -> None:
@@ -234,7 +234,7 @@ class Config:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         for name in (*sizes, "intermediate_size", "max_length"):
-            check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1, MOST_LAYERS if name == "num_layers" else MOST)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of {self.num_heads} heads, found {self.num_kv_heads}")
         if not isinstance(self.block, Block):
@@ -253,6 +253,9 @@ class Config:
         self._set_tuple("eos_ids", (self.eos_ids,) if isinstance(self.eos_ids, int) else self.eos_ids)
         for i in self.eos_ids:
             check_integer("eos_ids", i, 0)
+        for name in ("bos_id", "pad_id"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), -1)
 
     def _set_ropes(self) -> None:
         self._set_tuple("ropes", self.ropes)

@@ -10,6 +10,9 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+from jaxalign.models.block import MOST
+from jaxalign.models.hf.fields import is_integer, printed
+
 NEUTRAL = (
     "auto_mapping",  # which class of transformers the base was
     "base_model_name_or_path",  # read by `sources.find_source`
@@ -92,6 +95,7 @@ def check_fields(config: dict[str, Any], file: pathlib.Path, *, stored_in_out: b
       ValueError: a field that changes the computation in a way that is not supported, or that is not known and is not
         empty; the field and its value are named.
     """
+    _check_types(config, file)
     for name, value in config.items():
         if name in NEUTRAL or name in SUPPORTED or (stored_in_out and name == "fan_in_fan_out"):
             continue
@@ -110,7 +114,7 @@ def check_fields(config: dict[str, Any], file: pathlib.Path, *, stored_in_out: b
             raise ValueError(f"{name}: expected a value > 0 in {file}, found {config.get(name)}")
     for name in ("rank_pattern", "alpha_pattern"):
         for key, value in (config.get(name) or {}).items():
-            if not _is_positive(value):
+            if not _is_positive(value) or value > MOST or (name == "rank_pattern" and not is_integer(value)):
                 raise ValueError(f"{name}: expected values > 0 in {file}, found {value!r} for {key!r}")
             _compiled(name, key, file)
     for name in ("target_modules", "exclude_modules"):
@@ -120,6 +124,30 @@ def check_fields(config: dict[str, Any], file: pathlib.Path, *, stored_in_out: b
     unknown = sorted(set(saved) - {*SCORES, "lm_head"})
     if unknown:
         raise ValueError(f"modules_to_save: expected some of {(*SCORES, 'lm_head')} in {file}, found {unknown}")
+
+
+def _check_types(config: dict[str, Any], file: pathlib.Path) -> None:
+    """ValueError for a field that is read and does not have the type that peft gives it."""
+
+    def check(name: str, valid: bool, expected: str) -> None:
+        if config.get(name) is not None and not valid:
+            raise ValueError(f"{name}: expected {expected} in {file}, found {printed(config[name])}")
+
+    for name in ("rank_pattern", "alpha_pattern"):
+        check(name, isinstance(config.get(name), dict), "an object")
+    for name in ("r", "lora_alpha"):
+        check(name, _is_positive(config.get(name)) and config[name] <= MOST, f"a number > 0, at most {MOST},")
+    check("r", is_integer(config.get("r")), "an integer")
+    check("use_rslora", isinstance(config.get("use_rslora"), bool), "true or false")
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        value = config.get(name)
+        several = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        check(name, several or (isinstance(value, str) and name != "modules_to_save"), "names")
+    layers = config.get("layers_to_transform")
+    check("layers_to_transform", all(map(is_integer, layers if isinstance(layers, list) else [layers])), "integers")
+    patterns = config.get("layers_pattern") or []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        _compiled("layers_pattern", pattern, file)
 
 
 def module_scale(config: dict[str, Any], module: str) -> ModuleScale:
@@ -186,7 +214,49 @@ def _is_positive(value: Any) -> bool:
 
 
 def _compiled(name: str, pattern: str, file: pathlib.Path) -> None:
+    """ValueError for what is no regular expression, or one whose time may grow exponentially with a name's length."""
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name}: expected a regular expression in {file}, found {pattern!r} ({error})") from error
+        parsed = re._parser.parse(pattern)  # type: ignore[attr-defined]
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{name}: expected a regular expression in {file}, found {pattern!r:.200} ({error})"
+        ) from error
+    if _repeats(parsed) > MOST_REPEATS:
+        raise ValueError(
+            f"{name}: expected a regular expression of at most {MOST_REPEATS} repeats, none within another, in {file}, "
+            f"found {pattern!r:.200}"
+        )
+
+
+MOST_REPEATS = 5
+"""Names have some 60 letters, and the time to match is that number to the power of the repeats in a row."""
+
+
+def _repeats(parsed: Any) -> int:
+    """The repeats of a parsed expression, of which one that holds another, or alternatives, counts as too many."""
+    found = 0
+    for code, argument in parsed:
+        inner = _subpatterns(argument)
+        within = sum(_repeats(part) for part in inner)
+        if str(code) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") and argument[1] > 1:
+            nested = within or any(_branches(part) for part in inner)
+            found += MOST_REPEATS + 1 if nested else 1
+        else:
+            found += within
+    return found
+
+
+def _branches(parsed: Any) -> bool:
+    return any(str(code) == "BRANCH" or any(map(_branches, _subpatterns(argument))) for code, argument in parsed)
+
+
+def _subpatterns(argument: Any) -> list[Any]:
+    return [part for part in _parts(argument) if hasattr(part, "data")]
+
+
+def _parts(argument: Any) -> list[Any]:
+    """What an operation of an expression holds, lists and tuples opened."""
+    if isinstance(argument, list | tuple):
+        return [part for one in argument for part in _parts(one)]
+    return [argument]

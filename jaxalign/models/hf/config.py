@@ -6,14 +6,17 @@ A field that changes the computation and is not supported raises and is named; f
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jaxalign.models.config import Config, Distribution, Follower, Head, default_labels
 from jaxalign.models.families import FAMILIES, Family
+from jaxalign.models.hf.fields import check_end_ids, check_types
 from jaxalign.models.hf.rope import KINDS, context, read_ropes, write_ropes
 
 POOLING = "classifier_pooling"
 """The field of transformers' ModernBERT that says how a classifier pools; the classes of decoders pass it over."""
+
+Part = TypeVar("Part", Head, Follower, Distribution)
 
 # Fields that change what a layer computes, and the values under which they do nothing: others are refused unless the
 # family reads the field (`Family.reads`).
@@ -63,6 +66,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_lora_rank": (None,),
 }
 
+NEVER_NULL = ("logits_scaling", "query_pre_attn_scalar", "max_window_layers", "rope_local_base_freq")
+"""Fields that their families compute with and that may be absent, but not null."""
+
 ACTIVATION_FIELDS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
     "silu": "silu",
     "swish": "silu",
@@ -96,13 +102,17 @@ def config_from_hf(values: dict[str, Any]) -> Config:
     if not isinstance(values, dict):
         raise ValueError(f"values: expected the dict of a config.json, found {type(values).__name__}")
     name, code = values.get("model_type"), values.get("auto_map")
-    if code and name not in FAMILIES:
+    if code and (not isinstance(name, str) or name not in FAMILIES):
         raise ValueError(f"auto_map: expected a model without code of its own, found {code!r} for model_type {name!r}")
     family = family_of(name)
     values = _canonical(values, family)
     for field, neutral in NEUTRAL.items():
         if field in values and field not in family.reads and values[field] not in neutral:
             raise ValueError(f"{field}: expected one of {neutral}, which is what is supported, found {values[field]!r}")
+    check_types(values, names=family.names)
+    for field, usual in family.defaults.items():
+        if values[field] is None and usual is not None and field in NEVER_NULL:
+            raise ValueError(f"{family.names.get(field) or field}: expected a value, found null")
     for field in family.must_be_false:
         if values.get(field):
             raise ValueError(f"{field}: expected False for model_type {name!r}, found {values[field]!r}")
@@ -145,7 +155,7 @@ def config_from_hf(values: dict[str, Any]) -> Config:
         out_bias=option("out_bias"),
         mlp_bias=option("mlp_bias"),
         qk_norm=option("qk_norm"),
-        eos_ids=id_set(values.get("eos_token_id")),
+        eos_ids=end_ids(values, values["model_type"], values["vocab_size"]),
         bos_id=values.get("bos_token_id"),
         pad_id=values.get("pad_token_id"),
         head=_head(values, family),
@@ -163,11 +173,11 @@ def _canonical(values: dict[str, Any], family: Family) -> dict[str, Any]:
     return {**family.defaults, **renamed}
 
 
-def id_set(value: Any) -> tuple[int, ...]:
-    """eos_token_id as a tuple of ids: absent, one id or a list."""
-    if value is None:
-        return ()
-    return tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)
+def end_ids(values: dict[str, Any], family: str, vocab_size: int) -> tuple[int, ...]:
+    """The ids of eos_token_id: absent, one or a list. ValueError for ids outside the vocabulary, but for the family's
+    own, which transformers writes into every config.json of it, also of a small vocabulary."""
+    own = FAMILIES[family].defaults.get("eos_token_id")
+    return check_end_ids(values.get("eos_token_id"), vocab_size=vocab_size, known=() if own is None else (own,))
 
 
 def _layer_kinds(values: dict[str, Any], family: Family, layers: int) -> list[str]:
@@ -198,14 +208,12 @@ def _head(values: dict[str, Any], family: Family) -> Head | None:
     architecture = (values.get("architectures") or [""])[0]
     own = values.get("jaxalign_head")
     if own is not None:
-        unknown = sorted(set(own) - {field.name for field in dataclasses.fields(Head)})
-        if unknown:
-            raise ValueError(f"jaxalign_head: expected the fields of models.Head, found also {unknown}")
-        parts = {
-            name: None if own.get(name) is None else kind(**own[name])
-            for name, kind in (("follower", Follower), ("distribution", Distribution))
-        }
-        return Head(**own | parts)
+        parts = dict(own) if isinstance(own, dict) else own
+        if isinstance(own, dict) and own.get("follower") is not None:
+            parts["follower"] = _made(Follower, own["follower"], "jaxalign_head.follower")
+        if isinstance(own, dict) and own.get("distribution") is not None:
+            parts["distribution"] = _made(Distribution, own["distribution"], "jaxalign_head.distribution")
+        return _made(Head, parts, "jaxalign_head")
     code = sorted(
         name
         for name, target in (values.get("auto_map") or {}).items()
@@ -239,6 +247,17 @@ def read_pooling(values: dict[str, Any]) -> Literal["last", "mean"]:
     if found not in (None, "mean"):
         raise ValueError(f"{POOLING}: expected 'mean' or none, found {found!r}")
     return "last" if found is None else "mean"
+
+
+def _made(kind: type[Part], fields: Any, name: str) -> Part:
+    """A dataclass of the fields that a config.json gives it. ValueError for others, or for values of other types."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    if not isinstance(fields, dict) or set(fields) - set(known):
+        raise ValueError(f"{name}: expected an object of {', '.join(known)}, found {fields!r:.200}")
+    try:
+        return kind(**fields)
+    except (TypeError, OverflowError) as error:  # a field that is missing, or not of the type that is computed with
+        raise ValueError(f"{name}: expected the fields of models.{kind.__name__}, found {error}") from error
 
 
 def _labels(values: dict[str, Any]) -> tuple[str, ...]:

@@ -19,8 +19,8 @@ from jaxalign import _hosts
 from jaxalign.models import sharding
 from jaxalign.models.config import Config
 from jaxalign.models.hf import tensors
-from jaxalign.models.hf.config import config_from_hf, config_to_hf, id_set
-from jaxalign.models.hf.files import check_target, read_json, tell, whole_folder, write_json
+from jaxalign.models.hf.config import config_from_hf, config_to_hf, end_ids
+from jaxalign.models.hf.files import check_target, naming_file, read_json, tell, whole_folder, write_json
 from jaxalign.models.hf.sources import find_source, merge_plan
 from jaxalign.models.language_model import LanguageModel, dtype_name
 from jaxalign.types import Params
@@ -48,6 +48,7 @@ def load(
     base: str | pathlib.Path | None = None,
     dtype: DTypeLike = "float32",
     mesh: jax.sharding.Mesh | None = None,
+    check_finite: bool | None = None,
 ) -> tuple[LanguageModel, Params]:
     """Loads a model from a folder, or from the hub by its name.
 
@@ -61,16 +62,19 @@ def load(
       dtype: of the parameters, whatever the files hold, in any form that jax takes.
       mesh: where the parameters are placed, by the table of logical axes: each device's part alone is read. The model
         keeps the mesh. None: on one device.
+      check_finite: whether NaN and infinities among the weights raise; None: in files that this library has not
+        written.
 
     Returns:
       The model and its parameters.
 
     Raises:
       ValueError: another dtype or mesh; an unsupported field of config.json; tensors that are missing, surplus or
-        misshapen, by name; a folder or file that is missing, by path; an adapter with a field that is not supported.
+        misshapen, by name; a folder or file that is missing or cannot be read, by path; weights that are no numbers, by
+        file and tensor; an adapter with a field that is not supported.
     """
-    source, lm, edits = _opened(path, base=base, dtype=dtype, mesh=mesh)
-    return lm, tensors.read_params(source, lm, edits)
+    source, lm, edits = _opened(path, base=base, dtype=dtype, mesh=mesh, check_finite=check_finite)
+    return lm, tensors.read_params(source, lm, edits, check_finite=check_finite)
 
 
 def check_fits(path: str | pathlib.Path, mesh: jax.sharding.Mesh | None, *, name: str) -> None:
@@ -120,6 +124,7 @@ def _opened(
     base: str | pathlib.Path | None,
     dtype: DTypeLike,
     mesh: jax.sharding.Mesh | None,
+    check_finite: bool | None = None,
 ) -> tuple[pathlib.Path, LanguageModel, tensors.Edits]:
     """The folder of the weights, the model, and what adapters make of them."""
     name = dtype_name(dtype)
@@ -128,7 +133,7 @@ def _opened(
     sharding.check_mesh(mesh)
     source = find_source(path, base=base)
     folder = source.base
-    config, edits = merge_plan(source, _config_of(folder))
+    config, edits = merge_plan(source, _config_of(folder), check_finite=check_finite)
     return folder, LanguageModel(config, name, mesh), edits
 
 
@@ -149,11 +154,13 @@ def read_config(path: str | pathlib.Path, *, base: str | pathlib.Path | None = N
 
 
 def _config_of(folder: pathlib.Path) -> Config:
-    config = config_from_hf(read_json(folder / "config.json"))
+    with naming_file(folder / "config.json"):
+        config = config_from_hf(read_json(folder / "config.json"))
     if not (folder / "generation_config.json").exists():
         return config
-    values = read_json(folder / "generation_config.json")
-    eos = id_set(values.get("eos_token_id")) or config.eos_ids
+    with naming_file(folder / "generation_config.json"):
+        values = read_json(folder / "generation_config.json")
+        eos = end_ids(values, config.family, config.vocab_size) or config.eos_ids
     if config.eos_ids and set(eos) != set(config.eos_ids):
         tell(
             f"{folder}: generation_config.json ends at {list(eos)}, which is used; config.json: {list(config.eos_ids)}"

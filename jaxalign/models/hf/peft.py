@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import traverse_util
-from safetensors import safe_open
 from safetensors.flax import save_file
 
 from jaxalign import _hosts
@@ -26,6 +25,7 @@ from jaxalign.models.hf.adapter_fields import MUST_BE, SCORES, check_fields, mod
 from jaxalign.models.hf.config import POOLING
 from jaxalign.models.hf.files import local_folder, read_json, whole_folder, write_json
 from jaxalign.models.hf.tensors import plain_name, rules_of, theirs_widths
+from jaxalign.models.hf.weights import WRITER, open_tensors
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.models.lora import TARGETS, Lora, check_fits, pad_rank, pairs
 from jaxalign.types import Array, Params
@@ -103,7 +103,7 @@ def save_adapter(
         if _hosts.is_first():
             with whole_folder(path, overwrite=overwrite) as temporary:
                 write_json(temporary / "adapter_config.json", values)
-                save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+                save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt", "writer": WRITER})
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
 
@@ -135,21 +135,22 @@ class AdapterFile(NamedTuple):
     """The values of adapter_config.json."""
 
 
-def read_adapter(folder: pathlib.Path, config: Config) -> AdapterFile:
+def read_adapter(folder: pathlib.Path, config: Config, *, check_finite: bool | None = None) -> AdapterFile:
     """Reads an adapter's folder.
 
     Args:
       folder: holds adapter_config.json and adapter_model.safetensors.
       config: of the model that it belongs to.
+      check_finite: as in `folders.load`.
 
     Raises:
       ValueError: a field that is not supported (`adapter_fields.check_fields`); tensors that are missing, surplus or
-        misshapen, by name; a missing file.
+        misshapen, or not finite, by name; a file that is missing or cannot be read.
     """
     path = folder / "adapter_config.json"
     values = read_json(path)
     check_fields(values, path, stored_in_out=_stored_in_out(config))
-    tensors = _read_tensors(folder)
+    tensors = _read_tensors(folder, check_finite)
     products = {}
     for place, rule in _projections(config).items():
         inside, *outside = _shapes(config)[place]
@@ -211,7 +212,7 @@ def load_adapter(path: str | pathlib.Path, lm: LanguageModel) -> tuple[Lora, Par
     )
 
 
-def _read_tensors(folder: pathlib.Path) -> dict[str, Array]:
+def _read_tensors(folder: pathlib.Path, finite: bool | None) -> dict[str, Array]:
     """Name of a tensor in the model, wrappers left out -> the tensor, in the file's dtype."""
     file = folder / "adapter_model.safetensors"
     if not file.exists():
@@ -219,12 +220,14 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, Array]:
         beside = f" but {named(pickled)}; load and save it in peft, which writes safetensors" if pickled else ""
         raise ValueError(f"{file.name}: expected in the folder, found no file {file}{beside}")
     tensors = {}
-    with safe_open(file, framework="flax") as handle:
-        for key in handle.keys():  # noqa: SIM118
+    with open_tensors(file, "flax") as opened:
+        finite = not opened.is_ours() if finite is None else finite
+        for key in opened.names():
+            opened.shape(key)  # which refuses integers
             name = plain_name(key)
             if not name.startswith(_PREFIX):
                 raise ValueError(f"{file.name}: expected names that begin with {_PREFIX!r}, found {key} in {folder}")
-            tensors[name.removeprefix(_PREFIX)] = handle.get_tensor(key)
+            tensors[name.removeprefix(_PREFIX)] = opened.read(key, finite=finite)
     return tensors
 
 

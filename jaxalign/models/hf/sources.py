@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 from jaxalign.models.config import Config, Head
 from jaxalign.models.hf.config import read_pooling
+from jaxalign.models.hf.fields import is_integer
 from jaxalign.models.hf.files import local_folder, read_json, tell
 from jaxalign.models.hf.peft import AdapterFile, read_adapter
 from jaxalign.models.hf.tensors import Edits
@@ -130,17 +131,17 @@ def _chain(name: str, base: str | None, *, revision: str | None, seen: tuple[pat
     return (folder, *_chain(named, None, revision=revision, seen=seen))
 
 
-def merge_plan(source: Source, config: Config) -> tuple[Config, Edits]:
+def merge_plan(source: Source, config: Config, *, check_finite: bool | None = None) -> tuple[Config, Edits]:
     """What the adapters of a source make of its base: the config of the whole model, and the edits of its tensors.
 
     A score among an adapter's saved modules makes a reward model of a language model, as a …ForSequenceClassification
     class of transformers does it; it is not read at the pad id of the tokenizer in the adapter's folder, where one is
-    saved there, else of the base. An lm_head unties tied embeddings.
+    saved there, else of the base. An lm_head unties tied embeddings. check_finite: as in `folders.load`.
     """
     products: dict[str, list[tuple[Array, Array, float]]] = {}
     replaced: dict[str, Array] = {}
     for folder in source.adapters:
-        found = read_adapter(folder, config)
+        found = read_adapter(folder, config, check_finite=check_finite)
         config = _config_with(config, found, folder)
         for key, product in found.products.items():
             products.setdefault(key, []).append(product)
@@ -178,7 +179,11 @@ def _pad_id(folder: pathlib.Path) -> int | None:
     token = read_json(folder / "tokenizer_config.json").get("pad_token")
     token = token.get("content") if isinstance(token, dict) else token
     values = read_json(folder / "tokenizer.json")
-    added = {one.get("content"): one.get("id") for one in values.get("added_tokens") or []}
-    vocab = (values.get("model") or {}).get("vocab")
-    found = added.get(token, vocab.get(token) if isinstance(vocab, dict) else None)
-    return found if isinstance(found, int) else None
+    model, added = values.get("model"), values.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = dict(vocab) if isinstance(vocab, dict) else {}
+    for one in added if isinstance(added, list) else []:
+        if isinstance(one, dict) and isinstance(one.get("content"), str):
+            ids[one["content"]] = one.get("id")
+    found = ids.get(token) if isinstance(token, str) else None
+    return found if is_integer(found) else None

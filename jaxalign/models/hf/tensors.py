@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 
 from jaxalign import _hosts
 from jaxalign.models import sharding
@@ -34,6 +33,7 @@ from jaxalign.models.families import (
     write_out,
 )
 from jaxalign.models.hf.files import read_json, tell
+from jaxalign.models.hf.weights import open_tensors
 from jaxalign.models.hf.writing import Planned, write_tensors
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.types import Params
@@ -85,11 +85,21 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index.name}: expected a weight_map of tensors to files, found {weight_map!r} in {index}")
+    outside = [name for name in weight_map.values() if not _is_file_name(name)]
+    if outside:
+        raise ValueError(
+            f"{index.name}: expected names of safetensors files in the folder, found {outside[0]!r:.200} in {index}"
+        )
     files = sorted(set(weight_map.values()))
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{index.name}: expected its {len(files)} files in {folder}, found no {named(missing)}")
     return [folder / name for name in files]
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether an index's entry is the name of a file beside it: a path may lead out of the folder."""
+    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\\0")
 
 
 def no_weights(folder: pathlib.Path) -> str:
@@ -98,7 +108,10 @@ def no_weights(folder: pathlib.Path) -> str:
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if not pickles:
         return expected
-    architecture = (read_json(folder / "config.json").get("architectures") or ["LlamaForCausalLM"])[0]
+    named_there = read_json(folder / "config.json").get("architectures")
+    architecture = named_there[0] if isinstance(named_there, list) and named_there else "LlamaForCausalLM"
+    if not str(architecture).isidentifier():  # it becomes a part of a command
+        architecture = "AutoModelForCausalLM"
     return (
         f"{expected} but {named(path.name for path in pickles)}, which torch pickled and which are not opened here; "
         f'where you trust them, this writes safetensors (it needs torch): python -c "import transformers as t; '
@@ -111,8 +124,8 @@ def _files(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
     otherwise."""
     found: dict[str, tuple[pathlib.Path, str]] = {}
     for file in _weight_files(folder):
-        with safe_open(file, framework="flax") as handle:
-            for key in handle.keys():  # noqa: SIM118
+        with open_tensors(file) as opened:
+            for key in opened.names():
                 name = plain_name(key)
                 if name in found and found[name][1] != key:
                     raise ValueError(f"{file}: expected one tensor {name}, found {found[name][1]} and {key}")
@@ -132,16 +145,25 @@ class Stored:
     """Reads a part, or all."""
 
 
-def read_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits = Edits()) -> Params:  # noqa: B008
+def read_params(
+    folder: pathlib.Path,
+    lm: LanguageModel,
+    edits: Edits = Edits(),  # noqa: B008
+    *,
+    check_finite: bool | None = None,
+) -> Params:
     """The parameters of a folder's safetensors, with the edits of adapters, in the model's dtype and on its mesh. Array
     by array, and of each what this machine's devices hold: neither the model nor the sum of its files is in memory."""
-    with stored_params(folder, lm, edits) as found:
+    with stored_params(folder, lm, edits, check_finite=check_finite) as found:
         return jax.tree_util.tree_map_with_path(lambda path, x: _placed(lm, sharding.path_name(path), x), found)
 
 
 @contextlib.contextmanager
-def stored_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits) -> Iterator[Params]:
-    """The parameters of a folder's safetensors as a tree of `Stored` arrays, which can be read while this is open."""
+def stored_params(
+    folder: pathlib.Path, lm: LanguageModel, edits: Edits, *, check_finite: bool | None = None
+) -> Iterator[Params]:
+    """The parameters of a folder's safetensors as a tree of `Stored` arrays, which can be read while this is open.
+    check_finite: whether NaN and infinities raise when they are read; None: in files that others wrote."""
     table, family = rules_of(lm.config), FAMILIES[lm.config.family]
     wanted = [key for rule in table for key in rule.theirs]
     files = _with_prefix(_files(folder), family.prefix, wanted)
@@ -164,22 +186,29 @@ def stored_params(folder: pathlib.Path, lm: LanguageModel, edits: Edits) -> Iter
     if lm.mesh is not None:
         sharding.placements(shapes, lm.mesh)  # what does not divide is named before anything is read
     with contextlib.ExitStack() as stack:
-        handles = {
-            file: stack.enter_context(safe_open(file, "numpy")) for file in sorted({f for f, _ in files.values()})
+        handles = {file: stack.enter_context(open_tensors(file)) for file in sorted({f for f, _ in files.values()})}
+        checked = {
+            file: not opened.is_ours() if check_finite is None else check_finite for file, opened in handles.items()
         }
 
-        def slice_of(key: str) -> Any:
+        def shape_of(key: str) -> tuple[int, ...]:
             if key in edits.replaced:
-                return np.asarray(edits.replaced[key])
-            return handles[files[key][0]].get_slice(files[key][1])
+                return tuple(edits.replaced[key].shape)
+            return handles[files[key][0]].shape(files[key][1])
+
+        def part_of(key: str, index: Index) -> np.ndarray:
+            if key in edits.replaced:
+                return np.asarray(np.asarray(edits.replaced[key])[index])
+            file, name = files[key]
+            return np.asarray(handles[file].read(name, index, finite=checked[file]))
 
         def stored(rule: Rule) -> Stored:
             shape = flat[rule.ours].shape
             for key, expected in zip(rule.theirs, their_shapes(lm.config, rule, shape), strict=True):
-                _check_shape(key, slice_of(key), expected, edits.products.get(key, ()), rule.transpose)
+                _check_shape(key, shape_of(key), expected, edits.products.get(key, ()), rule.transpose)
 
             def read(key: str, index: Index) -> np.ndarray:
-                return _added(np.asarray(slice_of(key)[index]), index, edits.products.get(key, ()), rule.transpose)
+                return _added(part_of(key, index), index, edits.products.get(key, ()), rule.transpose)
 
             return Stored(shape, jnp.dtype(lm.dtype), functools.partial(_part, lm, rule, shape, read))
 
@@ -268,9 +297,10 @@ def whole_array(config: Config, rule: Rule, shape: tuple[int, ...], read: Read) 
     return np.asarray(fused).reshape(shape)
 
 
-def _check_shape(key: str, found: Any, expected: tuple[int, ...], products: Sequence[Product], transpose: bool) -> None:
+def _check_shape(
+    key: str, shape: tuple[int, ...], expected: tuple[int, ...], products: Sequence[Product], transpose: bool
+) -> None:
     """ValueError for a tensor of another shape than the config says, or its adapter."""
-    shape = tuple(found.shape if isinstance(found, np.ndarray) else found.get_shape())
     for a, b, _ in products:
         adapted = (b.shape[0], a.shape[1]) if transpose else (a.shape[1], b.shape[0])
         if shape != adapted:

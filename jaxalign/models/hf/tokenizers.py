@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign._transformers import transformers
-from jaxalign.models.hf.files import local_folder, read_json, tell
+from jaxalign.models.hf.fields import is_integer, printed
+from jaxalign.models.hf.files import check_regular, local_folder, read_json, tell
 from jaxalign.models.hf.sources import find_source, split_source
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder holds one of these, or it has no tokenizer."""
+
+TEMPLATES = "additional_chat_templates"
+"""The folder of further templates."""
 
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
 """Names of transformers' class that reads any tokenizer.json."""
@@ -48,9 +52,17 @@ def tokenizer(path: str | pathlib.Path, *, chat_template: str = "") -> Any:
         folder = next((place for place in find_source(path).folders if _has_files(place)), folder)
     if not _has_files(folder):
         raise ValueError(f"tokenizer: expected tokenizer files in the folder, found none in {folder}")
+    for path in _all_files(folder):
+        check_regular(path)
     loaded = _read(folder)
     loaded.chat_template = _one_template(loaded.chat_template, chat_template, folder)
     return loaded
+
+
+def _all_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What transformers may open for a tokenizer."""
+    ends = {".json", ".model", ".jinja", ".txt"}
+    return [path for place in (folder, folder / TEMPLATES) for path in place.glob("*") if path.suffix in ends]
 
 
 def _has_files(folder: pathlib.Path) -> bool:
@@ -70,7 +82,17 @@ def _read(folder: pathlib.Path) -> Any:
     reader = library.PreTrainedTokenizerFast if _is_generic(folder) else library.AutoTokenizer
     try:
         loaded = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of transformers, of tokenizers, or of whatever a file's reader raises
+        if not (folder / "tokenizer_config.json").exists():
+            if alone:
+                _write_bos(loaded, folder)
+            _name_specials(loaded, folder)
+        _tell_differences(loaded, folder)
+    except UserWarning:
+        raise
+    except BaseException as error:  # of transformers, of tokenizers, or of whatever a file's reader raises
+        # The reader of tokenizer.json ends some files by a panic, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         for name in ("tokenizer_config.json", "config.json"):
             code = read_json(folder / name).get("auto_map") if (folder / name).exists() else None
             if code:
@@ -80,11 +102,6 @@ def _read(folder: pathlib.Path) -> Any:
                 ) from error
         what = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"tokenizer: expected files that can be read in {folder}, found: {what[0]}") from error
-    if not (folder / "tokenizer_config.json").exists():
-        if alone:
-            _write_bos(loaded, folder)
-        _name_specials(loaded, folder)
-    _tell_differences(loaded, folder)
     return loaded
 
 
@@ -131,7 +148,8 @@ def _name_specials(loaded: Any, folder: pathlib.Path) -> None:
         for name in ("generation_config.json", "config.json"):
             found = read_json(folder / name).get(f"{role}_id") if (folder / name).exists() else None
             first = found[0] if isinstance(found, list) and found else found
-            token = loaded.convert_ids_to_tokens(first) if isinstance(first, int) else None
+            # Of ids that are none: transformers' vocabulary counts in unsigned 32 bits.
+            token = loaded.convert_ids_to_tokens(first) if is_integer(first) and 0 <= first < len(loaded) else None
             if token is not None:
                 setattr(loaded, role, token)
                 named.append(f"{role} {token!r} of {name}")
@@ -161,7 +179,9 @@ def _one_template(found: Any, wanted: str, folder: pathlib.Path) -> str | None:
     if not isinstance(found, Mapping):
         if wanted:
             raise ValueError(f"chat_template: expected several named templates in {folder}, found no {wanted!r}")
-        return None if found is None else str(found)
+        if found is not None and not isinstance(found, str):
+            raise ValueError(f"chat_template: expected a text or named texts in {folder}, found {printed(found)}")
+        return found
     names = sorted(found)
     name = wanted or "default"
     if name not in found:
@@ -169,4 +189,6 @@ def _one_template(found: Any, wanted: str, folder: pathlib.Path) -> str | None:
         raise ValueError(f"chat_template: expected one of {names} in {folder}, found no {name!r}{how}")
     if not wanted and len(names) > 1:
         tell(f"{folder}: of the chat templates {names} the one named 'default' is used")
+    if not isinstance(found[name], str):
+        raise ValueError(f"chat_template: expected a text under {name!r} in {folder}, found {printed(found[name])}")
     return str(found[name])

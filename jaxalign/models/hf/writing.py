@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxalign.models.hf.files import write_json
+from jaxalign.models.hf.weights import WRITER
 
 SHARD_BYTES = 4 << 30
 """Largest file that is written; a model beyond it is written in shards."""
@@ -92,7 +93,7 @@ def write_tensors(
 
 def _write_file(path: pathlib.Path, tensors: Sequence[Planned], take: Callable[[Planned], np.ndarray]) -> None:
     """A file in the form of safetensors: the length of the header, the header, the numbers."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", "writer": WRITER}}
     end = 0
     for one in tensors:
         begin, end = end, end + one.nbytes
