@@ -23,6 +23,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from jaxalign._files import printed, read_text
+
 C = TypeVar("C")
 
 
@@ -183,9 +185,9 @@ def _read(config: type[Any], path: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"config: expected a JSON or TOML file, found none at {path}")
     try:
-        text = file.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
-    except ValueError as error:  # of the encoding, of JSON and of TOML
+        text = read_text(file)
+        values = tomllib.loads(text.replace("\r\n", "\n")) if file.suffix == ".toml" else json.loads(text)
+    except (ValueError, RecursionError) as error:  # of the encoding, of JSON and of TOML
         raise ValueError(f"config: expected JSON or TOML in {path}, found {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config: expected field names and values in {path}, found a {type(values).__name__}")
@@ -219,7 +221,7 @@ def _checked(config: type[Any], values: Mapping[str, Any], where: str, *, name: 
     known, opened = _options(config), flat_values(config, values, where=where)
     unknown = sorted(set(opened) - set(known))
     if unknown:
-        raise ValueError(f"{name}: expected keys among {sorted(known)}, found {unknown} in {where}")
+        raise ValueError(f"{name}: expected keys among {sorted(known)}, found {printed(unknown)} in {where}")
     return {key: _typed(key, value, known[key], where) for key, value in opened.items()}
 
 
@@ -295,4 +297,4 @@ def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
     elif origin is None and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
     expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
-    raise ValueError(f"{name}: expected {expected}, found {value!r} in {where}")
+    raise ValueError(f"{name}: expected {expected}, found {printed(value)} in {where}")

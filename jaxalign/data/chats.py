@@ -64,7 +64,7 @@ def read_chat(value: Any, field: str) -> Chat:
         fields = {name: each for name, each in message.items() if each is not None}
         role = fields.get("role", fields.get("from"))
         if not isinstance(role, str):
-            raise RowError("messages", f"{form}, found fields {sorted(fields)} in {where}")
+            raise RowError("messages", f"{form}, found fields {sorted(fields)!r:.500} in {where}")
         if role.strip().lower() not in ROLES:
             raise RowError("role", f"expected a role among {', '.join(ROLES)}, found {role!r} in {where}")
         content = fields.get("content", fields.get("value"))

@@ -84,7 +84,9 @@ def _at(row: RawRow, path: str) -> Any:
         else:
             value = None
         if value is None:
-            raise RowError("column not there", f"expected the field {path} of columns, found fields {sorted(row)}")
+            raise RowError(
+                "column not there", f"expected the field {path} of columns, found fields {sorted(row)!r:.500}"
+            )
     return value
 
 

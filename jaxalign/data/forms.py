@@ -205,7 +205,7 @@ def summaries(row: RawRow) -> Content:
     heads = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: ", "post": "POST: ", "article": "Article: "}
     parts = [heads[name] + info[name] for name in names if isinstance(info.get(name), str)]
     if not isinstance(info.get(names[-1]), str):
-        raise RowError("type", f"expected text in info.post or info.article, found fields {sorted(info)}")
+        raise RowError("type", f"expected text in info.post or info.article, found fields {sorted(info)!r:.500}")
     both = dicts_in(row, "summaries")
     found = tuple(string_in(each, "text", f"summaries.{i}.") for i, each in enumerate(both))
     chosen = label_in(row, "choice", range(len(found)))
@@ -217,7 +217,7 @@ def conversation(row: RawRow) -> Content:
     """A whole conversation, under one of its names; beside a prompt that is its first user message."""
     name = next(name for name in CONVERSATIONS if name in row)
     if "prompt" in row and not row[name]:
-        raise RowError("fields", f"expected messages beside the prompt, found fields {sorted(row)} without one")
+        raise RowError("fields", f"expected messages beside the prompt, found fields {sorted(row)!r:.500} without one")
     chat = chats.read_chat(list_in(row, name), name)
     if isinstance(row.get("system"), str) and row["system"].strip():
         chat = chats.after_system([{"role": "system", "content": row["system"]}], chat)
@@ -228,7 +228,8 @@ def conversation(row: RawRow) -> Content:
     if first is None or not isinstance(asked, str) or (chat[first]["content"] or "").strip() != asked.strip():
         raise RowError(
             "prompt beside other messages",
-            f"expected the prompt to be the first user message of {name}, found fields {sorted(row)} that disagree",
+            f"expected the prompt to be the first user message of {name}, found fields {sorted(row)!r:.500} that "
+            "disagree",
         )
     return Content(chat[: first + 1], (chat,), (), (name,))
 
@@ -253,7 +254,7 @@ def text(row: RawRow, score: str) -> Content:
             raise RowError("type", f"expected text in text, found {type(whole).__name__}")
         return Content(None, (whole,), (), ("text",))
     if prompt is None:
-        raise RowError("fields", f"expected a row of a known form, found fields {sorted(row)}")
+        raise RowError("fields", f"expected a row of a known form, found fields {sorted(row)!r:.500}")
     if len(names) != 1 or "text" in row:
         return Content(_with_system(row, prompt))  # the prompt is clear, what answers it is not
     value = row[names[0]]
@@ -286,7 +287,7 @@ def _prompt(row: RawRow) -> Text | None:
     """The prompt, under one of its names; Alpaca's instruction is followed by its input."""
     names = [name for name in PROMPTS if name in row]
     if len(names) > 1:
-        raise RowError("fields", f"expected one prompt (columns say which), found fields {sorted(row)}")
+        raise RowError("fields", f"expected one prompt (columns say which), found fields {sorted(row)!r:.500}")
     if not names:
         return None
     prompt = _text_or_chat(row[names[0]], names[0])

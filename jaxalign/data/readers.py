@@ -242,7 +242,7 @@ def _read(
         except RowError as error:
             reason = str(error)
             if not isinstance(row, RowError) and ", found" not in reason:
-                reason += f", found fields {sorted(row)}"
+                reason += f", found fields {sorted(row)!r:.500}"
             if not skip_bad:
                 raise ValueError(f"{where}: {reason}") from None
             skipped += 1

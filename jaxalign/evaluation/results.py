@@ -98,7 +98,7 @@ def summarise(records: Sequence[Record]) -> list[Record]:
       "base" on the same prompts, by gold (by reward where there is no gold), ties half.
     """
     decisive = next((name for name in ("gold", "reward") if records and name in records[0]), None)
-    base = {r["index"]: r[decisive] for r in records if r["method"] == "base"} if decisive else {}
+    base = {r["index"]: r[decisive] for r in records if r["method"] == "base" and decisive in r} if decisive else {}
     groups: dict[Key, list[Record]] = {}
     for r in records:
         groups.setdefault((r["method"], r["beta"]), []).append(r)
@@ -117,7 +117,7 @@ def summarise(records: Sequence[Record]) -> list[Record]:
         row["diversity"] = metrics.mean_interval([metrics.diversity(r["tokens"]) for r in group]).mean
         if "coherence" in group[0]:
             row["coherence"] = metrics.mean_interval([r["coherence"] for r in group]).mean
-        if decisive and all(r["index"] in base for r in group):
+        if decisive and all(r["index"] in base and decisive in r for r in group):
             margin = [r[decisive] - base[r["index"]] for r in group]
             row |= _estimate("win_rate", [(m > 0) + 0.5 * (m == 0) for m in margin])
         rows.append(row)

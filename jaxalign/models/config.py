@@ -60,7 +60,10 @@ class Distribution:
     rank: int = 2
 
     def __post_init__(self) -> None:
-        points = tuple(float(point) for point in self.support)
+        given: Any = self.support
+        if not isinstance(given, tuple | list) or any(isinstance(point, str | bool) for point in given):
+            raise ValueError(f"support: expected a tuple of numbers, found {given!r:.200}")
+        points = tuple(float(point) for point in given)
         if len(points) < 2:
             raise ValueError(f"support: expected at least two points, found {points}")
         if not all(math.isfinite(point) for point in points):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxalign._blocks import accept_policy, verify_policy
 from jaxalign._builders import cached
+from jaxalign._files import printed
 from jaxalign._parts import check_policy_argument, start_policy, step_policy
 from jaxalign.policies._truncation import TemperatureParams, TopPParams, temperature, top_k, top_p
 from jaxalign.types import Array, Params, Policy, Prompts, State, StepOutput
@@ -95,11 +96,13 @@ def read_generation_config(fields: str | Mapping[str, Any]) -> Sampling:
         if name in READ or name in ABOUT_OTHER_THINGS or value is None:
             continue
         if name not in WITHOUT_EFFECT:
-            raise ValueError(f"generation_config: expected fields that are supported, found {name} = {value!r}")
+            raise ValueError(
+                f"generation_config: expected fields that are supported, found {printed(name)} = {printed(value)}"
+            )
         if value != WITHOUT_EFFECT[name]:
             raise ValueError(
                 f"generation_config: expected {name} = {WITHOUT_EFFECT[name]!r}, as no decoder here follows it, "
-                f"found {value!r}"
+                f"found {printed(value)}"
             )
     given = {name: values[name] for name in READ if values.get(name) is not None}
     heat = _number(given, "temperature", 1.0)
@@ -111,7 +114,7 @@ def read_generation_config(fields: str | Mapping[str, Any]) -> Sampling:
         ("top_p", 0 < mass <= 1, "a number in (0, 1]"),
     ):
         if not valid:
-            raise ValueError(f"generation_config: expected {expected} as {name}, found {given[name]!r}")
+            raise ValueError(f"generation_config: expected {expected} as {name}, found {printed(given[name])}")
     if given.get("do_sample") is False:
         return Sampling(temperature=0.0)
     return Sampling(heat, int(k) or None, mass)
@@ -120,7 +123,7 @@ def read_generation_config(fields: str | Mapping[str, Any]) -> Sampling:
 def _number(given: Mapping[str, Any], name: str, default: float) -> float:
     value = given.get(name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"generation_config: expected a number as {name}, found {value!r}")
+        raise ValueError(f"generation_config: expected a number as {name}, found {printed(value)}")
     return float(value)
 
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxalign._files import parse_json, read_text
+from jaxalign.evaluation.report import checks
 from jaxalign.evaluation.results import Key, Record
 
 PASSED_OVER = {"model", "checkpoints", "tensorboard", "wandb", "states", "data"}
 """Folders inside a run that hold no responses and no metrics."""
-NEEDED = ("method", "beta", "index", "prompt", "response", "tokens", "kl", "kl_kind", "truncated")
-"""Fields of a line of responses that the report reads."""
-INSPECTED = ("method", "beta", "index", "pieces")
-"""Fields of a line of tokens.jsonl that it reads."""
-NUMBERS = ("gold", "reward", "kl")
-"""Those whose means it shows, where they are there."""
 
 
 class Decoded(NamedTuple):
@@ -122,8 +117,8 @@ def _read_run(name: str, path: pathlib.Path) -> Run:
         raise ValueError(f"runs: expected responses.jsonl or metrics.jsonl in {path}, found neither, at any depth")
     _check_once(decoded)
     trained.sort(key=lambda run: _begun(run.path))
-    seconds = _json(path / "timings.json") or {}
-    return Run(name, path, decoded, trained, _json(path / "config.json"), seconds, notes)
+    seconds = _object(path / "timings.json", numbers=True) or {}
+    return Run(name, path, decoded, trained, _object(path / "config.json"), seconds, notes)
 
 
 def _check_once(decoded: Sequence[Decoded]) -> None:
@@ -157,16 +152,15 @@ def _begun(folder: pathlib.Path) -> float:
 def _read_decoded(folder: pathlib.Path, inside: str, files: Sequence[pathlib.Path], notes: list[str]) -> Decoded:
     whole = folder / "responses.jsonl"
     records: dict[tuple[Any, ...], Record] = {}
+    scored: dict[Key, set[str]] = {}
     for path in [whole] if whole.exists() else files:
         for row, record in enumerate(_lines(path), start=1):
-            lacking = [field for field in NEEDED if field not in record]
-            if lacking:
-                raise ValueError(f"{path}: expected {', '.join(NEEDED)} in each line, found no {lacking[0]} in {row}")
-            wrong = [
-                name for name in NUMBERS if isinstance(record.get(name), float) and not math.isfinite(record[name])
-            ]
-            if wrong:
-                raise ValueError(f"{path}: expected a finite {wrong[0]}, found {record[wrong[0]]} in line {row}")
+            checks.check_line(record, checks.RESPONSE, checks.SCORES, where=str(path), row=row)
+            key, scores = (record["method"], record["beta"]), {name for name in checks.SCORES if name in record}
+            if scored.setdefault(key, scores) != scores:
+                raise ValueError(
+                    f"{path}: expected {sorted(scored[key])} as of the lines before, found {sorted(scores)} in {row}"
+                )
             records[record["method"], record["beta"], record["index"]] = record
     if not whole.exists():
         notes.append(
@@ -177,27 +171,25 @@ def _read_decoded(folder: pathlib.Path, inside: str, files: Sequence[pathlib.Pat
         notes.append(f"{inside}: there is no summary.json, so that tokens per second are not known.")
     if rows is not None and not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
         raise ValueError(f"{folder / 'summary.json'}: expected a list of rows, found {type(rows).__name__}")
+    for number, line in enumerate(rows or [], start=1):
+        checks.check_line(line, checks.SUMMARY, checks.SPEED, where=str(folder / "summary.json"), row=number)
     speeds = {(row["method"], row["beta"]): row.get("tokens_per_second") for row in rows or []}
     inspected = folder / "tokens.jsonl"
-    options = _json(folder / "config.json")
+    options = _object(folder / "config.json")
     if options is None:
         notes.append(f"{inside}: there is no config.json, so that its command is not known.")
     tokens = _lines(inspected) if inspected.exists() else []
     for row, line in enumerate(tokens, start=1):
-        if lacking := [field for field in INSPECTED if field not in line]:
-            raise ValueError(
-                f"{inspected}: expected {', '.join(INSPECTED)} in each line, found no {lacking[0]} in {row}"
-            )
-    return Decoded(folder, list(records.values()), options, _json(folder / "versions.json"), speeds, tokens)
+        checks.check_line(line, checks.INSPECTED, {}, where=str(inspected), row=row)
+    return Decoded(folder, list(records.values()), options, _object(folder / "versions.json"), speeds, tokens)
 
 
 def _read_trained(folder: pathlib.Path, inside: str, notes: list[str]) -> Trained:
     path = folder / "metrics.jsonl"
     lines = _lines(path)
     for row, line in enumerate(lines, start=1):
-        if "step" not in line:
-            raise ValueError(f"{path}: expected a step in each line, found none in {row}")
-    summary = _json(folder / "summary.json")
+        checks.check_metrics(line, where=str(path), row=row)
+    summary = _object(folder / "summary.json")
     if summary is None:
         notes.append(
             f"{inside}: training was not finished; the curve ends at step {lines[-1]['step'] if lines else 0}."
@@ -207,28 +199,32 @@ def _read_trained(folder: pathlib.Path, inside: str, notes: list[str]) -> Traine
         folder.name if inside == "." else inside,
         lines,
         summary or {},
-        _json(folder / "config.json"),
-        _json(folder / "versions.json"),
+        _object(folder / "config.json"),
+        _object(folder / "versions.json"),
     )
 
 
 def _json(path: pathlib.Path) -> Any:
     """A JSON file; None where there is none."""
+    return parse_json(read_text(path), str(path)) if path.exists() else None
+
+
+def _object(path: pathlib.Path, *, numbers: bool = False) -> dict[str, Any] | None:
+    """A JSON file that holds an object; None where there is none."""
     if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, found {error}") from error
+    values: dict[str, Any] = _json(path)
+    checks.check_object(values, where=str(path), numbers=numbers)
+    return values
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """The whole lines of a file; a last line without its end was cut short and is left out."""
     found = []
-    for row, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    for row, line in enumerate(read_text(path).split("\n")[:-1], start=1):
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: expected a JSON object in line {row}, found {error}") from error
         if not isinstance(value, dict):
             raise ValueError(f"{path}: expected a JSON object in line {row}, found a {type(value).__name__}")

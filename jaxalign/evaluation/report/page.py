@@ -63,7 +63,7 @@ def write_report(
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(text.encode("utf-8", "replace"))  # half a surrogate pair has no UTF-8
     temporary.replace(path)
     return notes
 

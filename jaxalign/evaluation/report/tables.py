@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jaxalign._files import is_number
 from jaxalign.evaluation.report.folders import Run
 from jaxalign.evaluation.report.numbers import Table, overshoots, win_rate
 from jaxalign.evaluation.results import Record
@@ -158,7 +159,7 @@ def training(runs: Sequence[Run]) -> str:
         for part in run.trained:
             losses = [line["loss"] for line in part.lines if line.get("loss") is not None]
             speeds = sorted(line["tokens_per_second"] for line in part.lines if line.get("tokens_per_second"))
-            kept = {k: v for k, v in part.summary.items() if isinstance(v, int | float) and not k.endswith("rows")}
+            kept = {k: v for k, v in part.summary.items() if is_number(v) and not k.endswith("rows")}
             cells = [
                 number(part.lines[-1]["step"] if part.lines else None, 0),
                 number(losses[0] if losses else None, 3),

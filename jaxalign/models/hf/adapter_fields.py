@@ -10,8 +10,9 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+from jaxalign._files import printed
 from jaxalign.models.block import MOST
-from jaxalign.models.hf.fields import is_integer, printed
+from jaxalign.models.hf.fields import is_integer
 
 NEUTRAL = (
     "auto_mapping",  # which class of transformers the base was

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
+from jaxalign._files import is_number, printed
 from jaxalign.models.block import MOST, MOST_LAYERS
 
 MOST_EXPERTS = 1_000_000
@@ -165,15 +166,10 @@ def _check_rope(settings: Any, layout: str) -> None:
     _flag(settings, "truncate", f"{layout}.truncate")
     for name in ("mscale", "mscale_all_dim"):
         value = settings.get(name)
-        if value is not None and not (_is_number(value) and value >= 0):
+        if value is not None and not (is_number(value) and value >= 0):
             raise ValueError(f"{layout}.{name}: expected a finite number >= 0, found {printed(value)}")
     for name in ("short_factor", "long_factor"):
-        _list(settings, name, lambda each: _is_number(each) and each > 0, "a list of numbers > 0", f"{layout}.{name}")
-
-
-def _is_number(value: Any) -> bool:
-    # The bound keeps what Python holds as an integer within a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+        _list(settings, name, lambda each: is_number(each) and each > 0, "a list of numbers > 0", f"{layout}.{name}")
 
 
 def _integer(values: Mapping[str, Any], name: str, least: int, most: int, shown: Mapping[str, str]) -> None:
@@ -184,7 +180,7 @@ def _integer(values: Mapping[str, Any], name: str, least: int, most: int, shown:
 
 def _positive(values: Mapping[str, Any], name: str, shown: str) -> None:
     value = values.get(name)
-    if value is not None and not (_is_number(value) and value > 0):
+    if value is not None and not (is_number(value) and value > 0):
         raise ValueError(f"{shown}: expected a finite number > 0, found {printed(value)}")
 
 
@@ -197,11 +193,3 @@ def _list(values: Mapping[str, Any], name: str, fits: Callable[[Any], bool], exp
     value = values.get(name)
     if value is not None and not (isinstance(value, list | tuple) and all(fits(each) for each in value)):
         raise ValueError(f"{shown or name}: expected {expected}, found {printed(value)}")
-
-
-def printed(value: Any) -> str:
-    """A value for a message, of at most 200 letters; an integer of thousands of digits has no text in Python."""
-    try:
-        return f"{value!r:.200}"
-    except ValueError:
-        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__

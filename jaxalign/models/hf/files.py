@@ -7,11 +7,12 @@ import json
 import pathlib
 import re
 import shutil
-import stat
 import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Any
+
+from jaxalign._files import read_text
 
 
 @contextlib.contextmanager
@@ -66,37 +67,6 @@ def local_folder(path: str | pathlib.Path, *, revision: str | None = None) -> pa
                 f"path: expected a folder or a model of the hub, found no folder {path}; {reason}"
             ) from error
     raise ValueError(f"path: expected a folder with config.json and safetensors, found none at {folder}")
-
-
-MOST_BYTES = 1 << 30
-"""The largest JSON file that is read whole."""
-
-
-def check_regular(path: pathlib.Path) -> None:
-    """ValueError for what is no regular file: reading a pipe would wait for its other end."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise ValueError(f"{path.name}: expected a file that can be read, found {error.strerror} at {path}") from error
-    if not stat.S_ISREG(mode):
-        kind = next((what for test, what in KINDS if test(mode)), "another thing")
-        raise ValueError(f"{path.name}: expected a file, found {kind} at {path}")
-
-
-KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
-
-
-def read_text(path: pathlib.Path) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark. ValueError for what cannot be read as such."""
-    check_regular(path)
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"{path.name}: expected at most {MOST_BYTES} bytes, found {path.stat().st_size} in {path}")
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path.name}: expected a file that can be read, found {error.strerror} at {path}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: expected UTF-8, found {error} in {path}") from error
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from jaxalign.models.config import Config
 from jaxalign.models.families import Rule, fuse, fused_shape, packed, split_sizes, unfuse, unpacked
 from jaxalign.models.hf.adapter_fields import MUST_BE, SCORES, check_fields, module_scale, targets
 from jaxalign.models.hf.config import POOLING
-from jaxalign.models.hf.files import local_folder, read_json, whole_folder, write_json
+from jaxalign.models.hf.files import local_folder, naming_file, read_json, whole_folder, write_json
 from jaxalign.models.hf.tensors import plain_name, rules_of, theirs_widths
 from jaxalign.models.hf.weights import WRITER, open_tensors
 from jaxalign.models.language_model import LanguageModel
@@ -192,7 +192,8 @@ def load_adapter(path: str | pathlib.Path, lm: LanguageModel) -> tuple[Lora, Par
         lm_head), which `models.load` of the folder merges.
     """
     folder = local_folder(path)
-    found = read_adapter(folder, lm.config)
+    with naming_file(folder):
+        found = read_adapter(folder, lm.config)
     if found.saved:
         raise ValueError(
             f"modules_to_save: expected low-rank products alone, found {named(found.saved)} in {folder}; "

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 from jaxalign.models.config import Config, Head
 from jaxalign.models.hf.config import read_pooling
 from jaxalign.models.hf.fields import is_integer
-from jaxalign.models.hf.files import local_folder, read_json, tell
+from jaxalign.models.hf.files import local_folder, naming_file, read_json, tell
 from jaxalign.models.hf.peft import AdapterFile, read_adapter
 from jaxalign.models.hf.tensors import Edits
 from jaxalign.types import Array
@@ -141,8 +141,9 @@ def merge_plan(source: Source, config: Config, *, check_finite: bool | None = No
     products: dict[str, list[tuple[Array, Array, float]]] = {}
     replaced: dict[str, Array] = {}
     for folder in source.adapters:
-        found = read_adapter(folder, config, check_finite=check_finite)
-        config = _config_with(config, found, folder)
+        with naming_file(folder):
+            found = read_adapter(folder, config, check_finite=check_finite)
+            config = _config_with(config, found, folder)
         for key, product in found.products.items():
             products.setdefault(key, []).append(product)
         replaced |= found.saved

@@ -32,7 +32,7 @@ from jaxalign.models.families import (
     unstack_experts,
     write_out,
 )
-from jaxalign.models.hf.files import read_json, tell
+from jaxalign.models.hf.files import naming_file, read_json, tell
 from jaxalign.models.hf.weights import open_tensors
 from jaxalign.models.hf.writing import Planned, write_tensors
 from jaxalign.models.language_model import LanguageModel
@@ -133,6 +133,12 @@ def _files(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
     return found
 
 
+@functools.lru_cache(maxsize=8)
+def shapes_of(lm: LanguageModel) -> Any:
+    """The tree of a model's parameters as shapes."""
+    return jax.eval_shape(lm.init, jax.random.key(0))
+
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """One of our arrays that lies in a folder's files until it is read."""
@@ -179,7 +185,7 @@ def stored_params(
             f"tensors of {folder}: missing {named(missing)}; surplus {named(surplus)} "
             f"for a {lm.config.family} model with head {lm.config.head}"
         )
-    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    shapes = shapes_of(lm)
     flat: dict[str, Any] = {sharding.path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     if sorted(flat) != sorted(rule.ours for rule in table):
         raise AssertionError("jaxalign.models.families and the transformer name different parameters")
@@ -205,7 +211,8 @@ def stored_params(
         def stored(rule: Rule) -> Stored:
             shape = flat[rule.ours].shape
             for key, expected in zip(rule.theirs, their_shapes(lm.config, rule, shape), strict=True):
-                _check_shape(key, shape_of(key), expected, edits.products.get(key, ()), rule.transpose)
+                with naming_file(files[key][0] if key in files else folder):
+                    _check_shape(key, shape_of(key), expected, edits.products.get(key, ()), rule.transpose)
 
             def read(key: str, index: Index) -> np.ndarray:
                 return _added(part_of(key, index), index, edits.products.get(key, ()), rule.transpose)
@@ -391,7 +398,7 @@ def fetch_all(lm: LanguageModel, params: Params) -> None:
 def check_params(lm: LanguageModel, params: Params) -> None:
     """ValueError for parameters that are not this model's, naming them."""
     flat = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    shapes = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lm.init, jax.random.key(0)))
+    shapes = jax.tree_util.tree_leaves_with_path(shapes_of(lm))
     expected = {sharding.path_name(path): leaf.shape for path, leaf in shapes}
     if set(flat) != set(expected):
         raise ValueError(

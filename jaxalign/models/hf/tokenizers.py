@@ -7,9 +7,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign._files import check_regular, printed
 from jaxalign._transformers import transformers
-from jaxalign.models.hf.fields import is_integer, printed
-from jaxalign.models.hf.files import check_regular, local_folder, read_json, tell
+from jaxalign.models.hf.fields import is_integer
+from jaxalign.models.hf.files import local_folder, read_json, tell
 from jaxalign.models.hf.sources import find_source, split_source
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

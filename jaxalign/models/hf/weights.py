@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.models.hf.files import check_regular
+from jaxalign._files import check_regular
 
 WRITER = "jaxalign"
 """What the metadata of our own files have under "writer": their numbers were checked by whoever made them."""
