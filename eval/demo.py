@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _hosts, _io, commands, decoding, metrics, policies, tree
+from jaxalign import _hosts, _io, _runs, commands, decoding, metrics, policies, tree
 from jaxalign.evaluation.exact_laws import METHODS, Point, critic_tables, exact_law, plot, print_table
 from jaxalign.types import Array
 
@@ -68,7 +68,7 @@ def run(config: Config) -> list[Point]:
     _hosts.check_single("eval.demo")
     check(config)
     t = tree.Tree(config.vocab, config.horizon, eos_id=0)
-    out = _io.open_run(config.out, config)
+    out = _runs.open_run(config.out, config)
     base, reward = tree.random(jax.random.key(config.seed), t)
     log_base = tree.response_log_prob(t, base)
     prompts = tree.prompts(config.samples)

@@ -1,129 +1,236 @@
-"""JSON files that are whole or absent, and run folders that refuse another run's inputs."""
+"""Files that are whole or absent: one way to write them, and readers that name what is damaged.
+
+What is written lies under a temporary name first, is on disk before it takes its own name, and is removed where the
+write fails.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import glob
-import importlib.metadata
+import hashlib
+import io
 import json
 import os
 import pathlib
-import platform
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
-import jax
+import numpy as np
 
-from jaxalign import _hosts, _options
+from jaxalign import _hosts
 
-FREE = {"config", "out", "mesh", "profile", "peak_tflops", "device_memory", "track"}
-"""Options in which a run may differ when it goes on: they do not change what is computed, and numbers on another mesh
-are equal within rounding."""
+DIGEST = "digest"
+"""Name of the array of a .npz that holds the digest of the others."""
 
-PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
+SIDECAR = ".blake2b"
+"""What follows a file's name in the name of the file with its digest."""
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens a file to write: at the end of the block it is on disk under its name, after an error it is not there.
+
+    Args:
+      path: of the file; what stands there stays until the new one is whole.
+
+    Returns:
+      A context of a binary file.
+    """
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as sink:
+            yield sink
+            sink.flush()
+            os.fsync(sink.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def temporary_name(path: pathlib.Path) -> pathlib.Path:
+    """The name under which a file is written before it is whole."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Has the names in a folder on disk; file systems that cannot open a folder do so by themselves."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sync_tree(folder: pathlib.Path) -> None:
+    """Has all files below a folder on disk, and their names."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with (pathlib.Path(place) / name).open("rb") as source:
+                os.fsync(source.fileno())
+        sync_folder(pathlib.Path(place))
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text in UTF-8, whole or not at all."""
+    with whole_file(path) as sink:
+        sink.write(text.encode())
+
+
+def write_lines(path: pathlib.Path, rows: Iterable[Any], *, digest: bool = False) -> None:
+    """Writes JSON lines in ASCII, whole or not at all.
+
+    Args:
+      path: of the file.
+      rows: a line for each.
+      digest: keep the digest of the file beside it, which `check_digest` reads.
+    """
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if digest:  # before the file: one that stands there has its digest
+        write_text(sidecar(path), digest_of(text.encode()) + "\n")
+    write_text(path, text)
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """Indented JSON under a temporary name, then renamed; of several processes, all of which have to call it, the first
-    writes. ValueError for NaN and infinities, which are not JSON."""
+    """Indented JSON, whole or not at all; of several processes, all of which have to call it, the first writes.
+    ValueError for NaN and infinities, which are not JSON."""
     with _hosts.together():
         if _hosts.is_first():
-            _write_json(path, values)
+            write_own_json(path, values)
 
 
-def _write_json(path: pathlib.Path, values: Any) -> None:
-    text = json.dumps(values, indent=2, default=str, allow_nan=False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
+def write_own_json(path: pathlib.Path, values: Any) -> None:
+    """`write_json` by this process, whichever it is."""
+    write_text(path, json.dumps(values, indent=2, default=str, allow_nan=False) + "\n")
 
 
-def open_run(folder: str | os.PathLike[str], config: Any, *, inputs: Sequence[str] = ()) -> pathlib.Path:
-    """The run folder, with config.json, versions.json and inputs.json. A folder of another run is refused.
+def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+    """Writes a .npz with the digest of its arrays, whole or not at all."""
+    kept: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    with whole_file(path) as sink:
+        np.savez(sink, **kept, digest=np.asarray(_digest_of_arrays(kept)))
 
-    The same config opens the folder again, so that the run can go on. config.json holds the value of each option,
-    those of groups beside the config's own; an option that is not in it, since it came later, had its default.
+
+def _digest_of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of names, types, shapes and numbers."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        array = arrays[name]
+        found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def digest_of(data: bytes) -> str:
+    """The digest of bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def sidecar(path: pathlib.Path) -> pathlib.Path:
+    """The hidden file that holds the digest of a file beside it."""
+    return path.with_name(f".{path.name}{SIDECAR}")
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: pathlib.Path, *, then: str, kind: type = dict) -> Any:
+    """Reads a JSON file that a job wrote.
 
     Args:
-      folder: the run folder, new, empty or of this run.
-      config: dataclass of options; those of `FREE` are not compared.
-      inputs: files and folders that the run reads; their sizes and times of change are kept, since a run that goes on
-        with other weights would mix two runs.
+      path: of the file.
+      then: what the reader may do where it is damaged, for the error.
+      kind: dict or list.
 
     Returns:
-      The folder.
+      What it holds.
 
     Raises:
-      ValueError: the folder holds a run with another value of an option (it is named), or one whose inputs have changed
-        (the file is named), or files but no config.json; of several processes, one that does not see the folder of the
-        first, or has other options.
+      ValueError: it is empty, cut short or otherwise no JSON of that kind; the file and `then` are named.
+      FileNotFoundError: there is none.
     """
-    out = pathlib.Path(folder)
-    return _hosts.first_then_others(lambda: _open(out, config, inputs), lambda: _opened(out, config))
-
-
-def _opened(out: pathlib.Path, config: Any) -> pathlib.Path:
-    """The run folder that the first process has opened."""
-    if not (out / "config.json").exists():
-        raise ValueError(
-            f"out: expected a folder that all {_hosts.count()} processes share, found no config.json of process 0 in "
-            f"{out} on process {_hosts.index()} ({platform.node()})"
-        )
-    _check_options(out, config)
-    return out
-
-
-def _check_options(out: pathlib.Path, config: Any) -> None:
-    """ValueError where the run of a folder has another value of an option."""
-    stored, values = out / "config.json", _as_json(_options.flat(config))
-    options, found = type(config), json.loads(stored.read_text())
-    before = _as_json(_options.defaults(options)) | _options.flat_values(options, found, where=str(stored))
-    for name in sorted((set(values) | set(before)) - FREE):
-        if before.get(name) != values.get(name):
-            raise ValueError(
-                f"{name}: expected {before.get(name)!r} of the run in {out}, found {values.get(name)!r}; "
-                "name another --out, or remove that folder"
-            )
-
-
-def _open(out: pathlib.Path, config: Any, inputs: Sequence[str]) -> pathlib.Path:
-    values, stored = _as_json(_options.flat(config)), out / "config.json"
-    if stored.exists():
-        _check_options(out, config)
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"out: expected a new or empty folder, or one of this run, found files in {out}")
-    stamps, known = _stamps(inputs), out / "inputs.json"
-    if known.exists():
-        before = json.loads(known.read_text())
-        changed = sorted(name for name in set(before) | set(stamps) if before.get(name) != stamps.get(name))
-        if changed:
-            raise ValueError(
-                f"inputs: expected the files that the run in {out} began with, found {changed} changed; "
-                "name another --out, or remove that folder"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    for path, found in ((known, stamps), (stored, values), (out / "versions.json", versions())):
-        # Another run may read this folder and keep the times of its files: what is the same is not written again.
-        if not path.exists() or json.loads(path.read_text()) != found:
-            _write_json(path, found)
-    return out
-
-
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """The values as they are read from JSON again: tuples are lists."""
-    found: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    data = path.read_bytes()
+    try:
+        if not data.strip():
+            raise ValueError("an empty file")
+        found = json.loads(data.decode())
+        if not isinstance(found, kind):
+            raise ValueError(f"a JSON {type(found).__name__}")
+    except (ValueError, RecursionError) as error:  # of the encoding or of JSON
+        name = "object" if kind is dict else "array"
+        raise ValueError(f"{path.name}: expected a whole JSON {name}, found {error} in {path}; {then}") from None
     return found
 
 
-def changed_inputs(folder: pathlib.Path, *, inputs: Sequence[str]) -> list[str]:
-    """Of the files that `inputs` name, those that have changed since the run of a folder began with them."""
-    before, now = json.loads((folder / "inputs.json").read_text()), _stamps(inputs)
-    return sorted(name for name in now if name in before and before[name] != now[name])
+def read_arrays(path: pathlib.Path, names: Sequence[str], *, then: str) -> dict[str, np.ndarray]:
+    """Reads a .npz of `write_arrays`, or one from before there were digests.
+
+    Args:
+      path: of the file.
+      names: arrays that it has to hold.
+      then: what the reader may do where it is damaged, for the error.
+
+    Returns:
+      Name -> array, of all arrays.
+
+    Raises:
+      ValueError: the file is damaged or lacks an array; it and `then` are named.
+      FileNotFoundError: there is none.
+    """
+    data = path.read_bytes()
+    why = "a damaged file" if data else "an empty file"
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as source:
+            found: dict[str, np.ndarray] = {name: source[name] for name in source.files}
+        digest = found.pop(DIGEST, None)
+        if digest is not None and str(digest) != _digest_of_arrays(found):
+            why = "numbers of another digest"
+            raise ValueError
+        if lacking := [name for name in names if name not in found]:
+            why = f"none of {lacking}"
+            raise ValueError
+    except Exception:  # there are many of zip files and of numpy's format
+        text = f"{path.name}: expected the arrays {', '.join(names)}, found {why} in {path}; {then}"
+        raise ValueError(text) from None
+    return found
 
 
-def _stamps(inputs: Sequence[str]) -> dict[str, list[int]]:
-    """File -> [size in bytes, time of change in ns], for files and the files directly in folders."""
-    files = [path for name in inputs if name for part in expand_names(name) for path in _files(_without_split(part))]
-    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+def check_digest(path: pathlib.Path, *, then: str) -> None:
+    """Checks a file against the digest that was kept beside it.
+
+    Args:
+      path: of the file.
+      then: what the reader may do where it is damaged, for the error.
+
+    Raises:
+      ValueError: the file has another digest. One without a digest passes.
+    """
+    kept = sidecar(path)
+    if kept.exists() and kept.read_text(errors="replace").strip() != file_digest(path):
+        raise ValueError(f"{path.name}: expected the file as it was written, found another digest of {path}; {then}")
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """The digest of a file, read in parts."""
+    found = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as source:
+        while part := source.read(1 << 24):
+            found.update(part)
+    return found.hexdigest()
+
+
+def file_digests(paths: Sequence[pathlib.Path]) -> list[str]:
+    """The digests of files, several at a time."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(file_digest, paths))
 
 
 def expand_names(source: str | os.PathLike[str]) -> list[str]:
@@ -141,24 +248,3 @@ def expand_names(source: str | os.PathLike[str]) -> list[str]:
             continue
         names += sorted(glob.glob(part, recursive=True)) or [part]
     return names
-
-
-def _without_split(name: str) -> pathlib.Path:
-    """The folder of FOLDER@SPLIT."""
-    folder = pathlib.Path(name.rpartition("@")[0] or name)
-    return folder if folder.is_dir() and not os.path.exists(name) else pathlib.Path(name)
-
-
-def _files(path: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] * path.is_file()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, and the device."""
-    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -12,7 +12,7 @@ import pytest
 from safetensors.flax import load_file, save_file
 
 from eval import decode
-from jaxalign import _io, models
+from jaxalign import _runs, models
 from jaxalign.data import tokenizers
 from jaxalign.evaluation import specs
 from jaxalign.training import job, tables
@@ -199,9 +199,9 @@ def test_a_run_notices_that_the_base_of_its_adapter_has_changed(root, tmp_path):
     models.save_adapter(tmp_path / "adapter", lm, SPEC, adapter_of(lm, 0), base="../base")
     read = models.source_folders(str(tmp_path / "adapter"))
     assert [pathlib.Path(name).resolve() for name in read] == [tmp_path / "adapter", tmp_path / "base"]
-    before = _io._stamps(read), tables.folder_digest(tmp_path / "adapter")
+    before = _runs._inputs(read), tables.folder_digest(tmp_path / "adapter")
     models.save(tmp_path / "base", lm, jax.tree.map(lambda x: x + 1, params), overwrite=True)
-    after = _io._stamps(read), tables.folder_digest(tmp_path / "adapter")
+    after = _runs._inputs(read), tables.folder_digest(tmp_path / "adapter")
     assert before[0] != after[0]
     assert before[1] != after[1]
     assert models.source_folders("owner/model") == ("owner/model",)

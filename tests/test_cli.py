@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from jaxalign import _io, commands
+from jaxalign import _io, _runs, commands
 from jaxalign.models import sharding
 
 
@@ -113,43 +113,43 @@ def test_unknown_and_missing_options_end_the_program(tmp_path, capsys):
 def test_a_run_folder_holds_config_and_versions_and_its_config_runs_again(tmp_path):
     out = tmp_path / "a" / "run"
     config = parse("--model", "m", "--critic", "a", "--critic", "b", "--out", str(out))
-    assert _io.open_run(out, config) == out
+    assert _runs.open_run(out, config) == out
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "inputs.json", "versions.json"]
-    assert {"python", "device", *_io.PACKAGES} == set(json.loads((out / "versions.json").read_text()))
+    assert {"python", "device", *_runs.PACKAGES} == set(json.loads((out / "versions.json").read_text()))
     again = parse("--config", str(out / "config.json"))
     assert dataclasses.replace(again, config="") == config
-    _io.open_run(out, again)
+    _runs.open_run(out, again)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     out = tmp_path / "run"
-    _io.open_run(out, Config("m", out="x"))
-    _io.open_run(out, Config("m", out="y", config="z"))
+    _runs.open_run(out, Config("m", out="x"))
+    _runs.open_run(out, Config("m", out="y", config="z"))
     before = (out / "config.json").read_bytes()
     with pytest.raises(ValueError, match=r"^beta: expected \[1.0\] .* found \[2.0\]"):
-        _io.open_run(out, Config("m", beta=(2.0,)))
+        _runs.open_run(out, Config("m", beta=(2.0,)))
     assert (out / "config.json").read_bytes() == before
     # A field that one of the two lacks differs too.
     (out / "config.json").write_text(json.dumps(json.loads(before) | {"old_option": 1}))
     with pytest.raises(ValueError, match=r"^old_option"):
-        _io.open_run(out, Config("m"))
+        _runs.open_run(out, Config("m"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"^out: "):
-        _io.open_run(tmp_path / "mine", Config("m"))
+        _runs.open_run(tmp_path / "mine", Config("m"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
 def test_a_run_that_is_opened_again_is_an_unchanged_input_of_others(tmp_path):
     table, reader = tmp_path / "table", tmp_path / "reader"
-    _io.open_run(table, Config("m"))
-    _io.open_run(reader, Config("m"), inputs=[str(table)])
+    _runs.open_run(table, Config("m"))
+    _runs.open_run(reader, Config("m"), inputs=[str(table)])
     for path in table.iterdir():
         os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**9))  # as if it had been a while ago
     (reader / "inputs.json").unlink()
-    _io.open_run(reader, Config("m"), inputs=[str(table)])
-    _io.open_run(table, Config("m"))
-    _io.open_run(reader, Config("m"), inputs=[str(table)])
+    _runs.open_run(reader, Config("m"), inputs=[str(table)])
+    _runs.open_run(table, Config("m"))
+    _runs.open_run(reader, Config("m"), inputs=[str(table)])
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
@@ -189,15 +189,15 @@ def test_a_run_does_not_go_on_with_other_inputs(tmp_path):
     (model / "weights").write_text("1")
     (tmp_path / "prompts.txt").write_text("x")
     inputs = [str(model), str(tmp_path / "prompts.txt"), str(tmp_path / "hub-name")]
-    _io.open_run(out, Config("m"), inputs=inputs)
-    _io.open_run(out, Config("m"), inputs=inputs)
+    _runs.open_run(out, Config("m"), inputs=inputs)
+    _runs.open_run(out, Config("m"), inputs=inputs)
     stamp = os.stat(model / "weights")
     (model / "weights").write_text("2")
     os.utime(model / "weights", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
     with pytest.raises(ValueError, match=r"^inputs: .*model/weights"):
-        _io.open_run(out, Config("m"), inputs=inputs)
+        _runs.open_run(out, Config("m"), inputs=inputs)
     os.utime(model / "weights", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    _io.open_run(out, Config("m"), inputs=inputs)
+    _runs.open_run(out, Config("m"), inputs=inputs)
     (model / "more").touch()
     with pytest.raises(ValueError, match=r"^inputs: .*model/more"):
-        _io.open_run(out, Config("m"), inputs=inputs)
+        _runs.open_run(out, Config("m"), inputs=inputs)

@@ -16,7 +16,7 @@ import warnings
 import pytest
 import setuptools
 
-from jaxalign import _io, _options, commands
+from jaxalign import _runs, _options, commands
 from jaxalign.launch import compilation
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -130,15 +130,15 @@ def test_a_run_folder_holds_the_options_of_groups_flat(tmp_path):
     for before in (None, {"place": {"out": "x"}, "optimizer": {"rate": 2.0}, "names": ["a"]}, {"names": ["a"]}):
         if before is not None:
             (out / "config.json").write_text(json.dumps(before))
-        _io.open_run(out, dataclasses.replace(config, place=Place(out="y")))
-        _io.open_run(out, config)
+        _runs.open_run(out, dataclasses.replace(config, place=Place(out="y")))
+        _runs.open_run(out, config)
         assert json.loads((out / "config.json").read_text()) == written
     with pytest.raises(ValueError, match=r"^steps: expected 10 of the run .*, found 5"):
-        _io.open_run(out, dataclasses.replace(config, optimizer=Optimizer(rate=2.0, steps=5)))
+        _runs.open_run(out, dataclasses.replace(config, optimizer=Optimizer(rate=2.0, steps=5)))
     # A config's own default of the group, not the group's.
     (out / "config.json").write_text(json.dumps({"names": ["a"]}))
     with pytest.raises(ValueError, match=r"^rate: expected 2\.0 of the run .*, found 0\.5"):
-        _io.open_run(out, dataclasses.replace(config, optimizer=Optimizer()))
+        _runs.open_run(out, dataclasses.replace(config, optimizer=Optimizer()))
 
 
 def test_every_module_that_can_be_run_from_a_clone_is_a_job_of_the_command(capsys):

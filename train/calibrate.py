@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign import _io, commands, models
+from jaxalign import _io, _runs, commands, models
 from jaxalign.data.text_options import TextOptions, format_of
 from jaxalign.training import dry_run, job, mesh_checks, reading, rollouts, tables
 from jaxalign.training.options import RolloutOptions, RunOptions, check_rollout_options
@@ -58,7 +58,7 @@ def run(config: Config) -> dict[str, Any]:
         rollouts.tell_memory(options, prompts, dtype=config.run.dtype, stage="calibrate", mesh=config.mesh)
         raise dry_run.Told
     # No `Job`: nothing is trained, and a table takes the place of a model.
-    out = _io.open_run(config.run.out, config, inputs=rollouts.inputs(options))
+    out = _runs.open_run(config.run.out, config, inputs=rollouts.inputs(options))
     following = f"python -m train.rl --model {options.base} --prompts {options.prompts} --reward "
     following += f"{shlex.quote(options.reward)} "
     following += f"--calibration {out} --max-new-tokens {options.max_new_tokens} --transform exp:10 --out DIR"

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from jaxalign import _hosts, _io, commands, models
+from jaxalign import _hosts, _io, _runs, commands, models
 from jaxalign.data.text_options import TextOptions, ending_ids, format_of
 from jaxalign.training import dry_run, job, labels, mesh_checks, reading, rollouts
 from jaxalign.training.options import RolloutOptions, RunOptions, check_finite, check_rollout_options
@@ -58,7 +58,7 @@ def run(config: Config) -> dict[str, Any]:
         prompts = read(format_of(config.text, tokenizer)).rows
         rollouts.tell_memory(options, prompts, dtype=config.run.dtype, stage="preferences", mesh=config.mesh)
         raise dry_run.Told
-    out = _io.open_run(config.run.out, config, inputs=rollouts.inputs(options))
+    out = _runs.open_run(config.run.out, config, inputs=rollouts.inputs(options))
     following = f"python -m train.reward_model --data {out / PAIRS} --model {options.base} --out DIR"
     done = job.finished(out)
     if done is None:

@@ -8,7 +8,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from jaxalign import _hosts, _io, models, policies, rewards
+from jaxalign import _hosts, _io, _runs, models, policies, rewards
 from jaxalign._checks import check_language_model
 from jaxalign._programs import telling
 from jaxalign.data import chats, encoded
@@ -249,7 +249,7 @@ def _decode(
         inputs += rewards.program_files(options.embedding, name="embedding")
     stored = _MethodOptions(**shared, method=spec.text)
     read = [folder for name in inputs for folder in models.source_folders(name)]
-    folder = _io.open_run(str(pathlib.Path(options.out) / spec.slug), stored, inputs=read)
+    folder = _runs.open_run(str(pathlib.Path(options.out) / spec.slug), stored, inputs=read)
     final = folder / "responses.jsonl"
     speed = engine.decode(
         plan,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _devices, _hosts, _io, _progress, decoding, models, policies, rewards
+from jaxalign import _devices, _hosts, _runs, _progress, decoding, models, policies, rewards
 from jaxalign._checks import check_language_model
 from jaxalign.data import chats, encoded
 from jaxalign.data.text_options import TextOptions, ending_ids, format_of
@@ -294,7 +294,7 @@ def _check_same(options: RolloutOptions, run: RunOptions, paths: list[pathlib.Pa
         if made.get(name) != value:
             raise ValueError(f"rollouts: expected those of {name} {value}, found {made.get(name)} in {other}")
     # By their time of change: other weights under the same name made other roll-outs.
-    changed = _io.changed_inputs(pathlib.Path(options.rollouts), inputs=_source_inputs(options))
+    changed = _runs.changed_inputs(pathlib.Path(options.rollouts), inputs=_source_inputs(options))
     if changed:
         raise ValueError(f"rollouts: expected those of the files as they are now, found {changed} changed since")
     missing = [path.name for path in paths if not path.exists()]

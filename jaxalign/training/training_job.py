@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxalign import _io, models
+from jaxalign import _runs, models
 from jaxalign.data import encoded
 from jaxalign.tokens import TextFormat
 from jaxalign.training import adapters, dry_run, fitting, memory, mesh_checks
@@ -78,7 +78,7 @@ class Job:
             mesh_checks.check_rollouts(drawn, config.mesh.mesh)
         names = [*inputs, config.model.model, config.model.architecture, config.model.tokenizer]
         read = [folder for name in names for folder in models.source_folders(name)]
-        out = _io.open_run(config.run.out, config, inputs=read)
+        out = _runs.open_run(config.run.out, config, inputs=read)
         return Job(config, stage, out, following(out), product, rows_per_step or config.optimizer.batch_size)
 
     def finished(self) -> dict[str, Any] | None:
