@@ -42,7 +42,12 @@ def take(folder: pathlib.Path) -> str:
         return ""
     made = [place for place in (path.parent, *path.parent.parents) if not place.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    now = {"host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid()), "time": round(time.time())}
+    now = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": started(os.getpid()),
+        "time": round(time.time()),
+    }
     text, passed = json.dumps(now | {"made": len(made)}) + "\n", ""
     for _ in range(3):
         if _create(path, text):
@@ -69,7 +74,7 @@ def take(folder: pathlib.Path) -> str:
 
 
 def release(folder: pathlib.Path) -> None:
-    """Gives the lock of a folder back, and removes the folder, with those that `take` made around it, if it is empty."""
+    """Gives the lock of a folder back, and removes the folder, with those that `take` made around it, if empty."""
     path = folder.resolve() / NAME
     text = _held.pop(path, None)
     if text is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -10,7 +11,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ ROUNDS = "rounds"
 
 ELSE = "name another --out, or remove that folder"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+_growing: set[pathlib.Path] = set()  # folders whose runs go on for more steps
 _pending: dict[pathlib.Path, Callable[[], None]] = {}  # folder -> what is written once its inputs are read
 
 
@@ -96,6 +98,12 @@ def begin(out: pathlib.Path) -> None:
     with _hosts.together():
         if _hosts.is_first():
             _pending.pop(out.resolve(), lambda: None)()
+            _growing.discard(out.resolve())
+
+
+def goes_on(out: pathlib.Path) -> bool:
+    """Whether the run of a folder is to go on beyond its former end, for more steps."""
+    return out.resolve() in _growing
 
 
 def release(out: pathlib.Path) -> None:
@@ -126,7 +134,9 @@ def _opened(out: pathlib.Path, config: Any, inputs: Sequence[str]) -> Callable[[
             digests = [x.digest for x in kept.files] if same else digests
         elif out.exists() and any(_foreign(path) for path in out.iterdir()):
             raise ValueError(f"out: expected a new or empty folder, or one of this run, found files in {out}")
+        _growing.discard(out.resolve())
         if grown:
+            _growing.add(out.resolve())
             if finished:
                 _lock(out)
             print(f"{grown}; the run goes on from its last checkpoint", flush=True)
@@ -135,6 +145,17 @@ def _opened(out: pathlib.Path, config: Any, inputs: Sequence[str]) -> Callable[[
             _locks.release(out)
         raise
     return functools.partial(_write, out, values, found, digests, grown=bool(grown))
+
+
+@contextlib.contextmanager
+def locked(out: pathlib.Path) -> Iterator[None]:
+    """A block in which no other job writes to a folder, or to those that are opened in it; of several processes the
+    first has the lock. ValueError where another job has it."""
+    with _locks.released():
+        with _hosts.together():
+            if _hosts.is_first():
+                _lock(out)
+        yield
 
 
 def _lock(out: pathlib.Path) -> None:
@@ -283,7 +304,9 @@ def _kept_inputs(out: pathlib.Path) -> _Kept:
             files, folder = found["files"], found["folder"]
         kept = [Input(name, _place_of(name, folder), size, at, digest) for name, size, at, digest in files]
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{INPUTS}: expected files with sizes, times and digests, found others in {path}; {then}") from None
+        raise ValueError(
+            f"{INPUTS}: expected files with sizes, times and digests, found others in {path}; {then}"
+        ) from None
     return _Kept(folder, kept)
 
 

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
-from jaxalign import launch
+from jaxalign import _locks, _signals, launch
 from jaxalign._options import from_fields, parse
 from jaxalign._programs import tells_programs
 from jaxalign._version import __version__
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 FOLDERS = {"train": "Training", "eval": "Decoding and evaluation"}
-USAGE, FAILED, INTERRUPTED, CLOSED = 2, 1, 130, 141  # exit codes
+USAGE, FAILED, CLOSED = 2, 1, 141  # exit codes
 
 
 class Job(Protocol):
@@ -158,7 +158,8 @@ def run(job: str, /, **options: Any) -> Any:
       ValueError: no such job; an option that it does not have, lacks, or has another type for.
     """
     module: Job = load(job)
-    return module.run(from_fields(module.Config, options, where=job))
+    with _signals.handled(), _locks.released():
+        return module.run(from_fields(module.Config, options, where=job))
 
 
 def load(job: str) -> Any:
@@ -195,28 +196,36 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
     one line on stderr; --debug, anywhere among the arguments, shows the traceback as well. A warning, which
     tells what was passed over or cut, is one line too. Exit codes: 0;
     2 for usage (a ValueError, which names what is wrong with an option or an input); 1 for a run that failed otherwise;
-    130 after an interrupt; 141 where the reader of stdout has gone.
+    143 after TERM, 130 after Ctrl-C and 129 after HUP, or N of --stopped-code N; 141 where nobody reads stdout.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
+    debug, code = "--debug" in given, None
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
-            joined, rest = processes.take([word for word in given if word != "--debug"])
-            cache, rest = compilation.take(rest)
-            processes.start(joined)
-            compilation.start(cache)
-            try:
-                main(rest)
-            finally:
-                compilation.tell(cache)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+            code, rest = _signals.take_code([word for word in given if word != "--debug"])
+            with _signals.handled(), _locks.released():
+                joined, rest = processes.take(rest)
+                cache, rest = compilation.take(rest)
+                processes.start(joined)
+                compilation.start(cache)
+                try:
+                    main(rest)
+                finally:
+                    compilation.tell(cache)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except (KeyboardInterrupt, _signals.Stopped) as error:
+        number, words = _signals.words_of(error)
+        if words:
+            print(words, file=sys.stderr)
+        _end(128 + number if code is None else code)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails as well
+        _no_more_output()
         sys.exit(CLOSED)
     except Exception as error:
+        if isinstance(error, OSError) and not _can_print():
+            _no_more_output()
         if debug:
             traceback.print_exc()
         usage = isinstance(error, ValueError)
@@ -227,6 +236,21 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         print(f"error: {processes.label()}{kind}{words}{hint}", file=sys.stderr)
         _end(USAGE if usage else FAILED)
     sys.exit(0)
+
+
+def _can_print() -> bool:
+    """Whether what is printed arrives: a full disk or a closed stream takes no line."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _no_more_output() -> None:
+    """Leads stdout nowhere, or the interpreter's last flush fails as well."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(code: int) -> NoReturn:
@@ -256,7 +280,9 @@ def _note(
 @tells_programs
 def _run_with(module: Any, arguments: list[str], *, prog: str) -> Any:
     description = _spoken(module.__doc__ or "", prog)
-    return module.run(parse(module.Config, description=description, args=arguments, prog=prog))
+    config = parse(module.Config, description=description, args=arguments, prog=prog)
+    with _locks.released():
+        return module.run(config)
 
 
 def _check_name(name: str, known: dict[str, str], prog: str) -> None:
@@ -275,6 +301,7 @@ def _help() -> str:
     for folder, title in FOLDERS.items():
         text += f"\n{title}:\n{_listed(jobs(f'{launch.__name__}.{folder}'))}\n"
     text += "\nOf several processes: --distributed, or --coordinator HOST:PORT --num-processes N --process-id I.\n"
+    text += "--stopped-code N is the exit code after TERM, HUP and Ctrl-C, in place of 143, 129 and 130.\n"
     text += "Compiled programs are kept from one start to the next by --compilation-cache DIR.\n"
     return text + "jaxalign JOB --help lists its options; --debug shows the traceback of an error; --version."
 

@@ -114,7 +114,7 @@ def test_a_run_folder_holds_config_and_versions_and_its_config_runs_again(tmp_pa
     out = tmp_path / "a" / "run"
     config = parse("--model", "m", "--critic", "a", "--critic", "b", "--out", str(out))
     assert _runs.open_run(out, config) == out
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "inputs.json", "versions.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "config.json", "inputs.json", "versions.json"]
     assert {"python", "device", *_runs.PACKAGES} == set(json.loads((out / "versions.json").read_text()))
     again = parse("--config", str(out / "config.json"))
     assert dataclasses.replace(again, config="") == config

@@ -16,7 +16,7 @@ import warnings
 import pytest
 import setuptools
 
-from jaxalign import _runs, _options, commands
+from jaxalign import _options, _runs, commands
 from jaxalign.launch import compilation
 
 ROOT = pathlib.Path(__file__).parent.parent

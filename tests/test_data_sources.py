@@ -262,8 +262,8 @@ def test_a_run_keeps_the_times_of_all_files_that_a_source_names(tmp_path, monkey
         pathlib.Path(name).write_bytes(lines(ROWS))
     reward = "models/a - 0.1 * module:function"  # a name of another kind, with a star
     for inputs in (["a.jsonl,b.jsonl"], ["?.jsonl"], ["a.jsonl", "b.jsonl", reward]):
-        assert sorted(_runs._inputs(inputs)) == ["a.jsonl", "b.jsonl"]
-    assert sorted(_runs._inputs(["train@train"])) == ["train/train-0.jsonl"]
+        assert sorted(x.name for x in _runs._inputs(inputs)) == ["a.jsonl", "b.jsonl"]
+    assert [x.name for x in _runs._inputs(["train@train"])] == ["train/train-0.jsonl"]
 
 
 def test_rows_without_texts_of_a_tokenizer(tmp_path):

@@ -104,6 +104,7 @@ def test_every_method_decodes_every_prompt(finished, folders):
     assert strong > weak > 0
     assert {"results.json", "frontier.png", "base", "best_of_n_3"} < {p.name for p in finished.iterdir()}
     assert sorted(p.name for p in (finished / "base").iterdir()) == [
+        ".responses.jsonl.blake2b",
         "config.json",
         "inputs.json",
         "responses.jsonl",

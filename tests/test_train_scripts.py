@@ -147,7 +147,7 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights(files, tmp_pat
     monkeypatch.setattr(preferences, "pad_pairs", stop_at_the_second)
     with pytest.raises(SystemExit) as found:
         reward_model.main([*command, "--out", str(tmp_path / "stopped")])
-    assert found.value.code == 0
+    assert found.value.code == 143
     assert "stopped" in capsys.readouterr().out
     assert not (tmp_path / "stopped/summary.json").exists()
     monkeypatch.setattr(preferences, "pad_pairs", pad)

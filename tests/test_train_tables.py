@@ -69,12 +69,15 @@ def test_a_table_made_with_anything_else_is_refused(files, tmp_path, change, nam
 def test_roll_outs_of_files_that_have_changed_since_are_refused(files, tmp_path):
     calibrate.main([*table_options(files), "--rollouts", str(files / "table"), "--out", str(tmp_path / "same")])
     prompts = files / "prompts.jsonl"
-    kept = prompts.stat()
-    os.utime(prompts, ns=(kept.st_atime_ns, kept.st_mtime_ns + 10**9))
+    kept, text = prompts.stat(), prompts.read_bytes()
+    os.utime(prompts, ns=(kept.st_atime_ns, kept.st_mtime_ns + 10**9))  # touched alone: the bytes are the same
+    calibrate.main([*table_options(files), "--rollouts", str(files / "table"), "--out", str(tmp_path / "touched")])
+    prompts.write_bytes(text + b"\n")
     try:
         with pytest.raises(ValueError, match="rollouts: expected those of the files as they are now"):
             calibrate.main([*table_options(files), "--rollouts", str(files / "table"), "--out", str(tmp_path / "new")])
     finally:
+        prompts.write_bytes(text)
         os.utime(prompts, ns=(kept.st_atime_ns, kept.st_mtime_ns))
 
 

@@ -1,0 +1,3 @@
+from jaxalign import _signals
+
+_signals.at_start()

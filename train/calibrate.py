@@ -58,11 +58,11 @@ def run(config: Config) -> dict[str, Any]:
         rollouts.tell_memory(options, prompts, dtype=config.run.dtype, stage="calibrate", mesh=config.mesh)
         raise dry_run.Told
     # No `Job`: nothing is trained, and a table takes the place of a model.
-    out = _runs.open_run(config.run.out, config, inputs=rollouts.inputs(options))
+    out = _runs.open_run(config.run.out, config, inputs=rollouts.inputs(options), later=True)
     following = f"python -m train.rl --model {options.base} --prompts {options.prompts} --reward "
     following += f"{shlex.quote(options.reward)} "
     following += f"--calibration {out} --max-new-tokens {options.max_new_tokens} --transform exp:10 --out DIR"
-    done = job.finished(out)
+    done = job.finished(out, product=tables.REWARDS)
     if done is None:
         tokenizer = models.tokenizer(options.base, chat_template=config.text.chat_template)
         prompts = read(format_of(config.text, tokenizer)).rows

@@ -58,9 +58,9 @@ def run(config: Config) -> dict[str, Any]:
         prompts = read(format_of(config.text, tokenizer)).rows
         rollouts.tell_memory(options, prompts, dtype=config.run.dtype, stage="preferences", mesh=config.mesh)
         raise dry_run.Told
-    out = _runs.open_run(config.run.out, config, inputs=rollouts.inputs(options))
+    out = _runs.open_run(config.run.out, config, inputs=rollouts.inputs(options), later=True)
     following = f"python -m train.reward_model --data {out / PAIRS} --model {options.base} --out DIR"
-    done = job.finished(out)
+    done = job.finished(out, product=PAIRS)
     if done is None:
         prompts = read(format_of(config.text, tokenizer)).rows
         found = rollouts.roll_out(
@@ -78,7 +78,7 @@ def run(config: Config) -> dict[str, Any]:
         ends = ending_ids(config.text, tokenizer, models.read_config(options.base).eos_ids, sources)
         rows, done = labels.noisy_pairs(found, sources, tokenizer, ends, noise=config.noise, seed=config.run.seed)
         if _hosts.is_first():
-            labels.write_rows(out / PAIRS, rows)
+            _io.write_lines(out / PAIRS, rows)
         _io.write_json(out / "summary.json", done)
     job.report(out, done, following, product=PAIRS)
     return done

@@ -20,7 +20,7 @@ import dataclasses
 import pathlib
 from typing import Any, Literal
 
-from jaxalign import _hosts, _io, _runs, commands, evaluation
+from jaxalign import _hosts, _io, _locks, _runs, commands, evaluation
 from jaxalign.evaluation import plots, results
 from jaxalign.launch import real_stages, stages
 
@@ -48,7 +48,11 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Runs all stages, and gives what results.json holds."""
     _hosts.check_single("train.quickstart")
-    out = _runs.open_run(config.out, config)
+    with _locks.released():
+        return _all_stages(config, _runs.open_run(config.out, config))
+
+
+def _all_stages(config: Config, out: pathlib.Path) -> dict[str, Any]:
     clock = stages.Clock(out / "timings.json")
     shared = {"seed": config.seed, "dtype": config.dtype, "mesh": config.mesh}
     source = real_stages if config.preset in real_stages.SIZES else stages

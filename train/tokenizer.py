@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import shutil
 
 from jaxalign import _hosts, commands
 from jaxalign.data import preferences, tokenizers
+from jaxalign.models.hf.files import whole_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,8 @@ def run(config: Config) -> pathlib.Path:
         raise ValueError(f"out: expected a new or empty folder, found {out}")
     loaded = preferences.read_strings(config.data, skip_bad=config.skip_bad)
     tokenizer = tokenizers.byte_level(loaded.rows, vocab_size=config.vocab_size)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tokenizer.save_pretrained(temporary)
-    if out.exists():
-        out.rmdir()
-    temporary.rename(out)
+    with whole_folder(out, overwrite=False) as temporary:
+        tokenizer.save_pretrained(temporary)
     print(f"{len(loaded.rows)} texts, {loaded.skipped} bad rows skipped, {len(tokenizer)} tokens")
     print(
         f"wrote {out}; next: python -m train.sft --tokenizer {out} --architecture FILE --data {config.data} --out DIR"

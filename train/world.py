@@ -17,13 +17,12 @@ makes pairs of the model's own samples.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-import shutil
 from typing import Any, Literal
 
 from jaxalign import _hosts, _io, commands, models
 from jaxalign.data import tokenizers
+from jaxalign.models.hf.files import whole_folder
 from jaxalign.worlds import files, opinions, summaries
 
 EVERYDAY_GOLD = "jaxalign.worlds.sentiment:golds"
@@ -64,27 +63,24 @@ def run(config: Config) -> pathlib.Path:
     out = pathlib.Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: expected a new or empty folder, found {out}")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if config.task == "everyday":
-        rows: dict[str, Any] = files.everyday_rows(prompts=config.prompts, held_out=config.held_out)
-        following = f"train.preferences --base DIR --prompts {out / 'prompts.jsonl'} --reward {EVERYDAY_GOLD} --out DIR"
-    else:
-        sizes = {name: getattr(config, name) for name in ("texts", "pairs", "seed")}
-        rows = files.world_rows(config.task, held_out=config.held_out or HELD_OUT, **sizes)
-        vocabulary = tokenizers.word_level((opinions if config.task == "opinions" else summaries).words())
-        vocabulary.save_pretrained(temporary / "tokenizer")
-        architecture = files.small_llama(vocabulary, layers=config.layers, width=config.width)
-        _io.write_json(temporary / "config.json", models.config_to_hf(architecture))
-        following = f"train.sft --data {out / 'texts.jsonl'} --architecture {out / 'config.json'} "
-        following += f"--tokenizer {out / 'tokenizer'} --out DIR"
-    for name, found in rows.items():
-        (temporary / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-        print(f"{name}.jsonl: {len(found)} rows")
-    if out.exists():
-        out.rmdir()
-    temporary.rename(out)
+    with whole_folder(out, overwrite=False) as temporary:
+        if config.task == "everyday":
+            rows: dict[str, Any] = files.everyday_rows(prompts=config.prompts, held_out=config.held_out)
+            following = (
+                f"train.preferences --base DIR --prompts {out / 'prompts.jsonl'} --reward {EVERYDAY_GOLD} --out DIR"
+            )
+        else:
+            sizes = {name: getattr(config, name) for name in ("texts", "pairs", "seed")}
+            rows = files.world_rows(config.task, held_out=config.held_out or HELD_OUT, **sizes)
+            vocabulary = tokenizers.word_level((opinions if config.task == "opinions" else summaries).words())
+            vocabulary.save_pretrained(temporary / "tokenizer")
+            architecture = files.small_llama(vocabulary, layers=config.layers, width=config.width)
+            _io.write_json(temporary / "config.json", models.config_to_hf(architecture))
+            following = f"train.sft --data {out / 'texts.jsonl'} --architecture {out / 'config.json'} "
+            following += f"--tokenizer {out / 'tokenizer'} --out DIR"
+        for name, found in rows.items():
+            _io.write_lines(temporary / f"{name}.jsonl", found)
+            print(f"{name}.jsonl: {len(found)} rows")
     print(f"wrote {out}; next: python -m {following}")
     return out
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxalign import models
+from jaxalign import _io, models
 from jaxalign.models import sharding
 from jaxalign.types import TokenBatch
 
@@ -223,7 +223,6 @@ def report(name: str, rows: list[dict[str, Any]], out: str) -> None:
     if out:
         folder = pathlib.Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{name}.json"
-        temporary.write_text(json.dumps({"device": device(), "jax": jax.__version__, "rows": rows}, indent=1) + "\n")
-        temporary.rename(folder / f"{name}.json")
+        text = json.dumps({"device": device(), "jax": jax.__version__, "rows": rows}, indent=1)
+        _io.write_text(folder / f"{name}.json", text + "\n")
         print(f"wrote {folder / (name + '.json')}")

@@ -156,7 +156,7 @@ def _write_inputs(config: Config, folder: pathlib.Path) -> None:
     asked = [{"prompt": prompt + "why " * i} for i in range(32)]
     pairs = [{**row, "chosen": answers[0], "rejected": answers[1]} for row in asked]
     for path, rows in (("prompts.jsonl", asked), ("pairs.jsonl", pairs)):
-        (folder / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        _io.write_lines(folder / path, rows)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any, Literal, NamedTuple
 
-from jaxalign import commands
+from jaxalign import _io, commands
 
 GRACE = 60.0
 """Seconds after --seconds at which a benchmark that still runs is ended."""
@@ -181,9 +181,7 @@ def _write(out: str, found: dict[str, Any]) -> None:
         return
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".gpu.json"
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(folder / "gpu.json")
+    _io.write_text(folder / "gpu.json", json.dumps(found, indent=1) + "\n")
 
 
 def _commit() -> str | None:

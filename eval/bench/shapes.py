@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
+
+from jaxalign import _io
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,4 +82,4 @@ def write(name: str, folder: pathlib.Path, tokenizer: pathlib.Path, *, layers: i
     eos = models.tokenizer(str(tokenizer)).eos_token_id
     values = SHAPES[name] | {"eos_token_id": eos, "pad_token_id": None}
     values |= {"num_hidden_layers": layers} if layers else {}
-    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+    _io.write_own_json(folder / "config.json", values)

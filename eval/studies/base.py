@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import commands, data, decoding, models, policies, rewards, tokens
+from jaxalign import _io, commands, data, decoding, models, policies, rewards, tokens
 from jaxalign.prompts import prompt_batch
 from jaxalign.types import Params, Policy, Reward
 from jaxalign.worlds import opinions
@@ -163,14 +163,11 @@ def base_samples(world: World, *, n: int, seed: int) -> Responses:
     """
     path = world.folder / "frontier" / f"base_{n}_{seed}.npz"
     if path.exists():
-        with np.load(path) as found:
-            return Responses(**{name: found[name] for name in Responses._fields})
+        kept = _io.read_arrays(path, Responses._fields, then="remove that file, which is made again")
+        return Responses(**{name: kept[name] for name in Responses._fields})
     found = respond(world, policies.language_model(world.base[0]), world.base[1], n=n, seed=seed)
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as sink:
-        np.savez(sink, **found._asdict())
-    temporary.replace(path)
+    _io.write_arrays(path, found._asdict())
     return found
 
 
@@ -302,6 +299,5 @@ def political_prompts(world: World) -> pathlib.Path:
     rows = (world.folder / "data" / "prompts.jsonl").read_text().splitlines()
     kept = [row for row in rows if opinions.topic_of(json.loads(row)["prompt"]) in opinions.POLITICAL]
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(f"{row}\n" for row in kept))
-    return temporary.replace(path)
+    _io.write_text(path, "".join(f"{row}\n" for row in kept))
+    return path

@@ -192,9 +192,8 @@ def save(figure: Any, path: pathlib.Path) -> None:
       figure: of matplotlib.
       path: of the file.
     """
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(path)
+    with _io.whole_file(path) as sink:
+        figure.savefig(sink, dpi=130, format="png")
     pyplot().close(figure)
     print(f"wrote {path.with_suffix('.json')} and {path}", flush=True)
 

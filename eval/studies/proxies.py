@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import commands, decoding, models, policies
+from jaxalign import _io, commands, decoding, models, policies
 from jaxalign.launch import stages
 from jaxalign.prompts import prompt_batch
 from jaxalign.types import Array, Params
@@ -84,7 +84,7 @@ def sizes(config: Options, world: base.World) -> list[Size]:
         raise ValueError(f"pairs: expected fewer than the run's {len(rows)}, found {config.pairs}")
     out.mkdir(exist_ok=True)
     if not few.exists():  # a run tells by its files' times whether they are those that it began with
-        few.write_text("".join(f"{row}\n" for row in rows[: config.pairs]))
+        _io.write_text(few, "".join(f"{row}\n" for row in rows[: config.pairs]))
     made = json.loads((run / "reward_model" / "config.json").read_text())
     preset = stages.SIZES[json.loads((run / "results.json").read_text())["preset"]]
     shared: dict[str, Any] = {"model": str(run / "sft" / "model"), "max_length": stages.LENGTH, "batch_size": 64}
@@ -159,10 +159,10 @@ def table(config: Options, world: base.World, size: Size) -> Table:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         parts = _draws(config, world)
-        with path.open("wb") as sink:
-            np.savez(sink, **parts)  # type: ignore[arg-type]  # none is called allow_pickle
-    with np.load(path) as kept:
-        tokens, mask, gold = (kept[name] for name in ("tokens", "mask", "gold"))
+        _io.write_arrays(path, parts)
+    names = ("tokens", "mask", "gold")
+    kept = _io.read_arrays(path, names, then="remove that file, which is made again")
+    tokens, mask, gold = (kept[name] for name in names)
     raw, hidden = [], None
     for k, (lm, params) in enumerate(size.rewards):
         score, state = _scores(lm, params, tokens, mask)

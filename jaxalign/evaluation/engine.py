@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict
 import jax
 import numpy as np
 
-from jaxalign import _hosts, _progress, decoding
+from jaxalign import _hosts, _progress, _signals, decoding
 from jaxalign._checks import check_rng
 from jaxalign._programs import telling
 from jaxalign.evaluation import results
@@ -208,7 +208,7 @@ def decode(
     _hosts.barrier("decode: read")
     with _hosts.together():
         if _hosts.is_first():
-            results.write(partial, records)
+            results.write(partial, records, partial=True)
             _remove(path for path in _partials(partial) if path != partial)
     own = partial if _hosts.count() == 1 else partial.with_name(f"{partial.name}-{_hosts.index():05d}")
     missing = [(k, j) for k in range(len(plan)) for j in range(len(parts)) if (k, j) not in whole]
@@ -221,6 +221,7 @@ def decode(
     progress = _progress.progress("decode", total, initial=len(records), unit="response", shown=watch is None)
     with own.open("a") as sink, progress, telling():
         for k, j in _hosts.dealt(missing):
+            _signals.check()
             method, batch = plan[k], parts[j]
             begin = time.perf_counter()
             drawn = decode_batch(method, keys[k], batch.prompts) if watch is None else watch(method, keys[k], batch)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import decoding, tree
+from jaxalign import _io, decoding, tree
 from jaxalign.types import Array, Params, Policy
 
 METHODS = {"exact soft value": "C0", "controlled decoding": "C1", "GenARM": "C2", "ARGS": "C3", "best of n": "C4"}
@@ -112,7 +112,6 @@ def plot(t: tree.Tree, base: Array, reward: Array, points: Sequence[Point], path
     axes.set_title(f"Exact laws (lines) and decoded samples (points), {t.num_responses} responses", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.grid(alpha=0.25)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    with _io.whole_file(path) as sink:
+        figure.savefig(sink, dpi=150, format="png")
     pyplot.close(figure)

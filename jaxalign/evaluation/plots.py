@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jaxalign import _io
+
 LABELS = {
     "base": "base",
     "best_of": "best-of-n",
@@ -137,7 +139,6 @@ def frontier(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         axes.grid(alpha=0.25)
     panels[0, 0].set_ylabel("mean per response, 95 % interval")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    with _io.whole_file(path) as sink:
+        figure.savefig(sink, dpi=150, format="png")
     pyplot.close(figure)

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from jaxalign import metrics
+from jaxalign import _io, metrics
 
 SCORED = ("reward", "gold", "second_gold")
 """Options that score every response, and the fields of their numbers: the first is what methods maximise."""
@@ -41,18 +41,29 @@ class Embed(Protocol):
 
 def read(path: pathlib.Path) -> list[Record]:
     """Reads the whole lines of a responses file; [] for no file. A last line without its end was cut short and is left
-    out."""
+    out. ValueError for a damaged file: a line that is no JSON object, or another digest than that beside the file."""
     if not path.exists():
         return []
+    then = f"remove it, and the same command draws its responses again; if you changed it yourself, {_io.sidecar(path)}"
+    _io.check_digest(path, then=then)
+    records = []
     # Written as ASCII; only newlines part lines.
-    return [json.loads(line) for line in path.read_text(encoding="ascii").split("\n")[:-1]]
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line.decode("ascii"))
+            if not isinstance(record, dict):
+                raise ValueError(f"a JSON {type(record).__name__}")
+        except ValueError as error:
+            raise ValueError(
+                f"{path.name}: expected a JSON object in line {number}, found {error} in {path}; {then}"
+            ) from None
+        records.append(record)
+    return records
 
 
-def write(path: pathlib.Path, records: Sequence[Record]) -> None:
-    """Writes all records under a temporary name, which is then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="ascii")
-    temporary.replace(path)
+def write(path: pathlib.Path, records: Sequence[Record], *, partial: bool = False) -> None:
+    """Writes all records, whole or not at all; with the digest of the file beside it, unless lines will follow."""
+    _io.write_lines(path, records, digest=not partial)
 
 
 def check_texts(
@@ -144,7 +155,8 @@ def _perplexity(group: Sequence[Record]) -> Record:
 
 def add_speed(rows: Sequence[Record], speed: Mapping[Key, float], former: pathlib.Path) -> None:
     """Writes tokens_per_second into each row: of this call, else of the `former` summary, else None."""
-    known = json.loads(former.read_text()) if former.exists() else []
+    then = "remove that file: the same command writes it anew"
+    known = _io.read_json(former, then=then, kind=list) if former.exists() else []
     before = {(row["method"], row["beta"]): row.get("tokens_per_second") for row in known}
     for row in rows:
         key = (row["method"], row["beta"])

@@ -84,40 +84,41 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     embed: Embed | None = rewards.program(options.embedding, name="embedding") if options.embedding else None
     watch = streaming.streamer(texts, functools.partial(print, end="", flush=True)) if options.stream else None
     stepwise = _base_steps(setting) if options.inspect else None
-    records: list[Record] = []
-    speeds: list[Record] = []
-    for spec, plan in plans.items():
-        folder, found = _decode(options, spec, plan, scorers, texts, embed, watch)
-        records += found
-        if stepwise is not None:
-            inspection.inspect(
-                plan,
-                stepwise,
-                scorers.get("reward"),
-                texts,
-                folder,
-                count=options.inspect,
-                batch_size=options.batch_size,
-                mesh=options.mesh,
-                seed=options.seed,
-            )
-        speeds += json.loads((folder / "summary.json").read_text())
-    rows = results.summarise(records)
-    known = {(row["method"], row["beta"]): row["tokens_per_second"] for row in speeds}
-    for row in rows:
-        row["tokens_per_second"] = known[row["method"], row["beta"]]
-    out = pathlib.Path(options.out)
-    _io.write_json(out / "results.json", rows)
-    written = str(out / "results.json")
-    if not quiet and _hosts.is_first():
-        if scorers:
-            plots.frontier(rows, out / "frontier.png")
-            written += f" and {out / 'frontier.png'}"
-        results.print_table(rows)
-        if unread := _unread(options, specs):
-            print(f"note: no method of this run reads {', '.join(unread)}")
-    print(f"wrote {written} ({len(records)} responses)")
-    return rows
+    with _runs.locked(pathlib.Path(options.out)):
+        records: list[Record] = []
+        speeds: list[Record] = []
+        for spec, plan in plans.items():
+            folder, found = _decode(options, spec, plan, scorers, texts, embed, watch)
+            records += found
+            if stepwise is not None:
+                inspection.inspect(
+                    plan,
+                    stepwise,
+                    scorers.get("reward"),
+                    texts,
+                    folder,
+                    count=options.inspect,
+                    batch_size=options.batch_size,
+                    mesh=options.mesh,
+                    seed=options.seed,
+                )
+            speeds += json.loads((folder / "summary.json").read_text())
+        rows = results.summarise(records)
+        known = {(row["method"], row["beta"]): row["tokens_per_second"] for row in speeds}
+        for row in rows:
+            row["tokens_per_second"] = known[row["method"], row["beta"]]
+        out = pathlib.Path(options.out)
+        _io.write_json(out / "results.json", rows)
+        written = str(out / "results.json")
+        if not quiet and _hosts.is_first():
+            if scorers:
+                plots.frontier(rows, out / "frontier.png")
+                written += f" and {out / 'frontier.png'}"
+            results.print_table(rows)
+            if unread := _unread(options, specs):
+                print(f"note: no method of this run reads {', '.join(unread)}")
+        print(f"wrote {written} ({len(records)} responses)")
+        return rows
 
 
 def _base_steps(setting: Setting) -> engine.Stepwise:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 import time
 from collections.abc import Iterator
@@ -243,7 +242,9 @@ class Clock:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = {}
+        if path.exists():
+            self.seconds = _io.read_json(path, then="remove that file: its times alone are lost")
 
     def begin(self, title: str) -> None:
         """Prints a stage's title with the time that the stages before it took."""

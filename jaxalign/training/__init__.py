@@ -1,6 +1,7 @@
 """Training: a pure step, one visible loop around it, checkpoints that resume bit for bit, metrics that others read."""
 
-from jaxalign.training._fit import StepFunction, Stopped, fit
+from jaxalign._signals import Stopped
+from jaxalign.training._fit import StepFunction, fit
 from jaxalign.training.checkpoints import latest_step, open_checkpoints
 from jaxalign.training.hooks import Hooks
 from jaxalign.training.logging import MetricWriter

@@ -6,7 +6,6 @@ import contextlib
 import math
 import pathlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _hosts, _progress
+from jaxalign import _hosts, _progress, _signals
 from jaxalign._programs import tells_programs
 from jaxalign.training import checkpoints
 from jaxalign.training.flops import Work
@@ -44,10 +43,6 @@ class StepFunction(Protocol[S]):
         """
 
 
-class Stopped(SystemExit):
-    """The run was asked to stop (SIGTERM) and has saved: exit code 0."""
-
-
 @tells_programs
 def fit(
     step: StepFunction[S],
@@ -71,8 +66,9 @@ def fit(
     """Runs `step` until `steps` optimizer steps are taken; goes on from the newest checkpoint in out/checkpoints.
 
     Metrics are read one step late, so that the device never waits for the host. A batch's tokens are its real ones
-    ("mask" leaves), or those of the metric "tokens". On SIGTERM the state is saved and `Stopped` (exit code 0) is
-    raised.
+    ("mask" leaves), or those of the metric "tokens". On SIGTERM, SIGHUP and Ctrl-C the state is saved, and
+    `training.Stopped` (exit code 143 or 129) or KeyboardInterrupt is raised; a second Ctrl-C ends the process at once.
+    An error of a step, of the batches or of a hook is raised when the state before it has been saved.
 
     Args:
       step: as `train_step` makes it; it may donate its state.
@@ -102,6 +98,7 @@ def fit(
     Raises:
       ValueError: a state without `step`, hooks or metrics of another form, a checkpoint made on other data.
       FloatingPointError: a metric that is not finite, with the step's number; the last checkpoint is from before it.
+      FileNotFoundError: the run folder has been removed.
     """
     check_hooks(hooks)
     taken: Any = getattr(state, "step", None)
@@ -109,8 +106,9 @@ def fit(
         raise ValueError(f"state: expected a field step [], as training.create makes it, found {type(state).__name__}")
     position = position or {}
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(checkpoints.open_checkpoints(out / "checkpoints", keep=keep)) if out else None
-        signal = stack.enter_context(_Signal())
+        several = _hosts.count() > 1  # jax takes TERM then, and settles the step
+        stack.enter_context(_signals.deferred(on=not several))
+        manager = stack.enter_context(checkpoints.opened(out / "checkpoints", keep=keep)) if out else None
         restored = checkpoints.restore(manager, state, position) if manager else None
         start = int(_hosts.host_value(taken)) if restored is None else restored[1]
         if restored is not None:
@@ -138,33 +136,76 @@ def fit(
         reader = _Reader(stage, every, steps, log_every, work)
         source = batches(start)
         pending: tuple[int, Mapping[str, jax.Array], _Counts] | None = None
-        done, stop = start, False
-        while done < steps and not stop:
-            batch = next(source)
-            counts = reader.count(batch)
-            state, values = _outcome(step(state, place(batch), frozen))
-            done += 1
+        done, stop, ended = start, False, False
+        place_of = None if out is None else out.stat().st_ino
+        read = True  # whether the metrics of all steps but the last have been read
+
+        def save_all() -> None:
+            _check_there(out, place_of, stage)
             for hook in every:
-                if hook.after_step is not None:
-                    hook.after_step(done, state)
-            if pending is not None:
-                stop = reader.read(*pending)
-                bar.update(1)
-            pending = done, values, counts
-            stop = stop or signal.asked(done)
-            if stop or done % save_every == 0 or done == steps:
-                stop = reader.read(*pending) or stop
-                bar.update(1)
-                pending = None
+                if hook.on_save is not None:
+                    hook.on_save(done, state)
+
+        try:
+            while done < steps and not stop:
+                batch = next(source)
+                counts = reader.count(batch)
+                state, values = _outcome(step(state, place(batch), frozen))
+                done += 1
+                before, pending = pending, (done, values, counts)
                 for hook in every:
-                    if hook.on_save is not None:
-                        hook.on_save(done, state)
+                    if hook.after_step is not None:
+                        hook.after_step(done, state)
+                if before is not None:
+                    read = False
+                    stop, read = reader.read(*before), True
+                    bar.update(1)
+                asked = _asked(done)
+                ended, stop = ended or asked, stop or asked
+                if stop or done % save_every == 0 or done == steps:
+                    now, pending, read = pending, None, False
+                    stop, read = reader.read(*now) or stop, True
+                    bar.update(1)
+                    save_all()
+        except Exception as error:
+            _check_there(out, place_of, stage)
+            if read and manager is not None and not several and done > start:
+                _save_before(error, manager, lambda: reader.read(*pending) if pending else None, save_all, stage, done)
+            raise
         if manager is not None:
-            manager.wait_until_finished()
-        if signal.stop and done < steps:
+            checkpoints.finish(manager)
+        if ended and done < steps:
             print(f"{stage}: stopped at step {done} of {steps}, saved; the same command goes on from here", flush=True)
-            raise Stopped(0)
+            _signals.stop(told=True, number=signal.SIGTERM if several else 0)
         return state
+
+
+def _check_there(out: pathlib.Path | None, number: int | None, stage: str) -> None:
+    """FileNotFoundError where a run folder has been removed; a save that was under way may have made it again."""
+    if out is not None and not (out.is_dir() and out.stat().st_ino == number):
+        raise FileNotFoundError(f"out: {out} is gone: it was removed while {stage} wrote to it") from None
+
+
+def _asked(step: int) -> bool:
+    """Whether the run is to stop after so many steps: all processes after the same, whichever got the signal."""
+    if _hosts.count() == 1:
+        return _signals.asked()
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.reached_preemption_sync_point(step))
+
+
+def _save_before(
+    error: Exception, manager: Any, read: Callable[[], Any], save: Callable[[], None], stage: str, done: int
+) -> None:
+    """Saves the last whole state of a run that an error ends, where its metrics are finite and it can be saved."""
+    try:
+        read()
+        save()
+        checkpoints.finish(manager)
+    except Exception:  # the error that was first is told
+        return
+    print(f"{stage}: saved at step {done} before an error; the same command goes on from here", flush=True)
 
 
 def _outcome(found: tuple[S, Mapping[str, Any]]) -> tuple[S, Mapping[str, Any]]:
@@ -230,32 +271,3 @@ def real_tokens(batch: Batch) -> int:
     """Real tokens of a host batch: the True entries of its leaves named "mask"."""
     named = jax.tree_util.tree_leaves_with_path(batch)
     return sum(int(np.sum(leaf)) for path, leaf in named if getattr(path[-1], "key", None) == "mask")
-
-
-class _Signal:
-    """Notes SIGTERM instead of dying by it, inside a with block of the main thread."""
-
-    def __init__(self) -> None:
-        self.stop = False
-        self._former: Any = None
-
-    def asked(self, step: int) -> bool:
-        """Whether the run is to stop after so many steps: all processes after the same, whichever got the signal."""
-        if _hosts.count() > 1:
-            from jax.experimental import multihost_utils
-
-            self.stop = multihost_utils.reached_preemption_sync_point(step)
-        return self.stop
-
-    def __enter__(self) -> _Signal:
-        # Of several processes jax takes the signal, and settles the step.
-        if _hosts.count() == 1 and threading.current_thread() is threading.main_thread():
-            self._former = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self.stop = True
-
-    def __exit__(self, *_: Any) -> None:
-        if self._former is not None:
-            signal.signal(signal.SIGTERM, self._former)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
-from jaxalign import _hosts
+from jaxalign import _hosts, _io
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 S = TypeVar("S")
 ANOTHER = "name another --out, or remove that folder"
+DIGESTS = "digests.json"
+"""File of a checkpoint -> its digest, in the checkpoint's folder."""
 
 
 def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.CheckpointManager:
@@ -30,6 +35,8 @@ def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.Checkp
     """
     import orbax.checkpoint as ocp  # it takes seconds, and a run alone needs it
 
+    # What fails is raised, and told in one line; orbax would log it as well, in hundreds.
+    logging.getLogger("absl").addFilter(_not_orbax)
     # Removed here and one by one: orbax removes a folder and the temporary ones inside it at the same time, which fails
     # now and then.
     path = pathlib.Path(folder).resolve()
@@ -37,8 +44,92 @@ def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.Checkp
         if _hosts.is_first():
             for cut_short in path.glob("*orbax-checkpoint-tmp*"):
                 shutil.rmtree(cut_short)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    seal = ocp.AsyncOptions(post_finalization_callback=lambda: _seal_written(path))
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, async_options=seal)
     return ocp.CheckpointManager(path, options=options)
+
+
+@contextlib.contextmanager
+def opened(folder: str | pathlib.Path, *, keep: int = 2) -> Iterator[ocp.CheckpointManager]:
+    """A context of `open_checkpoints`, at whose end all saves are finished. OSError for one that could not be."""
+    manager = open_checkpoints(folder, keep=keep)
+    try:
+        yield manager
+    except BaseException:
+        with contextlib.suppress(Exception):  # the error that was first is told
+            manager.close()
+        raise
+    with _storage(pathlib.Path(folder)):
+        manager.close()
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits until all saves are on disk. OSError for one that could not be."""
+    with _storage(pathlib.Path(str(manager.directory))):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _storage(folder: pathlib.Path) -> Iterator[None]:
+    """Gives what a save fails with as an OSError of one line: it is raised by the next call, with much around it."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        known = [line for line in lines if "Errno" in line or "OS error" in line or "too large" in line]
+        why = next(iter(known), lines[0])[:300]
+        raise OSError(
+            f"checkpoints: expected to save in {folder}, found {why}; the last one that is whole stays"
+        ) from None
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _seal_written(folder: pathlib.Path) -> None:
+    """Called when a checkpoint is written and has not its name yet: keeps the digests of its files with them, and has
+    all of it on disk."""
+    if not _hosts.is_first():
+        return
+    for written in folder.glob("*orbax-checkpoint-tmp*"):
+        files = _files(written)
+        digests = _io.file_digests([written / name for name in files])
+        _io.write_own_json(written / DIGESTS, dict(zip(files, digests, strict=True)))
+        _io.sync_tree(written)
+
+
+def _files(folder: pathlib.Path) -> list[str]:
+    """The files of a checkpoint's items; those beside the items are orbax's own notes."""
+    return sorted(str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file())
+
+
+def damage(folder: pathlib.Path) -> str:
+    """Tells what is wrong with the files of a checkpoint.
+
+    Args:
+      folder: of one step.
+
+    Returns:
+      The first file that is missing or is not as it was written; "" where there is none. Of a checkpoint from before
+      there were digests, only what is missing or empty is seen.
+    """
+    names = [name for item in ("state", "data") if not any((folder / item).glob("*")) for name in [item]]
+    if names:
+        return f"{names[0]} is missing"
+    try:
+        known = _io.read_json(folder / DIGESTS, then="")
+    except FileNotFoundError:
+        empty = [name for name in _files(folder) if (folder / name).stat().st_size == 0]
+        return f"{empty[0]} is empty" if empty else ""
+    except ValueError:
+        return f"{DIGESTS} is damaged"
+    found = set(_files(folder))
+    if missing := sorted(set(known) - found):
+        return f"{missing[0]} is missing"
+    digests = _io.file_digests([folder / name for name in sorted(known)])
+    other = [name for name, digest in zip(sorted(known), digests, strict=True) if known[name] != digest]
+    return f"{other[0]} has another digest" if other else ""
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
@@ -61,11 +152,13 @@ def save(manager: ocp.CheckpointManager, state: Any, position: dict[str, Any]) -
     step = int(_hosts.host_value(state.step))
     if manager.latest_step() == step:
         return
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position)))
+    wanted = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position))
+    with _storage(pathlib.Path(str(manager.directory))):
+        manager.save(step, args=wanted)
 
 
 def restore(manager: ocp.CheckpointManager, template: S, position: dict[str, Any]) -> tuple[S, int] | None:
-    """Reads the newest checkpoint.
+    """Reads the newest checkpoint that is whole. A damaged one is told, and set aside beside the others.
 
     Args:
       manager: of the folder.
@@ -79,29 +172,67 @@ def restore(manager: ocp.CheckpointManager, template: S, position: dict[str, Any
       ValueError: the checkpoint was made on other data than `position` names: its batches would not go on; or it is of
         another model: the first array that differs is named, with both shapes.
     """
+    folder, passed = pathlib.Path(str(manager.directory)), list[str]()
+    while (step := manager.latest_step()) is not None:
+        own = folder / str(step)
+        why = _hosts.from_first(damage(own) if _hosts.is_first() else "")
+        if not why:
+            try:
+                found = _read(manager, step, template, position)
+            except _Mismatch:
+                raise
+            except Exception as error:
+                # With digests the files are as they were written, and of several processes all have to read.
+                if (own / DIGESTS).exists() or _hosts.count() > 1:
+                    raise
+                why = f"it cannot be read, {type(error).__name__}"
+            else:
+                _tell(folder, passed, f"the run goes on from step {step}")
+                return found, step
+        aside = folder / f"damaged-{step}"
+        with _hosts.together():
+            if _hosts.is_first():
+                shutil.rmtree(aside, ignore_errors=True)
+                own.rename(aside)
+        _hosts.barrier("checkpoint set aside")
+        manager.reload()
+        passed.append(f"checkpoint {step} is damaged ({why}) and set aside as {aside}")
+    _tell(folder, passed, "no whole checkpoint is left, and the run begins again")
+    return None
+
+
+def _tell(folder: pathlib.Path, passed: list[str], then: str) -> None:
+    if passed:
+        print(f"{'; '.join(passed)}; {then}", flush=True)
+
+
+class _Mismatch(ValueError):
+    """A whole checkpoint of another run."""
+
+
+def _read(manager: ocp.CheckpointManager, step: int, template: S, position: dict[str, Any]) -> S:
+    """The state of a step. ValueErrors of `restore`, and what orbax raises for damaged files."""
     import orbax.checkpoint as ocp
 
-    step = manager.latest_step()
-    if step is None:
-        return None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
     wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
     # Shapes first, since a read that fails half-way leaves tasks of its own behind.
     if difference := _difference(manager, step, template, names=False):
-        raise ValueError(f"checkpoint: {difference} in {manager.directory}; {ANOTHER}")
+        raise _Mismatch(f"checkpoint: {difference} in {manager.directory}; {ANOTHER}")
     try:
         found = manager.restore(step, args=wanted)
     except ValueError as error:
         if difference := _difference(manager, step, template, names=True):
-            raise ValueError(f"checkpoint: {difference} in {manager.directory}; {ANOTHER}") from error
+            raise _Mismatch(f"checkpoint: {difference} in {manager.directory}; {ANOTHER}") from error
         raise
     changed = {k for k in set(position) | set(found["data"]) if position.get(k) != found["data"].get(k)} - {"step"}
     if changed:
-        raise ValueError(
+        raise _Mismatch(
             f"data: expected {found['data']} as the checkpoint in {manager.directory} was made with, found {position}; "
             f"{ANOTHER}"
         )
-    return found["state"], step
+    state: S = found["state"]
+    return state
 
 
 def _difference(manager: ocp.CheckpointManager, step: int, template: Any, *, names: bool) -> str:

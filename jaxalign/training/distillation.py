@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from jaxalign import models
+from jaxalign import _runs, models
 from jaxalign.data import encoded
 from jaxalign.training import objectives, rollouts, tables
 from jaxalign.training.options import RolloutOptions
@@ -55,11 +54,8 @@ def likelihood(lm: models.LanguageModel) -> Loss:
 
 def table_options(folder: str) -> dict[str, Any]:
     """Option -> value that a calibration table was made with. ValueError for a folder without a table."""
-    path = pathlib.Path(folder)
-    if not (path / tables.ABOUT).is_file():
-        raise ValueError(f"calibration: expected a folder of train.calibrate, found no {tables.ABOUT} in {path}")
-    found: dict[str, Any] = json.loads((path / "config.json").read_text())
-    return found
+    tables.read_about(folder)
+    return dict(_runs.stored_options(pathlib.Path(folder)))
 
 
 def check_table(folder: str, made: RolloutOptions, *, n: int, model: str) -> None:
@@ -74,7 +70,7 @@ def check_table(folder: str, made: RolloutOptions, *, n: int, model: str) -> Non
     Raises:
       ValueError: a table of another base, too few samples.
     """
-    about = json.loads((pathlib.Path(folder) / tables.ABOUT).read_text())
+    about = tables.read_about(folder)
     if about["base"] != tables.folder_digest(model):
         raise ValueError(f"model: expected the base that {folder} was made with, {made.base}, found {model}")
     if n > made.samples:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _io, _progress, models
+from jaxalign import _io, _progress, _signals, models
 from jaxalign.data import batches
 from jaxalign.training.job import iterate
 from jaxalign.types import Params
@@ -47,7 +47,7 @@ def stored_states(
 
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / "stamp.json"
-    before = json.loads(known.read_text()) if known.exists() else stamp
+    before = _io.read_json(known, then=f"remove {folder}, which is made again") if known.exists() else stamp
     if wrong := sorted(name for name in stamp if before.get(name) != stamp[name]):
         raise ValueError(
             f"states: expected those of this run's {', '.join(wrong)}, found others in {folder}; remove that folder"
@@ -57,6 +57,7 @@ def stored_states(
     read = jax.jit(lambda params, tokens, mask: lm.hidden(params, tokens, mask=mask))  # one program for all shards
     with _progress.progress("hidden states", len(rows), unit="row") as bar:
         for part, path in zip(iterate(rows, SHARD), paths, strict=True):
+            _signals.check()
             if not path.exists():
                 _write(path, read, params, part, collate, size)
             bar.update(len(part))
@@ -64,8 +65,7 @@ def stored_states(
     found: list[np.ndarray] = []
     for k, path in enumerate(paths):
         own = lengths[k * SHARD : (k + 1) * SHARD]
-        whole = np.load(path, mmap_mode="r").view(jnp.dtype(lm.dtype))
-        found += np.split(whole, np.cumsum(own)[:-1])
+        found += np.split(_mapped(path, sum(own), jnp.dtype(lm.dtype)), np.cumsum(own)[:-1])
     return found
 
 
@@ -91,6 +91,17 @@ def with_states(collate: Collate, states: Sequence[np.ndarray]) -> Callable[[lis
     return collate_states
 
 
+def _mapped(path: pathlib.Path, rows: int, dtype: Any) -> np.ndarray:
+    """The states of a shard, on disk. ValueError for a damaged file."""
+    found: np.ndarray | None = None
+    with contextlib.suppress(ValueError, EOFError, OSError):
+        found = np.load(path, mmap_mode="r").view(dtype)
+    if found is None or len(found) != rows:
+        length = "a damaged file" if found is None else len(found)
+        raise ValueError(f"states: expected those of {rows} tokens, found {length} in {path}; remove that file")
+    return found
+
+
 def _write(
     path: pathlib.Path,
     read: Callable[[Params, Any, Any], jax.Array],
@@ -106,10 +117,8 @@ def _write(
         hidden = np.asarray(read(params, batch["tokens"], batch["mask"]))
         parts.append(hidden[: len(part)][batch["mask"][: len(part)]])
     whole = np.concatenate(parts)
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as sink:  # as plain bits: numpy's format does not know bfloat16
+    with _io.whole_file(path) as sink:  # as plain bits: numpy's format does not know bfloat16
         np.save(sink, whole.view(f"u{whole.itemsize}"))
-    temporary.replace(path)
 
 
 def _digest(params: Params) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _hosts, _io, models
+from jaxalign import _hosts, _io, _runs, _signals, models
 from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
 from jaxalign.data.text_options import TextOptions, format_of, token_id
@@ -236,6 +237,7 @@ def evaluate(
         place = lambda batch: _hosts.put(batch, sharding.batch_sharding(devices))  # noqa: E731
     parts = []
     for part in iterate(rows, size):
+        _signals.check()
         found = compiled(params, place(pad(part + [part[-1]] * (size - len(part)))))
         check_rows(getattr(f, "__name__", "f"), found, size)
         parts.append(first_rows(found, len(part)))
@@ -271,6 +273,7 @@ def finish(
       The summary as it is written, last of all: where summary.json is, the run is whole.
     """
     lm = models.LanguageModel(with_taught(started, data).lm.config, "float32")
+    check_converged(params, summary, out)
     models.save(out / "model", lm, params, tokenizer=started.tokenizer, overwrite=True)
     for name, value in (beside or {}).items():
         _io.write_json(out / "model" / name, value)
@@ -283,8 +286,41 @@ def finish(
     return summary
 
 
+def check_converged(params: Params, summary: Mapping[str, Any], out: pathlib.Path) -> None:
+    """Checks that a trained model and its figures are finite, before anything is written.
+
+    Args:
+      params: the trained parameters; what is read from folders is not looked at.
+      summary: figures of the run.
+      out: the run folder, for the error.
+
+    Raises:
+      FloatingPointError: it names the first that is not.
+    """
+    bad = [name for name, value in summary.items() if isinstance(value, float) and not np.isfinite(value)]
+    arrays = {k: x for k, x in jax.tree_util.tree_leaves_with_path(params) if isinstance(x, jax.Array)}
+    finite = _all_finite(list(arrays.values()))
+    bad += [jax.tree_util.keystr(k, simple=True, separator="/") for k, f in zip(arrays, finite, strict=True) if not f]
+    if bad:
+        raise FloatingPointError(
+            f"{bad[0]}: expected a finite value after the last step, found another; the run in {out} has diverged and "
+            "no model is written: name another --out, with a smaller --learning-rate"
+        )
+
+
+def _all_finite(arrays: list[jax.Array]) -> np.ndarray:
+    """Whether each array is finite, [number]."""
+    if not arrays:
+        return np.ones(0, bool)
+    found: np.ndarray = _hosts.host_value(
+        jax.jit(lambda every: jnp.stack([jnp.isfinite(x).all() for x in every]))(arrays)
+    )
+    return found
+
+
 def report(out: pathlib.Path, summary: dict[str, Any], following: str, *, product: str = "model") -> None:
     """Prints the figures, and as the last line what was written (`product`, in `out`) and what comes next."""
+    _runs.release(out)
     show(summary)
     product = f"{out / product}, {out / profiling.FOLDER}" if (out / profiling.FOLDER).is_dir() else str(out / product)
     print(f"wrote {product} and {out / 'summary.json'}; next: {following}", flush=True)
@@ -296,11 +332,27 @@ def show(summary: dict[str, Any]) -> None:
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def finished(out: pathlib.Path) -> dict[str, Any] | None:
-    """The summary of a run that is whole, None otherwise."""
-    path = out / "summary.json"
-    # Of several processes the first looks, since it also writes.
-    text = _hosts.from_first(path.read_text() if _hosts.is_first() and path.exists() else "")
+def finished(out: pathlib.Path, *, product: str = "model") -> dict[str, Any] | None:
+    """The summary of a run that is whole, None otherwise.
+
+    Args:
+      out: the run folder.
+      product: what the run writes in it.
+
+    Returns:
+      What summary.json holds; None without one, and where the run is to go on with more steps.
+
+    Raises:
+      ValueError: a damaged summary.json, or one without the product of the run.
+    """
+    path, text = out / "summary.json", ""
+    with _hosts.together():  # of several processes the first looks, since it also writes
+        if _hosts.is_first() and path.exists() and not _runs.goes_on(out):
+            then = "remove that file: the same command goes on from the last checkpoint or shard"
+            text = json.dumps(_io.read_json(path, then=then))
+            if not (out / product).exists():
+                raise ValueError(f"out: expected {product} of the finished run in {out}, found none; {then}")
+    text = _hosts.from_first(text)
     return json.loads(text) if text else None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,10 +74,3 @@ def noisy_pairs(
         "better_chosen": better / compared if compared else None,
         "truncated": float(np.mean([row.response[-1] not in ends for row in found])),
     }
-
-
-def write_rows(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes JSON lines, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.flax import save_file
+from safetensors.flax import save
 
 from jaxalign import _hosts, _io, models, shaping
 from jaxalign.training import LossAux, objectives
@@ -184,9 +184,8 @@ def train_network(
     flat = {"/".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     with _hosts.together():
         if _hosts.is_first():
-            temporary = job.out / f".{NETWORK}"
-            save_file(flat, temporary, metadata={"bound": str(options.bound), "beta": str(options.beta)})
-            temporary.replace(job.out / NETWORK)
+            with _io.whole_file(job.out / NETWORK) as sink:
+                sink.write(save(flat, metadata={"bound": str(options.bound), "beta": str(options.beta)}))
     summary = {"rows": len(data.train), "validation_rows": len(data.validation)} | compare_leaders(delivered)
     summary["effective_samples"] = float(ess.mean())
     _io.write_json(job.out / "summary.json", summary)

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxalign import _hosts
+from jaxalign import _hosts, _io
 from jaxalign.training import tracking
 
 
@@ -35,9 +35,7 @@ class MetricWriter:
         self.path = folder / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= step]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
+        _io.write_text(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("a")
         self._tracker = tracking.open_tracker(track, folder, step=step, resumed=bool(lines))
 

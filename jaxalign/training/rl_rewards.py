@@ -84,7 +84,7 @@ def compose(
         expected = tables.made_with(
             base, options.reward, started.tokenizer, ids, max_new_tokens=max_new_tokens, dtype=dtype
         )
-        table = tables.read(options.calibration, expected).reward
+        table = tables.read(options.calibration, expected, rows=count).reward
     reward, params = _mapped(options, *raw, table)
     return Composed(_by_row(reward, count), params, _by_row(raw[0], count), raw[1])
 

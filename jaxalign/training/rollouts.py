@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _devices, _hosts, _runs, _progress, decoding, models, policies, rewards
+from jaxalign import _devices, _hosts, _io, _progress, _runs, _signals, decoding, models, policies, rewards
 from jaxalign._checks import check_language_model
 from jaxalign.data import chats, encoded
 from jaxalign.data.text_options import TextOptions, ending_ids, format_of
@@ -28,6 +28,8 @@ from jaxalign.training.job import StartedModel, first_rows, iterate
 from jaxalign.training.options import RolloutOptions, RunOptions
 from jaxalign.training.training_job import Job
 from jaxalign.types import Array, Params, Policy, Reward, TokenBatch
+
+AGAIN = "remove that file and the summary.json of its run, and repeat the command that made it"
 
 
 class Rollout(NamedTuple):
@@ -219,7 +221,6 @@ def roll_out(
     shard_rows = [range(k * options.shard, min((k + 1) * options.shard, len(prompts))) for k in range(shards)]
     # What the first process finds missing is dealt out: the others may look later, when some are written.
     lacking: list[int] = json.loads(_hosts.from_first(json.dumps([k for k in range(shards) if not paths[k].exists()])))
-    folder.mkdir(exist_ok=True)
     rolls_in = roll_in.RollIn("", 1.0) if rolls_in is None else rolls_in
     before = roll_in.shards_of(rolls_in.earlier)
     if lacking:
@@ -231,11 +232,14 @@ def roll_out(
         reward, reward_params = open_reward(options.reward, lm, tokenizer, dtype=run.dtype, sources=sources, text=text)
         arguments = {"policy": params, "reward": reward_params}
         guide = roll_in.guide_of(rolls_in, options, lm, params, tokenizer, dtype=run.dtype)
+        _runs.begin(out)
+        folder.mkdir(exist_ok=True)
         more: dict[str, Any] = {} if guide is None else {"guide": guide}
         with _progress.progress(f"{stage}: roll-outs", len(prompts), unit="prompt") as bar:
             ends = lm.config.eos_ids
             bar.update(sum(map(len, (shard_rows[k] for k in range(shards) if k not in lacking))))
             for k in _hosts.dealt(lacking):
+                _signals.check()
                 write_shard(
                     options, run.seed, policy, reward, arguments, ends, prompts, shard_rows[k], paths[k], digest, **more
                 )
@@ -287,14 +291,16 @@ def roll_out_for(
 
 def _check_same(options: RolloutOptions, run: RunOptions, paths: list[pathlib.Path]) -> None:
     """ValueError where the roll-outs of --rollouts are not those that this run would make, or are not complete."""
-    other = pathlib.Path(options.rollouts) / "config.json"
-    made = json.loads(other.read_text()) if other.exists() else {}
+    folder = pathlib.Path(options.rollouts)
+    other = folder / "config.json"
+    made = _runs.stored_options(folder) if other.exists() else {}
     wanted = {name: getattr(options, name) for name in ("base", "reward", "samples", "max_new_tokens", "shard")}
+    began = _runs.began_in(folder)
     for name, value in (wanted | {"seed": run.seed, "dtype": run.dtype}).items():
-        if made.get(name) != value:
+        if made.get(name) != value and not _runs.same_place(made.get(name), value, began):
             raise ValueError(f"rollouts: expected those of {name} {value}, found {made.get(name)} in {other}")
-    # By their time of change: other weights under the same name made other roll-outs.
-    changed = _runs.changed_inputs(pathlib.Path(options.rollouts), inputs=_source_inputs(options))
+    # Other weights under the same name made other roll-outs.
+    changed = _runs.changed_inputs(folder, inputs=_source_inputs(options))
     if changed:
         raise ValueError(f"rollouts: expected those of the files as they are now, found {changed} changed since")
     missing = [path.name for path in paths if not path.exists()]
@@ -303,15 +309,16 @@ def _check_same(options: RolloutOptions, run: RunOptions, paths: list[pathlib.Pa
 
 
 def _read(path: pathlib.Path, prompts: Sequence[encoded.Prompt], digest: str, name: str) -> list[Rollout]:
-    with np.load(path) as shard:
-        if str(shard["prompts"]) != digest:
-            raise ValueError(f"prompts: expected those that {path} was made from, found others in {name}")
-        columns = [shard[n] for n in ("index", "tokens", "length", "reward")]
-        start = shard["start"] if "start" in shard else np.zeros_like(columns[0])
-        return [
-            Rollout(prompts[i].tokens, tokens[:length].tolist(), float(reward), int(i), int(begin))
-            for i, tokens, length, reward, begin in zip(*columns, start, strict=True)
-        ]
+    names = ("index", "tokens", "length", "reward")
+    shard = _io.read_arrays(path, ("prompts", *names), then=AGAIN)
+    if str(shard["prompts"]) != digest:
+        raise ValueError(f"prompts: expected those that {path} was made from, found others in {name}")
+    columns = [shard[n] for n in names]
+    start = shard["start"] if "start" in shard else np.zeros_like(columns[0])
+    return [
+        Rollout(prompts[i].tokens, tokens[:length].tolist(), float(reward), int(i), int(begin))
+        for i, tokens, length, reward, begin in zip(*columns, start, strict=True)
+    ]
 
 
 def write_shard(
@@ -347,6 +354,7 @@ def write_shard(
     size = max(options.decode_batch // (options.samples if guide is None else 1), 1)
     limits: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "eos_ids": eos_ids}
     for part in iterate(list(rows), size):
+        _signals.check()
         batch = prompt_batch([prompts[i].tokens for i in part], index=part, batch_size=size)
         rng = jax.random.key(seed)
         if guide is None:
@@ -364,10 +372,7 @@ def write_shard(
         parts.append((index, tokens.reshape(-1, tokens.shape[-1]), *(x.reshape(-1) for x in (length, scores, start))))
     names = ("index", "tokens", "length", "reward", "start")
     told: dict[str, Any] = dict(zip(names, (np.concatenate(x) for x in zip(*parts, strict=True)), strict=True))
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as sink:
-        np.savez(sink, **told, prompts=np.asarray(digest))
-    temporary.replace(path)
+    _io.write_arrays(path, told | {"prompts": digest})
 
 
 def by_prompt(rows: list[Rollout]) -> dict[int, list[Rollout]]:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxalign import _hosts, _io, models, rewards
 
 REWARDS, ABOUT = "table.npz", "table.json"
+AGAIN = "remove both its table.npz and summary.json, and repeat the command that made it"
 MEANING = {
     "base": "the model whose samples it ranks against",
     "reward": "the reward",
@@ -93,38 +94,56 @@ def write(folder: pathlib.Path, table: Table) -> None:
         raise ValueError(f"reward: expected finite numbers, found others for prompts {bad}")
     with _hosts.together():
         if _hosts.is_first():
-            temporary = folder / f".{REWARDS}"
-            with temporary.open("wb") as sink:
-                np.savez(sink, reward=reward)
-            temporary.replace(folder / REWARDS)
+            _io.write_arrays(folder / REWARDS, {"reward": reward})
     _io.write_json(folder / ABOUT, table.about | {"samples": reward.shape[1]})
 
 
-def read(folder: str | pathlib.Path, expected: dict[str, Any]) -> Table:
+def read_about(folder: str | pathlib.Path) -> dict[str, Any]:
+    """What the table of a folder was made with. ValueError for a folder without a table, or with a damaged one."""
+    path = pathlib.Path(folder) / ABOUT
+    if not path.is_file():
+        raise ValueError(f"calibration: expected a folder of train.calibrate, found no {ABOUT} in {folder}")
+    found: dict[str, Any] = _io.read_json(path, then=AGAIN)
+    return found
+
+
+def read(folder: str | pathlib.Path, expected: dict[str, Any], *, rows: int) -> Table:
     """Reads the table of a folder.
 
     Args:
       folder: of train.calibrate.
       expected: what it has to be made with, as `made_with` says.
+      rows: number of prompts.
 
     Returns:
       The table.
 
     Raises:
-      ValueError: no table there, or one made otherwise; it names the first thing that differs.
+      ValueError: no table there, or one made otherwise; it names the first thing that differs. A damaged table, one of
+        other rows or columns, or of rewards that are not finite or not in ascending order.
     """
     path = pathlib.Path(folder)
-    if not (path / ABOUT).is_file():
-        raise ValueError(f"calibration: expected a folder of train.calibrate, found no {ABOUT} in {path}")
-    about = json.loads((path / ABOUT).read_text())
+    about = read_about(path)
     for name, meaning in MEANING.items():
         if about.get(name) != expected[name]:
             raise ValueError(
                 f"calibration: expected a table of the same {name} ({meaning}), {expected[name]}, found one of "
                 f"{about.get(name)} in {path}"
             )
-    with np.load(path / REWARDS) as found:
-        return Table(found["reward"], about)
+    if not (path / REWARDS).is_file():
+        raise ValueError(f"calibration: expected {REWARDS} beside {ABOUT}, found none in {path}; {AGAIN}")
+    reward = _io.read_arrays(path / REWARDS, ("reward",), then=AGAIN)["reward"]
+    shape, where = (rows, about.get("samples")), f"in {path / REWARDS}; {AGAIN}"
+    if reward.shape != shape:
+        raise ValueError(
+            f"calibration: expected rewards of shape {shape}, prompts and samples, found {reward.shape} {where}"
+        )
+    if reward.dtype.kind != "f":
+        raise ValueError(f"calibration: expected rewards of a float type, found {reward.dtype} {where}")
+    for wrong, words in ((~np.isfinite(reward), "finite rewards"), (np.diff(reward) < 0, "rewards in ascending order")):
+        if (bad := np.flatnonzero(wrong.any(axis=1))).size:
+            raise ValueError(f"calibration: expected {words}, found others in row {bad[0]} {where}")
+    return Table(reward, about)
 
 
 def folder_digest(folder: str | pathlib.Path) -> str:

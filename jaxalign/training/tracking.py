@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import pathlib
 import uuid
@@ -60,12 +59,12 @@ def open_tracker(track: str, folder: pathlib.Path, *, step: int, resumed: bool) 
     if track == "tensorboard":
         return _tensorboard(folder, step + 1 if resumed else None)
     kept = folder / "tracking.json"
-    known = json.loads(kept.read_text()) if kept.exists() else {}
+    known = _io.read_json(kept, then="remove that file: a new run begins there") if kept.exists() else {}
     if known.get("track") != track:
         known = {"track": track, "name": "/".join(folder.resolve().parts[-2:]), "id": uuid.uuid4().hex[:12]}
         _io.write_json(kept, known)
     stored = folder / "config.json"
-    config = json.loads(stored.read_text()) if stored.exists() else {}
+    config = _io.read_json(stored, then="the run folder is damaged") if stored.exists() else {}
     return (_wandb if track == "wandb" else _trackio)(folder, known, config)
 
 

@@ -78,12 +78,12 @@ class Job:
             mesh_checks.check_rollouts(drawn, config.mesh.mesh)
         names = [*inputs, config.model.model, config.model.architecture, config.model.tokenizer]
         read = [folder for name in names for folder in models.source_folders(name)]
-        out = _runs.open_run(config.run.out, config, inputs=read)
+        out = _runs.open_run(config.run.out, config, inputs=read, later=True)
         return Job(config, stage, out, following(out), product, rows_per_step or config.optimizer.batch_size)
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that is whole, which is printed, None for one that is to be done."""
-        done = None if self.config.run.dry_run else functions.finished(self.out)
+        done = None if self.config.run.dry_run else functions.finished(self.out, product=self.product)
         if done is not None:
             functions.report(self.out, done, self.following, product=self.product)
         return done
@@ -131,8 +131,15 @@ class Job:
         return functions.form_of(self.config.text, started)
 
     def split(self, loaded: encoded.Loaded) -> functions.Data:
-        """The rows split by prompt into those to train on and those held out; what was cut or left out is told."""
+        """The rows split by prompt into those to train on and those held out; what was cut or left out is told. The
+        inputs are read now, and the run folder gets its config.json."""
+        self.begin()
         return functions.split(loaded, validation=self.config.rows.validation, seed=self.config.run.seed)
+
+    def begin(self) -> None:
+        """Writes config.json, inputs.json and versions.json of a folder that has none yet."""
+        if not self.config.run.dry_run:
+            _runs.begin(self.out)
 
     def fit(
         self,
@@ -158,6 +165,7 @@ class Job:
           The trained parameters, float32; an adapter's as `adapters.written` gives them.
         """
         config = self.config
+        self.begin()
         if config.run.dry_run and not dry_run.is_abstract(started.params):
             started = started._replace(params=dry_run.abstract(started.params, None))
         options: dict[str, Any] = {"optimizer": config.optimizer, "mesh": config.mesh, "seed": config.run.seed}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,8 +81,8 @@ def child(code: str, *arguments: str, **options) -> subprocess.Popen:
 def test_a_run_that_goes_on_is_the_uninterrupted_one(whole, tmp_path):
     folder, final = whole
 
-    class Power(Exception):
-        pass
+    class Power(BaseException):
+        """An end without a save, as of the current; before an error of the program the run saves."""
 
     source = batches.batches
 
@@ -109,7 +110,7 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(whole, tmp_path):
     same(run(tmp_path), final)  # noqa: F821  # a finished run is read, not trained further
 
 
-def test_sigterm_saves_says_so_and_exits_with_zero(whole, tmp_path):
+def test_sigterm_saves_says_so_and_exits_with_143(whole, tmp_path):
     process = child("run(sys.argv[1], slow=0.2)", str(tmp_path))
     deadline = time.time() + 120
     while not (tmp_path / "metrics.jsonl").exists() or len(losses_of(tmp_path)) < 2:
@@ -118,13 +119,74 @@ def test_sigterm_saves_says_so_and_exits_with_zero(whole, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err[-2000:]
+    assert process.returncode == 143, err[-2000:]
     assert "stopped at step" in out
     assert "the same command goes on" in out
     stopped = len(losses_of(tmp_path))
     assert stopped < 12
     same(run(tmp_path), whole[1])  # noqa: F821
     assert losses_of(tmp_path) == losses_of(whole[0])
+
+
+@pytest.mark.parametrize("where", ["batches", "step", "hook"])
+def test_an_error_is_raised_when_the_state_before_it_is_saved(whole, tmp_path, monkeypatch, capsys, where):
+    source, train_step = batches.batches, training.train_step
+
+    def wrong(i, step):
+        if i == step:
+            raise RuntimeError("no such reward")
+
+    def failing(*args, **kwargs):
+        start = source(*args, **kwargs)
+        return lambda step: (wrong(i, 6) or batch for i, batch in enumerate(start(step), start=step))
+
+    def failing_step(*args, **kwargs):
+        inner = train_step(*args, **kwargs)
+        return lambda state, *rest: wrong(int(state.step), 6) or inner(state, *rest)
+
+    if where == "batches":
+        monkeypatch.setattr(batches, "batches", failing)
+    if where == "step":
+        monkeypatch.setattr(training, "train_step", failing_step)
+    if where == "hook":
+        write = lines.MetricWriter.write
+        monkeypatch.setattr(lines.MetricWriter, "write", lambda self, i, m: wrong(i, 6) or write(self, i, m))
+    with pytest.raises(RuntimeError, match="no such reward"):
+        run(tmp_path, save_every=5)  # noqa: F821
+    monkeypatch.undo()
+    step = 5 if where == "hook" else 6  # the metrics of step 6 could not be written: its state is not whole
+    assert training.latest_step(training.open_checkpoints(tmp_path / "checkpoints")) == step
+    assert ("saved at step 6 before an error" in capsys.readouterr().out) == (step == 6)
+    same(run(tmp_path), whole[1])  # noqa: F821
+    assert losses_of(tmp_path) == losses_of(whole[0])
+
+
+def test_a_progress_line_that_cannot_be_written_ends_no_run(whole, tmp_path, monkeypatch):
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        flush = lambda self: self.write("")  # noqa: E731
+        isatty = lambda self: False  # noqa: E731
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    same(run(tmp_path), whole[1])  # noqa: F821
+    monkeypatch.setattr(sys, "stderr", None)
+    same(run(tmp_path), whole[1])  # noqa: F821
+
+
+def test_a_run_whose_folder_is_removed_ends_and_does_not_make_it_again(tmp_path, monkeypatch):
+    out, write = tmp_path / "run", lines.MetricWriter.write
+
+    def remove_at_6(self, step, metrics):
+        write(self, step, metrics)
+        if step == 6:
+            shutil.rmtree(out)
+
+    monkeypatch.setattr(lines.MetricWriter, "write", remove_at_6)
+    with pytest.raises(FileNotFoundError, match=f"^out: {out} is gone"):
+        run(out, save_every=100)  # noqa: F821
+    assert not out.exists()
 
 
 KILLED = """

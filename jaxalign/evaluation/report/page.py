@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from jaxalign import _io
 from jaxalign._version import __version__
 from jaxalign.evaluation.report import sections
 from jaxalign.evaluation.report.folders import Run, read_runs
@@ -62,9 +63,8 @@ def write_report(
     text = render(runs, table, data, title=title or ", ".join(run.name for run in runs), notes=notes, command=command)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(text.encode("utf-8", "replace"))  # half a surrogate pair has no UTF-8
-    temporary.replace(path)
+    with _io.whole_file(path) as sink:
+        sink.write(text.encode("utf-8", "replace"))  # half a surrogate pair has no UTF-8
     return notes
 
 

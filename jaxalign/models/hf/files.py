@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -12,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from jaxalign import _io, _locks
 from jaxalign._files import read_text
 
 
@@ -22,20 +25,36 @@ def whole_folder(path: str | pathlib.Path, *, overwrite: bool) -> Iterator[pathl
     target = pathlib.Path(path)
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    _remove_left_behind(target)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-{os.getpid()}-", dir=target.parent))
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
         temporary.chmod(0o755)
+        _io.sync_tree(temporary)
         if target.exists():
             target.rename(old)
         temporary.rename(target)
+        _io.sync_folder(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not target.exists():
             old.rename(target)
         raise
+
+
+def _remove_left_behind(target: pathlib.Path) -> None:
+    """Removes what killed processes of this machine had begun to write for a folder; where one was killed between two
+    names, the old folder gets its name back."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+        pid = path.name.removeprefix(f".{target.name}.tmp-").partition("-")[0]
+        if not (pid.isdecimal() and _locks.is_gone(int(pid), None)):
+            continue
+        if path.name.endswith(".old") and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_target(target: pathlib.Path, *, overwrite: bool) -> None:

@@ -1,0 +1,178 @@
+"""TERM, INT and HUP of all long jobs: the unit at hand is finished and saved, or dropped, and the process ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+AGAIN = b"\nstopping: what is at hand is saved first; a second Ctrl-C ends at once\n"
+
+_state: dict[str, int] = {"asked": 0, "deferring": 0}
+
+
+class Stopped(SystemExit):
+    """A signal other than Ctrl-C ended the run, which has saved: the exit code is 128 and the signal's number."""
+
+    def __init__(self, number: int, *, told: bool = False):
+        super().__init__(128 + number)
+        self.number = number
+        self.told = told
+        """Whether a line has said how to go on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended the run, which has saved."""
+
+    def __init__(self, *, told: bool = False):
+        super().__init__()
+        self.told = told
+        """Whether a line has said how to go on."""
+
+
+def at_start() -> None:
+    """Has the signals end a job that `python -m` starts in one line, while its modules are imported."""
+    if sys.argv[:1] == ["-m"]:  # so it is until the module is found
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _leave)
+
+
+def _leave(number: int, _: Any) -> None:
+    name = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    with contextlib.suppress(OSError):
+        os.write(2, f"{name} before anything was done; the same command begins again\n".encode())
+    os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Takes the signals in a block of the main thread. The first ends what runs with `Stopped` or `Interrupted`, at
+    once or where a `deferred` block has saved; a second Ctrl-C ends the process at once. Blocks may lie in each
+    other."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is _note:
+        yield
+        return
+    former, hook = {number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook
+
+    def lost(found: Any) -> None:
+        if isinstance(found.exc_value, Stopped | Interrupted):
+            _again()
+        else:
+            hook(found)
+
+    _state["asked"], sys.unraisablehook = 0, lost
+    for number, before in former.items():
+        if before is not signal.SIG_IGN or number == signal.SIGTERM:  # nohup has HUP ignored
+            signal.signal(number, _note)
+    try:
+        yield
+    finally:
+        for number, before in former.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+        _state["asked"], sys.unraisablehook = 0, hook
+
+
+def _again() -> None:
+    """Sends the signal once more: it came where Python lets no error through, as in a destructor."""
+    number, _state["asked"] = _state["asked"], 0
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
+
+
+def _note(number: int, _: Any) -> None:
+    if _state["asked"]:
+        if number == signal.SIGINT:
+            os._exit(128 + number)
+        return
+    _state["asked"] = number
+    if not _state["deferring"]:
+        stop()
+    if number == signal.SIGINT:
+        with contextlib.suppress(OSError):
+            os.write(2, AGAIN)
+
+
+@contextlib.contextmanager
+def deferred(*, on: bool = True) -> Iterator[None]:
+    """A block that asks for signals (`asked`) where it can save, and is not ended elsewhere; they are taken in it.
+
+    Args:
+      on: False: the block is one like any other.
+    """
+    with handled():
+        _state["deferring"] += on
+        try:
+            yield
+        finally:
+            _state["deferring"] -= on
+        check()
+
+
+def asked() -> bool:
+    """Whether a signal has asked this process to end."""
+    return bool(_state["asked"])
+
+
+def check() -> None:
+    """Ends what runs where a signal has asked for it: one that came while Python could not raise is not lost."""
+    if _state["asked"] and not _state["deferring"]:
+        stop()
+
+
+def stop(*, told: bool = False, number: int = 0) -> NoReturn:
+    """Ends what runs.
+
+    Args:
+      told: whether a line has said how to go on.
+      number: of the signal; 0: of the one that has come.
+
+    Raises:
+      Interrupted: of Ctrl-C.
+      Stopped: of another signal.
+    """
+    number = number or _state["asked"]
+    if number == signal.SIGINT:
+        raise Interrupted(told=told)
+    raise Stopped(number, told=told)
+
+
+def take_code(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Takes --stopped-code N out of a command line: the exit code after a signal, in place of 128 and its number.
+
+    Args:
+      arguments: words of a command line.
+
+    Returns:
+      (N, None where it is not given; the other words).
+
+    Raises:
+      ValueError: N is no exit code.
+    """
+    code, rest = None, list[str]()
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--stopped-code":
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value.isdecimal() or int(value) > 255:
+            raise ValueError(f"stopped-code: expected an exit code, 0 to 255, found {value!r}")
+        code = int(value)
+    return code, rest
+
+
+def words_of(error: BaseException) -> tuple[int, str]:
+    """The number of the signal behind an error, and a line that says what it did; "" where one has been printed."""
+    number = error.number if isinstance(error, Stopped) else signal.SIGINT
+    if isinstance(error, Stopped | Interrupted) and error.told:
+        return number, ""
+    name = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    return number, f"{name}; the same command goes on from what is saved"
