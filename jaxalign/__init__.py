@@ -15,6 +15,7 @@ from jaxalign._version import __version__
 if TYPE_CHECKING:
     from jaxalign import (
         advantages,
+        bilevel,
         critics,
         data,
         decoding,
@@ -70,6 +71,7 @@ __all__ = [
     "__version__",
     "advantages",
     "best_of_n",
+    "bilevel",
     "critics",
     "data",
     "decoding",

@@ -22,7 +22,7 @@ ORDER = [
     "rollout policies",
     "critics",
     "decoding",
-    "data worlds",
+    "data worlds bilevel",
     "text training testing",
     "evaluation",
     "commands launch __main__",

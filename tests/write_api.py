@@ -11,7 +11,7 @@ import pathlib
 import re
 
 LISTED = (
-    "shapes types policies critics critics.reads rewards decoding models data shaping infalign tree training "
+    "shapes types policies critics critics.reads rewards decoding models data shaping bilevel infalign tree training "
     "evaluation tokens text testing prompts mdp gibbs pools losses advantages metrics rollout "
     "worlds.opinions worlds.summaries worlds.files worlds.sentiment worlds.smollm2"
 )

@@ -284,7 +284,7 @@ def _rejection(
         accept = ~(jnp.log(coin(number)) >= log_accept) & allowed
         hit = accept.any(axis=1)
         last = jnp.minimum(max_tries - carry.begin, chunk) - 1
-        spent = jnp.where(hit, jnp.argmax(accept, axis=1), last)
+        spent = jnp.where(hit, jnp.argmax(accept, axis=1), last).astype(jnp.int32)
         pick = spent
         if fall_back:
             pick = jnp.where(hit, spent, jnp.argmax(jnp.where(allowed, score, -jnp.inf), axis=1))
