@@ -21,6 +21,7 @@ SIZES = {
     "decode": (*DRAWS, "--no-torch"),
     "args": (*DRAWS, "--no-torch", "--k", "2"),
     "genarm": DRAWS,
+    "deterministic": (*DRAWS, "--chunk", "2", "--vocab", "50"),
     "distribution": (*DRAWS, "--k", "3", "--support", "3", "--rank", "2"),
     "speculative": (
         *(*DRAWS, "--new", "5", "--method", "cd", "--vocab", "50", "--noise", "0", "--spread", "0.1"),
@@ -44,6 +45,7 @@ COLUMNS = {
     "blockwise": ["batch", "candidates", "block", "together tokens/s", "one by one tokens/s", "ratio"],
     "transfer": ["batch", "k", "lookahead", "jaxalign tokens/s"],
     "genarm": ["batch", "base tokens/s", "genarm tokens/s", "adapter tokens/s", "cost", "adapter cost"],
+    "deterministic": ["batch", "G", "plain tokens/s", "deterministic tokens/s", "cost", "score cost"],
     "distribution": ["batch", "k", "base tokens/s", "values tokens/s", "laws tokens/s", "ratio"],
     "speculative": [
         "batch",
