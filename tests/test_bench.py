@@ -22,7 +22,7 @@ SIZES = {
     "args": (*DRAWS, "--no-torch", "--k", "2"),
     "genarm": DRAWS,
     "deterministic": (*DRAWS, "--chunk", "2", "--vocab", "50"),
-    "distribution": (*DRAWS, "--k", "3", "--support", "3", "--rank", "2"),
+    "distribution": (*DRAWS, "--k", "3", "--support", "3", "--rows", "2", "--length", "4"),
     "speculative": (
         *(*DRAWS, "--new", "5", "--method", "cd", "--vocab", "50", "--noise", "0", "--spread", "0.1"),
         *("--draft-layers", "1", "--draft-width", "64", "--draft-tokens", "2"),
@@ -46,7 +46,7 @@ COLUMNS = {
     "transfer": ["batch", "k", "lookahead", "jaxalign tokens/s"],
     "genarm": ["batch", "base tokens/s", "genarm tokens/s", "adapter tokens/s", "cost", "adapter cost"],
     "deterministic": ["batch", "G", "plain tokens/s", "deterministic tokens/s", "cost", "score cost"],
-    "distribution": ["batch", "k", "base tokens/s", "values tokens/s", "laws tokens/s", "ratio"],
+    "distribution": ["what", "batch", "values ms", "laws ms", "ratio"],
     "speculative": [
         "batch",
         "method",
@@ -110,6 +110,7 @@ COLUMNS = {
     "shaping": ["what", "seconds", "times", "of"],
 }
 FIRST = {
+    "distribution": ["training", "decoding, 3 candidates"],
     "rl": [1],
     "score": ["forward", "gradient"],
     "train": ["sft", "reward_model", "arm"],

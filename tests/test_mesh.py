@@ -17,6 +17,11 @@ def test_a_model_on_a_mesh_gives_the_numbers_of_one_device():
 
 
 @needs_jit
+def test_decoders_that_keep_drop_and_propose_rows_give_on_a_mesh_what_they_give_on_one_device():
+    on_devices("from tests import decoders_on_mesh; decoders_on_mesh.main()", 8)
+
+
+@needs_jit
 def test_temporaries_of_steps_on_frozen_weights_do_not_grow_by_the_layers_matrices():
     on_devices("from tests import on_layers; on_layers.main()", 8)
 

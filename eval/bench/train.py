@@ -83,7 +83,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             LOSSES[stage](models.LanguageModel(lm.config, config.dtype)), optimizer, schedule=schedule, donate=True
         )
         compiled = jitted.lower(state, batch, None).compile()
-        runs = {"jaxalign": _stepper(compiled, state, batch)} | runs
+        runs = {"jaxalign": stepper(compiled, state, batch)} | runs
         del params, state  # donated
         # Before the timing: a wrong result has no speed. These steps warm both sides up as well.
         losses = {name: [step() for _ in range(3)] for name, step in runs.items()}
@@ -110,7 +110,7 @@ def _batch(stage: str, tokens: jax.Array) -> Any:
     }
 
 
-def _stepper(step: Any, state: Any, batch: Any) -> Callable[[], float]:
+def stepper(step: Any, state: Any, batch: Any) -> Callable[[], float]:
     """Takes one more step at each call and gives the loss before it."""
     kept = [state]
 
@@ -123,7 +123,7 @@ def _stepper(step: Any, state: Any, batch: Any) -> Callable[[], float]:
 
 
 def _torch_step(model: Any, stage: str, tokens: Any, rates: Iterator[float], dtype: str) -> Any:
-    """As `_stepper`, by torch. On a GPU bfloat16 is autocast, the weights staying float32."""
+    """As `stepper`, by torch. On a GPU bfloat16 is autocast, the weights staying float32."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

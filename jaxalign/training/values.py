@@ -265,7 +265,7 @@ def fit_head(
         numbered = data._replace(train=list(zip(data.train, range(len(data.train)), strict=True)))
         return {**body, **job.fit(alone, numbered, loss, hidden_states.with_states(collate, known))}
 
-    read, of_read = _what_is_read(loss, body)
+    read, of_read = without_lm_head(loss, body)
 
     def of_head(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
         return of_read({**frozen, **params}, batch, None)
@@ -293,13 +293,21 @@ def fit_all(
       Parameters of the whole model, float32.
     """
     kept = {name: x for name, x in started.params["transformer"].items() if name == "lm_head"}
-    read, of_read = _what_is_read(loss, started.params)
+    read, of_read = without_lm_head(loss, started.params)
     found = job.fit(started._replace(params=read), data, of_read, collate, frozen=frozen)
     return {**found, "transformer": {**found["transformer"], **kept}}
 
 
-def _what_is_read(loss: Loss, params: Params) -> tuple[Params, Loss]:
-    """The parameters without an lm_head, and the loss of these."""
+def without_lm_head(loss: Loss, params: Params) -> tuple[Params, Loss]:
+    """Leaves out an lm_head of its own, which values are not read by.
+
+    Args:
+      loss: of the whole model's parameters.
+      params: the whole model's.
+
+    Returns:
+      (the parameters without it, the loss of these).
+    """
     body = dict(params["transformer"])
     unread = body.pop("lm_head", None)
     if unread is None:
