@@ -90,7 +90,7 @@ def test_distribution_D11_laws_of_another_run_are_refused(more, message, trained
 
 @pytest.mark.filterwarnings("ignore:.*generation_config.json has")
 @pytest.mark.parametrize(("fields", "found"), [({"top_p": 0.9}, "top_p=0.9"), ({"do_sample": False}, "0.0")])
-def test_distribution_D11_a_generation_config_that_changes_the_draws_is_refused(
+def test_distribution_D11_a_generation_config_that_changes_the_draws_and_another_template_are_refused(
     fields, found, trained, files, tmp_path
 ):
     base = tmp_path / "base"
@@ -103,6 +103,9 @@ def test_distribution_D11_a_generation_config_that_changes_the_draws_is_refused(
         loading.check_laws(run, specs, tokenizer)
     (base / "generation_config.json").write_text(json.dumps({"temperature": 1.0, "top_k": 0}))
     loading.check_laws(run, specs, tokenizer)
+    tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(ValueError, match=r"model: expected the template .the chat template. that the laws of"):
+        loading.check_laws(run, specs, tokenizer)
 
 
 def laws_run(files, out, *more: str) -> None:
