@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import tests.conftest  # noqa: F401  # the flags and the cache of compiled programs
 from jaxalign import commands, models
 from jaxalign.models.hf import tensors
+from jaxalign.training import tables
 from tests.mesh_jobs import make_rows, word_tokenizer
 from tests.on_mesh import CONFIG
 
@@ -35,6 +36,7 @@ LINES = {
     "reward_model": PAIRS,
     "arm": PAIRS,
     "dpo": PAIRS,
+    "distil": "--calibration {}/tables/base --max-length 32 --batch-size 8 --model {}/base",
     "value": f"{DRAWN} --batch-size 8",
     "shaping": f"{DRAWN} --batch-size 8 --model {{}}/reward",
     "rl": f"{PROMPTS} --samples 4 --batch-size 8 --max-length 32 --model {{}}/base",
@@ -82,6 +84,8 @@ def faults(job: str) -> dict[str, Fault]:
             changed = {option: f"{{}}/{folder}"}
             if option == "base" and job == "value":
                 changed["model"] = "{}/base"  # that of --base by default
+            if job == "distil":
+                changed["calibration"] = f"{{}}/tables/{folder}"  # of the same base
             found[f"{option} {folder}"] = Fault(f"{axis}=8", changed, wanted)
     if "--method" in given:
         wanted = r"value:.*/heads: num_heads: expected a multiple of the mesh's tensor=8 devices, found 4 in .*/heads"
@@ -110,6 +114,11 @@ def main(folder: str) -> None:
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(models.config_to_hf(config)))
         tokenizer.save_pretrained(root / name)
+        made = {"out": f"{folder}/tables/{name}", "base": f"{folder}/{name}", "prompts": f"{folder}/prompts.jsonl"}
+        made |= {"reward": f"{folder}/reward", "samples": 4, "max_new_tokens": 4, "max_length": 32}
+        (root / "tables" / name).mkdir(parents=True)
+        (root / "tables" / name / "config.json").write_text(json.dumps(made))
+        (root / "tables" / name / tables.ABOUT).write_text(json.dumps({"base": tables.folder_digest(root / name)}))
     make_rows(root)
     tensors.read_params = models.LanguageModel.init = models.LanguageModel.init_head = refuse  # type: ignore[assignment]
     found: dict[str, dict[str, str]] = {}

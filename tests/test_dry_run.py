@@ -10,6 +10,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from eval import decode
@@ -82,7 +83,7 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(folder, name, capsys):
     found = dry(*JOBS[name], folder)
     assert found is not None
     assert found.parameters > 0
-    assert found.total >= found.parameters + found.optimizer + found.temporaries
+    assert found.total >= found.parameters + found.optimizer + found.frozen + found.temporaries
     assert found.flops_per_token > 0
     assert (found.frozen > 0) == (name.startswith(("dpo", "rl", "value of", "value, frozen")) or "lora" in name)
     # Two moments of what is trained, and counters.
@@ -109,8 +110,15 @@ def test_frozen_weights_are_held_in_half_precision_whatever_is_rematerialised(fo
 
 
 def test_a_calibration_says_what_its_responses_need(folder, capsys):
-    assert dry(calibrate, f"{ROLLED} --samples 4 --decode-batch 8 --max-length 64", folder) is None
+    line = f"{ROLLED} --samples 4 --decode-batch 8 --max-length 64"
+    programs, models_too = (dry(calibrate, words, folder) for words in (line, line.replace(GOLD, "{folder}/base")))
     assert "8 responses at a time" in capsys.readouterr().out
+    assert programs is not None
+    assert models_too is not None
+    assert programs.total == programs.frozen + programs.temporaries
+    # The reward's weights count, which drawing does not read.
+    assert models_too.frozen == 2 * programs.frozen
+    assert models_too.total - programs.total >= 0.99 * programs.frozen
 
 
 @pytest.mark.parametrize("name", ["sft", "sft in parts"])
@@ -245,4 +253,30 @@ def test_options_of_the_cpus_compiler_are_for_a_cpu_alone(monkeypatch):
     dry_run.planned(Lowered())
     monkeypatch.setenv(_devices.VARIABLE, "v5e:4x4")
     dry_run.planned(Lowered())
-    assert given == [dry_run.AS_ACCELERATORS, None]
+    assert given == [dry_run.cpu_options(), None]
+
+
+def test_options_that_the_cpus_compiler_lacks_are_left_out(monkeypatch):
+    known = dry_run.cpu_options()
+    assert known.items() <= dry_run.AS_ACCELERATORS.items()
+    assert "xla_backend_optimization_level" in known
+    monkeypatch.setattr(dry_run, "AS_ACCELERATORS", {"xla_no_such_option": True, "xla_backend_optimization_level": "0"})
+    assert dry_run.cpu_options.__wrapped__() == {"xla_backend_optimization_level": "0"}
+
+
+def test_a_loop_over_tokens_is_planned_without_float32_copies_of_all_matrices():
+    """The CPU multiplies bfloat16 in float32; the copies are made ahead of the loop unless its compiler is told."""
+    if "xla_cpu_scheduler_type" not in dry_run.cpu_options():
+        pytest.skip("this jaxlib orders loops in one way alone")
+
+    def loop(weights, x):
+        def body(_, x):
+            for w in weights:
+                x = jnp.tanh(x @ w)
+            return x
+
+        return jax.lax.fori_loop(0, 9, body, x)
+
+    weights = [jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)] * 8
+    compiled = dry_run.planned(jax.jit(loop).lower(weights, jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)))
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 256 * 256 * 4

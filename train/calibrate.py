@@ -55,8 +55,8 @@ def run(config: Config) -> dict[str, Any]:
     if config.run.dry_run:
         tokenizer = models.tokenizer(options.base, chat_template=config.text.chat_template)
         prompts = read(format_of(config.text, tokenizer)).rows
-        rollouts.tell_memory(options, prompts, dtype=config.run.dtype, stage="calibrate", mesh=config.mesh)
-        raise dry_run.Told
+        needed = rollouts.tell_memory(options, prompts, dtype=config.run.dtype, stage="calibrate", mesh=config.mesh)
+        raise dry_run.Told(needed)
     # No `Job`: nothing is trained, and a table takes the place of a model.
     out = _runs.open_run(config.run.out, config, inputs=rollouts.inputs(options), later=True)
     following = f"python -m train.rl --model {options.base} --prompts {options.prompts} --reward "

@@ -56,8 +56,8 @@ def run(config: Config) -> dict[str, Any]:
     tokenizer = models.tokenizer(options.base, chat_template=config.text.chat_template)
     if config.run.dry_run:
         prompts = read(format_of(config.text, tokenizer)).rows
-        rollouts.tell_memory(options, prompts, dtype=config.run.dtype, stage="preferences", mesh=config.mesh)
-        raise dry_run.Told
+        needed = rollouts.tell_memory(options, prompts, dtype=config.run.dtype, stage="preferences", mesh=config.mesh)
+        raise dry_run.Told(needed)
     out = _runs.open_run(config.run.out, config, inputs=rollouts.inputs(options), later=True)
     following = f"python -m train.reward_model --data {out / PAIRS} --model {options.base} --out DIR"
     done = job.finished(out, product=PAIRS)

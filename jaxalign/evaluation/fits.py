@@ -131,6 +131,8 @@ def _methods(
         with jax.ensure_compile_time_eval():  # strengths are read as numbers
             return build(Setting(options, loaded, scorer, texts, reader), spec)
 
+    # All models of the run lie on the devices, whichever of them a method reads; roles of one folder share one.
+    weights = dry_run.bytes_of(list({id(params): params for params in shapes.params.values()}.values()))
     titles: dict[Any, tuple[int, str]] = {}
 
     def note(params: dict[str, Params]) -> Array:
@@ -147,10 +149,8 @@ def _methods(
 
         lowered = jax.jit(program, static_argnums=3).lower(own, jax.random.key(0), batch, index)
         memory: Any = dry_run.planned(lowered).memory_analysis()
-        weights = dry_run.bytes_of(own)
-        total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        tokens = batch.tokens.shape[0] * options.max_new_tokens
-        rest = total - memory.argument_size_in_bytes
+        rest = memory.output_size_in_bytes + memory.temp_size_in_bytes
+        total, tokens = weights + dry_run.bytes_of(batch) + rest, batch.tokens.shape[0] * options.max_new_tokens
         found.append((name, dry_run.Estimate(devices, 0, 0, weights, rest, total, 0.0, tokens)))
     return found
 

@@ -110,10 +110,8 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules =
         axes = () if name is None else present_axes(mesh, rules.get(name))
         devices = size_of(mesh, axes)
         if size % devices and name in REPLICATED_WHERE_ODD:
-            where = re.sub(r"layer_\d+", "layer_*", path)
-            _tell_once(
-                f"mesh: {where}: {name} of size {size} does not divide over {named_sizes(mesh, axes)}: replicated"
-            )
+            # Without the path: weights, both moments, an adapter and each layer's cache are of one size.
+            _tell_once(f"mesh: {name} of size {size} does not divide over {named_sizes(mesh, axes)}: replicated")
             axes = ()
         elif size % devices:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
 import json
 import math
 import os
@@ -24,15 +24,18 @@ CARDS = (80, 96, 141)
 """Memory of the devices that are named [GB]."""
 
 AS_ACCELERATORS: dict[str, bool | str] = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_cpu_enable_concurrency_optimized_scheduler": False,
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+    "xla_cpu_use_fusion_emitters": False,
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
 }
-"""Options of the CPU's compiler. Left to itself it begins all at once that waits for nothing, such as copies of every
-layer's weights and the zeros that sums begin with; a GPU's and a TPU's order a program by the memory that it takes. The
-others leave machine code as it comes, which nothing runs: buffers are planned before it is written."""
-if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):
-    AS_ACCELERATORS["xla_cpu_use_fusion_emitters"] = False
+"""Options of the CPU's compiler, of which `cpu_options` gives those that it has. Left to itself it begins all at once
+that waits for nothing, such as copies of every layer's weights and the zeros that sums begin with; a GPU's and a TPU's
+order a program by the memory that it takes. It multiplies bfloat16 in float32, and would make such copies of all
+matrices ahead of a loop over tokens, which other devices do not need. The last three leave machine code as it comes,
+which nothing runs: buffers are planned before it is written."""
 
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")
@@ -139,7 +142,10 @@ def estimate(
     memory = cast(Any, planned(cast(Any, step).lower(state, given, frozen)).memory_analysis())
     devices = 1 if mesh is None else mesh.size
     tokens = sum(math.prod(x.shape) for x in _tokens(given))
-    total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arguments = bytes_of(
+        (state, given, frozen)
+    )  # the compiler's own count leaves out those that the step does not read
+    total = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Estimate(
         devices=devices,
         parameters=bytes_of(state.params),
@@ -155,12 +161,31 @@ def estimate(
 def planned(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """A program compiled for its memory_analysis: on a CPU as an accelerator's compiler orders it
     (`AS_ACCELERATORS`)."""
-    return lowered.compile(compiler_options=AS_ACCELERATORS if _devices.backend() == "cpu" else None)
+    return lowered.compile(compiler_options=cpu_options() if _devices.backend() == "cpu" else None)
+
+
+@functools.cache
+def cpu_options() -> dict[str, bool | str]:
+    """Those of `AS_ACCELERATORS` that the installed compiler has: some came, and some went, between its versions."""
+    nothing = jax.jit(lambda: jnp.zeros(())).lower()
+
+    def is_known(option: dict[str, bool | str]) -> bool:
+        try:
+            nothing.compile(compiler_options=option)
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            return False
+        return True
+
+    return {name: value for name, value in AS_ACCELERATORS.items() if is_known({name: value})}
 
 
 def held(program: Any, *args: Any) -> int:
-    """The most bytes that each device holds while a compiled function runs on such arguments, arrays or shapes."""
-    return bytes_held(planned(program.lower(*args)))
+    """The most bytes that each device holds while a compiled function runs on such arguments, arrays or shapes, also
+    those that it does not read."""
+    compiled: Any = planned(program.lower(*args))
+    return bytes_held(compiled) - int(compiled.memory_analysis().argument_size_in_bytes) + bytes_of(args)
 
 
 def bytes_held(compiled: Any) -> int:
@@ -182,7 +207,7 @@ def bytes_of(tree: Any) -> int:
 
     def own(x: Any) -> int:
         shape = x.shape if getattr(x, "sharding", None) is None else x.sharding.shard_shape(x.shape)
-        return int(math.prod(shape) * jnp.dtype(x.dtype).itemsize)
+        return int(math.prod(shape) * x.dtype.itemsize)
 
     return sum(own(x) for x in jax.tree.leaves(tree))
 

@@ -114,7 +114,7 @@ def _nothing(params: Params, tokens: Array, mask: Array, prompt_length: Array, i
 
 def tell_memory(
     options: RolloutOptions, prompts: Sequence[encoded.Prompt], *, dtype: str, stage: str, mesh: str
-) -> None:
+) -> dry_run.Estimate:
     """Says for a dry run what drawing a batch of responses needs of a device.
 
     Args:
@@ -123,6 +123,9 @@ def tell_memory(
       dtype: type of the models.
       stage: name of the job.
       mesh: of the devices that draw it, as `sharding.make_mesh` reads it.
+
+    Returns:
+      The figures, without operations; a reward's pass is not among them.
 
     Raises:
       ValueError: a mesh that the models do not fit.
@@ -139,10 +142,14 @@ def tell_memory(
         return decoding.best_of_n(policy, reward, params, rng, batch, eos_ids=lm.config.eos_ids, **drawn).info
 
     arguments = dry_run.abstract({"policy": base, "reward": params}, devices)
-    held = dry_run.held(jax.jit(draw), arguments, jax.random.key(0), prompt_batch(rows, batch_size=size)) / 1e9
+    held = dry_run.held(jax.jit(draw), arguments, jax.random.key(0), prompt_batch(rows, batch_size=size))
     number, kind = 1 if devices is None else devices.size, _devices.every()[0].device_kind
     print(f"{stage}: an estimate, by the program compiled for {number} of {kind}; per device:")
-    print(f"  {size * options.samples} responses at a time: {held:.4g} GB, weights included; a reward's pass aside")
+    print(
+        f"  {size * options.samples} responses at a time: {held / 1e9:.4g} GB, weights included; a reward's pass aside"
+    )
+    weights, tokens = dry_run.bytes_of(arguments), size * options.samples * options.max_new_tokens
+    return dry_run.Estimate(number, 0, 0, weights, held - weights, held, 0.0, tokens)
 
 
 def load_base(
@@ -212,7 +219,7 @@ def roll_out(
     Raises:
       ValueError: shards were made from other prompts, or a roll-out is longer than `max_length` with its prompt.
     """
-    digest = hashlib.blake2b(repr([p.tokens for p in prompts]).encode(), digest_size=8).hexdigest()
+    digest = digest_of(prompts)
     shards = -(-len(prompts) // options.shard)
     folder = (pathlib.Path(options.rollouts) if options.rollouts else out) / "rollouts"
     paths = [folder / f"{k:05d}.npz" for k in range(shards)]
@@ -250,6 +257,11 @@ def roll_out(
     if longest > max_length:
         raise ValueError(f"max_length: expected at least the longest roll-out's {longest} tokens, found {max_length}")
     return found
+
+
+def digest_of(prompts: Sequence[encoded.Prompt]) -> str:
+    """A short hash of the token ids of all prompts, which each shard holds."""
+    return hashlib.blake2b(repr([p.tokens for p in prompts]).encode(), digest_size=8).hexdigest()
 
 
 def longest_rollouts(options: RolloutOptions, prompts: Sequence[encoded.Prompt]) -> list[Rollout]:
