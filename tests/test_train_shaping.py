@@ -22,6 +22,9 @@ __all__ = ["files"]  # a fixture
 RUN = ("--bound", "3", "--beta", "1", "--samples", "4", "--batch-size", "2", "--validation", "0.4", "--epochs", "2")
 MODES = {
     "reward_model": ("--leader", "reward_model"),
+    "tokens": ("--follower", "tokens", "--candidates", "4"),
+    "smc": ("--follower", "smc", "--candidates", "4"),
+    "trained": ("--follower", "trained"),
     "network": ("--leader", "network"),
     "amortise": ("--amortise",),
 }
@@ -52,12 +55,16 @@ def test_each_leader_runs_in_bfloat16_and_reports_what_it_delivers_beside_the_op
         assert all(np.isfinite(x).all() for x in arrays.values())
     else:
         lm, params = models.load(out / "model")
-        assert lm.config.head == models.Head("reward", bound=3.0 if mode == "reward_model" else None)
+        assert lm.config.head == models.Head("reward", bound=None if mode == "amortise" else 3.0)
         assert all(np.isfinite(leaf).all() and leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
     if mode != "amortise":
         assert 1 <= summary["effective_samples"] <= 4
     else:
         assert summary["threshold_error"] >= 0
+    if mode in ("tokens", "smc"):
+        assert np.isfinite([summary["follower_utility_before"], summary["follower_utility_after"]]).all()
+        assert summary["follower_utility_gain_95"] >= 0
+        assert all(1 <= row["effective_samples"] <= 4.001 for row in logging.read(out / "metrics.jsonl"))
     # The same command finds the run whole.
     shaping.main(once)
     assert capsys.readouterr().out.splitlines()[-1] == last
@@ -103,6 +110,10 @@ def test_roll_outs_of_another_run_are_read_and_none_are_made(files, tmp_path, mo
         (("--samples", "1"), "samples: expected at least 2"),
         (("--validation", "0"), "validation: "),
         (("--accumulate", "3"), "accumulate: "),
+        (("--follower", "tokens", "--accumulate", "2"), "accumulate: expected 1 with --follower tokens"),
+        (("--follower", "smc", "--leader", "network"), "follower: expected closed_form"),
+        (("--follower", "trained", "--follower-step-size", "0"), "follower_step_size: expected"),
+        (("--follower", "tokens", "--candidates", "0"), "candidates: expected at least 1"),
     ],
 )
 def test_bad_options_are_named(extra, match, files, tmp_path):

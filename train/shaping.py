@@ -8,6 +8,7 @@ The true utility u of every roll-out is --reward (a folder, or MODULE:FUNCTION).
 prompt by softmax(r/beta); the leader maximises the sum of weight·u over its reward r in [0, bound].
 
 reward_model: r = bound·sigmoid(head) of a transformer, trained end to end; afterwards it needs no true utility.
+  --follower tokens|smc|trained puts another follower in place of the closed form on the roll-outs.
 network: r is a monotone function of u and of the prompt's statistics.
 --amortise: a head on the prompt's last token learns the threshold by expectile regression: none need be sampled.
 """
@@ -21,7 +22,7 @@ from typing import Any
 from jaxalign import commands, models
 from jaxalign.data import encoded
 from jaxalign.data.text_options import TextOptions, format_of
-from jaxalign.training import leaders, reading, rollouts, shaping_data
+from jaxalign.training import followers, leaders, reading, rollouts, shaping_data
 from jaxalign.training.options import (
     MeshOptions,
     ModelOptions,
@@ -60,6 +61,7 @@ def run(config: Config) -> dict[str, Any]:
         config = dataclasses.replace(config, model=model)
     options = config.shaping
     shaping_data.check_shaping_options(options, config.rollouts)
+    followers.check_drawing(options, config.mesh, config.run)
     network = options.leader == "network" and not options.amortise
     decode = f"python -m eval.decode --model {config.rollouts.base}"
     job = Job.open(
@@ -88,7 +90,13 @@ def run(config: Config) -> dict[str, Any]:
         return leaders.train_threshold(job, options, started, data)
     if network:
         return leaders.train_network(job, options, started, data)
-    return leaders.train_reward_model(job, options, started, data)
+    follower = None
+    if options.follower in followers.DRAWN:
+        own, rolled = config.model.model or config.model.tokenizer, config.rollouts
+        follower = followers.open_follower(
+            options, rolled, started, prompts, run=config.run, text=config.text, model=own
+        )
+    return leaders.train_reward_model(job, options, started, data, follower)
 
 
 def main(args: list[str] | None = None) -> None:

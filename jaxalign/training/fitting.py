@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -16,6 +16,22 @@ from jaxalign.training.measure import checked_collate
 from jaxalign.training.options import MeshOptions, OptimizerOptions
 from jaxalign.training.step import Loss
 from jaxalign.types import Params
+
+
+class Redraw(Protocol):
+    """The batch that a step learns from, [b,...] as the one given: redraw(params, step, batch)."""
+
+    def __call__(self, params: Params, step: int, batch: Any, /) -> Any: ...
+
+
+def _redrawn(step: training.TrainStep, redraw: Redraw) -> training.StepFunction[training.TrainState]:
+    """The step on batches that are drawn anew, of one micro-batch."""
+
+    def drawn(state: training.TrainState, batch: Any, frozen: Params) -> tuple[training.TrainState, Any]:
+        rows = redraw(state.params, int(_hosts.host_value(state.step)), jax.tree.map(lambda x: x[0], batch))
+        return step(state, jax.tree.map(lambda x: x[None], rows), frozen)
+
+    return drawn
 
 
 def fit_model(
@@ -31,6 +47,7 @@ def fit_model(
     out: pathlib.Path,
     frozen: Params = None,
     compared: bool = False,
+    redraw: Redraw | None = None,
 ) -> Params:
     """Trains all parameters, going on from the newest checkpoint in the run folder.
 
@@ -46,6 +63,7 @@ def fit_model(
       out: the run folder.
       frozen: parameters that the loss takes and that are not trained.
       compared: whether the weights under an adapter are the reference as well, for the count of operations.
+      redraw: what turns a batch into the one that is learned from, by the parameters as they stand; None: nothing.
 
     Returns:
       The trained parameters, float32, on the mesh's devices.
@@ -72,19 +90,26 @@ def fit_model(
         state, frozen = states.on_mesh(devices, params, update), sharding.shard(frozen, devices, others=True)
         by_row = sharding.batch_sharding(devices, ahead=1)
         place = lambda batch: _hosts.put(batch, by_row)  # noqa: E731
-    work = flops.work_of(
-        started.lm,
-        started.params,
-        frozen,
-        compared=compared,
-        devices=1 if devices is None else devices.size,
-        peak_tflops=optimizer.peak_tflops,
+    step_function: training.StepFunction[training.TrainState] = step
+    if redraw is not None:
+        step_function = _redrawn(step, redraw)
+    work = (
+        None
+        if redraw is not None
+        else flops.work_of(
+            started.lm,
+            started.params,
+            frozen,
+            compared=compared,
+            devices=1 if devices is None else devices.size,
+            peak_tflops=optimizer.peak_tflops,
+        )
     )
     size, accumulate = optimizer.batch_size, mesh.accumulate
     source = batches.batches(data.train, checked_collate(collate), batch_size=size, seed=seed, accumulate=accumulate)
     with profiling.traced(out, optimizer.profile) as hooks:
         final = training.fit(
-            step,
+            step_function,
             state,
             source,
             steps=steps,

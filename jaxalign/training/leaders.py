@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,8 +12,9 @@ import numpy as np
 from safetensors.flax import save
 
 from jaxalign import _hosts, _io, models, shaping
-from jaxalign.training import LossAux, objectives
+from jaxalign.training import LossAux, followers, objectives
 from jaxalign.training import job as functions
+from jaxalign.training.options import TrainingConfig
 from jaxalign.training.shaping_data import ShapingOptions, collate_groups, collate_prompts
 from jaxalign.training.step import Loss
 from jaxalign.training.training_job import Job
@@ -101,7 +104,11 @@ def _validation(data: functions.Data) -> np.ndarray:
 
 
 def train_reward_model(
-    job: Job, options: ShapingOptions, started: functions.StartedModel, data: functions.Data
+    job: Job,
+    options: ShapingOptions,
+    started: functions.StartedModel,
+    data: functions.Data,
+    follower: followers.Follower | None = None,
 ) -> dict[str, Any]:
     """Trains a transformer's reward in [0, bound] as the leader.
 
@@ -110,9 +117,11 @@ def train_reward_model(
       options: the bound, and the KL weight of the follower.
       started: the reward model, which is written with its new parameters.
       data: prompts with their roll-outs; at least two held-out prompts.
+      follower: what draws, where options.follower is one of `followers.DRAWN`.
 
     Returns:
-      The summary: utility that it delivers, beside its start, the base and the optimum.
+      The summary: utility that it delivers through the closed form, beside its start, the base and the optimum, and
+      through a follower that draws, before and after.
 
     Raises:
       ValueError: fewer than two held-out prompts.
@@ -121,8 +130,18 @@ def train_reward_model(
     pad = lambda rows: collate_groups(rows, length)  # noqa: E731
     score = lambda params, batch: objectives.group_rewards(started.lm, objectives.cast(started.lm, params), batch)  # noqa: E731
     before = job.evaluate(score, started.params, data.validation, pad)
-    loss = objectives.stackelberg(started.lm, beta=options.beta)
-    params = job.fit(started, data, loss, pad)
+    first = None if follower is None else _answered(follower, started.params, data.validation, job.config)
+    if follower is not None:
+        bare = lambda rows: collate_prompts(rows, length)  # noqa: E731
+        loss, draws = followers.loss_of_draws(follower), functools.partial(followers.redraw, follower)
+        params = job.fit(started, data, loss, bare, frozen=follower.base, redraw=draws)
+    else:
+        loss = objectives.stackelberg(started.lm, beta=options.beta)
+        if options.follower == "trained":
+            loss = followers.trained(
+                started.lm, beta=options.beta, steps=options.follower_steps, step_size=options.follower_step_size
+            )
+        params = job.fit(started, data, loss, pad)
     after = job.evaluate(score, params, data.validation, pad)
     # The start is bound·sigmoid(score); the score itself, spread over [0, bound] by the range of a prompt's roll-outs:
     share = np.clip(before / options.bound, 1e-6, 1 - 1e-6)
@@ -134,7 +153,37 @@ def train_reward_model(
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     ess = np.asarray(shaping.effective_samples(after, beta=options.beta))
     summary = compare_leaders(delivered) | {"parameters": size, "effective_samples": float(ess.mean())}
+    if follower is not None and first is not None:
+        last = _answered(follower, params, data.validation, job.config)
+        for name, values in (("before", first), ("after", last), ("gain", last - first)):
+            mean, half = functions.interval(values)
+            summary |= {f"follower_utility_{name}": mean, f"follower_utility_{name}_95": half}
+    warn_of_few(ess, utility.shape[1])
     return job.finish(started, params, data, summary)
+
+
+def _answered(follower: followers.Follower, params: Params, rows: Sequence[Any], config: TrainingConfig) -> np.ndarray:
+    """Utility [rows] of what the follower draws for held-out prompts, by draws that training does not have."""
+    size, length, parts = config.optimizer.batch_size, config.rows.max_length, []
+    for i in range(0, len(rows), size):
+        batch = jax.tree.map(jnp.asarray, collate_prompts(list(rows[i : i + size]), length))
+        parts.append(followers.drawn_utility(followers.redraw(follower, params, 2**30 + i, batch)))
+    return np.concatenate(parts)
+
+
+def warn_of_few(effective: np.ndarray, samples: int) -> None:
+    """Says where the closed form on n samples rests on fewer than n/8 of them.
+
+    Args:
+      effective: effective samples of each prompt.
+      samples: n.
+    """
+    if effective.mean() < samples / 8:
+        print(
+            f"leader: {effective.mean():.2f} effective samples of {samples}, below an eighth: what the closed form "
+            "gives on them, and far more its gradient, is too small (more --samples, or a lower --bound)",
+            flush=True,
+        )
 
 
 def train_network(
@@ -188,6 +237,7 @@ def train_network(
                 sink.write(save(flat, metadata={"bound": str(options.bound), "beta": str(options.beta)}))
     summary = {"rows": len(data.train), "validation_rows": len(data.validation)} | compare_leaders(delivered)
     summary["effective_samples"] = float(ess.mean())
+    warn_of_few(ess, weighed.shape[1])
     _io.write_json(job.out / "summary.json", summary)
     functions.report(job.out, summary, job.following, product=job.product)
     return summary

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from jaxalign._checks import check_count
 from jaxalign.data import encoded, preferences
 from jaxalign.training import job, rollouts
 from jaxalign.training.options import RolloutOptions, check_finite, check_rollout_options
@@ -18,6 +19,15 @@ class ShapingOptions:
 
     leader: Literal["reward_model", "network"] = "reward_model"
     """What is trained: a transformer's reward, or a shaping function of the utility."""
+    follower: Literal["closed_form", "tokens", "smc", "trained"] = "closed_form"
+    """What answers a reward model that leads: the closed form on roll-outs; the base tilted by tokens with the reward
+    of the partial text; particles of that tilt; or a policy over the roll-outs that trains a few steps."""
+    candidates: int = 16
+    """Next tokens that the leader's reward weighs, of followers tokens and smc."""
+    follower_steps: int = 16
+    """Gradient steps of the follower trained."""
+    follower_step_size: float = 0.5
+    """Size of each [nats per unit of reward]."""
     amortise: bool = False
     """Train a head for the threshold in place of a leader."""
     bound: float = 3.0
@@ -35,12 +45,21 @@ class PromptGroup(NamedTuple):
     """Token ids of each roll-out."""
     utility: list[float]
     """True utility of each roll-out."""
+    row: int = 0
+    """Row of the prompt in its file."""
 
 
 def check_shaping_options(options: ShapingOptions, rolled: RolloutOptions) -> None:
     """ValueErrors that name the option; rolled: of the roll-outs that are weighed."""
     check_rollout_options(rolled)
     check_finite(options, "bound", "beta", above=True)
+    check_finite(options, "follower_step_size", above=True)
+    for name in ("candidates", "follower_steps"):
+        check_count(name, getattr(options, name), least=1)
+    if options.follower != "closed_form" and (options.amortise or options.leader != "reward_model"):
+        raise ValueError(
+            f"follower: expected closed_form for a leader that is no reward_model, found {options.follower}"
+        )
     if rolled.samples < 2:
         raise ValueError(f"samples: expected at least 2 roll-outs to weigh against each other, found {rolled.samples}")
 
@@ -48,7 +67,7 @@ def check_shaping_options(options: ShapingOptions, rolled: RolloutOptions) -> No
 def prompt_groups(found: list[rollouts.Rollout]) -> list[PromptGroup]:
     """Makes a row of each prompt from all its roll-outs."""
     return [
-        PromptGroup(rows[0].prompt, [row.response for row in rows], [row.reward for row in rows])
+        PromptGroup(rows[0].prompt, [row.response for row in rows], [row.reward for row in rows], rows[0].row)
         for rows in rollouts.by_prompt(found).values()
     ]
 
@@ -70,10 +89,11 @@ def collate_prompts(rows: list[PromptGroup], max_length: int) -> dict[str, np.nd
     """Pads b prompts alone, at most `max_length` tokens each.
 
     Returns:
-      {"tokens", "mask" [b,P], "utility" [b,n]}, right-padded.
+      {"tokens", "mask" [b,P], "utility" [b,n], "index" [b]}, right-padded.
     """
     length = job.row_length([len(row.prompt) for row in rows], max_length)
     tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
         tokens[i, : len(row.prompt)], mask[i, : len(row.prompt)] = row.prompt, True
-    return {"tokens": tokens, "mask": mask, "utility": np.asarray([row.utility for row in rows], np.float32)}
+    utility, index = np.asarray([row.utility for row in rows], np.float32), [row.row for row in rows]
+    return {"tokens": tokens, "mask": mask, "utility": utility, "index": np.asarray(index, np.int32)}

@@ -150,6 +150,7 @@ class Job:
         *,
         frozen: Params = None,
         adapter: models.Lora | None = None,
+        redraw: fitting.Redraw | None = None,
     ) -> Params:
         """Trains, going on from the newest checkpoint in the run folder.
 
@@ -160,6 +161,7 @@ class Job:
           collate: a list of b rows -> a tree of arrays [b,...].
           frozen: parameters that the loss takes and that are not trained; with an adapter None or those of `started`.
           adapter: where it is given, it is trained in place of all weights (`adapters.fit_adapter`).
+          redraw: draws the batch that each step learns from (`fitting.fit_model`); not with an adapter.
 
         Returns:
           The trained parameters, float32; an adapter's as `adapters.written` gives them.
@@ -171,7 +173,7 @@ class Job:
         options: dict[str, Any] = {"optimizer": config.optimizer, "mesh": config.mesh, "seed": config.run.seed}
         options |= {"stage": self.stage, "out": self.out, "frozen": frozen}
         if adapter is None:
-            return fitting.fit_model(started, data, loss, collate, **options)
+            return fitting.fit_model(started, data, loss, collate, redraw=redraw, **options)
         base = config.model.model
         return adapters.fit_adapter(adapter, started, data, loss, collate, base=base, **options)
 
