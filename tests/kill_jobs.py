@@ -4,7 +4,7 @@ python -m tests.kill_jobs --kills 200
 
 Each trial takes a job and a place: at the start, at a random moment, inside the write of a checkpoint, of a file (a
 shard, a table, JSON) or of a partial file, inside the model's folder, between model and summary, with storage that is
-full, or by a signal that asks to end. Half of the trials kill the second start too. A fault is a byte that differs,
+full, or by a signal that asks to end; some trials kill the next start too. A fault is a byte that differs,
 something left behind, a start that fails, an output of more than one line of error, or another exit code than is
 promised. Prints a table, and exits with 1 where there is a fault. Jobs are forked from one process that has loaded all
 modules and no device.
@@ -331,19 +331,19 @@ class Row(NamedTuple):
 def trial(
     name: str,
     job: Job,
-    place: str,
+    places: list[str],
     folder: pathlib.Path,
     given: dict[str, str],
     whole: dict[str, str],
     seconds: float,
     seed: int,
 ) -> Row:
-    """Kills a job once or twice, does it, and compares."""
+    """Kills a job at the places, start after start, does it, and compares."""
     rng, faults, kills, missed = random.Random(seed), list[str](), 0, 0
     out, log = folder / "out", folder / "log"
     words = [word.format(**given, out=out) for word in (*job.words, "--out", "{out}")]
-    second = rng.random() < 0.5
-    for number, where in enumerate([place, rng.choice(job.places)] if second else [place]):
+    place = ", ".join(places)
+    for number, where in enumerate(places):
         own = log.with_name(f"log{number}")
         code = wait(start(job, words, own, arming(where, seconds, rng.randrange(2**31))))
         kills += 1
@@ -375,7 +375,9 @@ def _told(line: str) -> bool:
     return bool(line.strip()) and not any(word in line for word in beside)
 
 
-def run(kills: int, *, seed: int = 0, folder: pathlib.Path, jobs: list[str], places: list[str]) -> dict[Any, Row]:
+def run(
+    kills: int, *, seed: int, folder: pathlib.Path, jobs: list[str], places: list[str], starts: int, until: float
+) -> dict[Any, Row]:
     """Makes the inputs and the uninterrupted runs, and the trials.
 
     Args:
@@ -383,9 +385,11 @@ def run(kills: int, *, seed: int = 0, folder: pathlib.Path, jobs: list[str], pla
       seed: of what is drawn.
       folder: to work in.
       jobs, places: names of those that are tried.
+      starts: most starts that are killed one after the other.
+      until: time after which no trial begins.
 
     Returns:
-      (job, place) -> its row.
+      (job, place) -> its row; the faults of a trial count at its first place.
     """
     given = {"world": str(folder / "world"), "base": str(folder / "made/model")}
     small = (
@@ -418,27 +422,29 @@ def run(kills: int, *, seed: int = 0, folder: pathlib.Path, jobs: list[str], pla
     for name in jobs:
         job, out = JOBS[name], folder / name
         words = [word.format(**given, out=out) for word in (*job.words, "--out", "{out}")]
-        for _ in range(2):  # the second finds its programs compiled, as those that are killed do
-            shutil.rmtree(out, ignore_errors=True)
-            begin = time.perf_counter()
-            code = wait(start(job, words, folder / f"{name}-log"))
-            seconds[name] = time.perf_counter() - begin
-            assert code == 0, (folder / f"{name}-log.err").read_text()
+        begin = time.perf_counter()
+        code = wait(start(job, words, folder / f"{name}-log"))
+        seconds[name] = time.perf_counter() - begin
+        assert code == 0, (folder / f"{name}-log.err").read_text()
         whole[name] = left(out)
         assert len(whole[name]) > 2, whole
     rng, rows = random.Random(seed), dict[Any, Row]()
     every = [(name, place) for place in places for name in jobs if place in JOBS[name].places]
     rng.shuffle(every)
     done = 0
-    while done < kills:
-        name, place = every[0]
-        every.append(every.pop(0))
+    while done < kills and time.time() < until:
+        name = every[0][0]
+        mine = [pair for pair in every if pair[0] == name][: min(rng.randint(1, starts), kills - done)]
+        every = [pair for pair in every if pair not in mine] + mine  # those that were not yet come first
         here = pathlib.Path(tempfile.mkdtemp(dir=folder))
-        row = trial(name, JOBS[name], place, here, given, whole[name], seconds[name], rng.randrange(2**31))
-        shutil.rmtree(here)
+        killed = [place for _, place in mine]
+        row = trial(name, JOBS[name], killed, here, given, whole[name], seconds[name], rng.randrange(2**31))
+        shutil.rmtree(here, ignore_errors=True)
         done += row.kills
-        before = rows.get((name, place), Row())
-        rows[name, place] = Row(*(a + b for a, b in zip(before, row, strict=True)))  # type: ignore[operator]
+        for i, pair in enumerate(mine):
+            before = rows.get(pair, Row())
+            new = Row(1, row.missed, row.faults) if i == 0 else Row(1)
+            rows[pair] = Row(*(a + b for a, b in zip(before, new, strict=True)))  # type: ignore[operator]
         for fault in row.faults:
             print(f"FAULT {fault}", flush=True)
     return rows
@@ -463,6 +469,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--starts", type=int, default=2, help="most starts that are killed one after the other")
+    parser.add_argument("--minutes", type=float, default=1e6, help="after which no trial begins")
     parser.add_argument("--jobs", default=",".join(JOBS))
     parser.add_argument("--places", default=",".join(PLACES))
     options = parser.parse_args()
@@ -476,7 +484,8 @@ def main() -> int:
         __import__("orbax.checkpoint")
         __import__("transformers")
         names, places = options.jobs.split(","), options.places.split(",")
-        rows = run(options.kills, seed=options.seed, folder=pathlib.Path(folder), jobs=names, places=places)
+        more = {"seed": options.seed, "starts": options.starts, "until": time.time() + 60 * options.minutes}
+        rows = run(options.kills, folder=pathlib.Path(folder), jobs=names, places=places, **more)
     show(rows)
     return int(any(row.faults for row in rows.values()))
 
