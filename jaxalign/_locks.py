@@ -88,6 +88,15 @@ def release(folder: pathlib.Path) -> None:
             place = place.parent
 
 
+def clear(folder: pathlib.Path) -> None:
+    """Removes a lock that was left behind in a folder that nobody writes to any more, where that is allowed."""
+    path = folder.resolve() / NAME
+    with contextlib.suppress(OSError):
+        text = _read(path)
+        if text is not None and path not in _held and _left_behind(path, text):
+            path.unlink()
+
+
 @contextlib.contextmanager
 def released() -> Iterator[None]:
     """Gives back at the end of the block what was taken in it."""

@@ -117,7 +117,9 @@ def _opened(out: pathlib.Path, config: Any, inputs: Sequence[str]) -> Callable[[
         raise ValueError(f"out: expected a folder, found a file {out}")
     finished, had = (out / SUMMARY).exists(), _locks.held(out)
     try:
-        if not finished:
+        if finished:
+            _locks.clear(out)  # of a job that was killed when it had written its summary
+        else:
             _lock(out)
             _remove_leftovers(out)
         found, values = _inputs(inputs), _as_json(_options.flat(config))

@@ -288,7 +288,10 @@ def test_a_finished_folder_can_be_read_while_it_is_locked(place):
     _locks.release(place / "run")
     lock(place / "run")
     assert job.finished(opened(place)) == {}
-    (place / "run/.lock").unlink()
+    assert (place / "run/.lock").exists()
+    lock(place / "run", pid=2**22 + 5)
+    assert job.finished(opened(place)) == {}
+    assert not (place / "run/.lock").exists()
 
 
 def test_a_lock_of_this_process_is_taken_again_and_given_back_with_the_empty_folder(tmp_path):
