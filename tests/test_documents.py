@@ -210,7 +210,14 @@ def test_every_public_name_is_listed_with_its_parameters(package):
 
 
 OF_EVERY_JOB = {"--help", "--debug", "--version", "--skip-bad"}
-OF_EVERY_JOB |= {"--distributed", "--coordinator", "--num-processes", "--process-id", compilation.WORD}
+OF_EVERY_JOB |= {
+    "--distributed",
+    "--coordinator",
+    "--num-processes",
+    "--process-id",
+    compilation.WORD,
+    "--stopped-code",
+}
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if page != "CHANGELOG.md"])

@@ -121,6 +121,39 @@ def test_a_signal_that_comes_where_no_error_gets_through_comes_again():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+AT_ONCE = """
+import os, signal, sys, time
+from jaxalign import _signals
+with _signals.deferred():
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+    print("saved")
+"""
+AT_START = """
+import os, signal, sys
+sys.argv = ["-m"]
+import train
+os.kill(os.getpid(), signal.{name})
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "told"),
+    [
+        (AT_ONCE, 130, "\nstopping: what is at hand is saved first; a second Ctrl-C ends at once\n"),
+        (AT_START.format(name="SIGTERM"), 143, "stopped by SIGTERM before anything was done; the same command begins"),
+        (AT_START.format(name="SIGINT"), 130, "interrupted before anything was done; the same command begins again\n"),
+    ],
+)
+def test_a_second_interrupt_and_one_before_a_job_begins_end_at_once(program, code, told):
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == code
+    assert found.stderr.startswith(told)
+    assert found.stdout == ""
+    assert "Traceback" not in found.stderr
+
+
 def test_the_exit_code_of_a_stop_can_be_chosen(capsys):
     import signal
 
