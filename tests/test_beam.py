@@ -77,9 +77,8 @@ def test_groups_do_not_see_each_other_and_the_reward_chooses():
     both = searched(params=params, groups=2, reward=weighted_tokens)
     np.testing.assert_array_equal(both.info.samples.tokens[:, :2], alone.info.samples.tokens)
     np.testing.assert_array_equal(both.info.score[:, :2], alone.info.score)
-    assert (
-        both.info.samples.tokens[:, 2:] != alone.info.samples.tokens
-    ).any()  # the second draws by numbers of its own
+    # The second group draws by numbers of its own.
+    assert (both.info.samples.tokens[:, 2:] != alone.info.samples.tokens).any()
     assert both.info.samples.tokens.shape == (4, 4, 5)
     best = both.info.reward.argmax(axis=1)
     np.testing.assert_array_equal(both.completions.tokens, both.info.samples.tokens[jnp.arange(4), best])
@@ -107,14 +106,18 @@ def test_records_scores_and_blocks_are_those_of_the_tokens():
     np.testing.assert_allclose(every.log_prob, scored.log_prob_ref, atol=1e-4)
     total = (scored.log_prob - scored.log_prob_ref + scored.log_norm).sum(axis=1)
     np.testing.assert_allclose(found.info.score.reshape(-1), total, atol=1e-4)
-    for tokens, mask, blocks in zip(every.tokens, every.mask, found.info.blocks.reshape(-1), strict=True):
+    rows, inner = zip(every.tokens, every.mask, every.finished, found.info.blocks.reshape(-1), strict=True), 0
+    for tokens, mask, finished, blocks in rows:
         ends, length = 0, 0
         response = tokens[mask].tolist()
+        assert finished == (response[-1] in EOS)
+        inner += len({2, 5, 7} & set(response[:-1]))
         for i, token in enumerate(response):
             length += 1
             if token in (2, 5, 7, *EOS) or length == 3 or i == len(response) - 1:
                 ends, length = ends + 1, 0
         assert blocks == ends
+    assert inner > 3  # a boundary token ends the block and not the response
 
 
 def test_what_is_refused():
