@@ -54,7 +54,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     mesh = common.check(config, (*config.batch, config.rows))
     if config.support < 2 or min(config.k, default=-1) < 0 or config.length < 2:
         raise ValueError(
-            f"support, k, length: expected at least 2, 0 and 2, found {config.support}, {config.k}, {config.length}"
+            f"length, support, k: expected at least 2, 2 and 0, found {config.length}, {config.support}, {config.k}"
         )
     points = tuple(np.linspace(-1, 1, config.support).tolist())
     plain = models.Head("q", hidden_size=config.width)
