@@ -28,7 +28,7 @@ class Size(NamedTuple):
     validation: float  # share of the prompts that figures of training are of
     passes: dict[str, float]  # epochs of reward_model, laws, edit
     steps: dict[str, int]  # optimizer steps of arm and dpo, eight pairs each
-    rl: dict[str, int]  # steps, batch_size, samples
+    rl: dict[str, int]  # steps, batch_size, samples; accumulate where it is another than below
     accumulate: int  # micro-batches of a step
     strengths: dict[str, str]  # of each method, as eval.decode's --method takes them after @; a method that is not here
     # is left out
@@ -49,11 +49,12 @@ SIZES = {
         validation=0.1,
         passes={"reward_model": 2, "laws": 6, "edit": 6},
         steps={"arm": 48, "dpo": 48},
-        rl={"steps": 8, "batch_size": 16, "samples": 4},
+        rl={"steps": 8, "batch_size": 16, "samples": 4, "accumulate": 4},
         accumulate=2,
         strengths={
             "best_of_n": "4,16",
             "args": "1,0.5,0.25",
+            "unguided": "50",
             "laws": "2,1,0.5,0.25",
             "blockwise": "4",
             "transfer": "0.5",
@@ -84,6 +85,7 @@ SIZES = {
         strengths={
             "best_of_n": "4",
             "args": "0.5",
+            "unguided": "50",
             "laws": "1,0.5,0.25",
             "blockwise": "4",
             "genarm": "1,0.5",
@@ -195,6 +197,8 @@ def decoding_groups(out: pathlib.Path, preset: str) -> dict[str, tuple[str, ...]
     wanted = {  # method -> (title, KIND:DIR)
         "best_of_n": ("base and best-of-n", "best_of_n"),
         "args": ("ARGS", f"args:{model['reward_model']}"),
+        # At so large a beta what a method's top_k does alone, which the others are to be compared with.
+        "unguided": ("the ten likeliest tokens", f"{laws}:soft"),
         "laws": ("distributional CD", f"{laws}:soft"),
         "follower": ("Stackelberg on tokens", f"{laws}:follower(bound=2)"),
         "calibrated": ("InfAlign's tilt", f"{laws}:calibrated(exp:5)"),
