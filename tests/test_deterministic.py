@@ -120,11 +120,32 @@ def test_what_cannot_be_held_is_refused():
         jax.jit(lambda prompts: decoding.sample(policy, params, RNG, prompts, **limits))(batch(0, 2))
     with pytest.raises(ValueError, match="deterministic: expected at least 1, found 0"):
         decoding.sample(policy, params, RNG, batch(0, 2), max_new_tokens=4, deterministic=0)
+    width = params["transformer"]["norm"]["scale"].shape[0]
+    heat, asked = jnp.ones(width), batch(0, width)  # as many prompts as the model is wide
+    with pytest.raises(
+        ValueError, match=r"deterministic: expected params whose values per prompt can be told .*\(16,\)"
+    ):
+        decoding.sample(policy, params, RNG, asked, temperature=heat, **limits)
     tokens, mask = jnp.asarray([[2, 5]]), jnp.ones((1, 2), bool)
+    with pytest.raises(ValueError, match="exact: expected tokens and a mask that are known on the host"):
+        jax.jit(lambda x: decoding.log_prob(policy, params, RNG, batch(0, 1), x, mask, exact=True, deterministic=4))(
+            tokens
+        )
     with pytest.raises(ValueError, match="exact: expected with deterministic=G"):
         decoding.log_prob(policy, params, RNG, batch(0, 1), tokens, mask, exact=True)
     with pytest.raises(ValueError, match=r"exact: expected responses that end at their first EOS \(2,\)"):
         decoding.log_prob(policy, params, RNG, batch(0, 1), tokens, mask, exact=True, deterministic=4)
+
+
+def test_scores_in_chunks_have_the_derivative_of_scores():
+    policy, params = model("float32")
+    tokens, mask = jnp.asarray(DRAW.integers(3, 11, (3, 4))), jnp.ones((3, 4), bool)
+
+    def total(p, size):
+        return decoding.log_prob(policy, p, RNG, batch(0, 3), tokens, mask, deterministic=size).log_prob.sum()
+
+    found, expected = jax.grad(total)(params, 2), jax.grad(total)(params, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
 
 
 def test_exact_scores_outside_the_support_are_those_of_the_scorer():

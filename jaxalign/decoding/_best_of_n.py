@@ -100,7 +100,7 @@ def best_of_n(
       num_samples: n >= 1, responses per prompt.
       max_new_tokens, eos_ids, temperature: as `sample`.
       chunk: samples per prompt that are decoded and scored at a time, a divisor of n; all when None. It bounds memory
-        (B·chunk caches) and changes no sample.
+        (B·chunk caches) and changes no sample beyond the rounding of another batch size.
       drop: pairs (t, keep) with which drawing stops early for samples that look bad (speculative rejection, arXiv
         2410.20290): after t tokens the reward scores the texts so far, and the `keep` best of those that are left go
         on. t and keep are integers, t rises and keep falls. A response that has ended is scored as it stands. The

@@ -240,6 +240,8 @@ def _replayed(
     """Scores by the steps of `_chunks.draw`, which take the given tokens."""
     if size is None:
         raise ValueError("exact: expected with deterministic=G, the chunk that the responses were drawn in, found none")
+    if not is_concrete(tokens, mask):
+        raise ValueError("exact: expected tokens and a mask that are known on the host, found traced ones")
     if bool((mask[:, 1:] & rollout.is_eos(tokens[:, :-1], eos_ids) & mask[:, :-1]).any()):
         raise ValueError(f"exact: expected responses that end at their first EOS {eos_ids}, found tokens after one")
     given = _chunks.Given(jnp.where(mask, tokens, -1).astype(jnp.int32), mask.sum(axis=1).astype(jnp.int32))
