@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eval.studies import __main__ as program
-from eval.studies import base, bound, language, noise, samples, tree, world
+from eval.studies import base, bilevel, bound, language, noise, samples, tree, world
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,20 @@ def test_followers_on_samples_are_compared_at_their_kl():
             assert row["kl"] == pytest.approx(row["budget"], abs=1e-5)
     error = {row["what"]: row["value"] for row in world.error_of(found)}
     assert error["correlation with gold"] == pytest.approx(1)
+
+
+def test_each_follower_is_served_best_by_the_leader_that_climbed_through_it(tmp_path):
+    sizes = {"processes": 4, "vocabulary": 2, "horizon": 3, "steps": 150}
+    rows = bilevel.run(bilevel.Config(out=str(tmp_path), **sizes))
+    names = ("closed form", "tokens", "trained")
+    assert len(rows) == 10
+    for follower in names:
+        utility = {row["leader"]: row["utility"] for row in of(rows, follower=follower)}
+        assert max(utility.values()) - utility[follower] < 0.02, utility
+    (exact,) = of(rows, leader="closed form", follower="closed form")
+    assert -1e-9 < exact["short_of_optimum"] < 0.02
+    assert all(row["kl"] > 0 for row in rows[1:])
+    assert (tmp_path / "bilevel.png").stat().st_size > 10_000
 
 
 def test_predictions_of_the_closed_form_from_samples():
