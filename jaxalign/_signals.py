@@ -13,6 +13,9 @@ from typing import Any, NoReturn
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 AGAIN = b"\nstopping: what is at hand is saved first; a second Ctrl-C ends at once\n"
 
+CLOSED = "Event loop is closed"
+"""What parts of a checkpoint say that were still being written when its save failed, which is told."""
+
 _state: dict[str, int] = {"asked": 0, "deferring": 0}
 
 
@@ -63,7 +66,7 @@ def handled() -> Iterator[None]:
     def lost(found: Any) -> None:
         if isinstance(found.exc_value, Stopped | Interrupted):
             _again()
-        else:
+        elif str(found.exc_value) != CLOSED:
             hook(found)
 
     _state["asked"], sys.unraisablehook = 0, lost

@@ -8,6 +8,7 @@ none of them.
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib
 import os
@@ -217,8 +218,7 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
                 sys.stdout.flush()
     except (KeyboardInterrupt, _signals.Stopped) as error:
         number, words = _signals.words_of(error)
-        if words:
-            print(words, file=sys.stderr)
+        _say(words)
         _end(128 + number if code is None else code)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         _no_more_output()
@@ -233,9 +233,15 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         words = " ".join(words.split()) if usage else next(iter(words.strip().splitlines()), "")
         kind = "" if usage else f"{type(error).__name__}: "
         hint = "" if debug else " (--debug shows the traceback)"
-        print(f"error: {processes.label()}{kind}{words}{hint}", file=sys.stderr)
+        _say(f"error: {processes.label()}{kind}{words}{hint}")
         _end(USAGE if usage else FAILED)
     sys.exit(0)
+
+
+def _say(line: str) -> None:
+    """Prints a line on stderr, where that takes one."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, end="\n" if line else "", file=sys.stderr, flush=True)
 
 
 def _can_print() -> bool:

@@ -154,7 +154,17 @@ def test_a_second_interrupt_and_one_before_a_job_begins_end_at_once(program, cod
     assert "Traceback" not in found.stderr
 
 
-def test_the_exit_code_of_a_stop_can_be_chosen(capsys):
+class Full:
+    """A stream that takes nothing."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    def flush(self) -> None:
+        self.write("")
+
+
+def test_the_exit_code_of_a_stop_can_be_chosen(capsys, monkeypatch):
     import signal
 
     from jaxalign import commands
@@ -169,6 +179,11 @@ def test_the_exit_code_of_a_stop_can_be_chosen(capsys):
             commands.execute(main, ["a", *extra, "b"])
         assert found.value.code == code
         assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on from what is saved\n"
+    with monkeypatch.context() as patch:  # where nothing can be said
+        patch.setattr(sys, "stderr", Full())
+        with pytest.raises(SystemExit) as found:
+            commands.execute(lambda _: 1 / 0, [])
+    assert found.value.code == 1
     for wrong in (["--stopped-code"], ["--stopped-code", "x"], ["--stopped-code", "256"]):
         with pytest.raises(SystemExit) as found:
             commands.execute(main, wrong)
