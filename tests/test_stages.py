@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import typing
 
 import pytest
@@ -84,11 +85,13 @@ def test_finished_stages_are_reported_and_not_run_again(tmp_path, capsys):
             options["model"] = options["base"]
         (out / "config.json").write_text(json.dumps(options))
         (out / "summary.json").write_text(json.dumps({"number": number}))
+        (out / ("table.npz" if stage.job == "calibrate" else "model")).mkdir()  # a finished run has its product
         capsys.readouterr()
         assert commands.run(stage.job, **stage.options) == {"number": number}
         assert f"number: {number}" in capsys.readouterr().out
         with pytest.raises(ValueError, match=r"^seed: expected 0 of the run .*, found 1"):
             commands.run(stage.job, **(stage.options | {"seed": 1}))
+        shutil.rmtree(out)  # a later stage began with no such files
 
 
 def test_the_quickstart_runs_its_stages_in_order_and_the_world_once(tmp_path, monkeypatch, capsys):
