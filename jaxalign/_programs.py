@@ -14,8 +14,10 @@ import inspect
 import logging
 import pathlib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
+
+from jaxalign import _time_limits
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,26 +31,70 @@ class ProgramError(ValueError):
 
 
 @contextlib.contextmanager
-def naming(function: object, name: str, expected: str) -> Iterator[None]:
+def naming(function: object, name: str, expected: str, *, rows: str = "") -> Iterator[None]:
     """Turns what is raised within into a ProgramError that names the function, its place and what was expected.
 
     Args:
       function: the user's, which runs within.
       name: what the error calls it.
       expected: what it should have given.
+      rows: of the batch, for the error, as `of_prompts` writes them.
 
     Raises:
-      ProgramError: from the error that was raised.
+      ProgramError: from the error that was raised; a program that ends the process (sys.exit) does not end it.
     """
     try:
         yield
     except ProgramError:
         raise
-    except Exception as error:
+    except _time_limits.TimeLimit as error:
+        where = _raised_at(function, error)
+        raise ProgramError(
+            f"{name}: expected {expected}, found no answer within {error.seconds:g} s (--reward-timeout){rows}{where}"
+        ) from None
+    except (Exception, SystemExit) as error:
         if isinstance(error, ValueError) and _is_ours(function):
             raise  # which names what it is about
+        if isinstance(error, SystemExit) and _from_ours(error):
+            raise  # of a signal that ends the run
         where = _raised_at(function, error)
-        raise ProgramError(f"{name}: expected {expected}, found {type(error).__name__}: {error}{where}") from error
+        words = f"{type(error).__name__}: {error}"
+        raise ProgramError(f"{name}: expected {expected}, found {' '.join(words.split())}{rows}{where}") from error
+
+
+def called(
+    function: object, call: Callable[[], T], *, name: str, expected: str, rows: str = "", timeout: float | None = None
+) -> T:
+    """Calls a program of the user's, once, within its time.
+
+    Args:
+      function: the program; the library's own have no limit.
+      call: runs it.
+      name, expected, rows: as in `naming`.
+      timeout: seconds that it may take; None: what --reward-timeout says; 0: no limit.
+
+    Returns:
+      What `call` gives.
+
+    Raises:
+      ProgramError: as of `naming`, and for a program that has not returned in time.
+    """
+    with naming(function, name, expected, rows=rows):
+        return _time_limits.within(call, 0.0 if _is_ours(function) else timeout)
+
+
+def of_prompts(index: Sequence[int]) -> str:
+    """Writes the rows of a batch for an error: which prompts they are of.
+
+    Args:
+      index: of each row the number of its prompt.
+
+    Returns:
+      " for 4 rows, of the prompts 0, 2".
+    """
+    numbers = list(dict.fromkeys(int(i) for i in index))
+    shown = ", ".join(map(str, numbers[:8])) + ", …" * (len(numbers) > 8)
+    return f" for {len(index)} rows, of the prompts {shown}" if numbers else ""
 
 
 def defined_at(function: object) -> str:
@@ -72,12 +118,20 @@ def _unwrapped(function: Any) -> Any:
     return function if hasattr(function, "__code__") else vars(type(function)).get("__call__", function)
 
 
-def _raised_at(function: object, error: Exception) -> str:
+def _raised_at(function: object, error: BaseException) -> str:
     """The line of the function's own file at which an error was raised, the innermost; else its definition."""
     code = getattr(_unwrapped(function), "__code__", None)
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if code is not None and frame.filename == code.co_filename]
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, _time_limits.TimeLimit) and error.frames:
+        frames = list(error.frames)
+    lines = [line for file, line in frames if code is not None and file == code.co_filename]
     return defined_at(function) if not lines or code is None else f" ({code.co_filename}, line {lines[-1]})"
+
+
+def _from_ours(error: BaseException) -> bool:
+    """Whether the library's own code raised an error, as a handler of signals does."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and pathlib.Path(frames[-1].filename).is_relative_to(pathlib.Path(__file__).parent)
 
 
 def for_callback(call: Callable[P, T]) -> Callable[P, T]:

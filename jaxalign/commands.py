@@ -25,7 +25,7 @@ from jaxalign import _locks, _signals, launch
 from jaxalign._options import from_fields, parse
 from jaxalign._programs import tells_programs
 from jaxalign._version import __version__
-from jaxalign.launch import compilation, processes
+from jaxalign.launch import compilation, processes, time_limit
 
 if TYPE_CHECKING:
     from tyro.conf import Positional
@@ -208,8 +208,10 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
             with _signals.handled(), _locks.released():
                 joined, rest = processes.take(rest)
                 cache, rest = compilation.take(rest)
+                seconds, rest = time_limit.take(rest)
                 processes.start(joined)
                 compilation.start(cache)
+                time_limit.start(seconds)
                 try:
                     main(rest)
                 finally:
@@ -309,6 +311,7 @@ def _help() -> str:
     text += "\nOf several processes: --distributed, or --coordinator HOST:PORT --num-processes N --process-id I.\n"
     text += "--stopped-code N is the exit code after TERM, HUP and Ctrl-C, in place of 143, 129 and 130.\n"
     text += "Compiled programs are kept from one start to the next by --compilation-cache DIR.\n"
+    text += "A call of a program MODULE:FUNCTION may take --reward-timeout SECONDS (3600; 0: no limit).\n"
     return text + "jaxalign JOB --help lists its options; --debug shows the traceback of an error; --version."
 
 

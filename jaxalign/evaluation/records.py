@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxalign import _hosts, metrics
-from jaxalign._programs import naming
+from jaxalign._programs import called, of_prompts
 from jaxalign.evaluation.results import Embed, Record
 from jaxalign.rewards.values import function_name
 from jaxalign.types import Completions, Decoded
@@ -79,6 +80,10 @@ def record_of(numbers: Numbers, b: int) -> Record:
     }
 
 
+def _embedded(embed: Embed, texts: list[str]) -> np.ndarray:
+    return np.asarray(embed(texts), np.float64)
+
+
 def add_coherence(records: Sequence[Record], embed: Embed) -> None:
     """Writes the cosine of prompt and response into each record.
 
@@ -88,8 +93,10 @@ def add_coherence(records: Sequence[Record], embed: Embed) -> None:
     vectors = []
     for name in ("prompt", "response"):
         expected = f"one vector per text, shape ({len(records)}, D)"
-        with naming(embed, f"embedding: {function_name(embed)}", expected):
-            found = np.asarray(embed([r[name] for r in records]), np.float64)
+        read = functools.partial(_embedded, embed, [r[name] for r in records])
+        rows = of_prompts([r["index"] for r in records])
+        named = f"embedding: {function_name(embed)}"
+        found = called(embed, read, name=named, expected=expected, rows=rows)
         if found.ndim != 2 or len(found) != len(records):
             raise ValueError(f"embedding: expected one vector per text, shape ({len(records)}, D), found {found.shape}")
         vectors.append(found)

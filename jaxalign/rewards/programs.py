@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -15,7 +14,8 @@ import numpy as np
 from jaxalign import _hosts
 from jaxalign._builders import cached
 from jaxalign._checks import is_concrete, is_traced
-from jaxalign._programs import for_callback, naming
+from jaxalign._programs import called, for_callback, naming, of_prompts
+from jaxalign._time_limits import check_seconds
 from jaxalign.rewards.text_models import SourceReward
 from jaxalign.rewards.values import function_name, host_values, on_host
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
@@ -34,7 +34,7 @@ class NumpyReward(Protocol):
 
 
 @cached
-def from_numpy(f: NumpyReward, *, between_programs: bool = False) -> Reward:
+def from_numpy(f: NumpyReward, *, between_programs: bool = False, timeout: float | None = None) -> Reward:
     """Builds a Reward of a program on host arrays.
 
     It works under jit through a callback and has no gradient. Its numbers are float32, or float64 where jax has that
@@ -44,24 +44,36 @@ def from_numpy(f: NumpyReward, *, between_programs: bool = False) -> Reward:
       f: f(tokens [N,L], mask [N,L], prompt_length [N], index [N]) -> [N] numbers, all numpy arrays.
       between_programs: whether it is called between compiled programs in place of through a callback in one, as it has
         to be where the rows lie across processes: each process then scores its share of them.
+      timeout: seconds that a call may take; None: what --reward-timeout says in a job, no limit elsewhere; 0: no limit.
 
     Returns:
       A Reward whose params are None.
 
     Raises:
-      ValueError: when it is used, f returns anything but one real number per row.
+      ValueError: when it is used, f raises or returns anything but one real number per row, or does not return in time.
     """
-    return _called_on_host(f, f) if between_programs else _from_numpy(f, f)
+    check_timeout(timeout)
+
+    def numbers(tokens: Ints, mask: Bools, prompt_length: Ints, index: Ints) -> Numbers:
+        return _numbers(f, lambda: f(tokens, mask, prompt_length, index), index, timeout)
+
+    return _called_on_host(numbers, f) if between_programs else _in_program(numbers)
 
 
-def _from_numpy(f: NumpyReward, named: NumpyReward | TextReward | SourceReward) -> Reward:
-    """As `from_numpy`, with errors that name the function `named`."""
+def check_timeout(timeout: float | None) -> None:
+    """ValueError for what is no time to wait [s]."""
+    if timeout is not None:
+        check_seconds(timeout, "timeout")
+
+
+def _in_program(numbers: NumpyReward) -> Reward:
+    """The Reward of a checked function of host arrays, which compiled programs call back."""
 
     def dtype() -> np.dtype[Any]:
         return np.dtype(jnp.result_type(float))
 
     def call(tokens: Any, mask: Any, prompt_length: Any, index: Any) -> Numbers:
-        found = _run(f, named, *(np.asarray(a) for a in (tokens, mask, prompt_length, index)))
+        found = numbers(*(np.asarray(a) for a in (tokens, mask, prompt_length, index)))
         return np.asarray(found, dtype())
 
     in_program = for_callback(call)
@@ -87,6 +99,7 @@ def from_text(
     sources: Sequence[Text] | None = None,
     rendered: Callable[[Sequence[int]], str] | None = None,
     between_programs: bool = False,
+    timeout: float | None = None,
 ) -> Reward:
     """Builds a Reward of a program on text, or of a reward model with another tokenizer (`text_model`).
 
@@ -103,15 +116,16 @@ def from_text(
       f: f(prompts, responses) -> one number per response; responses are text without special tokens.
       sources: the prompts as they were given, which a prompt's index counts; f's that ask for them need it.
       rendered: turns token ids into text with special tokens, for f's that ask for it.
-      between_programs: as in `from_numpy`.
+      between_programs, timeout: as in `from_numpy`.
 
     Returns:
       A Reward whose params are None.
 
     Raises:
-      ValueError: f asks for what was not given; when it is used, a prompt's index outside `sources`, or f returns
-        anything but one real number per response.
+      ValueError: f asks for what was not given; when it is used, a prompt's index outside `sources`, or f raises or
+        returns anything but one real number per response, or does not return in time.
     """
+    check_timeout(timeout)
     if hasattr(decode, "decode"):
         to_text: Callable[[Sequence[int]], str] = functools.partial(decode_text, decode)
     else:
@@ -144,28 +158,28 @@ def from_text(
         lengths = prompt_length.tolist()
         responses = texts(to_text, [row[n:] for row, n in zip(rows, lengths, strict=True)])
         given = prompts_of(rows, lengths, index)
-        with naming(f, function_name(f), f"one real number per text, shape {prompt_length.shape}"):
-            values = f(given, responses)
-        found: Numbers = host_values(values, prompt_length.shape, function=f)
+        return _numbers(f, lambda: f(given, responses), index, timeout)
+
+    return _called_on_host(score, f) if between_programs or on_host(f) else _in_program(score)
+
+
+def _numbers(f: Any, call: Callable[[], Any], index: Ints, timeout: float | None) -> Numbers:
+    """The numbers of a program, read within its time. Errors name it, its place, the rows and what came."""
+    shape, rows = index.shape, of_prompts(index.tolist())
+
+    def read() -> Numbers:
+        found: Numbers = host_values(call(), shape, function=f, rows=rows)
         return found
 
-    return _called_on_host(score, f) if between_programs or on_host(f) else _from_numpy(score, f)
+    expected = f"one real number per text, shape {shape}"
+    return called(f, read, name=function_name(f), expected=expected, rows=rows, timeout=timeout)
 
 
-def _run(f: NumpyReward, named: NumpyReward | TextReward | SourceReward, *arrays: np.ndarray) -> Numbers:
-    """The numbers of a program on numpy arrays. Errors name `named` and, where they are its own, its place."""
-    own = naming(f, function_name(f), f"one real number per text, shape {arrays[2].shape}")
-    with own if f is named else contextlib.nullcontext():
-        values = f(*arrays)
-    found: Numbers = host_values(values, arrays[2].shape, function=named)
-    return found
-
-
-def _called_on_host(f: NumpyReward, named: NumpyReward | TextReward | SourceReward) -> Reward:
+def _called_on_host(numbers: NumpyReward, named: NumpyReward | TextReward | SourceReward) -> Reward:
     """A Reward of a host function that is called between compiled programs, since it may run some of its own."""
 
     def scored(*arrays: np.ndarray) -> Numbers:
-        return _run(f, named, *arrays)
+        return numbers(*arrays)
 
     def reward(
         params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign._arrays import at_least_float32
+from jaxalign._files import printed
 from jaxalign._programs import ProgramError, defined_at
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
 from jaxalign.types import Array, CheckedReward, Params, Reward
@@ -23,29 +24,32 @@ def function_name(function: Any) -> str:
     return f"{getattr(function, '__module__', '')}.{name}".lstrip(".")
 
 
-def host_values(values: Any, shape: tuple[int, ...], *, function: Any) -> Any:
+def host_values(values: Any, shape: tuple[int, ...], *, function: Any, rows: str = "") -> Any:
     """Checks what a reward function returned, and leaves its type: numpy's stay numpy's.
 
     Args:
-      values: its result.
+      values: its result; a tensor of another library is taken as numpy reads it.
       shape: the shape it must have, a number per text.
       function: the function, which the error names.
+      rows: of the batch, for the error (`_programs.of_prompts`).
 
     Returns:
       The values as an array.
 
     Raises:
-      ValueError: another shape; booleans, complex numbers, strings, None or other objects.
+      ValueError: another shape; booleans, complex numbers, strings, None or other objects. It says what came.
     """
     expected = f"{function_name(function)}: expected one real number per text, shape {shape}"
     try:
-        array = values if hasattr(values, "dtype") else _as_array(values)
-    except (TypeError, ValueError) as error:
-        raise ProgramError(f"{expected}, found {type(values).__name__} ({error}){defined_at(function)}") from None
+        array = values if isinstance(values, np.ndarray | np.generic | jax.Array) else _as_array(values)
+    except Exception as error:  # of numpy, or of what the object does when it is read as an array
+        words = " ".join(str(error).split())
+        raise ProgramError(f"{expected}, found {type(values).__name__} ({words}){rows}{defined_at(function)}") from None
     real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
     if array.shape != shape or not real:
         found = type(values).__name__ if array.dtype == object else f"shape {array.shape} of {array.dtype}"
-        raise ProgramError(f"{expected}, found {found}{defined_at(function)}")
+        shown = "" if isinstance(array, jax.core.Tracer) else f" ({' '.join(printed(values).split()):.80})"
+        raise ProgramError(f"{expected}, found {found}{shown}{rows}{defined_at(function)}")
     return array
 
 

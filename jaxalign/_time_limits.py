@@ -1,0 +1,128 @@
+"""A call that is given a time: what has not returned by then is left, with an error.
+
+In the main thread an alarm ends the call wherever it is, also in a sleep or a read. In others, such as those in which
+JAX runs callbacks, the call has a thread of its own, which is told to end and left behind if it does not. Code that
+holds the interpreter, as a regular expression does while it matches, is ended by neither.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import ctypes
+import math
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_default = [0.0]
+"""Seconds that a program of the user's has where its caller gives none; 0: no limit."""
+
+
+class TimeLimit(BaseException):
+    """A call has not returned in its time. No Exception, so that the code that is ended does not take it for one.
+
+    Attributes:
+      seconds: the time that it had.
+      frames: what it was doing, the innermost frame last; () where its traceback says so.
+    """
+
+    def __init__(self, seconds: float, frames: tuple[tuple[str, int], ...] = ()) -> None:
+        super().__init__(f"no answer within {seconds:g} s")
+        self.seconds = seconds
+        self.frames = frames
+
+
+def set_default(seconds: float) -> None:
+    """Sets the time that programs have where their callers give none.
+
+    Args:
+      seconds: 0 for no limit.
+
+    Raises:
+      ValueError: a negative number, or one that is not finite.
+    """
+    check_seconds(seconds, "reward-timeout")
+    _default[0] = float(seconds)
+
+
+def check_seconds(seconds: float, name: str) -> None:
+    """ValueError for what is no time to wait [s]."""
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
+        raise ValueError(f"{name}: expected a finite number of seconds >= 0, found {seconds!r}")
+
+
+def within(call: Callable[[], T], seconds: float | None = None) -> T:
+    """Gives what a call returns.
+
+    Args:
+      call: runs once.
+      seconds: that it may take; None: the default; 0: no limit.
+
+    Returns:
+      Its result. What it raises is raised.
+
+    Raises:
+      TimeLimit: it has not returned in time.
+    """
+    limit = _default[0] if seconds is None else seconds
+    if not limit:
+        return call()
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+        return _by_alarm(call, limit)
+    return _by_thread(call, limit)
+
+
+def _by_alarm(call: Callable[[], T], seconds: float) -> T:
+    def late(number: int, frame: types.FrameType | None) -> None:
+        raise TimeLimit(seconds)
+
+    handler = signal.signal(signal.SIGALRM, late)
+    # Once a second again, for code that catches everything.
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        try:
+            return call()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, left, interval)
+
+
+def _by_thread(call: Callable[[], T], seconds: float) -> T:
+    found: list[tuple[Any, BaseException | None]] = []
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            found.append((context.run(call), None))
+        except BaseException as error:
+            found.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not found:
+        frames = _frames(sys._current_frames().get(thread.ident or 0))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        raise TimeLimit(seconds, frames)
+    value, error = found[0]
+    if error is not None:
+        raise error
+    result: T = value
+    return result
+
+
+def _frames(frame: types.FrameType | None) -> tuple[tuple[str, int], ...]:
+    found: list[tuple[str, int]] = []
+    while frame is not None:
+        found.append((frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(reversed(found))
