@@ -102,15 +102,21 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return values
 
 
+MOST_LETTERS = 1000
+"""Of a message about a file."""
+
+
 @contextlib.contextmanager
 def naming_file(path: pathlib.Path) -> Iterator[None]:
-    """Adds the file to a ValueError that does not name it."""
+    """Adds the file to a ValueError that does not name it, and cuts what is long: a file may hold anything."""
     try:
         yield
     except ValueError as error:
         if str(path) in str(error):
             raise
-        raise ValueError(f"{error} in {path}") from error
+        words = str(error)
+        words = words if len(words) <= MOST_LETTERS else f"{words[:MOST_LETTERS]}…"
+        raise ValueError(f"{words} in {path}") from error
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

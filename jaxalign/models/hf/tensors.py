@@ -99,7 +99,8 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _is_file_name(name: Any) -> bool:
     """Whether an index's entry is the name of a file beside it: a path may lead out of the folder."""
-    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\\0")
+    short = isinstance(name, str) and len(name.encode("utf-8", "replace")) < 256
+    return short and name.endswith(".safetensors") and not set(name) & set("/\\\0")
 
 
 def no_weights(folder: pathlib.Path) -> str:
