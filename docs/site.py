@@ -19,6 +19,7 @@ TEXTS = {  # a file of the repository, and its place in the site
     "PAPERS.md": "project/papers.md",
     "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
+    "SECURITY.md": "project/security.md",
     "eval/bench/NOTES.md": "project/speed.md",
 }
 SHOWN_AS_CODE = {".slurm": "bash", ".sh": "bash", ".toml": "toml", ".cff": "yaml", ".py": "python"}

@@ -272,6 +272,7 @@ def test_a_job_ends_in_one_line_with_whole_files_and_goes_on(what, told, job, tm
 
     out = str(tmp_path / "out")
     monkeypatch.setenv("WHAT_A_PROGRAM_DOES", what)
+    monkeypatch.setenv("HF_TOKEN", "hf_a_key_of_mine")
     try:
         with pytest.raises(SystemExit) as ended:
             commands.execute(decode.main, ["--out", out, *job, "--reward-timeout", "2"])
@@ -286,5 +287,7 @@ def test_a_job_ends_in_one_line_with_whole_files_and_goes_on(what, told, job, tm
         decode.main(["--out", out, *job])  # goes on
         (whole,) = (tmp_path / "out").glob("*/responses.jsonl")
         assert [json.loads(row)["reward"] for row in whole.read_text().splitlines()] == [1.0] * 4
+        kept = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        assert not any(b"hf_a_key_of_mine" in content for content in kept)  # the environment is not dumped
     finally:
         _time_limits.set_default(0.0)

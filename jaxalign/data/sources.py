@@ -229,7 +229,7 @@ def _table(path: pathlib.Path, raw: bytes, delimiter: str, name: str) -> Iterato
         if header is None:
             header = cells
             if len(set(header)) < len(header) or "" in header:
-                raise ValueError(f"{name}: expected a header of different names, found {header} in {path}")
+                raise ValueError(f"{name}: expected a header of different names, found {header!r:.500} in {path}")
         elif any("\udc80" <= letter <= "\udcff" for cell in cells for letter in cell):
             yield where, RowError("not UTF-8", "expected UTF-8, found other bytes")
         elif len(cells) != len(header):

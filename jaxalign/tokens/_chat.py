@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxalign import _time_limits
 from jaxalign.tokens._format import Messages, TextFormat
 
 # Stands in for a turn's content, so that what the template writes around it can be found. Letters alone: templates may
 # strip, split or escape what they are given.
 _MARK = "QzxMarkerxzQ"
+
+
+TEMPLATE_SECONDS = 10.0
+"""What a template, a program of whoever wrote the folder, may take for one chat."""
 
 
 class Turn(NamedTuple):
@@ -62,11 +67,16 @@ def render(form: TextFormat, messages: Messages, *, open_reply: bool) -> str:
         raise ValueError("expected a tokenizer with a chat template for messages, found none")
     messages = with_system(form, messages)
     try:
-        text = form.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=open_reply, **form.template_options
+        text = _time_limits.within(
+            lambda: form.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=open_reply, **form.template_options
+            ),
+            TEMPLATE_SECONDS,
         )
+    except _time_limits.TimeLimit as error:
+        raise ValueError(f"expected a chat template that ends, found none within {error.seconds:g} s") from None
     except Exception as error:  # a template is a program of the model's author and raises what it likes
-        raise ValueError(f"expected messages that the chat template accepts, found {error}") from error
+        raise ValueError(f"expected messages that the chat template accepts, found {error!s:.500}") from error
     return str(text)
 
 

@@ -103,11 +103,11 @@ def check_fields(config: dict[str, Any], file: pathlib.Path, *, stored_in_out: b
         if name not in MUST_BE:
             if not _is_empty(value):
                 raise ValueError(
-                    f"{name}: expected a field of adapter_config.json that is known, or an empty one, found "
-                    f"{value!r} in {file}"
+                    f"{name:.80}: expected a field of adapter_config.json that is known, or an empty one, found "
+                    f"{printed(value)} in {file}"
                 )
         elif not any(value is one or (type(value) is type(one) and value == one) for one in MUST_BE[name]):
-            raise ValueError(f"{name}: expected {MUST_BE[name][0]!r} in {file}, found {value!r}")
+            raise ValueError(f"{name}: expected {MUST_BE[name][0]!r} in {file}, found {printed(value)}")
     if config.get("peft_type") is None:
         raise ValueError(f"peft_type: expected 'LORA' in {file}, found nothing")
     for name in ("r", "lora_alpha"):

@@ -112,10 +112,10 @@ def naming_file(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if str(path) in str(error):
-            raise
         words = str(error)
-        words = words if len(words) <= MOST_LETTERS else f"{words[:MOST_LETTERS]}…"
+        if str(path) in words and len(words) <= 2 * MOST_LETTERS:
+            raise
+        words = words if len(words) <= MOST_LETTERS else f"{words[:MOST_LETTERS]}… found"
         raise ValueError(f"{words} in {path}") from error
 
 

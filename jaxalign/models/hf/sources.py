@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 from typing import NamedTuple, TypeAlias
 
+from jaxalign._files import printed
 from jaxalign.models.config import Config, Head
 from jaxalign.models.hf.config import read_pooling
 from jaxalign.models.hf.fields import is_integer
@@ -117,6 +118,8 @@ def _chain(name: str, base: str | None, *, revision: str | None, seen: tuple[pat
             f"base_model_name_or_path: expected a base in {folder / ADAPTER}, found {named!r}; name it as "
             f"{folder}@BASE_DIR or with base="
         )
+    if any(len(part.encode("utf-8", "replace")) > 255 for part in named.split("/")):
+        raise ValueError(f"base_model_name_or_path: expected a base in {folder / ADAPTER}, found {printed(named)}")
     # From the working directory first, as peft does, but not where another thing of that name happens to lie.
     if not _holds_model(pathlib.Path(split_source(named)[0]).expanduser()) and _holds_model(folder / named):
         return (folder, *_chain(str(folder / named), None, revision=None, seen=seen))

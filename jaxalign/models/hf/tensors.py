@@ -183,8 +183,8 @@ def stored_params(
             tell(f"{folder}: {family.lm_head} is passed over: a sequence classifier has no logits")
     if missing or surplus:
         raise ValueError(
-            f"tensors of {folder}: missing {named(missing)}; surplus {named(surplus)} "
-            f"for a {lm.config.family} model with head {lm.config.head}"
+            f"tensors of {folder}: expected those of a {lm.config.family} model with head {lm.config.head}, found "
+            f"missing {named(missing)}; surplus {named(surplus)}"
         )
     shapes = shapes_of(lm)
     flat: dict[str, Any] = {sharding.path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)}

@@ -102,7 +102,7 @@ def _read(folder: pathlib.Path) -> Any:
                     "from a folder is not run"
                 ) from error
         what = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"tokenizer: expected files that can be read in {folder}, found: {what[0]}") from error
+        raise ValueError(f"tokenizer: expected files that can be read in {folder}, found: {what[0]:.500}") from error
     return loaded
 
 
