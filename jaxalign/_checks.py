@@ -28,6 +28,10 @@ def is_traced(*trees: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for tree in trees for leaf in jax.tree.leaves(tree))
 
 
+MOST = 1_000_000
+"""Of rows, samples and tokens at once: arrays of more would fill any memory, slowly."""
+
+
 def check_positive(name: str, value: ArrayLike) -> None:
     """ValueError on the host unless every entry of value is > 0 (NaN fails)."""
     if not jnp.issubdtype(np.asarray(value).dtype if not hasattr(value, "dtype") else value.dtype, jnp.number):

@@ -254,3 +254,33 @@ def test_weights_of_an_adapter_that_are_not_finite_are_named(copy, tmp_path):
     ):
         models.load(adapter)
     models.load(adapter, check_finite=False)
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_that_would_fill_any_memory_are_refused_at_once():
+    import dataclasses
+
+    from jaxalign import decoding, tree
+    from jaxalign.evaluation import options as decoding_options
+    from jaxalign.training import options
+
+    process = tree.Tree(vocab_size=4, horizon=3)
+    given = {"policy": tree.random(jax.random.key(0), process)[0], "reward": None}
+    base, prompts = tree.policy(process), tree.prompts(2)
+    with at_once(), pytest.raises(ValueError, match="num_samples: expected at most 1000000, found 10000000"):
+        decoding.best_of_n(
+            base, lambda *x: x, given, jax.random.key(1), prompts, num_samples=10**7, max_new_tokens=2, eos_ids=(0,)
+        )
+    with pytest.raises(ValueError, match="batch_size: expected at most 1000000, found 100000000"):
+        options.check_optimizer_options(options.OptimizerOptions(batch_size=10**8))
+    rollouts = options.RolloutOptions(base="b", prompts="p", reward="r")
+    for name in ("samples", "max_new_tokens", "shard", "decode_batch"):
+        with pytest.raises(ValueError, match=f"{name}: expected at most 1000000, found 10000000"):
+            options.check_rollout_options(dataclasses.replace(rollouts, **{name: 10**7}))
+    for name in ("batch_size", "num_samples", "max_new_tokens"):
+        with pytest.raises(ValueError, match=f"{name}: expected at most 1000000, found 100000000"):
+            decoding_options.check_options(
+                decoding_options.DecodeOptions(model="m", prompts="p", out="o", **{name: 10**8})
+            )

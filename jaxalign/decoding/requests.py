@@ -15,6 +15,7 @@ from jaxalign import mdp, policies, rewards
 from jaxalign._arrays import drop_weak_types, per_row
 from jaxalign._builders import cached
 from jaxalign._checks import (
+    MOST,
     check_arrays,
     check_below,
     check_positive,
@@ -162,7 +163,7 @@ def check_request(
 
 
 def count(name: str, value: Any, *, least: int = 1) -> int:
-    """value as an int. ValueError for a bool, for what is no integer, and for less than `least`."""
+    """value as an int. ValueError for a bool, for what is no integer, for less than `least` and for more than MOST."""
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
@@ -171,6 +172,8 @@ def count(name: str, value: Any, *, least: int = 1) -> int:
         raise ValueError(f"{name}: expected an int, found {value!r} ({type(value).__name__})") from None
     if found < least:
         raise ValueError(f"{name}: expected at least {least}, found {found}")
+    if found > MOST:
+        raise ValueError(f"{name}: expected at most {MOST}, found {found}")
     return found
 
 

@@ -11,6 +11,7 @@ import math
 from typing import Any, Literal, Protocol
 
 from jaxalign import models
+from jaxalign._checks import MOST
 from jaxalign.data.text_options import TextOptions, check_text_options
 from jaxalign.models import sharding
 from jaxalign.training.tracking import Track, check_track
@@ -253,10 +254,16 @@ def check_finite(options: Any, *names: str, above: bool = False) -> None:
             raise ValueError(f"{name}: expected a finite value {'>' if above else '>='} 0, found {value}")
 
 
+AT_ONCE = ("batch_size", "max_length", "samples", "max_new_tokens", "shard", "decode_batch")
+"""Options that give the sizes of arrays."""
+
+
 def _at_least(options: Any, **least: int) -> None:
     for name, low in least.items():
         if getattr(options, name) < low:
             raise ValueError(f"{name}: expected at least {low}, found {getattr(options, name)}")
+        if name in AT_ONCE and getattr(options, name) > MOST:
+            raise ValueError(f"{name}: expected at most {MOST}, found {getattr(options, name)}")
 
 
 def _shares(options: Any, *names: str) -> None:
