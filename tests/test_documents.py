@@ -21,7 +21,7 @@ import pytest
 
 from jaxalign import _options, commands, decoding, models, policies, tree
 from jaxalign.data import tokenizers
-from jaxalign.launch import compilation, processes
+from jaxalign.launch import compilation, processes, time_limit
 from tests.conftest import EOS, VOCAB, tiny_lm
 from tests.write_api import LISTED
 
