@@ -210,6 +210,7 @@ def test_every_public_name_is_listed_with_its_parameters(package):
 
 
 OF_EVERY_JOB = {"--help", "--debug", "--version", "--skip-bad"}
+OF_EVERY_JOB |= {time_limit.WORD}
 OF_EVERY_JOB |= {
     "--distributed",
     "--coordinator",
