@@ -13,8 +13,6 @@ import tempfile
 import time
 from typing import Any
 
-import numpy as np
-
 from jaxalign import _io, commands, models
 from jaxalign._options import flat, from_fields
 from jaxalign.data.text_options import format_of
@@ -209,7 +207,7 @@ def _write_inputs(config: Config, folder: pathlib.Path) -> None:
         for name, shape in (("base", config.base), ("reward", config.reward), ("arm", config.base), ("q", config.base)):
             shapes.write(shape, place / name, tokenizer, layers=depth)
         with_head = dataclasses.replace(models.read_config(str(place / "base")), head=Q_HEAD)
-        (place / "q/config.json").write_text(json.dumps(models.config_to_hf(with_head)))
+        _io.write_json(place / "q/config.json", models.config_to_hf(with_head))
         for path, rows in (("prompts.jsonl", asked), ("pairs.jsonl", pairs)):
             _io.write_lines(place / path, rows)
         _write_table(config, place)
@@ -232,7 +230,7 @@ def _write_table(config: Config, folder: pathlib.Path) -> None:
     }
     (table / "rollouts").mkdir(parents=True)
     _io.write_json(table / "config.json", flat(made))
-    np.savez(table / "rollouts/00000.npz", **shard, prompts=np.asarray(rollouts.digest_of(prompts)))
+    _io.write_arrays(table / "rollouts/00000.npz", shard | {"prompts": rollouts.digest_of(prompts)})
     _io.write_json(table / tables.ABOUT, {"base": tables.folder_digest(made.rollouts.base)})
 
 
