@@ -105,15 +105,17 @@ def test_the_slope_in_the_budget_is_the_multiplier_in_both_modes_and_prompt_by_p
     at = tuple(map(jnp.asarray, (kl, utility, log_base, bound, beta)))
     draw = np.random.default_rng(3)
     along = tuple(jnp.asarray(draw.normal(size=x.shape)) for x in at)
-    gradient = jax.jit(jax.grad(value, argnums=tuple(range(5))))
+    both = jax.value_and_grad(value, argnums=tuple(range(5)))
+    pushed = jax.jit(lambda *x: jax.jvp(both, x, along))  # one program for all of them
+    gradient = lambda *x: pushed(*x)[0][1]  # noqa: E731
     dot = lambda a, b: sum(jnp.vdot(x, y) for x, y in zip(a, b, strict=True))  # noqa: E731
     moved = lambda s: tuple(x + s * d for x, d in zip(at, along, strict=True))  # noqa: E731
     h = 1e-5
     first = dot(gradient(*at), along)
-    np.testing.assert_allclose(first, (value(*moved(h)) - value(*moved(-h))) / (2 * h), rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(lambda: jax.jvp(value, at, along)[1])(), first, rtol=1e-9)
+    np.testing.assert_allclose(first, (pushed(*moved(h))[0][0] - pushed(*moved(-h))[0][0]) / (2 * h), rtol=1e-5)
+    np.testing.assert_allclose(pushed(*at)[1][0], first, rtol=1e-9)
     second = (dot(gradient(*moved(h)), along) - dot(gradient(*moved(-h)), along)) / (2 * h)
-    found = dot(jax.jit(lambda: jax.jvp(gradient, at, along)[1])(), along)
+    found = dot(pushed(*at)[1][1], along)
     np.testing.assert_allclose(found, second, rtol=1e-4)
 
 
@@ -172,19 +174,21 @@ def test_groups_prompt_by_prompt_have_the_dual_s_value_and_derivatives_to_second
     assert all((mixed(lam) >= found.utility - 1e-9).all() for lam in others)
     assert (((found.log_weight > 1e-9) & (found.log_weight < gain[:, None] - 1e-9)).sum(axis=-1) <= 2).all()
 
-    value = jax.jit(lambda u, l, g: (solve(u, l, g).utility * np.cos(np.arange(4))).sum())
+    value = lambda u, l, g: (solve(u, l, g).utility * np.cos(np.arange(4))).sum()  # noqa: E731
     at = tuple(map(jnp.asarray, (utility, log_base, gain)))
     draw = np.random.default_rng(8)
     along = tuple(jnp.asarray(draw.normal(size=x.shape)) for x in at)
-    gradient = jax.jit(jax.grad(value, argnums=(0, 1, 2)))
+    both = jax.value_and_grad(value, argnums=(0, 1, 2))
+    pushed = jax.jit(lambda *x: jax.jvp(both, x, along))  # one program for all of them
+    gradient = lambda *x: pushed(*x)[0][1]  # noqa: E731
     dot = lambda a, b: sum(jnp.vdot(x, y) for x, y in zip(a, b, strict=True))  # noqa: E731
     moved = lambda s: tuple(x + s * d for x, d in zip(at, along, strict=True))  # noqa: E731
     h = 1e-5
     first = dot(gradient(*at), along)
-    np.testing.assert_allclose(first, (value(*moved(h)) - value(*moved(-h))) / (2 * h), rtol=1e-6)
-    np.testing.assert_allclose(jax.jit(lambda: jax.jvp(value, at, along)[1])(), first, rtol=1e-9)
+    np.testing.assert_allclose(first, (pushed(*moved(h))[0][0] - pushed(*moved(-h))[0][0]) / (2 * h), rtol=1e-6)
+    np.testing.assert_allclose(pushed(*at)[1][0], first, rtol=1e-9)
     second = (dot(gradient(*moved(h)), along) - dot(gradient(*moved(-h)), along)) / (2 * h)
-    np.testing.assert_allclose(dot(jax.jit(lambda: jax.jvp(gradient, at, along)[1])(), along), second, rtol=1e-5)
+    np.testing.assert_allclose(dot(pushed(*at)[1][1], along), second, rtol=1e-5)
     law = jnp.exp(gibbs.log_policy(log_base, found.log_weight, beta=1.0))
     envelope = found.multipliers[..., None] * law * np.cos(np.arange(4))[:, None]
     np.testing.assert_allclose(gradient(*at)[0], envelope, atol=1e-9)
