@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +12,7 @@ from jaxalign import _hosts, training
 from jaxalign.data import batches
 from jaxalign.models import sharding
 from jaxalign.training import dry_run, flops, job, profiling, states
+from jaxalign.training.hooks import Hooks
 from jaxalign.training.measure import checked_collate
 from jaxalign.training.options import MeshOptions, OptimizerOptions
 from jaxalign.training.step import Loss
@@ -48,6 +49,7 @@ def fit_model(
     frozen: Params = None,
     compared: bool = False,
     redraw: Redraw | None = None,
+    hooks: Sequence[Hooks] = (),
 ) -> Params:
     """Trains all parameters, going on from the newest checkpoint in the run folder.
 
@@ -64,6 +66,7 @@ def fit_model(
       frozen: parameters that the loss takes and that are not trained.
       compared: whether the weights under an adapter are the reference as well, for the count of operations.
       redraw: what turns a batch into the one that is learned from, by the parameters as they stand; None: nothing.
+      hooks: what is called beside the steps.
 
     Returns:
       The trained parameters, float32, on the mesh's devices.
@@ -107,7 +110,7 @@ def fit_model(
     )
     size, accumulate = optimizer.batch_size, mesh.accumulate
     source = batches.batches(data.train, checked_collate(collate), batch_size=size, seed=seed, accumulate=accumulate)
-    with profiling.traced(out, optimizer.profile) as hooks:
+    with profiling.traced(out, optimizer.profile) as traced:
         final = training.fit(
             step_function,
             state,
@@ -118,7 +121,7 @@ def fit_model(
             position={"seed": seed, "batch_size": size, "rows": batches.fingerprint(data.train)},
             frozen=frozen,
             place=place,
-            hooks=hooks,
+            hooks=[*traced, *hooks],
             work=work,
             donate=True,
             save_every=optimizer.save_every,

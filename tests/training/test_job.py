@@ -146,13 +146,15 @@ def test_the_length_of_a_run_is_steps_or_epochs():
     assert options.OptimizerOptions(batch_size=32).steps_for(0) == 1
 
 
-@pytest.mark.parametrize("job", ["arm", "calibrate", "distil", "dpo", "reward_model", "rl", "sft", "shaping", "value"])
+@pytest.mark.parametrize(
+    "job", ["arm", "calibrate", "distil", "dpo", "regress", "reward_model", "rl", "sft", "shaping", "value"]
+)
 def test_a_scripts_config_has_each_option_once_and_is_made_of_groups(job):
     config = commands.load(job).Config
     assert config.__bases__ == (object,)
     defaults = _options.defaults(config)
     assert {"seed", "dtype", "config", "columns", "show"} <= set(defaults)
-    given = {"out": "x", "data": "x", "base": "x", "prompts": "x", "reward": "x", "calibration": "x"}
+    given = {"out": "x", "data": "x", "base": "x", "prompts": "x", "reward": "x", "calibration": "x", "table": "x"}
     made = commands.from_fields(config, {k: v for k, v in given.items() if k in _options._options(config)})
     assert commands.from_fields(config, _options.flat(made)) == made
     hash(made)

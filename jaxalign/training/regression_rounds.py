@@ -1,0 +1,278 @@
+"""The course of train.regress: rounds of fitting, each ended by its loss on held-out prompts, with fresh draws between
+them and one correction of beta."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import _io, infalign
+from jaxalign._builders import cached
+from jaxalign.data import encoded
+from jaxalign.training import adapters, checkpoints, dry_run, fitting, job, regression
+from jaxalign.training.hooks import Hooks
+from jaxalign.training.regression_options import RegressionOptions
+from jaxalign.training.regression_task import Task, draw, first_parameters, log_ratios, measure, split_rows, whole
+from jaxalign.types import Array, Params
+
+CORRECTED = 0.1
+"""Share by which a measured KL may miss --target-kl without a correction."""
+
+
+HELD_OUT = 1024
+"""Most rows of held-out prompts that the loss is read from."""
+
+
+class Best(NamedTuple):
+    """The parameters of the lowest loss on held-out prompts so far."""
+
+    step: Array
+    """[] int32, after which they were read."""
+    params: Params
+    """What is trained."""
+
+
+class Reading(NamedTuple):
+    """What is read of the held-out responses."""
+
+    loss: float
+    """The objective."""
+    kl: float
+    """KL(pi‖pi_ref) by importance weights: mean of rho·log rho − rho + 1 [nats]."""
+    kl_95: float
+    """Its 95 % half-width over prompts."""
+
+
+def beta_of(options: RegressionOptions, samples: int) -> float:
+    """The KL weight that the options say.
+
+    Args:
+      options: --beta, or --target-kl and the transform.
+      samples: K of the table.
+
+    Returns:
+      beta.
+
+    Raises:
+      ValueError: a target_kl that the transform does not reach on K + 1 ranks.
+    """
+    if options.beta:
+        return options.beta
+    transform = infalign.parse_transform(options.transform or "identity")
+    if options.transform == "log":
+        transform = smoothed_log(samples)
+    try:
+        with jax.enable_x64(True):
+            return float(infalign.match_kl(transform, kl=jnp.asarray(options.target_kl), samples=samples))
+    except ValueError as error:
+        raise ValueError(f"target_{error}") from error
+
+
+@cached
+def smoothed_log(samples: int) -> infalign.Transform:
+    """log of ranks among K samples that are moved inside (0, 1), as `infalign.calibrate(smooth=True)` moves them."""
+    return lambda c: infalign.log((c * samples + 0.5) / (samples + 1))
+
+
+def run_rounds(task: Task, pool: regression.Pool) -> tuple[Params, job.Data, dict[str, Any]]:
+    """Fits, draws and fits again, as many rounds as --refresh says, and corrects beta once.
+
+    Args:
+      task: what all rounds share.
+      pool: the base's samples.
+
+    Returns:
+      (what was trained, its rows, figures): beta, rounds' steps and counts, KL and win rate of draws to prompts that
+      were trained on and to held-out ones.
+    """
+    options, samples = task.options, task.table.shape[1]
+    beta, trained = beta_of(options, samples), first_parameters(task)
+    figures: dict[str, Any] = {"beta": beta}
+    drew: list[Params] = []
+    for number in range(options.refresh):
+        if number:
+            # A fit uses up what it begins with.
+            drew.append(jax.tree.map(jnp.array, trained))
+            pool = refreshed(task, pool, drew)
+        folder = folder_of(task, str(number + 1) if number else "")
+        trained, data, found = fit_round(task, pool, trained, beta, folder)
+        figures |= found if options.refresh == 1 else {f"{name}_{number + 1}": value for name, value in found.items()}
+    measured = measure(task, trained)
+    if options.target_kl and abs(measured["kl_train"] / options.target_kl - 1) > CORRECTED:
+        corrected = float(beta * (measured["kl_train"] / options.target_kl) ** 0.5)
+        figures |= {"kl_before_correction": measured["kl_train"], "corrected_beta": corrected}
+        print(
+            f"regress: KL {measured['kl_train']:.3f}, asked {options.target_kl:g}: beta {beta:.4g} to {corrected:.4g}"
+        )
+        trained, data, found = fit_round(task, pool, trained, corrected, folder_of(task, "correction"), share=0.5)
+        figures |= {f"{name}_correction": value for name, value in found.items()}
+        measured = measure(task, trained)
+    return trained, data, figures | measured
+
+
+def folder_of(task: Task, name: str) -> pathlib.Path:
+    """Where a round leaves checkpoints and metrics: the run folder for the first, rounds/NAME for others."""
+    folder = task.job.out / "rounds" / name if name else task.job.out
+    if name:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fit_round(
+    task: Task, pool: regression.Pool, trained: Params, beta: float, folder: pathlib.Path, *, share: float = 1.0
+) -> tuple[Params, job.Data, dict[str, Any]]:
+    """Fits the pool's responses, and keeps the parameters of the lowest loss on held-out prompts.
+
+    Args:
+      task: what all rounds share.
+      pool: the responses.
+      trained: where the round begins; used up.
+      beta: KL weight.
+      folder: of its checkpoints.
+      share: of the steps that the options say.
+
+    Returns:
+      (what was trained, its rows, figures): steps, held_out_loss and the counts of `regression.groups_of`.
+    """
+    config = task.job.config
+    groups, counts = regression.groups_of(task.options, pool, task.prompts, task.table, beta)
+    data = task.job.split(encoded.Loaded(groups, 0, []))
+    collate = regression.collating(config.rows.max_length)
+    loss = regression.regression(task.started.lm, options=task.options)
+    if task.spec is not None:
+        loss = adapters.with_adapter(loss, task.spec)
+    steps = max(round(share * config.optimizer.steps_for(len(data.train))), 1)
+    held_out = _some(data.validation, HELD_OUT)
+    read = reader(task, held_out, collate)
+    kept_at = folder / "best.json"
+    ended = json.loads(kept_at.read_text()) if kept_at.is_file() else {}
+    told = dry_run.is_abstract((trained, task.frozen))
+    if told:
+        trained = dry_run.abstract(trained, None)
+    with watching(task, read if data.validation and not told else None, folder, ended, steps) as (hooks, best):
+        if not ended.get("ended"):
+            trained = fitting.fit_model(
+                task.started._replace(params=trained),
+                data,
+                loss,
+                collate,
+                optimizer=dataclasses.replace(config.optimizer, steps=steps),
+                mesh=config.mesh,
+                seed=config.run.seed,
+                stage=task.job.stage,
+                out=folder,
+                frozen=task.frozen,
+                compared=task.spec is not None,
+                hooks=hooks,
+            )
+        trained, figures = best(trained)
+    return trained, data, figures | counts
+
+
+def _some(rows: Sequence[regression.Group], most: int) -> Sequence[regression.Group]:
+    """Rows at even distances, of all prompts alike."""
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, most).astype(int)] if len(rows) > most else rows
+
+
+def reader(
+    task: Task, rows: Sequence[regression.Group], collate: Callable[[list[Any]], Any]
+) -> Callable[[Params], Reading]:
+    """What reads the held-out rows under what is trained."""
+    size = task.job.config.optimizer.batch_size
+    target, weight = (np.asarray([getattr(row, name) for row in rows], np.float32) for name in ("target", "weight"))
+    prompts = np.unique([repr(row.prompt) for row in rows], return_inverse=True)[1] if rows else np.zeros(0, int)
+
+    def read(trained: Params) -> Reading:
+        ratio = job.evaluate(
+            regression.scoring(task.started.lm), (whole(task, trained), task.frozen), rows, collate, size
+        )
+        value = regression.objective(task.options, *map(jnp.asarray, (ratio, target, weight)))
+        rho = np.exp(np.minimum(ratio, 20.0))
+        each = (weight * (rho * ratio - rho + 1)).mean(axis=1)
+        means = np.bincount(prompts, weights=each) / np.bincount(prompts)
+        mean, half = job.interval(means)
+        return Reading(float(value), float(np.mean(means) if mean is None else mean), 0.0 if half is None else half)
+
+    return read
+
+
+@contextlib.contextmanager
+def watching(
+    task: Task, read: Callable[[Params], Reading] | None, folder: pathlib.Path, before: dict[str, Any], steps: int
+) -> Iterator[tuple[list[Hooks], Callable[[Params], tuple[Params, dict[str, Any]]]]]:
+    """Watches the loss on held-out prompts.
+
+    Args:
+      task: what all rounds share.
+      read: reads it; None where no prompts are held out: the last parameters are then the best.
+      folder: of the round, where best.json and best/ keep what was read, for a run that goes on.
+      before: what best.json holds.
+      steps: of the round, if it is not ended before.
+
+    Returns:
+      A context of the hooks of `training.fit`, and of a function: the last parameters -> (the best ones, figures).
+    """
+    if read is None:
+        yield [], lambda last: (last, {"steps": steps})
+        return
+    options, ceiling = task.options, task.options.target_kl
+    kept: dict[str, Any] = {"loss": None, "step": 0, "since": 0, "stop": False} | before
+    with checkpoints.open_checkpoints(folder / "best", keep=1) as manager:
+
+        def look(step: int, params: Params) -> None:
+            found = read(params)
+            # Steep transforms overshoot the KL and come back: a reading above it is none to keep, and no end.
+            over = bool(ceiling) and found.kl - found.kl_95 > ceiling
+            if (kept["loss"] is None or found.loss < kept["loss"]) and not (over and step < steps):
+                checkpoints.save(manager, Best(jnp.asarray(step, jnp.int32), params), {})
+                kept.update(loss=found.loss, step=step, since=0)
+            else:
+                kept["since"] += 1
+            kept.update(stop=kept["since"] >= options.patience, read=step, kl=found.kl)
+            _io.write_json(folder / "best.json", kept)
+
+        def after_step(step: int, state: Any) -> None:
+            if step % options.check_every == 0 and step > kept.get("read", 0):  # a run that goes on has read some
+                look(step, state.params)
+
+        def best(last: Params) -> tuple[Params, dict[str, Any]]:
+            if not kept.get("ended"):
+                if kept["step"] == 0 or (not kept["stop"] and kept.get("read") != steps):
+                    look(steps, last)
+                manager.wait_until_finished()
+                kept["ended"] = True
+                _io.write_json(folder / "best.json", kept)
+            found = checkpoints.restore(manager, Best(jnp.zeros((), jnp.int32), last), {})
+            assert found is not None
+            figures = {"steps": kept["read"], "best_step": kept["step"], "held_out_loss": kept["loss"]}
+            return found[0].params, figures
+
+        yield [Hooks(after_step=after_step, stop=lambda step, metrics: bool(kept["stop"]))], best
+
+
+def refreshed(task: Task, pool: regression.Pool, drew: Sequence[Params]) -> regression.Pool:
+    """Adds draws of the policy as it stands.
+
+    Args:
+      task: what all rounds share.
+      pool: the responses so far.
+      drew: what was trained when each round's responses were drawn; the last of them draws now.
+
+    Returns:
+      The pool with --refresh-samples more to each prompt that is trained on, and with all log-ratios.
+    """
+    found = draw(task, drew[-1], split_rows(task)[0], samples=task.options.refresh_samples, number=len(drew))
+    # The new policy reads all responses, those before it the new ones alone.
+    news = [log_ratios(task, params, found.responses) for params in drew]
+    own = np.concatenate([log_ratios(task, drew[-1], pool.responses), news[-1]])
+    zeros = np.zeros(len(found.responses))
+    earlier = np.concatenate([pool.log_ratio, np.stack([zeros, *news[:-1]])], axis=1)
+    return regression.Pool([*pool.responses, *found.responses], np.concatenate([earlier, own[None]]))
