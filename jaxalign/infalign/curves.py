@@ -19,6 +19,7 @@ from jaxalign import gibbs
 from jaxalign._arrays import at_least_float32, with_root_derivatives
 from jaxalign._checks import check_positive, is_concrete
 from jaxalign.infalign.procedures import Procedure, best_of, none, worst_of
+from jaxalign.infalign.table_gaps import match_table_kl
 from jaxalign.infalign.transforms import Transform, transformed
 from jaxalign.shapes import Numbers, Outcomes, PerResponse
 from jaxalign.types import Array, ArrayLike
@@ -203,8 +204,6 @@ def match_kl(transform: Transform, *, kl: ArrayLike, samples: int | None = None)
     check_positive("kl", kl)
     kl = at_least_float32(kl)
     if samples is not None:
-        from jaxalign.infalign.partition import match_table_kl  # which reads this module's grid
-
         return match_table_kl(transform, kl=kl, samples=samples)
     c, _ = grid(kl.dtype)
     value = transformed(transform, c).astype(kl.dtype)
