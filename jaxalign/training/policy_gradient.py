@@ -22,6 +22,7 @@ from jaxalign._arrays import at_least_float32, repeat_rows
 from jaxalign._builders import cached
 from jaxalign._checks import check_rng
 from jaxalign._programs import tells_programs
+from jaxalign.training.group_advantages import check_advantage, worth
 from jaxalign.training.objectives import cast
 from jaxalign.training.protocols import PolicyModel, TextModel
 from jaxalign.training.step import Loss, LossAux
@@ -56,8 +57,7 @@ class Method:
     value_clip: float = math.inf
     """Largest change of a value that PPO's value loss follows [units of reward]."""
     advantage: str = "mean"
-    """What the rewards of a prompt's samples are worth to "rloo": "mean", or that of a group of k, "max@k", "min@k" and
-    "pass@k" (`advantages.max_at_k`). The KL is that of each sample."""
+    """Of rewards, for "rloo": "mean", or of k draws "max@k", "min@k", "pass@k" (`advantages.max_at_k`)."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("algorithm", ("rloo", "grpo", "ppo")), ("kl", ("reward", "k2", "k3", "exact"))):
@@ -70,39 +70,7 @@ class Method:
             raise ValueError(f"decay: expected a value in [0, 1], found {self.decay}")
         if not 0 <= self.value_weight < math.inf:
             raise ValueError(f"value_weight: expected a finite value >= 0, found {self.value_weight}")
-        if self.advantage != "mean":
-            of_group(self.advantage)
-            if self.algorithm != "rloo":
-                raise ValueError(f"advantage: expected {self.advantage} with rloo, found {self.algorithm}")
-
-
-def of_group(name: str) -> tuple[str, int]:
-    """Reads the name of an advantage of k samples.
-
-    Args:
-      name: "max@k", "min@k" or "pass@k".
-
-    Returns:
-      ("max", "min" or "pass", k).
-
-    Raises:
-      ValueError: another name, or a k below 1.
-    """
-    kind, _, k = name.partition("@")
-    if kind not in ("max", "min", "pass") or not k.isdecimal() or int(k) < 1:
-        raise ValueError(f"advantage: expected mean, or max@K, min@K or pass@K with K at least 1, found {name!r}")
-    return kind, int(k)
-
-
-def _worth(method: Method, reward: Array) -> Array:
-    """The advantages [B,n] of rewards alone, of which a mean over samples is taken."""
-    if method.algorithm == "grpo":
-        return advantages.group_relative(reward)
-    if method.advantage == "mean":
-        return advantages.leave_one_out(reward)
-    kind, k = of_group(method.advantage)
-    found = {"max": advantages.max_at_k, "min": advantages.min_at_k, "pass": advantages.pass_at_k}[kind]
-    return found(reward, k=k) * reward.shape[-1]
+        check_advantage(self.algorithm, self.advantage)
 
 
 @cached
@@ -257,16 +225,13 @@ def prepare(
         # Against the mean of the prompt's other samples at the same token, which tells nothing of this one.
         later = advantages.to_come(ahead).reshape(count, n, -1)
         later = jnp.moveaxis(advantages.leave_one_out(jnp.moveaxis(later, 1, 2)), 2, 1)
-        rows["advantage"] = flat(_worth(method, reward))[:, None] - flat(later)
+        rows["advantage"] = flat(worth(method.algorithm, method.advantage, reward))[:, None] - flat(later)
     else:
         cost = penalty * ratio.sum(axis=-1).reshape(count, n)
-        if method.algorithm == "rloo":
-            # Each by itself: beside a reward of 1e6 the KL would have lost its digits.
-            rows["advantage"] = flat(_worth(method, reward) - advantages.leave_one_out(cost))
-        else:
-            # The KL stays outside the division: in a group of equal rewards it alone would have unit spread.
-            found = _worth(method, reward) - advantages.leave_one_out(cost)
-            rows["advantage"] = jnp.broadcast_to(flat(found)[:, None], mask.shape)
+        # Each by itself: beside a reward of 1e6 the KL would have lost its digits, and in a group of equal rewards the
+        # division of grpo would give the KL alone unit spread.
+        found = flat(worth(method.algorithm, method.advantage, reward) - advantages.leave_one_out(cost))
+        rows["advantage"] = found if method.algorithm == "rloo" else jnp.broadcast_to(found[:, None], mask.shape)
     kl = ratio.sum(axis=-1) if kl is None else jnp.where(mask, kl, 0).sum(axis=-1)
     metrics = {
         "reward": reward.mean(),

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Literal
 
 from jaxalign import infalign
+from jaxalign.training.group_advantages import of_group
 from jaxalign.training.options import check_finite
-from jaxalign.training.policy_gradient import of_group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
