@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import decoding, infalign, models, policies, prompts, rollout, testing, text, tree
+from jaxalign import bilevel, decoding, infalign, models, policies, prompts, rollout, testing, text, tree
 from jaxalign._checks import check_rng
 from jaxalign.data import tokenizers
 from jaxalign.decoding import resampling
@@ -82,6 +82,9 @@ def deal(rng):
 
 THRESHOLDS = {"beta": 1.0, "reward_threshold": 0.0, "entropy_threshold": 0.5}
 CALLS = {
+    "bilevel.leader_gradient": lambda rng: bilevel.leader_gradient(
+        BASE, REWARD, {"follower": TABLE, "utility": TABLE}, rng, BATCH, wrt="", estimator="score", samples=2, **SHARED
+    ),
     "decoding.sample": lambda rng: decoding.sample(BASE, TABLE, rng, BATCH, **SHARED),
     "decoding.log_prob": score,
     "decoding.draw_margins": margins,
