@@ -83,7 +83,7 @@ def deal(rng):
 THRESHOLDS = {"beta": 1.0, "reward_threshold": 0.0, "entropy_threshold": 0.5}
 CALLS = {
     "bilevel.leader_gradient": lambda rng: bilevel.leader_gradient(
-        BASE, REWARD, {"follower": TABLE, "utility": TABLE}, rng, BATCH, wrt="", estimator="score", samples=2, **SHARED
+        BASE, constant_reward, {"follower": TABLE}, rng, BATCH, wrt="", estimator="score", samples=2, **SHARED
     ),
     "decoding.sample": lambda rng: decoding.sample(BASE, TABLE, rng, BATCH, **SHARED),
     "decoding.log_prob": score,
