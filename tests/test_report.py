@@ -174,6 +174,7 @@ def test_numbers_of_the_tables(page):
     assert "not seen" in next(row for row in page.rows("overoptimisation") if row.startswith("best-of-n"))
     assert page.rows("training")[1].startswith("sft 4 5.000 1.250 20 validation loss 0.61")
     assert "GenARM at beta 1 has the highest gold: 1.25" in page.text
+    assert re.search(r"It is the best of \d+ settings on these same prompts", page.text)
     assert "2.5 base" not in page.text
     assert "jaxalign decode" in page.text
     assert "--seed 3" in page.text

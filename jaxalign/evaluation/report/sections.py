@@ -64,7 +64,11 @@ def lead(table: Table) -> str:
     text += f", for {number(values['kl'], 1)} nats of KL"
     if values.get("forwards") is not None:
         text += f" and {number(values['forwards'], 1)} passes through models for each token"
-    return f'<p class="lead">{text}.</p>'
+    text += "."
+    if len(table.rows) > 2:
+        # A maximum over settings is measured on the prompts that chose it.
+        text += f" It is the best of {len(table.rows)} settings on these same prompts, so expect less of it on others."
+    return f'<p class="lead">{text}</p>'
 
 
 def counts(runs: Sequence[Run], table: Table) -> str:
