@@ -36,7 +36,7 @@ ROUNDS = "rounds"
 ELSE = "name another --out, or remove that folder"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _growing: set[pathlib.Path] = set()  # folders whose runs go on for more steps
-_pending: dict[pathlib.Path, Callable[[], None]] = {}  # folder -> what is written once its inputs are read
+_pending: dict[pathlib.Path, Callable[[], None]] = {}  # folder -> what is written, or looked at, once inputs are read
 
 
 class Input(NamedTuple):
@@ -84,21 +84,25 @@ def open_run(
     with _hosts.together():
         if _hosts.is_first():
             _pending[out.resolve()] = _opened(out, config, inputs)
+        else:
+            _pending[out.resolve()] = functools.partial(_check_shared, out, config)
     if not later:
         begin(out)
-    with _hosts.together():
-        if not _hosts.is_first() and not later:
-            _check_shared(out, config)
     return out
 
 
 def begin(out: pathlib.Path) -> None:
     """Writes config.json, inputs.json and versions.json of a folder that was opened to be written later. All processes
-    have to call it."""
+    have to call it: the others look whether they see what the first has written. ValueError where one does not, or has
+    other options."""
+    then = _pending.pop(out.resolve(), lambda: None)
     with _hosts.together():
         if _hosts.is_first():
-            _pending.pop(out.resolve(), lambda: None)()
+            then()
             _growing.discard(out.resolve())
+    with _hosts.together():
+        if not _hosts.is_first():
+            then()
 
 
 def goes_on(out: pathlib.Path) -> bool:
