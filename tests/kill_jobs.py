@@ -120,6 +120,8 @@ def start(job: Job, words: list[str], log: pathlib.Path, arm: Callable[[], None]
         return pid
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this runs in the background,
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or under nohup
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(log.with_suffix(f".{name}"), os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
         sys.argv = ["-m"]

@@ -207,6 +207,10 @@ def test_a_folder_gives_the_adapter_back_and_refuses_to_be_overwritten(tmp_path)
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"
     with pytest.raises(ValueError, match="expected a new or empty folder"):
         models.save_adapter(tmp_path / "adapter", lm, SPEC, adapter)
+    data = (tmp_path / "adapter/adapter_model.safetensors").read_bytes()
+    for _ in range(8):  # the order of what a file's header holds is not drawn anew
+        models.save_adapter(tmp_path / "adapter", lm, SPEC, adapter, overwrite=True)
+        assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() == data
     models.save_adapter(tmp_path / "adapter", lm, SPEC, lora.init(RNG, lm, SPEC), overwrite=True)
     assert not any(np.any(b) for _, b in lora.pairs(models.load_adapter(tmp_path / "adapter", lm)[1]).values())
 

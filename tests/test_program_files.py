@@ -8,7 +8,7 @@ import re
 import pytest
 
 from eval import decode
-from jaxalign import rewards
+from jaxalign import _runs, rewards
 from jaxalign.training import tables
 from tests.test_eval_decode import arguments, folders, methods, tokenizer
 from train import calibrate, rl, shaping, value
@@ -65,21 +65,23 @@ def test_the_inputs_of_a_reward(program, tmp_path):
 
 
 @pytest.mark.parametrize("command", [calibrate, rl, shaping, value], ids=lambda module: module.__name__)
-def test_a_training_run_with_an_edited_program_is_refused(command, program, tmp_path):
+def test_a_training_run_with_an_edited_program_is_refused(command, program, folders, tmp_path, monkeypatch):
     base = "model" if command is rl else "base"
-    options = [
-        f"--{base}",
-        str(tmp_path / "none"),
-        "--prompts",
-        str(tmp_path / "none.txt"),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    options += ["--reward", f"{program.stem}:letters"]
-    # There is no model: a run begins, and ends after it has noted its inputs.
-    with pytest.raises((ValueError, OSError)):
-        command.main(options)
-    assert str(program) in json.loads((tmp_path / "run/inputs.json").read_text())
+    options = [f"--{base}", folders["base"], "--prompts", folders["prompts.txt"], "--out", str(tmp_path / "run")]
+    options += ["--reward", f"{program.stem}:letters", "--max-new-tokens", "4", "--max-length", "32"]
+    begin = _runs.begin
+
+    def begin_and_end(out) -> None:
+        """A run that ends as soon as it has noted its inputs."""
+        begin(out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_runs, "begin", begin_and_end)
+    for _ in range(2):  # the second goes on with the same program
+        with pytest.raises(KeyboardInterrupt):
+            command.main(options)
+    inputs = json.loads((tmp_path / "run/inputs.json").read_text())
+    assert str(program) in [name for name, *_ in inputs["files"]]
     edit(program)
     with pytest.raises(ValueError, match=f"inputs: .*{re.escape(program.name)}.* changed"):
         command.main(options)

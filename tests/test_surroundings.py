@@ -6,8 +6,10 @@ import contextlib
 import os
 import pathlib
 import resource
+import signal
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,10 +101,23 @@ def test_a_line_of_metrics_that_was_cut_short_is_dropped(tmp_path):
     assert [line["step"] for line in logging.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_signal_that_comes_where_no_error_gets_through_comes_again():
-    import signal
-    import time
+@pytest.fixture
+def default_signals():
+    """The signals end this process and those that it starts. Where the tests were started with nohup or in the
+    background, HUP or INT is ignored, which their children inherit."""
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
+
+@pytest.mark.usefixtures("default_signals")
+def test_a_signal_that_comes_where_no_error_gets_through_comes_again():
     class Loud:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGHUP)
@@ -119,6 +134,23 @@ def test_a_signal_that_comes_where_no_error_gets_through_comes_again():
         time.sleep(0.01)
         assert _signals.asked()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_signals_that_are_ignored_stay_so_but_for_term():
+    """As nohup has HUP ignored, and a shell's background Ctrl-C."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+        with _signals.handled():
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert not _signals.asked()
+        assert signal.getsignal(number) is signal.SIG_IGN
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with pytest.raises(_signals.Stopped) as found, _signals.handled():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    assert found.value.code == 143
 
 
 AT_ONCE = """
@@ -138,6 +170,7 @@ os.kill(os.getpid(), signal.{name})
 """
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize(
     ("program", "code", "told"),
     [
@@ -165,8 +198,6 @@ class Full:
 
 
 def test_the_exit_code_of_a_stop_can_be_chosen(capsys, monkeypatch):
-    import signal
-
     from jaxalign import commands
 
     def main(words):

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import traverse_util
-from safetensors.flax import save_file
 
 from jaxalign import _hosts
 from jaxalign._arrays import at_least_float32
@@ -25,7 +24,8 @@ from jaxalign.models.hf.adapter_fields import MUST_BE, SCORES, check_fields, mod
 from jaxalign.models.hf.config import POOLING
 from jaxalign.models.hf.files import local_folder, naming_file, read_json, whole_folder, write_json
 from jaxalign.models.hf.tensors import plain_name, rules_of, theirs_widths
-from jaxalign.models.hf.weights import WRITER, open_tensors
+from jaxalign.models.hf.weights import open_tensors
+from jaxalign.models.hf.writing import write_arrays
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.models.lora import TARGETS, Lora, check_fits, pad_rank, pairs
 from jaxalign.types import Array, Params
@@ -103,7 +103,7 @@ def save_adapter(
         if _hosts.is_first():
             with whole_folder(path, overwrite=overwrite) as temporary:
                 write_json(temporary / "adapter_config.json", values)
-                save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt", "writer": WRITER})
+                write_arrays(temporary / "adapter_model.safetensors", tensors)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
 

@@ -61,9 +61,7 @@ def write_tensors(
     Raises:
       ValueError: a type that safetensors files of ours do not hold.
     """
-    for one in tensors:
-        if one.dtype not in DTYPES:
-            raise ValueError(f"{one.name}: expected a type of {tuple(DTYPES)}, found {one.dtype}")
+    _check_types(tensors)
     kept: dict[str, np.ndarray] = {}  # of the source whose turn it is
 
     def take(one: Planned) -> np.ndarray:
@@ -89,6 +87,29 @@ def write_tensors(
         weight_map |= {one.name: name for one in part}
     total = sum(one.nbytes for one in tensors)
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes one file of arrays that are on the host. Equal arrays give equal bytes, which safetensors' own writer does
+    not: the order of its metadata is drawn anew in each file.
+
+    Args:
+      path: of the file.
+      arrays: name -> array; wider types come first, as safetensors orders them.
+
+    Raises:
+      ValueError: a type that safetensors files of ours do not hold.
+    """
+    plan = [Planned(name, x.shape, x.dtype.name, name) for name, x in arrays.items()]
+    _check_types(plan)
+    plan.sort(key=lambda one: (-_numpy_type(one.dtype).itemsize, one.name))
+    _write_file(path, plan, lambda one: arrays[one.name])
+
+
+def _check_types(tensors: Sequence[Planned]) -> None:
+    for one in tensors:
+        if one.dtype not in DTYPES:
+            raise ValueError(f"{one.name}: expected a type of {tuple(DTYPES)}, found {one.dtype}")
 
 
 def _write_file(path: pathlib.Path, tensors: Sequence[Planned], take: Callable[[Planned], np.ndarray]) -> None:
