@@ -37,6 +37,7 @@ LINES = {
     "arm": PAIRS,
     "dpo": PAIRS,
     "distil": "--calibration {}/tables/base --max-length 32 --batch-size 8 --model {}/base",
+    "regress": "--table {}/tables/base --beta 1 --max-length 32 --batch-size 8 --model {}/base",
     "value": f"{DRAWN} --batch-size 8",
     "shaping": f"{DRAWN} --batch-size 8 --model {{}}/reward",
     "rl": f"{PROMPTS} --samples 4 --batch-size 8 --max-length 32 --model {{}}/base",
@@ -84,9 +85,15 @@ def faults(job: str) -> dict[str, Fault]:
             changed = {option: f"{{}}/{folder}"}
             if option == "base" and job == "value":
                 changed["model"] = "{}/base"  # that of --base by default
-            if job == "distil":
-                changed["calibration"] = f"{{}}/tables/{folder}"  # of the same base
+            if job in ("distil", "regress"):
+                table = "calibration" if job == "distil" else "table"
+                changed[table] = f"{{}}/tables/{folder}"  # of the same base
             found[f"{option} {folder}"] = Fault(f"{axis}=8", changed, wanted)
+    if job == "regress":  # whose reward is that of its table
+        for folder in REWARDS:
+            axis = axes.get(folder, "tensor")
+            wanted = rf"reward: {sizes[folder]}: expected a multiple of the mesh's {axis}=8 devices, found \d+ in .*"
+            found[f"reward {folder}"] = Fault(f"{axis}=8", {"table": f"{{}}/tables/reward_{folder}"}, wanted + folder)
     if "--method" in given:
         wanted = r"value:.*/heads: num_heads: expected a multiple of the mesh's tensor=8 devices, found 4 in .*/heads"
         found["method heads"] = Fault("tensor=8", {"method": "value:{}/heads@1"}, wanted)
@@ -104,6 +111,16 @@ def refuse(*args: Any, **options: Any) -> NoReturn:
     raise AssertionError("weights are read or made")
 
 
+def write_table(root: pathlib.Path, name: str, *, base: str, reward: str) -> None:
+    """What is read of a calibration table before its samples are."""
+    place = root / "tables" / name
+    made = {"out": str(place), "base": str(root / base), "prompts": str(root / "prompts.jsonl")}
+    made |= {"reward": str(root / reward), "samples": 4, "max_new_tokens": 4, "max_length": 32}
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps(made))
+    (place / tables.ABOUT).write_text(json.dumps({"base": tables.folder_digest(root / base)}))
+
+
 def main(folder: str) -> None:
     """Writes found.json: job -> fault -> the error."""
     gc.disable()
@@ -114,11 +131,9 @@ def main(folder: str) -> None:
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(models.config_to_hf(config)))
         tokenizer.save_pretrained(root / name)
-        made = {"out": f"{folder}/tables/{name}", "base": f"{folder}/{name}", "prompts": f"{folder}/prompts.jsonl"}
-        made |= {"reward": f"{folder}/reward", "samples": 4, "max_new_tokens": 4, "max_length": 32}
-        (root / "tables" / name).mkdir(parents=True)
-        (root / "tables" / name / "config.json").write_text(json.dumps(made))
-        (root / "tables" / name / tables.ABOUT).write_text(json.dumps({"base": tables.folder_digest(root / name)}))
+        write_table(root, name, base=name, reward="reward")
+    for name in REWARDS:
+        write_table(root, f"reward_{name}", base="base", reward=name)
     make_rows(root)
     tensors.read_params = models.LanguageModel.init = models.LanguageModel.init_head = refuse  # type: ignore[assignment]
     found: dict[str, dict[str, str]] = {}

@@ -235,7 +235,8 @@ bench.main(["score", *{sizes!r}["score"], "--mesh", "data=2"])
 def test_a_mesh_shares_each_batch_and_must_divide_it():
     printed = on_devices(TWO_DEVICES.format(sizes=SIZES), 2)
     for name in SIZES:
-        sizes = "(20, 3)" if name == "shaping" else "(3,)"  # its prompts are shared, too
+        # Prompts of shaping and rows of a training step of distribution are shared, too.
+        sizes = {"shaping": "(20, 3)", "distribution": "(3, 2)"}.get(name, "(3,)")
         assert f"{name} mesh: expected a divisor of every batch size {sizes}, found 'data=2'" in printed
     assert "score on " in printed  # which compares the numbers of both sides
 

@@ -55,7 +55,7 @@ def test_it_is_a_policy_and_nothing_where_nothing_is_said():
         ({"repetition_penalty": 1.1}, "expected repetition_penalty = 1, as no decoder here follows it, found 1.1"),
         ({"num_beams": 4}, "expected num_beams = 1"),
         ({"min_p": 0.05}, "expected min_p = 0"),
-        ({"suppress_tokens": [1]}, r"expected fields that are supported, found suppress_tokens = \[1\]"),
+        ({"suppress_tokens": [1]}, r"expected fields that are supported, found 'suppress_tokens' = \[1\]"),
         ({"temperature": -1}, "expected a number >= 0 as temperature, found -1"),
         ({"temperature": "hot"}, "expected a number as temperature, found 'hot'"),
         ({"temperature": True}, "expected a number as temperature, found True"),

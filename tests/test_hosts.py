@@ -93,6 +93,22 @@ def start(command: list[str]) -> list[subprocess.Popen[str]]:
     ]
 
 
+def end(running: list[subprocess.Popen[str]]) -> None:
+    """Kills what still runs, and closes the pipes of all: one left open would be told of in a later test."""
+    for process in running:
+        process.kill()
+    for process in running:
+        process.communicate()
+
+
+def told_by(running: list[subprocess.Popen[str]], *, timeout: float) -> list[str]:
+    """What each process writes to its stderr, of which none is left running [timeout in s]."""
+    try:
+        return [process.communicate(timeout=timeout)[1] for process in running]
+    finally:
+        end(running)
+
+
 def words(job: str, folder: pathlib.Path, out: pathlib.Path) -> list[str]:
     return job.format(folder=folder, out=out, run=out.parent).split()
 
@@ -124,8 +140,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
             assert process.returncode == 0, told[-3000:]
             assert ("wrote" in printed) == (process is running[0])
     finally:
-        for process in running:
-            process.kill()
+        end(running)
     for i in range(PROCESSES):
         assert json.loads((folder / f"{i}.json").read_text())[: len(JOBS)] == [""] * len(JOBS)
     return folder
@@ -213,7 +228,7 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
     job = f"train.sft --data {tmp_path}/PROCESS.jsonl --architecture {tmp_path}/config.json --tokenizer {tmp_path}"
     job += f" --mesh data=4 --batch-size 4 --out {tmp_path}/out_PROCESS"
     running = start([*job.split(), "--coordinator", "COORDINATOR", "--num-processes", "2", "--process-id", "PROCESS"])
-    told = [process.communicate(timeout=120)[1] for process in running]
+    told = told_by(running, timeout=120)
     assert all(process.returncode != 0 for process in running)
     errors = [line for text in told for line in text.splitlines() if line.startswith("error: process ")]
     assert errors
@@ -228,7 +243,7 @@ def test_a_process_that_cannot_write_ends_the_others_with_its_error(folder, tmp_
     job, *options = words(SFT, folder, tmp_path / "run")
     given = ["--coordinator", "COORDINATOR", "--num-processes", "2", "--process-id", "PROCESS"]
     running = start([f"train.{job}", *options, "--mesh", "data=4", *given])
-    told = [process.communicate(timeout=150)[1] for process in running]
+    told = told_by(running, timeout=150)
     assert [process.returncode for process in running] == [1, 1], told
     for i, text in enumerate(told):
         (line,) = [line for line in text.splitlines() if line.startswith("error: ")]

@@ -277,8 +277,8 @@ def test_folders_that_cannot_be_read_are_refused_by_name(tmp_path):
         ({"bias": "all"}, "bias: expected 'none'"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern: "),
         ({"peft_type": "IA3"}, "peft_type: expected 'LORA'"),
-        ({"r": 0}, "r: expected a value > 0"),
-        ({"lora_alpha": None}, "lora_alpha: expected a value > 0"),
+        ({"r": 0}, r"r: expected a number > 0, at most \d+, in .*adapter_config\.json, found 0"),
+        ({"lora_alpha": None}, r"lora_alpha: expected a value > 0 in .*adapter_config\.json, found None"),
     ):
         (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | changed))
         with pytest.raises(ValueError, match=match):

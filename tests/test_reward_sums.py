@@ -88,8 +88,8 @@ def test_rl_maximises_a_calibrated_sum_and_its_table_names_the_next_command(fold
     )
     assert np.isfinite(summary["reward"])
     # The folders of the sum are inputs of the run.
-    stamps = json.loads((tmp_path / "run/inputs.json").read_text())
-    assert all(any(name.startswith(folders[role] + "/") for name in stamps) for role in ("reward", "gold"))
+    names = [name for name, *_ in json.loads((tmp_path / "run/inputs.json").read_text())["files"]]
+    assert all(any(name.startswith(folders[role] + "/") for name in names) for role in ("reward", "gold"))
 
 
 def test_responses_are_scored_by_a_sum(folders, tmp_path):
@@ -138,7 +138,7 @@ def test_methods_maximise_a_sum_where_no_gradient_is_needed(folders, tmp_path):
     decode.main([*command, "--method", "best_of_n@3"])
     for row in json.loads((tmp_path / "run/results.json").read_text()):
         assert row["reward"] < 0.5 * row["gold"]
-    stamps = json.loads(next((tmp_path / "run").glob("best*/inputs.json")).read_text())
-    assert any(name.startswith(folders["reward"] + "/") for name in stamps)
+    kept = json.loads(next((tmp_path / "run").glob("best*/inputs.json")).read_text())
+    assert any(name.startswith(folders["reward"] + "/") for name, *_ in kept["files"])
     with pytest.raises(ValueError, match="reward: expected the folder of a reward model, whose gradient ggro reads"):
         decode.main([*command, "--method", "ggro@4"])

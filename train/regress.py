@@ -15,7 +15,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from jaxalign import commands
+from jaxalign import commands, rewards
 from jaxalign._options import from_fields
 from jaxalign.data.text_options import TextOptions
 from jaxalign.training import adapters, distillation, regression_rounds, regression_task
@@ -73,6 +73,7 @@ def run(config: Config) -> dict[str, Any]:
             f"python -m eval.decode --model {config.model.model} --reward REWARD --prompts FILE "
             f"--method policy:{out / 'model'} --out DIR"
         ),
+        beside=rewards.reward_roles(made["table"].rollouts.reward),
     )
     done = job.finished()
     if done is not None:

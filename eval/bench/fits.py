@@ -72,6 +72,7 @@ def jobs(config: Config, folder: pathlib.Path, rows: int) -> dict[str, tuple[str
     own = {"model": base, "max_length": config.length, "batch_size": rows, "validation": 0.0}
     pairs = own | {"data": str(folder / "pairs.jsonl")}
     distilled = own | {"calibration": table, "n": config.samples}
+    fitted = own | {"table": table, "beta": 1.0}
     drawn = {"prompts": str(folder / "prompts.jsonl"), "reward": reward, "max_new_tokens": config.new}
     drawn |= {"samples": config.samples, "max_length": config.length}
     parts = {"batch_size": rows, "accumulate": config.samples}
@@ -90,6 +91,8 @@ def jobs(config: Config, folder: pathlib.Path, rows: int) -> dict[str, tuple[str
         "dpo, LoRA": ("dpo", pairs | LORA),
         "distil": ("distil", distilled),
         "distil, LoRA": ("distil", distilled | LORA),
+        "regress": ("regress", fitted),
+        "regress, LoRA": ("regress", fitted | LORA),
         "value": ("value", learned),
         "value, frozen base (RE-Control)": ("value", learned | {"objective": "td", "frozen": True}),
         "shaping, leader of rewards": ("shaping", leader),
