@@ -51,11 +51,11 @@ def test_depths_that_make_no_line_are_refused(layers, reward, error):
         fits.run(fits.Config(layers=layers, reward=reward))
 
 
-def test_a_distillation_reads_a_table_without_weights_and_its_figures_are_on_the_line(tmp_path, monkeypatch, capsys):
+def test_jobs_of_a_table_read_one_without_weights_and_their_figures_are_on_the_line(tmp_path, monkeypatch, capsys):
     for name, shape in (("tiny", TINY), ("tiny reward", REWARD)):
         monkeypatch.setitem(shapes.SHAPES, name, shape)
     config = fits.Config(
-        jobs=("distil, LoRA",),
+        jobs=("distil, LoRA", "regress, LoRA"),
         mesh=("data=1",),
         length=96,
         new=16,
@@ -64,10 +64,13 @@ def test_a_distillation_reads_a_table_without_weights_and_its_figures_are_on_the
         reward="tiny reward",
         out=str(tmp_path / "out"),
     )
-    (row,) = fits.run(config)
-    assert list(row["depths"]) == [1, 2, 3]
-    assert 0 < row["off"] < 0.1
-    assert row["parameters"] == 6 * (row["depths"][2]["parameters"] - row["depths"][1]["parameters"])
-    assert row["frozen"] > row["depths"][3]["frozen"]
-    assert "% at 3 layers |" in capsys.readouterr().out
-    assert [row["step"] for row in json.loads((tmp_path / "out/fits.json").read_text())["rows"]] == ["distil, LoRA"]
+    rows = fits.run(config)
+    for row in rows:
+        assert list(row["depths"]) == [1, 2, 3]
+        assert 0 < row["off"] < 0.1
+        assert row["parameters"] == 6 * (row["depths"][2]["parameters"] - row["depths"][1]["parameters"])
+        assert row["frozen"] > row["depths"][3]["frozen"]
+    distil, regress = rows
+    assert regress["temporaries"] < distil["temporaries"]  # a row has one text, not two
+    assert capsys.readouterr().out.count("% at 3 layers |") == 2
+    assert [row["step"] for row in json.loads((tmp_path / "out/fits.json").read_text())["rows"]] == [*config.jobs]

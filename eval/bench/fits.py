@@ -13,6 +13,8 @@ import tempfile
 import time
 from typing import Any
 
+import numpy as np
+
 from jaxalign import _io, commands, models
 from jaxalign._options import flat, from_fields
 from jaxalign.data.text_options import format_of
@@ -234,7 +236,16 @@ def _write_table(config: Config, folder: pathlib.Path) -> None:
     (table / "rollouts").mkdir(parents=True)
     _io.write_json(table / "config.json", flat(made))
     _io.write_arrays(table / "rollouts/00000.npz", shard | {"prompts": rollouts.digest_of(prompts)})
-    _io.write_json(table / tables.ABOUT, {"base": tables.folder_digest(made.rollouts.base)})
+    about = tables.made_with(
+        made.rollouts.base,
+        made.rollouts.reward,
+        tokenizer,
+        [prompt.tokens for prompt in prompts],
+        max_new_tokens=made.rollouts.max_new_tokens,
+        dtype=made.run.dtype,
+    )
+    reward = np.asarray(shard["reward"], np.float32).reshape(len(prompts), -1)
+    tables.write(table, tables.Table(reward, about | {"seed": made.run.seed}))
 
 
 def main(args: list[str] | None = None) -> None:
