@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +68,14 @@ def test_what_does_not_fit_is_not_there_and_what_was_there_stays(tmp_path, name)
     assert data == (path.read_bytes() if path.is_file() else None)
 
 
+@pytest.fixture
+def in_a_job():
+    """Of a failed save, what orbax was still writing is passed over, as in all jobs."""
+    with _signals.handled():
+        yield
+
+
+@pytest.mark.usefixtures("in_a_job")
 def test_a_checkpoint_that_does_not_fit_is_one_error_and_the_one_before_stays(tmp_path):
     state = lambda step: State(jnp.asarray(step), {"w": jnp.asarray(np.random.default_rng(step).normal(size=9000))})  # noqa: E731
     folder = tmp_path / "checkpoints"
@@ -85,6 +95,21 @@ def test_a_checkpoint_that_does_not_fit_is_one_error_and_the_one_before_stays(tm
         assert checkpoints.restore(manager, state(0), {})[1] == 1
         checkpoints.save(manager, state(2), {"step": 2})
     assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
+
+
+def test_a_folder_into_which_a_failed_save_still_writes_is_removed_when_it_is_done(tmp_path, monkeypatch):
+    left, rmtree, late = tmp_path / "2.orbax-checkpoint-tmp", shutil.rmtree, [b"late"]
+    left.mkdir()
+
+    def remove(folder):
+        if late:
+            (folder / "state").write_bytes(late.pop())
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        rmtree(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with checkpoints.opened(tmp_path):
+        assert not left.exists()
 
 
 def test_a_line_of_metrics_that_was_cut_short_is_dropped(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,10 +45,22 @@ def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.Checkp
     with _hosts.together():
         if _hosts.is_first():
             for cut_short in path.glob("*orbax-checkpoint-tmp*"):
-                shutil.rmtree(cut_short)
+                _remove(cut_short)
     seal = ocp.AsyncOptions(post_finalization_callback=lambda: _seal_written(path))
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, async_options=seal)
     return ocp.CheckpointManager(path, options=options)
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes a folder. Where a save failed in this process, its other parts may still write there for a moment."""
+    until = time.monotonic() + 5
+    while folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or time.monotonic() > until:
+                raise
+            time.sleep(0.02)
 
 
 @contextlib.contextmanager
