@@ -73,7 +73,7 @@ def parse(config: type[C], *, description: str, args: Sequence[str] | None = Non
             found: C = tyro.cli(config, args=arguments, description=description, prog=prog, config=groups_flat, **extra)
             return found
     except SystemExit as stop:
-        if stop.code:
+        if stop.code and type(stop) is SystemExit:  # a signal's is one of its own
             # The sentence within tyro's frame; the option's help follows it.
             words = " ".join(re.sub(r"[\u2500-\u257f]|-{5,}", " ", printed.getvalue()).split())
             _refuse(prog, _worded(words.partition(" Argument helptext")[0]))

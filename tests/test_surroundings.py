@@ -212,6 +212,23 @@ def test_a_second_interrupt_and_one_before_a_job_begins_end_at_once(program, cod
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.usefixtures("default_signals")
+def test_a_signal_while_options_are_read_is_no_error_of_theirs(capsys, monkeypatch):
+    import tyro
+
+    from jaxalign import commands
+
+    def cli(*args, **options):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(1)
+
+    monkeypatch.setattr(tyro, "cli", cli)
+    with pytest.raises(SystemExit) as found:
+        commands.execute(world.main, ["--out", "x"])
+    assert found.value.code == 129
+    assert capsys.readouterr().err == "stopped by SIGHUP; the same command goes on from what is saved\n"
+
+
 class Full:
     """A stream that takes nothing."""
 
