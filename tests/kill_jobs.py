@@ -373,7 +373,7 @@ def trial(
 
 def _told(line: str) -> bool:
     """Whether a line on stderr is neither of a progress bar nor of what a job tells beside errors."""
-    beside = ("it/s", "/s]", "?", "note:", "compilation cache", "s/")
+    beside = ("it/s", "/s]", "?", "note:", "compilation cache", "stopping: ", "s/")
     return bool(line.strip()) and not any(word in line for word in beside)
 
 
