@@ -32,6 +32,12 @@ MOST = 1_000_000
 """Of rows, samples and tokens at once: arrays of more would fill any memory, slowly."""
 
 
+def check_at_most(name: str, value: int) -> None:
+    """ValueError unless value is at most MOST."""
+    if value > MOST:
+        raise ValueError(f"{name}: expected at most {MOST}, found {value}")
+
+
 def check_positive(name: str, value: ArrayLike) -> None:
     """ValueError on the host unless every entry of value is > 0 (NaN fails)."""
     if not jnp.issubdtype(np.asarray(value).dtype if not hasattr(value, "dtype") else value.dtype, jnp.number):

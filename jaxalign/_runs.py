@@ -96,13 +96,8 @@ def begin(out: pathlib.Path) -> None:
     have to call it: the others look whether they see what the first has written. ValueError where one does not, or has
     other options."""
     then = _pending.pop(out.resolve(), lambda: None)
-    with _hosts.together():
-        if _hosts.is_first():
-            then()
-            _growing.discard(out.resolve())
-    with _hosts.together():
-        if not _hosts.is_first():
-            then()
+    _hosts.first_then_others(then, then)
+    _growing.discard(out.resolve())
 
 
 def goes_on(out: pathlib.Path) -> bool:

@@ -15,8 +15,8 @@ from jaxalign import mdp, policies, rewards
 from jaxalign._arrays import drop_weak_types, per_row
 from jaxalign._builders import cached
 from jaxalign._checks import (
-    MOST,
     check_arrays,
+    check_at_most,
     check_below,
     check_positive,
     check_rng,
@@ -172,8 +172,7 @@ def count(name: str, value: Any, *, least: int = 1) -> int:
         raise ValueError(f"{name}: expected an int, found {value!r} ({type(value).__name__})") from None
     if found < least:
         raise ValueError(f"{name}: expected at least {least}, found {found}")
-    if found > MOST:
-        raise ValueError(f"{name}: expected at most {MOST}, found {found}")
+    check_at_most(name, found)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jaxalign._checks import MOST
+from jaxalign._checks import check_at_most
 from jaxalign.data.text_options import TextOptions, check_text_options
 
 
@@ -145,8 +145,8 @@ def check_options(options: ResponseOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"{name}: expected at least {least}, found {value}")
-        if value is not None and value > MOST:
-            raise ValueError(f"{name}: expected at most {MOST}, found {value}")
+        if value is not None:
+            check_at_most(name, value)
     blocks = options.block_size
     if not blocks or min(blocks) < 1 or len(set(blocks)) < len(blocks):
         raise ValueError(f"block_size: expected lengths of at least 1 token, each once, found {blocks}")

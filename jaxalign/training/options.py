@@ -11,7 +11,7 @@ import math
 from typing import Any, Literal, Protocol
 
 from jaxalign import models
-from jaxalign._checks import MOST
+from jaxalign._checks import check_at_most
 from jaxalign.data.text_options import TextOptions, check_text_options
 from jaxalign.models import sharding
 from jaxalign.training.tracking import Track, check_track
@@ -262,8 +262,8 @@ def _at_least(options: Any, **least: int) -> None:
     for name, low in least.items():
         if getattr(options, name) < low:
             raise ValueError(f"{name}: expected at least {low}, found {getattr(options, name)}")
-        if name in AT_ONCE and getattr(options, name) > MOST:
-            raise ValueError(f"{name}: expected at most {MOST}, found {getattr(options, name)}")
+        if name in AT_ONCE:
+            check_at_most(name, getattr(options, name))
 
 
 def _shares(options: Any, *names: str) -> None:
