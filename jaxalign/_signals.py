@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from jaxalign._words import take_word
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 AGAIN = b"\nstopping: what is at hand is saved first; a second Ctrl-C ends at once\n"
 
@@ -158,14 +160,9 @@ def take_code(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
     Raises:
       ValueError: N is no exit code.
     """
-    code, rest = None, list[str]()
-    words = iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != "--stopped-code":
-            rest.append(word)
-            continue
-        value = value if equals else next(words, "")
+    code = None
+    values, rest = take_word(arguments, "--stopped-code")
+    for value in values:
         if not value.isdecimal() or int(value) > 255:
             raise ValueError(f"stopped-code: expected an exit code, 0 to 255, found {value!r}")
         code = int(value)

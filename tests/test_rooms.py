@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up: a room imports from its own line and from the lines above it. CONTRIBUTING.md draws the same.
 ORDER = [
     "types results shapes _arrays _devices _hosts _version",
-    "_time_limits _checks _parts _programs _transformers _blocks _tables _builders _modules _files _options _io _locks "
-    "_runs _signals _progress prompts mdp gibbs pools losses advantages metrics "
+    "_words _time_limits _checks _parts _programs _transformers _blocks _tables _builders _modules _files _options _io "
+    "_locks _runs _signals _progress prompts mdp gibbs pools losses advantages metrics "
     "tokens",
     "tree shaping infalign",
     "models",

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxalign._words import take_word
+
 WORD = "--compilation-cache"
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
@@ -39,13 +41,9 @@ def take(arguments: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
       ValueError: the word without a folder.
     """
-    rest, folder, words = list[str](), os.environ.get(VARIABLE, ""), iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != WORD:
-            rest.append(word)
-            continue
-        folder = value if equals else next(words, "")
+    values, rest = take_word(arguments, WORD)
+    folder = os.environ.get(VARIABLE, "")
+    for folder in values:
         if not folder or folder.startswith("--"):
             raise ValueError(f"compilation-cache: expected {WORD} DIR, found {folder or 'none'!r}")
     return folder, rest

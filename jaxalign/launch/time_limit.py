@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxalign import _time_limits
+from jaxalign._words import take_word
 
 WORD = "--reward-timeout"
 DEFAULT = 3600.0
@@ -23,13 +24,9 @@ def take(arguments: Sequence[str]) -> tuple[float, list[str]]:
     Raises:
       ValueError: the word without a finite number >= 0.
     """
-    rest, seconds, words = list[str](), DEFAULT, iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != WORD:
-            rest.append(word)
-            continue
-        text = value if equals else next(words, "")
+    seconds = DEFAULT
+    values, rest = take_word(arguments, WORD)
+    for text in values:
         try:
             seconds = float(text)
         except ValueError:
