@@ -1,30 +1,12 @@
-"""The types of the algebra: what a Policy, a Critic and a Reward are, and what decoders give.
-
-One idea carries the library: for a state s of a token-level decision process the aligned policy is
-pi(z|s) ∝ pi_ref(z|s) · exp(Q(s,z)/beta). A `Policy` is pi or pi_ref, a `Critic` is Q, a `Reward` is what lies behind Q.
-All three are made of pure, jit-safe functions; parameters are plain pytrees and travel beside them. A Protocol per
-function states its arguments by name; a function of your own keeps those names.
-
-Laws that every Policy and Critic keeps (`jaxalign.testing` checks them for your own):
-
-1. Every array leaf of a state or StepOutput has the batch axis first, so `take_rows` and `repeat_rows` are tree maps.
-2. Token -1 (choice -1) means that the row is frozen for this step: its state is kept, its output is undefined.
-3. What is per prompt (beta, weights) is read from params at init, broadcast to [B] and kept in the state.
-4. `prompts` may mirror `params`: one TokenBatch goes to all models, a dict gives each model its own template.
-5. log_prob = log_prob_ref + increments - log_norm on the support; a truncation's kept mass enters log_norm.
-6. A Policy is built once and reused: a new closure is a new trace. The library's builders are cached by value.
-"""
+"""What a Policy and a Critic are, and the functions that each is made of."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from jaxalign.results import KL, Completions, Decoded, KLKind
+from jaxalign.results import Completions
 from jaxalign.shapes import (
     Array,
-    ArrayLike,
     Candidates,
     Choice,
     Hidden,
@@ -36,39 +18,8 @@ from jaxalign.shapes import (
     PromptTokens,
     ResponseMask,
     ResponseTokens,
-    RewardValues,
     Scores,
-    TextIndex,
-    TextLength,
-    TextMask,
-    TextTokens,
 )
-
-__all__ = [
-    "KL",
-    "Array",
-    "ArrayLike",
-    "CandidateModel",
-    "CheckedReward",
-    "Completions",
-    "Critic",
-    "CriticKind",
-    "Decoded",
-    "HeadModel",
-    "HostCheck",
-    "KLKind",
-    "LanguageModel",
-    "Params",
-    "Policy",
-    "PrefixReward",
-    "PrefixTokenGradient",
-    "Prompts",
-    "Reward",
-    "State",
-    "StepOutput",
-    "TextReward",
-    "TokenBatch",
-]
 
 Params: TypeAlias = Any
 """A pytree of arrays."""
@@ -290,164 +241,3 @@ class Critic(_CriticFields):
     def _replace(self, **changes: Any) -> Critic:
         """A Critic with some fields changed, checked as a new one."""
         return Critic(**(self._asdict() | changes))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards
-
-
-class Reward(Protocol):
-    """The reward [N] of whole texts. prompt_length [N] counts real prompt tokens, so that the response is
-    `mdp.response_part(mask, prompt_length)` under either padding; index [N] is the prompt's row in its set."""
-
-    def __call__(
-        self, params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
-    ) -> RewardValues: ...
-
-
-class TextReward(Protocol):
-    """A reward of strings, on the host: one number per response."""
-
-    def __call__(self, prompts: list[str], responses: list[str]) -> Sequence[float]: ...
-
-
-class PrefixInit(Protocol):
-    """The state of the prompts alone."""
-
-    def __call__(self, params: Params, prompts: TokenBatch, max_new_tokens: int) -> State: ...
-
-
-class PrefixScore(Protocol):
-    """Scores M segments [N,M,S] after the prefix of each row, real where mask is True from their first column on:
-    (reward [N,M], proposal). An empty segment has the prefix's reward."""
-
-    def __call__(self, params: Params, state: State, tokens: Array, mask: Array) -> tuple[Array, State]: ...
-
-
-class PrefixCommit(Protocol):
-    """Segment choice [N] of each row joins its prefix; -1: none."""
-
-    def __call__(self, params: Params, state: State, proposal: State, choice: Choice) -> State: ...
-
-
-class PrefixReward(NamedTuple):
-    """A Reward of texts that share a beginning, which is read once. Laws 1 and 2 hold for states and proposals, whose
-    rows may be mixed. It gives the same numbers as the Reward."""
-
-    init: PrefixInit
-    """init(params, prompts, max_new_tokens) -> state."""
-    score: PrefixScore
-    """score(params, state, tokens [N,M,S], mask [N,M,S]) -> (reward [N,M], proposal)."""
-    commit: PrefixCommit
-    """commit(params, state, proposal, choice [N]) -> state."""
-
-
-class PrefixTokenGradientScore(Protocol):
-    """As PrefixScore with M = 1, and the first-order score of each candidate as the segment's first token: (reward [N],
-    score [N,K], proposal)."""
-
-    def __call__(
-        self, params: Params, state: State, tokens: Array, mask: Array, candidates: Candidates
-    ) -> tuple[Array, Array, State]: ...
-
-
-class PrefixTokenGradient(NamedTuple):
-    """First-order scores (`rewards.token_gradient`) of tokens in the place of a segment's first."""
-
-    reward: PrefixReward
-    """The PrefixReward behind it, which makes and moves the state."""
-    score: PrefixTokenGradientScore
-    """score(params, state, tokens [N,S], mask [N,S], candidates [N,K]) -> (reward [N], score [N,K], proposal)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckedReward:
-    """A Reward that brings its host checks."""
-
-    score: Reward
-    """The Reward itself."""
-    check: HostCheck | None = None
-    """check(params, prompts, max_new_tokens) raises ValueErrors."""
-    vocab_size: int | None = None
-    """V, compared with the policy's; None: any."""
-    prefix: PrefixReward | None = None
-    """Its form for texts that share a beginning; None: `rewards.prefixes.whole_text`."""
-    on_host: bool = False
-    """Whether it runs programs of its own on the device, so that it is called outside compiled programs."""
-
-    def __call__(
-        self, params: Params, tokens: TextTokens, mask: TextMask, prompt_length: TextLength, index: TextIndex
-    ) -> RewardValues:
-        return self.score(params, tokens, mask, prompt_length, index)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models: what the algebra asks of a language model. `jaxalign.models.LanguageModel` offers all of it.
-
-
-class LanguageModel(Protocol):
-    """What a model of your own offers to be a Policy (`policies.language_model`) or GenARM's critic."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-
-    @property
-    def max_length(self) -> int:
-        """Longest text [tokens], prompt and response."""
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a response."""
-
-    def prefill(self, params: Params, tokens: PromptTokens, mask: PromptMask, capacity: int) -> tuple[Array, State]:
-        """Encodes prompts [B,P]: (hidden [B,D] at the last real token, a cache with `capacity` slots per row)."""
-
-    def step(self, params: Params, cache: State, token: NextToken) -> tuple[Array, State]:
-        """Appends token [B], -1 freezes a row: (hidden [B,D], cache)."""
-
-    def logits(self, params: Params, hidden: Array) -> Array:
-        """[...,D] -> [...,V] in at least float32."""
-
-
-class HeadModel(Protocol):
-    """What a model offers to be read by its head at every token: value models with a Q head, rewards of whole texts."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-
-    @property
-    def max_length(self) -> int:
-        """Longest text [tokens]."""
-
-    @property
-    def head_width(self) -> int:
-        """W: 1 for a scalar head, V for a Q head, 0 without a head."""
-
-    def hidden(
-        self, params: Params, tokens: TextTokens, *, mask: TextMask | None = None, at: Array | None = None
-    ) -> Array:
-        """Hidden states [B,L,D] after the final norm, or [B,R,D] at the columns at [B,R]."""
-
-    def head(self, params: Params, hidden: Array) -> Array:
-        """[...,D] -> [...,W] in at least float32."""
-
-
-class CandidateModel(HeadModel, Protocol):
-    """What a model offers to score K candidate tokens in one pass over a shared prefix (ARGS, scalar value heads)."""
-
-    def prefill(
-        self, params: Params, tokens: PromptTokens, mask: PromptMask, capacity: int, *, at: TextLength | None = None
-    ) -> tuple[Array, State]:
-        """As LanguageModel.prefill; `at` [B], given to a model with a `reward_pad_id` alone, says which of its real
-        tokens, from 0, each row's hidden state is asked of."""
-
-    def step(self, params: Params, cache: State, token: NextToken) -> tuple[Array, State]:
-        """As LanguageModel.step."""
-
-    def candidates(self, params: Params, cache: State, tokens: Candidates) -> tuple[Array, State]:
-        """K alternative next tokens [B,K]: (hidden [B,K,D], entries to `commit`)."""
-
-    def commit(self, cache: State, entries: State, choice: Choice) -> State:
-        """Writes candidate choice [B] of each row into the cache; -1 freezes a row."""
