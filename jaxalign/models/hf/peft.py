@@ -23,7 +23,8 @@ from jaxalign.models.families import Rule, fuse, fused_shape, packed, split_size
 from jaxalign.models.hf.adapter_fields import MUST_BE, SCORES, check_fields, module_scale, targets
 from jaxalign.models.hf.config import POOLING
 from jaxalign.models.hf.files import local_folder, naming_file, read_json, whole_folder, write_json
-from jaxalign.models.hf.tensors import plain_name, rules_of, theirs_widths
+from jaxalign.models.hf.tensors import rules_of, theirs_widths
+from jaxalign.models.hf.weight_files import plain_name
 from jaxalign.models.hf.weights import open_tensors
 from jaxalign.models.hf.writing import write_arrays
 from jaxalign.models.language_model import LanguageModel
