@@ -1,4 +1,4 @@
-"""Heads of laws of rewards: the critic against its readings of the model's laws, folders, training, method texts."""
+"""Heads of laws of rewards: the critic against its readings of the model's laws, folders, training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import pytest
 
 from jaxalign import critics, decoding, losses, models, policies, prompt_batch, rewards, testing
 from jaxalign.critics import _reading, reads
-from jaxalign.evaluation.readings import parse_reading
-from jaxalign.evaluation.specs import parse_method
 from jaxalign.models import heads
 from jaxalign.training import laws, objectives
 from jaxalign.training.job import Data, StartedModel
@@ -347,57 +345,6 @@ def test_distribution_D11_numbers_are_checked_before_tracing(numbers, beta, mess
     arguments = policies.TiltParams(base_params, critics.DistributionParams(params, given), beta=beta)
     with pytest.raises(ValueError, match=message):
         decoding.sample(policy, arguments, jax.random.key(0), PROMPTS, max_new_tokens=2, eos_ids=EOS)
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "numbers", "strength"),
-    [
-        ("soft", "soft", {}, "beta"),
-        ("soft(beta=0.5)", "soft", {"beta": 0.5}, None),
-        ("follower(bound=3)", "follower", {"bound": 3.0}, "beta"),
-        ("follower(bound=3, threshold=-1)", "follower", {"bound": 3.0, "threshold": -1.0}, "beta"),
-        ("calibrated(exp:5)", "calibrated", {}, "beta"),
-        ("best_of", "best_of", {}, "n"),
-        ("kl", "kl", {}, "nats"),
-        ("cvar(level=0.1)", "cvar", {"level": 0.1}, None),
-    ],
-)
-def test_readings_are_read_from_texts(text, name, numbers, strength):
-    reading = parse_reading(text)
-    assert (reading.read.name, reading.numbers, reading.strength) == (name, numbers, strength)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("distribution:DIR@1", "expected a reading among"),
-        ("distribution:DIR:other@1", "expected a reading among"),
-        ("distribution:DIR:follower@1", r"found no \['bound'\]"),
-        ("distribution:DIR:soft(n=2)@1", r"found also \['n'\]"),
-        ("distribution:DIR:soft(beta=x)@1", "expected NUMBER=VALUE in the reading, found 'beta=x'"),
-        ("distribution:DIR:soft(beta=-1)", "beta: expected a value > 0"),
-        ("distribution:DIR:soft", "expected @ and strengths"),
-        ("distribution:DIR:soft(beta=1)@1", "expected no strength"),
-    ],
-)
-def test_method_texts_that_are_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_method(text)
-
-
-def test_a_method_text_names_folder_reading_and_strengths():
-    spec = parse_method("distribution:runs/laws/model:calibrated(exp:5)@0.3,1")
-    assert (spec.terms[0].folder, spec.terms[0].reading, spec.strengths) == (
-        "runs/laws/model",
-        "calibrated(exp:5)",
-        (0.3, 1.0),
-    )
-    assert spec.folders == {"distribution:runs/laws/model": "runs/laws/model"}
-    summed = parse_method("distribution:a:soft(beta=2) + 0.5 * distribution:b:mean")
-    assert [(term.weight, term.folder, term.reading) for term in summed.terms] == [
-        (1.0, "a", "soft(beta=2)"),
-        (0.5, "b", "mean"),
-    ]
 
 
 def test_a_laws_mean_is_the_value_that_other_code_reads():
