@@ -190,16 +190,19 @@ def test_end_ids_are_the_policys_one_or_several():
     assert not decoding.sample(unknown, BASE, RNG, prompts, eos_ids=(), **SHARED).finished.any()
 
 
-def test_given_responses_are_checked():
+@pytest.mark.parametrize("read", [decoding.log_prob, decoding.draw_margins])
+def test_given_responses_are_checked(read):
     tokens, mask = jnp.full((5, 2), 3), jnp.ones((5, 2), bool)
     for changed, message in (
         ((tokens[:, 0], mask), r"tokens, mask: expected one shape \[B,T\], found \(5,\) and \(5, 2\)"),
         ((tokens + 0.5, mask), "tokens: expected integer ids, found dtype float32"),
         ((tokens, mask + 0.5), "mask: expected bool, found dtype float32"),
         ((tokens, mask.at[1, 0].set(False)), r"mask: expected right-padded responses, .* in rows \[1\]"),
+        ((tokens[:3], mask[:3]), "tokens: expected one response per prompt, 5, found 3"),
+        ((tokens + 9, mask), r"tokens: expected ids in \[0, 11\), found ids from 12 to 12"),
     ):
         with pytest.raises(ValueError, match=message):
-            decoding.log_prob(POLICY, BASE, RNG, padded(PROMPTS), *changed)
+            read(POLICY, BASE, RNG, padded(PROMPTS), *changed)
 
 
 # Blockwise ------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from jaxalign import rollout
 from jaxalign._arrays import drop_weak_types
-from jaxalign._parts import start_policy
+from jaxalign._parts import check_policy_argument, start_policy
 from jaxalign._programs import tells_programs
-from jaxalign.decoding.requests import EosIds, check_request, streams, with_temperature
+from jaxalign.decoding._given import open_responses
+from jaxalign.decoding.requests import EosIds, streams, with_temperature
 from jaxalign.prompts import prompt_index
 from jaxalign.shapes import PerToken
 from jaxalign.types import Array, ArrayLike, Params, Policy, Prompts
@@ -44,16 +45,16 @@ def draw_margins(
       [B,T] in [0,1], |u − the nearest edge between two tokens|; 1 outside the mask.
 
     Raises:
-      ValueError: as `sample`.
+      ValueError: responses that are refused by `log_prob`, a temperature that is by `sample`.
     """
-    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask, bool)
-    prompts, steps, ids = check_request(policy, params, rng, prompts, tokens.shape[1], eos_ids)
+    check_policy_argument("policy", policy)
+    prompts, tokens, mask, ids = open_responses(policy, params, rng, prompts, tokens, mask, eos_ids)
     policy, params, prompts = with_temperature(policy, params, prompts, temperature)
-    found: Array = _margins(policy, drop_weak_types(params), rng, prompts, tokens, mask, steps, ids)
+    found: Array = _margins(policy, drop_weak_types(params), rng, prompts, tokens, mask, ids)
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7))
+@functools.partial(jax.jit, static_argnums=(0, 6))
 def _margins(
     policy: Policy,
     params: Params,
@@ -61,10 +62,10 @@ def _margins(
     prompts: Prompts,
     tokens: Array,
     mask: Array,
-    steps: int,
     eos_ids: tuple[int, ...],
 ) -> Array:
     start, draws = jax.random.split(rng)
+    steps = tokens.shape[1]
     state, output = start_policy(policy, params, start, prompts, steps)
     rows = streams(prompt_index(prompts), jnp.zeros(1, jnp.int32))
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxalign import rollout
 from jaxalign._arrays import NEGATIVE, drop_weak_types, is_supported, repeat_rows
@@ -17,6 +16,7 @@ from jaxalign._checks import is_concrete
 from jaxalign._parts import check_policy_argument, start_policy, step_policy
 from jaxalign._programs import tells_programs
 from jaxalign.decoding import _chunks
+from jaxalign.decoding._given import open_responses
 from jaxalign.decoding.requests import (
     Decode,
     EosIds,
@@ -27,7 +27,7 @@ from jaxalign.decoding.requests import (
     streams,
     with_temperature,
 )
-from jaxalign.prompts import any_prompts, prompt_index
+from jaxalign.prompts import prompt_index
 from jaxalign.types import Array, ArrayLike, Completions, Params, Policy, Prompts, State, StepOutput
 
 
@@ -167,15 +167,7 @@ def log_prob(
     check_policy_argument("policy", policy)
     if eos_ids is None and policy.eos_ids is None:
         eos_ids = ()
-    _check_types(tokens, mask)
-    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
-    prompts, _, ids = check_request(policy, params, rng, open_prompts(prompts, None), tokens.shape[1], eos_ids)
-    if tokens.shape[0] != any_prompts(prompts).tokens.shape[0]:
-        raise ValueError(
-            f"tokens: expected one response per prompt, {any_prompts(prompts).tokens.shape[0]}, found {tokens.shape[0]}"
-        )
-    _check_responses(policy, tokens, mask)
-    mask = mask.astype(bool)
+    prompts, tokens, mask, ids = open_responses(policy, params, rng, prompts, tokens, mask, eos_ids)
     params = drop_weak_types(params)
     completions: Completions
     if exact:
@@ -186,31 +178,6 @@ def log_prob(
         completions = _log_prob(policy, params, rng, prompts, tokens, mask)
     finished = (mask & rollout.is_eos(tokens, ids)).any(axis=1)
     return completions._replace(finished=finished, truncated=~finished)
-
-
-def _check_types(tokens: Array, mask: Array) -> None:
-    """ValueErrors of given responses: shapes and types."""
-    if np.ndim(tokens) != 2 or np.shape(tokens) != np.shape(mask):
-        raise ValueError(f"tokens, mask: expected one shape [B,T], found {np.shape(tokens)} and {np.shape(mask)}")
-    if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-        raise ValueError(f"tokens: expected integer ids, found dtype {jnp.result_type(tokens)}")
-    if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_) and not jnp.issubdtype(jnp.result_type(mask), jnp.integer):
-        raise ValueError(f"mask: expected bool, found dtype {jnp.result_type(mask)}")
-
-
-def _check_responses(policy: Policy, tokens: Array, mask: Array) -> None:
-    """ValueErrors of given responses: holes, ids outside the vocabulary."""
-    if is_concrete(mask):
-        host = np.asarray(mask, bool)
-        holes = np.flatnonzero((host[:, 1:] & ~host[:, :-1]).any(axis=1))
-        if holes.size:
-            raise ValueError(f"mask: expected right-padded responses, found real tokens after padding in rows {holes}")
-    if is_concrete(tokens, mask) and policy.vocab_size is not None:
-        real = np.asarray(tokens)[np.asarray(mask, bool)]
-        if real.size and (real.min() < 0 or real.max() >= policy.vocab_size):
-            raise ValueError(
-                f"tokens: expected ids in [0, {policy.vocab_size}), found ids from {real.min()} to {real.max()}"
-            )
 
 
 def _log_prob_in_chunks(
