@@ -147,6 +147,25 @@ def test_prints_and_writes_its_rows(name, tmp_path, capsys):
         assert column in printed[1]
 
 
+def test_the_leader_s_gradients_are_timed_beside_an_iteration_and_the_implicit_one_counted(tmp_path, capsys):
+    sizes = ("--batch", "4", "--samples", "2", "--prompt", "3", "--new", "2", "--candidates", "2", "--vocab", "50")
+    bench.main(["bilevel", *SMALL, *sizes, "--horizon", "2", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "bilevel.json").read_text())["rows"]
+    assert [list(row) for row in rows] == [["leader", "gradient s", "RLOO s", "ratio"]] * 4
+    assert rows[-1]["leader"] == "a reward model, all steps in one pass"
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["gradient s"] / row["RLOO s"])
+    (row,) = json.loads((tmp_path / "implicit.json").read_text())["rows"]
+    assert list(row) == ["parameters", "products", "residual", "relative error"]
+    assert 1 <= row["products"] <= 10
+    assert row["relative error"] < 0.05
+    assert capsys.readouterr().out.startswith("bilevel on ")
+    with pytest.raises(ValueError, match=r"samples: expected a divisor >= 2 of the batch of 4, found 3"):
+        bench.main(["bilevel", *SMALL, *sizes, "--samples", "3"])
+    with pytest.raises(ValueError, match=r"mesh: expected none, found 'data=1'"):
+        bench.main(["bilevel", *SMALL, *sizes, "--mesh", "data=1"])
+
+
 def test_options_come_from_a_file_and_the_command_line_overrides_it(tmp_path):
     values = {"layers": 1, "width": 64, "repeats": 1, "prompt": 3, "new": 2, "batch": [1, 3], "torch": False}
     (tmp_path / "c.json").write_text(json.dumps(values))

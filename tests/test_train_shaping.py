@@ -64,6 +64,8 @@ def test_each_leader_runs_in_bfloat16_and_reports_what_it_delivers_beside_the_op
     if mode in ("tokens", "smc"):
         assert np.isfinite([summary["follower_utility_before"], summary["follower_utility_after"]]).all()
         assert summary["follower_utility_gain_95"] >= 0
+        assert min(summary["follower_kl_before"], summary["follower_kl_after"]) > 0
+        assert summary["tokens_drawn"] > 0
         assert all(1 <= row["effective_samples"] <= 4.001 for row in logging.read(out / "metrics.jsonl"))
     # The same command finds the run whole.
     shaping.main(once)

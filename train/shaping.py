@@ -7,8 +7,10 @@ python -m train.shaping --amortise --base DIR --prompts FILE --reward GOLD --out
 The true utility u of every roll-out is --reward (a folder, or MODULE:FUNCTION). The follower weighs the roll-outs of a
 prompt by softmax(r/beta); the leader maximises the sum of weight·u over its reward r in [0, bound].
 
-reward_model: r = bound·sigmoid(head) of a transformer, trained end to end; afterwards it needs no true utility.
-  --follower tokens|smc|trained puts another follower in place of the closed form on the roll-outs.
+reward_model: r = bound·sigmoid(head) of a transformer, trained end to end, or with --lora-rank an adapter and the head
+  alone; afterwards it needs no true utility. --follower tokens|smc|trained puts another follower in place of the closed
+  form on the roll-outs: python -m train.shaping --base DIR --lora-rank 8 --follower tokens … trains a leader on the
+  base's own weights, whose reward guides the base token by token.
 network: r is a monotone function of u and of the prompt's statistics.
 --amortise: a head on the prompt's last token learns the threshold by expectile regression: none need be sampled.
 """
@@ -22,8 +24,9 @@ from typing import Any
 from jaxalign import commands, models
 from jaxalign.data import encoded
 from jaxalign.data.text_options import TextOptions, format_of
-from jaxalign.training import followers, leaders, reading, rollouts, shaping_data
+from jaxalign.training import adapters, followers, leaders, reading, rollouts, shaping_data
 from jaxalign.training.options import (
+    AdapterOptions,
     MeshOptions,
     ModelOptions,
     OptimizerOptions,
@@ -47,6 +50,7 @@ class Config:
     rows: RowOptions = dataclasses.field(default_factory=RowOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=functools.partial(OptimizerOptions, batch_size=8))
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    adapters: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
 
 
@@ -60,7 +64,8 @@ def run(config: Config) -> dict[str, Any]:
         model = dataclasses.replace(config.model, model=config.rollouts.base)
         config = dataclasses.replace(config, model=model)
     options = config.shaping
-    shaping_data.check_shaping_options(options, config.rollouts)
+    adapter = adapters.spec_of(config.adapters)
+    shaping_data.check_shaping_options(options, config.rollouts, adapter)
     followers.check_drawing(options, config.mesh, config.run)
     network = options.leader == "network" and not options.amortise
     decode = f"python -m eval.decode --model {config.rollouts.base}"
@@ -82,7 +87,7 @@ def run(config: Config) -> dict[str, Any]:
     bound = options.bound if options.leader == "reward_model" and not options.amortise else None
     texts = 1 if network or options.amortise else config.rollouts.samples
     head = lambda config: models.Head("reward", bound=bound, pooling=config.reward_pooling)  # noqa: E731
-    started = job.start(head, texts_per_row=texts)
+    started = job.start(head, texts_per_row=texts, trained=adapter is None)
     prompts = read(format_of(config.text, started.tokenizer)).rows
     found = rollouts.roll_out_for(job, config.rollouts, prompts, started)
     data = job.split(encoded.Loaded(shaping_data.prompt_groups(found), 0, []))
@@ -96,7 +101,7 @@ def run(config: Config) -> dict[str, Any]:
         follower = followers.open_follower(
             options, rolled, started, prompts, run=config.run, text=config.text, model=own
         )
-    return leaders.train_reward_model(job, options, started, data, follower)
+    return leaders.train_reward_model(job, options, started, data, follower, adapter=adapter)
 
 
 def main(args: list[str] | None = None) -> None:

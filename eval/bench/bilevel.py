@@ -1,6 +1,8 @@
 """python -m eval.bench bilevel: a leader's gradient by tokens against an iteration of train.rl (RLOO) of equal samples.
 
-Beside it, the Hessian-vector products that an implicit gradient takes, and its error.
+A reward model that leads token by token is timed twice: stepped through each response, as any follower is, and with the
+candidates of all steps in one pass, as train.shaping trains it. Beside it, the Hessian-vector products that an implicit
+gradient takes, and its error.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign import bilevel, commands, critics, gibbs, models, policies, shaping, tree
+from jaxalign import bilevel, commands, critics, decoding, gibbs, models, policies, shaping, tree
+from jaxalign._arrays import repeat_rows
+from jaxalign.training import tilted_texts
 from jaxalign.types import Array
 
 from . import common, rl
@@ -32,6 +36,8 @@ class Config(common.Options):
     """Prompt length [tokens]."""
     new: int = 64
     """New tokens per response; no row stops early."""
+    candidates: int = 8
+    """Next tokens that a reward model weighs."""
     repeats: int = 6
     """Timed runs of each side; the median is printed."""
     layers: int = 2
@@ -56,9 +62,14 @@ def run(config: Config) -> list[dict[str, Any]]:
     q_lm, q_params = common.build(
         1, common.config(layers=config.layers, width=config.width, vocab=config.vocab, head=models.Head("q"))
     )
+    r_lm, r_params = common.build(
+        2, common.config(layers=config.layers, width=config.width, vocab=config.vocab, head=models.Head("reward"))
+    )
     plain = policies.language_model(lm)
     tilt = policies.tilt(plain, critics.hidden_value(q_lm.head, vocab_size=config.vocab))
     tilted = {"policy": params, "critic": q_params, "beta": jnp.asarray(1.0)}
+    guided = policies.tilt(plain, critics.args(r_lm), top_k=min(config.candidates, config.vocab))
+    led = {"policy": params, "critic": r_params, "beta": jnp.asarray(1.0)}
     prompts = common.prompts(config.batch // config.samples, config.prompt, vocab=config.vocab)
 
     def gradient(follower: Any, own: Any, wrt: str) -> Callable[[int], Any]:
@@ -74,9 +85,25 @@ def run(config: Config) -> list[dict[str, Any]]:
                 samples=config.samples,
                 max_new_tokens=config.new,
                 eos_ids=(),
-            )
+            ).gradient
 
         return once
+
+    @jax.jit
+    def in_parallel(critic: Any, tokens: Array, mask: Array, utility: Array) -> Any:
+        def scalar(critic: Any) -> Array:
+            flat = (x.reshape(-1, config.new) for x in (tokens, mask))
+            given = (r_lm, critic, lm, params, repeat_rows(prompts, config.samples), *flat)
+            log_prob = tilted_texts.tilted_log_prob(*given, beta=1.0, top_k=min(config.candidates, config.vocab))
+            return shaping.score_function(log_prob.reshape(utility.shape), utility=utility)
+
+        return jax.grad(scalar)(critic)
+
+    def together(seed: int) -> Any:
+        limits: dict[str, Any] = {"max_new_tokens": config.new, "eos_ids": (), "num_samples": config.samples}
+        drawn = decoding.sample(guided, led, jax.random.key(seed), prompts, **limits)
+        utility = (drawn.tokens % 2 == 0).mean(axis=-1)
+        return in_parallel(r_params, drawn.tokens, drawn.mask, utility)
 
     shapes = {name: getattr(config, name) for name in ("batch", "samples", "prompt", "new", "repeats")}
     iteration = statistics.median(one["whole"] for one in rl._ours(lm, params, rl.Config(**shapes, torch=False)))
@@ -84,6 +111,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     for name, once in {
         "the model's weights": gradient(plain, params, ""),
         "a Q head that tilts it": gradient(tilt, tilted, "critic"),
+        "a reward model, stepped": gradient(guided, led, "critic"),
+        "a reward model, all steps in one pass": together,
     }.items():
         seconds = _median(once, config.repeats)
         rows.append({"leader": name, "gradient s": seconds, "RLOO s": iteration, "ratio": seconds / iteration})
@@ -98,7 +127,7 @@ def _median(once: Callable[[int], Any], repeats: int) -> float:
     found = []
     for seed in range(2 + repeats):
         begin = time.perf_counter()
-        jax.block_until_ready(once(seed).gradient)
+        jax.block_until_ready(once(seed))
         found.append(time.perf_counter() - begin)
     return statistics.median(found[2:])
 

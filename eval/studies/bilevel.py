@@ -116,13 +116,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                 rows.append(row | common.estimate("kl", gibbs.kl(found, log_base)))
     out = common.report("bilevel", config, rows)
     figure, axes = common.pyplot().subplots(figsize=(6, 4), layout="constrained")
-    for i, leader in enumerate(answers):
-        mine = [row for row in rows if row["leader"] == leader]
-        places = np.arange(len(mine)) + 0.25 * (i - 1)
-        values, errors = [row["utility"] for row in mine], [row["utility_95"] for row in mine]
-        axes.bar(places, values, 0.22, yerr=errors, capsize=2, label=f"leader through {leader}")
-    axes.set_xticks(range(len(answers)), [f"answered by {name}" for name in answers], fontsize=8)
-    axes.set_ylabel("utility delivered, 95 % interval")
+    common.bars(axes, rows, list(answers))
     axes.legend(frameon=False, fontsize=8)
     common.save(figure, out / "bilevel.png")
     return rows

@@ -198,6 +198,23 @@ def save(figure: Any, path: pathlib.Path) -> None:
     print(f"wrote {path.with_suffix('.json')} and {path}", flush=True)
 
 
+def bars(axes: Any, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """Draws the utility that each leader delivers through each follower, with its interval.
+
+    Args:
+      axes: of matplotlib.
+      rows: of the table: leader, follower, utility, utility_95; those of other leaders are passed over.
+      names: of the leaders, and of the followers that they were trained through.
+    """
+    for i, leader in enumerate(names):
+        mine = [row for row in rows if row["leader"] == leader]
+        places = np.arange(len(mine)) + 0.25 * (i - 1)
+        values, errors = [row["utility"] for row in mine], [row["utility_95"] or 0 for row in mine]
+        axes.bar(places, values, 0.22, yerr=errors, capsize=2, label=f"leader through {leader}")
+    axes.set_xticks(range(len(names)), [f"answered by {name}" for name in names], fontsize=8)
+    axes.set_ylabel("utility delivered, 95 % interval")
+
+
 def curve(axes: Any, rows: Sequence[dict[str, Any]], x: str, y: str, name: str, **style: Any) -> None:
     """Draws a line through rows in order, with the intervals of y, in the colour and marker of a shaping.
 

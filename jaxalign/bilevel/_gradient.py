@@ -13,11 +13,13 @@ import numpy as np
 from jaxalign import decoding, metrics, rewards, shaping
 from jaxalign._arrays import at_least_float32, repeat_rows
 from jaxalign._checks import check_positive, check_rng, fields_of
+from jaxalign.bilevel import _population as populations
 from jaxalign.bilevel._followers import Estimator, Follower, Parts, check_paths, entry_at, open_follower, with_entry
-from jaxalign.decoding.requests import EosIds, score_completions
+from jaxalign.bilevel._tokens import stepped
+from jaxalign.decoding.requests import EosIds, check_request, score_completions
 from jaxalign.prompts import any_prompts, prompts_for
 from jaxalign.shapes import Scalar
-from jaxalign.types import Array, ArrayLike, Completions, Params, Prompts, Reward, TokenBatch
+from jaxalign.types import Array, ArrayLike, Completions, Critic, Params, Prompts, Reward, TokenBatch
 
 
 class LeaderParams(NamedTuple):
@@ -27,6 +29,8 @@ class LeaderParams(NamedTuple):
     """The Policy's or the decoder's, the leader's phi among them."""
     utility: Params = None
     """The utility's."""
+    values: Params = None
+    """Those of the critic of the utility, with all_tokens and togo."""
 
 
 class LeaderGradient(NamedTuple):
@@ -39,7 +43,8 @@ class LeaderGradient(NamedTuple):
     standard_error: Scalar
     """[], of the value over draws, the prompts being fixed; NaN where there is one group of best-of-n."""
     effective_samples: Scalar
-    """[], independent draws (of best-of-n: groups of n) of a prompt that the value rests on, the mean over prompts."""
+    """[], independent draws (of best-of-n: groups of n; of smc_law: populations) of a prompt that the value rests on,
+    the mean over prompts."""
     kl: Scalar
     """[], the follower's KL to its base as its decoder gives it, the mean over prompts, in nats."""
 
@@ -49,6 +54,8 @@ class _Drawn(NamedTuple):
     score: Array  # [B,n], by which best-of-n picks
     log_weight: Array  # [B,n], of particles
     kl: Array  # [...]
+    trace: populations.Trace | None = None  # of smc_law, leaves [R,...]
+    keys: Array | None = None  # [R], of its populations
 
 
 def leader_gradient(
@@ -64,26 +71,32 @@ def leader_gradient(
     max_new_tokens: int,
     eos_ids: EosIds = None,
     temperature: ArrayLike = 1.0,
+    values: Critic | None = None,
 ) -> LeaderGradient:
     """Estimates the gradient of a leader's utility through a follower that is sampled.
 
-    score: any Policy by tokens; unbiased, of high variance. covariance: exact draws of pi ∝ base·exp(r/beta); unbiased.
-    closed_form: the same follower on base samples weighed by softmax(r/beta); biased towards 0 where few of them count.
-    smc: weighted particles; bias O(1/samples). best_of_score: best-of-n in the policy that draws; unbiased. soft_pick:
-    one of n draws, kept with probability softmax(r/temperature), in the scores; no bias for that rule. Top-k and top-p
-    are held fixed: the gradient is that on the support that is kept.
+    score: any Policy by tokens; unbiased, of high variance. all_tokens: the same with values of u after each token;
+    unbiased whatever they are, and of less variance the better they are. togo: values that are exact, without a sum
+    over all tokens. covariance: exact draws of pi ∝ base·exp(r/beta); unbiased. closed_form: the same follower on base
+    samples weighed by softmax(r/beta); biased towards 0 where few of them count. smc: weighted particles; bias
+    O(1/samples). smc_law: what num_particles particles emit, in their draws and ancestors too; no bias for that law, of
+    high variance. best_of_score: best-of-n in the policy that draws; unbiased. soft_pick: one of n draws, kept with
+    probability softmax(r/temperature), in the scores; no bias for that rule. Top-k and top-p are held fixed: the
+    gradient is that on the support that is kept.
 
     Args:
       follower: a Policy, or a decoder bound by functools.partial to its policy and reward.
       utility: the leader's utility u of whole responses.
-      params: LeaderParams, or {"follower", "utility"}.
+      params: LeaderParams, or a dict of its names.
       rng: consumed.
       prompts: a TokenBatch [B,P], or a dict that mirrors the follower's params.
       wrt: entries of the follower's params to differentiate, as paths such as "critic" or "policy/critic"; "" for all.
       estimator: see above.
-      samples: draws of each prompt, >= 2; for best-of-n a multiple of n.
+      samples: draws of each prompt, >= 2; for best-of-n a multiple of n, for smc_law of num_particles.
       max_new_tokens, eos_ids: as `decoding.sample`.
       temperature: of soft_pick's choice, > 0, in units of its scores.
+      values: a level critic whose score of a token is an estimate of the expected utility after it, with all_tokens and
+        togo; no gradient goes through it.
 
     Returns:
       A LeaderGradient. It runs on the host: the draws are one program, and their gradient another.
@@ -97,7 +110,7 @@ def leader_gradient(
     check_positive("temperature", temperature)
     given = fields_of(params, LeaderParams)
     paths = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    parts = open_follower(follower, estimator, samples)
+    parts = open_follower(follower, estimator, samples, values)
     check_paths(given.follower, paths, estimator)
     draws, scored = jax.random.split(rng)
     limits = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
@@ -109,7 +122,17 @@ def leader_gradient(
     own = prompts if parts.decoder is None else prompts_for(prompts, "policy")
     chosen = {path: entry_at(given.follower, path) for path in paths}
     gradient, found = _differentiate(
-        parts, estimator, chosen, given.follower, scored, own, texts, drawn, u, at_least_float32(temperature)
+        parts,
+        estimator,
+        chosen,
+        given.follower,
+        given.values,
+        scored,
+        own,
+        texts,
+        drawn,
+        u,
+        at_least_float32(temperature),
     )
     error = jnp.sqrt(found.variance.sum()) / len(u)
     return LeaderGradient(found.value.mean(), gradient, error, found.effective.mean(), found.kl.mean())
@@ -133,6 +156,15 @@ def _draw(
         none = jnp.zeros(drawn.mask.shape[:2], drawn.log_prob.dtype)
         return _Drawn(drawn, none, none, decoding.sum_of_steps(drawn).value)
     assert parts.reward is not None
+    if estimator == "smc_law":
+        inner = prompts_for(prompts, "policy")
+        steps, given = keywords["max_new_tokens"], keywords["eos_ids"]
+        checked, steps, ids = check_request(parts.policy, params["policy"], rng, inner, steps, given)
+        keys = jax.random.split(rng, samples // parts.group)
+        found = _run(parts, params, keys, checked, steps, ids, None)
+        particles = populations.drawn(found, ids)
+        none = jnp.zeros(particles.mask.shape[:2], found.log_weight.dtype)
+        return _Drawn(particles, none, none, none, found.trace, keys)
     if decoder is decoding.rejection:
         found = [
             decoder(parts.policy, parts.reward, params, key, prompts, **keywords)
@@ -153,6 +185,36 @@ def _draw(
         return _Drawn(one.info.samples, one.info.reward, one.info.log_weight, one.kl.value)
     bound = jnp.asarray(metrics.best_of_n_kl_bound(parts.group))
     return _Drawn(one.info.samples, one.info.reward, jnp.zeros_like(one.info.reward), bound)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _run(
+    parts: Parts,
+    params: Params,
+    keys: Array,
+    prompts: Prompts,
+    steps: int,
+    eos_ids: tuple[int, ...],
+    trace: populations.Trace | None,
+) -> populations.Population:
+    """Populations, leaves [R,...]."""
+    threshold = params.get("ess_threshold")
+
+    def one(key: Array, trace: populations.Trace | None) -> populations.Population:
+        return populations.population(
+            parts.policy,
+            params["policy"],
+            key,
+            prompts,
+            n=parts.group,
+            steps=steps,
+            eos_ids=eos_ids,
+            threshold=0.5 if threshold is None else threshold,
+            trace=trace,
+        )
+
+    found: populations.Population = jax.vmap(one)(keys, trace)
+    return found
 
 
 def _utilities(utility: Reward, params: Params, texts: TokenBatch, samples: Completions) -> Array:
@@ -198,6 +260,7 @@ def _differentiate(
     estimator: Estimator,
     chosen: dict[str, Params],
     params: Params,
+    value_params: Params,
     rng: Array,
     prompts: Prompts,
     texts: TokenBatch,
@@ -212,6 +275,17 @@ def _differentiate(
         moved = params
         for path, value in chosen.items():
             moved = with_entry(moved, path, value)
+        if estimator in ("all_tokens", "togo"):
+            assert parts.values is not None
+            critic = parts.values
+
+            def beside(tokens: Array, mask: Array, u: Array) -> Array:
+                """The scalar of sample j of every prompt."""
+                given = (rng, prompts, texts, tokens, mask, u)
+                return stepped(estimator, parts.policy, moved, critic, value_params, *given)
+
+            each = jax.vmap(beside, (1, 1, 1))(samples.tokens, samples.mask, u)
+            return each.mean(), _of_draws(u, drawn.kl)
         if estimator in ("score", "best_of_score"):
             own = moved if parts.decoder is None else moved["policy"]
 
@@ -230,6 +304,11 @@ def _differentiate(
         flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), samples)
         assert parts.reward is not None
         reward = score_completions(parts.reward, moved["reward"], repeat_rows(texts, n), flat).reshape(batch, n)
+        if estimator == "smc_law":
+            assert drawn.keys is not None
+            again = _run(parts, moved, drawn.keys, prompts, samples.tokens.shape[2], (), drawn.trace)
+            out = populations.emitted(again, reward, u, beta=jnp.asarray(moved["beta"]))
+            return out.surrogate, _of_draws(out.utility, out.kl)
         if estimator == "covariance":
             found = _of_draws(u, drawn.kl)
             return shaping.covariance(reward, utility=u, beta=moved["beta"]), found

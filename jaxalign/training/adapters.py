@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import pathlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -60,6 +59,7 @@ def fit_adapter(
     stage: str,
     out: pathlib.Path,
     frozen: Params = None,
+    redraw: fitting.Redraw | None = None,
 ) -> Params:
     """Trains an adapter alone, and a reward model's head beside it, and writes them to adapter/. The optimizer's state
     is theirs; the weights are held in the model's type and not copied (nor loaded in another:
@@ -70,40 +70,77 @@ def fit_adapter(
       started, data, loss, collate, optimizer, mesh, seed, stage, out: as in `fitting.fit_model`.
       base: name of the model under the adapter, for adapter_config.json.
       frozen: None, or the parameters of `started`: the weights under the adapter are then what the loss gets as frozen
-        (the reference of DPO, at no cost).
+        (the reference of DPO, at no cost). Any other parameters are handed to the loss as they are.
+      redraw: as in `fitting.fit_model`; it is given the weights with the adapter beside them.
 
     Returns:
       The parameters with the adapter, as `written` gives them.
 
     Raises:
-      ValueError: a head that cannot be trained beside an adapter; other frozen parameters.
+      ValueError: a head that cannot be trained beside an adapter.
     """
     head = started.lm.config.head
     if head is not None and head.kind != "reward":
         raise ValueError(f"lora_rank: expected 0 for a model with a {head.kind} head, found {spec.rank}")
-    if frozen is not None and frozen is not started.params:
-        raise ValueError("lora_rank: expected 0 where the frozen model is not the one that is trained")
-    masters = models.LanguageModel(started.lm.config)
-    adapter = models.lora.init(jax.random.fold_in(jax.random.key(seed), 2), masters, spec)
+    own = frozen is None or frozen is started.params
     weights = held(started.lm, {"transformer": started.params["transformer"]})
-    fit = functools.partial(
-        fitting.fit_model,
+    trained = initial(spec, started, seed=seed)
+
+    def drawn(params: Params, step: int, batch: Any) -> Any:
+        assert redraw is not None
+        return redraw(beside(params, weights, spec), step, batch)
+
+    found = fitting.fit_model(
+        started._replace(params=trained),
+        data,
+        with_adapter(loss, spec, own=own),
+        collate,
         optimizer=optimizer,
         mesh=mesh,
         seed=seed,
         stage=stage,
         out=out,
-        frozen=weights,
-        compared=frozen is not None,
+        frozen=weights if own else {"weights": weights, "frozen": frozen},
+        compared=own and frozen is not None,
+        redraw=None if redraw is None else drawn,
     )
-    if head is not None:
-        # The head is new, or is to follow the body: it is trained whole beside the adapter, as peft does it.
-        both = started._replace(params={"lora": adapter, "head": started.params["head"]})
-        found = fit(both, data, with_adapter_and_head(loss, spec), collate)
-        whole = weights | {"head": found["head"]}
-        return written(spec, started.lm, whole, found["lora"], out, base=base, tokenizer=started.tokenizer)
-    found = fit(started._replace(params=adapter), data, with_adapter(loss, spec), collate)
-    return written(spec, started.lm, weights, found, out, base=base)
+    if head is None:
+        return written(spec, started.lm, weights, found, out, base=base)
+    whole = weights | {"head": found["head"]}
+    return written(spec, started.lm, whole, found["lora"], out, base=base, tokenizer=started.tokenizer)
+
+
+def initial(spec: models.Lora, started: job.StartedModel, *, seed: int) -> Params:
+    """Gives what of a model is trained with an adapter, before the first step.
+
+    Args:
+      spec: the adapter.
+      started: the model.
+      seed: of the adapter's weights.
+
+    Returns:
+      A new adapter, float32, that changes nothing; beside a head, which is new or is to follow the body and is trained
+      whole, as peft does it: {"lora", "head"}.
+    """
+    masters = models.LanguageModel(started.lm.config)
+    adapter = models.lora.init(jax.random.fold_in(jax.random.key(seed), 2), masters, spec)
+    return {"lora": adapter, "head": started.params["head"]} if started.lm.config.head is not None else adapter
+
+
+def beside(params: Params, weights: Params, spec: models.Lora) -> Params:
+    """Puts what `initial` gave, or what became of it, beside a model's weights, of which no copy is made."""
+    if "lora" not in params:
+        return models.lora.attach(weights, params, spec)
+    return models.lora.attach({**weights, "head": params["head"]}, params["lora"], spec)
+
+
+def at_start(spec: models.Lora | None, started: job.StartedModel, *, seed: int) -> Params:
+    """Gives a model's parameters before the first step, of the structure that they have afterwards, so that a program
+    of the one serves the other."""
+    if spec is None:
+        return started.params
+    weights = held(started.lm, {"transformer": started.params["transformer"]})
+    return beside(initial(spec, started, seed=seed), weights, spec)
 
 
 def written(
@@ -196,20 +233,21 @@ def held(lm: models.LanguageModel, params: Params) -> Params:
 
 
 @cached
-def with_adapter(loss: Loss, spec: models.Lora) -> Loss:
-    """Makes the loss of an adapter of a model's loss: params are the adapter's, frozen the model's weights."""
+def with_adapter(loss: Loss, spec: models.Lora, *, own: bool = True) -> Loss:
+    """Makes the loss of what `initial` gives, of a model's loss.
+
+    Args:
+      loss: the model's.
+      spec: the adapter.
+      own: whether the loss is handed the weights under the adapter as frozen, which are all that is frozen; otherwise
+        frozen is {"weights", "frozen"}, and the loss is handed the second.
+
+    Returns:
+      The loss.
+    """
 
     def adapted(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
-        return loss(models.lora.attach(frozen, params, spec), batch, frozen)
-
-    return adapted
-
-
-@cached
-def with_adapter_and_head(loss: Loss, spec: models.Lora) -> Loss:
-    """Makes the loss of an adapter and a head: params are {"lora", "head"}, frozen the model's weights."""
-
-    def adapted(params: Params, batch: Any, frozen: Params) -> tuple[Array, LossAux]:
-        return loss(models.lora.attach({**frozen, "head": params["head"]}, params["lora"], spec), batch, frozen)
+        weights, given = (frozen, frozen) if own else (frozen["weights"], frozen["frozen"])
+        return loss(beside(params, weights, spec), batch, given)
 
     return adapted

@@ -19,12 +19,13 @@ from jaxalign._arrays import repeat_rows
 from jaxalign.data import encoded
 from jaxalign.data.text_options import TextOptions, ending_ids
 from jaxalign.decoding.requests import score_completions
-from jaxalign.training import objectives, rollouts
+from jaxalign.rewards import prefixes
+from jaxalign.training import objectives, rollouts, tilted_texts
 from jaxalign.training.job import StartedModel
 from jaxalign.training.options import MeshOptions, RolloutOptions, RunOptions
 from jaxalign.training.shaping_data import ShapingOptions
 from jaxalign.training.step import Loss, LossAux
-from jaxalign.types import Array, Params, Policy, Reward, TokenBatch
+from jaxalign.types import Array, Critic, Params, Policy, Reward, State, StepOutput, TokenBatch
 
 DRAWN = ("tokens", "smc")
 """Followers that draw at every step."""
@@ -39,8 +40,10 @@ class Follower(NamedTuple):
     """The leader's reward model."""
     policy: Policy
     """The tilt."""
+    base_lm: models.LanguageModel
+    """The base."""
     base: Params
-    """The base's parameters."""
+    """Its parameters."""
     utility: Reward
     """The true utility."""
     utility_params: Params
@@ -53,6 +56,9 @@ class Follower(NamedTuple):
     """The ids that end one."""
     seed: int
     """Of all draws."""
+    raw: tuple[Policy, Reward, Params] | None = None
+    """The base tilted by the true utility of the partial text, that utility, and its parameters; None: not compared
+    with."""
 
 
 def check_drawing(options: ShapingOptions, mesh: MeshOptions, run: RunOptions) -> None:
@@ -93,6 +99,39 @@ def tilted_base(lm: models.LanguageModel, base: models.LanguageModel, *, candida
     return policies.tilt(policies.language_model(base), critics.args(lm), top_k=min(candidates, base.vocab_size))
 
 
+def paid_by(reward: Reward) -> Critic:
+    """Gives the critic that pays any reward at each token: its number for the partial text.
+
+    Args:
+      reward: of whole texts; one that keeps a prefix reads it once.
+
+    Returns:
+      A level Critic of candidates.
+    """
+    kept = prefixes.prefix_reward(reward)
+
+    def init(params: Params, rng: Array, prompts: Any, max_new_tokens: int) -> State:
+        del rng
+        return kept.init(params, prompts, max_new_tokens)
+
+    def score(
+        params: Params, rng: Array, state: State, output: StepOutput, candidates: Array | None
+    ) -> tuple[Array, State]:
+        del rng, output
+        if candidates is None:
+            raise ValueError("candidates: expected a tilt with top_k, found one of the whole vocabulary")
+        texts = candidates[..., None]
+        q, proposal = kept.score(params, state, texts, jnp.ones(texts.shape, bool))
+        return q, (state, proposal)
+
+    def advance(params: Params, proposal: State, choice: Array) -> State:
+        state, found = proposal
+        moved: State = kept.commit(params, state, found, choice)
+        return moved
+
+    return Critic(init, score, advance, "level")
+
+
 def open_follower(
     options: ShapingOptions,
     rolled: RolloutOptions,
@@ -122,13 +161,20 @@ def open_follower(
     """
     base, params = rollouts.load_base(rolled.base, started.tokenizer, dtype=run.dtype, model=model)
     sources = [prompt.source for prompt in prompts]
-    utility, own = rollouts.open_reward(
-        rolled.reward, base, started.tokenizer, dtype=run.dtype, sources=sources, text=text, between_programs=True
+    opened = functools.partial(
+        rollouts.open_reward, rolled.reward, base, started.tokenizer, dtype=run.dtype, sources=sources, text=text
     )
+    utility, own = opened(between_programs=True)
+    raw = None
+    if options.compare_raw:
+        reward, raw_params = opened()
+        paid = paid_by(reward)
+        raw = policies.tilt(policies.language_model(base), paid, top_k=_top_k(options, base)), reward, raw_params
     return Follower(
         options,
         started.lm,
         tilted_base(started.lm, base, candidates=options.candidates),
+        base,
         params,
         utility,
         own,
@@ -136,7 +182,12 @@ def open_follower(
         rolled.max_new_tokens,
         ending_ids(text, started.tokenizer, base.eos_ids, sources),
         run.seed,
+        raw,
     )
+
+
+def _top_k(options: ShapingOptions, base: models.LanguageModel) -> int:
+    return min(options.candidates, base.vocab_size)
 
 
 def redraw(follower: Follower, params: Params, step: int, batch: dict[str, Array]) -> dict[str, Array]:
@@ -149,27 +200,55 @@ def redraw(follower: Follower, params: Params, step: int, batch: dict[str, Array
       batch: {"tokens", "mask" [b,P], "index" [b]} of prompts.
 
     Returns:
-      {"tokens", "mask" [b,n,L] of whole texts, "utility", "log_weight" [b,n], "prompt_tokens", "prompt_mask" [b,P],
-      "index" [b], "response", "response_mask" [b,n,T]}.
+      {"tokens", "mask" [b,n,L] of whole texts, "utility", "log_weight", "kl" [b,n], "prompt_tokens", "prompt_mask"
+      [b,P], "index" [b], "response", "response_mask" [b,n,T]}. kl is the follower's to its base, in nats: by tokens the
+      sum over a response's steps, of particles the estimate for their prompt.
 
     Raises:
       ValueError: a utility that is NaN.
     """
+    critic = _cast(follower.lm, params)
+    return _draw(follower, follower.policy, rewards.from_model(follower.lm), critic, step, batch)
+
+
+def redraw_raw(follower: Follower, step: int, batch: dict[str, Array]) -> dict[str, Array]:
+    """`redraw` where the leader pays the true utility of the partial text as it is.
+
+    Args:
+      follower: with `raw`.
+      step: by which the draws are seeded.
+      batch: as of `redraw`.
+
+    Returns:
+      As `redraw`.
+
+    Raises:
+      ValueError: a utility that is NaN.
+    """
+    assert follower.raw is not None
+    policy, reward, params = follower.raw
+    return _draw(follower, policy, reward, params, step, batch)
+
+
+def _draw(
+    follower: Follower, policy: Policy, reward: Reward, critic: Params, step: int, batch: dict[str, Array]
+) -> dict[str, Array]:
     n, options = follower.samples, follower.options
     prompts = TokenBatch(batch["tokens"], batch["mask"], batch["index"])
-    critic = _cast(follower.lm, params)
     beta = jnp.asarray(options.beta, jnp.float32)
     own = {"policy": follower.base, "critic": critic, "beta": beta}
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(follower.seed), 5), step)
     limits: dict[str, Any] = {"max_new_tokens": follower.max_new_tokens, "eos_ids": follower.eos_ids}
     if options.follower == "smc":
         weighed = {"policy": own, "reward": critic, "beta": beta}
-        reward = rewards.from_model(follower.lm)
-        info = decoding.smc(follower.policy, reward, weighed, rng, prompts, num_particles=n, **limits).info
-        samples, log_weight = info.samples, info.log_weight
+        found = decoding.smc(policy, reward, weighed, rng, prompts, num_particles=n, **limits)
+        samples, log_weight = found.info.samples, found.info.log_weight
+        kl = jnp.broadcast_to(found.kl.value[:, None], log_weight.shape)
     else:
-        samples = decoding.sample(follower.policy, own, rng, prompts, num_samples=n, **limits)
+        samples = decoding.sample(policy, own, rng, prompts, num_samples=n, **limits)
         log_weight = jnp.zeros(samples.mask.shape[:2], jnp.float32)
+        assert samples.kl is not None
+        kl = samples.kl.sum(axis=-1)
     flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), samples)
     texts = repeat_rows(prompts, n)
     score = score_completions if rewards.on_host(follower.utility) else _score
@@ -180,7 +259,7 @@ def redraw(follower: Follower, params: Params, step: int, batch: dict[str, Array
     tokens, mask, _ = decoding.join(texts, flat)
     each = {"tokens": tokens, "mask": mask, "response": flat.tokens, "response_mask": flat.mask}
     rows = {name: x.reshape((*log_weight.shape, x.shape[-1])) for name, x in each.items()}
-    rows |= {"utility": utility, "log_weight": log_weight, "index": batch["index"]}
+    rows |= {"utility": utility, "log_weight": log_weight, "kl": kl, "index": batch["index"]}
     return rows | {"prompt_tokens": batch["tokens"], "prompt_mask": batch["mask"]}
 
 
@@ -188,22 +267,32 @@ _cast = jax.jit(objectives.cast, static_argnums=0)
 _score = jax.jit(score_completions, static_argnums=0)
 
 
-def drawn_utility(rows: dict[str, Array]) -> np.ndarray:
-    """Utility [b] of what `redraw` gave, its particles weighed."""
+class Delivered(NamedTuple):
+    """What a follower gave for prompts."""
+
+    utility: np.ndarray
+    """[b], the mean over responses, or over particles by their weights."""
+    kl: np.ndarray
+    """[b], of the follower to its base [nats]."""
+
+
+def delivered(rows: dict[str, Array]) -> Delivered:
+    """What the responses of `redraw` are worth, and their KL."""
     weight = jax.nn.softmax(rows["log_weight"], axis=1)
-    return np.asarray((weight * rows["utility"]).sum(axis=1))
+    return Delivered(*(np.asarray((weight * rows[name]).sum(axis=1)) for name in ("utility", "kl")))
 
 
 def loss_of_draws(follower: Follower) -> Loss:
     """Makes the loss whose gradient is minus the leader's through a follower that draws.
 
-    tokens: the score function, unbiased. smc: of weighted particles (`shaping.smc`), biased by O(1/n).
+    tokens: the score function, unbiased, of log-probabilities in parallel (`tilted_texts.tilted_log_prob`). smc: of
+    weighted particles (`shaping.smc`), biased by O(1/n).
 
     Args:
       follower: what draws.
 
     Returns:
-      The loss of batches of `redraw`; frozen: the base's parameters. Metrics: utility, effective_samples.
+      The loss of batches of `redraw`; frozen: the base's parameters. Metrics: utility, effective_samples, kl.
     """
     lm, options = follower.lm, follower.options
 
@@ -212,19 +301,26 @@ def loss_of_draws(follower: Follower) -> Loss:
         leader = objectives.cast(lm, params)
         share = jax.nn.softmax(log_weight, axis=1)
         weight, size = jnp.asarray(utility.shape[0]), (1 / (share**2).sum(axis=1)).mean()
-        metrics = {"utility": (share * utility).sum(axis=1).mean(), "effective_samples": size}
+        kl = (share * batch["kl"]).sum(axis=1).mean()
+        metrics = {"utility": (share * utility).sum(axis=1).mean(), "effective_samples": size, "kl": kl}
         if options.follower == "smc":
             reward = objectives.group_rewards(lm, leader, batch)
             found = shaping.smc(reward, log_weight=log_weight, utility=utility, beta=options.beta)
             return -found.utility.mean(), LossAux(weight, metrics)
         n = utility.shape[1]
         texts = TokenBatch(batch["prompt_tokens"], batch["prompt_mask"], batch["index"])
-        own = {"policy": frozen, "critic": leader, "beta": jnp.asarray(options.beta, jnp.float32)}
         tokens, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("response", "response_mask"))
-        scored = decoding.log_prob(
-            follower.policy, own, jax.random.key(0), repeat_rows(texts, n), tokens, mask, eos_ids=follower.eos_ids
-        )
-        log_prob = scored.log_prob.sum(axis=1).reshape(utility.shape)
+        log_prob = tilted_texts.tilted_log_prob(
+            lm,
+            leader,
+            follower.base_lm,
+            frozen,
+            repeat_rows(texts, n),
+            tokens,
+            mask,
+            beta=options.beta,
+            top_k=_top_k(options, follower.base_lm),
+        ).reshape(utility.shape)
         return -shaping.score_function(log_prob, utility=utility), LossAux(weight, metrics)
 
     return loss

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +13,8 @@ import numpy as np
 from safetensors.flax import save
 
 from jaxalign import _hosts, _io, models, shaping
-from jaxalign.training import LossAux, followers, objectives
+from jaxalign.training import LossAux, adapters, followers, objectives
 from jaxalign.training import job as functions
-from jaxalign.training.options import TrainingConfig
 from jaxalign.training.shaping_data import ShapingOptions, collate_groups, collate_prompts
 from jaxalign.training.step import Loss
 from jaxalign.training.training_job import Job
@@ -96,6 +96,21 @@ def delivered_utilities(
     return found | {"base": utility.mean(axis=-1), "optimum": np.asarray(best)}
 
 
+def mean_figures(values: dict[str, np.ndarray]) -> dict[str, float | None]:
+    """Gives the mean of each and its 95 % half-width, as NAME and NAME_95.
+
+    Args:
+      values: name -> numbers [prompts].
+
+    Returns:
+      The figures.
+    """
+    out: dict[str, float | None] = {}
+    for name, each in values.items():
+        out[name], out[f"{name}_95"] = functions.interval(each)
+    return out
+
+
 def _validation(data: functions.Data) -> np.ndarray:
     """Utilities [prompts,n] of the held-out prompts' roll-outs. ValueError where there are none."""
     if len(data.validation) < 2:
@@ -109,6 +124,8 @@ def train_reward_model(
     started: functions.StartedModel,
     data: functions.Data,
     follower: followers.Follower | None = None,
+    *,
+    adapter: models.Lora | None = None,
 ) -> dict[str, Any]:
     """Trains a transformer's reward in [0, bound] as the leader.
 
@@ -118,57 +135,131 @@ def train_reward_model(
       started: the reward model, which is written with its new parameters.
       data: prompts with their roll-outs; at least two held-out prompts.
       follower: what draws, where options.follower is one of `followers.DRAWN`.
+      adapter: is trained with the head in place of all weights; None: all weights.
 
     Returns:
-      The summary: utility that it delivers through the closed form, beside its start, the base and the optimum, and
-      through a follower that draws, before and after.
+      The summary: utility that it delivers through the closed form and the follower's KL, beside its start, the base,
+      the true utility paid as it is, and the optimum; with a follower that draws, what it delivers before and after.
 
     Raises:
       ValueError: fewer than two held-out prompts.
     """
     utility, length = _validation(data), job.config.rows.max_length
     pad = lambda rows: collate_groups(rows, length)  # noqa: E731
+    # One shape, so that one program is compiled.
+    whole = [max(data.validation, key=lambda row: len(row.prompt) + max(map(len, row.responses)))]
     score = lambda params, batch: objectives.group_rewards(started.lm, objectives.cast(started.lm, params), batch)  # noqa: E731
-    before = job.evaluate(score, started.params, data.validation, pad)
-    first = None if follower is None else _answered(follower, started.params, data.validation, job.config)
+
+    def evaluate(params: Params) -> np.ndarray:
+        found: np.ndarray = job.evaluate(
+            score, params, data.validation, lambda rows: collate_groups(rows, length, whole)
+        )
+        return found
+
+    start = adapters.at_start(adapter, started, seed=job.config.run.seed)
+    before, began = evaluate(start), time.monotonic()
+    drawn: _Drawn | None = None
     if follower is not None:
-        bare = lambda rows: collate_prompts(rows, length)  # noqa: E731
-        loss, draws = followers.loss_of_draws(follower), functools.partial(followers.redraw, follower)
-        params = job.fit(started, data, loss, bare, frozen=follower.base, redraw=draws)
+        drawn = _Drawn(follower, job, data)
+        drawn.answer("before", start)
+        began = time.monotonic()
+        params = job.fit(
+            started,
+            data,
+            followers.loss_of_draws(follower),
+            drawn.prompts,
+            frozen=follower.base,
+            adapter=adapter,
+            redraw=drawn.redraw,
+        )
     else:
         loss = objectives.stackelberg(started.lm, beta=options.beta)
         if options.follower == "trained":
             loss = followers.trained(
                 started.lm, beta=options.beta, steps=options.follower_steps, step_size=options.follower_step_size
             )
-        params = job.fit(started, data, loss, pad)
-    after = job.evaluate(score, params, data.validation, pad)
+        params = job.fit(started, data, loss, pad, adapter=adapter)
+    seconds, after = time.monotonic() - began, evaluate(params)
     # The start is bound·sigmoid(score); the score itself, spread over [0, bound] by the range of a prompt's roll-outs:
     share = np.clip(before / options.bound, 1e-6, 1 - 1e-6)
     raw = np.log(share / (1 - share))
     spread = np.asarray(shaping.minmax(raw, reference=raw, bound=options.bound))
-    delivered = delivered_utilities(
-        {"leader": after, "start": before, "start_minmax": spread}, utility, bound=options.bound, beta=options.beta
-    )
+    paid = {"leader": after, "start": before, "start_minmax": spread, "raw": utility}
+    delivered = delivered_utilities(paid, utility, bound=options.bound, beta=options.beta)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     ess = np.asarray(shaping.effective_samples(after, beta=options.beta))
-    summary = compare_leaders(delivered) | {"parameters": size, "effective_samples": float(ess.mean())}
-    if follower is not None and first is not None:
-        last = _answered(follower, params, data.validation, job.config)
-        for name, values in (("before", first), ("after", last), ("gain", last - first)):
-            mean, half = functions.interval(values)
-            summary |= {f"follower_utility_{name}": mean, f"follower_utility_{name}_95": half}
+    summary = compare_leaders(delivered) | mean_figures(
+        {f"kl_{name}": _kl_of(reward / options.beta) for name, reward in paid.items()}
+    )
+    summary |= {"parameters": size, "effective_samples": float(ess.mean()), "training_seconds": seconds}
+    if adapter is not None:
+        summary["trained_parameters"] = sum(leaf.size for leaf in jax.tree.leaves((params["lora"], params["head"])))
+    if drawn is not None:
+        drawn.answer("after", params)
+        summary |= drawn.summary(utility.mean(axis=-1))
     warn_of_few(ess, utility.shape[1])
     return job.finish(started, params, data, summary)
 
 
-def _answered(follower: followers.Follower, params: Params, rows: Sequence[Any], config: TrainingConfig) -> np.ndarray:
-    """Utility [rows] of what the follower draws for held-out prompts, by draws that training does not have."""
-    size, length, parts = config.optimizer.batch_size, config.rows.max_length, []
-    for i in range(0, len(rows), size):
-        batch = jax.tree.map(jnp.asarray, collate_prompts(list(rows[i : i + size]), length))
-        parts.append(followers.drawn_utility(followers.redraw(follower, params, 2**30 + i, batch)))
-    return np.concatenate(parts)
+def _kl_of(logit: np.ndarray) -> np.ndarray:
+    """KL [prompts] of softmax(logit [prompts,n]) to equal weights, in nats."""
+    log_weight = np.asarray(jax.nn.log_softmax(logit))
+    found: np.ndarray = (np.exp(log_weight) * (log_weight + np.log(logit.shape[-1]))).sum(axis=-1)
+    return found
+
+
+class _Drawn:
+    """A follower that draws, beside a training: the batches that it draws, and what it delivers on held-out prompts."""
+
+    def __init__(self, follower: followers.Follower, job: Job, data: functions.Data) -> None:
+        self.follower, self.job, self.rows = follower, job, list(data.validation)
+        # One width for all prompts, so that one program draws, and one learns.
+        self.longest = [max((*data.train, *data.validation), key=lambda row: len(row.prompt))]
+        self.found: dict[str, followers.Delivered] = {}
+        self.steps = self.tokens = 0
+
+    def prompts(self, rows: list[Any]) -> dict[str, np.ndarray]:
+        """The prompts of a batch."""
+        return collate_prompts(rows, self.job.config.rows.max_length, self.longest)
+
+    def redraw(self, params: Params, step: int, batch: Any) -> Any:
+        """`followers.redraw`, counted."""
+        rows = followers.redraw(self.follower, params, step, batch)
+        self.steps, self.tokens = self.steps + 1, self.tokens + int(rows["response_mask"].sum())
+        return rows
+
+    def answer(self, name: str, params: Params) -> None:
+        """Draws for the held-out prompts, with draws that training does not have, the same ones each time."""
+        self._measure(name, functools.partial(followers.redraw, self.follower, params))
+        if self.follower.raw is not None and "raw" not in self.found:
+            self._measure("raw", functools.partial(followers.redraw_raw, self.follower))
+
+    def _measure(self, name: str, draw: Callable[[int, Any], dict[str, Array]]) -> None:
+        self.found[name] = found = self._delivered(draw)
+        print(f"leader, {name}: utility {found.utility.mean():.4g}, KL {found.kl.mean():.4g} nats", flush=True)
+
+    def _delivered(self, draw: Callable[[int, Any], dict[str, Array]]) -> followers.Delivered:
+        size, parts = self.job.config.optimizer.batch_size, []
+        for i in range(0, len(self.rows), size):
+            part = self.rows[i : i + size]
+            full = part + [part[-1]] * (size - len(part))
+            batch = jax.tree.map(jnp.asarray, self.prompts(full))
+            parts.append([x[: len(part)] for x in followers.delivered(draw(2**30 + i, batch))])
+        return followers.Delivered(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+    def summary(self, base: np.ndarray) -> dict[str, Any]:
+        """Utility and KL before, after and with the utility paid as it is; the gains of the trained leader, paired by
+        prompt, over these and over the base [prompts]; tokens and steps of this process."""
+        last = self.found["after"].utility
+        values: dict[str, np.ndarray] = {}
+        for name, one in self.found.items():
+            values |= {f"follower_utility_{name}": one.utility, f"follower_kl_{name}": one.kl}
+        values["follower_utility_gain"] = last - self.found["before"].utility
+        values["follower_utility_gain_over_base"] = last - base
+        if "raw" in self.found:
+            values["follower_utility_gain_over_raw"] = last - self.found["raw"].utility
+        cost = {"training_steps": self.steps, "tokens_drawn": self.tokens}
+        return mean_figures(values) | cost | {"candidates_read": self.tokens * self.follower.options.candidates}
 
 
 def warn_of_few(effective: np.ndarray, samples: int) -> None:

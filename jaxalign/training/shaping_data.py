@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from jaxalign import models
 from jaxalign._checks import check_count
 from jaxalign.data import encoded, preferences
 from jaxalign.training import job, rollouts
@@ -24,6 +26,9 @@ class ShapingOptions:
     of the partial text; particles of that tilt; or a policy over the roll-outs that trains a few steps."""
     candidates: int = 16
     """Next tokens that the leader's reward weighs, of followers tokens and smc."""
+    compare_raw: bool = False
+    """With followers tokens and smc: decode the held-out prompts once more where the true utility itself is paid on the
+    partial text at each token, as it is. --reward then scores every candidate of every token."""
     follower_steps: int = 16
     """Gradient steps of the follower trained."""
     follower_step_size: float = 0.5
@@ -49,8 +54,8 @@ class PromptGroup(NamedTuple):
     """Row of the prompt in its file."""
 
 
-def check_shaping_options(options: ShapingOptions, rolled: RolloutOptions) -> None:
-    """ValueErrors that name the option; rolled: of the roll-outs that are weighed."""
+def check_shaping_options(options: ShapingOptions, rolled: RolloutOptions, adapter: models.Lora | None = None) -> None:
+    """ValueErrors that name the option; rolled: of the roll-outs that are weighed; adapter: that is trained."""
     check_rollout_options(rolled)
     check_finite(options, "bound", "beta", above=True)
     check_finite(options, "follower_step_size", above=True)
@@ -60,6 +65,10 @@ def check_shaping_options(options: ShapingOptions, rolled: RolloutOptions) -> No
         raise ValueError(
             f"follower: expected closed_form for a leader that is no reward_model, found {options.follower}"
         )
+    if adapter is not None and (options.amortise or options.leader != "reward_model"):
+        raise ValueError(f"lora_rank: expected 0 for a leader that is no reward_model, found {adapter.rank}")
+    if options.compare_raw and options.follower not in ("tokens", "smc"):
+        raise ValueError(f"compare_raw: expected with --follower tokens or smc, found {options.follower}")
     if rolled.samples < 2:
         raise ValueError(f"samples: expected at least 2 roll-outs to weigh against each other, found {rolled.samples}")
 
@@ -72,26 +81,31 @@ def prompt_groups(found: list[rollouts.Rollout]) -> list[PromptGroup]:
     ]
 
 
-def collate_groups(rows: list[PromptGroup], max_length: int) -> dict[str, np.ndarray]:
-    """Pads b prompts with all their roll-outs, at most `max_length` tokens each.
+def collate_groups(
+    rows: list[PromptGroup], max_length: int, others: Sequence[PromptGroup] = ()
+) -> dict[str, np.ndarray]:
+    """Pads b prompts with all their roll-outs, at most `max_length` tokens each, to a length that holds the others too.
 
     Returns:
       {"tokens", "mask", "loss_mask" [b,n,L], "utility" [b,n]}, right-padded.
     """
     texts = [encoded.TextTokens(row.prompt, r, "roll-out") for row in rows for r in row.responses]
-    length = job.row_length([len(text.prompt) + len(text.response) for text in texts], max_length)
+    lengths = [len(row.prompt) + len(response) for row in (*rows, *others) for response in row.responses]
+    length = job.row_length(lengths, max_length)
     flat = preferences.pad_texts(texts, length=length)
     each = {name: values.reshape(len(rows), -1, *values.shape[1:]) for name, values in flat.items()}
     return each | {"utility": np.asarray([row.utility for row in rows], np.float32)}
 
 
-def collate_prompts(rows: list[PromptGroup], max_length: int) -> dict[str, np.ndarray]:
-    """Pads b prompts alone, at most `max_length` tokens each.
+def collate_prompts(
+    rows: list[PromptGroup], max_length: int, others: Sequence[PromptGroup] = ()
+) -> dict[str, np.ndarray]:
+    """Pads b prompts alone, at most `max_length` tokens each, to a length that holds the others too.
 
     Returns:
       {"tokens", "mask" [b,P], "utility" [b,n], "index" [b]}, right-padded.
     """
-    length = job.row_length([len(row.prompt) for row in rows], max_length)
+    length = job.row_length([len(row.prompt) for row in (*rows, *others)], max_length)
     tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
         tokens[i, : len(row.prompt)], mask[i, : len(row.prompt)] = row.prompt, True

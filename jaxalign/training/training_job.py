@@ -159,9 +159,9 @@ class Job:
           data: its training rows are used.
           loss: loss(params, batch, frozen) -> (loss, LossAux).
           collate: a list of b rows -> a tree of arrays [b,...].
-          frozen: parameters that the loss takes and that are not trained; with an adapter None or those of `started`.
+          frozen: parameters that the loss takes and that are not trained.
           adapter: where it is given, it is trained in place of all weights (`adapters.fit_adapter`).
-          redraw: draws the batch that each step learns from (`fitting.fit_model`); not with an adapter.
+          redraw: draws the batch that each step learns from (`fitting.fit_model`).
 
         Returns:
           The trained parameters, float32; an adapter's as `adapters.written` gives them.
@@ -171,9 +171,9 @@ class Job:
         if config.run.dry_run and not dry_run.is_abstract(started.params):
             started = started._replace(params=dry_run.abstract(started.params, None))
         options: dict[str, Any] = {"optimizer": config.optimizer, "mesh": config.mesh, "seed": config.run.seed}
-        options |= {"stage": self.stage, "out": self.out, "frozen": frozen}
+        options |= {"stage": self.stage, "out": self.out, "frozen": frozen, "redraw": redraw}
         if adapter is None:
-            return fitting.fit_model(started, data, loss, collate, redraw=redraw, **options)
+            return fitting.fit_model(started, data, loss, collate, **options)
         base = config.model.model
         return adapters.fit_adapter(adapter, started, data, loss, collate, base=base, **options)
 

@@ -31,6 +31,7 @@ SUPPORTED = (
     "alpha_pattern",
     "classifier_pooling",  # "mean": how the score is read; a field of ours, which peft does not know
     "exclude_modules",
+    "jaxalign_bound",  # of the score; a field of ours as well
     "layers_pattern",
     "layers_to_transform",
     "lora_alpha",

@@ -14,6 +14,7 @@ from jaxalign.models.hf.fields import check_end_ids, check_types
 from jaxalign.models.hf.rope import KINDS, context, read_ropes, write_ropes
 
 POOLING = "classifier_pooling"
+BOUND = "jaxalign_bound"
 """The field of transformers' ModernBERT that says how a classifier pools; the classes of decoders pass it over."""
 
 Part = TypeVar("Part", Head, Follower, Distribution)
@@ -223,7 +224,7 @@ def _head(values: dict[str, Any], family: Family) -> Head | None:
         raise ValueError(f"auto_map: expected a model without code of its own, found {code}")
     if architecture.endswith("ForSequenceClassification"):
         labels = _labels(values)
-        bound, pooling = values.get("jaxalign_bound"), read_pooling(values)
+        bound, pooling = values.get(BOUND), read_pooling(values)
         return Head("reward", num_labels=len(labels), bound=bound, labels=labels, pooling=pooling)
     causal = family.causal or "…ForCausalLM"
     if architecture and not architecture.endswith(causal.removeprefix("…")):
@@ -328,7 +329,7 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         values["id2label"] = {str(i): name for i, name in enumerate(config.head.label_names)}
         values["label2id"] = {name: i for i, name in enumerate(config.head.label_names)}
         if config.head.bound is not None:
-            values["jaxalign_bound"] = config.head.bound
+            values[BOUND] = config.head.bound
         if config.head.pooling == "mean":
             values[POOLING] = "mean"
     elif config.head is not None:

@@ -21,7 +21,7 @@ from jaxalign.models.checks import named
 from jaxalign.models.config import Config
 from jaxalign.models.families import Rule, fuse, fused_shape, packed, split_sizes, unfuse, unpacked
 from jaxalign.models.hf.adapter_fields import MUST_BE, SCORES, check_fields, module_scale, targets
-from jaxalign.models.hf.config import POOLING
+from jaxalign.models.hf.config import BOUND, POOLING
 from jaxalign.models.hf.files import local_folder, naming_file, read_json, whole_folder, write_json
 from jaxalign.models.hf.tensors import rules_of, theirs_widths
 from jaxalign.models.hf.weight_files import plain_name
@@ -99,6 +99,8 @@ def save_adapter(
         values |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
         if lm.config.reward_pooling == "mean":
             values[POOLING] = "mean"
+        if lm.config.head is not None and lm.config.head.bound is not None:
+            values[BOUND] = lm.config.head.bound
     tensors = _hosts.host_value(tensors)  # small; every process takes its part
     with _hosts.together():
         if _hosts.is_first():
@@ -114,10 +116,6 @@ def _score(lm: LanguageModel, head: Params) -> Array:
     config = lm.config
     if config.head is None or config.head.kind != "reward":
         raise ValueError(f"head: expected None for a model without a reward head, found one beside {config.head}")
-    if config.head.bound is not None:
-        raise ValueError(
-            f"head: expected a reward head without a bound, which peft has no place for, found {config.head}"
-        )
     kernel: Array = head["score"]["kernel"]
     shape = (config.hidden_size, config.head.num_labels)
     if kernel.shape != shape:

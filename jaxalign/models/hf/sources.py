@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 from jaxalign._files import printed
 from jaxalign.models.config import Config, Head
-from jaxalign.models.hf.config import read_pooling
+from jaxalign.models.hf.config import BOUND, read_pooling
 from jaxalign.models.hf.fields import is_integer
 from jaxalign.models.hf.files import local_folder, naming_file, read_json, tell
 from jaxalign.models.hf.peft import AdapterFile, read_adapter
@@ -159,9 +159,9 @@ def _config_with(config: Config, adapter: AdapterFile, folder: pathlib.Path) -> 
     if task not in (None, "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"):
         raise ValueError(f"task_type: expected 'CAUSAL_LM' or 'SEQ_CLS' in {folder / ADAPTER}, found {task!r}")
     if config.head is None and labels is not None:
-        config = dataclasses.replace(
-            config, head=Head("reward", num_labels=labels.shape[0], pooling=read_pooling(adapter.config))
-        )
+        bound, pooling = adapter.config.get(BOUND), read_pooling(adapter.config)
+        head = Head("reward", num_labels=labels.shape[0], bound=bound, pooling=pooling)
+        config = dataclasses.replace(config, head=head)
     pad = _pad_id(folder) if labels is not None else None
     if pad is not None and pad != config.pad_id:
         tell(f"{folder}: the pad id {pad} of the adapter's tokenizer takes the place of the base's {config.pad_id}")
