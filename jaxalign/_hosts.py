@@ -8,6 +8,7 @@ Without jax.distributed there is one process, and every function here is the pla
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -186,6 +187,34 @@ def first_then_others(first: Callable[[], T], others: Callable[[], T]) -> T:
 def own_share(rows: int) -> range:
     """The rows of this process, of so many that are dealt out in order."""
     return range(index() * rows // count(), (index() + 1) * rows // count())
+
+
+def begin_any(flag: bool) -> Callable[[], bool]:
+    """Begins to find out whether a flag is set in any process; nobody waits. All processes have to call it, in the same
+    order.
+
+    Args:
+      flag: of this process.
+
+    Returns:
+      A function that waits for the answer, which is the same in all of them.
+    """
+    if count() == 1:
+        return lambda: flag
+    spread, add = _sum_of_flags()
+    own = np.full((1,), flag, np.int32)
+    found = add(jax.make_array_from_callback((count(),), spread, lambda _: own))
+    return lambda: bool(np.asarray(found.addressable_data(0)))
+
+
+@functools.cache
+def _sum_of_flags() -> tuple[jax.sharding.Sharding, Callable[[jax.Array], jax.Array]]:
+    """How a flag of each process lies on one device of each, and their sum."""
+    firsts = [next(d for d in jax.devices() if d.process_index == i) for i in range(count())]
+    mesh = jax.sharding.Mesh(np.asarray(firsts), ("process",))
+    every = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("process"))
+    return spread, jax.jit(lambda x: x.sum(), out_shardings=every)
 
 
 class HostRows(Protocol):

@@ -88,6 +88,12 @@ def release(folder: pathlib.Path) -> None:
             place = place.parent
 
 
+def release_all() -> None:
+    """Gives back all locks of this process."""
+    for path in list(_held):
+        release(path.parent)
+
+
 def clear(folder: pathlib.Path) -> None:
     """Removes a lock that was left behind in a folder that nobody writes to any more, where that is allowed."""
     path = folder.resolve() / NAME
@@ -205,8 +211,7 @@ def _beat() -> None:
 
 def _at_exit(pid: int) -> None:
     if os.getpid() == pid:  # not a fork of the process
-        for path in list(_held):
-            release(path.parent)
+        release_all()
 
 
 atexit.register(_at_exit, os.getpid())

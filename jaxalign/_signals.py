@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from jaxalign._words import take_word
@@ -18,7 +18,10 @@ AGAIN = b"\nstopping: what is at hand is saved first; a second Ctrl-C ends at on
 CLOSED = "Event loop is closed"
 """What parts of a checkpoint say that were still being written when its save failed, which is told."""
 
-_state: dict[str, int] = {"asked": 0, "deferring": 0}
+told: list[Callable[[int], None]] = []
+"""Called with the number of the first signal, unless that came from another process of the same run (`ask`)."""
+
+_state: dict[str, int] = {"asked": 0, "deferring": 0, "other": 0}
 
 
 class Stopped(SystemExit):
@@ -91,12 +94,34 @@ def _again() -> None:
     timer.start()
 
 
+def again() -> None:
+    """Takes the signals back from what has set handlers of its own below Python's: jax.distributed takes TERM."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _note and threading.current_thread() is threading.main_thread():
+            signal.signal(number, _note)
+
+
+def ask(number: int) -> None:
+    """Has a signal that came to another process of the same run end this one too. It may be called in any thread.
+
+    Args:
+      number: of the signal.
+    """
+    if not _state["asked"] and signal.getsignal(signal.SIGTERM) is _note:
+        _state["other"] = number
+        os.kill(os.getpid(), signal.SIGTERM)  # never INT, of which a second one ends at once
+
+
 def _note(number: int, _: Any) -> None:
+    other, _state["other"] = _state["other"], 0
     if _state["asked"]:
         if number == signal.SIGINT:
             os._exit(128 + number)
         return
-    _state["asked"] = number
+    number = _state["asked"] = other or number
+    if not other:
+        for tell in told:
+            tell(number)
     if not _state["deferring"]:
         stop()
     if number == signal.SIGINT:
@@ -120,9 +145,9 @@ def deferred(*, on: bool = True) -> Iterator[None]:
         check()
 
 
-def asked() -> bool:
-    """Whether a signal has asked this process to end."""
-    return bool(_state["asked"])
+def asked() -> int:
+    """The number of the signal that has asked this process to end; 0 where none has."""
+    return _state["asked"]
 
 
 def check() -> None:
@@ -174,5 +199,10 @@ def words_of(error: BaseException) -> tuple[int, str]:
     number = error.number if isinstance(error, Stopped) else signal.SIGINT
     if isinstance(error, Stopped | Interrupted) and error.told:
         return number, ""
+    return number, words(number)
+
+
+def words(number: int) -> str:
+    """A line that says that a signal has ended this process."""
     name = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-    return number, f"{name}; the same command goes on from what is saved"
+    return f"{name}; the same command goes on from what is saved"

@@ -15,7 +15,6 @@ import os
 import pathlib
 import re
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -209,7 +208,7 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
                 joined, rest = processes.take(rest)
                 cache, rest = compilation.take(rest)
                 seconds, rest = time_limit.take(rest)
-                processes.start(joined)
+                processes.start(joined, stopped_code=code)
                 compilation.start(cache)
                 time_limit.start(seconds)
                 try:
@@ -218,8 +217,10 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
                     compilation.tell(cache)
             if sys.stdout is not None:
                 sys.stdout.flush()
+            processes.leave()
     except (KeyboardInterrupt, _signals.Stopped) as error:
         number, words = _signals.words_of(error)
+        processes.claim()
         _say(words)
         _end(128 + number if code is None else code)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
@@ -231,11 +232,13 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         if debug:
             traceback.print_exc()
         usage = isinstance(error, ValueError)
+        processes.claim()
+        lost = "" if usage else processes.gone()
         words = str(error).partition("\n-----")[0]  # below that, jax speaks of its own frames
         words = " ".join(words.split()) if usage else next(iter(words.strip().splitlines()), "")
         kind = "" if usage else f"{type(error).__name__}: "
         hint = "" if debug else " (--debug shows the traceback)"
-        _say(f"error: {processes.label()}{kind}{words}{hint}")
+        _say(f"error: {processes.label()}{lost or f'{kind}{words}{hint}'}")
         _end(USAGE if usage else FAILED)
     sys.exit(0)
 
@@ -262,13 +265,9 @@ def _no_more_output() -> None:
 
 
 def _end(code: int) -> NoReturn:
-    """Ends a process that failed. One of several leaves the others a second for their own line and does not say
-    goodbye: jax would wait for them, and they for this one; once it is gone, they end as well."""
+    """Ends a process that failed. One of several does not say goodbye to jax, which would wait for the others."""
     if processes.label():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(1)
-        os._exit(code)
+        processes.end(code)
     sys.exit(code)
 
 

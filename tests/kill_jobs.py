@@ -1,287 +1,43 @@
 """Kills jobs at any moment, starts them again, and compares what they leave with an uninterrupted run, byte for byte:
 
-python -m tests.kill_jobs --kills 200
+python -m tests.kill_jobs --kills 400 --workers 14 --seed 3 --minutes 30 --out kills.md
 
-Each trial takes a job and a place: at the start, at a random moment, inside the write of a checkpoint, of a file (a
-shard, a table, JSON) or of a partial file, inside the model's folder, between model and summary, with storage that is
-full, or by a signal that asks to end; some trials kill the next start too. A fault is a byte that differs,
-something left behind, a start that fails, an output of more than one line of error, or another exit code than is
-promised. Prints a table, and exits with 1 where there is a fault. Jobs are forked from one process that has loaded all
-modules and no device.
+Each trial takes a job and a place (`tests.kill_places`): at the start, at a random moment, inside the write of a
+checkpoint, of a file (a shard, a table, JSON) or of a partial file, inside the model's folder, between model and
+summary, with storage that is full, or by a signal that asks to end; some trials kill the next start too. Of two
+processes one is killed, and the other has to end by itself. A start that ended before its kill came is tried again with
+an earlier moment, and counted as missed. A fault is a byte that differs, something left behind, a start that fails, an
+output of more than one line of error, another exit code than is promised, a process that does not end, or a place at
+which no kill came. Prints a table, and exits with 1 where there is a fault. Jobs are forked from one process that has
+loaded all modules and no device.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import hashlib
 import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-ROOT = pathlib.Path(__file__).parent.parent
-GOLD = "jaxalign.worlds.opinions:golds"
-PLACES = ("start", "random", "checkpoint", "file", "partial", "model", "summary", "full", "TERM", "INT", "HUP")
-"""Where a job is killed."""
+from tests.kill_places import HUNG, JOBS, PLACES, PROMISED, SHORT, Job, Process, arming, begin, end
 
-PROMISED = {"TERM": 143, "INT": 130, "HUP": 129}
+TRIES = 8
+"""Most starts for one kill: the first half goes on with what the trial has left, the others begin again."""
 
+LATE = 45.0
+"""Seconds after the last begin of a trial in which each worker has to end."""
 
-class Job(NamedTuple):
-    """A job that is killed."""
-
-    module: str
-    """Which `python -m` starts."""
-    words: tuple[str, ...]
-    """Its options; {world}, {base} and {out} stand for folders."""
-    places: tuple[str, ...]
-    """Where it can be killed."""
-
-
-_SHORT = (
-    "--max-length",
-    "48",
-    "--track",
-    "none",
-    "--log-every",
-    "1",
-    "--save-every",
-    "2",
-    "--batch-size",
-    "4",
-    "--validation",
-    "0",
-)
-_DRAWN = ("--max-new-tokens", "4", "--reward", GOLD, "--prompts", "{world}/held_out.jsonl")
-_ALWAYS = ("start", "random", "file", "summary", "full", "TERM", "INT", "HUP")
-JOBS = {
-    "sft": Job(
-        "train.sft",
-        ("--data", "{world}/texts.jsonl", "--model", "{base}", "--steps", "6", *_SHORT),
-        (*_ALWAYS, "checkpoint", "model"),
-    ),
-    "value": Job(
-        "train.value",
-        ("--base", "{base}", "--samples", "2", "--shard", "2", "--steps", "4", *_SHORT, *_DRAWN),
-        (*_ALWAYS, "checkpoint", "model"),
-    ),
-    "rl": Job(
-        "train.rl",
-        ("--model", "{base}", "--samples", "2", "--steps", "4", *_SHORT, *_DRAWN),
-        (*_ALWAYS, "checkpoint", "model"),
-    ),
-    "calibrate": Job(
-        "train.calibrate",
-        ("--base", "{base}", "--samples", "2", "--shard", "2", "--max-length", "48", *_DRAWN),
-        _ALWAYS,
-    ),
-    "preferences": Job(
-        "train.preferences",
-        ("--base", "{base}", "--samples", "4", "--shard", "2", "--max-length", "48", *_DRAWN),
-        _ALWAYS,
-    ),
-    "decode": Job(
-        "eval.decode",
-        ("--model", "{base}", "--method", "best_of_n@2", "--batch-size", "2", *_DRAWN),
-        (*_ALWAYS, "partial"),
-    ),
-}
-
-
-# A job in a process of its own ----------------------------------------------------------------------------------------
-
-
-def start(job: Job, words: list[str], log: pathlib.Path, arm: Callable[[], None] = lambda: None) -> int:
-    """Forks a process that does a job. Its streams go to `log`.out and `log`.err.
-
-    Args:
-      job: which.
-      words: its options.
-      log: of the streams.
-      arm: called in the process first, to have it killed.
-
-    Returns:
-      Its number.
-    """
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this runs in the background,
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or under nohup
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(log.with_suffix(f".{name}"), os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-        sys.argv = ["-m"]
-        module = __import__(job.module, fromlist=["main"])
-        from jaxalign import commands
-
-        arm()
-        commands.execute(module.main, words)
-    except SystemExit as end:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-        os._exit(end.code if isinstance(end.code, int) else 1)
-    except BaseException:
-        with contextlib.suppress(BaseException):
-            traceback.print_exc()
-    finally:
-        os._exit(70)
-
-
-def wait(pid: int) -> int:
-    """The exit code of a process, minus the signal that killed it."""
-    status = os.waitpid(pid, 0)[1]
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
-def die() -> None:
-    """Kills this process."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_call(
-    owner: Any, name: str, number: int, *, after: bool = False, when: Callable[..., bool] | None = None
-) -> None:
-    """Kills the process at the call of a function with that number, before it or after."""
-    inner, seen = getattr(owner, name), [0]
-
-    @functools.wraps(inner)
-    def outer(*args: Any, **kwargs: Any) -> Any:
-        seen[0] += when is None or when(*args, **kwargs)
-        now = seen[0] == number and (when is None or when(*args, **kwargs))
-        if now and not after:
-            die()
-        found = inner(*args, **kwargs)
-        if now:
-            die()
-        return found
-
-    setattr(owner, name, outer)
-
-
-def in_file(rng: random.Random) -> None:
-    """Kills the process inside a file's write: when it is open, half written, written, synced or renamed."""
-    from jaxalign import _io
-
-    number, stage, inner, seen = rng.randint(1, 12), rng.randrange(4), _io.whole_file, [0]
-
-    @contextlib.contextmanager
-    def outer(path: pathlib.Path) -> Iterator[Any]:
-        seen[0] += 1
-        mine = seen[0] == number
-        with inner(path) as sink:
-            if mine and stage == 0:
-                die()
-            yield sink
-            if mine and stage == 1:
-                sink.flush()
-                os.truncate(sink.fileno(), sink.tell() // 2)
-                die()
-            if mine and stage == 2:
-                sink.flush()
-                die()
-        if mine:
-            die()
-
-    _io.whole_file = outer
-
-
-def in_partial(rng: random.Random) -> None:
-    """Kills the process inside a batch of a partial file: some lines are there, and a half."""
-    number, inner, seen = rng.randint(1, 4), pathlib.Path.open, [0]
-
-    def outer(self: pathlib.Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        sink = inner(self, mode, *args, **kwargs)
-        if mode == "a" and ".partial" in self.name:
-            whole = sink.writelines
-
-            def half(lines: Any) -> None:
-                seen[0] += 1
-                text = "".join(lines)
-                if seen[0] == number:
-                    sink.write(text[: rng.randrange(len(text))])
-                    sink.flush()
-                    die()
-                whole([text])
-
-            class Sink:
-                writelines = staticmethod(half)
-                flush = staticmethod(sink.flush)
-
-                def __enter__(self) -> Any:
-                    return self
-
-                def __exit__(self, *_: Any) -> None:
-                    sink.close()
-
-            return Sink()
-        return sink
-
-    pathlib.Path.open = outer  # type: ignore[method-assign]
-
-
-def later(seconds: float, number: int) -> None:
-    """Sends this process a signal after a while."""
-    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), number))
-    timer.daemon = True
-    timer.start()
-
-
-def arming(place: str, seconds: float, seed: int) -> Callable[[], None]:
-    """What has a process killed at a place.
-
-    Args:
-      place: one of `PLACES`.
-      seconds: that the job takes.
-      seed: of what is drawn.
-    """
-
-    def arm() -> None:
-        rng = random.Random(seed)
-        from jaxalign import _io
-        from jaxalign.models.hf import writing
-        from jaxalign.training import checkpoints
-
-        if place == "start":
-            later(rng.random() * 0.3 * seconds, signal.SIGKILL)
-        elif place == "random":
-            later(rng.random() * seconds, signal.SIGKILL)
-        elif place in PROMISED:
-            later(rng.random() * seconds, getattr(signal, f"SIG{place}"))
-        elif place == "checkpoint":
-            name = rng.choice(("save", "_seal_written"))
-            at_call(checkpoints, name, rng.randint(1, 3), after=rng.random() < 0.5)
-            if name == "save" and rng.random() < 0.5:  # some time into it
-                inner = checkpoints.save
-                checkpoints.save = lambda *args: (later(rng.random() * 0.05, signal.SIGKILL), inner(*args))[1]
-        elif place == "file":
-            in_file(rng)
-        elif place == "partial":
-            in_partial(rng)
-        elif place == "model":
-            at_call(writing, "_write_file", 1, after=rng.random() < 0.5)
-        elif place == "summary":
-            at_call(_io, "write_own_json", 1, when=lambda path, values: path.name == "summary.json")
-        elif place == "full":
-            size = int(2 ** rng.uniform(11, 15))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-            if rng.random() < 0.3:
-                later(rng.random() * seconds, signal.SIGKILL)
-
-    return arm
+SURVIVOR = 60.0
+"""Seconds in which every process of a job has to end, once one of several is killed."""
 
 
 # What is left ---------------------------------------------------------------------------------------------------------
@@ -321,149 +77,279 @@ def odd(out: pathlib.Path) -> list[str]:
     return [name for name in names if ".tmp" in name or ".lock" in name or ".partial" in name or ".old" in name]
 
 
+# Trials ---------------------------------------------------------------------------------------------------------------
+
+
 class Row(NamedTuple):
-    """A row of the table."""
+    """Of one job and place, or of a start."""
 
     kills: int = 0
+    """Kills that came."""
     missed: int = 0
-    """Of these, jobs that were done before they were killed."""
+    """Starts that ended before their kill came."""
     faults: tuple[str, ...] = ()
 
 
-def trial(
-    name: str,
-    job: Job,
-    places: list[str],
-    folder: pathlib.Path,
-    given: dict[str, str],
-    whole: dict[str, str],
-    seconds: float,
-    seed: int,
+class Whole(NamedTuple):
+    """An uninterrupted run of a job."""
+
+    files: dict[str, str]
+    """As `left` gives them."""
+    seconds: float
+    """That it took."""
+
+
+def added(one: Row, two: Row) -> Row:
+    """The sums of two rows."""
+    return Row(one.kills + two.kills, one.missed + two.missed, one.faults + two.faults)
+
+
+def filled(job: Job, given: dict[str, str], out: pathlib.Path) -> list[str]:
+    """The words of a job that writes to a folder."""
+    return [word.format(**given, out=out) for word in (*job.words, "--out", "{out}")]
+
+
+def killed_start(
+    name: str, place: str, folder: pathlib.Path, given: dict[str, str], seconds: float, rng: random.Random
 ) -> Row:
-    """Kills a job at the places, start after start, does it, and compares."""
-    rng, faults, kills, missed = random.Random(seed), list[str](), 0, 0
-    out, log = folder / "out", folder / "log"
-    words = [word.format(**given, out=out) for word in (*job.words, "--out", "{out}")]
-    place = ", ".join(places)
-    for number, where in enumerate(places):
-        own = log.with_name(f"log{number}")
-        code = wait(start(job, words, own, arming(where, seconds, rng.randrange(2**31))))
-        kills += 1
-        missed += code == 0
-        said = own.with_suffix(".err").read_text(errors="replace")
+    """Starts a job that is killed at a place; where the kill does not come, again with an earlier moment."""
+    job, out, before = JOBS[name], folder / "out", folder / "before"
+    row, reach = Row(), 1.0
+    if out.exists():
+        shutil.copytree(out, before)
+    for attempt in range(TRIES):
+        if attempt:
+            shutil.rmtree(out, ignore_errors=True)
+            if attempt < TRIES // 2 and before.exists():
+                shutil.copytree(before, out)
+        log, victim = folder / f"log-{place}-{attempt}", rng.randrange(job.processes)
+        arm = arming(place, seconds, rng.randrange(2**31), reach, joined=job.processes > 1)
+        since = time.perf_counter()
+        running = begin(job, filled(job, given, out), log, arm, victim=victim)
+        codes = end(running, seconds=SURVIVOR + seconds)
+        row = added(row, Row(faults=judged(f"{name}, {place}", place, running, codes, victim)))
+        if codes[victim] == PROMISED.get(place, -9) or (place == "full" and codes[victim] == 1):
+            row = added(row, Row(kills=1))
+            break
+        row, reach = added(row, Row(missed=1)), reach * 0.7
+        seconds = min(seconds, time.perf_counter() - since)
+    shutil.rmtree(before, ignore_errors=True)
+    return row
+
+
+def judged(label: str, place: str, running: list[Process], codes: list[int], victim: int) -> tuple[str, ...]:
+    """What is wrong with how the processes of a start ended."""
+    faults = []
+    for i, (process, code) in enumerate(zip(running, codes, strict=True)):
+        who, said = label + f", process {i} of {len(running)}" * (len(running) > 1), process.told()
         bad = [line for line in said.splitlines() if line.startswith("Traceback") or "Error" in line[:40]]
-        expected = {0, -9, PROMISED.get(where, 0), *((1,) if where == "full" else ())}
-        if code not in expected:
-            faults.append(f"{name}, {where}: exit code {code}: {said.strip()[-300:]}")
+        expected = {0, PROMISED.get(place, -9 if i == victim else 1), *((1, -9) if place == "full" else ())}
+        if code == -signal.SIGABRT and i != victim == 0 and place not in PROMISED:
+            continue  # jax has noticed first that process 0 is gone, and says so in its own lines
+        if code == HUNG:
+            faults.append(f"{who}: it does not end")
+        elif code not in expected:
+            faults.append(f"{who}: exit code {code}: {said.strip()[-600:]}")
         if bad and code != 1:
-            faults.append(f"{name}, {where}: {bad[0][:200]}")
-        if code not in (0, -9) and len([x for x in said.splitlines() if _told(x)]) > 1:
-            faults.append(f"{name}, {where}: more than one line: {said.strip()[-600:]}")
-    code = wait(start(job, words, log.with_name("last")))
-    if code:
-        said = log.with_name("last.err").read_text(errors="replace")
-        return Row(kills, missed, (*faults, f"{name}, {place}: it does not go on, exit code {code}: {said[-400:]}"))
-    found = left(out)
-    for path in sorted(set(found) | set(whole)):
-        if found.get(path) != whole.get(path):
-            faults.append(f"{name}, {place}: {path} differs ({whole.get(path)}, {found.get(path)})")
-    faults += [f"{name}, {place}: left behind {path}" for path in odd(out)]
-    return Row(kills, missed, tuple(faults))
+            faults.append(f"{who}: {bad[0][:200]}")
+        if code not in (0, -9, HUNG) and len([line for line in said.splitlines() if _told(line)]) > 1:
+            faults.append(f"{who}: more than one line: {said.strip()[-600:]}")
+    return tuple(faults)
 
 
 def _told(line: str) -> bool:
     """Whether a line on stderr is neither of a progress bar nor of what a job tells beside errors."""
-    beside = ("it/s", "/s]", "?", "note:", "compilation cache", "stopping: ", "s/")
+    beside = ("it/s", "/s]", "?", "note:", "compilation cache", "stopping: ", "s/", "[Gloo]")
     return bool(line.strip()) and not any(word in line for word in beside)
 
 
-def run(
-    kills: int, *, seed: int, folder: pathlib.Path, jobs: list[str], places: list[str], starts: int, until: float
-) -> dict[Any, Row]:
-    """Makes the inputs and the uninterrupted runs, and the trials.
-
-    Args:
-      kills: how many.
-      seed: of what is drawn.
-      folder: to work in.
-      jobs, places: names of those that are tried.
-      starts: most starts that are killed one after the other.
-      until: time after which no trial begins.
-
-    Returns:
-      (job, place) -> its row; the faults of a trial count at its first place.
-    """
-    given = {"world": str(folder / "world"), "base": str(folder / "made/model")}
-    small = (
-        "--texts",
-        "24",
-        "--pairs",
-        "4",
-        "--held-out",
-        "6",
-        "--layers",
-        "1",
-        "--width",
-        "8",
-        "--out",
-        given["world"],
-    )
-    made = (
-        "--data",
-        "{world}/texts.jsonl",
-        "--architecture",
-        "{world}/config.json",
-        "--tokenizer",
-        "{world}/tokenizer",
-    )
-    first = [word.format(**given) for word in (*made, "--steps", "1", *_SHORT, "--out", str(folder / "made"))]
-    for module, words in (("train.world", list(small)), ("train.sft", first)):
-        code = wait(start(Job(module, (), ()), words, folder / "made-log"))
-        assert code == 0, (folder / "made-log.err").read_text()
-    whole, seconds = {}, {}
-    for name in jobs:
-        job, out = JOBS[name], folder / name
-        words = [word.format(**given, out=out) for word in (*job.words, "--out", "{out}")]
-        begin = time.perf_counter()
-        code = wait(start(job, words, folder / f"{name}-log"))
-        seconds[name] = time.perf_counter() - begin
-        assert code == 0, (folder / f"{name}-log.err").read_text()
-        whole[name] = left(out)
-        assert len(whole[name]) > 2, whole
-    rng, rows = random.Random(seed), dict[Any, Row]()
-    every = [(name, place) for place in places for name in jobs if place in JOBS[name].places]
-    rng.shuffle(every)
-    done = 0
-    while done < kills and time.time() < until:
-        name = every[0][0]
-        mine = [pair for pair in every if pair[0] == name][: min(rng.randint(1, starts), kills - done)]
-        every = [pair for pair in every if pair not in mine] + mine  # those that were not yet come first
-        here = pathlib.Path(tempfile.mkdtemp(dir=folder))
-        killed = [place for _, place in mine]
-        row = trial(name, JOBS[name], killed, here, given, whole[name], seconds[name], rng.randrange(2**31))
-        shutil.rmtree(here, ignore_errors=True)
-        done += row.kills
-        for i, pair in enumerate(mine):
-            before = rows.get(pair, Row())
-            new = Row(1, row.missed, row.faults) if i == 0 else Row(1)
-            rows[pair] = Row(*(a + b for a, b in zip(before, new, strict=True)))  # type: ignore[operator]
+def trial(
+    name: str, places: list[str], folder: pathlib.Path, given: dict[str, str], whole: Whole, seed: int
+) -> dict[str, Row]:
+    """Kills a job at the places, start after start, does it, and compares: place -> its row. What is wrong in the end
+    counts at the first."""
+    rng, job, out = random.Random(seed), JOBS[name], folder / "out"
+    rows = {place: killed_start(name, place, folder, given, whole.seconds, rng) for place in places}
+    label, faults = f"{name}, {', '.join(places)}", []
+    last = begin(job, filled(job, given, out), folder / "last")
+    codes = end(last)
+    if any(codes):
+        said = "".join(process.told()[-400:] for process in last)
+        faults.append(f"{label}: it does not go on, exit code {codes}: {said}")
+    else:
+        found = left(out)
+        for path in sorted(set(found) | set(whole.files)):
+            if found.get(path) != whole.files.get(path):
+                faults.append(f"{label}: {path} differs ({whole.files.get(path)}, {found.get(path)})")
+        faults += [f"{label}: left behind {path}" for path in odd(out)]
+    rows[places[0]] = added(rows[places[0]], Row(faults=tuple(faults)))
+    for row in rows.values():
         for fault in row.faults:
             print(f"FAULT {fault}", flush=True)
     return rows
 
 
-def show(rows: dict[Any, Row]) -> None:
-    """Prints kills, and faults where there are any, by job and place."""
+def prepare(folder: pathlib.Path, jobs: list[str], *, at_once: int) -> tuple[dict[str, str], dict[str, Whole]]:
+    """Makes the inputs and the uninterrupted runs.
+
+    Args:
+      folder: to work in.
+      jobs: names of those that are run.
+      at_once: how many run at the same time.
+
+    Returns:
+      (word in braces -> folder of an input, job -> its run).
+    """
+    given = {"world": str(folder / "world"), "base": str(folder / "made/model")}
+    small = "--texts 24 --pairs 4 --held-out 6 --layers 1 --width 8 --out {world}"
+    made = "--data {world}/texts.jsonl --architecture {world}/config.json --tokenizer {world}/tokenizer --steps 1"
+    first = [*made.format(**given).split(), *SHORT, "--out", str(folder / "made")]
+    for module, words in (("train.world", small.format(**given).split()), ("train.sft", first)):
+        one = begin(Job(module, (), ()), words, folder / "made-log")
+        assert end(one) == [0], one[0].told()
+    whole: dict[str, Whole] = {}
+    own = [name for name in jobs if same_as(name) not in jobs]
+    for some in [own[i : i + at_once] for i in range(0, len(own), at_once)]:
+        since, every = time.perf_counter(), {}
+        for name in some:
+            every[name] = begin(JOBS[name], filled(JOBS[name], given, folder / name), folder / f"{name}-log")
+        for name, running in every.items():
+            codes = end(running)
+            assert not any(codes), (name, codes, [process.told()[-2000:] for process in running])
+            whole[name] = Whole(left(folder / name), time.perf_counter() - since)
+            assert len(whole[name].files) > 2, whole
+    return given, whole | {name: whole[same_as(name)] for name in jobs if same_as(name) in jobs}
+
+
+def same_as(name: str) -> str:
+    """The job of one process that leaves the same bytes as one of two, which each have devices of their own; ""."""
+    one = name.removesuffix(" of two")
+    return one if one != name and "--mesh" not in JOBS[name].words else ""
+
+
+Rows = dict[tuple[str, str], Row]
+
+
+def trials(
+    kills: int,
+    every: list[tuple[str, str]],
+    folder: pathlib.Path,
+    given: dict[str, str],
+    whole: dict[str, Whole],
+    *,
+    seed: int,
+    starts: int,
+    until: float,
+    kept: pathlib.Path | None = None,
+) -> Rows:
+    """Does trials.
+
+    Args:
+      kills: how many kills.
+      every: pairs of job and place, those that come first first.
+      folder: to work in.
+      given, whole: as `prepare` gives them.
+      seed: of what is drawn.
+      starts: most starts that are killed one after the other.
+      until: time after which no trial begins.
+      kept: file that holds the rows after each trial.
+
+    Returns:
+      (job, place) -> its row.
+    """
+    rng, rows, done = random.Random(seed), Rows(), 0
+    while done < kills and time.time() < until:
+        name = every[0][0]
+        mine = [pair for pair in every if pair[0] == name][: min(rng.randint(1, starts), kills - done)]
+        every = [pair for pair in every if pair not in mine] + mine  # those that were not yet come first
+        here = pathlib.Path(tempfile.mkdtemp(dir=folder))
+        found = trial(name, [place for _, place in mine], here, given, whole[name], rng.randrange(2**31))
+        shutil.rmtree(here, ignore_errors=True)
+        done += sum(row.kills for row in found.values())
+        for place, row in found.items():
+            rows[name, place] = added(rows.get((name, place), Row()), row)
+        if kept is not None:
+            new = kept.with_suffix(".new")
+            new.write_text(json.dumps([[*pair, *row] for pair, row in rows.items()]))
+            new.replace(kept)
+    return rows
+
+
+def planned(plan: str, folder: pathlib.Path, given: dict[str, str], whole: dict[str, Whole], *, seed: int) -> Rows:
+    """Does the trials of a plan, "JOB: PLACE PLACE …; JOB: …", each job's places in their order."""
+    rows = Rows()
+    for number, (name, places) in enumerate(read_plan(plan)):
+        here = folder / f"planned-{number}"
+        here.mkdir()
+        for place, row in trial(name, places, here, given, whole[name], seed + number).items():
+            rows[name, place] = added(rows.get((name, place), Row()), row)
+    return rows
+
+
+def read_plan(plan: str) -> list[tuple[str, list[str]]]:
+    """The jobs of a plan and their places."""
+    return [(name.strip(), places.split()) for name, _, places in (part.partition(":") for part in plan.split(";"))]
+
+
+def in_workers(workers: int, kills: int, every: list[tuple[str, str]], *args: Any, seed: int, **options: Any) -> Rows:
+    """`trials` in so many forks of this process: each does its share of the kills, beginning elsewhere."""
+    if workers == 1:
+        return trials(kills, every, *args, seed=seed, **options)
+    folder, running, rows = args[0], [], Rows()
+    for k in range(workers):
+        at, own = k * len(every) // workers, folder / f"worker-{k}"
+        running.append(Process(os.fork(), own))
+        if running[-1].pid == 0:
+            code = 1
+            try:
+                own.mkdir()
+                share = (k + 1) * kills // workers - k * kills // workers
+                mine, kept = every[at:] + every[:at], folder / f"worker-{k}.json"
+                trials(share, mine, own, *args[1:], seed=1000 * seed + k, kept=kept, **options)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+    codes = end(running, seconds=options["until"] + LATE - time.time())
+    for k, code in enumerate(codes):
+        path = folder / f"worker-{k}.json"
+        for name, place, count, missed, faults in json.loads(path.read_text()) if path.exists() else []:
+            rows[name, place] = added(rows.get((name, place), Row()), Row(count, missed, tuple(faults)))
+        if code:
+            fault = f"worker {k}: {'it did not end' if code == HUNG else 'it failed'}"
+            rows[every[0]] = added(rows.get(every[0], Row()), Row(faults=(fault,)))
+    return rows
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def never(rows: Rows) -> list[str]:
+    """The jobs and places at which no kill came, of those that were tried."""
+    return [f"{name}, {place} ({row.missed} starts)" for (name, place), row in rows.items() if row.kills == 0]
+
+
+def table(rows: Rows) -> str:
+    """Kills by job and place: "–" where a job has no such place, "0" where it was not tried, "none of N" where none of
+    N starts was killed; then all starts that ended before their kill came, and faults."""
     places = [place for place in PLACES if any(p == place for _, p in rows)]
-    print(f"{'job':12}" + "".join(f"{place:>12}" for place in places) + f"{'faults':>8}")
-    for name in JOBS:
-        mine = {place: row for (job, place), row in rows.items() if job == name}
+    lines = [f"| job | {' | '.join(places)} | missed | faults |", "|" + "---|" * (len(places) + 3)]
+    for name, job in JOBS.items():
+        mine = {place: row for (own, place), row in rows.items() if own == name}
         if mine:
-            cells = "".join(f"{mine[place].kills if place in mine else '-':>12}" for place in places)
-            print(f"{name:12}{cells}{sum(len(row.faults) for row in mine.values()):>8}")
+            each = [_cell(mine.get(place, Row())) if place in job.places else "–" for place in places]
+            missed, faults = sum(row.missed for row in mine.values()), sum(len(row.faults) for row in mine.values())
+            lines.append(f"| {name} | {' | '.join(each)} | {missed} | {faults} |")
     kills, missed = sum(row.kills for row in rows.values()), sum(row.missed for row in rows.values())
-    faults = sum(len(row.faults) for row in rows.values())
-    print(f"{kills} kills, {missed} of them of jobs that were done before; {faults} faults", flush=True)
+    faults = sum(len(row.faults) for row in rows.values()) + len(never(rows))
+    lines += [f"never killed: {pair}" for pair in never(rows)]
+    lines.append(f"{kills} kills, {missed} starts that ended before; {faults} faults")
+    return "\n".join(lines)
+
+
+def _cell(row: Row) -> str:
+    return f"none of {row.missed}" if row.missed and not row.kills else str(row.kills)
 
 
 def main() -> int:
@@ -472,24 +358,39 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--starts", type=int, default=2, help="most starts that are killed one after the other")
-    parser.add_argument("--minutes", type=float, default=1e6, help="after which no trial begins")
+    parser.add_argument("--minutes", type=float, default=1e6, help="from now, after which no trial begins")
+    parser.add_argument("--workers", type=int, default=1, help="trials at the same time")
     parser.add_argument("--jobs", default=",".join(JOBS))
     parser.add_argument("--places", default=",".join(PLACES))
+    parser.add_argument("--plan", default="", help="trials in place of drawn ones: JOB: PLACE PLACE ...; JOB: ...")
+    parser.add_argument("--out", default="", help="file for the table and the faults")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAXALIGN_TEST_CACHE", f"{folder}/programs")
+    until, names = time.time() + 60 * options.minutes, options.jobs.split(",")
+    if options.plan:
+        names = list(dict.fromkeys(name for name, _ in read_plan(options.plan)))
+    with tempfile.TemporaryDirectory(prefix="kills-", ignore_cleanup_errors=True) as made:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAXALIGN_TEST_CACHE", f"{made}/programs")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        for job in JOBS.values():
-            __import__(job.module)
-        __import__("orbax.checkpoint")
-        __import__("transformers")
-        names, places = options.jobs.split(","), options.places.split(",")
-        more = {"seed": options.seed, "starts": options.starts, "until": time.time() + 60 * options.minutes}
-        rows = run(options.kills, folder=pathlib.Path(folder), jobs=names, places=places, **more)
-    show(rows)
-    return int(any(row.faults for row in rows.values()))
+        for module in (*(job.module for job in JOBS.values()), "orbax.checkpoint", "transformers"):
+            __import__(module)
+        folder = pathlib.Path(made)
+        given, whole = prepare(folder, names, at_once=options.workers)
+        places = options.places.split(",")
+        every = [(name, place) for place in places for name in names if place in JOBS[name].places]
+        random.Random(options.seed).shuffle(every)
+        more = {"seed": options.seed, "starts": options.starts, "until": until}
+        if options.plan:
+            rows = planned(options.plan, folder, given, whole, seed=options.seed)
+        else:
+            rows = in_workers(options.workers, options.kills, every, folder, given, whole, **more)
+    found = table(rows)
+    print(found, flush=True)
+    if options.out:
+        faults = [f"FAULT {fault}" for row in rows.values() for fault in row.faults]
+        pathlib.Path(options.out).write_text("\n".join([found, *faults]) + "\n")
+    return int(any(row.faults for row in rows.values()) or bool(never(rows)))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,26 @@ def test_with_one_beam_it_is_blockwise_decoding(kind):
     assert found.kl.reference == expected.kl.reference == "tempered policy"
 
 
+def test_the_first_among_equals_are_kept_and_chosen():
+    """Ten searches of one beam and one sample tell the scores of all continuations, of which a search of several beams
+    keeps some, in their order. The critic's scores take two values."""
+    levels = jnp.broadcast_to(jnp.array([0.0, 1.0, 0.0, 1.0, 1.0]), BOTH["critic"].shape)  # of the last token alone
+    params, sizes = {"policy": BOTH["policy"], "critic": levels}, {"block_size": 5}
+    every = searched(params=params, groups=10, width=1, num_samples=1, **sizes).info
+    tokens, score = np.asarray(every.samples.tokens), np.asarray(every.score)
+    assert {len(set(row)) for row in score.tolist()} == {2}
+    for width, samples in ((2, 5), (10, 1), (1, 10)):
+        found = searched(params=params, width=width, num_samples=samples, **sizes)
+        kept = np.sort(np.argsort(-score, axis=1, kind="stable")[:, :width], axis=1)
+        expected = np.take_along_axis(tokens, kept[:, :, None], axis=1)
+        np.testing.assert_array_equal(found.info.samples.tokens, expected)
+        first = np.take_along_axis(score, kept, axis=1).argmax(axis=1)
+        np.testing.assert_array_equal(found.completions.tokens, expected[np.arange(4), first])
+    # And by a reward that is the same for all: the first beam.
+    even = searched(params=params | {"reward": jnp.zeros(5)}, width=5, reward=weighted_tokens, **sizes)
+    np.testing.assert_array_equal(even.completions.tokens, even.info.samples.tokens[:, 0])
+
+
 def test_groups_do_not_see_each_other_and_the_reward_chooses():
     """The first group of two is the search of one, and so is a row alone; the best of all by the reward is kept."""
     alone = searched()

@@ -19,6 +19,34 @@ from tests.sampling import assert_mean, chi_square, index_of
 TREE = tree.Tree(3, 3, eos_id=0)
 
 
+# Equal scores ---------------------------------------------------------------------------------------------------------
+
+EVEN = {"policy": exact.tables(TREE, 5)[0], "reward": jnp.zeros(3), "critic": jnp.zeros((TREE.num_states, 3))}
+FIRSTS = {
+    "best_of_n": lambda n, **at: decoding.best_of_n(tree.policy(TREE), weighted_tokens, num_samples=n, **at),
+    "drop": lambda n, **at: decoding.best_of_n(
+        tree.policy(TREE), weighted_tokens, num_samples=n, drop=((1, 3), (2, 2)) if n > 1 else (), **at
+    ),
+    "first_above": lambda n, **at: decoding.first_above(
+        tree.policy(TREE), weighted_tokens, max_tries=n, chunk=min(n, 2), **at
+    ),
+    "blockwise": lambda n, **at: decoding.blockwise(
+        tree.policy(TREE), tree.critic(TREE, "level"), num_samples=n, block_size=3, **at
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIRSTS)
+def test_the_first_among_equals_is_kept(name):
+    """Where all scores are the same, the response of four draws is that of one."""
+    names = {"blockwise": ("policy", "critic"), "first_above": ("policy", "reward", "reward_threshold")}
+    params = {key: (EVEN | {"reward_threshold": 1.0})[key] for key in names.get(name, ("policy", "reward"))}
+    prompts = exact.one_prompt(16)._replace(index=jnp.arange(16))
+    given = {"params": params, "rng": jax.random.key(0), "prompts": prompts, "max_new_tokens": 3}
+    one, four = (FIRSTS[name](n, **given).completions.tokens for n in (1, 4))
+    np.testing.assert_array_equal(four, one)
+
+
 # One set of samples, every n ------------------------------------------------------------------------------------------
 
 

@@ -271,18 +271,32 @@ def test_a_job_runs_in_process_by_its_name(tmp_path):
     assert (found / "texts.jsonl").is_file()
 
 
-def test_the_wheel_holds_every_package(monkeypatch):
+def _packages(monkeypatch, *words: str) -> dict:
+    """What setup.py tells setuptools under these words of a build."""
     kept: dict = {}
     monkeypatch.setattr(setuptools, "setup", lambda **given: kept.update(given))
+    monkeypatch.setattr(sys, "argv", ["setup.py", *words])
     monkeypatch.chdir(ROOT)
     exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {})
+    return kept
+
+
+def test_the_wheel_holds_every_package(monkeypatch):
+    kept = _packages(monkeypatch, "bdist_wheel")
     folders = {path.parent for name in ("jaxalign", "train", "eval") for path in (ROOT / name).rglob("*.py")}
     names = {".".join(path.relative_to(ROOT).parts) for path in folders}
     mapped = {name if name.startswith("jaxalign") else f"jaxalign.launch.{name}" for name in names}
-    assert set(kept["packages"]) == mapped
-    assert kept["package_dir"] == {"jaxalign.launch.train": "train", "jaxalign.launch.eval": "eval"}
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert data["jaxalign.launch.train"] == ["presets/*.toml"]
+    presets = "jaxalign.launch.train.presets"  # files alone
+    assert set(kept["packages"]) == mapped | {presets}
+    assert kept["package_dir"] == {"jaxalign.launch.train": "train", "jaxalign.launch.eval": "eval"}
+    assert data[presets] == ["*.toml"]
+
+
+def test_an_editable_install_is_one_folder_on_the_path(monkeypatch):
+    kept = _packages(monkeypatch, "editable_wheel")
+    assert kept["package_dir"] == {"": "."}  # otherwise setuptools installs an import hook, which editors cannot read
+    assert not [name for name in kept["packages"] if name.startswith("jaxalign.launch.")]
 
 
 def test_a_warning_is_one_line_without_its_place(capsys):

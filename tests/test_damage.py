@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxalign import _io, _runs
-from jaxalign.evaluation import results
+from jaxalign.evaluation import engine, results
 from jaxalign.training import checkpoints, hidden_states, job, rollouts, tables
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -238,6 +238,16 @@ def test_responses_that_have_changed_are_named(tmp_path):
             results.read(path)
     path.write_text(text[:-5])  # a last line that was cut short
     assert results.read(path) == records[:2]
+
+
+def test_partial_files_that_a_kill_has_left_beside_whole_responses_go(tmp_path):
+    """Between the responses file's own name and the removal of what it is made of."""
+    final = tmp_path / "responses.jsonl"
+    for name in ("", ".partial", ".partial-00001"):
+        (tmp_path / f"responses.jsonl{name}").write_text("{}\n")
+    nothing = engine.Texts([], [], None)
+    assert engine.decode([], {}, nothing, final, batch_size=1, mesh="", seed=0) == {}
+    assert list(tmp_path.iterdir()) == [final]
 
 
 def test_a_damaged_shard_of_hidden_states_is_named(tmp_path):

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign import data, models
 from jaxalign.evaluation.report import write_report
+from jaxalign.models.hf import folders
 from tests.fuzz.readers import ADAPTER, SMALL, write_model
 from tests.test_report import make_run
 
@@ -154,6 +155,23 @@ def test_weights_that_are_not_finite_are_named_by_file_and_tensor(value, dtype, 
         models.load(copy)
     found = models.load(copy, check_finite=False)[1]
     assert not np.isfinite(found["transformer"]["layer_0"]["down"]["kernel"]).all()
+
+
+def test_weights_that_are_read_one_at_a_time_are_checked_as_others_are(copy):
+    weight = load_file(copy / "model.safetensors")[KEY].copy()
+    weight[1, 2] = np.nan
+    rewrite(copy / "model.safetensors", **{KEY: weight})
+
+    def kernel(**options):
+        with folders.stored(copy, **options) as (_, arrays):
+            return arrays["transformer"]["layer_0"]["down"]["kernel"].part(None)
+
+    for options in ({}, {"check_finite": True}):
+        with pytest.raises(
+            ValueError, match=rf"^{KEY}: expected finite weights, found 1 .*model\.safetensors; check_f"
+        ):
+            kernel(**options)
+    assert np.isnan(kernel(check_finite=False)).sum() == 1
 
 
 def test_weights_that_this_library_wrote_are_checked_where_that_is_asked(tmp_path):

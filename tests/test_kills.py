@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
 import pytest
+
+from tests.kill_jobs import Row, read_plan, table
+from tests.kill_places import PLACES
+
+PLAN = (
+    "sft: start full checkpoint TERM model summary; decode: random file INT partial HUP; "
+    "decode of two: random TERM; sft of two: TERM checkpoint"
+)
+"""Each place, and two jobs of two processes."""
 
 
 def killed(*words: str) -> str:
@@ -25,12 +33,26 @@ def killed(*words: str) -> str:
     return found.stdout
 
 
-def test_twelve_kills_leave_no_fault():
-    told = killed("--kills", "12", "--starts", "4", "--jobs", "sft,calibrate,decode")
-    assert re.search(r"^12 kills, \d of them", told, re.MULTILINE), told
+def test_fifteen_kills_leave_no_fault():
+    assert {place for _, places in read_plan(PLAN) for place in places} == set(PLACES)
+    assert "\n15 kills, " in killed("--plan", PLAN)
+
+
+def test_a_place_at_which_no_kill_came_is_a_fault_and_named():
+    told = table({("sft", "start"): Row(2, 1), ("sft", "model"): Row(0, 8), ("decode", "TERM"): Row(1, 0, ("odd",))})
+    assert told.splitlines() == [
+        "| job | start | model | TERM | missed | faults |",
+        "|---|---|---|---|---|---|",
+        "| sft | 2 | none of 8 | 0 | 9 | 0 |",
+        "| decode | 0 | – | 1 | 0 | 1 |",
+        "never killed: sft, model (8 starts)",
+        "3 kills, 9 starts that ended before; 2 faults",
+    ]
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", [1, 2])
 def test_hundreds_of_kills_leave_no_fault(seed):
-    assert "200 kills" in killed("--kills", "200", "--seed", str(seed))
+    assert "200 kills" in killed(
+        "--kills", "200", "--seed", str(seed), "--workers", str(max((os.cpu_count() or 2) // 2, 1))
+    )

@@ -136,15 +136,23 @@ def test_the_study_of_trained_policies_runs_to_its_table_and_picture(tmp_path):
         "steps": "1",
         "samples": "2",
         "limit": "6",
+        "regress": "reverse",
+        "regress-steps": "2",
+        "regress-batch": "4",
+        "on-training": "4",
     }
     command = [text for name, value in options.items() for text in (f"--{name}", value)]
     command += ["--transforms", "identity", "won_fp:2", "--prompts-per-step", "2", "--run", str(run), "--out", str(out)]
     trained.main(command)
     found = json.loads((out / "trained.json").read_text())["rows"]
-    assert [row["reward"] for row in found] == ["identity", "won_fp:2", "vbon", "raw", "dpo", "ipo", "bonbon"]
+    assert [row["reward"] for row in found] == [
+        *("identity", "won_fp:2", "vbon", "raw"),
+        *("identity, reverse", "won_fp:2, reverse", "dpo", "ipo", "bonbon"),
+    ]
     for row in found:
         assert row["kl"] >= 0
         assert 0 <= row["win_rate"] <= 1
+        assert 0 <= row["train_win_rate"] <= 1
         assert ("predicted_win_rate" in row) == (row["reward"] != "raw")
     assert (out / "trained.png").stat().st_size > 10_000
     # Again, with fewer baselines: what is trained is kept.
@@ -154,6 +162,8 @@ def test_the_study_of_trained_policies_runs_to_its_table_and_picture(tmp_path):
         "identity",
         "won_fp:2",
         "raw",
+        "identity, reverse",
+        "won_fp:2, reverse",
         "dpo",
     ]
     assert times == {path: path.stat().st_mtime_ns for path in run.glob("trained/*/model/*")}

@@ -96,13 +96,34 @@ def test_the_threshold_rewards_targets_are_two_of_each_prompt():
 def test_weights_are_the_base_over_the_mixture_that_drew_and_are_cut():
     responses = [regression.Response(row, [1], 0.0, number, False) for row, number in ((0, 0), (0, 0), (0, 1), (1, 0))]
     log_ratio = np.array([[0.0, 0, 0, 0], [1.0, -60.0, 2.0, 3.0]])
-    found = regression.mixture_weights(regression.Pool(responses, log_ratio))
+    found = regression.mixture_weights(regression.Pool(responses, log_ratio, np.ones(4, bool)))
     mixture = [2 / 3 + np.exp(1.0) / 3, 2 / 3, 2 / 3 + np.exp(2.0) / 3, 1]
     np.testing.assert_allclose(found, 1 / np.array(mixture), rtol=1e-12)
     rare = [regression.Response(0, [1], 0.0, number, False) for number in [0] + [1] * 99]
-    cut = regression.mixture_weights(regression.Pool(rare, np.array([[0.0] * 100, [-60.0] + [0.0] * 99])))
+    far = np.array([[0.0] * 100, [-60.0] + [0.0] * 99])
+    cut = regression.mixture_weights(regression.Pool(rare, far, np.ones(100, bool)))
     assert cut[0] == regression.LARGEST_WEIGHT
     assert cut[1:] == pytest.approx(1)
+
+
+def test_a_round_learns_from_all_draws_and_from_as_many_of_the_bases_samples():
+    numbers = [
+        (row, number) for row, number, count in ((0, 0, 10), (1, 0, 10), (0, 1, 3), (0, 2, 1)) for _ in range(count)
+    ]
+    responses = [regression.Response(row, [1], 0.0, number, False) for row, number in numbers]
+    kept = regression.beside_draws(responses, 0)
+    assert kept[20:].all()
+    assert kept[:10].sum() == 4
+    assert kept[10:20].all()  # no policy drew for that prompt
+    assert (kept[:10] != regression.beside_draws(responses, 1)[:10]).any()
+    # Those that were beside a round's draws stay beside the next one's.
+    assert (kept[:10] >= regression.beside_draws(responses[:23], 0)[:10]).all()
+    log_ratio = np.zeros((3, 24))
+    log_ratio[1, :10], log_ratio[2, 23] = -1.0, 2.0
+    found = regression.mixture_weights(regression.Pool(responses, log_ratio, kept))
+    np.testing.assert_allclose(found[:10], 1 / (4 / 8 + 3 / 8 * np.exp(-1) + 1 / 8), rtol=1e-12)
+    np.testing.assert_allclose(found[10:23], 1)
+    np.testing.assert_allclose(found[23], 1 / (7 / 8 + np.exp(2) / 8), rtol=1e-12)
 
 
 def test_a_beta_for_a_target_kl_is_that_of_the_tables_size():
@@ -191,6 +212,11 @@ def test_a_run_with_a_refresh_and_an_adapter_writes_a_model_and_says_what_it_rea
     rows = logging.read(tmp_path / "run/metrics.jsonl")
     assert rows[0]["log_ratio"] == 0
     assert {"floored", "capped", "distance"} <= set(rows[0])
+    # Of 2K samples of the base as many are learned from as the policy drew; a correction of beta draws as well.
+    assert (summary["left_out_1"], summary["left_out_2"]) == (0, 5 * (2 * K - 2))
+    assert summary["left_out_correction"] == 5 * (2 * K - 4)
+    assert summary["drawn"] == 5 * (2 + 2)
+    assert summary["corrected_beta"] == pytest.approx(summary["beta"] * (summary["kl_before_correction"] / 0.05) ** 0.5)
     second = logging.read(tmp_path / "run/rounds/2/metrics.jsonl")
     assert second[0]["log_ratio"] != 0
     best = json.loads((tmp_path / "run/best.json").read_text())

@@ -4,9 +4,9 @@ python -m train.regress --table runs/table --transform exp:10 --target-kl 0.5 --
 
 The optimum of E[Phi(C)] - beta KL(pi || pi_ref) is known up to a number of each prompt, and with calibrated rewards
 that number is known as well: its log-ratio to the base is Phi(C)/beta - log Z. This job fits the policy's log-ratio to
-it (QRPO, arXiv 2507.08068; here in three forms, docs/methods/regression.md) on the samples that train.calibrate left,
-and draws none but to measure, and with --refresh. summary.json holds KL and win rate over the base on prompts that were
-trained on and on held-out ones.
+it (QRPO, arXiv 2507.08068; here in three forms, docs/methods/regression.md) on the samples that train.calibrate left.
+It draws none but to measure, with --refresh, and where the KL misses --target-kl. summary.json holds KL and win rate
+over the base on prompts that were trained on and on held-out ones.
 """
 
 from __future__ import annotations

@@ -1,22 +1,25 @@
-"""python -m eval.studies trained: policies that train.rl aligns with calibrated, transformed rewards, and the curves
+"""python -m eval.studies trained: policies that train.rl and train.regress align with calibrated rewards, beside curves
 
 Reads a base, a reward and prompts (by default those of a finished train.quickstart), makes a calibration table, trains
-a policy for each transform and KL (at the beta of the closed form; without calibration at the one of base samples) and
-baselines from pairs and samples, draws many responses of each to held-out prompts, and sets win rate, best-of-n and
-worst-of-n win rates at the KL that was reached beside those of the closed form there.
+a policy for each transform and KL (at the beta of the closed form; without calibration at the one of base samples), one
+by regression on the table's samples for each transform at the middle KL, and baselines from pairs and samples, draws
+many responses of each to held-out prompts and to some that were trained on, and sets win rate, best-of-n and worst-of-n
+win rates at the KL that was reached beside those of the closed form there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
+import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import commands, data, decoding, infalign, metrics, models, policies, rewards, tokens
+from jaxalign import _io, commands, data, decoding, infalign, metrics, models, policies, rewards, tokens
 from jaxalign.prompts import prompt_batch
 from jaxalign.training import tables
 from jaxalign.types import Params, Policy, Reward
@@ -24,6 +27,9 @@ from jaxalign.types import Params, Policy, Reward
 from . import baselines, common, predictions
 
 PER_BATCH = 2048  # rows decoded together
+LOSSES = ("reverse", "forward", "square", "centred")
+PARTS = {"held_out": "", "training": "train_"}
+"""Prompts of a measurement -> prefix of its columns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,16 @@ class Config(common.Options):
     """KL of each policy to the base [nats]."""
     ablation: tuple[str, ...] = ("raw", "raw exp:5")
     """Rewards without calibration, trained at the middle KL: raw, or raw and a transform (of its sigmoid)."""
+    regress: tuple[str, ...] = ("reverse", "forward", "centred")
+    """Losses of train.regress, at the middle KL: reverse, forward, square, or centred (square without normaliser)."""
+    regress_steps: int = 400
+    """Optimizer steps of train.regress."""
+    regress_batch: int = 32
+    """Responses of an optimizer step of train.regress."""
+    regress_learning_rate: float = 3e-4
+    """Peak learning rate of train.regress."""
+    on_training: int = 96
+    """Prompts that were trained on, to which responses are drawn as well (columns train_…)."""
     baselines: tuple[str, ...] = ("dpo", "ipo", "bonbon", "vbon")
     """Names among dpo, ipo (from the pairs), bonbon (from the table's samples, best of --n) and vbon (RL with the
     logarithm at the beta of best of --n), at one strength each."""
@@ -84,6 +100,9 @@ def run(config: Config) -> list[dict[str, Any]]:
         raise ValueError(f"n: expected at least 2, found {config.n}")
     for text in config.transforms:
         infalign.parse_transform(text, beta=1.0)
+    for name in config.regress:
+        if name not in LOSSES:
+            raise ValueError(f"regress: expected some of {', '.join(LOSSES)}, found {name!r}")
     for name in config.baselines:
         if name not in baselines.CURVES:
             raise ValueError(f"baselines: expected some of {', '.join(baselines.CURVES)}, found {name!r}")
@@ -111,17 +130,36 @@ def run(config: Config) -> list[dict[str, Any]]:
         "validation": 0.0,
     }
     setting = _setting(config, folders)
-    base = _draw(config, setting, setting.base)
+    base = {part: _draw(config, setting, setting.base, part) for part in PARTS}
+
+    def reached(folder: pathlib.Path | str, transform: str, about: dict[str, Any]) -> dict[str, Any]:
+        """The row of a policy; transform: of the closed form that it is held against, "" for none."""
+        params, row = models.load(str(folder))[1], about
+        for part, prefix in PARTS.items():
+            each = compared(_draw(config, setting, params, part), base[part], config)
+            known = predictions.at_its_kl(transform, each, config.n) if transform else {}
+            found = summary({}, each) | known
+            row = row | {f"{prefix}{name}": value for name, value in found.items() if not prefix or "gold" not in name}
+        return row
+
     rows: list[dict[str, Any]] = []
     for label, kl, beta, calibrated, transform in _plan(config, own):
         size = f"{config.steps}x{config.prompts_per_step}x{config.samples}"
         name = f"{label.replace(' ', '_').replace(':', '_')}_{kl:g}_{size}"
         about: dict[str, Any] = {"reward": label, "wanted_kl": kl, "beta": beta}
         options: dict[str, Any] = {"calibration": str(table)} if calibrated else {}
-        commands.run("rl", **given, **options, beta=beta, transform=transform, out=str(work / name))
-        each = compared(_draw(config, setting, models.load(str(work / name / "model"))[1]), base, config)
-        known = predictions.at_its_kl(transform, each, config.n) if calibrated else {}
-        rows.append(summary(about, each) | known)
+        spent = timed("rl", work / name, **given, **options, beta=beta, transform=transform)
+        about |= {"cpu_seconds": spent, "drawn": config.steps * config.prompts_per_step * config.samples}
+        rows.append(reached(work / name / "model", transform if calibrated else "", about))
+    middle = sorted(config.kls)[len(config.kls) // 2]
+    betas = {run.reward: run.beta for run in _plan(config, own) if run.kl == middle}
+    for text in config.transforms if config.regress else ():
+        for name in config.regress:
+            where = work / f"{text}_{name}_{middle:g}_{config.regress_steps}x{config.regress_batch}".replace(":", "_")
+            aimed = {"beta": betas[text]} if infalign.needs_beta(text) else {"target_kl": middle}
+            spent = timed("regress", where, **regressed(config, name), **aimed, transform=text, table=str(table))
+            about = {"reward": f"{text}, {name}", "wanted_kl": middle, "beta": None, "cpu_seconds": spent, "drawn": 0}
+            rows.append(reached(where / "model", text, about))
     for name in config.baselines:
         if name == "vbon":
             continue
@@ -134,14 +172,44 @@ def run(config: Config) -> list[dict[str, Any]]:
             seed=config.seed,
             out=str(work / f"{name}_{config.n}"),
         )
-        each = compared(_draw(config, setting, models.load(folder)[1]), base, config)
-        known = predictions.at_its_kl(baselines.CURVES[name], each, config.n)
+        about = {"reward": name, "wanted_kl": None, "beta": None, "cpu_seconds": None, "drawn": 0}
+        row = reached(folder, baselines.CURVES[name], about)
         if baselines.CURVES[name] == "identity":  # the most that any policy wins alone; no aim of the other two
-            known = {key: value for key, value in known.items() if "win_rate" in key}
-        rows.append(summary({"reward": name, "wanted_kl": None, "beta": None}, each) | known)
+            known = ("predicted_", "short_of_")
+            row = {k: v for k, v in row.items() if "win_rate" in k or not k.removeprefix("train_").startswith(known)}
+        rows.append(row)
     out = common.report(config.name, config, rows)
     _picture(config, rows, out)
     return rows
+
+
+def timed(job: str, out: pathlib.Path, **options: Any) -> float:
+    """Runs a job, or finds it finished; gives the seconds of this process's cores that it took when it ran."""
+    kept, began = out / "cpu_seconds.json", time.process_time()
+    fresh = not (out / "summary.json").exists()
+    commands.run(job, **options, out=str(out))
+    if fresh or not kept.exists():
+        _io.write_json(kept, time.process_time() - began)
+    found: float = json.loads(kept.read_text())
+    return found
+
+
+def regressed(config: Config, name: str) -> dict[str, Any]:
+    """The options of train.regress for a loss of the study."""
+    centred = name == "centred"
+    group = 8 if centred else 1
+    return {
+        "loss": "square" if centred else name,
+        "normaliser": "centred" if centred else "posterior",
+        "group": group,
+        "batch_size": max(config.regress_batch // group, 1),
+        "steps": config.regress_steps,
+        "learning_rate": config.regress_learning_rate,
+        "check_every": max(config.regress_steps // 4, 1),
+        "save_every": config.regress_steps,
+        "max_length": 128,
+        "seed": config.seed,
+    }
 
 
 class Run(NamedTuple):
@@ -216,24 +284,28 @@ class Setting(NamedTuple):
     """The base's."""
     eos_ids: tuple[int, ...]
     """The ids that end a response."""
-    prompts: list[data.Prompt]
-    """The held-out ones."""
+    prompts: dict[str, list[data.Prompt]]
+    """"held_out", and "training", of those that were trained on."""
 
 
 def _setting(config: Config, folders: dict[str, str]) -> Setting:
     lm, base = models.load(folders["sft"])
     reward_lm, reward_params = models.load(folders["reward_model"])
     tokenizer, plain = models.tokenizer(folders["sft"]), policies.language_model(lm)
-    prompts = data.tokenize_prompts(
-        str(pathlib.Path(config.run) / "data" / "held_out.jsonl"), tokens.text_format(tokenizer)
-    ).rows
+    form, folder = tokens.text_format(tokenizer), pathlib.Path(config.run) / "data"
+    read = {"held_out": "held_out.jsonl", "training": "prompts.jsonl"}
+    prompts = {part: data.tokenize_prompts(str(folder / name), form).rows for part, name in read.items()}
+    every = prompts["training"]
+    prompts["training"] = [
+        every[i] for i in np.linspace(0, len(every) - 1, min(config.on_training, len(every))).astype(int)
+    ]
     referenced, reward = policies.with_reference(plain, plain), rewards.from_model(reward_lm)
     return Setting(referenced, reward, base, reward_params, tokenizer, lm.config.eos_ids, prompts)
 
 
-def _draw(config: Config, setting: Setting, params: Params) -> Drawn:
-    """Responses of a model to the held-out prompts, beside the base."""
-    every, tokenizer = setting.prompts, setting.tokenizer
+def _draw(config: Config, setting: Setting, params: Params, part_of: str) -> Drawn:
+    """Responses of a model to the prompts of a part, beside the base."""
+    every, tokenizer = setting.prompts[part_of], setting.tokenizer
     gold = rewards.program(config.gold) if config.gold else None
     size = max(PER_BATCH // config.responses, 1)
     parts: list[Drawn] = []
@@ -243,7 +315,7 @@ def _draw(config: Config, setting: Setting, params: Params) -> Drawn:
         prompts = prompt_batch([p.tokens for p in part], index=index, batch_size=size)
         both: Params = {"policy": {"policy": params, "reference": setting.base}, "reward": setting.reward_params}
         # Another stream for the base than for the policies: equal draws would be ties.
-        rng = jax.random.fold_in(jax.random.key(config.seed), int(params is setting.base))
+        rng = jax.random.fold_in(jax.random.key(config.seed), int(params is setting.base) + 2 * (part_of == "training"))
         options: dict[str, Any] = {"max_new_tokens": config.limit, "eos_ids": setting.eos_ids}
         found = decoding.best_of_n(
             setting.policy, setting.reward, both, rng, prompts, num_samples=config.responses, **options
@@ -270,6 +342,7 @@ def _picture(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> N
     names = tuple(dict.fromkeys(row["reward"] for row in rows))
     style = {text: colours[i % 10] for i, text in enumerate(names)}
     marks = dict.fromkeys(config.transforms, "o") | dict.fromkeys(config.ablation, "s")
+    marks |= {f"{text}, {name}": "D" for text in config.transforms for name in config.regress}
     titles = {
         "win_rate": "win rate",
         "best_of_n": f"win rate, best of {config.n} on both sides",

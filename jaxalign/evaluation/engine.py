@@ -3,6 +3,7 @@ on."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import time
@@ -191,9 +192,12 @@ def decode(
       ValueError: a response, reward or KL that is not finite (the method or reward is named), or a former call's
         responses to other prompts.
     """
-    if _hosts.from_first("whole" if final.exists() else ""):
-        return {}
     partial = final.with_name(final.name + ".partial")
+    if _hosts.from_first("whole" if final.exists() else ""):
+        with contextlib.suppress(OSError):  # of a folder that cannot be written
+            if _hosts.is_first():
+                _remove(_partials(partial))  # a job was killed when it had made one file of them
+        return {}
     found = _read_partial(partial)
     results.check_texts(list(found.values()), prompts.texts, partial)
     parts = batches(prompts.ids, batch_size=batch_size, mesh=mesh)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 WORDS = {"--coordinator": "HOST:PORT", "--num-processes": "N", "--process-id": "I"}
 """Word of the command line -> what follows it."""
@@ -76,11 +76,13 @@ def _launched(environment: Mapping[str, str]) -> bool:
     )
 
 
-def start(processes: Processes | None) -> None:
-    """Joins the processes, once and before any device is touched. The first alone prints on stdout from then on.
+def start(processes: Processes | None, *, stopped_code: int | None = None) -> None:
+    """Joins the processes, once and before any device is touched. The first alone prints on stdout from then on, and
+    what ends one of them ends all (`_ties`).
 
     Args:
       processes: how they find each other; None: there is one, and nothing is done.
+      stopped_code: exit code after a signal; None: 128 and its number.
 
     Raises:
       ValueError: jax finds no cluster around this process.
@@ -89,7 +91,7 @@ def start(processes: Processes | None) -> None:
         return
     import jax  # a command line that asks for help does not load it
 
-    from jaxalign import _hosts
+    from jaxalign import _hosts, _signals, _ties
 
     if jax.distributed.is_initialized():
         return
@@ -101,7 +103,11 @@ def start(processes: Processes | None) -> None:
             "distributed: expected a process of Slurm, Open MPI, Cloud TPU or Kubernetes, or --coordinator HOST:PORT "
             f"--num-processes N --process-id I, found neither ({error})"
         ) from error
+    _signals.again()
     _hosts.say_once()
+    if _hosts.count() > 1:
+        _ties.choose_code(stopped_code)
+        _ties.join(coordinator)
 
 
 def label() -> str:
@@ -111,3 +117,36 @@ def label() -> str:
     from jaxalign import _hosts
 
     return _hosts.label()
+
+
+def claim() -> None:
+    """Called before this process tells why it ends: of several it waits here for its end where that is told already."""
+    if label():
+        from jaxalign import _ties
+
+        _ties.claim()
+
+
+def gone() -> str:
+    """What there is to say about another process of the run that is gone, which shared computations fail of; "" where
+    there is none."""
+    if not label():
+        return ""
+    from jaxalign import _ties
+
+    return _ties.gone()
+
+
+def leave() -> None:
+    """Tells the other processes that this one is done."""
+    if label():
+        from jaxalign import _ties
+
+        _ties.leave()
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process of several with an exit code, process 0 last."""
+    from jaxalign import _ties
+
+    _ties.end(code)

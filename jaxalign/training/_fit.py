@@ -106,8 +106,8 @@ def fit(
         raise ValueError(f"state: expected a field step [], as training.create makes it, found {type(state).__name__}")
     position = position or {}
     with contextlib.ExitStack() as stack:
-        several = _hosts.count() > 1  # jax takes TERM then, and settles the step
-        stack.enter_context(_signals.deferred(on=not several))
+        several = _hosts.count() > 1
+        stack.enter_context(_signals.deferred())
         manager = stack.enter_context(checkpoints.opened(out / "checkpoints", keep=keep)) if out else None
         restored = checkpoints.restore(manager, state, position) if manager else None
         start = int(_hosts.host_value(taken)) if restored is None else restored[1]
@@ -138,6 +138,7 @@ def fit(
         pending: tuple[int, Mapping[str, jax.Array], _Counts] | None = None
         done, stop, ended = start, False, False
         place_of = None if out is None else out.stat().st_ino
+        answer: Callable[[], bool] = lambda: False  # noqa: E731
         read = True  # whether the metrics of all steps but the last have been read
 
         def save_all() -> None:
@@ -160,7 +161,10 @@ def fit(
                     read = False
                     stop, read = reader.read(*before), True
                     bar.update(1)
-                asked = _asked(done)
+                asked = _signals.asked() > 0
+                if several:  # all stop after the same step: that at which they know what each knew a step ago
+                    known, answer = answer, _hosts.begin_any(asked)
+                    asked = known()
                 ended, stop = ended or asked, stop or asked
                 if stop or done % save_every == 0 or done == steps:
                     now, pending, read = pending, None, False
@@ -176,7 +180,7 @@ def fit(
             checkpoints.finish(manager)
         if ended and done < steps:
             print(f"{stage}: stopped at step {done} of {steps}, saved; the same command goes on from here", flush=True)
-            _signals.stop(told=True, number=signal.SIGTERM if several else 0)
+            _signals.stop(told=True, number=_signals.asked() or signal.SIGTERM)
         return state
 
 
@@ -184,15 +188,6 @@ def _check_there(out: pathlib.Path | None, number: int | None, stage: str) -> No
     """FileNotFoundError where a run folder has been removed; a save that was under way may have made it again."""
     if out is not None and not (out.is_dir() and out.stat().st_ino == number):
         raise FileNotFoundError(f"out: {out} is gone: it was removed while {stage} wrote to it") from None
-
-
-def _asked(step: int) -> bool:
-    """Whether the run is to stop after so many steps: all processes after the same, whichever got the signal."""
-    if _hosts.count() == 1:
-        return _signals.asked()
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.reached_preemption_sync_point(step))
 
 
 def _save_before(

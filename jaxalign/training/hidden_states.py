@@ -29,7 +29,8 @@ def stored_states(
     """Reads the base's hidden states of rows from a folder, after computing the shards that it lacks.
 
     Args:
-      folder: shards NNNNN.npy, each whole or absent, and stamp.json, which names the base and the rows.
+      folder: shards NNNNN.npy, each whole or absent and with its digest beside it, and stamp.json, which names the base
+        and the rows.
       lm: the base.
       params: its parameters.
       rows: the texts.
@@ -40,7 +41,8 @@ def stored_states(
       For each row its real tokens' states [length,D] in the model's type; the arrays lie on disk (np.memmap).
 
     Raises:
-      ValueError: states of another base, other rows or another type.
+      ValueError: states of another base, other rows or another type; a shard that is damaged or not finite; a base
+        whose states are not.
     """
     stamp = {"base": _digest(params), "rows": batches.fingerprint(rows), "dtype": str(lm.dtype), "shard": SHARD}
     paths = [folder / f"{k:05d}.npy" for k in range(-(-len(rows) // SHARD))]
@@ -92,14 +94,22 @@ def with_states(collate: Collate, states: Sequence[np.ndarray]) -> Callable[[lis
 
 
 def _mapped(path: pathlib.Path, rows: int, dtype: Any) -> np.ndarray:
-    """The states of a shard, on disk. ValueError for a damaged file."""
+    """The states of a shard, on disk. ValueError for a damaged file, and for NaN and infinities."""
+    _io.check_digest(path, then="remove that file")
     found: np.ndarray | None = None
     with contextlib.suppress(ValueError, EOFError, OSError):
         found = np.load(path, mmap_mode="r").view(dtype)
     if found is None or len(found) != rows:
         length = "a damaged file" if found is None else len(found)
         raise ValueError(f"states: expected those of {rows} tokens, found {length} in {path}; remove that file")
+    if not _finite(found):
+        raise ValueError(f"states: expected finite numbers, found others in {path}; remove that file")
     return found
+
+
+def _finite(states: np.ndarray) -> bool:
+    """Whether all numbers are, part by part: the whole of a shard need not be in memory."""
+    return all(np.isfinite(part.astype(np.float32)).all() for part in np.array_split(states, len(states) // 4096 + 1))
 
 
 def _write(
@@ -117,8 +127,15 @@ def _write(
         hidden = np.asarray(read(params, batch["tokens"], batch["mask"]))
         parts.append(hidden[: len(part)][batch["mask"][: len(part)]])
     whole = np.concatenate(parts)
+    if not _finite(whole):
+        raise ValueError(
+            f"states: expected finite numbers of the base, found others for rows of {path.name}; its weights are not "
+            "finite, or its type is too narrow for them (--dtype)"
+        )
     with _io.whole_file(path) as sink:  # as plain bits: numpy's format does not know bfloat16
         np.save(sink, whole.view(f"u{whole.itemsize}"))
+        sink.flush()
+        _io.write_text(_io.sidecar(path), _io.file_digest(_io.temporary_name(path)) + "\n")
 
 
 def _digest(params: Params) -> str:

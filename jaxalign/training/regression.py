@@ -128,12 +128,15 @@ def collating(max_length: int) -> Callable[[list[Group]], dict[str, np.ndarray]]
 
 
 class Pool(NamedTuple):
-    """All responses that are learned from."""
+    """Scored responses."""
 
     responses: list[Response]
     """R of them."""
     log_ratio: np.ndarray
-    """[rounds,R], of each policy that drew to the base [nats]; the base's own are 0."""
+    """[rounds,R], of each policy that drew to the base [nats]; 0 of the base itself, of prompts for which a policy did
+    not draw, and of responses that are not learned from."""
+    kept: np.ndarray
+    """[R] bool, those that are learned from."""
 
 
 def pool_of(own: Sequence[Any], fresh: Sequence[Any]) -> Pool:
@@ -141,7 +144,7 @@ def pool_of(own: Sequence[Any], fresh: Sequence[Any]) -> Pool:
     found = [
         Response(x.row, x.response, x.reward, 0, is_own) for rows, is_own in ((own, True), (fresh, False)) for x in rows
     ]
-    return Pool(found, np.zeros((1, len(found))))
+    return Pool(found, np.zeros((1, len(found))), np.ones(len(found), bool))
 
 
 def samples_of(responses: Sequence[Response]) -> Samples:
@@ -154,20 +157,45 @@ def samples_of(responses: Sequence[Response]) -> Samples:
     )
 
 
+def beside_draws(responses: Sequence[Response], seed: int) -> np.ndarray:
+    """Gives the responses that a round learns from: all that policies drew, and beside them as many of the base's.
+
+    The base's samples are many times the draws of a round, and a round has time for a part of them all: dealt out
+    evenly, most of the draws would never be learned from.
+
+    Args:
+      responses: R of them.
+      seed: of the choice among the base's.
+
+    Returns:
+      [R] bool. Of a prompt for which policies drew, no more of the base's than of theirs, chosen at random; of any
+      other all.
+    """
+    by_policy = np.asarray([r.round > 0 for r in responses])
+    rows = np.asarray([r.row for r in responses])
+    most = np.bincount(rows[by_policy], minlength=rows.max() + 1)
+    places = np.flatnonzero(~by_policy & (most[rows] > 0))
+    kept, taken = np.ones(len(rows), bool), np.zeros_like(most)
+    for i in np.random.default_rng(seed).permutation(places):
+        taken[rows[i]] += 1
+        kept[i] = taken[rows[i]] <= most[rows[i]]
+    return kept
+
+
 def mixture_weights(pool: Pool) -> np.ndarray:
     """Gives pi_ref(y) over the mixture of the policies that drew for its prompt, in the shares in which they drew.
 
     Args:
-      pool: the responses.
+      pool: the responses, of which those that are learned from make up the shares.
 
     Returns:
-      [R], at most `LARGEST_WEIGHT`; 1 where the base alone drew.
+      [R], at most `LARGEST_WEIGHT`; 1 where the base alone drew. It says nothing of those that are not learned from.
 
     Source: the balance heuristic (Veach and Guibas, 1995).
     """
     rows, rounds = np.asarray([r.row for r in pool.responses]), np.asarray([r.round for r in pool.responses])
     drawn = np.zeros((len(pool.log_ratio), rows.max() + 1))
-    np.add.at(drawn, (rounds, rows), 1)
+    np.add.at(drawn, (rounds, rows), pool.kept)
     with np.errstate(divide="ignore"):
         share = np.log(drawn / drawn.sum(axis=0))[:, rows]
     log_mixture = np.logaddexp.reduce(share + pool.log_ratio, axis=0)
@@ -175,7 +203,11 @@ def mixture_weights(pool: Pool) -> np.ndarray:
 
 
 def groups_of(
-    options: RegressionOptions, pool: Pool, prompts: Sequence[encoded.Prompt], table: np.ndarray, beta: float
+    options: RegressionOptions,
+    pool: Pool,
+    prompts: Sequence[encoded.Prompt],
+    table: np.ndarray,
+    beta: float,
 ) -> tuple[list[Group], dict[str, Any]]:
     """Makes the rows of an optimizer step, a response each, or with centred --group of a prompt.
 
@@ -187,13 +219,16 @@ def groups_of(
       beta: KL weight.
 
     Returns:
-      (groups, figures): left_over, responses of which no whole group could be made; tied_prompts; truncated_weights.
+      (groups, figures): left_out, samples of the base that stand back (`beside_draws`); left_over, responses of which
+      no whole group could be made; tied_prompts; truncated_weights; floored_targets.
     """
+    # Targets know of all the base's samples: the posterior of log Z is of them.
     found = regression_targets.targets(options, beta, table, samples_of(pool.responses))
+    kept = pool.kept
     weight, size = mixture_weights(pool), options.group if options.normaliser == "centred" else 1
     by_prompt: dict[int, list[int]] = {}
-    for i, response in enumerate(pool.responses):
-        by_prompt.setdefault(response.row, []).append(i)
+    for i in np.flatnonzero(kept):
+        by_prompt.setdefault(pool.responses[i].row, []).append(int(i))
     groups = []
     for row, places in by_prompt.items():
         for first in range(0, len(places) - size + 1, size):
@@ -201,10 +236,11 @@ def groups_of(
             made = [pool.responses[i].tokens for i in part]
             each = [float(found.target[i]) for i in part], [float(weight[i]) for i in part]
             groups.append(Group(prompts[row].tokens, made, *each))
-    figures = {"left_over": len(pool.responses) - size * len(groups), "tied_prompts": found.tied}
+    figures = {"left_out": int((~kept).sum()), "left_over": int(kept.sum()) - size * len(groups)}
     figures |= {
-        "truncated_weights": int((weight >= LARGEST_WEIGHT).sum()),
-        "floored_targets": int((found.target < losses.LOWEST_TARGET).sum()),
+        "tied_prompts": found.tied,
+        "truncated_weights": int((weight[kept] >= LARGEST_WEIGHT).sum()),
+        "floored_targets": int((found.target[kept] < losses.LOWEST_TARGET).sum()),
     }
     return groups, figures
 

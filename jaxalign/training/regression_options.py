@@ -23,7 +23,7 @@ class RegressionOptions:
     --beta, bon_fp:N and won_fp:N."""
     target_kl: float = 0.0
     """KL of the policy to its base [nats]: beta is the one at which that is the mean over tables of this size; one
-    correction follows where the KL that is measured is off by more than a tenth. Or --beta."""
+    correction follows, on fresh draws, where the KL that is measured is off by more than a tenth. Or --beta."""
     beta: float = 0.0
     """KL weight [units of the transformed reward per nat], in place of --target-kl."""
     bound: float = 0.0
@@ -41,10 +41,10 @@ class RegressionOptions:
     group: int = 4
     """With centred: responses of a prompt that come together, at least 2."""
     refresh: int = 1
-    """Rounds. Before each but the first the policy draws, and learns from these responses too, weighted by the base
-    over the mixture of all policies that drew, at most 20."""
+    """Rounds. Before each but the first the policy draws. It then learns from all draws so far and from as many of the
+    base's samples, weighted by the base over the mixture of all that drew, at most 20."""
     refresh_samples: int = 8
-    """Responses to each prompt that a round draws."""
+    """Responses to each prompt that a round, or a correction of beta, draws."""
     check_every: int = 50
     """Optimizer steps between readings of the loss on held-out prompts, whose best parameters are kept."""
     patience: int = 4

@@ -83,15 +83,15 @@ def smoothed_log(samples: int) -> infalign.Transform:
 
 
 def run_rounds(task: Task, pool: regression.Pool) -> tuple[Params, job.Data, dict[str, Any]]:
-    """Fits, draws and fits again, as many rounds as --refresh says, and corrects beta once.
+    """Fits, draws and fits again, as many rounds as --refresh says, and corrects beta once, on fresh draws.
 
     Args:
       task: what all rounds share.
       pool: the base's samples.
 
     Returns:
-      (what was trained, its rows, figures): beta, rounds' steps and counts, KL and win rate of draws to prompts that
-      were trained on and to held-out ones.
+      (what was trained, its rows, figures): beta, rounds' steps and counts, drawn, how many responses of policies were
+      learned from, KL and win rate of further draws to prompts that were trained on and to held-out ones.
     """
     options, samples = task.options, task.table.shape[1]
     beta, trained = beta_of(options, samples), first_parameters(task)
@@ -112,10 +112,14 @@ def run_rounds(task: Task, pool: regression.Pool) -> tuple[Params, job.Data, dic
         print(
             f"regress: KL {measured['kl_train']:.3f}, asked {options.target_kl:g}: beta {beta:.4g} to {corrected:.4g}"
         )
+        # Samples of the base do not show where the policy went beyond them.
+        drew.append(jax.tree.map(jnp.array, trained))
+        pool = refreshed(task, pool, drew)
         trained, data, found = fit_round(task, pool, trained, corrected, folder_of(task, "correction"), share=0.5)
         figures |= {f"{name}_correction": value for name, value in found.items()}
         measured = measure(task, trained)
-    return trained, data, figures | measured
+    drawn = sum(response.round > 0 for response in pool.responses)
+    return trained, data, figures | {"drawn": drawn} | measured
 
 
 def folder_of(task: Task, name: str) -> pathlib.Path:
@@ -267,12 +271,16 @@ def refreshed(task: Task, pool: regression.Pool, drew: Sequence[Params]) -> regr
       drew: what was trained when each round's responses were drawn; the last of them draws now.
 
     Returns:
-      The pool with --refresh-samples more to each prompt that is trained on, and with all log-ratios.
+      The pool with --refresh-samples more to each prompt that is trained on, of which a round learns from
+      `regression.beside_draws`, with the log-ratios of all policies that drew.
     """
-    found = draw(task, drew[-1], split_rows(task)[0], samples=task.options.refresh_samples, number=len(drew))
-    # The new policy reads all responses, those before it the new ones alone.
-    news = [log_ratios(task, params, found.responses) for params in drew]
-    own = np.concatenate([log_ratios(task, drew[-1], pool.responses), news[-1]])
-    zeros = np.zeros(len(found.responses))
-    earlier = np.concatenate([pool.log_ratio, np.stack([zeros, *news[:-1]])], axis=1)
-    return regression.Pool([*pool.responses, *found.responses], np.concatenate([earlier, own[None]]))
+    rows = split_rows(task)[0]
+    found = draw(task, drew[-1], rows, samples=task.options.refresh_samples, number=len(drew))
+    responses = [*pool.responses, *found.responses]
+    kept = regression.beside_draws(responses, task.job.config.run.seed)
+    asked = set(rows)
+    read = np.flatnonzero(kept & np.asarray([r.row in asked for r in responses]))
+    log_ratio = np.zeros((len(drew) + 1, len(responses)))
+    for number, params in enumerate(drew, 1):
+        log_ratio[number, read] = log_ratios(task, params, [responses[i] for i in read])
+    return regression.Pool(responses, log_ratio, kept)

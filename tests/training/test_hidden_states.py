@@ -56,3 +56,30 @@ def test_states_of_another_base_or_other_rows_are_refused(tmp_path):
         states.stored_states(folder, lm, params, ROWS[:-1], COLLATE, size=4)
     with pytest.raises(ValueError, match="states: expected those of this run's base"):
         states.stored_states(folder, lm, jax.tree.map(lambda x: x * 1.01, params), ROWS, COLLATE, size=4)
+
+
+def test_states_that_are_not_finite_or_not_as_written_are_named(tmp_path):
+    lm, params = tiny_lm(0, max_length=64)
+    folder, path = tmp_path / "states", tmp_path / "states/00000.npy"
+    read = lambda params: states.stored_states(folder, lm, params, ROWS, COLLATE, size=4)  # noqa: E731
+    broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(np.nan), params)
+    with pytest.raises(
+        ValueError, match=r"^states: expected finite numbers of the base, found others for rows of 00000"
+    ):
+        read(broken)
+    assert not path.exists()
+    (folder / "stamp.json").unlink()
+    read(params)
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=rf"^00000\.npy: expected the file as it was written, .* {path}; remove that"):
+        read(params)
+    (folder / ".00000.npy.blake2b").unlink()  # as one from before there were digests
+    read(params)
+    whole[-4:] = np.float32(np.inf).tobytes()
+    path.write_bytes(whole)
+    with pytest.raises(
+        ValueError, match=rf"^states: expected finite numbers, found others in {path}; remove that file"
+    ):
+        read(params)

@@ -99,12 +99,18 @@ def check_fits(path: str | pathlib.Path, mesh: jax.sharding.Mesh | None, *, name
 
 @contextlib.contextmanager
 def stored(
-    path: str | pathlib.Path, *, base: str | pathlib.Path | None = None, dtype: DTypeLike = "float32"
+    path: str | pathlib.Path,
+    *,
+    base: str | pathlib.Path | None = None,
+    dtype: DTypeLike = "float32",
+    check_finite: bool | None = None,
 ) -> Iterator[tuple[LanguageModel, Params]]:
     """Opens a model's folder, an adapter's too, without reading its arrays.
 
     Args:
       path, base, dtype: as in `load`.
+      check_finite: whether NaN and infinities raise when an array is read; None: in files that this library has not
+        written.
 
     Returns:
       A context of the model and a tree of `tensors.Stored`, arrays that can stand among the parameters that `save` is
@@ -113,8 +119,8 @@ def stored(
     Raises:
       ValueError: as `load`.
     """
-    source, lm, edits = _opened(path, base=base, dtype=dtype, mesh=None)
-    with tensors.stored_params(source, lm, edits) as found:
+    source, lm, edits = _opened(path, base=base, dtype=dtype, mesh=None, check_finite=check_finite)
+    with tensors.stored_params(source, lm, edits, check_finite=check_finite) as found:
         yield lm, found
 
 

@@ -1,0 +1,119 @@
+"""Connections between the processes of one run: who may join, and what a signal that came elsewhere does. Processes
+that are killed are in `tests.kill_jobs`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from typing import NamedTuple
+
+import jax
+import pytest
+
+from jaxalign import _hosts, _signals, _ties, training
+
+
+@pytest.fixture
+def first_of_two(monkeypatch):
+    """This process as the first of two, without connections."""
+    monkeypatch.setattr(_hosts, "count", lambda: 2)
+    monkeypatch.setattr(_hosts, "index", lambda: 0)
+    yield monkeypatch
+    for link in _ties._links.values():
+        link.close()
+    _ties._links.clear()
+
+
+def line_to(port: int, line: str) -> socket.socket:
+    link = socket.create_connection(("localhost", port), timeout=5)
+    link.sendall(line.encode())
+    return link
+
+
+def test_only_the_processes_of_the_run_are_connected(first_of_two):
+    listener = _ties._listener()
+    port = listener.getsockname()[1]
+    wrong = ["other 1\n", "token 0\n", "token 2\n", "token x\n", "token\n", "t" * 200, "\n"]
+    strangers = [line_to(port, line) for line in wrong]
+    own = line_to(port, "token 1\nbye\n")
+    _ties._accept(listener, "token")
+    assert list(_ties._links) == [1]
+    for link in strangers:
+        with contextlib.suppress(ConnectionResetError):  # what it said after the line is not read
+            assert link.recv(1) == b""
+    assert _ties._links[1].recv(4) == b"bye\n"
+    assert _ties._links[1].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    for link in (own, *strangers):
+        link.close()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_processes_without_a_way_to_the_first_are_told_of_and_go_on(index, first_of_two, capsys):
+    first_of_two.setattr(_hosts, "index", lambda: index)
+    first_of_two.setattr(_ties, "JOIN", 0.05)
+    nowhere = {"token": "t", "port": 1, "names": ["localhost"]}
+    first_of_two.setattr(_hosts, "from_first", lambda text: text if index == 0 else json.dumps(nowhere))
+    first_of_two.setattr(_hosts, "gather_texts", lambda text: [text, ""])
+    _ties.join("localhost:1")
+    assert not _ties._links
+    told = "note: processes: expected that each can connect to process 0, found one that cannot; a signal ends only"
+    assert capsys.readouterr().err.startswith(told) == (index == 0)
+    assert _ties.gone(5.0) == ""
+    _ties.claim()  # nobody else can
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_of_another_process_ends_this_one_as_its_own_would(number, code, monkeypatch):
+    passed_on: list[int] = []
+    monkeypatch.setitem(_ties._stop, "number", 0)
+    monkeypatch.setattr(_signals, "told", [passed_on.append])
+    with pytest.raises((_signals.Stopped, KeyboardInterrupt)) as found, _signals.handled():  # noqa: PT012
+        threading.Thread(target=_ties._hear, args=(1, "stop", str(int(number)))).start()
+        time.sleep(5)
+    assert _signals.words_of(found.value)[0] == code - 128
+    assert passed_on == []
+    _signals.ask(signal.SIGTERM)  # outside of a job it is left alone
+    with pytest.raises(_signals.Stopped), _signals.handled():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert passed_on == [signal.SIGTERM]
+
+
+def test_a_flag_of_one_process_needs_no_other():
+    assert [_hosts.begin_any(flag)() for flag in (False, True)] == [False, True]
+
+
+class Counter(NamedTuple):
+    """A state that counts its steps."""
+
+    step: jax.Array
+
+
+@pytest.mark.parametrize("own", [0, signal.SIGHUP])
+def test_processes_that_train_stop_after_the_step_at_which_all_know_of_the_signal(own, first_of_two):
+    """A flag that is summed at one step is read at the next: by then the answer is there, and it is the same in all."""
+    flags, read = [], []
+
+    def begin_any(flag: bool):
+        flags.append(flag)
+        answer = any(flags) or len(flags) > 3  # of the other process, later
+        return lambda: (read.append(len(flags)), answer)[1]
+
+    def step(state, batch, frozen):
+        if own and len(flags) == 1:
+            os.kill(os.getpid(), own)
+            time.sleep(0.01)
+        return Counter(state.step + 1), {"loss": jax.numpy.zeros(())}
+
+    first_of_two.setattr(_hosts, "begin_any", begin_any)
+    with pytest.raises(_signals.Stopped) as found:
+        training.fit(step, Counter(jax.numpy.asarray(0)), lambda _: iter([{}] * 9), steps=9, track="none")
+    assert found.value.told
+    assert found.value.code == 128 + (own or signal.SIGTERM)
+    assert flags == ([False, True, True] if own else [False] * 5)
+    assert read == list(range(2, len(flags) + 1))
