@@ -23,6 +23,15 @@ def backend() -> str:
     return "tpu" if os.environ.get(VARIABLE) else jax.default_backend()
 
 
+def memory() -> int | None:
+    """Memory of an accelerator [bytes], as jax says it; None on a CPU, where it is not known, and of devices that are
+    described alone."""
+    if backend() == "cpu" or os.environ.get(VARIABLE):
+        return None
+    found = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return None if found is None else int(found)
+
+
 def environment(topology: str) -> dict[str, str]:
     """The variables of a process that compiles for a topology.
 

@@ -302,6 +302,8 @@ GPU = {
     "training.lora": [{"remat": "full"}, 1, "tokens/s"],
     "decoding.plain": [{"base": "1B"}, 1, "ms/token"],
     "decoding.methods": [{"base": "8B"}, 5, "cost"],
+    "decoding.deterministic": [{"base": "1B"}, 1, "cost"],
+    "leader.gradient": [{}, 1, "ratio"],
     "attention.forms": [{}, 1, "forward and backward ms"],
 }
 

@@ -15,7 +15,9 @@ import pytest
 
 from eval import decode
 from jaxalign import _devices, models, training
-from jaxalign.training import dry_run, states
+from jaxalign.data import encoded
+from jaxalign.training import dry_run, rollouts, states
+from jaxalign.training.options import RolloutOptions
 from jaxalign.worlds import opinions
 from tests.conftest import tiny_lm
 from train import arm, calibrate, distil, dpo, reward_model, rl, sft, shaping, value, world
@@ -119,6 +121,15 @@ def test_a_calibration_says_what_its_responses_need(folder, capsys):
     # The reward's weights count, which drawing does not read.
     assert models_too.frozen == 2 * programs.frozen
     assert models_too.total - programs.total >= 0.99 * programs.frozen
+
+
+def test_what_drawing_needs_counts_the_weights_of_a_guide(folder):
+    options = RolloutOptions(base=str(folder / "base"), prompts="", reward=GOLD, max_new_tokens=4)
+    given = {"dtype": "float32", "stage": "value", "mesh": ""}
+    prompts = [encoded.Prompt("", [1, 2])]
+    alone, guided = (rollouts.tell_memory(options, prompts, guide=g, **given) for g in ("", str(folder / "base")))
+    assert guided.frozen == 2 * alone.frozen
+    assert guided.total - alone.total == alone.frozen
 
 
 @pytest.mark.parametrize("name", ["sft", "sft in parts"])

@@ -26,6 +26,11 @@ def test_temporaries_of_steps_on_frozen_weights_do_not_grow_by_the_layers_matric
     on_devices("from tests import on_layers; on_layers.main()", 8)
 
 
+@needs_jit
+def test_steps_over_tokens_put_each_matrix_together_in_their_loop():
+    on_devices("from tests import on_tokens; on_tokens.main()", 8)
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
 def test_a_model_is_read_and_written_without_a_second_copy_on_the_host(tmp_path):
     sizes = {"vocab_size": 16384, "hidden_size": 1024, "num_heads": 16, "num_kv_heads": 8, "head_dim": 64}

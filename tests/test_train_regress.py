@@ -11,7 +11,7 @@ import pytest
 
 from jaxalign import decoding, infalign, models, policies, shaping
 from jaxalign.prompts import prompt_batch
-from jaxalign.training import logging, regression, regression_rounds, regression_targets
+from jaxalign.training import dry_run, logging, regression, regression_rounds, regression_targets, rollouts
 from jaxalign.training.regression_options import RegressionOptions, check_regression_options
 from jaxalign.training.regression_targets import Samples
 from tests.conftest import tiny_lm
@@ -245,6 +245,20 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(files, tmp_path, capsys):
     assert ended.value.code == 0
     assert "regress" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_the_rewards_weights_that_score_the_jobs_own_draws(files, tmp_path, monkeypatch):
+    """A table of a program's rewards has none; a model's lie on the devices from the start to the end of the run."""
+    weights = ({"lm_head": jax.ShapeDtypeStruct((1000, 50), jnp.bfloat16)},)
+    known = rollouts.reward_shapes
+    found = []
+    for own in ((), weights):
+        monkeypatch.setattr(rollouts, "reward_shapes", lambda spec, dtype, own=own: (known(spec, dtype=dtype)[0], own))
+        with pytest.raises(dry_run.Told) as told:
+            regress.main(command(files, "--beta", "0.5", "--dry-run", "--out", str(tmp_path / "run")))
+        found.append(told.value.estimate)
+    assert found[1].frozen - found[0].frozen == 2 * 1000 * 50
+    assert found[1].total - found[0].total == 2 * 1000 * 50
 
 
 def test_regression_R9_a_foreign_table_is_refused(files, tmp_path):

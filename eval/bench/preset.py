@@ -40,6 +40,8 @@ BENCHMARKS = {
     "plain-8B": Benchmark("decoding", "decoding.plain", {"base": "8B"}),
     "attention": Benchmark("attention", "attention.forms", {}),
     "methods-1B": Benchmark("decoding", "decoding.methods", {"base": "1B"}),
+    "deterministic-1B": Benchmark("decoding", "decoding.deterministic", {"base": "1B"}),
+    "leader": Benchmark("leader", "leader.gradient", {}),
     "sft-dots": Benchmark("training", "training.sft", {"remat": "dots"}),
     "sft-none": Benchmark("training", "training.sft", {"remat": "none"}),
     "methods-8B": Benchmark("decoding", "decoding.methods", {"base": "8B"}),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxalign._checks import check_rng
-from jaxalign.models import checks, parameters, remat, sharding
+from jaxalign.models import checks, gathering, parameters, remat, sharding
 from jaxalign.models.cache import KeyValue
 from jaxalign.models.cached_passes import CachedPasses
 from jaxalign.models.config import Config, Head
@@ -64,21 +64,30 @@ class LanguageModel(CachedPasses):
       remat: what the backward pass of whole rows keeps of each layer beside its input: "none": all that it reads;
         "dots": the products by weights; "full": nothing, so that each layer runs twice, in the memory of one layer.
         Losses and gradients are the same.
+      gather: where matrices that are split over fsdp are put together. "in_turn": when their layer multiplies by them,
+        in decoding at each token, in the memory of one layer. "ahead": where the compiler likes, which may be ahead of
+        a loop over tokens: faster, and each device then holds all layers, as on a mesh of data alone. "auto": ahead
+        where an accelerator's memory is known and a quarter of it holds them all, else in turn. The numbers are the
+        same. A layer that `remat` computes again is in turn as it is.
 
     Raises:
-      ValueError: another dtype, mesh or remat, a config that is not a `Config`, or sizes that the mesh does not divide.
+      ValueError: another dtype, mesh, remat or gather, a config that is not a `Config`, or sizes that the mesh does not
+        divide.
     """
 
     config: Config
     dtype: DTypeLike = "float32"
     mesh: jax.sharding.Mesh | None = None
     remat: Literal["none", "dots", "full"] = "none"
+    gather: gathering.Gather = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config):
             raise ValueError(f"config: expected a models.Config, found {type(self.config).__name__}")
         if self.remat not in remat.POLICIES:
             raise ValueError(f"remat: expected one of {tuple(remat.POLICIES)}, found {self.remat!r}")
+        if self.gather not in gathering.GATHERS:
+            raise ValueError(f"gather: expected one of {gathering.GATHERS}, found {self.gather!r}")
         # By name: equal models are then equal and hash alike, however the dtype was written.
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         sharding.check_mesh(self.mesh)
@@ -125,7 +134,8 @@ class LanguageModel(CachedPasses):
 
     @property
     def _module(self) -> Transformer:
-        return Transformer(self.config, jnp.dtype(self.dtype), self.mesh, self.remat)
+        in_turn = gathering.is_in_turn(self.gather, self.mesh, functools.partial(_whole_bytes, self))
+        return Transformer(self.config, jnp.dtype(self.dtype), self.mesh, self.remat, in_turn)
 
     @property
     def _head_module(self) -> HeadModule:
@@ -344,6 +354,14 @@ class LanguageModel(CachedPasses):
         checks.widths("hidden", hidden, self.config.hidden_size)
         found: Array = self._head_module.apply({"params": params["head"]}, hidden, tokens, method="after_tokens")
         return found
+
+
+@functools.cache
+def _whole_bytes(lm: LanguageModel) -> int:
+    assert lm.mesh is not None
+    alone = dataclasses.replace(lm, mesh=None)  # whose own parameters ask for no mesh's memory
+    body = {"transformer": jax.eval_shape(alone.init, jax.random.key(0))["transformer"]}
+    return gathering.whole_bytes(body, lm.mesh, lm.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)

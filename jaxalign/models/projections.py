@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxalign.models import sharding
+from jaxalign.models import gathering, sharding
 from jaxalign.models.attention import wide_einsum
 from jaxalign.types import Array
 
@@ -20,12 +20,13 @@ class Projection(nn.Module):
     """x·W (+ bias), and the term of a low-rank adapter where the collection "lora" holds one (`models.lora`).
 
     W [in, *out] has the axes of its columns (`families.fused_shape`), by which it is placed on devices; the bias is
-    flat. It is one product of two matrices all the same."""
+    flat. It is one product of two matrices all the same. in_turn: W is put together once x is there."""
 
     features: tuple[int, ...]
     use_bias: bool
     dtype: Any
     mesh: Mesh | None
+    in_turn: bool = False
 
     @nn.compact
     def __call__(self, x: Array, start: int = 0, stop: int | None = None) -> Array:
@@ -38,6 +39,8 @@ class Projection(nn.Module):
         shape = (x.shape[-1], *self.features)
         kernel = part(self.param("kernel", initial_kernel, shape, self.dtype)).astype(self.dtype)
         axes = sharding.logical_axes("/".join(("transformer", *self.path, "kernel")))
+        if self.in_turn:
+            kernel, x = gathering.in_turn(kernel, x)
         kernel = sharding.hold(kernel, self.mesh, *axes, gather=("fsdp",))
         x = x.astype(self.dtype)
         y = by_rows(lambda flat: columns_of(flat, kernel, split=sharding.is_split(self.mesh, "tensor")), x)

@@ -49,12 +49,14 @@ class Attention(nn.Module):
     rope: Rope | None
     dtype: Any
     mesh: Mesh | None = None
+    in_turn: bool = False
 
     def setup(self) -> None:
         c = self.config
         self.group = c.num_heads // c.num_kv_heads
-        self.qkv = Projection((c.num_kv_heads, self.group + 2, c.head_dim), c.qkv_bias, self.dtype, self.mesh)
-        self.out = Projection((c.hidden_size,), c.out_bias, self.dtype, self.mesh)
+        place = self.dtype, self.mesh, self.in_turn
+        self.qkv = Projection((c.num_kv_heads, self.group + 2, c.head_dim), c.qkv_bias, *place)
+        self.out = Projection((c.hidden_size,), c.out_bias, *place)
         if c.qk_norm:
             self.q_norm = norm(c.block, c.norm_eps, self.dtype)
             self.k_norm = norm(c.block, c.norm_eps, self.dtype)
@@ -171,10 +173,12 @@ class Layer(nn.Module):
     rope: Rope | None
     dtype: Any
     mesh: Mesh | None = None
+    in_turn: bool = False
 
     def setup(self) -> None:
         c, block = self.config, self.config.block
-        self.attention = Attention(c, self.window, self.rope, self.dtype, self.mesh)
+        place = self.dtype, self.mesh, self.in_turn
+        self.attention = Attention(c, self.window, self.rope, *place)
         if block.has_attention_norm:
             self.attention_norm = norm(block, c.norm_eps, self.dtype)
         if block.has_mlp_norm:
@@ -186,8 +190,8 @@ class Layer(nn.Module):
             sizes = (c.hidden_size, c.intermediate_size)
             self.experts = ExpertMLP(block.experts, *sizes, block.activation, self.dtype, self.mesh)
         else:
-            self.gate_up = Projection((1 + block.gated, c.intermediate_size), c.mlp_bias, self.dtype, self.mesh)
-            self.down = Projection((c.hidden_size,), c.mlp_bias, self.dtype, self.mesh)
+            self.gate_up = Projection((1 + block.gated, c.intermediate_size), c.mlp_bias, *place)
+            self.down = Projection((c.hidden_size,), c.mlp_bias, *place)
 
     def before(self, x: Array) -> Array:
         """What attention reads of the residual stream."""
@@ -237,9 +241,9 @@ class Layer(nn.Module):
         return self.after(x, mixed), cache
 
 
-def layer_of(config: Config, i: int, dtype: Any, mesh: Mesh | None) -> Layer:
+def layer_of(config: Config, i: int, dtype: Any, mesh: Mesh | None, in_turn: bool = False) -> Layer:
     """Layer i of a model, under its name."""
-    return Layer(config, config.window(i), config.layer_rope(i), dtype, mesh, name=f"layer_{i}")
+    return Layer(config, config.window(i), config.layer_rope(i), dtype, mesh, in_turn, name=f"layer_{i}")
 
 
 class OneLayer(nn.Module):
@@ -282,6 +286,7 @@ class Transformer(nn.Module):
     dtype: Any
     mesh: Mesh | None = None
     remat: str = "none"
+    in_turn: bool = False
 
     def setup(self) -> None:
         c = self.config
@@ -291,7 +296,7 @@ class Transformer(nn.Module):
         if c.block.learned_positions:
             rows = c.max_length + c.block.position_offset
             self.positions = self.param("positions", nn.initializers.normal(0.02), (rows, c.hidden_size), self.dtype)
-        self.layers = [layer_of(c, i, self.dtype, self.mesh) for i in range(c.num_layers)]
+        self.layers = [layer_of(c, i, self.dtype, self.mesh, self.in_turn) for i in range(c.num_layers)]
         self.norm = norm(c.block, c.norm_eps, self.dtype)
         if not c.tie_embeddings and not (c.head is not None and c.head.kind == "reward"):
             self.lm_head = self.param(

@@ -123,6 +123,7 @@ def estimate(
     *,
     mesh: jax.sharding.Mesh | None,
     flops: float,
+    beside: Params = None,
 ) -> Estimate:
     """Compiles a step and reads what it needs of the compiled program.
 
@@ -132,25 +133,25 @@ def estimate(
       batch: leaves [A,b,...].
       mesh: of devices that they would lie on.
       flops: operations of the step.
+      beside: parameters that the devices hold and the step does not read; they count as frozen.
 
     Returns:
       The figures of one device.
     """
-    state, frozen = abstract((state, frozen), mesh)
+    state, frozen, beside = abstract((state, frozen, beside), mesh)
     rows = None if mesh is None else sharding.batch_sharding(mesh, ahead=1)
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=rows), batch)
     memory = cast(Any, planned(cast(Any, step).lower(state, given, frozen)).memory_analysis())
     devices = 1 if mesh is None else mesh.size
     tokens = sum(math.prod(x.shape) for x in _tokens(given))
-    arguments = bytes_of(
-        (state, given, frozen)
-    )  # the compiler's own count leaves out those that the step does not read
+    # The compiler's own count leaves out those that the step does not read.
+    arguments = bytes_of((state, given, frozen, beside))
     total = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Estimate(
         devices=devices,
         parameters=bytes_of(state.params),
         optimizer=bytes_of(state.opt_state),
-        frozen=bytes_of(frozen),
+        frozen=bytes_of((frozen, beside)),
         temporaries=memory.temp_size_in_bytes,
         total=total + memory.temp_size_in_bytes,
         flops_per_token=flops / max(tokens, 1),

@@ -47,6 +47,7 @@ def fit_model(
     stage: str,
     out: pathlib.Path,
     frozen: Params = None,
+    beside: Params = None,
     compared: bool = False,
     redraw: Redraw | None = None,
     hooks: Sequence[Hooks] = (),
@@ -64,6 +65,7 @@ def fit_model(
       stage: name of the training in metrics and checkpoints.
       out: the run folder.
       frozen: parameters that the loss takes and that are not trained.
+      beside: parameters that the job holds and no step reads: a dry run counts them.
       compared: whether the weights under an adapter are the reference as well, for the count of operations.
       redraw: what turns a batch into the one that is learned from, by the parameters as they stand; None: nothing.
       hooks: what is called beside the steps.
@@ -83,7 +85,7 @@ def fit_model(
         batch = batches.micro_batches(rows, mesh.accumulate)
         count = flops.counter(started.lm, started.params, frozen, compared=compared)
         size = count(flops.text_lengths(batch))
-        found = dry_run.estimate(step, state, batch, frozen, mesh=devices, flops=size)
+        found = dry_run.estimate(step, state, batch, frozen, mesh=devices, flops=size, beside=beside)
         dry_run.tell(stage, found, memory=mesh.device_memory)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     params = states.owned(started.params, frozen)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jaxalign import models
+from jaxalign import _devices, models
 from jaxalign.models import row_attention, sharding
 from jaxalign.training.options import MeshOptions, Remat
 from jaxalign.types import Params
@@ -65,7 +65,7 @@ def with_remat(
 def _by_memory(
     lm: models.LanguageModel, params: Params, options: MeshOptions, *, texts: int, length: int
 ) -> tuple[Remat, str]:
-    limit = device_bytes()
+    limit = _devices.memory()
     if limit is None:
         return "none", ""
     mesh = sharding.make_mesh(options.mesh)
@@ -77,12 +77,3 @@ def _by_memory(
         return "none", ""
     sizes = [f"{size / 2**30:.1f} GiB" for size in (kept, state, limit)]
     return "full", "by an estimate: layers would keep {}, training state {}, of the device's {}".format(*sizes)
-
-
-def device_bytes() -> int | None:
-    """Memory of an accelerator [bytes], as jax says it; None on a CPU and where it is not known."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return None
-    found = (device.memory_stats() or {}).get("bytes_limit")
-    return None if found is None else int(found)

@@ -174,6 +174,7 @@ def fit_round(
                 stage=task.job.stage,
                 out=folder,
                 frozen=task.frozen,
+                beside=task.reward[1],
                 compared=task.spec is not None,
                 hooks=hooks,
             )

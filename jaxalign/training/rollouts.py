@@ -113,7 +113,7 @@ def _nothing(params: Params, tokens: Array, mask: Array, prompt_length: Array, i
 
 
 def tell_memory(
-    options: RolloutOptions, prompts: Sequence[encoded.Prompt], *, dtype: str, stage: str, mesh: str
+    options: RolloutOptions, prompts: Sequence[encoded.Prompt], *, dtype: str, stage: str, mesh: str, guide: str = ""
 ) -> dry_run.Estimate:
     """Says for a dry run what drawing a batch of responses needs of a device.
 
@@ -123,9 +123,10 @@ def tell_memory(
       dtype: type of the models.
       stage: name of the job.
       mesh: of the devices that draw it, as `sharding.make_mesh` reads it.
+      guide: folder of the head that writes the first tokens, whose weights count; "": none.
 
     Returns:
-      The figures, without operations; a reward's pass is not among them.
+      The figures, without operations; passes of a reward and of a guide are not among them.
 
     Raises:
       ValueError: a mesh that the models do not fit.
@@ -137,18 +138,21 @@ def tell_memory(
     policy, size = policies.language_model(lm), max(options.decode_batch // options.samples, 1)
     rows = dry_run.rows_of_batch([prompt.tokens for prompt in prompts], size)
 
-    def draw(params: Params, rng: Array, batch: TokenBatch) -> Any:
+    def draw(params: Params, rng: Array, batch: TokenBatch, beside: Params) -> Any:
+        del beside  # lies on the devices
         drawn: dict[str, Any] = {"num_samples": options.samples, "max_new_tokens": options.max_new_tokens}
         return decoding.best_of_n(policy, reward, params, rng, batch, eos_ids=lm.config.eos_ids, **drawn).info
 
-    arguments = dry_run.abstract({"policy": base, "reward": params}, devices)
-    held = dry_run.held(jax.jit(draw), arguments, jax.random.key(0), prompt_batch(rows, batch_size=size))
+    head = dry_run.load_shapes(guide, dtype=dtype)[1] if guide else None
+    arguments, beside = dry_run.abstract(({"policy": base, "reward": params}, head), devices)
+    batch = prompt_batch(rows, batch_size=size)
+    held = dry_run.held(jax.jit(draw), arguments, jax.random.key(0), batch, beside)
     number, kind = 1 if devices is None else devices.size, _devices.every()[0].device_kind
     print(f"{stage}: an estimate, by the program compiled for {number} of {kind}; per device:")
     print(
         f"  {size * options.samples} responses at a time: {held / 1e9:.4g} GB, weights included; a reward's pass aside"
     )
-    weights, tokens = dry_run.bytes_of(arguments), size * options.samples * options.max_new_tokens
+    weights, tokens = dry_run.bytes_of((arguments, beside)), size * options.samples * options.max_new_tokens
     return dry_run.Estimate(number, 0, 0, weights, held - weights, held, 0.0, tokens)
 
 
@@ -284,7 +288,8 @@ def roll_out_for(
     config = job.config
     if config.run.dry_run:
         if not options.rollouts:
-            tell_memory(options, prompts, dtype=config.run.dtype, stage=job.stage, mesh=config.mesh.mesh)
+            guide, mesh = "" if rolls_in is None else rolls_in.folder, config.mesh.mesh
+            tell_memory(options, prompts, dtype=config.run.dtype, stage=job.stage, mesh=mesh, guide=guide)
         return longest_rollouts(options, prompts)
     return roll_out(
         options,

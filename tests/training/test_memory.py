@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxalign import models, training
+from jaxalign import _devices, models, training
 from jaxalign.models import log_prob
 from jaxalign.training import memory, objectives, policy_gradient, rl_iteration, states
 from jaxalign.training.options import MeshOptions
@@ -151,9 +151,9 @@ def test_auto_is_full_where_a_device_has_less_than_the_estimate(monkeypatch, cap
     assert [chosen(name) for name in ("none", "dots", "full")] == ["none", "dots", "full"]
     state = memory.STATE_BYTES * sum(x.size for x in jax.tree.leaves(params))
     need = state + memory.kept_bytes(lm, **given)
-    monkeypatch.setattr(memory, "device_bytes", lambda: need)
+    monkeypatch.setattr(_devices, "memory", lambda: need)
     assert chosen("auto") == "none"
-    monkeypatch.setattr(memory, "device_bytes", lambda: need - 1)
+    monkeypatch.setattr(_devices, "memory", lambda: need - 1)
     capsys.readouterr()
     assert chosen("auto") == "full"
     assert "remat: full, by an estimate" in capsys.readouterr().out

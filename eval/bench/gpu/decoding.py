@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxalign import critics, decoding, models, policies, rewards
 from jaxalign.types import TokenBatch
 
+from .. import common
 from .sizes import Row, Rows, Sizes, bandwidth_share, first_and_median, model
 
 Base = Literal["1B", "8B"]
@@ -39,6 +41,37 @@ def plain(sizes: Sizes, base: Base) -> Rows:
             return row | {"share of bandwidth": bandwidth_share(lm, params, each), "cost": 1.0, "compile s": compiling}
 
         yield f"plain, {base}, batch {batch}", measure
+
+
+def deterministic(sizes: Sizes, base: Base) -> Rows:
+    """Sampling in chunks of rows, whose tokens are the same at any batch size, beside plain sampling of the same batch.
+
+    Args:
+      sizes: of the models, the batch and a chunk.
+      base: which of them is sampled.
+
+    Returns:
+      One row: its time over that of plain sampling, both timed in turn ("cost").
+    """
+    lm, params = _base(sizes, base)
+    policy, (batch, chunk) = policies.language_model(lm), sizes.chunks
+    prompts = _prompts(sizes, lm, batch)
+
+    def measure() -> Row:
+        def run(chunk: int | None) -> Any:
+            return jax.block_until_ready(_sample(sizes, policy, params, prompts, chunk))
+
+        begin = time.perf_counter()
+        run(chunk)
+        first = time.perf_counter() - begin
+        both = {"plain": lambda: run(None), "chunks": lambda: run(chunk)}
+        found = common.alternate(both, repeats=sizes.repeats, warmup=2)
+        each = found["chunks"] / sizes.new
+        row = {"base": base, "method": f"deterministic, G = {chunk}", "batch": batch, "tokens/s": batch / each}
+        row |= {"ms/token": 1e3 * each, "cost": found["chunks"] / found["plain"]}
+        return row | {"compile s": max(first - found["chunks"], 0.0)}
+
+    yield f"deterministic, {base}, batch {batch}", measure
 
 
 def methods(sizes: Sizes, base: Base) -> Rows:
@@ -132,6 +165,6 @@ def _prompts(sizes: Sizes, lm: models.LanguageModel, batch: int) -> TokenBatch:
     return TokenBatch(tokens, jnp.ones(tokens.shape, bool))
 
 
-def _sample(sizes: Sizes, policy: Any, params: Any, prompts: TokenBatch) -> Any:
-    rng = jax.random.key(RNG_SEED)
-    return decoding.sample(policy, params, rng, prompts, max_new_tokens=sizes.new, eos_ids=())
+def _sample(sizes: Sizes, policy: Any, params: Any, prompts: TokenBatch, chunk: int | None = None) -> Any:
+    limits: dict[str, Any] = {"max_new_tokens": sizes.new, "eos_ids": (), "deterministic": chunk}
+    return decoding.sample(policy, params, jax.random.key(RNG_SEED), prompts, **limits)

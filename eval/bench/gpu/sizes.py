@@ -48,6 +48,8 @@ class Sizes(NamedTuple):
     """New tokens of a response."""
     batches: tuple[int, ...]
     """Batch sizes of plain sampling."""
+    chunks: tuple[int, int]
+    """Batch size and rows of a chunk of deterministic sampling."""
     candidates: int
     """Candidates of ARGS."""
     samples: int
@@ -83,8 +85,8 @@ def of(tiny: bool) -> Sizes:
     small, large = shapes.SHAPES["Llama-3.2-1B"], shapes.SHAPES["Llama-3.1-8B"]
     if not tiny:
         attention = ((2, 2048), (2, 2047), (1, 8192))
-        return Sizes(small, large, 4, 2048, 128, 128, (1, 8, 64), 10, 16, attention, 5)
-    return Sizes(small | TINY, large | TINY, 2, 9, 3, 2, (1,), 2, 2, ((1, 9),), 1)
+        return Sizes(small, large, 4, 2048, 128, 128, (1, 8, 64), (32, 8), 10, 16, attention, 5)
+    return Sizes(small | TINY, large | TINY, 2, 9, 3, 2, (1,), (4, 2), 2, 2, ((1, 9),), 1)
 
 
 def model(values: dict[str, Any], head: models.Head | None = None) -> models.LanguageModel:

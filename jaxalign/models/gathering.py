@@ -1,0 +1,54 @@
+"""When weights that are split over fsdp are put together: in their layer, or ahead of a loop over tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxalign import _devices
+from jaxalign.models import sharding
+from jaxalign.types import Array, Params
+
+Gather = Literal["auto", "ahead", "in_turn"]
+GATHERS = ("auto", "ahead", "in_turn")
+SHARE_AHEAD = 0.25
+"""Of an accelerator's memory: a model that takes no more may be put together ahead of a loop over tokens."""
+
+
+def in_turn(w: Array, x: Array) -> tuple[Array, Array]:
+    """A weight and what it multiplies, of which the compiler takes neither without the other: the weight is put
+    together from its shards when x is there, not ahead of a loop whose steps change x, and not once for several
+    passes."""
+    w, x = jax.lax.optimization_barrier((w, x))  # both are read: what nobody reads the compiler takes out of it
+    return w, x
+
+
+def is_in_turn(gather: Gather, mesh: Mesh | None, whole: Callable[[], int]) -> bool:
+    """Tells whether each matrix is put together when its layer multiplies by it.
+
+    Args:
+      gather: as `models.LanguageModel` has it.
+      mesh: on which the weights lie.
+      whole: gives the bytes of a device that holds all layers (`whole_bytes`).
+
+    Returns:
+      Never on a mesh that does not split weights over fsdp.
+    """
+    if not sharding.is_split(mesh, "fsdp"):
+        return False
+    if gather != "auto":
+        return gather == "in_turn"
+    memory = _devices.memory()
+    return memory is None or whole() > SHARE_AHEAD * memory
+
+
+def whole_bytes(params: Params, mesh: Mesh, dtype: Any) -> int:
+    """Bytes of a transformer's parameters, arrays or shapes, on a device that has put them together over fsdp."""
+    places = sharding.placements(params, mesh, {**sharding.RULES, "embed": None})
+    sizes = jax.tree.map(lambda x, place: math.prod(place.shard_shape(x.shape)), params, places)
+    return int(sum(jax.tree.leaves(sizes)) * jnp.dtype(dtype).itemsize)
