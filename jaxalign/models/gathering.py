@@ -20,12 +20,22 @@ SHARE_AHEAD = 0.25
 """Of an accelerator's memory: a model that takes no more may be put together ahead of a loop over tokens."""
 
 
+@jax.custom_jvp
 def in_turn(w: Array, x: Array) -> tuple[Array, Array]:
     """A weight and what it multiplies, of which the compiler takes neither without the other: the weight is put
     together from its shards when x is there, not ahead of a loop whose steps change x, and not once for several
     passes."""
     w, x = jax.lax.optimization_barrier((w, x))  # both are read: what nobody reads the compiler takes out of it
     return w, x
+
+
+def _in_turn_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> Any:
+    """The tangents as they are: a barrier of its own would make zeros of those that there are none of, and products of
+    them, such as those by the weights under an adapter."""
+    return in_turn(*primals), tangents
+
+
+in_turn.defjvp(_in_turn_jvp, symbolic_zeros=True)
 
 
 def is_in_turn(gather: Gather, mesh: Mesh | None, whole: Callable[[], int]) -> bool:
