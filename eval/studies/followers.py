@@ -4,7 +4,8 @@
 are made as its first two stages make them. Three small transformers lead, each trained by train.shaping through another
 follower: the closed form on roll-outs of the base, the base tilted token by token, and a policy that takes a few
 gradient steps on roll-outs. On held-out prompts all three followers answer each of them. The world's program is the
-utility; intervals are over prompts, and gains over the base are paired. Leaders are kept in RUN/followers.
+utility; intervals are over prompts, and gains over the base are paired. Leaders are kept in RUN/followers, by whose
+options a later start has to go on. Minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Config(common.Options):
 
     run: str = "runs/quickstart"
     """Folder of a train.quickstart, or where its first two stages are to be made."""
-    prompts: int = 192
+    prompts: int = 96
     """Prompts that the leaders are trained on."""
-    samples: int = 16
+    samples: int = 8
     """Roll-outs, or draws, of each prompt."""
     layers: int = 1
     """Of a leader."""
@@ -46,13 +47,13 @@ class Config(common.Options):
     """Of its reward [units of reward]."""
     beta: float = 1.0
     """KL weight of the followers [units of reward per nat]."""
-    candidates: int = 16
+    candidates: int = 8
     """Next tokens that the follower by tokens weighs."""
-    steps: int = 60
+    steps: int = 16
     """Steps of each leader."""
     batch: int = 8
     """Prompts of a step."""
-    rate: float = 1e-3
+    rate: float = 3e-3
     """Learning rate."""
     follower_steps: int = 16
     """Gradient steps of the trained follower."""
