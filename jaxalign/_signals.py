@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -92,6 +93,11 @@ def _again() -> None:
     timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
     timer.daemon = True
     timer.start()
+
+
+def at_end() -> None:
+    """Has Ctrl-C end this process without a word once the interpreter is ending: the job is done."""
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def again() -> None:

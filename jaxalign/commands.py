@@ -240,6 +240,7 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         hint = "" if debug else " (--debug shows the traceback)"
         _say(f"error: {processes.label()}{lost or f'{kind}{words}{hint}'}")
         _end(USAGE if usage else FAILED)
+    _signals.at_end()
     sys.exit(0)
 
 

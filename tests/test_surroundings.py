@@ -195,10 +195,20 @@ os.kill(os.getpid(), signal.{name})
 """
 
 
+AT_THE_END = """
+import atexit, os, signal, time
+from jaxalign import commands
+atexit.register(time.sleep, 0.01)  # the handler of Python runs here
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+commands.execute(lambda words: None, [])
+"""
+
+
 @pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize(
     ("program", "code", "told"),
     [
+        (AT_THE_END, -signal.SIGINT, ""),
         (AT_ONCE, 130, "\nstopping: what is at hand is saved first; a second Ctrl-C ends at once\n"),
         (AT_START.format(name="SIGTERM"), 143, "stopped by SIGTERM before anything was done; the same command begins"),
         (AT_START.format(name="SIGINT"), 130, "interrupted before anything was done; the same command begins again\n"),
