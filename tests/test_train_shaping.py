@@ -122,6 +122,7 @@ def test_bad_options_are_named(extra, match, files, tmp_path):
     with pytest.raises(ValueError, match=match):
         shaping.main([*command(files, "reward_model"), *extra, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run/model").exists()
+    assert not (tmp_path / "run/rollouts").exists()  # nothing is drawn before
 
 
 def test_four_devices_and_accumulation_give_the_losses_of_one(files, tmp_path):

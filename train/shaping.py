@@ -89,6 +89,7 @@ def run(config: Config) -> dict[str, Any]:
     head = lambda config: models.Head("reward", bound=bound, pooling=config.reward_pooling)  # noqa: E731
     started = job.start(head, texts_per_row=texts, trained=adapter is None)
     prompts = read(format_of(config.text, started.tokenizer)).rows
+    shaping_data.check_held_out(prompts, validation=config.rows.validation, seed=config.run.seed)
     found = rollouts.roll_out_for(job, config.rollouts, prompts, started)
     data = job.split(encoded.Loaded(shaping_data.prompt_groups(found), 0, []))
     if options.amortise:

@@ -73,6 +73,23 @@ def check_shaping_options(options: ShapingOptions, rolled: RolloutOptions, adapt
         raise ValueError(f"samples: expected at least 2 roll-outs to weigh against each other, found {rolled.samples}")
 
 
+def check_held_out(prompts: Sequence[encoded.Prompt], *, validation: float, seed: int) -> None:
+    """Checks, before anything is drawn, that there will be prompts to measure on.
+
+    Args:
+      prompts: all of them.
+      validation: share that is held out.
+      seed: of the split.
+
+    Raises:
+      ValueError: fewer than two held-out prompts.
+    """
+    rows = [PromptGroup(prompt.tokens, [], []) for prompt in prompts]
+    held_out = preferences.split_by_prompt(rows, fraction=validation, seed=seed)[1] if validation else []
+    if len(held_out) < 2:
+        raise ValueError(f"validation: expected at least 2 held-out prompts, found {len(held_out)} of {len(rows)}")
+
+
 def prompt_groups(found: list[rollouts.Rollout]) -> list[PromptGroup]:
     """Makes a row of each prompt from all its roll-outs."""
     return [
