@@ -302,3 +302,24 @@ def test_sizes_that_would_fill_any_memory_are_refused_at_once():
             decoding_options.check_options(
                 decoding_options.DecodeOptions(model="m", prompts="p", out="o", **{name: 10**8})
             )
+
+
+LONG = "9" * 5000
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+LONG_VALUES = {
+    "score": {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": LONG + "x", "score_rejected": 1},
+    "label": {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": int("9" * 200)},
+    "cut": {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_truncated": LONG},
+    "winner": {"conversation_a": CHAT, "conversation_b": CHAT, "winner": LONG},
+    "role": {"messages": [{"role": LONG, "content": "a"}]},
+}
+
+
+@pytest.mark.parametrize("name", LONG_VALUES)
+def test_a_value_of_thousands_of_letters_is_named_by_its_first(name, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(LONG_VALUES[name]) + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: expected .*, found ") as found:
+        data.read_examples(path) if name == "role" else data.read_pairs(path)
+    assert "99999" in str(found.value)
+    assert len(str(found.value)) < 700

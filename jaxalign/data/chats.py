@@ -66,7 +66,7 @@ def read_chat(value: Any, field: str) -> Chat:
         if not isinstance(role, str):
             raise RowError("messages", f"{form}, found fields {sorted(fields)!r:.500} in {where}")
         if role.strip().lower() not in ROLES:
-            raise RowError("role", f"expected a role among {', '.join(ROLES)}, found {role!r} in {where}")
+            raise RowError("role", f"expected a role among {', '.join(ROLES)}, found {role!r:.200} in {where}")
         content = fields.get("content", fields.get("value"))
         if content is None and "tool_calls" not in fields:
             raise RowError("messages", f"{form}, found no content in {where}")

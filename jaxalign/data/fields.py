@@ -128,7 +128,7 @@ def number_in(value: Any, name: str) -> float:
     except (TypeError, ValueError, OverflowError):
         found = float("nan")
     if found - found != 0:  # NaN and infinity
-        raise RowError("score", f"expected a finite number in {name}, found {value!r}")
+        raise RowError("score", f"expected a finite number in {name}, found {value!r:.200}")
     return found
 
 
@@ -136,5 +136,5 @@ def label_in(row: RawRow, name: str, allowed: Sequence[int]) -> float:
     """A field that holds one of a few whole numbers."""
     found = number_in(row.get(name), name)
     if found not in allowed:
-        raise RowError("label", f"expected a label among {list(allowed)} in {name}, found {row.get(name)!r}")
+        raise RowError("label", f"expected a label among {list(allowed)} in {name}, found {row.get(name)!r:.200}")
     return found

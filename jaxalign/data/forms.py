@@ -82,7 +82,7 @@ def _truncated(row: RawRow, name: str) -> bool:
     """Whether a limit cut a response, as a row of a model's own samples may say."""
     found = row.get(name)
     if found not in (None, False, True):  # 0 and 1 as well, which tables have in their place
-        raise RowError("type", f"expected true or false in {name}, found {found!r}")
+        raise RowError("type", f"expected true or false in {name}, found {found!r:.200}")
     return bool(found)
 
 
@@ -144,7 +144,7 @@ def arena(row: RawRow) -> Content:
     prompt, rest = chats.part_chats([chats.read_chat(list_in(row, name), name) for name in names])
     winner = row.get("winner")
     if not isinstance(winner, str) or not (winner in ("model_a", "model_b") or winner.startswith(("tie", "both"))):
-        raise RowError("label", f'expected "model_a", "model_b" or "tie…" in winner, found {winner!r}')
+        raise RowError("label", f'expected "model_a", "model_b" or "tie…" in winner, found {winner!r:.200}')
     return Content(prompt, tuple(rest), (float(winner == "model_a"), float(winner == "model_b")), names)
 
 
