@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxalign import _devices
+
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
 
@@ -40,6 +42,27 @@ def repeat_rows(tree: Any, n: int) -> Any:
       The same tree with leaves [B·n,...].
     """
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), tree)
+
+
+def write(x: Array, slot: Array, new: Array) -> Array:
+    """Writes into slots of each row.
+
+    Args:
+      x: [B,S,...].
+      slot: [B] or [B,m] integers of at least 0; nothing is written where they are S or more.
+      new: [B,...] or [B,m,...].
+
+    Returns:
+      x with `new` at those slots.
+    """
+    row = jnp.arange(x.shape[0]).reshape((-1,) + (1,) * (slot.ndim - 1))
+    return x.at[dropped(row, slot < x.shape[1], x.shape[0]), slot].set(new, mode="drop")
+
+
+def dropped(row: Array, writes: Array, rows: int) -> Array:
+    """The row of each update of a scatter: where nothing is to be written, one that no way of counting the places finds
+    in the array, if the compiler needs that. Otherwise the rows stay in order, by which a mesh divides a scatter."""
+    return jnp.where(writes, row, rows + row) if _devices.flattens_scatters() else row
 
 
 def block_width(vocab: int) -> int:

@@ -23,6 +23,17 @@ def backend() -> str:
     return "tpu" if os.environ.get(VARIABLE) else jax.default_backend()
 
 
+def flattens_scatters() -> bool:
+    """Whether scatters are counted in one number here, by which a place past the end of a row is the next row's first.
+
+    XLA does so on a GPU where its flags ask for results that are the same in every run (seen in jax 0.11: tokens past a
+    prompt's end were written into the prompt after it). `_arrays.write` names such places otherwise then.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    names = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
+    return backend() == "gpu" and any(flag in (name, f"{name}=true", f"{name}=1") for flag in flags for name in names)
+
+
 def memory() -> int | None:
     """Memory of an accelerator [bytes], as jax says it; None on a CPU, where it is not known, and of devices that are
     described alone."""

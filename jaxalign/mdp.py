@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import chex
 import jax.numpy as jnp
 
-from jaxalign._arrays import at_least_float32
+from jaxalign._arrays import at_least_float32, write
 from jaxalign.shapes import (
     NextToken,
     Numbers,
@@ -70,11 +70,10 @@ def compact(tokens: TextTokens, mask: TextMask) -> tuple[TextTokens, TextMask]:
     chex.assert_rank([tokens, mask], 2)
     chex.assert_equal_shape([tokens, mask])
     mask = mask.astype(bool)
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     # Padding is sent to the slot past the end, where the scatter drops it.
     target = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, length)
-    rows = jnp.arange(batch)[:, None]
-    moved = jnp.zeros_like(tokens).at[rows, target].set(tokens, mode="drop")
+    moved = write(jnp.zeros_like(tokens), target, tokens)
     return moved, jnp.arange(length) < mask.sum(axis=1, keepdims=True)
 
 
@@ -177,7 +176,7 @@ def transition(state: State, token: NextToken, *, eos_ids: tuple[int, ...], max_
     """
     move = ~state.done & (token >= 0)
     slot = jnp.where(move, state.length, state.tokens.shape[1])
-    tokens = state.tokens.at[jnp.arange(token.shape[0]), slot].set(token, mode="drop")
+    tokens = write(state.tokens, slot, token)
     length = state.length + move
     eos = (token[:, None] == jnp.asarray(eos_ids, token.dtype)).any(axis=-1) if eos_ids else jnp.zeros_like(move)
     full = length - state.prompt_length >= max_new_tokens

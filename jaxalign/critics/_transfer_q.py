@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import at_least_float32, per_row, where_rows
+from jaxalign._arrays import at_least_float32, per_row, where_rows, write
 from jaxalign._builders import cached
 from jaxalign._checks import check_count, check_part, check_positive, fields_of
 from jaxalign._parts import (
@@ -191,7 +191,7 @@ def _transfer_q(
             scored = one.score(getattr(params, name), state, text, real)[1]
             joined.append(one.commit(getattr(params, name), state, scored, jnp.where(moves, 0, -1)))
         place = jnp.where(moves, proposal.length, proposal.response.shape[1])
-        response = proposal.response.at[jnp.arange(token.shape[0]), place].set(token, mode="drop")
+        response = write(proposal.response, place, token)
         return proposal._replace(
             rewards=tuple(joined),
             response=response,

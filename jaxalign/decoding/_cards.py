@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import rollout
-from jaxalign._arrays import where_rows
+from jaxalign._arrays import where_rows, write
 from jaxalign._checks import is_concrete
 from jaxalign._parts import start_policy
 from jaxalign._programs import tells_programs
@@ -226,7 +226,7 @@ def _cards(
     start, draws, moves, coins = jax.random.split(rng, 4)
     index = prompt_index(prompts)
     batch = index.shape[0]
-    rows, columns = jnp.arange(batch), jnp.arange(sizes.max_segment)
+    columns = jnp.arange(sizes.max_segment)
 
     def ends(t: Array, output: StepOutput) -> Array:
         """Rows whose segment of t + 1 tokens ends here."""
@@ -253,10 +253,7 @@ def _cards(
         )
         drawn = rolled.completions
         slots = jnp.where(drawn.mask, kept.length[:, None] + columns, limit)
-        records = {
-            name: value.at[rows[:, None], slots].set(getattr(drawn, name), mode="drop")
-            for name, value in kept.records.items()
-        }
+        records = {name: write(value, slots, getattr(drawn, name)) for name, value in kept.records.items()}
         length = kept.length + drawn.mask.sum(axis=1)
         return _Draft(rolled.state, rolled.output, drawn.finished | (length >= limit), length, records)
 

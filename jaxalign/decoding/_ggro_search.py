@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import is_supported, largest, where_rows
+from jaxalign._arrays import is_supported, largest, where_rows, write
 from jaxalign._parts import start_policy
 from jaxalign.decoding import _segments
 from jaxalign.decoding._ggro_scores import scorer_of
@@ -110,7 +110,7 @@ def search(
     start, moves, proposals = jax.random.split(rng, 3)
     index = prompt_index(prompts)
     batch, steps = index.shape[0], plan.steps
-    rows, columns, zero = jnp.arange(batch), jnp.arange(steps), jnp.zeros(batch, jnp.int32)
+    columns, zero = jnp.arange(steps), jnp.zeros(batch, jnp.int32)
     most = -(-steps // plan.min_segment)  # segments
     scorer = scorer_of(reward, gradient)
     rules = _segments.Rules(plan.segment_rule, params["entropy_threshold"], plan.min_segment, plan.eos_ids)
@@ -178,8 +178,8 @@ def search(
             segment=jnp.where(inside, info.segments[:, None], info.segment),
             forced=info.forced | (begins & (best_number > 0)[:, None]),
             segments=info.segments + over,
-            greedy_reward=info.greedy_reward.at[rows, at].set(greedy_reward, mode="drop"),
-            kept_reward=info.kept_reward.at[rows, at].set(score, mode="drop"),
+            greedy_reward=write(info.greedy_reward, at, greedy_reward),
+            kept_reward=write(info.kept_reward, at, score),
             policy_steps=info.policy_steps + jnp.where(ready, _segments.fed(text, candidate), 0),
             reward_passes=info.reward_passes + ready,
             gradient_passes=info.gradient_passes + more,

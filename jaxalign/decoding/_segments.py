@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import where_rows
+from jaxalign._arrays import where_rows, write
 from jaxalign._parts import step_policy
 from jaxalign.decoding.stopping import SegmentRule
 from jaxalign.rollout import is_eos, token_value
@@ -66,10 +66,10 @@ class Rules(NamedTuple):
         eos, last = is_eos(token, self.eos_ids), text.length + 1 >= steps
         uncertain = (text.length - begin >= self.min_segment) & self.rule(output, self.threshold)
         writes = going & (~uncertain | eos | last)
-        rows, slot = jnp.arange(token.shape[0]), jnp.where(writes, text.length, steps)
+        slot = jnp.where(writes, text.length, steps)
 
         def put(buffer: Array, new: Array) -> Array:
-            return buffer.at[rows, slot].set(new, mode="drop")
+            return write(buffer, slot, new)
 
         text = text._replace(
             tokens=put(text.tokens, token),

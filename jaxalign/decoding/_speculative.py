@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import rollout
-from jaxalign._arrays import NEGATIVE, drop_weak_types, is_supported, where_rows
+from jaxalign._arrays import NEGATIVE, drop_weak_types, is_supported, where_rows, write
 from jaxalign._blocks import Walk, accept_policy, at, light, merged, split, verify_policy, walked
 from jaxalign._checks import ParamsError, entry, same_prompts
 from jaxalign._parts import check_policy_argument, check_same_vocabulary, start_policy, step_policy
@@ -347,9 +347,9 @@ def _written(task: _Task, carry: _Carry, outputs: StepOutput, tokens: Array, acc
     ended = jnp.cumsum(ends, axis=1) - ends  # ends before each
     new = live[:, None] & (place <= accepted[:, None]) & (position < most) & (ended == 0)
     fields = split(rollout.record(merged(outputs), tokens.reshape(-1), new.reshape(-1)), batch)
-    rows, column = jnp.arange(batch)[:, None], jnp.where(new, position, most)
+    column = jnp.where(new, position, most)
     records = {
-        name: carry.records[name].at[rows, column].set(value.astype(carry.records[name].dtype), mode="drop")
+        name: write(carry.records[name], column, value.astype(carry.records[name].dtype))
         for name, value in fields.items()
     }
     length = carry.length + new.sum(axis=1, dtype=carry.length.dtype)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxalign._arrays import dropped
 from jaxalign.types import Array
 
 
@@ -87,11 +88,13 @@ def write_slot(cache: Array, new: Array, slot: Array) -> Array:
     One update per row AND head: a single update (batch 1, all heads at once) becomes a dynamic-update-slice, which XLA
     fuses twice and pays for with four copies of the cache a step (3x the time at batch 1 with 2048 slots).
     """
-    row, head = jnp.arange(cache.shape[0])[:, None], jnp.arange(cache.shape[1])
-    return cache.at[row, head, slot[:, None]].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
+    row, head, room = jnp.arange(cache.shape[0])[:, None], jnp.arange(cache.shape[1]), cache.shape[2]
+    slot, kept = slot[:, None], dropped(row, slot[:, None] < room, len(row))
+    return cache.at[kept, head, slot].set(new, mode="drop", unique_indices=True, indices_are_sorted=kept is row)
 
 
 def write_segment(cache: Array, new: Array, slot: Array) -> Array:
     """cache [B,H,S,hd] with new [B,H,m,hd] at slots [B,m] of each row; slots past the end are dropped."""
     row, head = jnp.arange(cache.shape[0])[:, None, None], jnp.arange(cache.shape[1])[:, None]
-    return cache.at[row, head, slot[:, None]].set(new, mode="drop")
+    slot = slot[:, None]
+    return cache.at[dropped(row, slot < cache.shape[2], len(row)), head, slot].set(new, mode="drop")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxalign import mdp
-from jaxalign._arrays import repeat_rows
+from jaxalign._arrays import repeat_rows, write
 from jaxalign.prompts import prompt_index
 from jaxalign.rewards.token_scores import TokenScore
 from jaxalign.rewards.values import call_reward, check_values
@@ -54,10 +54,10 @@ def _start(params: Params, prompts: TokenBatch, max_new_tokens: int) -> TextPref
 
 def _written(state: TextPrefix, tokens: Array, mask: Array) -> TextPrefix:
     """The state after segments [N,S]; what lies beyond the room is dropped."""
-    room, rows = state.response.shape[1], jnp.arange(tokens.shape[0])[:, None]
+    room = state.response.shape[1]
     place = jnp.where(mask, state.length[:, None] + jnp.cumsum(mask, axis=1) - 1, room)
-    response = state.response.at[rows, place].set(tokens, mode="drop")
-    return state._replace(response=response, length=state.length + mask.sum(axis=1, dtype=jnp.int32))
+    length = state.length + mask.sum(axis=1, dtype=jnp.int32)
+    return state._replace(response=write(state.response, place, tokens), length=length)
 
 
 def _text(state: TextPrefix) -> tuple[TextTokens, TextMask, TextLength]:
