@@ -61,15 +61,14 @@ def join(coordinator: str | None) -> None:
     if _hosts.is_first():
         with contextlib.suppress(OSError):
             listener = _listener()
-    names = [socket.gethostname(), socket.getfqdn()]
     port = 0 if listener is None else listener.getsockname()[1]
-    first = json.loads(_hosts.from_first(json.dumps({"token": token, "port": port, "names": names})))
+    first = json.loads(_hosts.from_first(json.dumps({"token": token, "port": port, "name": socket.gethostname()})))
     with contextlib.suppress(OSError):
         if listener is not None:
             _accept(listener, token)
         elif first["port"]:
             own = [coordinator.rpartition(":")[0].strip("[]")] if coordinator else []
-            _links[0] = _connected([*own, *first["names"]], first["port"], first["token"])
+            _links[0] = _connected([*own, first["name"]], first["port"], first["token"])
     whole = len(_links) == (_hosts.count() - 1 if _hosts.is_first() else 1)
     if not all(_hosts.gather_texts("joined" if whole else "")):
         for link in _links.values():

@@ -56,7 +56,7 @@ def test_only_the_processes_of_the_run_are_connected(first_of_two):
 def test_processes_without_a_way_to_the_first_are_told_of_and_go_on(index, first_of_two, capsys):
     first_of_two.setattr(_hosts, "index", lambda: index)
     first_of_two.setattr(_ties, "JOIN", 0.05)
-    nowhere = {"token": "t", "port": 1, "names": ["localhost"]}
+    nowhere = {"token": "t", "port": 1, "name": "localhost"}
     first_of_two.setattr(_hosts, "from_first", lambda text: text if index == 0 else json.dumps(nowhere))
     first_of_two.setattr(_hosts, "gather_texts", lambda text: [text, ""])
     _ties.join("localhost:1")
