@@ -136,8 +136,8 @@ def test_the_study_of_trained_policies_runs_to_its_table_and_picture(tmp_path):
         "steps": "1",
         "samples": "2",
         "limit": "6",
-        "regress": "reverse",
-        "regress-steps": "2",
+        "regress": "reverse steps=2 refresh=2",
+        "regress-steps": "1",
         "regress-batch": "4",
         "on-training": "4",
     }
@@ -147,8 +147,10 @@ def test_the_study_of_trained_policies_runs_to_its_table_and_picture(tmp_path):
     found = json.loads((out / "trained.json").read_text())["rows"]
     assert [row["reward"] for row in found] == [
         *("identity", "won_fp:2", "vbon", "raw"),
-        *("identity, reverse", "won_fp:2, reverse", "dpo", "ipo", "bonbon"),
+        *(f"{text}, reverse steps=2 refresh=2" for text in ("identity", "won_fp:2")),
+        *("dpo", "ipo", "bonbon"),
     ]
+    assert [row["drawn"] for row in found[4:6]] == [6 * 8, 6 * 8]
     for row in found:
         assert row["kl"] >= 0
         assert 0 <= row["win_rate"] <= 1
@@ -162,8 +164,7 @@ def test_the_study_of_trained_policies_runs_to_its_table_and_picture(tmp_path):
         "identity",
         "won_fp:2",
         "raw",
-        "identity, reverse",
-        "won_fp:2, reverse",
+        *(f"{text}, reverse steps=2 refresh=2" for text in ("identity", "won_fp:2")),
         "dpo",
     ]
     assert times == {path: path.stat().st_mtime_ns for path in run.glob("trained/*/model/*")}
@@ -171,5 +172,8 @@ def test_the_study_of_trained_policies_runs_to_its_table_and_picture(tmp_path):
         trained.main([*command, "--baselines", "ppo"])
     with pytest.raises(ValueError, match="n: expected at least 2, found 1"):
         trained.main([*command, "--n", "1"])
+    for name in ("cubic", "reverse steps", "reverse steps=0", "reverse batch=2", "steps=2"):
+        with pytest.raises(ValueError, match=f"regress: expected one of reverse, .*, found '{name}'"):
+            trained.main([*command, "--regress", name])
     with pytest.raises(ValueError, match="kls: expected KLs that won_fp:2 reaches"):
         trained.main([*command, "--kls", "12"])

@@ -45,10 +45,11 @@ class Config(common.Options):
     """KL of each policy to the base [nats]."""
     ablation: tuple[str, ...] = ("raw", "raw exp:5")
     """Rewards without calibration, trained at the middle KL: raw, or raw and a transform (of its sigmoid)."""
-    regress: tuple[str, ...] = ("reverse", "forward", "centred")
-    """Losses of train.regress, at the middle KL: reverse, forward, square, or centred (square without normaliser)."""
+    regress: tuple[str, ...] = ("reverse", "forward", "centred", "reverse steps=1280", "reverse steps=200 refresh=2")
+    """Runs of train.regress, at the middle KL: reverse, forward, square, or centred (square without normaliser), and
+    optionally its steps (of each round) and rounds in place of --regress-steps and one."""
     regress_steps: int = 400
-    """Optimizer steps of train.regress."""
+    """Optimizer steps of train.regress: at 32 responses each 1280 read as many responses as train.rl does."""
     regress_batch: int = 32
     """Responses of an optimizer step of train.regress."""
     regress_learning_rate: float = 3e-4
@@ -101,8 +102,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     for text in config.transforms:
         infalign.parse_transform(text, beta=1.0)
     for name in config.regress:
-        if name not in LOSSES:
-            raise ValueError(f"regress: expected some of {', '.join(LOSSES)}, found {name!r}")
+        regressed(config, name)
     for name in config.baselines:
         if name not in baselines.CURVES:
             raise ValueError(f"baselines: expected some of {', '.join(baselines.CURVES)}, found {name!r}")
@@ -155,10 +155,13 @@ def run(config: Config) -> list[dict[str, Any]]:
     betas = {run.reward: run.beta for run in _plan(config, own) if run.kl == middle}
     for text in config.transforms if config.regress else ():
         for name in config.regress:
-            where = work / f"{text}_{name}_{middle:g}_{config.regress_steps}x{config.regress_batch}".replace(":", "_")
+            size = f"{config.regress_steps}x{config.regress_batch}"
+            where = work / f"{text}_{name}_{middle:g}_{size}".replace(":", "_").replace(" ", "_").replace("=", "_")
             aimed = {"beta": betas[text]} if infalign.needs_beta(text) else {"target_kl": middle}
             spent = timed("regress", where, **regressed(config, name), **aimed, transform=text, table=str(table))
-            about = {"reward": f"{text}, {name}", "wanted_kl": middle, "beta": None, "cpu_seconds": spent, "drawn": 0}
+            told = json.loads((where / "summary.json").read_text())
+            about = {"reward": f"{text}, {name}", "wanted_kl": middle, "beta": told.get("corrected_beta", told["beta"])}
+            about |= {"cpu_seconds": spent, "drawn": told["drawn"]}
             rows.append(reached(where / "model", text, about))
     for name in config.baselines:
         if name == "vbon":
@@ -195,18 +198,25 @@ def timed(job: str, out: pathlib.Path, **options: Any) -> float:
 
 
 def regressed(config: Config, name: str) -> dict[str, Any]:
-    """The options of train.regress for a loss of the study."""
-    centred = name == "centred"
+    """The options of train.regress for a run of the study. ValueError for another one."""
+    loss, *given = name.split(" ")
+    sizes = dict(part.split("=", 1) for part in given if "=" in part)
+    known = loss in LOSSES and len(sizes) == len(given) and set(sizes) <= {"steps", "refresh"}
+    if not known or not all(size.isdigit() and int(size) for size in sizes.values()):
+        raise ValueError(f"regress: expected one of {', '.join(LOSSES)}, then steps=N, refresh=N, found {name!r}")
+    centred = loss == "centred"
     group = 8 if centred else 1
+    steps = int(sizes.get("steps", config.regress_steps))
     return {
-        "loss": "square" if centred else name,
+        "loss": "square" if centred else loss,
         "normaliser": "centred" if centred else "posterior",
         "group": group,
         "batch_size": max(config.regress_batch // group, 1),
-        "steps": config.regress_steps,
+        "steps": steps,
+        "refresh": int(sizes.get("refresh", 1)),
         "learning_rate": config.regress_learning_rate,
-        "check_every": max(config.regress_steps // 4, 1),
-        "save_every": config.regress_steps,
+        "check_every": max(steps // 4, 1),
+        "save_every": steps,
         "max_length": 128,
         "seed": config.seed,
     }
@@ -339,10 +349,12 @@ def _pairs(tokens: np.ndarray, mask: np.ndarray) -> Any:
 def _picture(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     figure, panels = common.pyplot().subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288", "#999999", "k")
+    fitted = {f"{text}, {name}": (text, name) for text in config.transforms for name in config.regress}
     names = tuple(dict.fromkeys(row["reward"] for row in rows))
-    style = {text: colours[i % 10] for i, text in enumerate(names)}
+    style = {text: colours[i % 10] for i, text in enumerate(name for name in names if name not in fitted)}
+    style |= {text: style[transform] for text, (transform, _) in fitted.items()}
     marks = dict.fromkeys(config.transforms, "o") | dict.fromkeys(config.ablation, "s")
-    marks |= {f"{text}, {name}": "D" for text in config.transforms for name in config.regress}
+    marks |= {text: "Dv<PX*>"[config.regress.index(name) % 7] for text, (_, name) in fitted.items()}
     titles = {
         "win_rate": "win rate",
         "best_of_n": f"win rate, best of {config.n} on both sides",
