@@ -40,7 +40,7 @@ MESHES_OF = {
     "dpo": (EACH,),
     "value": ("data=8", EACH),
     "rl": ("fsdp=8", EACH),
-    "calibrate": ("data=8", EACH),
+    "calibrate": (EACH,),
     "decode": ("tensor=8", EACH),
     "decode by transfer": (EACH,),
 }
