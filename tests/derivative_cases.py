@@ -286,9 +286,14 @@ LEAVES, STATES = TREE.num_responses, (TREE.num_states, TREE.vocab_size)
 TREE_BASE, Q = np.log(law(1, *STATES)), normal(2, *STATES)
 
 
-def scored(policy: Any, name: str = "log_prob") -> Callable[..., Any]:
-    """A record of `decoding.log_prob` of all responses, as a function of the policy's params."""
-    return lambda params: getattr(exact.completions(TREE, policy, params), name)
+def scored(policy: Any, *names: str) -> Callable[..., Any]:
+    """Records of `decoding.log_prob` of all responses, one after the other, as a function of the policy's params."""
+
+    def records(params: Any) -> jax.Array:
+        found = exact.completions(TREE, policy, params)
+        return jnp.stack([getattr(found, name) for name in names or ("log_prob",)])
+
+    return records
 
 
 LEVEL = policies.tilt(tree.policy(TREE), tree.critic(TREE, "level"))
@@ -321,11 +326,8 @@ PROCESS: dict[str, Case] = {
         lambda l, r, b: tree.optimal_log_prob(TREE, l, r, beta=b),
         (TREE_BASE, normal(3, LEAVES), np.array(0.5)),
     ),
-    "log_prob of a tilt": (scored(LEVEL), (TILT,)),
-    "log_norm of a tilt": (scored(LEVEL, "log_norm"), (TILT,)),
-    "kl of a tilt": (scored(LEVEL, "kl"), (TILT,)),
-    "log_prob of nested tilts": (scored(NESTED), (NEST,)),
-    "log_norm of nested tilts": (scored(NESTED, "log_norm"), (NEST,)),
+    "log_prob, log_norm and kl of a tilt": (scored(LEVEL, "log_prob", "log_norm", "kl"), (TILT,)),
+    "log_prob and log_norm of nested tilts": (scored(NESTED, "log_prob", "log_norm"), (NEST,)),
     "log_prob of a weighted sum": (scored(SUM), (SUM_PARAMS,)),
     "log_prob of shaped candidates": (scored(SHAPED), (SHAPED_PARAMS,)),
     "log_prob of a temperature": (

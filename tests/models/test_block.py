@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,13 @@ FIELDS = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits(lm, params, prompts):
+    """Of a whole pass and of a step."""
+    hidden, cache = lm.prefill(params, prompts.tokens, prompts.mask, 8)
+    return lm.logits(params, hidden), lm.logits(params, lm.step(params, cache, TOKENS[:, 0])[0])
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_field_changes_what_is_computed(field):
     """Fields without parameters of their own: the same parameters give other logits, in a whole pass and in a step."""
@@ -139,11 +147,7 @@ def test_a_field_changes_what_is_computed(field):
     other = models.LanguageModel(dataclasses.replace(lm.config, block=Block(**{field: FIELDS[field]})))
     prompts = padded(PROMPTS)
 
-    def logits(lm):
-        hidden, cache = lm.prefill(params, prompts.tokens, prompts.mask, 8)
-        return lm.logits(params, hidden), lm.logits(params, lm.step(params, cache, TOKENS[:, 0])[0])
-
-    for found, plain in zip(logits(other), logits(lm), strict=True):
+    for found, plain in zip(logits(other, params, prompts), logits(lm, params, prompts), strict=True):
         assert float(jnp.abs(found - plain).max()) > 1e-2
 
 
@@ -181,14 +185,14 @@ def test_frequencies_that_read_the_length_read_each_rows_own(rope):
     """A row alone, and beside longer ones under either padding, gives the same; a longer text other frequencies."""
     lm, params = made({}, {"rope": rope, "num_layers": 1})
     rows = [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4]]
+    read = jax.jit(lm.hidden)
+    each = [read(params, jnp.array([row]))[0] for row in rows]
     for side in ("left", "right"):
         batch = padded(rows, side=side, extra=1)
-        hidden = lm.hidden(params, batch.tokens, mask=batch.mask)
-        for b, row in enumerate(rows):
-            alone = lm.hidden(params, jnp.array([row]))[0]
+        hidden = read(params, batch.tokens, mask=batch.mask)
+        for b, alone in enumerate(each):
             np.testing.assert_allclose(hidden[b][np.asarray(batch.mask[b])], alone, rtol=1e-5, atol=1e-5)
-    short, long = lm.hidden(params, jnp.array([rows[0]])), lm.hidden(params, jnp.array([rows[1]]))
-    assert float(jnp.abs(short[0] - long[0, :3]).max()) > 1e-3  # causal, but for the frequencies
+    assert float(jnp.abs(each[0] - each[1][:3]).max()) > 1e-3  # causal, but for the frequencies
     with pytest.warns(UserWarning, match="5 slots pass the 3 tokens beyond which rotary frequencies change"):
         lm.prefill(params, jnp.array([rows[0]]), jnp.ones((1, 3), bool), 5)
     lm.prefill(params, jnp.array([rows[0]]), jnp.ones((1, 3), bool), 3)

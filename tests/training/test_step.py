@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 
 import jax
@@ -46,7 +47,7 @@ def objective(name: str, dtype: str = "float32"):
         "fudge": "value",
         "td": "value",
     }.get(name, "q")
-    lm, params = tiny_lm(0, head)
+    lm, params = tiny_lm(0, head, num_layers=1)
     lm = models.LanguageModel(lm.config, dtype)
     reward = np.linspace(-1, 1, 8).astype(np.float32)
     if name == "sft":
@@ -58,13 +59,13 @@ def objective(name: str, dtype: str = "float32"):
     if name in objectives.DPO_OBJECTIVES:
         smoothing = 0.1 if name == "dpo" else 0.0
         loss = objectives.dpo(lm, beta=0.3, objective=name, label_smoothing=smoothing)
-        return loss, params, tiny_lm(5)[1], pairs(8)
+        return loss, params, tiny_lm(5, num_layers=1)[1], pairs(8)
     if name == "leader":
         lm = models.with_head(lm, models.Head("reward", bound=2.0))
         grouped_rows = {k: v.reshape(8, 3, *v.shape[1:]) for k, v in rows(24).items() if k != "loss_mask"}
         utility = np.random.default_rng(3).normal(size=(8, 3)).astype(np.float32)
         return objectives.stackelberg(lm, beta=0.7), params, None, grouped_rows | {"utility": utility}
-    base, frozen = tiny_lm(5)
+    base, frozen = tiny_lm(5, num_layers=1)
     base = models.LanguageModel(base.config, dtype)
     kind = {"fudge_q": "fudge"}.get(name, name)
     loss = objectives.value(lm, kind, base=base if kind == "cd_q" else None)
@@ -74,6 +75,7 @@ def objective(name: str, dtype: str = "float32"):
 NAMES = ["sft", "reward_model", "arm", "dpo", "ipo", "fudge", "fudge_q", "td", "cd_q", "leader"]
 
 
+@functools.cache  # by several tests
 def one_step(name: str, parts: int, dtype: str = "float32"):
     loss, params, frozen, batch = objective(name, dtype)
     optimizer = optax.sgd(0.1)
@@ -259,7 +261,7 @@ def test_training_by_hand_with_optax_and_with_train_step_are_the_same():
     for name in NAMES:
         loss, params, frozen, batch = objective(name)
         optimizer = optax.sgd(0.1)
-        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, frozen)
+        (value, aux), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, frozen)
         updates, _ = optimizer.update(grads, optimizer.init(params), params)
         stepped = optax.apply_updates(params, updates)
         state, metrics = training.train_step(loss, optimizer)(
