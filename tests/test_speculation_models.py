@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ PROMPTS = [[4, 5, 6], [7], [8, 9], [1, 2, 10, 4]]
 RNG = jax.random.key(5)
 
 
+@functools.cache
 def model_cases() -> dict[str, tuple[Case, Case]]:
     """(target, draft) of models."""
     (lm, params), (small, few), (arm, reward), (q, values) = (
