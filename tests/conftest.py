@@ -39,7 +39,7 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAXALIGN_TEST_CACHE"]
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# Tracing makes many small objects and few circles: collections at the usual 700 of them take a tenth of the time.
+# Tracing makes many small objects and few circles: collections at the usual 700 of them take some per cent of the time.
 gc.set_threshold(50_000, 20, 50)
 
 needs_jit = pytest.mark.skipif(
