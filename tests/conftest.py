@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -137,3 +138,18 @@ PROMPTS = [[4, 5, 6], [7], [8, 9], [1, 2, 10, 4], [5, 5]]
 @pytest.fixture
 def prompts() -> TokenBatch:
     return padded(PROMPTS)
+
+
+@pytest.fixture
+def default_signals():
+    """The signals end this process and those that it starts. Where the tests were started with nohup or in the
+    background, HUP or INT is ignored, which their children inherit."""
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)

@@ -69,6 +69,7 @@ def test_a_training_run_with_an_edited_program_is_refused(command, program, fold
     base = "model" if command is rl else "base"
     options = [f"--{base}", folders["base"], "--prompts", folders["prompts.txt"], "--out", str(tmp_path / "run")]
     options += ["--reward", f"{program.stem}:letters", "--max-new-tokens", "4", "--max-length", "32"]
+    options += ["--validation", "0.5"] if command is shaping else []  # which needs held-out prompts to measure on
     begin = _runs.begin
 
     def begin_and_end(out) -> None:

@@ -126,21 +126,6 @@ def test_a_line_of_metrics_that_was_cut_short_is_dropped(tmp_path):
     assert [line["step"] for line in logging.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-@pytest.fixture
-def default_signals():
-    """The signals end this process and those that it starts. Where the tests were started with nohup or in the
-    background, HUP or INT is ignored, which their children inherit."""
-    handlers = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-        signal.SIGHUP: signal.SIG_DFL,
-    }
-    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    yield
-    for number, handler in former.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.usefixtures("default_signals")
 def test_a_signal_that_comes_where_no_error_gets_through_comes_again():
     class Loud:

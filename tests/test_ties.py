@@ -94,6 +94,7 @@ class Counter(NamedTuple):
     step: jax.Array
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("own", [0, signal.SIGHUP])
 def test_processes_that_train_stop_after_the_step_at_which_all_know_of_the_signal(own, first_of_two):
     """A flag that is summed at one step is read at the next: by then the answer is there, and it is the same in all."""

@@ -85,7 +85,10 @@ def check_held_out(prompts: Sequence[encoded.Prompt], *, validation: float, seed
       ValueError: fewer than two held-out prompts.
     """
     rows = [PromptGroup(prompt.tokens, [], []) for prompt in prompts]
-    held_out = preferences.split_by_prompt(rows, fraction=validation, seed=seed)[1] if validation else []
+    try:
+        held_out = preferences.split_by_prompt(rows, fraction=validation, seed=seed)[1] if validation else []
+    except ValueError as error:
+        raise ValueError(f"validation: {str(error).removeprefix('fraction: ')}") from error
     if len(held_out) < 2:
         raise ValueError(f"validation: expected at least 2 held-out prompts, found {len(held_out)} of {len(rows)}")
 

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from jaxalign import critics, decoding, losses, models, policies, shaping, training, tree
-from jaxalign.training import objectives
+from jaxalign.data import encoded
+from jaxalign.training import objectives, shaping_data
 from tests import exact
 from tests.conftest import padded, tiny_lm
 
@@ -174,3 +175,21 @@ def test_stackelberg_T11_the_pair_term_is_zero_iff_the_value_is_constant():
     np.testing.assert_array_equal(gradient[1, 2:], 0)
     # No stopped gradient: both neighbours are drawn together.
     np.testing.assert_allclose(gradient[1, 0], -(gradient[1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "told"),
+    [
+        (5, 0.0, "expected at least 2 held-out prompts, found 0 of 5"),
+        (5, 0.01, "expected a validation part with rows, found none of 5 at 0.01"),
+        (40, 0.03, "expected at least 2 held-out prompts, found 1 of 40"),
+        (40, 0.5, None),
+    ],
+)
+def test_too_few_prompts_to_measure_on_are_named_before_anything_is_drawn(count, share, told):
+    prompts = [encoded.Prompt("", [1, i]) for i in range(count)]
+    if told is None:
+        shaping_data.check_held_out(prompts, validation=share, seed=0)
+        return
+    with pytest.raises(ValueError, match=f"validation: {told}"):
+        shaping_data.check_held_out(prompts, validation=share, seed=0)

@@ -136,7 +136,7 @@ def test_objectives_equal_their_equations():
 
 def by_hand(name, params, frozen, batch) -> float:
     heads = {"reward_model": "reward", "fudge": "value", "fudge_q": "q", "cd_q": "q"}
-    lm = tiny_lm(0, heads.get(name))[0]
+    lm = tiny_lm(0, heads.get(name), num_layers=1)[0]
 
     def row(part, b):
         size = int(part["mask"][b].sum())
@@ -173,7 +173,7 @@ def by_hand(name, params, frozen, batch) -> float:
             value = head[t, 0] if name == "fudge" else head[t - 1, tokens[t]]
             target = batch["reward"][b]
             if name == "cd_q" and t < size - 1:
-                base = softmax(alone(tiny_lm(5)[0], frozen, tokens).logits[t])
+                base = softmax(alone(tiny_lm(5, num_layers=1)[0], frozen, tokens).logits[t])
                 target = float(base @ head[t])
             total += 0.5 * (value - target) ** 2
     return float(total) / 8
