@@ -191,6 +191,11 @@ def _lose(other: int, *, told: bool) -> None:
         end(1 if not number else 128 + number if code is None else code, seconds=0.0)
 
 
+def stopped() -> int:
+    """The number of the first signal to any of the processes; 0 where none has come."""
+    return _stop["number"] or 0
+
+
 def choose_code(code: int | None) -> None:
     """Sets the exit code after a signal; None: 128 and its number."""
     _stop["code"] = code

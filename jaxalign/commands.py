@@ -231,8 +231,12 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
             _no_more_output()
         if debug:
             traceback.print_exc()
-        usage = isinstance(error, ValueError)
+        shared = "Gloo" in str(error)[:200] or type(error).__name__ == "JaxRuntimeError"
+        usage = isinstance(error, ValueError) and not shared
         processes.claim()
+        if shared and (number := processes.stopped()):  # another process has ended first, of the same signal
+            _say(_signals.words(number))
+            _end(128 + number if code is None else code)
         lost = "" if usage else processes.gone()
         words = str(error).partition("\n-----")[0]  # below that, jax speaks of its own frames
         words = " ".join(words.split()) if usage else next(iter(words.strip().splitlines()), "")

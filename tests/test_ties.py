@@ -15,7 +15,8 @@ from typing import NamedTuple
 import jax
 import pytest
 
-from jaxalign import _hosts, _signals, _ties, training
+from jaxalign import _hosts, _signals, _ties, commands, training
+from jaxalign.launch import processes
 
 
 @pytest.fixture
@@ -118,3 +119,27 @@ def test_processes_that_train_stop_after_the_step_at_which_all_know_of_the_signa
     assert found.value.code == 128 + (own or signal.SIGTERM)
     assert flags == ([False, True, True] if own else [False] * 5)
     assert read == list(range(2, len(flags) + 1))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (0, 1)])
+def test_a_shared_computation_that_fails_after_a_signal_ends_as_the_signal_does(number, code, monkeypatch, capsys):
+    """The other process has ended first, of the same signal."""
+    ended = []
+
+    def end(code: int):
+        ended.append(code)
+        raise SystemExit(code)
+
+    for name, value in {"label": lambda: "process 0 of 2: ", "claim": lambda: None, "gone": lambda: ""}.items():
+        monkeypatch.setattr(processes, name, value)
+    monkeypatch.setattr(processes, "start", lambda *_, **__: None)
+    monkeypatch.setattr(processes, "end", end)
+    monkeypatch.setitem(_ties._stop, "number", number)
+
+    def job(_):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+    with pytest.raises(SystemExit):
+        commands.execute(job, [])
+    assert ended == [code]
+    assert ("Gloo" in capsys.readouterr().err) == (number == 0)

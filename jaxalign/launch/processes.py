@@ -137,6 +137,15 @@ def gone() -> str:
     return _ties.gone()
 
 
+def stopped() -> int:
+    """The number of the signal that has come to one of several processes of a run; 0 where none has."""
+    if not label():
+        return 0
+    from jaxalign import _ties
+
+    return _ties.stopped()
+
+
 def leave() -> None:
     """Tells the other processes that this one is done."""
     if label():
