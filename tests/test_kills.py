@@ -12,11 +12,8 @@ import pytest
 from tests.kill_jobs import Row, read_plan, table
 from tests.kill_places import PLACES
 
-PLAN = (
-    "sft: start full checkpoint TERM model summary; decode: random file INT partial HUP; "
-    "decode of two: random TERM; sft of two: TERM checkpoint"
-)
-"""Each place, and two jobs of two processes."""
+PLAN = "sft: start full checkpoint TERM model summary; decode: random file INT partial HUP TERM"
+"""Each place. Jobs of two processes are killed in the nightly form."""
 
 
 def killed(*words: str) -> str:
@@ -33,9 +30,9 @@ def killed(*words: str) -> str:
     return found.stdout
 
 
-def test_fifteen_kills_leave_no_fault():
+def test_twelve_kills_leave_no_fault():
     assert {place for _, places in read_plan(PLAN) for place in places} == set(PLACES)
-    assert "\n15 kills, " in killed("--plan", PLAN)
+    assert "\n12 kills, " in killed("--plan", PLAN)
 
 
 def test_a_place_at_which_no_kill_came_is_a_fault_and_named():
