@@ -208,6 +208,11 @@ def words_of(error: BaseException) -> tuple[int, str]:
     return number, words(number)
 
 
+def code_of(number: int, chosen: int | None) -> int:
+    """The exit code after a signal: the one that was chosen, or 128 and its number."""
+    return 128 + number if chosen is None else chosen
+
+
 def words(number: int) -> str:
     """A line that says that a signal has ended this process."""
     name = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"

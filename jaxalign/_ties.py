@@ -188,7 +188,7 @@ def _lose(other: int, *, told: bool) -> None:
         words = _signals.words(number) if number else f"error: {_hosts.label()}{_found['gone']}"
         with contextlib.suppress(OSError, ValueError):
             print(words, file=sys.stderr, flush=True)
-        end(1 if not number else 128 + number if code is None else code, seconds=0.0)
+        end(_signals.code_of(number, code) if number else 1, seconds=0.0)
 
 
 def stopped() -> int:

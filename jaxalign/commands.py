@@ -222,7 +222,7 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         number, words = _signals.words_of(error)
         processes.claim()
         _say(words)
-        _end(128 + number if code is None else code)
+        _end(_signals.code_of(number, code))
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         _no_more_output()
         sys.exit(CLOSED)
@@ -236,7 +236,7 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         processes.claim()
         if shared and (number := processes.stopped()):  # another process has ended first, of the same signal
             _say(_signals.words(number))
-            _end(128 + number if code is None else code)
+            _end(_signals.code_of(number, code))
         lost = "" if usage else processes.gone()
         words = str(error).partition("\n-----")[0]  # below that, jax speaks of its own frames
         words = " ".join(words.split()) if usage else next(iter(words.strip().splitlines()), "")

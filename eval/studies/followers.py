@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _io, commands, data, decoding, gibbs, models, policies, rewards, shaping, tokens
+from jaxalign import _io, commands, critics, data, decoding, gibbs, models, policies, rewards, shaping, tokens
 from jaxalign._arrays import repeat_rows
 from jaxalign.launch import stages
 from jaxalign.training import followers, rollouts, shaping_data
@@ -117,7 +117,7 @@ def answers(config: Config, run: pathlib.Path, leader: pathlib.Path) -> dict[str
     follower = followers.Follower(
         shaping_data.ShapingOptions(follower="tokens", candidates=config.candidates, beta=config.beta),
         lm,
-        followers.tilted_base(lm, base, candidates=config.candidates),
+        followers.tilted_base(critics.args(lm), base, candidates=config.candidates),
         base,
         base_params,
         utility,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxalign.models import sharding
 from jaxalign.types import Array, Params
 
 Gather = Literal["auto", "ahead", "in_turn"]
-GATHERS = ("auto", "ahead", "in_turn")
+GATHERS = get_args(Gather)
 SHARE_AHEAD = 0.25
 """Of an accelerator's memory: a model that takes no more may be put together ahead of a loop over tokens."""
 

@@ -85,18 +85,18 @@ def check_drawing(options: ShapingOptions, mesh: MeshOptions, run: RunOptions) -
                 )
 
 
-def tilted_base(lm: models.LanguageModel, base: models.LanguageModel, *, candidates: int) -> Policy:
-    """Gives the base tilted by a reward model's score of the partial text (ARGS).
+def tilted_base(critic: Critic, base: models.LanguageModel, *, candidates: int) -> Policy:
+    """Gives the base tilted by what is paid for the partial text: `critics.args` of a reward model, or `paid_by`.
 
     Args:
-      lm: the reward model.
+      critic: of candidates.
       base: of the same vocabulary.
       candidates: next tokens that are scored, the most probable ones.
 
     Returns:
       The Policy, whose params are {"policy", "critic", "beta"}.
     """
-    return policies.tilt(policies.language_model(base), critics.args(lm), top_k=min(candidates, base.vocab_size))
+    return policies.tilt(policies.language_model(base), critic, top_k=min(candidates, base.vocab_size))
 
 
 def paid_by(reward: Reward) -> Critic:
@@ -168,12 +168,11 @@ def open_follower(
     raw = None
     if options.compare_raw:
         reward, raw_params = opened()
-        paid = paid_by(reward)
-        raw = policies.tilt(policies.language_model(base), paid, top_k=_top_k(options, base)), reward, raw_params
+        raw = tilted_base(paid_by(reward), base, candidates=options.candidates), reward, raw_params
     return Follower(
         options,
         started.lm,
-        tilted_base(started.lm, base, candidates=options.candidates),
+        tilted_base(critics.args(started.lm), base, candidates=options.candidates),
         base,
         params,
         utility,
@@ -184,10 +183,6 @@ def open_follower(
         run.seed,
         raw,
     )
-
-
-def _top_k(options: ShapingOptions, base: models.LanguageModel) -> int:
-    return min(options.candidates, base.vocab_size)
 
 
 def redraw(follower: Follower, params: Params, step: int, batch: dict[str, Array]) -> dict[str, Array]:
@@ -319,7 +314,7 @@ def loss_of_draws(follower: Follower) -> Loss:
             tokens,
             mask,
             beta=options.beta,
-            top_k=_top_k(options, follower.base_lm),
+            top_k=min(options.candidates, follower.base_lm.vocab_size),
         ).reshape(utility.shape)
         return -shaping.score_function(log_prob, utility=utility), LossAux(weight, metrics)
 

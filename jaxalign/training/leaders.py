@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import save
 
-from jaxalign import _hosts, _io, models, shaping
+from jaxalign import _hosts, _io, gibbs, models, shaping
 from jaxalign.training import LossAux, adapters, followers, objectives
 from jaxalign.training import job as functions
 from jaxalign.training.shaping_data import ShapingOptions, collate_groups, collate_prompts
@@ -203,9 +203,7 @@ def train_reward_model(
 
 def _kl_of(logit: np.ndarray) -> np.ndarray:
     """KL [prompts] of softmax(logit [prompts,n]) to equal weights, in nats."""
-    log_weight = np.asarray(jax.nn.log_softmax(logit))
-    found: np.ndarray = (np.exp(log_weight) * (log_weight + np.log(logit.shape[-1]))).sum(axis=-1)
-    return found
+    return np.asarray(gibbs.kl(jax.nn.log_softmax(logit), jnp.full(logit.shape, -np.log(logit.shape[-1]))))
 
 
 class _Drawn:
