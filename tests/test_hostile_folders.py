@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from jaxalign import data, models
 from jaxalign.evaluation.report import write_report
 from jaxalign.models.hf import folders
-from tests.fuzz.readers import ADAPTER, SMALL, write_model
+from tests.fuzz.model_folders import ADAPTER, SMALL, write_model
 from tests.test_report import make_run
 
 

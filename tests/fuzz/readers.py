@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
-from safetensors.numpy import save_file
 
 from jaxalign import _options, data, models, policies
 from jaxalign.evaluation.report import write_report
@@ -18,35 +14,9 @@ from jaxalign.models.families import FAMILIES
 from jaxalign.models.hf import fields, files
 from jaxalign.tokens import text_format
 from tests import folders_made, token_cases
+from tests.fuzz import model_folders
 from tests.fuzz.changes import paths_of
-
-SMALL = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "max_position_embeddings": 16,
-    "rms_norm_eps": 1e-6,
-    "eos_token_id": [0],
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-}
-HEAD = {"kind": "value", "hidden_size": 3, "distribution": {"support": [0.0, 1.0, 2.0], "mode": "grid", "rank": 2}}
-GENERATION = {"eos_token_id": [0], "do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "num_beams": 1}
-ADAPTER = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "r": 2,
-    "lora_alpha": 4,
-    "target_modules": ["q_proj"],
-    "rank_pattern": {},
-    "alpha_pattern": {"q_proj": 3},
-    "base_model_name_or_path": "../model",
-}
+from tests.fuzz.model_folders import ADAPTER, GENERATION, HEAD, SMALL, write_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,33 +31,6 @@ class Reader:
     """Reads the folder."""
 
 
-def write_model(folder: pathlib.Path, config: dict[str, Any] = SMALL) -> None:
-    lm = models.LanguageModel(models.config_from_hf(config))
-    models.save(folder, lm, _params(lm), overwrite=True)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-@functools.cache
-def _params(lm: models.LanguageModel) -> Any:
-    import jax
-
-    return lm.init(jax.random.key(0))
-
-
-def _config(folder: pathlib.Path) -> None:
-    folders_made.write(folder, {"config.json": SMALL})
-
-
-def _families(folder: pathlib.Path) -> None:
-    for name in FAMILIES:
-        own = FAMILIES[name].names
-        values = {own.get(k, k): v for k, v in SMALL.items() if own.get(k, k) is not None}
-        values |= {"model_type": name, "architectures": None, "rope_parameters": None}
-        values[own.get("hidden_size", "hidden_size")] = 16  # a quarter of a head is even
-        values.pop("head_dim", None)
-        folders_made.write(folder, {f"{name}/config.json": {**dict(FAMILIES[name].defaults), **values}})
-
-
 def _read_families(folder: pathlib.Path) -> None:
     for name in FAMILIES:
         models.read_config(folder / name)
@@ -97,42 +40,6 @@ def _read_generation(folder: pathlib.Path) -> None:
     kept = models.read_config(folder).generation
     with files.naming_file(folder):  # which the text of the fields does not know
         policies.read_generation_config(kept)
-
-
-def _shards(folder: pathlib.Path) -> None:
-    write_model(folder)
-    from safetensors.numpy import load_file
-
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(sorted(tensors))}
-    for name in set(names.values()):
-        save_file({key: tensors[key] for key in tensors if names[key] == name}, folder / name)
-    folders_made.write(folder, {"model.safetensors.index.json": {"metadata": {"total_size": 1}, "weight_map": names}})
-
-
-def _adapter(folder: pathlib.Path) -> None:
-    write_model(folder / "model")
-    place = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    tensors = {f"{place}A.weight": np.ones((2, 8), np.float32), f"{place}B.weight": np.ones((8, 2), np.float32)}
-    folders_made.write(folder, {"adapter/adapter_config.json": ADAPTER})
-    save_file(tensors, folder / "adapter/adapter_model.safetensors")
-    token = {"content": "<pad>", "id": 3}
-    folders_made.write(
-        folder,
-        {"adapter/tokenizer_config.json": {"pad_token": "<pad>"}, "adapter/tokenizer.json": {"added_tokens": [token]}},
-    )
-
-
-def _tokenizer(folder: pathlib.Path) -> None:
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": token_cases.CHATML}
-    files = {"tokenizer.json": folders_made.tokenizer_json(), "tokenizer_config.json": settings, "config.json": SMALL}
-    folders_made.write(folder, files | {"generation_config.json": {"eos_token_id": [2]}})
-
-
-def _bare_tokenizer(folder: pathlib.Path) -> None:
-    files = {"tokenizer.json": folders_made.tokenizer_json(), "config.json": SMALL | {"bos_token_id": 1}}
-    folders_made.write(folder, files | {"generation_config.json": {"eos_token_id": [2]}})
 
 
 PAIRS = [
@@ -250,7 +157,7 @@ def _read_options(folder: pathlib.Path) -> None:
 
 
 def _template(folder: pathlib.Path) -> None:
-    _tokenizer(folder)
+    model_folders.tokenizer(folder)
     folders_made.write(folder, {"chat_template.jinja": token_cases.LLAMA2})
 
 
@@ -280,14 +187,14 @@ _CONFIG += [
 _HEADS = [["jaxalign_head", *path] for path in paths_of(HEAD, further=("follower", "num_labels", "bound", "labels"))]
 
 READERS = {
-    "config.json": Reader(_config, {"config.json": _CONFIG}, models.read_config),
+    "config.json": Reader(model_folders.config, {"config.json": _CONFIG}, models.read_config),
     "config.json with a head": Reader(
         lambda folder: (folders_made.write(folder, {"config.json": SMALL | {"jaxalign_head": HEAD}}), None)[1],
         {"config.json": _HEADS},
         models.read_config,
     ),
     "config.json of a family": Reader(
-        _families,
+        model_folders.families,
         {
             f"{name}/config.json": [[family.names.get(k) or k] for k in _MORE] + [[k] for k in family.defaults]
             for name, family in FAMILIES.items()
@@ -295,12 +202,16 @@ READERS = {
         _read_families,
     ),
     "generation_config.json": Reader(
-        lambda folder: (_config(folder), folders_made.write(folder, {"generation_config.json": GENERATION}), None)[2],
+        lambda folder: (
+            model_folders.config(folder),
+            folders_made.write(folder, {"generation_config.json": GENERATION}),
+            None,
+        )[2],
         {"generation_config.json": paths_of(GENERATION, further=("min_p", "bos_token_id", "max_length"))},
         _read_generation,
     ),
     "index of shards": Reader(
-        _shards,
+        model_folders.shards,
         {
             "model.safetensors.index.json": [
                 ["weight_map"],
@@ -313,7 +224,7 @@ READERS = {
     ),
     "safetensors": Reader(write_model, {"model.safetensors": []}, models.load),
     "adapter_config.json": Reader(
-        _adapter,
+        model_folders.adapter,
         {
             "adapter/adapter_config.json": paths_of(
                 ADAPTER,
@@ -338,10 +249,12 @@ READERS = {
         lambda folder: models.read_config(folder / "adapter"),
     ),
     "adapter_model.safetensors": Reader(
-        _adapter, {"adapter/adapter_model.safetensors": []}, lambda folder: models.read_config(folder / "adapter")
+        model_folders.adapter,
+        {"adapter/adapter_model.safetensors": []},
+        lambda folder: models.read_config(folder / "adapter"),
     ),
     "tokenizer": Reader(
-        _tokenizer,
+        model_folders.tokenizer,
         {
             "tokenizer.json": paths_of(_TOKENIZER),
             "tokenizer_config.json": [
@@ -365,7 +278,7 @@ READERS = {
         models.tokenizer,
     ),
     "tokenizer without settings": Reader(
-        _bare_tokenizer,
+        model_folders.bare_tokenizer,
         {
             "config.json": [["eos_token_id"], ["bos_token_id"]],
             "generation_config.json": [["eos_token_id"], ["bos_token_id"]],
