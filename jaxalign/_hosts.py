@@ -22,12 +22,18 @@ T = TypeVar("T")
 
 def count() -> int:
     """The number of processes. It starts no backend where there is one process."""
-    return jax.process_count() if jax.distributed.is_initialized() else 1
+    return _place()[1] if jax.distributed.is_initialized() else 1
 
 
 def index() -> int:
     """Which process this is, from 0."""
-    return jax.process_index() if jax.distributed.is_initialized() else 0
+    return _place()[0] if jax.distributed.is_initialized() else 0
+
+
+@functools.cache
+def _place() -> tuple[int, int]:
+    """(which process this is, of how many). Kept, for it is asked at the end too, when jax has dropped its devices."""
+    return jax.process_index(), jax.process_count()
 
 
 def is_first() -> bool:

@@ -156,6 +156,11 @@ def asked() -> int:
     return _state["asked"]
 
 
+def deferring() -> bool:
+    """Whether this process runs a block that answers a signal where it can save."""
+    return _state["deferring"] > 0
+
+
 def check() -> None:
     """Ends what runs where a signal has asked for it: one that came while Python could not raise is not lost."""
     if _state["asked"] and not _state["deferring"]:

@@ -6,10 +6,10 @@ Process 0 listens, each other one is connected to it, and lines go over these co
     stop N   a signal with that number has come
     ends N   the process that says it ends with that exit code, and tells why itself
     gone I   process I is gone
-    bye      the process that says it is done
+    bye      the process that says it is done; process 0 says it when all are
 
-The end of a connection without one of the last words is a process that was killed, and is seen at once; that of a
-machine without power or network by the kernel's own probes, in about a minute.
+The end of a connection before process 0 has said so, and without `ends`, is a process that was killed. It is seen at
+once; that of a machine without power or network by the kernel's own probes, in about a minute.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from jaxalign import _hosts, _locks, _signals
 JOIN = 20.0
 """Seconds in which the processes have to be connected."""
 
-GRACE, STOPPING = 3.0, 60.0
-"""Seconds in which a process tells why it ends itself, once another has said that it ends; and after a signal, when it
-may have something to save."""
+GRACE, SAVING = 3.0, 20.0
+"""Seconds in which a process tells why it ends itself, once another has said that it ends; and after a signal that it
+answers where it can save."""
 
-LINGER = 15.0
-"""Seconds for which process 0 waits for the others to end: once it is gone, jax ends them without a word."""
+LINGER = SAVING + 10.0
+"""Seconds for which process 0 waits for the others to end, which takes them less: jax aborts those that it leaves."""
 
 PROBES = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 """When the kernel asks whether a silent machine is still there [s, s, times]."""
 
 _links: dict[int, socket.socket] = {}  # process -> connection to it
 _ended: set[int] = set()  # processes whose connection has ended
-_silent: set[int] = set()  # processes that are done, or that tell by themselves why they end
+_done: set[int] = set()  # processes that have said that they are done
+_silent: set[int] = set()  # processes whose end is no loss: all are done, or they tell by themselves why they end
 _claim = threading.Lock()  # held by whoever tells why this process ends
 _seen = threading.Event()  # a process is gone
 _found: dict[str, str] = {}  # "gone" -> the words about that process
@@ -168,12 +169,18 @@ def _hear(other: int, word: str, number: str = "0") -> None:
         _signals.ask(int(number))
     elif word == "gone":
         _lose(int(number), told=False)
-    elif word in ("bye", "ends"):
+    elif word == "bye":
+        _done.add(other)
+        if other == 0:  # then all are
+            _silent.add(other)
+    elif word == "ends":
         _silent.add(other)
-        if word == "ends":
-            late = threading.Timer(STOPPING if _stop["number"] else GRACE, _lose, (other,), {"told": True})
-            late.daemon = True
-            late.start()
+        # Where it cannot save, what keeps this process from its end is a computation that waits for the other, or one
+        # that is compiled.
+        seconds = SAVING if _stop["number"] and _signals.deferring() else GRACE
+        late = threading.Timer(seconds, _lose, (other,), {"told": True})
+        late.daemon = True
+        late.start()
 
 
 def _lose(other: int, *, told: bool) -> None:
@@ -214,9 +221,22 @@ def gone(seconds: float = 1.0) -> str:
 
 
 def leave() -> None:
-    """Says that this process is done."""
+    """Says that this process is done, whatever the others do."""
     _silent.update(_links)
     _send("bye")
+
+
+def leave_together() -> None:
+    """Says that this process is done, and waits until all are: jax, which waits for the others at a process's end as
+    well, aborts all of them after five minutes of that. A process that is killed meanwhile ends the others."""
+    if not _links:
+        return
+    if not _hosts.is_first():
+        _send("bye")
+    while set(_links) - _done - _ended:
+        time.sleep(0.02)
+    if _hosts.is_first():
+        leave()
 
 
 def end(code: int, *, seconds: float = 1.0) -> NoReturn:

@@ -215,9 +215,9 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
                     main(rest)
                 finally:
                     compilation.tell(cache)
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            processes.leave()
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+                processes.leave()
     except (KeyboardInterrupt, _signals.Stopped) as error:
         number, words = _signals.words_of(error)
         processes.claim()

@@ -17,6 +17,7 @@ import pytest
 
 from jaxalign import _hosts, _signals, _ties, commands, training
 from jaxalign.launch import processes
+from tests.test_hosts import end, start, told_by
 
 
 @pytest.fixture
@@ -143,3 +144,35 @@ def test_a_shared_computation_that_fails_after_a_signal_ends_as_the_signal_does(
         commands.execute(job, [])
     assert ended == [code]
     assert ("Gloo" in capsys.readouterr().err) == (number == 0)
+
+
+@pytest.mark.parametrize(
+    ("busy", "other", "victim", "number", "codes"),
+    [
+        (0, "done", 0, signal.SIGTERM, (143, 143)),
+        (1, "done", 1, signal.SIGTERM, (143, 143)),
+        (0, "shared", 0, signal.SIGHUP, (129, 129)),
+        (0, "done", 1, signal.SIGKILL, (1, -9)),
+        (1, "done", 0, signal.SIGTERM, (143, 143)),
+    ],
+)
+def test_processes_end_together_whatever_each_is_at(busy, other, victim, number, codes, tmp_path):
+    """One is done, or waits for the other in a shared computation, which is still at work when the signal comes."""
+    words = ["tests.waiting_program", str(tmp_path), str(busy), other]
+    options = ["--coordinator", "COORDINATOR", "--num-processes", "2", "--process-id", "PROCESS"]
+    running = start([*words, *options])
+    try:
+        until = time.monotonic() + 100
+        while {path.name for path in tmp_path.iterdir()} != {"0", "1"} and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(1)  # until the other waits
+        running[victim].send_signal(number)
+        told = told_by(running, timeout=_ties.LINGER - 5)
+    finally:
+        end(running)
+    assert tuple(process.returncode for process in running) == codes
+    for text, code in zip(told, codes, strict=True):
+        lines = [line for line in text.splitlines() if line and "[Gloo]" not in line]
+        if code != -9:
+            assert len(lines) == 1, text
+            assert ("stopped by " if code > 128 else f"process {victim} is gone") in lines[0]

@@ -147,11 +147,11 @@ def stopped() -> int:
 
 
 def leave() -> None:
-    """Tells the other processes that this one is done."""
+    """Tells the other processes that this one is done, and waits until all are."""
     if label():
         from jaxalign import _ties
 
-        _ties.leave()
+        _ties.leave_together()
 
 
 def end(code: int) -> NoReturn:
