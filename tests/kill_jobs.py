@@ -144,6 +144,7 @@ JAX_TELLS = (
     ":Stream removed",
     "Source Location Trace",
     "external/xla",
+    "preemption_sync_manager",
 )
 """Parts of what jax prints where process 0 is gone."""
 
