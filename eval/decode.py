@@ -18,6 +18,7 @@ by the methods marked *.
     args           a reward model                    beta
     value          a value model                     beta
     follower       a head for a shaped reward        -, it has its own beta
+    distribution   a head of laws, DIR:READING       beta, n or nats, as the reading has it
     genarm         an autoregressive reward model    beta = 1/alpha
     transfer *     an aligned baseline               beta
     best_of_n *    -                                 n [responses]
@@ -29,9 +30,9 @@ by the methods marked *.
     quest *        -                                 beta
     cards *        -                                 beta
 
-args, value, follower, genarm and transfer are critics; a weighted sum of critics, "0.5 * args:DIR + value:DIR@1", is
-one method, and stands behind blockwise:, beam: and smc: as well. MODULE:FUNCTION is a method of your own: a function of
-jaxalign.evaluation.MethodInputs that gives draw(rng, prompts) -> Decoded or Completions; see
+args, value, follower, distribution, genarm and transfer are critics; a weighted sum of critics, "0.5 * args:DIR +
+value:DIR@1", is one method, and stands behind blockwise:, beam: and smc: as well. MODULE:FUNCTION is a method of your
+own: a function of jaxalign.evaluation.MethodInputs that gives draw(rng, prompts) -> Decoded or Completions; see
 jaxalign.evaluation.functions.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -255,6 +256,11 @@ def test_bad_options_are_named(options, match, folders, tmp_path):
 def test_every_kind_has_a_builder():
     assert set(methods.METHODS) == set(specs.KINDS)
     assert set(tilts.CRITICS) == set(specs.CRITICS)
+
+
+def test_the_help_lists_every_kind_and_critic():
+    listed = re.findall(r"^    (\w+)(?: \*)? {2,}", decode.__doc__, re.MULTILINE)
+    assert {*listed, "tilt", "function"} == {"KIND", *specs.KINDS, *specs.CRITICS}
 
 
 def test_the_parts_of_a_method():

@@ -100,3 +100,9 @@ def test_rows_are_coloured_on_a_terminal_alone(folder, tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "\033[" not in found.stdout
     assert "3 rows; + is learned, ~ is read by a reward model alone" in found.stdout
+
+
+def test_sft_refuses_compare_which_makes_pairs_alone(folder, tmp_path):
+    options = {"data": str(folder / "pairs.jsonl"), "model": str(folder / "base"), "out": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match=r"compare: expected 'all', .* found 'best'"):
+        commands.run("sft", show=1, compare="best", **options)

@@ -134,8 +134,12 @@ def prompt_reading(options: TextOptions) -> PromptReading:
 
 
 def example_reading(options: TextOptions, compare: CompareOptions | None = None) -> ExampleReading:
-    """Keywords of `tokenize_texts`."""
+    """Keywords of `tokenize_texts`. ValueError where it is said which responses make pairs: there are none."""
     compare = CompareOptions() if compare is None else compare
+    if compare.compare != "all":
+        raise ValueError(
+            f"compare: expected 'all', since a text to learn is compared with none, found {compare.compare!r}"
+        )
     return {
         "columns": parse_columns(options.columns),
         "as_messages": options.as_messages,
