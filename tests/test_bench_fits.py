@@ -72,5 +72,6 @@ def test_jobs_of_a_table_read_one_without_weights_and_their_figures_are_on_the_l
         assert row["frozen"] > row["depths"][3]["frozen"]
     distil, regress = rows
     assert regress["temporaries"] < distil["temporaries"]  # a row has one text, not two
+    assert 1.5 < regress["frozen"] / distil["frozen"] < 2.2  # base and reward, both in bfloat16
     assert capsys.readouterr().out.count("% at 3 layers |") == 2
     assert [row["step"] for row in json.loads((tmp_path / "out/fits.json").read_text())["rows"]] == [*config.jobs]

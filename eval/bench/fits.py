@@ -35,6 +35,8 @@ for options in json.loads(sys.argv[2]):
 """
 FIGURES = ("parameters", "optimizer", "frozen", "temporaries", "total", "flops_per_token")
 """Those of an estimate that grow with the depth."""
+DTYPE = "bfloat16"
+"""Of all models, the reward of the calibration table among them."""
 Q_HEAD = models.Head("q", hidden_size=4096)
 LORA = {"lora_rank": 16}
 
@@ -168,7 +170,7 @@ def _row(config: Config, folder: pathlib.Path, title: str, mesh: str) -> dict[st
     job, asked = jobs(config, folder, rows)[title][0], []
     for depth in depths:
         options = jobs(config, folder / str(depth), rows)[title][1]
-        options = options | {"mesh": mesh, "out": str(folder / "out"), "dtype": "bfloat16", "dry_run": True}
+        options = options | {"mesh": mesh, "out": str(folder / "out"), "dtype": DTYPE, "dry_run": True}
         asked.append(options | ({} if job in ("decode", "calibrate") else {"remat": "full"}))
     begin = time.perf_counter()
     found = subprocess.run(
@@ -221,7 +223,7 @@ def _write_inputs(config: Config, folder: pathlib.Path) -> None:
 def _write_table(config: Config, folder: pathlib.Path) -> None:
     """What train.calibrate would write in table/ of responses that are as long as they may be."""
     job, options = jobs(config, folder, 1)["calibrate, and what value and shaping draw"]
-    made = from_fields(commands.load(job).Config, options | {"out": str(folder / "table")})
+    made = from_fields(commands.load(job).Config, options | {"out": str(folder / "table"), "dtype": DTYPE})
     table = pathlib.Path(made.run.out)
     tokenizer, room = models.tokenizer(made.rollouts.base), made.max_length - made.rollouts.max_new_tokens
     form = format_of(made.text, tokenizer)
