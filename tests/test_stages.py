@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import types
 import typing
 
 import pytest
@@ -120,3 +121,22 @@ def test_the_quickstart_runs_its_stages_in_order_and_the_world_once(tmp_path, mo
     titles = {stage.title for stage in stages.training_stages(tmp_path, "tiny", SHARED)}
     assert titles < set(found["seconds"])
     assert f"[1/{len(titles) + len(stages.decoding_groups(tmp_path, 'tiny'))}]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("library", ["there", "none", "another"])
+def test_a_stage_is_timed_and_gives_back_freed_memory_where_the_c_library_can(library, tmp_path, monkeypatch):
+    trims = []
+
+    def load(_: None):
+        if library == "none":
+            raise OSError
+        return types.SimpleNamespace(**({"malloc_trim": trims.append} if library == "there" else {}))
+
+    monkeypatch.setattr(stages.ctypes, "CDLL", load)
+    clock = stages.Clock(tmp_path / "timings.json")
+    with pytest.raises(KeyError), clock.stage("one"):
+        raise KeyError
+    with clock.stage("one"):
+        pass
+    assert trims == ([0, 0] if library == "there" else [])
+    assert stages.Clock(tmp_path / "timings.json").seconds == clock.seconds == {"one": clock.seconds["one"]}

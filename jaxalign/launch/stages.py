@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import pathlib
 import time
 from collections.abc import Iterator
@@ -253,10 +254,18 @@ class Clock:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the seconds of the block to those of a stage."""
+        """Adds the seconds of the block to those of a stage, and gives back the memory that it has freed."""
         begin = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - begin, 2)
             _io.write_json(self.path, self.seconds)
+            give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Has the C library return to the system what is free: after a stage it keeps up to a gigabyte, in pieces that the
+    next stage's arrays do not fit into. Where it has no such call nothing is done."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

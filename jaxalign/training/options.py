@@ -56,7 +56,8 @@ class RowOptions:
     """The rows that a model is trained on."""
 
     max_length: int = 256
-    """Longest row [tokens], prompt and response; a longer prompt is cut after its header, a longer roll-out an error."""
+    """Longest row [tokens], prompt and response; a longer prompt is cut after its header, a longer roll-out is an
+    error."""
     validation: float = 0.05
     """Share of the prompts held out for the figures in summary.json, chosen by a hash of the prompt; 0: none."""
     skip_bad: bool = False
