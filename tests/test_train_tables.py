@@ -67,7 +67,10 @@ def test_a_table_made_with_anything_else_is_refused(files, tmp_path, change, nam
 
 
 def test_roll_outs_of_files_that_have_changed_since_are_refused(files, tmp_path):
-    calibrate.main([*table_options(files), "--rollouts", str(files / "table"), "--out", str(tmp_path / "same")])
+    same = [*table_options(files), "--rollouts", str(files / "table"), "--out", str(tmp_path / "same")]
+    calibrate.main(same)
+    assert {"config.json", "inputs.json", "versions.json"} < {path.name for path in (tmp_path / "same").iterdir()}
+    calibrate.main(same)  # it is reported
     prompts = files / "prompts.jsonl"
     kept, text = prompts.stat(), prompts.read_bytes()
     os.utime(prompts, ns=(kept.st_atime_ns, kept.st_mtime_ns + 10**9))  # touched alone: the bytes are the same

@@ -347,7 +347,7 @@ def _pairs(tokens: np.ndarray, mask: np.ndarray) -> Any:
 
 
 def _picture(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> None:
-    figure, panels = common.pyplot().subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure, panels = common.pyplot().subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288", "#999999", "k")
     fitted = {f"{text}, {name}": (text, name) for text in config.transforms for name in config.regress}
     names = tuple(dict.fromkeys(row["reward"] for row in rows))
@@ -360,7 +360,7 @@ def _picture(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> N
         "best_of_n": f"win rate, best of {config.n} on both sides",
         "worst_of_n": f"win rate, worst of {config.n} on both sides",
     }
-    top = 1.25 * max(row["kl"] for row in rows if row["reward"] in config.transforms)
+    top = 1.25 * max(row["kl"] for row in rows if row["reward"] in (*config.transforms, *fitted))
     grid = np.linspace(0.02, top, 40)
     with jax.enable_x64(True):
         curves = {text: predictions.closed_form(text, grid, config.n)[1] for text in config.transforms}
@@ -377,14 +377,15 @@ def _picture(config: Config, rows: list[dict[str, Any]], out: pathlib.Path) -> N
                 color=colour,
                 ls="",
                 marker=marks.get(text, "^"),
-                ms=4.5,
-                capsize=2,
-                label=text,
+                ms=6,
+                elinewidth=0.8,
+                label=f"{text}, RL" if fitted and text in config.transforms else text,
             )
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("KL to the base [nats]")
         axes.grid(alpha=0.25)
-    panels[0].legend(frameon=False, fontsize=8.5, title="reward (lines: closed form)", title_fontsize=8.5)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8.5, title="lines: closed form")
     common.save(figure, out / f"{config.name}.png")
 
 

@@ -260,6 +260,7 @@ def roll_out(
     longest = max(len(row.prompt) + len(row.response) for row in found)
     if longest > max_length:
         raise ValueError(f"max_length: expected at least the longest roll-out's {longest} tokens, found {max_length}")
+    _runs.begin(out)  # where nothing was drawn
     return found
 
 
