@@ -151,7 +151,7 @@ def test_a_shared_computation_that_fails_after_a_signal_ends_as_the_signal_does(
     [
         (0, "done", 0, signal.SIGTERM, (143, 143)),
         (1, "done", 1, signal.SIGTERM, (143, 143)),
-        (0, "shared", 0, signal.SIGHUP, (129, 129)),
+        (0, "shared", 0, signal.SIGTERM, (143, 143)),
         (0, "done", 1, signal.SIGKILL, (1, -9)),
         (1, "done", 0, signal.SIGTERM, (143, 143)),
     ],
