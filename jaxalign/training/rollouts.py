@@ -273,8 +273,7 @@ def longest_rollouts(options: RolloutOptions, prompts: Sequence[encoded.Prompt])
     """Rows of the largest size that roll-outs have, for a dry run: the first tokens of the vocabulary, and rewards that
     differ."""
     response = list(range(options.max_new_tokens))
-    rows = [(row, sample) for row in range(len(prompts)) for sample in range(options.samples)]
-    return [Rollout(prompts[row].tokens, response, float(sample), row) for row, sample in rows]
+    return [Rollout(p.tokens, response, float(k), row) for row, p in enumerate(prompts) for k in range(options.samples)]
 
 
 def roll_out_for(
