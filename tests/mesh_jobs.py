@@ -126,6 +126,7 @@ def check_same(name: str, one: pathlib.Path, many: pathlib.Path) -> None:
         keys = {"loss", "grad_norm", "reward", "kl", "accuracy"} & set(row)
         if name.startswith("dpo") and row is a[0]:  # the policy is the reference: margins are 0, of a sign by rounding
             keys -= {"accuracy"}
+            np.testing.assert_allclose([row["margin"], other["margin"]], 0, atol=1e-6)
         for key in keys:
             np.testing.assert_allclose(row[key], other[key], rtol=2e-4, atol=1e-6, err_msg=f"{name} {key}")
     for params in zip(*(jax.tree.leaves(models.load(run / "model")[1]) for run in (one, many)), strict=True):
