@@ -264,7 +264,7 @@ def _picture(config: Config, rows: list[dict[str, Any]], out: Any) -> None:
     sizes = list(dict.fromkeys(row["pairs"] for row in rows))
     panels: Any
     figure, panels = common.pyplot().subplots(
-        2, 2 * len(sizes), figsize=(15.5, 7), layout="constrained", sharey="row", squeeze=False
+        2, 2 * len(sizes), figsize=(15.5, 7.4), layout="constrained", sharey="row", squeeze=False
     )
     groups = (tuple(STYLES)[:5], tuple(name for name in STYLES if any(row["method"] == name for row in rows)))
     for k, pairs in enumerate(sizes):
@@ -287,8 +287,8 @@ def _picture(config: Config, rows: list[dict[str, Any]], out: Any) -> None:
                 axes.set_xlabel("responses n" if g == 0 else "KL to the base [nats]")
                 axes.set_title(f"{title}, {pairs}", fontsize=10)
                 axes.grid(alpha=0.25)
-                if k == 0 and line == g:
-                    axes.legend(frameon=False, fontsize=8)
+    curves = panels[0][1].get_legend_handles_labels()  # each method is in this panel
+    figure.legend(*curves, loc="outside lower center", ncols=len(groups[1]), frameon=False, fontsize=10)
     common.save(figure, out / "over_optimisation.png")
 
 

@@ -26,11 +26,12 @@ from jaxalign.decoding._cards import CardsInfo, CardsParams, cards
 from jaxalign.decoding._chunks import in_chunks
 from jaxalign.decoding._ggro import GGROInfo, GGROParams, ggro
 from jaxalign.decoding._kl import sum_of_steps, surprisal
+from jaxalign.decoding._log_prob import log_prob
 from jaxalign.decoding._margins import draw_margins
 from jaxalign.decoding._power import power
 from jaxalign.decoding._quest import Cut, QuestInfo, QuestParams, quest, uniform_cut
 from jaxalign.decoding._rejection import FirstAboveParams, RejectionInfo, RejectionParams, first_above, rejection
-from jaxalign.decoding._sampling import log_prob, sample
+from jaxalign.decoding._sampling import sample
 from jaxalign.decoding._smc import SMCInfo, SMCParams, smc
 from jaxalign.decoding._speculative import SpeculativeInfo, SpeculativeParams, speculative
 from jaxalign.decoding.requests import join
