@@ -226,7 +226,7 @@ def _check_scoring(
     mask = jnp.ones(tokens.shape, bool)
     # Row 0 is one token shorter, as responses of a batch are.
     mask = mask.at[0, -1].set(False)
-    stepwise = run.policy._replace(log_prob=None)
+    stepwise = run.policy._replace(log_prob=None, verify=None, accept=None)
     batch = any_prompts(prompts).tokens.shape[0]
     if run.policy.log_prob is not None:
         steps = decoding.log_prob(stepwise, params, run.rng, prompts, tokens, mask)
@@ -238,7 +238,9 @@ def _check_scoring(
                     raise broken(10, f"{name} of the parallel form has shape {left.shape} in place of {right.shape}")
                 close(10, f"{name} of the parallel form beside that of the steps", left, right)
     if gradients:
-        policies = [stepwise] if run.policy.log_prob is None else [stepwise, run.policy]
+        policies = [stepwise]
+        if run.policy.log_prob is not None or run.policy.verify is not None:  # in parallel, or by blocks
+            policies.append(run.policy)
         for each in policies:
             _laws.check_gradients(
                 lambda given, each=each: decoding.log_prob(each, given, run.rng, prompts, tokens, mask).log_prob.sum(),  # type: ignore[misc]

