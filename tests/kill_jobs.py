@@ -36,7 +36,7 @@ LATE = 45.0
 """Seconds after the last begin of a trial in which each worker has to end."""
 
 SURVIVOR = 60.0
-"""Seconds in which every process of a job has to end, once one of several is killed."""
+"""Seconds in which every process of a job has to end, once one of several has ended."""
 
 
 # Trials ---------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def killed_start(
         arm = arming(place, seconds, rng.randrange(2**31), reach, joined=job.processes > 1)
         since = time.perf_counter()
         running = begin(job, filled(job, given, out), log, arm, victim=victim)
-        codes = end(running, seconds=SURVIVOR + seconds)
+        codes = end(running, after_first=SURVIVOR)
         row = added(row, Row(faults=judged(f"{name}, {place}", place, running, codes, victim)))
         if codes[victim] == PROMISED.get(place, -9) or (place == "full" and codes[victim] == 1):
             row = added(row, Row(kills=1))

@@ -168,15 +168,16 @@ def _forked(job: Job, words: list[str], log: pathlib.Path, arm: Callable[[], Non
         os._exit(70)
 
 
-def end(running: list[Process], *, seconds: float = 300.0) -> list[int]:
-    """The exit code of each process, minus the signal that killed it. What still runs after so many seconds is killed,
-    and its code is `HUNG`."""
+def end(running: list[Process], *, seconds: float = 300.0, after_first: float = float("inf")) -> list[int]:
+    """The exit code of each process, minus the signal that killed it. What still runs after so many seconds, or so many
+    after the first of them has ended, is killed, and its code is `HUNG`."""
     codes: list[int | None] = [None] * len(running)
     until = time.monotonic() + seconds
     while None in codes:
         for i, process in enumerate(running):
             if codes[i] is None and (found := os.waitpid(process.pid, os.WNOHANG))[0]:
                 codes[i] = -os.WTERMSIG(found[1]) if os.WIFSIGNALED(found[1]) else os.WEXITSTATUS(found[1])
+                until = min(until, time.monotonic() + after_first)
             elif codes[i] is None and time.monotonic() > until:
                 os.kill(process.pid, signal.SIGKILL)
                 os.waitpid(process.pid, 0)

@@ -24,7 +24,7 @@ FIELDS = ("log_prob", "log_prob_ref", "log_norm", "kl")
 def case_of(name: str) -> Case:
     (lm, params), (reward, rewards) = tiny_lm(0), tiny_lm(5, "reward", num_layers=1)
     base = policies.language_model(lm)
-    if name == "ARGS":  # whose critic reads no blocks
+    if name == "ARGS":  # whose critic reads no blocks: the tilt is stepped
         tilted = policies.tilt(base, critics.args(reward), top_k=4)
         return Case(tilted, {"policy": params, "critic": rewards, "beta": jnp.asarray(0.5)})
     if name == "truncated":
@@ -104,14 +104,16 @@ def test_blocks_are_as_long_as_tokens_and_vocabulary_allow():
     policy = case_of("genarm").policy
     assert _log_prob.block_length(policy, 4, 384, 32) == 32
     assert _log_prob.block_length(policy, 4, 384, 129) == 65  # two of them
-    assert _log_prob.block_length(policy, 8, 151_936, 2048) == 6  # 8·6·151936 < 2^23 < 8·7·151936
+    assert _log_prob.block_length(policy, 8, 151_936, 2048) == 3  # 8·3·151936 < 2^22 < 8·4·151936
     assert _log_prob.block_length(policy, 512, 151_936, 2048) == 1
     assert _log_prob.block_length(policy._replace(verify=None), 4, 384, 32) == 1
 
 
-def test_the_model_is_read_once_for_each_block(monkeypatch):
-    """Counted where verify runs; a step would run T times."""
-    case, runs = case_of("genarm"), []
+@pytest.mark.parametrize(("name", "expected"), [("genarm", ["block"] * 2), ("ARGS", ["step"] * 9)])
+def test_the_model_is_read_once_for_each_block_or_step(name, expected, monkeypatch):
+    """A policy with a part that has to be stepped is stepped as a whole: a block would keep all states on its way. The
+    seven steps are in three segments of three."""
+    case, runs = case_of(name), []
 
     def verify(*args):
         jax.debug.callback(lambda: runs.append("block"))
@@ -126,4 +128,20 @@ def test_the_model_is_read_once_for_each_block(monkeypatch):
     monkeypatch.setattr(_log_prob, "LONGEST_BLOCK", 4)
     jax.block_until_ready(decoding.log_prob(counted, case.params, RNG, PROMPTS, tokens, mask))
     jax.effects_barrier()
-    assert runs == ["block"] * 2
+    assert runs == expected
+
+
+def test_a_parallel_form_ends_at_a_token_of_probability_zero_as_steps_do():
+    """Logits of -inf and of -1e30, of a user's function that bans tokens."""
+    banned = jnp.array([[0, 1, -jnp.inf, 0.5], [0.3, 0, 0.2, -jnp.inf], [0, 0, 0, 0], [1, 1, -1e30, 1.0]])
+    policy = policies.from_apply(lambda params, tokens, mask: params[tokens], vocab_size=4)
+    prompts = padded([[1, 0], [1], [3]])
+    tokens, mask = jnp.array([[2, 1, 1], [0, 1, 3], [2, 1, 1]]), jnp.ones((3, 3), bool)
+    for each in (policy, policy._replace(log_prob=None), policies.top_k(policy, 4)):
+        found = decoding.log_prob(each, banned, RNG, prompts, tokens, mask)
+        expected = [[NEGATIVE, 0, 0], [-0.972919, -0.680270, NEGATIVE], [NEGATIVE, 0, 0]]
+        np.testing.assert_allclose(found.log_prob, expected, rtol=1e-5)
+        np.testing.assert_allclose(found.log_prob_ref, expected, rtol=1e-5)
+        np.testing.assert_array_equal(found.in_support, [False] * 3)
+        sums = jax.grad(lambda p, each=each: decoding.log_prob(each, p, RNG, prompts, tokens, mask).log_prob.sum())
+        assert np.isfinite(sums(jnp.where(banned < -1e20, -1e20, banned))).all()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxalign import rollout
 from jaxalign._arrays import NEGATIVE, drop_weak_types, is_supported
-from jaxalign._blocks import accept_policy, at, joined, verify_policy
+from jaxalign._blocks import Walk, accept_policy, at, joined, verify_policy
 from jaxalign._checks import is_concrete
 from jaxalign._parts import check_policy_argument, start_policy, step_policy
 from jaxalign._programs import tells_programs
@@ -24,7 +24,7 @@ from jaxalign.types import Array, Completions, Params, Policy, Prompts, State, S
 LONGEST_BLOCK = 128
 """Most tokens of each row that are read in one pass."""
 
-LARGEST_OUTPUT = 2**23
+LARGEST_OUTPUT = 2**22
 """Most numbers of one distribution after each token of a block, B·S·V."""
 
 
@@ -43,10 +43,11 @@ def log_prob(
 ) -> Completions:
     """Scores given responses, log pi(y_t|x,y_<t) under ANY policy, differentiable in every leaf of params.
 
-    A policy with a parallel form (a plain language model) uses it. One that can `verify` several tokens in one pass
-    (tilts, mixtures, truncations of language models) reads blocks of up to 128 tokens, fewer where the distributions
-    over the vocabulary in a block would have more than 2^23 numbers. Any other is stepped token by token. In two nested
-    scans, rematerialised, so that memory grows with the square root of the number of blocks times one state.
+    A policy with a parallel form (a plain language model) uses it. One whose parts can all `verify` several tokens in
+    one pass (tilts, mixtures, truncations of language models) reads blocks of up to 128 tokens, fewer where the
+    distributions over the vocabulary in a block would have more than 2^22 numbers (under jax.vmap, each block's). Any
+    other is stepped token by token. Blocks or steps are two nested scans, rematerialised, so that memory grows with the
+    square root of their number times one state.
 
     Args:
       policy, params, prompts: as `sample`.
@@ -120,23 +121,28 @@ def _replayed(
         raise ValueError(f"exact: expected responses that end at their first EOS {eos_ids}, found tokens after one")
     given = _chunks.Given(jnp.where(mask, tokens, -1).astype(jnp.int32), mask.sum(axis=1).astype(jnp.int32))
     found = _chunks.draw(policy, params, rng, prompts, tokens.shape[1], eos_ids, 1, count("deterministic", size), given)
+    return _up_to_zero(found._replace(tokens=tokens, mask=mask))
+
+
+def _up_to_zero(found: Completions) -> Completions:
+    """NEGATIVE in place of any other logarithm of zero, and zeros after a token of probability zero, where no policy is
+    defined."""
+    mask = found.mask
     inside = is_supported(found.log_prob) | ~mask
-    # No policy is defined after a token of probability zero.
-    before = jnp.cumprod(jnp.pad(inside, ((0, 0), (1, 0)), constant_values=True)[:, :-1], axis=1).astype(bool)
-    fields = {
-        name: jnp.where(before & mask, getattr(found, name), 0) for name in ("log_prob", "log_prob_ref", "log_norm")
-    }
-    kl = None if found.kl is None else jnp.where(before & mask, found.kl, 0)
-    rows = inside.all(axis=1)
-    return Completions(tokens, mask, **fields, kl=kl, finished=rows, truncated=~rows, in_support=rows)
+    reached = mask & jnp.cumprod(jnp.pad(inside, ((0, 0), (1, 0)), constant_values=True)[:, :-1], axis=1).astype(bool)
+    fields = {name: getattr(found, name) for name in ("log_prob", "log_prob_ref", "log_norm")}
+    for name in ("log_prob", "log_prob_ref"):
+        fields[name] = jnp.where(is_supported(fields[name]), fields[name], NEGATIVE)
+    kl = None if found.kl is None else jnp.where(reached, found.kl, 0)
+    fields = {name: jnp.where(reached, value, 0) for name, value in fields.items()}
+    return found._replace(**fields, kl=kl, in_support=inside.all(axis=1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_prob(policy: Policy, params: Params, rng: Array, prompts: Prompts, tokens: Array, mask: Array) -> Completions:
     if policy.log_prob is None:
         return _by_blocks(policy, params, rng, prompts, tokens, mask)
-    completions = policy.log_prob(params, prompts, tokens, mask)
-    return completions._replace(in_support=jnp.ones(tokens.shape[:1], bool))
+    return _up_to_zero(policy.log_prob(params, prompts, tokens, mask)._replace(tokens=tokens, mask=mask))
 
 
 def block_length(policy: Policy, batch: int, vocab_size: int, steps: int) -> int:
@@ -161,9 +167,11 @@ def _by_blocks(policy: Policy, params: Params, rng: Array, prompts: Prompts, tok
     batch, steps = tokens.shape
     start, moves = jax.random.split(rng)
     state, output = start_policy(policy, params, start, prompts, steps)
-    size = block_length(policy, batch, output.log_prob.shape[-1], steps)
     # The last token of a row is scored but never fed: nothing is read after it.
     feed = mask & jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    size = block_length(policy, batch, output.log_prob.shape[-1], steps)
+    if size > 1 and _has_steps(policy, params, moves, state, tokens[:, :size], feed[:, :size]):
+        size = 1  # a block would keep the states on its way, and a gradient what each of its steps leaves
 
     def block(carry: tuple[State, StepOutput, Array], xs: Any) -> tuple[tuple[State, StepOutput, Array], Any]:
         state, output, supported = carry
@@ -175,14 +183,14 @@ def _by_blocks(policy: Policy, params: Params, rng: Array, prompts: Prompts, tok
             outputs, proposal = verify_policy(policy, params, key, state, token, fed & supported[:, None])
             after = jax.tree.map(joined, output, outputs)
             before = jax.tree.map(lambda x: x[:, :-1], after)
-        value = _at_tokens(before.log_prob, token)
+        value, ref = (_at_tokens(table, token) for table in (before.log_prob, before.log_prob_ref))
         inside = is_supported(value)
         # No policy is defined after a token of probability zero.
         reached = jnp.cumprod(jnp.concatenate([supported[:, None], inside | ~real], axis=1), axis=1).astype(bool)
         real, supported = real & reached[:, :-1], reached[:, -1]
         record = {
             "log_prob": jnp.where(inside, value, NEGATIVE),
-            "log_prob_ref": _at_tokens(before.log_prob_ref, token),
+            "log_prob_ref": jnp.where(is_supported(ref), ref, NEGATIVE),
             "log_norm": before.log_norm,
             "kl": rollout.exact_kl(before.log_prob, before.log_prob_ref),
         }
@@ -209,6 +217,15 @@ def _by_blocks(policy: Policy, params: Params, rng: Array, prompts: Prompts, tok
     fields = jax.tree.map(lambda x: x.reshape((-1, batch))[:steps].T, records)
     rows = jnp.zeros(batch, bool)
     return Completions(tokens, mask, **fields, finished=rows, truncated=~rows, in_support=carry[2])
+
+
+def _has_steps(policy: Policy, params: Params, rng: Array, state: State, tokens: Array, mask: Array) -> bool:
+    """Whether a part of a policy is stepped where the whole verifies a block."""
+    proposal = jax.eval_shape(
+        lambda *given: verify_policy(policy, *given)[1], params, rng, state, jnp.asarray(tokens), jnp.asarray(mask)
+    )
+    parts = jax.tree.leaves(proposal, is_leaf=lambda part: isinstance(part, Walk))
+    return any(isinstance(part, Walk) for part in parts)
 
 
 def _at_tokens(table: Array, tokens: Array) -> Array:
