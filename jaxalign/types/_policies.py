@@ -126,7 +126,7 @@ class Policy(NamedTuple):
     """The ids that end a response, which decoders use unless told otherwise; None: unknown."""
     verify: PolicyVerify | None = None
     """verify(params, rng, state, tokens [B,S], mask [B,S]) -> (StepOutput [B,S,...], proposal): many steps in one pass,
-    for `decoding.speculative`; None: it takes one step after the other."""
+    for `decoding.speculative` and `decoding.log_prob`; None: it takes one step after the other."""
     accept: PolicyAccept | None = None
     """accept(params, proposal, count [B]) -> state, with `verify`."""
     below: Policy | None = None
@@ -212,8 +212,8 @@ class Critic(_CriticFields):
       beta: the only KL weight that `tilt` may divide this score by, None for any; a critic that gives log weights has
         1.
       verify: verify(params, rng, state, outputs, candidates [B,S,K] | None, tokens [B,S], mask [B,S], choices [B,S])
-        -> (q [B,S,K], proposal): scores after many tokens in one pass, for `decoding.speculative`; None: one after the
-        other.
+        -> (q [B,S,K], proposal): scores after many tokens in one pass, for `decoding.speculative` and
+        `decoding.log_prob`; None: one after the other.
       accept: accept(params, proposal, count [B]) -> the proposal of `score`, with `verify`.
 
     Raises:
