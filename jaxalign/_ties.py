@@ -26,6 +26,8 @@ import threading
 import time
 from typing import NoReturn
 
+import jax
+
 from jaxalign import _hosts, _locks, _signals
 
 JOIN = 20.0
@@ -237,6 +239,9 @@ def leave_together() -> None:
         time.sleep(0.02)
     if _hosts.is_first():
         leave()
+    # jax's processes wait for each other here and not at the interpreter's end, where a signal would end one of them at
+    # once, and jax abort the others.
+    jax.distributed.shutdown()
 
 
 def end(code: int, *, seconds: float = 1.0) -> NoReturn:

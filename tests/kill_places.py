@@ -154,12 +154,6 @@ def _forked(job: Job, words: list[str], log: pathlib.Path, arm: Callable[[], Non
     except SystemExit as end:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
-        if job.processes > 1:
-            # As at the end of every interpreter: jax's processes wait for each other there. Without it process 0 would
-            # be gone before the others, which would say so in jax's words and may be aborted.
-            import jax
-
-            jax.distributed.shutdown()
         os._exit(end.code if isinstance(end.code, int) else 1)
     except BaseException:
         with contextlib.suppress(BaseException):
