@@ -92,17 +92,17 @@ def exact_kl(log_prob: OverTokens, log_prob_ref: OverTokens) -> Numbers:
     return jnp.sum(jnp.where(inside, jnp.exp(jnp.where(inside, log_prob, 0)), 0) * difference, axis=-1)
 
 
-def token_value(table: LogProbs, token: NextToken) -> PerPrompt:
+def token_value(table: OverTokens, token: Array) -> Numbers:
     """Reads a table at one token of each row.
 
     Args:
-      table: [B,V].
-      token: [B]; −1 reads column 0, which callers mask.
+      table: [...,V].
+      token: [...]; −1 reads column 0, which callers mask.
 
     Returns:
-      [B].
+      [...].
     """
-    return jnp.take_along_axis(table, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
+    return jnp.take_along_axis(table, jnp.maximum(token, 0)[..., None], axis=-1)[..., 0]
 
 
 def is_eos(token: Array, eos_ids: tuple[int, ...]) -> Array:

@@ -141,8 +141,10 @@ def _up_to_zero(found: Completions) -> Completions:
 @functools.partial(jax.jit, static_argnums=0)
 def _log_prob(policy: Policy, params: Params, rng: Array, prompts: Prompts, tokens: Array, mask: Array) -> Completions:
     if policy.log_prob is None:
-        return _by_blocks(policy, params, rng, prompts, tokens, mask)
-    return _up_to_zero(policy.log_prob(params, prompts, tokens, mask)._replace(tokens=tokens, mask=mask))
+        found = _by_blocks(policy, params, rng, prompts, tokens, mask)
+    else:
+        found = policy.log_prob(params, prompts, tokens, mask)._replace(tokens=tokens, mask=mask)
+    return _up_to_zero(found)
 
 
 def block_length(policy: Policy, batch: int, vocab_size: int, steps: int) -> int:
@@ -164,6 +166,7 @@ def block_length(policy: Policy, batch: int, vocab_size: int, steps: int) -> int
 
 
 def _by_blocks(policy: Policy, params: Params, rng: Array, prompts: Prompts, tokens: Array, mask: Array) -> Completions:
+    """Entries after a token of probability zero, and outside the mask, are undefined."""
     batch, steps = tokens.shape
     start, moves = jax.random.split(rng)
     state, output = start_policy(policy, params, start, prompts, steps)
@@ -183,24 +186,23 @@ def _by_blocks(policy: Policy, params: Params, rng: Array, prompts: Prompts, tok
             outputs, proposal = verify_policy(policy, params, key, state, token, fed & supported[:, None])
             after = jax.tree.map(joined, output, outputs)
             before = jax.tree.map(lambda x: x[:, :-1], after)
-        value, ref = (_at_tokens(table, token) for table in (before.log_prob, before.log_prob_ref))
-        inside = is_supported(value)
-        # No policy is defined after a token of probability zero.
-        reached = jnp.cumprod(jnp.concatenate([supported[:, None], inside | ~real], axis=1), axis=1).astype(bool)
-        real, supported = real & reached[:, :-1], reached[:, -1]
         record = {
-            "log_prob": jnp.where(inside, value, NEGATIVE),
-            "log_prob_ref": jnp.where(is_supported(ref), ref, NEGATIVE),
+            "log_prob": rollout.token_value(before.log_prob, token),
+            "log_prob_ref": rollout.token_value(before.log_prob_ref, token),
             "log_norm": before.log_norm,
             "kl": rollout.exact_kl(before.log_prob, before.log_prob_ref),
         }
-        taken = (fed & reached[:, 1:]).sum(axis=1)
+        # No policy is defined after a token of probability zero.
+        inside = is_supported(record["log_prob"]) | ~real
+        reached = supported[:, None] & jnp.cumprod(inside, axis=1).astype(bool)
+        supported = reached[:, -1]
+        taken = (fed & reached).sum(axis=1)
         if size > 1:
             state = accept_policy(policy, params, proposal, taken)
             output = at(after, taken)
         else:
             state, output = step_policy(policy, params, key, state, jnp.where(taken > 0, token[:, 0], -1))
-        return (state, output, supported), {name: jnp.where(real, x, 0).T for name, x in record.items()}
+        return (state, output, supported), {name: x.T for name, x in record.items()}
 
     blocks = -(-steps // size)
     segment = math.isqrt(blocks - 1) + 1
@@ -213,21 +215,14 @@ def _by_blocks(policy: Policy, params: Params, rng: Array, prompts: Prompts, tok
     each = (jnp.moveaxis(segments(x.T, length=size), 2, 3) for x in (tokens, mask, feed))
     xs = (segments(jnp.arange(blocks), length=1)[..., 0], *each)
     inner = jax.checkpoint(lambda carry, part: jax.lax.scan(jax.checkpoint(block), carry, part))
-    carry, records = jax.lax.scan(inner, (state, output, jnp.ones(batch, bool)), xs)
+    _, records = jax.lax.scan(inner, (state, output, jnp.ones(batch, bool)), xs)
     fields = jax.tree.map(lambda x: x.reshape((-1, batch))[:steps].T, records)
     rows = jnp.zeros(batch, bool)
-    return Completions(tokens, mask, **fields, finished=rows, truncated=~rows, in_support=carry[2])
+    return Completions(tokens, mask, **fields, finished=rows, truncated=~rows, in_support=~rows)
 
 
 def _has_steps(policy: Policy, params: Params, rng: Array, state: State, tokens: Array, mask: Array) -> bool:
     """Whether a part of a policy is stepped where the whole verifies a block."""
-    proposal = jax.eval_shape(
-        lambda *given: verify_policy(policy, *given)[1], params, rng, state, jnp.asarray(tokens), jnp.asarray(mask)
-    )
+    proposal = jax.eval_shape(lambda *given: verify_policy(policy, *given)[1], params, rng, state, tokens, mask)
     parts = jax.tree.leaves(proposal, is_leaf=lambda part: isinstance(part, Walk))
     return any(isinstance(part, Walk) for part in parts)
-
-
-def _at_tokens(table: Array, tokens: Array) -> Array:
-    """table [B,S,V] at tokens [B,S]; -1 reads column 0, which callers mask."""
-    return jnp.take_along_axis(table, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]

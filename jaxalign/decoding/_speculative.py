@@ -279,7 +279,9 @@ def _round(
 
     drawn, place = drafted.tokens >= 0, jnp.arange(drafted.tokens.shape[1])
     position = carry.length[:, None] + place
-    ratio = log_accept(_at_token(before.log_prob, drafted.tokens), _at_token(drafted.log_prob, drafted.tokens))
+    ratio = log_accept(
+        rollout.token_value(before.log_prob, drafted.tokens), rollout.token_value(drafted.log_prob, drafted.tokens)
+    )
     passed = drawn & accepts(_coin(coins[_ACCEPT], position), ratio)
     accepted = jnp.cumprod(passed, axis=1).sum(axis=1, dtype=jnp.int32)
     drafts = drawn.sum(axis=1, dtype=jnp.int32)
@@ -360,8 +362,3 @@ def _written(task: _Task, carry: _Carry, outputs: StepOutput, tokens: Array, acc
 
 def _plain(outputs: StepOutput) -> StepOutput:
     return outputs._replace(hidden=None)
-
-
-def _at_token(table: Array, tokens: Array) -> Array:
-    """table [B,S,V] at tokens [B,S]; -1 reads column 0, which callers mask."""
-    return jnp.take_along_axis(table, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
