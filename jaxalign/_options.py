@@ -47,6 +47,7 @@ def parse(config: type[C], *, description: str, args: Sequence[str] | None = Non
     """
     import tyro  # it takes a fifth of a second, and only a command line needs it
 
+    description = re.sub(r"(?<!\n)\n(?=(python -m|jaxalign) )", "\n\n", description)  # tyro joins lines
     arguments = list(sys.argv[1:] if args is None else args)
     prog = prog or pathlib.Path(sys.argv[0]).name
     given = {word.partition("=")[0][2:].replace("-", "_") for word in arguments if word.startswith("--")}

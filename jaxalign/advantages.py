@@ -46,7 +46,7 @@ def token_rewards(reward: PerPrompt, *, log_ratio: PerToken, mask: ResponseMask,
       beta: the KL weight.
 
     Returns:
-      [b,T].
+      [b,T]; 0 throughout in a row whose mask is all False, which has no token that could carry its reward.
     """
     chex.assert_equal_shape([log_ratio, mask])
     paid = -jnp.where(mask, beta * at_least_float32(log_ratio), 0)

@@ -37,7 +37,7 @@ def _lines(path: pathlib.Path) -> list[str]:
 
 def _untimed(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _untimed(v) for k, v in value.items() if "per_second" not in k and k != "mfu"}
+        return {k: _untimed(v) for k, v in value.items() if "second" not in k and k != "mfu"}
     return [_untimed(one) for one in value] if isinstance(value, list) else value
 
 

@@ -27,7 +27,8 @@ import traceback
 from typing import Any, NamedTuple
 
 from tests.kill_checks import judged, left, odd
-from tests.kill_places import HUNG, JOBS, PLACES, PROMISED, SHORT, Job, Process, arming, begin, end
+from tests.kill_places import HUNG, PLACES, PROMISED, Process, arming, begin, end
+from tests.killed_jobs import JOBS, LONG, SHORT, TABLE, Job
 
 TRIES = 8
 """Most starts for one kill: the first half goes on with what the trial has left, the others begin again."""
@@ -136,11 +137,14 @@ def prepare(folder: pathlib.Path, jobs: list[str], *, at_once: int) -> tuple[dic
     Returns:
       (word in braces -> folder of an input, job -> its run).
     """
-    given = {"world": str(folder / "world"), "base": str(folder / "made/model")}
+    given = {"world": str(folder / "world"), "base": str(folder / "made/model"), "table": str(folder / "table")}
     small = "--texts 24 --pairs 4 --held-out 6 --layers 1 --width 8 --out {world}"
-    made = "--data {world}/texts.jsonl --architecture {world}/config.json --tokenizer {world}/tokenizer --steps 1"
-    first = [*made.format(**given).split(), *SHORT, "--out", str(folder / "made")]
-    for module, words in (("train.world", small.format(**given).split()), ("train.sft", first)):
+    step = "--data {world}/texts.jsonl --architecture {world}/config.json --tokenizer {world}/tokenizer --steps 1"
+    first = [*step.format(**given).split(), *SHORT, "--out", str(folder / "made")]
+    made = [("train.world", small.format(**given).split()), ("train.sft", first)]
+    if any("{table}" in JOBS[name].words for name in jobs):
+        made.append((TABLE.module, filled(TABLE, given, folder / "table")))
+    for module, words in made:
         one = begin(Job(module, (), ()), words, folder / "made-log")
         assert end(one) == [0], one[0].told()
     whole: dict[str, Whole] = {}
@@ -296,7 +300,7 @@ def main() -> int:
     parser.add_argument("--starts", type=int, default=2, help="most starts that are killed one after the other")
     parser.add_argument("--minutes", type=float, default=1e6, help="from now, after which no trial begins")
     parser.add_argument("--workers", type=int, default=1, help="trials at the same time")
-    parser.add_argument("--jobs", default=",".join(JOBS))
+    parser.add_argument("--jobs", default=",".join(name for name in JOBS if name not in LONG))
     parser.add_argument("--places", default=",".join(PLACES))
     parser.add_argument("--plan", default="", help="trials in place of drawn ones: JOB: PLACE PLACE ...; JOB: ...")
     parser.add_argument("--out", default="", help="file for the table and the faults")

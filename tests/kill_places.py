@@ -1,4 +1,4 @@
-"""The jobs that are killed, the places at which they are, and processes of their own that do them."""
+"""The places at which jobs are killed, and processes of their own that do them (`tests.killed_jobs` has the jobs)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-GOLD = "jaxalign.worlds.opinions:golds"
+from tests.killed_jobs import Job
+
 PLACES = ("start", "random", "checkpoint", "file", "partial", "model", "summary", "full", "TERM", "INT", "HUP")
 """Where a job is killed."""
 
@@ -26,67 +27,6 @@ HUNG = 99
 
 PROMISED = {"TERM": 143, "INT": 130, "HUP": 129}
 """Signal that asks to end -> the exit code after it."""
-
-
-class Job(NamedTuple):
-    """A job that is killed."""
-
-    module: str
-    """Which `python -m` starts."""
-    words: tuple[str, ...]
-    """Its options; {world}, {base} and {out} stand for folders."""
-    places: tuple[str, ...]
-    """Where it can be killed."""
-    processes: int = 1
-    """That do it together; one of them is killed."""
-
-
-_FEW = "--max-length 48 --track none --log-every 1 --save-every 2 --batch-size 4 --validation 0"
-SHORT = tuple(_FEW.split())
-"""Options of a short training."""
-_DRAWN = ("--max-new-tokens", "4", "--reward", GOLD, "--prompts", "{world}/held_out.jsonl")
-_ALWAYS = ("start", "random", "file", "summary", "full", "TERM", "INT", "HUP")
-JOBS = {
-    "sft": Job(
-        "train.sft",
-        ("--data", "{world}/texts.jsonl", "--model", "{base}", "--steps", "6", *SHORT),
-        (*_ALWAYS, "checkpoint", "model"),
-    ),
-    "value": Job(
-        "train.value",
-        ("--base", "{base}", "--samples", "2", "--shard", "2", "--steps", "4", *SHORT, *_DRAWN),
-        (*_ALWAYS, "checkpoint", "model"),
-    ),
-    "rl": Job(
-        "train.rl",
-        ("--model", "{base}", "--samples", "2", "--steps", "4", *SHORT, *_DRAWN),
-        (*_ALWAYS, "checkpoint", "model"),
-    ),
-    "calibrate": Job(
-        "train.calibrate",
-        ("--base", "{base}", "--samples", "2", "--shard", "2", "--max-length", "48", *_DRAWN),
-        _ALWAYS,
-    ),
-    "preferences": Job(
-        "train.preferences",
-        ("--base", "{base}", "--samples", "4", "--shard", "2", "--max-length", "48", *_DRAWN),
-        _ALWAYS,
-    ),
-    "decode": Job(
-        "eval.decode",
-        ("--model", "{base}", "--method", "best_of_n@2", "--batch-size", "2", *_DRAWN),
-        (*_ALWAYS, "partial"),
-    ),
-}
-_TOGETHER = {"sft": ("--mesh", "data=2"), "calibrate": (), "decode": ()}
-JOBS |= {
-    f"{name} of two": JOBS[name]._replace(
-        words=(*JOBS[name].words, *more),
-        places=tuple(place for place in JOBS[name].places if place not in ("start", "model", "summary", "full")),
-        processes=2,
-    )
-    for name, more in _TOGETHER.items()
-}
 
 
 # A job in a process of its own ----------------------------------------------------------------------------------------

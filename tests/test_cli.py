@@ -110,6 +110,14 @@ def test_unknown_and_missing_options_end_the_program(tmp_path, capsys):
     assert "Candidates [tokens]" in " ".join(capsys.readouterr().out.split())
 
 
+def test_each_command_of_a_help_text_is_a_line_of_its_own(capsys):
+    with pytest.raises(SystemExit):
+        commands.parse(Config, description="Do:\n\npython -m a.b x\npython -m a.b y\n\nand\ngo on.", args=["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "a.b" in line] == ["python -m a.b x", "python -m a.b y"]
+    assert "and go on." in lines
+
+
 def test_a_run_folder_holds_config_and_versions_and_its_config_runs_again(tmp_path):
     out = tmp_path / "a" / "run"
     config = parse("--model", "m", "--critic", "a", "--critic", "b", "--out", str(out))

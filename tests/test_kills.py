@@ -12,8 +12,8 @@ import pytest
 from tests.kill_jobs import Row, read_plan, table
 from tests.kill_places import PLACES
 
-PLAN = "sft: start full checkpoint TERM model summary; decode: random file INT partial HUP TERM"
-"""Each place. Jobs of two processes are killed in the nightly form."""
+PLAN = "sft: start full checkpoint TERM model summary; decode: file INT partial; decode of two: random HUP TERM"
+"""Each place, and a job of two processes."""
 
 
 def killed(*words: str) -> str:

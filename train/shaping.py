@@ -11,7 +11,9 @@ reward_model: r = bound·sigmoid(head) of a transformer, trained end to end, or 
   alone; afterwards it needs no true utility. --follower tokens|smc|trained puts another follower in place of the closed
   form on the roll-outs: python -m train.shaping --base DIR --lora-rank 8 --follower tokens … trains a leader on the
   base's own weights, whose reward guides the base token by token.
+
 network: r is a monotone function of u and of the prompt's statistics.
+
 --amortise: a head on the prompt's last token learns the threshold by expectile regression: none need be sampled.
 """
 
