@@ -22,8 +22,8 @@ from jaxalign import _time_limits
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_raised: collections.deque[ValueError] = collections.deque(maxlen=8)
-"""What callbacks raised last: their errors reach the caller as text alone."""
+_raised: collections.deque[BaseException] = collections.deque(maxlen=8)
+"""What callbacks raised last, a signal's end among it: their errors reach the caller as text alone."""
 
 
 class ProgramError(ValueError):
@@ -142,7 +142,7 @@ def for_callback(call: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return call(*args, **kwargs)
-        except ValueError as error:
+        except (ValueError, KeyboardInterrupt, SystemExit) as error:  # on a CPU this may be the main thread
             _raised.append(error)
             raise
 
@@ -151,17 +151,23 @@ def for_callback(call: Callable[P, T]) -> Callable[P, T]:
 
 @contextlib.contextmanager
 def telling() -> Iterator[None]:
-    """Raises the error of a program that failed in a callback within, in place of JAX's."""
-    import jax  # here, since commands that start no computation import this file
-
+    """Raises the error of a program that failed in a callback within, or what a signal raised there, in place of
+    JAX's."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         text = str(error)
-        own = next((kept for kept in reversed(_raised) if str(kept) in text), None)
+        # By its name, since commands of no computation have no jax; numpy's read of a result gives a ValueError.
+        jaxs = type(error).__name__ == "JaxRuntimeError" or text.startswith("INTERNAL: ")
+        own = next((kept for kept in reversed(_raised) if jaxs and _words(kept) in text), None)
         if own is None:
             raise
         raise own.with_traceback(None) from own.__cause__
+
+
+def _words(error: BaseException) -> str:
+    """What JAX's text has of an error."""
+    return str(error) if isinstance(error, ValueError) else type(error).__name__
 
 
 def tells_programs(function: Callable[P, T]) -> Callable[P, T]:

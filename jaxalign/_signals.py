@@ -22,6 +22,9 @@ CLOSED = "Event loop is closed"
 told: list[Callable[[int], None]] = []
 """Called with the number of the first signal, unless that came from another process of the same run (`ask`)."""
 
+_sending: list[threading.Timer] = []
+"""Signals that are about to be sent once more."""
+
 _state: dict[str, int] = {"asked": 0, "deferring": 0, "other": 0}
 
 
@@ -82,6 +85,8 @@ def handled() -> Iterator[None]:
     try:
         yield
     finally:
+        while _sending:
+            _sending.pop().cancel()
         for number, before in former.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)
         _state["asked"], sys.unraisablehook = 0, hook
@@ -90,9 +95,26 @@ def handled() -> Iterator[None]:
 def _again() -> None:
     """Sends the signal once more: it came where Python lets no error through, as in a destructor."""
     number, _state["asked"] = _state["asked"], 0
-    timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    timer = threading.Timer(0.1, _send_again, (number,))
     timer.daemon = True
     timer.start()
+    _sending.append(timer)
+
+
+def _send_again(number: int) -> None:
+    if signal.getsignal(number) is _note:  # else the block has ended for another reason, and the signal with it
+        os.kill(os.getpid(), number)
+
+
+def ignore_rest() -> None:
+    """Has TERM and HUP do nothing, and Ctrl-C end this process at once: it is about to end."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, _leave_now if number == signal.SIGINT else signal.SIG_IGN)
+
+
+def _leave_now(number: int, _: Any) -> None:
+    os._exit(128 + number)
 
 
 def at_end() -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
 from jaxalign import _locks, _signals, launch
 from jaxalign._options import from_fields, parse
-from jaxalign._programs import tells_programs
+from jaxalign._programs import telling, tells_programs
 from jaxalign._version import __version__
 from jaxalign.launch import compilation, processes, time_limit
 
@@ -212,7 +212,8 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
                 compilation.start(cache)
                 time_limit.start(seconds)
                 try:
-                    main(rest)
+                    with telling():
+                        main(rest)
                 finally:
                     compilation.tell(cache)
                 if sys.stdout is not None:

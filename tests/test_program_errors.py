@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
+import time
 import traceback
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxalign import Policy, decoding, rewards, testing, text, tree
+from jaxalign import Policy, commands, decoding, rewards, testing, text, tree
 from jaxalign.data.tokenizers import word_level
 from jaxalign.training import policy_gradient
 
@@ -151,3 +155,42 @@ def test_a_failure_that_is_no_programs_stays_as_it_is():
     with pytest.raises(jax.errors.JaxRuntimeError, match="division by zero"):  # noqa: PT012  # where it is depends
         jax.block_until_ready(decoding.sample(policy, table, jax.random.key(1), PROMPTS, **LIMITS))
         jax.effects_barrier()
+
+
+def stopped_by(number):
+    def program(prompts, responses):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        return [0.0] * len(responses)
+
+    return program
+
+
+READ = {
+    "decoder": lambda reward, table: CALLS["smc"](reward, table),
+    "own jit": lambda reward, table: jax.block_until_ready(jax.jit(reward)(None, *TEXTS)),
+    "numpy": lambda reward, table: np.asarray(jax.jit(reward)(None, *TEXTS)),
+}
+
+
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("read", READ)
+def test_a_signal_while_a_program_runs_inside_a_compiled_one_ends_a_job_as_ever(read, number, capsys, caplog):
+    """There JAX makes an error of its own of what the signal raises, and logs a traceback."""
+    table = tree.random(jax.random.key(0), PROCESS)[0]
+    reward = rewards.from_text(decode, stopped_by(number))
+    with pytest.raises(SystemExit) as found:
+        commands.execute(lambda _: READ[read](reward, table), [])
+    assert found.value.code == 128 + number
+    name = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+    assert capsys.readouterr().err == f"{name}; the same command goes on from what is saved\n"
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_ctrl_c_while_a_program_runs_inside_a_decoder_is_a_keyboard_interrupt(caplog):
+    table = tree.random(jax.random.key(0), PROCESS)[0]
+    with pytest.raises(KeyboardInterrupt):
+        CALLS["smc"](rewards.from_text(decode, stopped_by(signal.SIGINT)), table)
+    assert not caplog.records

@@ -126,13 +126,35 @@ def test_a_line_of_metrics_that_was_cut_short_is_dropped(tmp_path):
     assert [line["step"] for line in logging.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+class Loud:
+    """It is hung up on when it is deleted."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_a_signal_that_would_come_again_does_not_once_its_block_has_ended():
+    """A computation that processes share may fail meanwhile, since the other process has ended."""
+    came = []
+    signal.signal(signal.SIGHUP, lambda *_: came.append(True))
+
+    def leave():
+        with _signals.handled():
+            one = Loud()
+            del one
+            raise ValueError("Gloo")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Gloo"):
+            leave()
+    time.sleep(0.3)
+    assert came == []
+
+
 @pytest.mark.usefixtures("default_signals")
 def test_a_signal_that_comes_where_no_error_gets_through_comes_again():
-    class Loud:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGHUP)
-            time.sleep(0.01)
-
     with pytest.raises(_signals.Stopped) as found, _signals.handled():  # noqa: PT012
         one = Loud()
         del one

@@ -146,6 +146,19 @@ def test_a_shared_computation_that_fails_after_a_signal_ends_as_the_signal_does(
     assert ("Gloo" in capsys.readouterr().err) == (number == 0)
 
 
+def waiting(folder, busy, other):
+    words = ["tests.waiting_program", str(folder), str(busy), other]
+    return start([*words, "--coordinator", "COORDINATOR", "--num-processes", "2", "--process-id", "PROCESS"])
+
+
+def at_work(folder):
+    """Until one of them works and the other waits."""
+    until = time.monotonic() + 100
+    while {path.name for path in folder.iterdir()} != {"0", "1"} and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1)
+
+
 @pytest.mark.parametrize(
     ("busy", "other", "victim", "number", "codes"),
     [
@@ -158,14 +171,9 @@ def test_a_shared_computation_that_fails_after_a_signal_ends_as_the_signal_does(
 )
 def test_processes_end_together_whatever_each_is_at(busy, other, victim, number, codes, tmp_path):
     """One is done, or waits for the other in a shared computation, which is still at work when the signal comes."""
-    words = ["tests.waiting_program", str(tmp_path), str(busy), other]
-    options = ["--coordinator", "COORDINATOR", "--num-processes", "2", "--process-id", "PROCESS"]
-    running = start([*words, *options])
+    running = waiting(tmp_path, busy, other)
     try:
-        until = time.monotonic() + 100
-        while {path.name for path in tmp_path.iterdir()} != {"0", "1"} and time.monotonic() < until:
-            time.sleep(0.05)
-        time.sleep(1)  # until the other waits
+        at_work(tmp_path)
         running[victim].send_signal(number)
         told = told_by(running, timeout=_ties.LINGER - 5)
     finally:
@@ -176,3 +184,22 @@ def test_processes_end_together_whatever_each_is_at(busy, other, victim, number,
         if code != -9:
             assert len(lines) == 1, text
             assert ("stopped by " if code > 128 else f"process {victim} is gone") in lines[0]
+
+
+def test_signals_that_a_scheduler_sends_to_all_processes_again_and_again_end_them_once(tmp_path):
+    """The end of processes that wait for each other takes seconds."""
+    running = waiting(tmp_path, 0, "done")
+    try:
+        at_work(tmp_path)
+        for _ in range(8):
+            for process in running:
+                process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        told = told_by(running, timeout=_ties.LINGER - 5)
+    finally:
+        end(running)
+    assert tuple(process.returncode for process in running) == (143, 143)
+    for text in told:
+        assert [line for line in text.splitlines() if line and "[Gloo]" not in line] == [
+            "stopped by SIGTERM; the same command goes on from what is saved"
+        ]

@@ -122,8 +122,9 @@ def label() -> str:
 def claim() -> None:
     """Called before this process tells why it ends: of several it waits here for its end where that is told already."""
     if label():
-        from jaxalign import _ties
+        from jaxalign import _signals, _ties
 
+        _signals.ignore_rest()  # the end takes seconds, and a scheduler may send its signal to every process
         _ties.claim()
 
 
