@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import _devices
 
@@ -176,6 +177,19 @@ def at_least_float32(x: ArrayLike) -> Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
+def column(x: ArrayLike) -> Array:
+    """Puts numbers of rows beside arrays with one more axis.
+
+    Args:
+      x: a scalar or [...].
+
+    Returns:
+      The scalar, or [...,1].
+    """
+    x = jnp.asarray(x)
+    return x[..., None] if x.ndim else x
+
+
 def middle(x: ArrayLike) -> Array:
     """Gives the middle of a group's range, the offset that its numbers share.
 
@@ -222,13 +236,54 @@ def is_flat(x: ArrayLike) -> Array:
     """Tells the groups whose range is rounding (`resolution`), and holds no signal.
 
     Args:
-      x: [...,n].
+      x: [...,n]; a group with an infinite number or NaN is not flat.
 
     Returns:
       bool [...,1].
     """
     x = at_least_float32(x)
-    return x.max(axis=-1, keepdims=True) - x.min(axis=-1, keepdims=True) <= resolution(x)
+    spread, rounding = x.max(axis=-1, keepdims=True) - x.min(axis=-1, keepdims=True), resolution(x)
+    return (spread <= rounding) & jnp.isfinite(rounding)
+
+
+def is_flat_on_host(x: np.ndarray) -> bool:
+    """Whether the range of numbers on the host is rounding in float32, as `is_flat`.
+
+    Args:
+      x: of any shape, at least one number.
+    """
+    return float(x.max() - x.min()) <= 4 * float(np.finfo(np.float32).eps) * float(np.abs(x).max())
+
+
+def deviation(inner: Array, *, ddof: int) -> Array:
+    """Gives the standard deviation of centred numbers, whatever their size: the square of 1e20 is no float32.
+
+    Args:
+      inner: [...,n], x − mean(x).
+      ddof: what is subtracted from n.
+
+    Returns:
+      [...,1].
+    """
+    size = jax.lax.stop_gradient(jnp.abs(inner).max(axis=-1, keepdims=True))
+    size = jnp.where(size > 0, size, 1)
+    return size * jnp.sqrt(((inner / size) ** 2).sum(axis=-1, keepdims=True) / (inner.shape[-1] - ddof))
+
+
+def log_mean_exp(log_weight: Array, x: Array) -> Array:
+    """Gives log Σ_i w_i·exp(x_i) over the last axis, near 0 to the digits of x and not to those of Σ w.
+
+    Args:
+      log_weight: [...,n], normalised, in nats.
+      x: [...,n], <= 0 where w > 0; 0 where w is 0.
+
+    Returns:
+      [...], in nats.
+    """
+    plain = jax.nn.logsumexp(log_weight + x, axis=-1)
+    less = (jnp.exp(log_weight) * jnp.expm1(x)).sum(axis=-1)
+    near = less > -0.5  # below, the sum of what is left has more digits
+    return jnp.where(near, jnp.log1p(jnp.where(near, less, 0)), plain)
 
 
 def is_supported(log_prob: Array) -> Array:

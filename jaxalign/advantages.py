@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import mdp
-from jaxalign._arrays import at_least_float32, centred, is_flat
+from jaxalign._arrays import at_least_float32, centred, column, deviation, is_flat
 from jaxalign._checks import check_integer
 from jaxalign.shapes import PerPrompt, PerToken, ResponseMask, Samples
 from jaxalign.types import Array, ArrayLike
@@ -43,13 +43,13 @@ def token_rewards(reward: PerPrompt, *, log_ratio: PerToken, mask: ResponseMask,
       reward: [b], of whole responses.
       log_ratio: [b,T], log pi − log pi_ref of each token, in nats.
       mask: [b,T], EOS included.
-      beta: the KL weight.
+      beta: the KL weight, a scalar or [b].
 
     Returns:
       [b,T]; 0 throughout in a row whose mask is all False, which has no token that could carry its reward.
     """
     chex.assert_equal_shape([log_ratio, mask])
-    paid = -jnp.where(mask, beta * at_least_float32(log_ratio), 0)
+    paid = -jnp.where(mask, column(at_least_float32(beta)) * at_least_float32(log_ratio), 0)
     last = jnp.arange(mask.shape[1]) == mdp.last_index(mask)[:, None]
     return paid + jnp.where(last, at_least_float32(reward)[:, None], 0)
 
@@ -149,10 +149,9 @@ def group_relative(reward: Samples, *, epsilon: float = 1e-4) -> Samples:
 
     Source: GRPO, arXiv 2402.03300, section 4.1.2.
     """
-    n = _group_size(reward)
+    _group_size(reward)
     inner = centred(reward)
-    deviation = jnp.sqrt((inner**2).sum(axis=-1, keepdims=True) / (n - 1))
-    return jnp.where(is_flat(reward), 0, inner / (deviation + epsilon))
+    return jnp.where(is_flat(reward), 0, inner / (deviation(inner, ddof=1) + epsilon))
 
 
 def max_at_k(reward: Samples, *, k: int) -> Samples:

@@ -128,10 +128,11 @@ def best_of_n_curve(reward: np.ndarray, *, value: np.ndarray | None = None) -> n
     group = np.cumsum(starts.reshape(-1)) - 1
     shared = (np.bincount(group, flat_v.reshape(-1)) / np.bincount(group))[group].reshape(flat_v.shape)
     rank = np.arange(count)  # i − 1
-    weight, out = np.full(count, 1 / count), np.empty_like(flat_v)
+    weight, out, finite = np.full(count, 1 / count), np.empty_like(flat_v), np.isfinite(shared).all()
     for n in range(1, count + 1):
-        # Samples that are the best of no subset count nothing, whatever their value.
-        out[:, n - 1] = shared[:, n - 1 :] @ weight[n - 1 :]
+        # Samples that are the best of no subset, or of a share below every number, count nothing whatever their value.
+        best, share = shared[:, n - 1 :], weight[n - 1 :]
+        out[:, n - 1] = (best if finite else np.where(share > 0, best, 0)) @ share
         weight = weight * np.maximum(rank - n + 1, 0) / n * (n + 1) / max(count - n, 1)
     return out.reshape(r.shape)
 

@@ -7,12 +7,13 @@ over an ensemble it is pessimistic where its members disagree.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, look_up, with_root_derivatives
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, log_mean_exp, look_up, with_root_derivatives
 from jaxalign._builders import cached
 from jaxalign._checks import check_positive, entry
 from jaxalign.shapes import LogProbs, PromptIndex, Scores
@@ -101,7 +102,10 @@ def soft_minimum(tau: float) -> MemberPool:
     check_positive("tau", tau)
 
     def soft(pool_params: Params, scores: Array, /, *rest: Any) -> Array:
-        return -tau * (jax.nn.logsumexp(-scores / tau, axis=1) - jnp.log(scores.shape[1]))
+        scores = jnp.moveaxis(scores, 1, -1)
+        least = scores.min(axis=-1, keepdims=True)
+        log_share = jnp.full(scores.shape, -math.log(scores.shape[-1]), scores.dtype)
+        return least[..., 0] - tau * log_mean_exp(log_share, (least - scores) / tau)
 
     return soft
 

@@ -85,7 +85,7 @@ def exact_kl(log_prob: OverTokens, log_prob_ref: OverTokens) -> Numbers:
       log_prob_ref: [...,V], in nats.
 
     Returns:
-      [...], in nats; 0·log 0 = 0.
+      [...], in nats; 0·log 0 = 0. Up to rounding: what is below about 1e-6 may be negative.
     """
     inside = is_supported(log_prob)
     difference = jnp.where(inside, log_prob, 0) - jnp.where(inside, log_prob_ref, 0)

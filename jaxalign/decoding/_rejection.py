@@ -119,14 +119,17 @@ def rejection(
         tokenizer=tokenizer,
     )
     found, highest = _run(request, rng, max_tries, chunk, _exponential, False)
-    bound = request.params["bound"]
-    if is_concrete(highest, bound):
-        # A reward that is its bound up to rounding is not above it.
-        slack = 1e-5 * np.maximum(1, np.abs(np.asarray(bound)))
+    bound, beta = request.params["bound"], request.params["beta"]
+    if is_concrete(highest, bound, beta):
+        # A reward that is its bound up to rounding is not above it, nor is one whose cut changes no probability by more
+        # than 1e-5 of itself.
+        size = np.maximum(np.abs(np.asarray(bound)), np.abs(np.asarray(highest)))
+        slack = float(np.finfo(np.float32).eps) * size + 1e-5 * np.asarray(beta)
         bad = np.flatnonzero(np.asarray(highest) > np.asarray(bound) + slack).tolist()
         if bad:
-            most = np.asarray(highest)[bad]
-            raise ValueError(f"bound: expected at least every reward, found up to {most} for prompts {bad}")
+            most = float(np.asarray(highest)[bad].max())
+            named = f"{bad[:8]}{' and others' * (len(bad) > 8)}"
+            raise ValueError(f"bound: expected at least every reward, found up to {most:.9g} for prompts {named}")
     return found
 
 

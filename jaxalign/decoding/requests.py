@@ -343,11 +343,14 @@ def check_reward(
 
 
 def check_scores(scores: Array) -> None:
-    """ValueError on the host where a reward is NaN: it would be chosen as the best, or never. −inf forbids a response
-    and is allowed."""
-    if is_concrete(scores) and bool(jnp.isnan(scores).any()):
-        rows = np.flatnonzero(np.isnan(np.asarray(scores)).any(axis=-1)).tolist()
-        raise ValueError(f"reward: expected numbers, found NaN for prompts {rows}")
+    """ValueError on the host where a reward is NaN, which would be chosen as the best, or never, or is +inf, which has
+    no law at any beta. −inf forbids a response and is allowed."""
+    if not is_concrete(scores):
+        return
+    for wrong, found in ((jnp.isnan(scores), "numbers, found NaN"), (scores == jnp.inf, "numbers < inf, found inf")):
+        if bool(wrong.any()):
+            rows = np.flatnonzero(np.asarray(wrong).any(axis=-1)).tolist()
+            raise ValueError(f"reward: expected {found} for prompts {rows}")
 
 
 def check_values(found: Any, shape: tuple[int, ...], name: str) -> None:

@@ -65,11 +65,11 @@ def exponential(a: float) -> Transform:
       A Transform; the same a gives the same function.
 
     Raises:
-      ValueError: a that is 0 or not finite.
+      ValueError: a that is 0 or not finite, or whose size is below 1e-30 or above 1e30.
     """
     a = float(a)
-    if a == 0 or not math.isfinite(a):
-        raise ValueError(f"a: expected a finite number that is not 0, found {a}")
+    if not 1e-30 <= abs(a) <= 1e30:
+        raise ValueError(f"a: expected a finite number that is not 0, of size 1e-30 to 1e30, found {a}")
 
     def transform(c: ArrayLike) -> Array:
         c = at_least_float32(c)

@@ -77,4 +77,5 @@ def grid_error(step: ArrayLike, *, beta: ArrayLike) -> Numbers:
     small = h < 0.25
     safe = jnp.where(small, 1.0, h)
     exact = safe + jnp.log1p(-jnp.exp(-safe)) - jnp.log(safe) - 1 + safe * jnp.exp(-safe) / -jnp.expm1(-safe)
-    return jnp.where(small, h**2 / 8 - h**4 / 576 + h**6 / 25920 - h**8 / 1075200, exact)
+    near = jnp.where(small, h, 0)
+    return jnp.where(small, near**2 / 8 - near**4 / 576 + near**6 / 25920 - near**8 / 1075200, exact)

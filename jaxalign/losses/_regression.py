@@ -89,6 +89,8 @@ def regress(
     if huber is not None:
         check_positive("huber", huber)
     if form == "square":
+        if group is not None:
+            t = t - _group_highest(t, jnp.asarray(group))  # or x would lose its digits beside an offset of the prompt's
         error = x - t
         if group is not None:
             error = error - _group_mean(error, jnp.asarray(group), weight)
@@ -128,10 +130,15 @@ def _divergence(x: Array, t: Array, *, reverse: bool) -> Array:
     return w * (jnp.expm1(d) - d) + (top - w) * beyond
 
 
+def _group_highest(t: Array, group: Array) -> Array:
+    """Each row's highest target of its group [b]."""
+    if group.shape != t.shape:
+        raise ValueError(f"group: expected shape {t.shape}, found {group.shape}")
+    return jnp.where(group[:, None] == group[None, :], t[None, :], -jnp.inf).max(axis=1)
+
+
 def _group_mean(error: Array, group: Array, weight: Array | None) -> Array:
     """Each row's mean of its group [b]. ValueError for a group of one row."""
-    if group.shape != error.shape:
-        raise ValueError(f"group: expected shape {error.shape}, found {group.shape}")
     same = (group[:, None] == group[None, :]).astype(error.dtype)
     if is_concrete(same) and bool((np.asarray(same).sum(axis=1) < 2).any()):
         raise ValueError("group: expected at least 2 rows of each prompt, found a prompt with one")

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import at_least_float32
+from jaxalign._arrays import at_least_float32, column
 from jaxalign.losses._masks import MAX_EXPONENT, masked
 from jaxalign.shapes import Numbers, OverTokens, PerPrompt, PerToken, ResponseMask, Scalar
 from jaxalign.types import Array, ArrayLike
@@ -98,7 +98,7 @@ def soft_value(
       value: [B,T], after token t.
       reward: [B].
       mask: [B,T], EOS included.
-      beta: the KL weight > 0, in units of reward per nat.
+      beta: the KL weight > 0, a scalar or [B], in units of reward per nat.
       max_exponent: above it the exponential goes on as its tangent, so that one sample cannot blow up the gradient; the
         loss stays convex. `clipped_share` tells how often.
 
@@ -106,10 +106,25 @@ def soft_value(
       A scalar.
     """
     chex.assert_equal_shape([value, mask])
-    d = (at_least_float32(reward)[:, None] - masked(value, mask)) / beta
+    d = (at_least_float32(reward)[:, None] - masked(value, mask)) / column(at_least_float32(beta))
     inside = jnp.minimum(d, max_exponent)
-    each = jnp.exp(inside) * (1 + d - inside) - d - 1
+    each = _linex(inside) + jnp.expm1(inside) * (d - inside)
     return masked(each, mask).sum(axis=-1).mean()
+
+
+@jax.custom_jvp
+def _linex(d: Array) -> Array:
+    """exp(d) − d − 1, a small d to its own digits."""
+    small = jnp.abs(d) < 0.1
+    near = jnp.where(small, d, 0)
+    series = near**2 * (1 / 2 + near * (1 / 6 + near * (1 / 24 + near * (1 / 120 + near / 720))))
+    return jnp.where(small, series, jnp.expm1(d) - d)
+
+
+@_linex.defjvp
+def _linex_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (d,), (change,) = primals, tangents
+    return _linex(d), jnp.expm1(d) * change
 
 
 def clipped_share(
@@ -121,13 +136,13 @@ def clipped_share(
       value: [B,T], after token t.
       reward: [B].
       mask: [B,T], EOS included.
-      beta: the KL weight > 0.
+      beta: the KL weight > 0, a scalar or [B].
       max_exponent: as `soft_value`.
 
     Returns:
       [B] in [0, 1].
     """
-    d = (at_least_float32(reward)[:, None] - masked(value, mask)) / beta
+    d = (at_least_float32(reward)[:, None] - masked(value, mask)) / column(at_least_float32(beta))
     return ((d > max_exponent) & mask).sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1)
 
 

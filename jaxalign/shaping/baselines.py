@@ -10,9 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import at_least_float32, centred, is_flat, middle, resolution
+from jaxalign._arrays import at_least_float32, centred, column, deviation, is_flat, middle, resolution
 from jaxalign.shapes import Samples
-from jaxalign.shaping.threshold import column, optimal_threshold, soft_threshold_reward, threshold_reward
+from jaxalign.shaping.threshold import optimal_threshold, soft_threshold_reward, threshold_reward
 from jaxalign.types import Array, ArrayLike
 
 _SMALL = 1e-6  # of range and deviation: identical samples give no signal
@@ -106,10 +106,9 @@ def meanstd(utility: ArrayLike, *, reference: ArrayLike) -> Samples:
     """
     utility, reference = at_least_float32(utility), at_least_float32(reference)
     offset = middle(reference)
-    variance = (centred(reference) ** 2).mean(axis=-1, keepdims=True)
-    deviation = jnp.sqrt(jnp.where(is_flat(reference), _SMALL**2, variance))
+    spread = jnp.where(is_flat(reference), _SMALL, deviation(centred(reference), ddof=0))
     above = _without_rounding(utility - offset - (reference - offset).mean(axis=-1, keepdims=True), reference)
-    return above / jnp.maximum(deviation, _SMALL)
+    return above / jnp.maximum(spread, _SMALL)
 
 
 def _without_rounding(difference: Array, reference: Array) -> Array:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import gibbs
-from jaxalign._arrays import NEGATIVE, at_least_float32, with_root_derivatives
+from jaxalign._arrays import NEGATIVE, at_least_float32, column, with_root_derivatives
 from jaxalign._checks import check_positive, is_concrete
 from jaxalign.shapes import Numbers, Samples
-from jaxalign.shaping.threshold import column, normalised_weights, optimal_threshold, threshold_reward
+from jaxalign.shaping.threshold import normalised_weights, optimal_threshold, threshold_reward
 from jaxalign.types import Array, ArrayLike
 
 _HALVINGS = 64

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
+from jaxalign._arrays import NEGATIVE, at_least_float32, column, is_supported
 from jaxalign._checks import check_positive, is_concrete
 from jaxalign.shapes import Numbers, Samples
 from jaxalign.types import Array, ArrayLike
@@ -198,11 +198,6 @@ def soft_threshold_reward(
     return column(bound) * jax.nn.sigmoid(column(at_least_float32(sharpness)) * (utility - column(threshold)))
 
 
-def column(x: Array) -> Array:
-    """[...] beside arrays [...,n]; a scalar stays."""
-    return x[..., None] if x.ndim else x
-
-
 def kl_bound(gain: ArrayLike) -> Numbers:
     """Gives the largest KL(pi_r‖base) over every base and every r in [0, bound].
 
@@ -257,7 +252,7 @@ def mixture(utility: ArrayLike, *, log_base: ArrayLike | None = None, threshold:
     exceed = jnp.where(above, jnp.exp(jnp.where(present, log_weight, 0)), 0).sum(axis=-1)
     log_exceed = jnp.where(exceed > 0, jnp.log(jnp.where(exceed > 0, exceed, 1)), -jnp.inf)
     # Z = 1 + (e^gain − 1)·q; 1 − 1/Z without cancelling.
-    log_norm = jnp.logaddexp(jnp.log1p(-jnp.minimum(exceed, 1)), gain + log_exceed)
+    log_norm = _log_raised(exceed, jnp.log1p(-jnp.minimum(exceed, 1)), log_exceed, gain)
     return Mixture(-jnp.expm1(-log_norm), exceed, log_norm)
 
 
@@ -290,7 +285,14 @@ def exceedance_log_weight(logit: ArrayLike, *, gain: ArrayLike) -> Numbers:
       In nats.
     """
     logit, gain = at_least_float32(logit), at_least_float32(gain)
-    return jnp.logaddexp(jax.nn.log_sigmoid(-logit), gain + jax.nn.log_sigmoid(logit))
+    return _log_raised(jax.nn.sigmoid(logit), jax.nn.log_sigmoid(-logit), jax.nn.log_sigmoid(logit), gain)
+
+
+def _log_raised(p: Array, log_rest: Array, log_p: Array, gain: Array) -> Array:
+    """log(1 + (e^gain − 1)·p) of log(1 − p) and log p: a small gain keeps its digits, a large one does not overflow."""
+    small = jnp.abs(gain) <= 1
+    near = jnp.log1p(p * jnp.expm1(jnp.where(small, gain, 0)))
+    return jnp.where(small, near, jnp.logaddexp(log_rest, gain + log_p))
 
 
 def exceedance_soft_value(p: ArrayLike, *, bound: ArrayLike, beta: ArrayLike) -> Numbers:
@@ -311,7 +313,7 @@ def exceedance_soft_value(p: ArrayLike, *, bound: ArrayLike, beta: ArrayLike) ->
     """
     check_positive("beta", beta)
     p, bound, beta = map(at_least_float32, (p, bound, beta))
-    return beta * jnp.logaddexp(jnp.log1p(-p), bound / beta + jnp.log(p))
+    return beta * _log_raised(p, jnp.log1p(-p), jnp.log(p), bound / beta)
 
 
 def expectile_loss(prediction: ArrayLike, *, utility: ArrayLike, gain: ArrayLike) -> Numbers:

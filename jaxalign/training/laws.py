@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import losses, models
+from jaxalign._arrays import is_flat_on_host
 from jaxalign._builders import cached
 from jaxalign.models.sharding import path_name
 from jaxalign.training import job as functions
@@ -348,7 +349,7 @@ def measure(
 
 def betas_of(rewards: np.ndarray) -> list[float]:
     """The betas at which a fit is measured, in units of reward, rounded to four digits that count."""
-    spread = float(rewards.std()) or 1.0
+    spread = 1.0 if is_flat_on_host(rewards) else float(rewards.std())
     return [float(f"{factor * spread:.4g}") for factor in FACTORS]
 
 

@@ -236,7 +236,7 @@ def prepare(
     metrics = {
         "reward": reward.mean(),
         "kl": kl.mean(),
-        "kl_95": 1.96 * kl.std() / jnp.sqrt(kl.size),
+        "kl_95": 1.96 * kl.std(ddof=min(kl.size - 1, 1)) / jnp.sqrt(kl.size),
         "length": mask.sum(axis=-1).mean(),
         "entropy": -rows["old"].sum(axis=-1).mean(),
     }

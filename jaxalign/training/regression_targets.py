@@ -154,5 +154,6 @@ def _threshold(
         exceeding += np.bincount(samples.prompt[drawn], weights=above[drawn], minlength=len(table))
         total += np.bincount(samples.prompt[drawn], minlength=len(table))
     share = exceeding / total
-    log_z = np.log1p(share * np.expm1(gain))
+    with np.errstate(divide="ignore"):  # of no share, and of all
+        log_z = np.logaddexp(np.log1p(-share), gain + np.log(share))
     return Targets((np.where(above, gain, 0.0) - log_z[samples.prompt]).astype(np.float32), 0)

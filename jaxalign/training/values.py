@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import _hosts, models, shaping
+from jaxalign._arrays import is_flat_on_host
 from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
 from jaxalign.training import adapters, dry_run, hidden_states, law_sources, laws, objectives, roll_in, rollouts
@@ -377,7 +378,7 @@ def measure_values(
         measured = functions.evaluate(score, params, data.validation, collate, batch_size)
         mean, half = functions.interval(measured["error"])
         # Of the target's variance; the share that a prefix cannot know is never explained.
-        variance = measured["target"].var()
-        explained = 1 - float(measured["error"].mean() / variance) if variance > 0 else None
+        targets = measured["target"]
+        explained = None if is_flat_on_host(targets) else 1 - float(measured["error"].mean() / targets.var())
         summary |= {"squared_error": mean, "squared_error_95": half, "explained_variance": explained}
     return summary

@@ -9,7 +9,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported
+from jaxalign._arrays import NEGATIVE, at_least_float32, is_supported, log_mean_exp
 from jaxalign.shapes import PerResponse, StateTable, StateValues
 from jaxalign.tree.structure import Tree, check_table
 from jaxalign.types import Array, ArrayLike
@@ -107,8 +107,9 @@ def soft_value(tree: Tree, log_ref: StateTable, reward: PerResponse, *, beta: Ar
     log_ref, reward = at_least_float32(log_ref), at_least_float32(reward)
 
     def backup(q: Array, at: slice) -> Array:
-        top = jnp.where(is_supported(log_ref[at]), q, NEGATIVE).max(axis=-1, keepdims=True)
-        return top[:, 0] + beta * jax.nn.logsumexp(log_ref[at] + (q - top) / beta, axis=-1)
+        inside = is_supported(log_ref[at])
+        top = jnp.where(inside, q, NEGATIVE).max(axis=-1, keepdims=True)
+        return top[:, 0] + beta * log_mean_exp(log_ref[at], jnp.where(inside, (q - top) / beta, 0))
 
     return _backward(tree, reward, backup)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxalign import metrics
+from jaxalign._arrays import is_flat_on_host
 from jaxalign.evaluation import results
 from jaxalign.evaluation.plots import STYLES, family, label
 from jaxalign.evaluation.report.folders import Run
@@ -175,9 +176,9 @@ def spread_of_base(table: Table, run: int) -> dict[str, tuple[float, float]]:
     base = next((table.rows[series.best] for series in table.series if series.base and series.run == run), None)
     if base is None:
         return {}
-    values = {m: [r[m] for r in base.records.values() if m in r] for m in table.measures}
-    found = {m: (float(np.mean(v)), float(np.std(v))) for m, v in values.items() if v}
-    return found if len(found) == len(table.measures) and all(sd > 0 for _, sd in found.values()) else {}
+    values = {m: np.asarray([r[m] for r in base.records.values() if m in r]) for m in table.measures}
+    found = {m: (float(v.mean()), float(v.std())) for m, v in values.items() if v.size and not is_flat_on_host(v)}
+    return found if len(found) == len(table.measures) else {}
 
 
 def _prompts(records: Sequence[Record]) -> dict[int, Prompt]:
