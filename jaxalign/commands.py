@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
@@ -199,7 +200,7 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
     143 after TERM, 130 after Ctrl-C and 129 after HUP, or N of --stopped-code N; 141 where nobody reads stdout.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug, code = "--debug" in given, None
+    debug, code, alone = "--debug" in given, None, _is_alone(sys._getframe())
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
@@ -223,10 +224,10 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         number, words = _signals.words_of(error)
         processes.claim()
         _say(words)
-        _end(_signals.code_of(number, code))
+        _end(_signals.code_of(number, code), alone=alone)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         _no_more_output()
-        sys.exit(CLOSED)
+        _end(CLOSED, alone=alone)
     except Exception as error:
         if isinstance(error, OSError) and not _can_print():
             _no_more_output()
@@ -237,14 +238,14 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         processes.claim()
         if shared and (number := processes.stopped()):  # another process has ended first, of the same signal
             _say(_signals.words(number))
-            _end(_signals.code_of(number, code))
+            _end(_signals.code_of(number, code), alone=alone)
         lost = "" if usage else processes.gone()
         words = str(error).partition("\n-----")[0]  # below that, jax speaks of its own frames
         words = " ".join(words.split()) if usage else next(iter(words.strip().splitlines()), "")
         kind = "" if usage else f"{type(error).__name__}: "
         hint = "" if debug else " (--debug shows the traceback)"
         _say(f"error: {processes.label()}{lost or f'{kind}{words}{hint}'}")
-        _end(USAGE if usage else FAILED)
+        _end(USAGE if usage else FAILED, alone=alone)
     _signals.at_end()
     sys.exit(0)
 
@@ -270,11 +271,31 @@ def _no_more_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _end(code: int) -> NoReturn:
-    """Ends a process that failed. One of several does not say goodbye to jax, which would wait for the others."""
+def _end(code: int, *, alone: bool) -> NoReturn:
+    """Ends a process that failed. One of several does not say goodbye to jax, which would wait for the others; and one
+    that is alone leaves out the interpreter's end: a computation may still be running on jax's threads, and would
+    crash while what it uses is taken down."""
     if processes.label():
         processes.end(code)
+    if alone:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def _is_alone(frame: types.FrameType | None) -> bool:
+    """Whether a function was called by the program that Python was started with, and not by another one, such as a test
+    or a notebook, that goes on."""
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_name != "<module>" or frame.f_globals.get("__name__") != "__main__":
+        return False
+    outside = frame.f_back
+    while outside is not None and outside.f_globals.get("__name__") == "runpy":  # python -m
+        outside = outside.f_back
+    return outside is None
 
 
 def _note(

@@ -225,6 +225,43 @@ def test_debug_shows_the_traceback_and_a_failed_run_ends_with_1(capsys):
             assert ("Traceback" in printed) == (bool(extra) and code != 130)
 
 
+COMPUTES = """
+import os, signal, sys
+import jax
+import jax.numpy as jnp
+from jaxalign import commands
+
+def main(arguments):
+    long = jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda _, y: jnp.tanh(y @ y), x))
+    result = long(jnp.ones((200, 200)))
+    if arguments == ["error"]:
+        raise RuntimeError("no more")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+if __name__ == "__main__":
+    commands.execute(main, sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("how", ["file", "module"])
+@pytest.mark.parametrize(("word", "code", "line"), [("signal", 143, "stopped by SIGTERM;"), ("error", 1, "error: Run")])
+def test_a_job_ends_while_a_computation_is_running(word, code, line, how, tmp_path):
+    """Python's own end would wait for it, or crash."""
+    (tmp_path / "computes.py").write_text(COMPUTES)
+    command = ["computes.py"] if how == "file" else ["-m", "computes"]
+    found = subprocess.run(
+        [sys.executable, *command, word],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert found.returncode == code, found.stderr
+    assert found.stderr.splitlines()[-1].startswith(line)
+
+
 COMPILES = """
 import sys
 from jaxalign import commands

@@ -194,3 +194,15 @@ def test_ctrl_c_while_a_program_runs_inside_a_decoder_is_a_keyboard_interrupt(ca
     with pytest.raises(KeyboardInterrupt):
         CALLS["smc"](rewards.from_text(decode, stopped_by(signal.SIGINT)), table)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("read", ["own jit", "numpy"])
+def test_a_job_tells_a_programs_failure_however_its_result_is_read(read, capsys):
+    """numpy's read gives a ValueError with JAX's words, the wait for a result an error of JAX's."""
+    reward = rewards.from_text(decode, dividing)
+    with pytest.raises(SystemExit) as found:
+        commands.execute(lambda _: READ[read](reward, None), [])
+    assert found.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: dividing: expected one real number per text")
+    assert len(told.splitlines()) == 1
