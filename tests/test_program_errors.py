@@ -204,5 +204,5 @@ def test_a_job_tells_a_programs_failure_however_its_result_is_read(read, capsys)
         commands.execute(lambda _: READ[read](reward, None), [])
     assert found.value.code == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: dividing: expected one real number per text")
+    assert told.startswith(f"error: {__name__}.dividing: expected one real number per text")
     assert len(told.splitlines()) == 1
