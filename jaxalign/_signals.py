@@ -63,10 +63,14 @@ def _leave(number: int, _: Any) -> None:
 
 
 @contextlib.contextmanager
-def handled() -> Iterator[None]:
+def handled(*, last: bool = False) -> Iterator[None]:
     """Takes the signals in a block of the main thread. The first ends what runs with `Stopped` or `Interrupted`, at
     once or where a `deferred` block has saved; a second Ctrl-C ends the process at once. Blocks may lie in each
-    other."""
+    other.
+
+    Args:
+      last: the process ends after the block (`ignore_rest`), or the signals are what they were.
+    """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is _note:
         yield
         return
@@ -87,9 +91,26 @@ def handled() -> Iterator[None]:
     finally:
         while _sending:
             _sending.pop().cancel()
-        for number, before in former.items():
-            signal.signal(number, signal.SIG_DFL if before is None else before)
+        if last:
+            ignore_rest()
+        else:
+            for number, before in former.items():
+                signal.signal(number, signal.SIG_DFL if before is None else before)
         _state["asked"], sys.unraisablehook = 0, hook
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Has the signals that are taken end the process in one line, in a block that loads modules before anything is
+    done: an error that a handler raises while a module in C is loaded may crash the process or get lost."""
+    taken = [number for number in SIGNALS if signal.getsignal(number) is _note]
+    for number in taken:
+        signal.signal(number, _leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, _note)
 
 
 def _again() -> None:
@@ -110,7 +131,8 @@ def ignore_rest() -> None:
     """Has TERM and HUP do nothing, and Ctrl-C end this process at once: it is about to end."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
-            signal.signal(number, _leave_now if number == signal.SIGINT else signal.SIG_IGN)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _leave_now if number == signal.SIGINT else signal.SIG_IGN)
 
 
 def _leave_now(number: int, _: Any) -> None:

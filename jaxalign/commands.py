@@ -109,7 +109,8 @@ def start(arguments: Sequence[str]) -> Any:
         raise SystemExit(0 if arguments else USAGE)
     name, rest = arguments[0], list(arguments[1:])
     _check_name(name, found, "jaxalign")
-    module = load(name)
+    with _signals.importing():
+        module = load(name)
     if hasattr(module, "Config"):
         return _run_with(module, rest, prog=f"jaxalign {name}")
     return choose(module.__name__, rest)
@@ -141,7 +142,9 @@ def choose(package: str, arguments: Sequence[str] | None = None) -> Any:
         raise SystemExit(0 if arguments else USAGE)
     name = arguments[0].removeprefix("--")
     _check_name(name, found, prog)
-    return _run_with(importlib.import_module(f"{package}.{name}"), arguments[1:], prog=f"{prog} {name}")
+    with _signals.importing():
+        module = importlib.import_module(f"{package}.{name}")
+    return _run_with(module, arguments[1:], prog=f"{prog} {name}")
 
 
 @tells_programs
@@ -205,7 +208,7 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
         with warnings.catch_warnings():
             warnings.showwarning = _note
             code, rest = _signals.take_code([word for word in given if word != "--debug"])
-            with _signals.handled(), _locks.released():
+            with _signals.handled(last=alone), _locks.released():
                 joined, rest = processes.take(rest)
                 cache, rest = compilation.take(rest)
                 seconds, rest = time_limit.take(rest)

@@ -262,6 +262,51 @@ def test_a_job_ends_while_a_computation_is_running(word, code, line, how, tmp_pa
     assert found.stderr.splitlines()[-1].startswith(line)
 
 
+ENDS = """
+import atexit, os, signal, sys, time
+from jaxalign import _signals, commands
+
+def main(arguments):
+    if arguments == ["loading"]:
+        with _signals.importing():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    with _signals.importing():
+        pass
+    atexit.register(os.kill, os.getpid(), signal.SIGTERM if arguments == ["done"] else signal.SIGHUP)
+    if arguments == ["stopped"]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+if __name__ == "__main__":
+    commands.execute(main)
+"""
+
+
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize(
+    ("word", "code", "line"),
+    [
+        ("loading", 143, "stopped by SIGTERM before anything was done; the same command begins again\n"),
+        ("stopped", 143, "stopped by SIGTERM; the same command goes on from what is saved\n"),
+        ("done", 0, ""),
+        ("hung up", 0, ""),
+    ],
+)
+def test_a_signal_while_modules_are_loaded_or_python_ends(word, code, line, tmp_path):
+    (tmp_path / "ends.py").write_text(ENDS)
+    found = subprocess.run(
+        [sys.executable, "ends.py", word],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    assert (found.returncode, found.stderr) == (code, line)
+
+
 COMPILES = """
 import sys
 from jaxalign import commands

@@ -89,9 +89,12 @@ def start(processes: Processes | None, *, stopped_code: int | None = None) -> No
     """
     if processes is None:
         return
-    import jax  # a command line that asks for help does not load it
+    from jaxalign import _signals
 
-    from jaxalign import _hosts, _signals, _ties
+    with _signals.importing():
+        import jax  # a command line that asks for help does not load it
+
+        from jaxalign import _hosts, _ties
 
     if jax.distributed.is_initialized():
         return
