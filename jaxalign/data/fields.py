@@ -22,6 +22,7 @@ COLUMNS = (
     "score",
     "score_chosen",
     "score_rejected",
+    "label",
 )
 """The fields that `columns` may name."""
 
@@ -130,6 +131,39 @@ def number_in(value: Any, name: str) -> float:
     if found - found != 0:  # NaN and infinity
         raise RowError("score", f"expected a finite number in {name}, found {value!r:.200}")
     return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, or text that stands for one; NaN and infinity are numbers here."""
+    try:
+        return isinstance(value, int) or isinstance(float(value), float)
+    except (TypeError, ValueError):
+        return False
+
+
+def truth_in(row: RawRow, name: str, kind: str) -> bool | None:
+    """A field that holds true or false, 1 or 0; tables hold them as text.
+
+    Args:
+      row: the row.
+      name: of the field.
+      kind: of the RowError.
+
+    Returns:
+      None where the row has no such field.
+
+    Raises:
+      RowError: another value.
+    """
+    value = row.get(name)
+    word = value.strip().lower() if isinstance(value, str) else value
+    if word in (True, "true", "1", "1.0"):
+        return True
+    if word in (False, "false", "0", "0.0"):
+        return False
+    if word is not None:
+        raise RowError(kind, f"expected true or false in {name}, found {value!r:.200}")
+    return None
 
 
 def label_in(row: RawRow, name: str, allowed: Sequence[int]) -> float:
