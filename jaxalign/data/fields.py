@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from jaxalign.data.rows import RowError
+from jaxalign._files import TwiceError, once_each
+from jaxalign.data.rows import RowError, twice_row
 
 PROMPTS = ("prompt", "instruction", "question")
 """The names under which rows have their prompt."""
@@ -108,7 +109,9 @@ def list_in(row: RawRow, name: str) -> Any:
     value = row.get(name)
     if isinstance(value, str):
         try:
-            return json.loads(value)
+            return json.loads(value, object_pairs_hook=once_each)
+        except TwiceError as error:
+            raise twice_row(error) from None
         except ValueError as error:
             raise RowError("type", f"expected a list in {name}, found text that is no JSON ({error})") from error
     return value
