@@ -65,7 +65,7 @@ def test_parquet_with_a_field_of_a_struct_twice_is_named(tmp_path):
     parts = [pyarrow.array(["user"]), pyarrow.array(["assistant"]), pyarrow.array(["Hi"])]
     turn = pyarrow.StructArray.from_arrays(parts, names=["role", "role", "content"])
     parquet.write_table(pyarrow.table({"prompt": turn}), tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match=r"^data: expected .*d\.parquet"):
+    with pytest.raises(ValueError, match=r"^prompts: expected a Parquet file, found .*d\.parquet"):
         data.read_prompts(tmp_path / "d.parquet")
 
 

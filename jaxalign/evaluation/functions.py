@@ -209,6 +209,7 @@ def check_decoded(
     return whole
 
 
+Numbers = np.ndarray[Any, np.dtype[Any]]
 Kinds = tuple[tuple[Any, ...], str]
 INTEGERS: Kinds = ((jnp.integer,), "integers")
 BOOLEANS: Kinds = ((jnp.bool_,), "booleans")
@@ -226,13 +227,14 @@ def _check_type(name: str, field: str, value: Any, kinds: Kinds) -> None:
 
 
 def _check_numbers(name: str, drawn: Completions, prompts: TokenBatch, vocab_size: int | None) -> None:
-    """Of numpy arrays, the entries that count."""
+    """The entries that count."""
+    real, tokens = np.asarray(drawn.mask), np.asarray(drawn.tokens)
     if vocab_size is not None:
-        bad = drawn.mask & ((drawn.tokens < 0) | (drawn.tokens >= vocab_size))
-        _refuse(name, f"tokens from 0 to {vocab_size - 1}", drawn.tokens, bad, prompts)
+        bad = real & ((tokens < 0) | (tokens >= vocab_size))
+        _refuse(name, f"tokens from 0 to {vocab_size - 1}", tokens, bad, prompts)
     for field in ("log_prob", "log_prob_ref"):
-        values = getattr(drawn, field)
-        _refuse(name, f"{field} <= 0", values, drawn.mask & (values > SLACK), prompts)
+        values = np.asarray(getattr(drawn, field))
+        _refuse(name, f"{field} <= 0", values, real & (values > SLACK), prompts)
 
 
 def _check_kl(name: str, kl: KL, prompts: TokenBatch) -> None:
@@ -258,11 +260,11 @@ def _check_info(name: str, info: Any, batch: int) -> None:
             raise ValueError(f"{name}: expected finite real numbers in info {field}, found {shown}")
 
 
-def _refuse(name: str, expected: str, values: np.ndarray, bad: np.ndarray, prompts: TokenBatch) -> None:
+def _refuse(name: str, expected: str, values: Numbers, bad: Numbers, prompts: TokenBatch) -> None:
     """ValueError where there are bad values [B] or [B,T], with the first and the prompts that they are of."""
     if not bad.any():
         return
-    rows = bad if bad.ndim == 1 else bad.any(axis=1)
+    rows: Numbers = bad if bad.ndim == 1 else np.asarray(bad.any(axis=1))
     index = np.arange(len(rows)) if prompts.index is None else _hosts.host_value(prompts.index)
     shown = sorted({int(i) for i in index[rows]})
     first = values[bad][0].item()

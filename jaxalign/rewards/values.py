@@ -60,15 +60,12 @@ def _masked_arrays(values: Any) -> list[Any]:
     return [each for each in (values, *(values if isinstance(values, list | tuple) else ())) if np.ma.isMA(each)]
 
 
-def in_range(values: Any, *, function: Any, rows: str = "") -> Any:
+def check_range(values: Any, *, function: Any, rows: str = "") -> None:
     """Checks that numbers stay finite as the type that jax reads them in: float32, or float64 where that is enabled.
 
     Args:
       values: of `host_values`.
       function, rows: as in `host_values`.
-
-    Returns:
-      The values.
 
     Raises:
       ValueError: a finite number is beyond that type.
@@ -80,7 +77,6 @@ def in_range(values: Any, *, function: Any, rows: str = "") -> Any:
     if lost.size:
         name, where = function_name(function), defined_at(function)
         raise ProgramError(f"{name}: expected numbers that {dtype} holds, found {lost[0]:g}{rows}{where}")
-    return values
 
 
 def check_values(values: Any, shape: tuple[int, ...], *, function: Any) -> Array:
