@@ -5,6 +5,7 @@ A pipe in the place of a file would wait for its other end, and a file of anothe
 
 from __future__ import annotations
 
+import collections
 import json
 import pathlib
 import stat
@@ -63,6 +64,31 @@ def read_text(path: pathlib.Path) -> str:
         raise ValueError(f"{path.name}: expected UTF-8, found {error} in {path}") from error
 
 
+class TwiceError(ValueError):
+    """An object of JSON has a field twice, of which Python would drop the first."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name!r:.200} twice")
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object, as `object_pairs_hook` of `json.loads`.
+
+    Args:
+      pairs: names and values.
+
+    Returns:
+      The object.
+
+    Raises:
+      TwiceError: a name stands twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise TwiceError(collections.Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
+
+
 def parse_json(text: str, where: str) -> Any:
     """Reads JSON.
 
@@ -74,10 +100,12 @@ def parse_json(text: str, where: str) -> Any:
       Its value.
 
     Raises:
-      ValueError: what is no JSON, or is nested too deeply for Python.
+      ValueError: what is no JSON, is nested too deeply for Python, or has a field twice in one object.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once_each)
+    except TwiceError as error:
+        raise ValueError(f"{where}: expected JSON with each field once, found {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected JSON, found {error}") from error
 

@@ -23,9 +23,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from jaxalign._files import printed, read_text
+from jaxalign._files import TwiceError, once_each, printed, read_text
 
 C = TypeVar("C")
+
+LARGEST = 2**63 - 1
+"""Of the whole numbers that an option takes, as arrays do."""
 
 
 def parse(config: type[C], *, description: str, args: Sequence[str] | None = None, prog: str | None = None) -> C:
@@ -68,17 +71,20 @@ def parse(config: type[C], *, description: str, args: Sequence[str] | None = Non
                 _refuse(prog, f"{_dashed(name)}: expected a value, which is required, found none")
     # Given whole, since tyro would call a default factory of a group that has required options.
     extra: dict[str, Any] = {} if path is None and not _groups(config) else {"default": default}
-    groups_flat, printed = (tyro.conf.OmitArgPrefixes,), io.StringIO()
+    groups_flat, said = (tyro.conf.OmitArgPrefixes,), io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(said):
             found: C = tyro.cli(config, args=arguments, description=description, prog=prog, config=groups_flat, **extra)
-            return found
     except SystemExit as stop:
         if stop.code and type(stop) is SystemExit:  # a signal's is one of its own
             # The sentence within tyro's frame; the option's help follows it.
-            words = " ".join(re.sub(r"[\u2500-\u257f]|-{5,}", " ", printed.getvalue()).split())
+            words = " ".join(re.sub(r"[\u2500-\u257f]|-{5,}", " ", said.getvalue()).split())
             _refuse(prog, _worded(words.partition(" Argument helptext")[0]))
         raise
+    for name, value in flat(found).items():
+        if isinstance(value, int) and not -LARGEST - 1 <= value <= LARGEST:
+            _refuse(prog, f"{_dashed(name)}: expected a whole number of at most 64 bits, found {printed(value)}")
+    return found
 
 
 def _dashed(name: str) -> str:
@@ -142,9 +148,8 @@ def flat_values(config: type[Any], values: Mapping[str, Any], *, where: str) -> 
         )
         twice = sorted(set(more) & set(opened))
         if twice:
-            raise ValueError(
-                f"{twice[0]}: expected one value, found {opened[twice[0]]!r} and {more[twice[0]]!r} in {where}"
-            )
+            both = " and ".join(printed(values[twice[0]]) for values in (opened, more))
+            raise ValueError(f"{twice[0]}: expected one value, found {both} in {where}")
         opened |= more
     return opened
 
@@ -187,7 +192,12 @@ def _read(config: type[Any], path: str) -> dict[str, Any]:
         raise ValueError(f"config: expected a JSON or TOML file, found none at {path}")
     try:
         text = read_text(file)
-        values = tomllib.loads(text.replace("\r\n", "\n")) if file.suffix == ".toml" else json.loads(text)
+        if file.suffix == ".toml":
+            values = tomllib.loads(text.replace("\r\n", "\n"))
+        else:
+            values = json.loads(text, object_pairs_hook=once_each)
+    except TwiceError as error:
+        raise ValueError(f"config: expected each field once, found {error} in {path}") from None
     except (ValueError, RecursionError) as error:  # of the encoding, of JSON and of TOML
         raise ValueError(f"config: expected JSON or TOML in {path}, found {error}") from error
     if not isinstance(values, dict):
@@ -294,7 +304,10 @@ def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
         if value in inner:
             return value
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    elif hint is int and isinstance(value, int) and not -LARGEST - 1 <= value <= LARGEST:
+        raise ValueError(f"{name}: expected int of at most 64 bits, found {printed(value)} in {where}")
     elif origin is None and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
     expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)

@@ -12,12 +12,14 @@ import contextlib
 import functools
 import inspect
 import logging
+import os
 import pathlib
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from jaxalign import _time_limits
+from jaxalign import _signals, _time_limits
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,6 +30,28 @@ _raised: collections.deque[BaseException] = collections.deque(maxlen=8)
 
 class ProgramError(ValueError):
     """A program of the user's raised, or gave something else than what is expected of it."""
+
+
+_running = threading.Lock()
+_folders: list[str] = []
+"""The folder in which the programs that run now began, once for each."""
+
+
+@contextlib.contextmanager
+def in_folder() -> Iterator[None]:
+    """Has this process stay in its folder, to which the relative paths of a job belong, whatever runs within."""
+    with _running:
+        if _folders:  # one of several at once may have left it
+            _folders.append(_folders[0])
+        else:
+            with contextlib.suppress(OSError):  # the folder has been removed
+                _folders.append(os.getcwd())
+    try:
+        yield
+    finally:
+        with _running, contextlib.suppress(OSError):
+            if _folders:
+                os.chdir(_folders.pop())
 
 
 @contextlib.contextmanager
@@ -41,25 +65,36 @@ def naming(function: object, name: str, expected: str, *, rows: str = "") -> Ite
       rows: of the batch, for the error, as `of_prompts` writes them.
 
     Raises:
-      ProgramError: from the error that was raised; a program that ends the process (sys.exit) does not end it.
+      ProgramError: from whatever was raised; a program that ends the process (sys.exit) does not end it. Signals and
+        KeyboardInterrupt stay what they are.
     """
     try:
-        yield
+        with in_folder():
+            yield
     except ProgramError:
         raise
     except _time_limits.TimeLimit as error:
-        where = _raised_at(function, error)
-        raise ProgramError(
-            f"{name}: expected {expected}, found no answer within {error.seconds:g} s (--reward-timeout){rows}{where}"
-        ) from None
-    except (Exception, SystemExit) as error:
+        raise ProgramError(_late(error, function, name, expected, rows)) from None
+    except (KeyboardInterrupt, _signals.Stopped):
+        raise
+    except BaseException as error:  # extensions in other languages raise what is no Exception
         if isinstance(error, ValueError) and _is_ours(function):
             raise  # which names what it is about
         if isinstance(error, SystemExit) and _from_ours(error):
             raise  # of a signal that ends the run
         where = _raised_at(function, error)
-        words = f"{type(error).__name__}: {error}"
-        raise ProgramError(f"{name}: expected {expected}, found {' '.join(words.split())}{rows}{where}") from error
+        raise ProgramError(f"{name}: expected {expected}, found {words_of(error)}{rows}{where}") from error
+
+
+def words_of(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _late(error: _time_limits.TimeLimit, function: object, name: str, expected: str, rows: str) -> str:
+    """What is told of a program that has not returned in time."""
+    found = f"no answer within {error.seconds:g} s (--reward-timeout)"
+    return f"{name}: expected {expected}, found {found}{rows}{_raised_at(function, error)}"
 
 
 def called(
@@ -79,8 +114,13 @@ def called(
     Raises:
       ProgramError: as of `naming`, and for a program that has not returned in time.
     """
-    with naming(function, name, expected, rows=rows):
-        return _time_limits.within(call, 0.0 if _is_ours(function) else timeout)
+    try:
+        with naming(function, name, expected, rows=rows):
+            limit = 0.0 if _is_ours(function) else timeout
+            return _time_limits.within(call, limit, lambda error: _late(error, function, name, expected, rows))
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            _signals.check()  # the program may have taken a signal for an error of its own
 
 
 def of_prompts(index: Sequence[int]) -> str:

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
-from jaxalign import _locks, _signals, launch
+from jaxalign import _locks, _signals, _time_limits, launch
 from jaxalign._options import from_fields, parse
 from jaxalign._programs import telling, tells_programs
 from jaxalign._version import __version__
@@ -204,6 +204,18 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug, code, alone = "--debug" in given, None, _is_alone(sys._getframe())
+
+    def give_up(words: str, number: int) -> NoReturn:
+        """Within a handler of signals, where what is being printed cannot be printed to."""
+        processes.claim()
+        line = words if number else f"error: {processes.label()}{words}"
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode())
+        ended = _signals.code_of(number, code) if number else USAGE
+        if processes.label():
+            processes.end(ended)
+        os._exit(ended)
+
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
@@ -216,7 +228,7 @@ def execute(main: Callable[[list[str]], Any], arguments: Sequence[str] | None = 
                 compilation.start(cache)
                 time_limit.start(seconds)
                 try:
-                    with telling():
+                    with telling(), _time_limits.ending(give_up):
                         main(rest)
                 finally:
                     compilation.tell(cache)

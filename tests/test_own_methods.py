@@ -149,3 +149,86 @@ def test_completions_bring_the_kl_that_is_known():
     exact = check_decoded("mine", completions(kl=np.full((2, 3), 0.25, np.float32)), PROMPTS, 3).kl
     assert exact.kind == "exact"
     np.testing.assert_allclose(exact.value, 0.75)
+
+
+# Numbers that no decoder gives ----------------------------------------------------------------------------------------
+
+
+def real(**changed) -> Completions:
+    """All three tokens of both responses count."""
+    return completions(**({"mask": np.ones((2, 3), bool)} | changed))
+
+
+def all_of(value, dtype=np.float32):
+    return np.full((2, 3), value, dtype)
+
+
+def with_kl(value, kind="exact", info=None):
+    return Decoded(real(), KL(value, kind), info)
+
+
+@pytest.mark.parametrize(
+    ("found", "match"),
+    [
+        (real(tokens=all_of(10**6, np.int32)), r"tokens from 0 to 236, found 1000000 for prompts \[0, 1\]"),
+        (real(tokens=all_of(237, np.int64)), "tokens from 0 to 236, found 237"),
+        (real(tokens=all_of(-5, np.int32)), "tokens from 0 to 236, found -5"),
+        (real(tokens=[[0] * 3] * 2), "an array in tokens, found list"),
+        (real(mask=np.ma.array(np.ones((2, 3), bool), mask=True)), "an array in mask, found MaskedArray"),
+        (real(log_prob=all_of(0, complex)), "real numbers in log_prob, found complex128"),
+        (real(log_prob=all_of("x", object)), "real numbers in log_prob, found object"),
+        (real(log_prob_ref=all_of("x", str)), "real numbers in log_prob_ref, found <U1"),
+        (real(log_norm=all_of(True, bool)), "real numbers in log_norm, found bool"),
+        (real(log_norm=[[0.0] * 3] * 2), "an array in log_norm, found list"),
+        (real(kl=all_of(0, complex)), "real numbers in kl, found complex128"),
+        (real(log_prob=all_of(3)), r"log_prob <= 0, found 3 for prompts \[0, 1\]"),
+        (real(log_prob_ref=np.asarray([[-1, -1, -1], [0, 0.5, 0]])), r"log_prob_ref <= 0, found 0.5 for prompts \[1\]"),
+        (real(truncated=np.asarray([0.5, 0.5])), "booleans in truncated, found float64"),
+        (real(truncated=np.asarray(["no", "no"])), "booleans in truncated, found <U2"),
+        (real(truncated=[False, True]), "an array in truncated, found list"),
+        (real(kl=all_of(-20 / 3)), r"a KL of kind exact >= 0, found -20 for prompts \[0, 1\]"),
+        (with_kl(np.asarray([1.0, -20.0])), r"a KL of kind exact >= 0, found -20 for prompts \[1\]"),
+        (with_kl(np.asarray([1.0, -1.0]), "bound"), "a KL of kind bound >= 0, found -1"),
+        (with_kl(np.zeros(2, complex)), "real numbers in kl, found complex128"),
+        (with_kl(np.asarray(["a", "b"])), "real numbers in kl, found <U1"),
+        (with_kl([0.0, 0.0]), "an array in kl, found list"),
+        (with_kl(np.zeros(2), "exactly"), "a KL of kind exact, bound, .*, found 'exactly'"),
+        (with_kl(np.zeros(2), info=[1, 2]), "info as a NamedTuple, a dict or None, found list"),
+        (with_kl(np.zeros(2), info={"n": np.asarray(["a", "b"])}), "finite real numbers in info n, found <U1"),
+        (with_kl(np.zeros(2), info={"n": np.asarray([1j, 2])}), "finite real numbers in info n, found complex128"),
+        (with_kl(np.zeros(2), info={"n": np.asarray([1, np.nan])}), r"finite real numbers in info n, found \[.*nan"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_decoder_gives_name_the_function(found, match):
+    with pytest.raises(ValueError, match=f"^mine: expected {match}"):
+        check_decoded("mine", found, PROMPTS, 3, vocab_size=237)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        completions(tokens=all_of(10**6, np.int32), log_prob=all_of(3)),  # entries that do not count
+        real(log_prob=all_of(1e-5), log_prob_ref=all_of(-1, jnp.bfloat16), kl=all_of(-1e-6)),
+        real(log_norm=all_of(5), tokens=all_of(236, np.uint8), log_prob=all_of(-3, np.int32)),
+        with_kl(np.asarray([1.0, -20.0]), "log_ratio"),
+        with_kl(np.asarray([1.0, -20.0]), "estimate", {"n": np.arange(2), "ok": np.ones(2, bool), "text": "kept"}),
+    ],
+)
+def test_what_a_decoder_may_give_is_taken(found):
+    assert check_decoded("mine", found, PROMPTS, 3, vocab_size=237).completions is not None
+
+
+def outside(given: MethodInputs) -> OwnDraw:
+    def draw(rng, prompts):
+        drawn = decoding.sample(given.policy, given.params, rng, prompts, **given.limits)
+        return drawn._replace(tokens=drawn.tokens * 0 + int(given.strength))
+
+    return draw
+
+
+@pytest.mark.parametrize("token", ["-5", "1000000"])
+def test_tokens_outside_the_vocabulary_end_a_job_by_the_methods_name(token, folders, tmp_path):
+    with pytest.raises(ValueError, match=rf":outside: expected tokens from 0 to \d+, found {token} for prompts \["):
+        decode.main(
+            arguments(folders, tmp_path / "out", *methods(f"{HERE}:outside@{token}"), "--reward", folders["reward"])
+        )

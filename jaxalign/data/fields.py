@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from jaxalign.data.rows import RowError
+from jaxalign._files import TwiceError, once_each
+from jaxalign.data.rows import RowError, twice_row
 
 PROMPTS = ("prompt", "instruction", "question")
 """The names under which rows have their prompt."""
@@ -22,6 +23,7 @@ COLUMNS = (
     "score",
     "score_chosen",
     "score_rejected",
+    "label",
 )
 """The fields that `columns` may name."""
 
@@ -107,7 +109,9 @@ def list_in(row: RawRow, name: str) -> Any:
     value = row.get(name)
     if isinstance(value, str):
         try:
-            return json.loads(value)
+            return json.loads(value, object_pairs_hook=once_each)
+        except TwiceError as error:
+            raise twice_row(error) from None
         except ValueError as error:
             raise RowError("type", f"expected a list in {name}, found text that is no JSON ({error})") from error
     return value
@@ -130,6 +134,39 @@ def number_in(value: Any, name: str) -> float:
     if found - found != 0:  # NaN and infinity
         raise RowError("score", f"expected a finite number in {name}, found {value!r:.200}")
     return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, or text that stands for one; NaN and infinity are numbers here."""
+    try:
+        return isinstance(value, int) or isinstance(float(value), float)
+    except (TypeError, ValueError):
+        return False
+
+
+def truth_in(row: RawRow, name: str, kind: str) -> bool | None:
+    """A field that holds true or false, 1 or 0; tables hold them as text.
+
+    Args:
+      row: the row.
+      name: of the field.
+      kind: of the RowError.
+
+    Returns:
+      None where the row has no such field.
+
+    Raises:
+      RowError: another value.
+    """
+    value = row.get(name)
+    word = value.strip().lower() if isinstance(value, str) else value
+    if word in (True, "true", "1", "1.0"):
+        return True
+    if word in (False, "false", "0", "0.0"):
+        return False
+    if word is not None:
+        raise RowError(kind, f"expected true or false in {name}, found {value!r:.200}")
+    return None
 
 
 def label_in(row: RawRow, name: str, allowed: Sequence[int]) -> float:

@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxalign.data import chats
-from jaxalign.data.fields import PROMPTS, RawRow, dicts_in, label_in, list_in, number_in, string_in
+from jaxalign.data.fields import (
+    PROMPTS,
+    RawRow,
+    dicts_in,
+    is_number,
+    label_in,
+    list_in,
+    number_in,
+    string_in,
+    truth_in,
+)
 from jaxalign.data.rows import Content, RowError
 from jaxalign.tokens import Text
 
@@ -80,10 +90,7 @@ def pair(row: RawRow) -> Content:
 
 def _truncated(row: RawRow, name: str) -> bool:
     """Whether a limit cut a response, as a row of a model's own samples may say."""
-    found = row.get(name)
-    if found not in (None, False, True):  # 0 and 1 as well, which tables have in their place
-        raise RowError("type", f"expected true or false in {name}, found {found!r:.200}")
-    return bool(found)
+    return bool(truth_in(row, name, "type"))
 
 
 def _join(prompt: Text | None, sides: Mapping[str, Text]) -> tuple[Text, tuple[Text, ...]]:
@@ -219,8 +226,8 @@ def conversation(row: RawRow) -> Content:
     if "prompt" in row and not row[name]:
         raise RowError("fields", f"expected messages beside the prompt, found fields {sorted(row)!r:.500} without one")
     chat = chats.read_chat(list_in(row, name), name)
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        chat = chats.after_system([{"role": "system", "content": row["system"]}], chat)
+    if system := _system(row):
+        chat = chats.after_system(system, chat)
     if "prompt" not in row:
         return Content(None, (chat,), (), (name,))
     first = next((i for i, message in enumerate(chat) if message["role"] == "user"), None)
@@ -264,11 +271,13 @@ def text(row: RawRow, score: str) -> Content:
         )
     given, answers = _join_reply(_with_system(row, prompt) or "", _text_or_chat(value, names[0]))
     whole = Content(given, (answers,), (), (names[0],), truncated=(_truncated(row, "truncated"),))
+    label = truth_in(row, "label", "label")
+    whole = whole._replace(wanted=label is not False)
     if score in row:
         return whole._replace(scores=(number_in(row[score], score),), scaled=True, grouped=True)
-    if isinstance(row.get("label"), bool):
-        return whole._replace(scores=(float(row["label"]),), grouped=True, wanted=row["label"])
-    if isinstance(row.get("score"), int | float):
+    if label is not None:
+        return whole._replace(scores=(float(label),), grouped=True)
+    if is_number(row.get("score")):  # else a mark of another kind, which compares nothing
         return whole._replace(scores=(number_in(row["score"], "score"),), scaled=True, grouped=True)
     return whole
 
@@ -315,10 +324,15 @@ def _text_or_chat(value: Any, name: str) -> Text:
 
 def _with_system(row: RawRow, prompt: Text | None) -> Text | None:
     """The prompt with the row's system text, where there is one, as its first message."""
-    system = row.get("system")
-    if not isinstance(system, str) or not system.strip():
+    first = _system(row)
+    if not first:
         return prompt
     if prompt is None and any(isinstance(row.get(name), str) for name in ("chosen", "rejected")):
         raise RowError("system beside transcripts", "expected a prompt beside the system text, found transcripts")
-    first = [{"role": "system", "content": system}]
     return chats.after_system(first, chats.prompt_chat(prompt) if isinstance(prompt, str) else prompt or ())
+
+
+def _system(row: RawRow) -> chats.Chat:
+    """The row's system text as a message; [] for none."""
+    system = string_in(row, "system") if "system" in row else ""
+    return [{"role": "system", "content": system}] if system.strip() else []

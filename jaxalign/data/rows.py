@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
+from jaxalign._files import TwiceError
 from jaxalign.tokens import Text
 
 Row = TypeVar("Row")
@@ -73,6 +74,11 @@ class RowError(ValueError):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def twice_row(error: TwiceError) -> RowError:
+    """The error of a row in which a field stands twice."""
+    return RowError("field twice", f"expected each field once, found {error}")
 
 
 class Content(NamedTuple):

@@ -11,10 +11,11 @@ import pathlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
+from jaxalign._files import TwiceError, once_each
 from jaxalign._io import expand_names
-from jaxalign.data.rows import RowError
+from jaxalign.data.rows import RowError, twice_row
 
 RawRow: TypeAlias = tuple[str, "dict[str, Any] | RowError"]
 """("file:line", the row without its empty fields, or what is wrong with it)."""
@@ -28,6 +29,7 @@ PROMPT_SUFFIXES = (*SUFFIXES, *(".txt" + end for end in COMPRESSED))
 """How files of prompts end: a .txt file has a prompt in each line."""
 
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+ZERO = RowError("not UTF-8", "expected UTF-8, found a zero byte, as UTF-16 has")
 _HUB = re.compile(r"[\w.-]+(/[\w.-]+)+(:[\w.+-]+)?(@[\w.+%\[\]:-]+)?")
 
 
@@ -155,9 +157,9 @@ def _bytes(path: pathlib.Path, name: str) -> bytes:
     return raw
 
 
-def _lines(raw: bytes) -> Iterator[tuple[int, bytes]]:
+def _lines(raw: bytes, end: bytes = b"\n") -> Iterator[tuple[int, bytes]]:
     """(number from 1, line without its end). Only newlines part lines: JSON text may hold U+2028 and its kind."""
-    lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = raw.removeprefix(b"\xef\xbb\xbf").split(end)
     if lines[-1] == b"":
         lines.pop()  # the end of the last line, not a line of its own
     for number, line in enumerate(lines, start=1):
@@ -172,9 +174,11 @@ def _json_lines(path: pathlib.Path, raw: bytes) -> Iterator[RawRow]:
 
 def _json_row(line: bytes) -> dict[str, Any] | RowError:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode(), object_pairs_hook=once_each)
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+    except TwiceError as error:
+        return twice_row(error)
     except (ValueError, RecursionError) as error:  # of the encoding, of JSON, of its depth
         kind = "not UTF-8" if isinstance(error, UnicodeError) else "not JSON"
         return RowError(kind, f"expected JSON, found {error} (a line holds a JSON object in UTF-8)")
@@ -189,22 +193,38 @@ def _checked_row(row: Any) -> dict[str, Any] | RowError:
 
 def _array(path: pathlib.Path, raw: bytes, name: str) -> Iterator[RawRow]:
     try:
-        rows = json.loads(raw.decode("utf-8-sig"))
+        rows = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once_or_error)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: expected a JSON array in UTF-8, found {error} in {path}") from error
     for number, row in enumerate(rows, start=1):
         try:
-            json.dumps(row, ensure_ascii=False).encode()
+            json.dumps(row, ensure_ascii=False, default=_raise).encode()
+        except TwiceError as error:
+            yield f"{path}:{number}", twice_row(error)
+            continue
         except UnicodeError as error:
             yield f"{path}:{number}", RowError("not UTF-8", f"expected text, found {error}")
             continue
         yield f"{path}:{number}", _checked_row(row)
 
 
+def _once_or_error(pairs: list[tuple[str, Any]]) -> Any:
+    """The fields of an object; in the place of one that has a field twice, its error: others of the array are good."""
+    try:
+        return once_each(pairs)
+    except TwiceError as error:
+        return error
+
+
+def _raise(error: TwiceError) -> NoReturn:
+    raise error
+
+
 def _text_lines(path: pathlib.Path, raw: bytes) -> Iterator[RawRow]:
-    for number, line in _lines(raw):
+    for number, line in _lines(raw, b"\n" if b"\n" in raw else b"\r"):
         try:
-            yield f"{path}:{number}", {"prompt": line.decode()}
+            row = {"prompt": line.decode()}
+            yield f"{path}:{number}", ZERO if b"\0" in line else row
         except UnicodeDecodeError as error:
             yield f"{path}:{number}", RowError("not UTF-8", f"expected UTF-8, found {error}")
 
@@ -232,6 +252,8 @@ def _table(path: pathlib.Path, raw: bytes, delimiter: str, name: str) -> Iterato
                 raise ValueError(f"{name}: expected a header of different names, found {header!r:.500} in {path}")
         elif any("\udc80" <= letter <= "\udcff" for cell in cells for letter in cell):
             yield where, RowError("not UTF-8", "expected UTF-8, found other bytes")
+        elif any("\0" in cell for cell in cells):
+            yield where, ZERO
         elif len(cells) != len(header):
             yield where, RowError("not CSV", f"expected {len(header)} cells as the header has, found {len(cells)}")
         else:
@@ -246,11 +268,14 @@ def _parquet(path: pathlib.Path, name: str) -> Iterator[RawRow]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if twice := [column for column in columns if columns.count(column) > 1]:
+                raise ValueError(f"the column {twice[0]!r} twice")
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row
-    except (lib.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (lib.ArrowException, OSError, ValueError) as error:  # a ValueError: fields of one name within a column
         raise ValueError(f"{name}: expected a Parquet file, found {error} in {path}") from error
 
 

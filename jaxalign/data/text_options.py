@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxalign import tokens
+from jaxalign._files import once_each
 from jaxalign.data.encoded import OnLong
 from jaxalign.data.fields import parse_columns
 from jaxalign.data.readers import Compare, ExampleReading, PairReading, PromptReading
@@ -61,7 +62,7 @@ def template_options(options: TextOptions) -> dict[str, Any]:
     if not options.chat_template_kwargs:
         return {}
     try:
-        found = json.loads(options.chat_template_kwargs)
+        found = json.loads(options.chat_template_kwargs, object_pairs_hook=once_each)
     except ValueError as error:
         raise ValueError(
             f"chat_template_kwargs: expected a JSON object, found {options.chat_template_kwargs!r} ({error})"

@@ -1,4 +1,5 @@
-"""The picture of a comparison: true utility and learned reward against KL, a line per family of methods."""
+"""The picture of a comparison: true utility and learned reward against KL, a line per family of methods and per method
+of one's own."""
 
 from __future__ import annotations
 
@@ -57,7 +58,13 @@ STYLES = {
     "distributional CD, mean": ("#E69F00", "o"),
     "best-of-n by tokens": ("#882255", "D"),
     "InfAlign's tilt": ("#4DAF4A", "p"),
+    "sum of critics": ("#6A3D9A", "X"),
 }
+OWN_COLOURS = ("#1F78B4", "#B15928", "#33A02C", "#E31A1C", "#6A3D9A", "#FF7F00", "#01665E")
+OWN_MARKERS = ("o", "^", "s", "v", "D", "<", "p", ">", "h", "P", "*")
+"""Of methods of one's own, in turn, with hollow markers. Their numbers have no common factor: all pairs come."""
+LONGEST_NAME, MOST_IN_COLUMN = 40, 22
+"""Letters of a name in the legend, and names below each other."""
 
 
 READING = r"distribution:.*:(\w+)(?:\(([^()]*)\))?(?:@([^@/]*))?"
@@ -74,7 +81,8 @@ def family(method: str) -> str:
         return READINGS.get(found.group(1), LABELS["distribution"])
     if found := re.match(r"policy:(?:.*/)?(rl|dpo)(?:_[^/]*)?(?:/model)?/?$", method):
         return found.group(1).upper()
-    return next((label for prefix, label in LABELS.items() if method.startswith(prefix)), method)
+    # "base", "value:DIR", "best_of_4", "beam_2x4x8 value:DIR", and not MODULE:FUNCTION of a module best_of_mine.
+    return next((label for kind, label in LABELS.items() if re.match(rf"{kind}(?:$|[: ]|_\d)", method)), method)
 
 
 def label(method: str) -> str:
@@ -96,6 +104,22 @@ def label(method: str) -> str:
     return family(method)
 
 
+def _styles(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Family -> how it is drawn, of the families of the rows: the library's first."""
+    there = dict.fromkeys(family(row["method"]) for row in rows)
+    found = {name: {"color": colour, "marker": marker} for name, (colour, marker) in STYLES.items() if name in there}
+    for i, name in enumerate(name for name in there if name not in STYLES):
+        colour, marker = OWN_COLOURS[i % len(OWN_COLOURS)], OWN_MARKERS[i % len(OWN_MARKERS)]
+        found[name] = {"color": colour, "marker": marker, "mfc": "white"}
+    return found
+
+
+def _shown(name: str) -> str:
+    """A name for the legend, which leaves out names that begin with "_"."""
+    short = name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+    return f" {short}" if short.startswith("_") else short
+
+
 def frontier(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """A panel per measure over one KL axis: true utility (gold) where there is one, and what the methods maximise."""
     import matplotlib
@@ -108,29 +132,27 @@ def frontier(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     figure, panels = pyplot.subplots(
         1, len(titles), figsize=(1.6 + 4.6 * len(titles), 4.6), layout="constrained", sharex=True, squeeze=False
     )
-    widest = max(row["kl"] for row in rows)
+    widest, least = max(row["kl"] for row in rows), min(row["kl"] for row in rows)
+    styles = _styles(rows)
     for axes, (name, title) in zip(panels[0], titles.items(), strict=True):
-        for kind, (colour, marker) in STYLES.items():
+        for kind, style in styles.items():
             mine = sorted((row for row in rows if family(row["method"]) == kind), key=lambda row: row["kl"])
-            if not mine:
-                continue
             axes.errorbar(
                 [row["kl"] for row in mine],
                 [row[name] for row in mine],
                 [row[f"{name}_95"] or 0 for row in mine],
-                marker=marker,
                 ms=5,
                 lw=1.4,
                 capsize=2,
-                color=colour,
-                label=kind,
+                label=_shown(kind),
                 zorder=3 if kind in ("base", "SMC") else 2,
+                **style,
             )
         base = next((row for row in rows if row["method"] == "base"), None)
         if base is not None:
             axes.axhline(base[name], color="0.8", lw=1, zorder=0)
         axes.set_xscale("symlog", linthresh=1.0)
-        axes.set_xlim(-0.1, 1.4 * max(widest, 0.5))
+        axes.set_xlim(min(-0.1, 1.4 * least), 1.4 * max(widest, 0.5))  # a log-ratio may be below 0
         ticks = [t for t in (0, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if t <= 1.3 * widest]
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
@@ -138,7 +160,10 @@ def frontier(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
     panels[0, 0].set_ylabel("mean per response, 95 % interval")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    handles = panels[0, 0].get_legend_handles_labels()
+    columns = 1 + (len(styles) - 1) // MOST_IN_COLUMN
+    figure.set_figwidth(figure.get_figwidth() + 1.6 * (columns - 1))
+    figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8, ncols=columns)
     with _io.whole_file(path) as sink:
         figure.savefig(sink, dpi=150, format="png")
     pyplot.close(figure)

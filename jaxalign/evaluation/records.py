@@ -81,7 +81,8 @@ def record_of(numbers: Numbers, b: int) -> Record:
 
 
 def _embedded(embed: Embed, texts: list[str]) -> np.ndarray:
-    return np.asarray(embed(texts), np.float64)
+    found = embed(texts)
+    return np.asarray(np.ma.filled(found.astype(np.float64), np.nan) if np.ma.isMA(found) else found, np.float64)
 
 
 def add_coherence(records: Sequence[Record], embed: Embed) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxalign._blocks import accept_policy, verify_policy
 from jaxalign._builders import cached
-from jaxalign._files import printed
+from jaxalign._files import parse_json, printed
 from jaxalign._parts import check_policy_argument, start_policy, step_policy
 from jaxalign.policies._truncation import TemperatureParams, TopPParams, temperature, top_k, top_p
 from jaxalign.types import Array, Params, Policy, Prompts, State, StepOutput
@@ -91,7 +90,7 @@ def read_generation_config(fields: str | Mapping[str, Any]) -> Sampling:
       ValueError: names a field that would change what is drawn and is not supported (repetition_penalty, num_beams,
         min_p, …), one that is not known, or a value outside its range.
     """
-    values = dict(json.loads(fields) if isinstance(fields, str) and fields else fields or {})
+    values = dict(parse_json(fields, "generation_config") if isinstance(fields, str) and fields else fields or {})
     for name, value in values.items():
         if name in READ or name in ABOUT_OTHER_THINGS or value is None:
             continue

@@ -17,7 +17,7 @@ from jaxalign._checks import is_concrete, is_traced
 from jaxalign._programs import called, for_callback, naming, of_prompts
 from jaxalign._time_limits import check_seconds
 from jaxalign.rewards.text_models import SourceReward
-from jaxalign.rewards.values import function_name, host_values, on_host
+from jaxalign.rewards.values import check_range, function_name, host_values, on_host
 from jaxalign.shapes import RewardValues, TextIndex, TextLength, TextMask, TextTokens
 from jaxalign.tokens import Text, Tokenizer, decode_text
 from jaxalign.types import Array, CheckedReward, Params, Reward, TextReward
@@ -169,6 +169,7 @@ def _numbers(f: Any, call: Callable[[], Any], index: Ints, timeout: float | None
 
     def read() -> Numbers:
         found: Numbers = host_values(call(), shape, function=f, rows=rows)
+        check_range(found, function=f, rows=rows)
         return found
 
     expected = f"one real number per text, shape {shape}"

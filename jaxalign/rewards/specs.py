@@ -9,11 +9,14 @@ import inspect
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
+from jaxalign._programs import in_folder, words_of
+from jaxalign._signals import Stopped
 from jaxalign.models import source_folders
 from jaxalign.rewards.combinators import weighted_sum
 from jaxalign.rewards.folders import Reader, split_label
@@ -55,13 +58,20 @@ def program(spec: str, *, name: str = "reward") -> Program:
       The function.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or the module's code raises.
     """
     module, _, function = spec.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        with in_folder():
+            found = getattr(importlib.import_module(module), function)
+    except (KeyboardInterrupt, Stopped):
+        raise
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r} ({error})") from error
+    except BaseException as error:  # the module's code raises what it likes
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = "" if isinstance(error, SyntaxError) else f" at {last.filename}, line {last.lineno}"
+        raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r} ({words_of(error)}{place})") from error
     if not callable(found):
         raise ValueError(f"{name}: expected MODULE:FUNCTION, found {spec!r}, a {type(found).__name__}")
     function_found: Program = found

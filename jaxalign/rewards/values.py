@@ -40,6 +40,8 @@ def host_values(values: Any, shape: tuple[int, ...], *, function: Any, rows: str
       ValueError: another shape; booleans, complex numbers, strings, None or other objects. It says what came.
     """
     expected = f"{function_name(function)}: expected one real number per text, shape {shape}"
+    if masked := sum(int(np.ma.count_masked(each)) for each in _masked_arrays(values)):
+        raise ProgramError(f"{expected}, found {masked} masked{rows}{defined_at(function)}")
     try:
         array = values if isinstance(values, np.ndarray | np.generic | jax.Array) else _as_array(values)
     except Exception as error:  # of numpy, or of what the object does when it is read as an array
@@ -51,6 +53,30 @@ def host_values(values: Any, shape: tuple[int, ...], *, function: Any, rows: str
         shown = "" if isinstance(array, jax.core.Tracer) else f" ({' '.join(printed(values).split()):.80})"
         raise ProgramError(f"{expected}, found {found}{shown}{rows}{defined_at(function)}")
     return array
+
+
+def _masked_arrays(values: Any) -> list[Any]:
+    """The arrays of numpy.ma in what a function gave: what stands under a mask is no number."""
+    return [each for each in (values, *(values if isinstance(values, list | tuple) else ())) if np.ma.isMA(each)]
+
+
+def check_range(values: Any, *, function: Any, rows: str = "") -> None:
+    """Checks that numbers stay finite as the type that jax reads them in: float32, or float64 where that is enabled.
+
+    Args:
+      values: of `host_values`.
+      function, rows: as in `host_values`.
+
+    Raises:
+      ValueError: a finite number is beyond that type.
+    """
+    dtype = np.dtype(jnp.result_type(float))
+    with np.errstate(over="ignore"):
+        given, read = np.asarray(values, np.float64), np.asarray(values, dtype)
+    lost = given[np.isfinite(given) & ~np.isfinite(read)]
+    if lost.size:
+        name, where = function_name(function), defined_at(function)
+        raise ProgramError(f"{name}: expected numbers that {dtype} holds, found {lost[0]:g}{rows}{where}")
 
 
 def check_values(values: Any, shape: tuple[int, ...], *, function: Any) -> Array:

@@ -215,10 +215,10 @@ def _short(source: str) -> str:
 def _setting(row: Record) -> str:
     method = row["method"]
     parts = [label(method).partition(", ")[2]]
-    if method.startswith("best_of_"):
+    if family(method) == "best-of-n":
         parts = [f"n {method.rpartition('_')[2]}"]
     if row["beta"] is not None:
-        own = "step" if method.startswith("re_control") else "strength" if _is_function(method) else "beta"
+        own = "step" if family(method) == "RE-Control" else "strength" if _is_function(method) else "beta"
         parts.append(f"{own} {row['beta']:g}")
     return ", ".join(part for part in parts if part)
 
