@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
+import signal
 import time
 
 import pytest
 
-from jaxalign import _io, _locks
+from jaxalign import _io, _locks, training
 from jaxalign.training import checkpoints
 from tests.test_train_regress import command
 from tests.test_train_rl import files
@@ -24,7 +26,7 @@ RUNS = {
     "ended by patience": (*OFTEN, "--beta", "1", "--steps", "9", "--learning-rate", "0.3", "--patience", "1"),
     "ended between saves": (
         *("--beta", "1", "--steps", "9", "--learning-rate", "0.3", "--patience", "2"),
-        *("--check-every", "1", "--save-every", "3", "--track", "none"),
+        *("--check-every", "1", "--save-every", "2", "--track", "none"),
     ),
 }
 
@@ -70,6 +72,24 @@ def test_a_run_that_is_killed_once_best_json_is_written_goes_on_to_the_same_byte
     assert len(copies) > 2
     for copy in dict.fromkeys((copies[0], copies[len(copies) // 2], copies[-1])):
         assert run(files, copy, *RUNS[name]) == whole, copy
+
+
+def test_a_run_that_is_stopped_at_the_reading_that_ends_it_takes_its_last_step(files, tmp_path, monkeypatch):
+    """Between two saves the metrics of that step are read one step later."""
+    name = "ended between saves"
+    whole, write = run(files, tmp_path / "whole", *RUNS[name]), _io.write_own_json
+
+    def write_and_stop(path: pathlib.Path, values) -> None:
+        write(path, values)
+        if path.name == "best.json" and values["stop"] and not values["ended"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(_io, "write_own_json", write_and_stop)
+    with pytest.raises(training.Stopped):
+        run(files, tmp_path / "stopped", *RUNS[name])
+    monkeypatch.setattr(_io, "write_own_json", write)
+    assert whole[2]["steps"] % 2 != 0
+    assert run(files, tmp_path / "stopped", *RUNS[name]) == whole
 
 
 def damage(out: pathlib.Path, how: str) -> None:
