@@ -24,7 +24,7 @@ def left(out: pathlib.Path) -> dict[str, str]:
         name = str(path.relative_to(out))
         if not path.is_file() or path.suffix in TIMES or path.name == "timings.json":
             continue
-        if {"checkpoints", "tensorboard"} & set(path.relative_to(out).parts):
+        if {"checkpoints", "best", "tensorboard"} & set(path.relative_to(out).parts):
             continue
         if path.name in ("config.json", "inputs.json", "versions.json") and path.parent.name != "model":
             continue

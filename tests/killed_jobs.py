@@ -45,7 +45,11 @@ JOBS = {
         ("--model", "{base}", "--calibration", "{table}", "--n", "2", "--steps", "4", *SHORT),
         _TRAINED,
     ),
-    "regress": Job("train.regress", ("--table", "{table}", "--beta", "1", "--steps", "4", *SHORT), _TRAINED),
+    "regress": Job(
+        "train.regress",
+        ("--table", "{table}", "--beta", "1", "--steps", "4", *SHORT, "--validation", "0.4", "--check-every", "1"),
+        _TRAINED,
+    ),
     "shaping": Job(
         "train.shaping",
         (

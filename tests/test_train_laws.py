@@ -144,6 +144,13 @@ def test_rounds_roll_in_with_the_head_before_and_learn_from_all_rollouts(files, 
     for one, two in zip(last, shards(tmp_path / "run"), strict=True):
         for name, array in one.items():
             np.testing.assert_array_equal(array, two[name])
+    # More steps of the first head would not be those whose draws the last one learns from.
+    with pytest.raises(
+        ValueError, match=r"^steps: expected . of the run in .*rounds/1, whose head writes .*, found 9;"
+    ):
+        laws_run(files, tmp_path / "run", *command, "--steps", "9")
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == found
+    assert json.loads((tmp_path / "run/rounds/1/summary.json").read_text()) == alone
 
 
 def test_a_roll_in_is_of_a_head_of_the_same_base_and_reward(trained, files, tmp_path, capsys):

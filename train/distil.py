@@ -84,6 +84,7 @@ def run(config: Config) -> dict[str, Any]:
     room = source.max_length - source.rollouts.max_new_tokens
     form = format_of(source.text, started.tokenizer)
     prompts = reading.read_prompts(source.rollouts.prompts, form, text=source.text, room=room).rows
+    distillation.check_shards(config.calibration, source.rollouts, prompts=len(prompts))
     table: dict[str, Any] = {"run": source.run, "out": pathlib.Path(config.calibration), "stage": "distil"}
     limits: dict[str, Any] = {"max_length": source.max_length, "text": source.text, "mesh": config.mesh.mesh}
     found = rollouts.roll_out(source.rollouts, prompts, started.tokenizer, **table, **limits)

@@ -28,7 +28,7 @@ from jaxalign.training.options import (
     RunOptions,
 )
 from jaxalign.training.regression_options import RegressionOptions, check_regression_options
-from jaxalign.training.training_job import Job
+from jaxalign.training.training_job import Job, check_length
 
 from . import calibrate
 
@@ -78,6 +78,8 @@ def run(config: Config) -> dict[str, Any]:
     done = job.finished()
     if done is not None:
         return done
+    if not config.run.dry_run and any((job.out / "rounds").glob("*")):
+        check_length(job.out, config.optimizer, "whose policy has drawn for its later rounds")
     size = options.group if options.normaliser == "centred" else 1
     started = job.start(lambda _: None, texts_per_row=size, trained=spec is None)
     task, pool = regression_task.open_task(job, options, started, spec, made)

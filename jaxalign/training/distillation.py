@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxalign import _runs, models
 from jaxalign.data import encoded
-from jaxalign.training import objectives, rollouts, tables
+from jaxalign.training import objectives, roll_in, rollouts, tables
 from jaxalign.training.options import RolloutOptions
 from jaxalign.training.step import Loss
 
@@ -75,6 +75,25 @@ def check_table(folder: str, made: RolloutOptions, *, n: int, model: str) -> Non
         raise ValueError(f"model: expected the base that {folder} was made with, {made.base}, found {model}")
     if n > made.samples:
         raise ValueError(f"n: expected at most the table's {made.samples} samples per prompt, found {n}")
+
+
+def check_shards(folder: str, made: RolloutOptions, *, prompts: int) -> None:
+    """Checks that a table's samples are all there: they are drawn by train.calibrate alone, which locks its folder.
+
+    Args:
+      folder: of train.calibrate.
+      made: the options of its samples.
+      prompts: how many the table has.
+
+    Raises:
+      ValueError: shards that are missing, which are named.
+    """
+    paths = roll_in.shard_paths(pathlib.Path(folder) / "rollouts", -(-prompts // made.shard))
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise ValueError(
+            f"calibration: expected all {len(paths)} shards in {paths[0].parent}, found none of {missing}; remove the "
+            f"summary.json in {folder} and repeat the train.calibrate that made it"
+        )
 
 
 def best_and_worst(found: list[rollouts.Rollout], n: int) -> Iterator[encoded.PairTokens]:

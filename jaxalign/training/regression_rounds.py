@@ -3,25 +3,23 @@ them and one correction of beta."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import _io, infalign
+from jaxalign import infalign
 from jaxalign._builders import cached
 from jaxalign.data import encoded
-from jaxalign.training import adapters, checkpoints, dry_run, fitting, job, regression
-from jaxalign.training.hooks import Hooks
+from jaxalign.training import adapters, dry_run, fitting, job, regression, regression_best
+from jaxalign.training.regression_best import Reading
 from jaxalign.training.regression_options import RegressionOptions
 from jaxalign.training.regression_task import Task, draw, first_parameters, log_ratios, measure, split_rows, whole
-from jaxalign.types import Array, Params
+from jaxalign.types import Params
 
 CORRECTED = 0.1
 """Share by which a measured KL may miss --target-kl without a correction."""
@@ -29,26 +27,6 @@ CORRECTED = 0.1
 
 HELD_OUT = 1024
 """Most rows of held-out prompts that the loss is read from."""
-
-
-class Best(NamedTuple):
-    """The parameters of the lowest loss on held-out prompts so far."""
-
-    step: Array
-    """[] int32, after which they were read."""
-    params: Params
-    """What is trained."""
-
-
-class Reading(NamedTuple):
-    """What is read of the held-out responses."""
-
-    loss: float
-    """The objective."""
-    kl: float
-    """KL(pi‖pi_ref) by importance weights: mean of rho·log rho − rho + 1 [nats]."""
-    kl_95: float
-    """Its 95 % half-width over prompts."""
 
 
 def beta_of(options: RegressionOptions, samples: int) -> float:
@@ -156,19 +134,19 @@ def fit_round(
     steps = max(round(share * config.optimizer.steps_for(len(data.train))), 1)
     held_out = _some(data.validation, HELD_OUT)
     read = reader(task, held_out, collate)
-    kept_at = folder / "best.json"
-    ended = json.loads(kept_at.read_text()) if kept_at.is_file() else {}
     told = dry_run.is_abstract((trained, task.frozen))
     if told:
         trained = dry_run.abstract(trained, None)
-    with watching(task, read if data.validation and not told else None, folder, ended, steps) as (hooks, best):
-        if not ended.get("ended"):
+    watched, every = (read if data.validation and not told else None), config.optimizer.save_every
+    with regression_best.watching(watched, folder, task.options, steps=steps, save_every=every) as watch:
+        if not watch.ended:
+            optimizer = dataclasses.replace(config.optimizer, steps=watch.steps, save_every=watch.save_every)
             trained = fitting.fit_model(
                 task.started._replace(params=trained),
                 data,
                 loss,
                 collate,
-                optimizer=dataclasses.replace(config.optimizer, steps=steps),
+                optimizer=optimizer,
                 mesh=config.mesh,
                 seed=config.run.seed,
                 stage=task.job.stage,
@@ -176,9 +154,9 @@ def fit_round(
                 frozen=task.frozen,
                 beside=task.reward[1],
                 compared=task.spec is not None,
-                hooks=hooks,
+                hooks=watch.hooks,
             )
-        trained, figures = best(trained)
+        trained, figures = watch.best(trained)
     return trained, data, figures | counts
 
 
@@ -207,60 +185,6 @@ def reader(
         return Reading(float(value), float(np.mean(means) if mean is None else mean), 0.0 if half is None else half)
 
     return read
-
-
-@contextlib.contextmanager
-def watching(
-    task: Task, read: Callable[[Params], Reading] | None, folder: pathlib.Path, before: dict[str, Any], steps: int
-) -> Iterator[tuple[list[Hooks], Callable[[Params], tuple[Params, dict[str, Any]]]]]:
-    """Watches the loss on held-out prompts.
-
-    Args:
-      task: what all rounds share.
-      read: reads it; None where no prompts are held out: the last parameters are then the best.
-      folder: of the round, where best.json and best/ keep what was read, for a run that goes on.
-      before: what best.json holds.
-      steps: of the round, if it is not ended before.
-
-    Returns:
-      A context of the hooks of `training.fit`, and of a function: the last parameters -> (the best ones, figures).
-    """
-    if read is None:
-        yield [], lambda last: (last, {"steps": steps})
-        return
-    options, ceiling = task.options, task.options.target_kl
-    kept: dict[str, Any] = {"loss": None, "step": 0, "since": 0, "stop": False} | before
-    with checkpoints.open_checkpoints(folder / "best", keep=1) as manager:
-
-        def look(step: int, params: Params) -> None:
-            found = read(params)
-            # Steep transforms overshoot the KL and come back: a reading above it is none to keep, and no end.
-            over = bool(ceiling) and found.kl - found.kl_95 > ceiling
-            if (kept["loss"] is None or found.loss < kept["loss"]) and not (over and step < steps):
-                checkpoints.save(manager, Best(jnp.asarray(step, jnp.int32), params), {})
-                kept.update(loss=found.loss, step=step, since=0)
-            else:
-                kept["since"] += 1
-            kept.update(stop=kept["since"] >= options.patience, read=step, kl=found.kl)
-            _io.write_json(folder / "best.json", kept)
-
-        def after_step(step: int, state: Any) -> None:
-            if step % options.check_every == 0 and step > kept.get("read", 0):  # a run that goes on has read some
-                look(step, state.params)
-
-        def best(last: Params) -> tuple[Params, dict[str, Any]]:
-            if not kept.get("ended"):
-                if kept["step"] == 0 or (not kept["stop"] and kept.get("read") != steps):
-                    look(steps, last)
-                manager.wait_until_finished()
-                kept["ended"] = True
-                _io.write_json(folder / "best.json", kept)
-            found = checkpoints.restore(manager, Best(jnp.zeros((), jnp.int32), last), {})
-            assert found is not None
-            figures = {"steps": kept["read"], "best_step": kept["step"], "held_out_loss": kept["loss"]}
-            return found[0].params, figures
-
-        yield [Hooks(after_step=after_step, stop=lambda step, metrics: bool(kept["stop"]))], best
 
 
 def refreshed(task: Task, pool: regression.Pool, drew: Sequence[Params]) -> regression.Pool:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxalign import models
 from jaxalign.data import encoded
 from jaxalign.data.text_options import TextOptions, ending_ids, format_of
-from jaxalign.training import adapters, dry_run, reading, regression, rollouts, tables
+from jaxalign.training import adapters, distillation, dry_run, reading, regression, rollouts, tables
 from jaxalign.training import job as functions
 from jaxalign.training.options import RolloutOptions, RunOptions
 from jaxalign.training.regression_options import RegressionOptions
@@ -91,7 +91,8 @@ def open_task(
       The task, and the base's samples.
 
     Raises:
-      ValueError: a table of another model, reward, tokenizer, template, limit or set of prompts.
+      ValueError: a table of another model, reward, tokenizer, template, limit or set of prompts, or without its
+        samples.
     """
     source, form = made["table"], format_of(made["table"].text, started.tokenizer)
     room = source.max_length - source.rollouts.max_new_tokens
@@ -111,6 +112,8 @@ def open_task(
     for name, which in made.items():
         folder = getattr(options, name)
         kept = of_option(name, functools.partial(tables.read, folder, about, rows=len(prompts)))
+        drawn = functools.partial(distillation.check_shards, folder, which.rollouts, prompts=len(prompts))
+        of_option(name, drawn)
         found[name] = (
             kept,
             rollouts.roll_out(

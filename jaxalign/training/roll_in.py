@@ -22,6 +22,7 @@ from jaxalign._parts import start_policy, step_policy
 from jaxalign.critics import reads
 from jaxalign.training import law_sources
 from jaxalign.training.options import RolloutOptions
+from jaxalign.training.training_job import check_length
 from jaxalign.types import Array, Params, Policy, Prompts, Reward, State, StepOutput, TokenBatch
 
 TOP_K = 10
@@ -234,12 +235,18 @@ def after_rounds(config: C, out: pathlib.Path, run: Callable[[C], Any]) -> C:
 
     Returns:
       The options of the last round.
+
+    Raises:
+      ValueError: a round that has begun had another number of steps or epochs.
     """
     options: Any = config
     rounds = options.value.rounds
     if rounds == 1 or options.run.dry_run:
         return config
     earlier: list[str] = folders(options.value.earlier)
+    for number in range(1, rounds):  # before anything is trained
+        why = "whose head writes the first tokens of a later round"
+        check_length(out / "rounds" / str(number), options.optimizer, why)
     for number in range(1, rounds):
         folder = str(out / "rounds" / str(number))
         value = dataclasses.replace(options.value, rounds=1, earlier=",".join(earlier))
@@ -257,6 +264,11 @@ def after_rounds(config: C, out: pathlib.Path, run: Callable[[C], Any]) -> C:
 def folders(text: str) -> list[str]:
     """The folders of an option, separated by commas; none for ""."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def shard_paths(folder: pathlib.Path, number: int) -> list[pathlib.Path]:
+    """The files of so many shards in a folder, in order."""
+    return [folder / f"{k:05d}.npz" for k in range(number)]
 
 
 def shards_of(given: Sequence[str]) -> list[pathlib.Path]:

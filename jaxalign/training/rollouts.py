@@ -226,7 +226,7 @@ def roll_out(
     digest = digest_of(prompts)
     shards = -(-len(prompts) // options.shard)
     folder = (pathlib.Path(options.rollouts) if options.rollouts else out) / "rollouts"
-    paths = [folder / f"{k:05d}.npz" for k in range(shards)]
+    paths = roll_in.shard_paths(folder, shards)
     if options.rollouts:
         _check_same(options, run, paths)
     shard_rows = [range(k * options.shard, min((k + 1) * options.shard, len(prompts))) for k in range(shards)]

@@ -7,14 +7,37 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxalign import _runs, models
+from jaxalign import _hosts, _runs, models
 from jaxalign.data import encoded
 from jaxalign.tokens import TextFormat
 from jaxalign.training import adapters, dry_run, fitting, memory, mesh_checks
 from jaxalign.training import job as functions
-from jaxalign.training.options import RolloutOptions, TrainingConfig, check_training_config
+from jaxalign.training.options import OptimizerOptions, RolloutOptions, TrainingConfig, check_training_config
 from jaxalign.training.step import Loss
 from jaxalign.types import Params
+
+
+def check_length(folder: pathlib.Path, optimizer: OptimizerOptions, why: str) -> None:
+    """Checks that a run that cannot be prolonged goes on with as many steps and epochs as it had.
+
+    Args:
+      folder: the run folder; one without config.json passes.
+      optimizer: the options now.
+      why: it cannot be prolonged, for the error.
+
+    Raises:
+      ValueError: another number of steps or epochs.
+    """
+    with _hosts.together():
+        if not _hosts.is_first() or not (folder / _runs.CONFIG).exists():
+            return
+        before = _runs.stored_options(folder)
+        for name in sorted(_runs.GROWING & before.keys()):
+            if before[name] != getattr(optimizer, name):
+                raise ValueError(
+                    f"{name}: expected {before[name]} of the run in {folder}, {why}, found "
+                    f"{getattr(optimizer, name)}; {_runs.ELSE}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
