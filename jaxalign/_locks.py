@@ -119,6 +119,16 @@ def held(folder: pathlib.Path) -> bool:
     return folder.resolve() / NAME in _held
 
 
+def in_use(folder: pathlib.Path) -> bool:
+    """Whether a process has the lock of a folder, this one or another that is not gone."""
+    path = folder.resolve() / NAME
+    text = _read(path)
+    try:
+        return text is not None and (path in _held or not _left_behind(path, text))
+    except OSError:  # a folder in which nothing can be tried
+        return True
+
+
 def started(pid: int) -> int | None:
     """When a process started, in its machine's own count; None where that is not known."""
     with contextlib.suppress(OSError, ValueError, IndexError):
