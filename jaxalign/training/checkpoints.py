@@ -7,13 +7,15 @@ import errno
 import logging
 import pathlib
 import shutil
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
-from jaxalign import _hosts, _io
+from jaxalign import _hosts, _io, _signals
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -38,7 +40,8 @@ def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.Checkp
     import orbax.checkpoint as ocp  # it takes seconds, and a run alone needs it
 
     # What fails is raised, and told in one line; orbax would log it as well, in hundreds.
-    logging.getLogger("absl").addFilter(_not_orbax)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_orbax)
     # Removed here and one by one: orbax removes a folder and the temporary ones inside it at the same time, which fails
     # now and then.
     path = pathlib.Path(folder).resolve()
@@ -70,8 +73,10 @@ def opened(folder: str | pathlib.Path, *, keep: int = 2) -> Iterator[ocp.Checkpo
     try:
         yield manager
     except BaseException:
-        with contextlib.suppress(Exception):  # the error that was first is told
+        try:
             manager.close()
+        except Exception:  # the error that was first is told
+            _let_end()
         raise
     with _storage(pathlib.Path(folder)):
         manager.close()
@@ -89,6 +94,7 @@ def _storage(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        _let_end()
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         known = [line for line in lines if "Errno" in line or "OS error" in line or "too large" in line]
         why = next(iter(known), lines[0])[:300]
@@ -98,7 +104,33 @@ def _storage(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+    """Whether a record is not of orbax: asyncio logs what the other parts of a failed save have raised, by its name."""
+    trace = record.exc_info[2] if record.exc_info else None
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    return "orbax" not in record.pathname and not any("/orbax/" in text for text in (*files, record.getMessage()))
+
+
+QUIET, MOST = 0.3, 5.0
+"""Seconds without a word after which a failed save counts as ended, and the most that are waited for that."""
+
+
+def _let_end() -> None:
+    """Waits until the other parts of a failed save have ended: each says so on stderr, since nobody waits for it."""
+    began, before = time.monotonic(), sys.unraisablehook
+    last = [began]  # time of the last word
+
+    def heard(found: Any) -> None:
+        if str(found.exc_value) == _signals.CLOSED:
+            last[0] = time.monotonic()
+        else:
+            before(found)
+
+    sys.unraisablehook = heard
+    try:
+        while time.monotonic() < min(last[0] + QUIET, began + MOST):
+            time.sleep(QUIET / 10)
+    finally:
+        sys.unraisablehook = before
 
 
 def _seal_written(folder: pathlib.Path) -> None:
