@@ -55,8 +55,11 @@ def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.Checkp
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """Removes a folder. Where a save failed in this process, its other parts may still write there for a moment."""
+    """Removes a folder, or what else has its name. Where a save failed in this process, its other parts may still write
+    there for a moment."""
     until = time.monotonic() + 5
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
     while folder.exists():
         try:
             shutil.rmtree(folder)
@@ -166,10 +169,14 @@ def damage(folder: pathlib.Path) -> str:
     try:
         known = _io.read_json(folder / DIGESTS, then="")
     except FileNotFoundError:
+        if (folder / DIGESTS).is_symlink():
+            return f"{DIGESTS} is a link to nothing"
         empty = [name for name in _files(folder) if (folder / name).stat().st_size == 0]
         return f"{empty[0]} is empty" if empty else ""
-    except ValueError:
+    except (ValueError, OSError):
         return f"{DIGESTS} is damaged"
+    if lacking := {"state", "data"} - {name.partition("/")[0] for name in known}:
+        return f"{DIGESTS} has none of {min(lacking)}"
     found = set(_files(folder))
     if missing := sorted(set(known) - found):
         return f"{missing[0]} is missing"
@@ -199,7 +206,11 @@ def save(manager: ocp.CheckpointManager, state: Any, position: dict[str, Any]) -
     if manager.latest_step() == step:
         return
     wanted = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position))
-    with _storage(pathlib.Path(str(manager.directory))):
+    own = pathlib.Path(str(manager.directory)) / str(step)
+    with _storage(own.parent):
+        if _hosts.is_first() and (own.is_symlink() or own.is_file()):
+            _remove(_aside(own))
+            own.rename(_aside(own))
         manager.save(step, args=wanted)
 
 
@@ -235,16 +246,21 @@ def restore(manager: ocp.CheckpointManager, template: S, position: dict[str, Any
             else:
                 _tell(folder, passed, f"the run goes on from step {step}")
                 return found, step
-        aside = folder / f"damaged-{step}"
+        aside = _aside(own)
         with _hosts.together():
             if _hosts.is_first():
-                shutil.rmtree(aside, ignore_errors=True)
+                _remove(aside)
                 own.rename(aside)
         _hosts.barrier("checkpoint set aside")
         manager.reload()
         passed.append(f"checkpoint {step} is damaged ({why}) and set aside as {aside}")
     _tell(folder, passed, "no whole checkpoint is left, and the run begins again")
     return None
+
+
+def _aside(own: pathlib.Path) -> pathlib.Path:
+    """Where what is no whole checkpoint is set aside."""
+    return own.with_name(f"damaged-{own.name}")
 
 
 def _tell(folder: pathlib.Path, passed: list[str], then: str) -> None:
