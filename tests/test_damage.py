@@ -15,7 +15,7 @@ import pytest
 
 from jaxalign import _io, _runs
 from jaxalign.evaluation import engine, results
-from jaxalign.training import checkpoints, hidden_states, job, rollouts, tables
+from jaxalign.training import checkpoints, hidden_states, job, law_sources, rollouts, tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -197,6 +197,7 @@ def test_a_damaged_json_of_a_run_folder_is_named_with_what_to_do(tmp_path, text)
         ("versions.json", lambda out: _runs.open_run(out, config)),
         ("summary.json", job.finished),
         ("table.json", tables.read_about),
+        ("laws.json", lambda out: law_sources._about(str(out))),
     ):
         out = tmp_path / name.partition(".")[0]
         _runs.open_run(out, config)
