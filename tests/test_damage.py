@@ -16,6 +16,7 @@ import pytest
 from jaxalign import _io, _runs
 from jaxalign.evaluation import engine, results
 from jaxalign.training import checkpoints, hidden_states, job, law_sources, rollouts, tables
+from jaxalign.training.options import ModelOptions
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -206,6 +207,21 @@ def test_a_damaged_json_of_a_run_folder_is_named_with_what_to_do(tmp_path, text)
             call(out)
         assert "\n" not in str(found.value)
         _runs.release(out)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
+def test_an_architecture_that_cannot_be_read_is_named(tmp_path, monkeypatch, data):
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    monkeypatch.setattr(job.models, "tokenizer", lambda name, chat_template: object())
+    with pytest.raises(ValueError, match=rf"^config\.json: expected .*, found .* in {path}"):
+        job.start(
+            ModelOptions(architecture=str(path), tokenizer="t"),
+            lambda config: None,
+            seed=0,
+            dtype="float32",
+            max_length=8,
+        )
 
 
 @pytest.fixture

@@ -117,8 +117,8 @@ def check_folder(out: pathlib.Path) -> None:
     else:
         return
     raise ValueError(
-        f"out: expected a folder with no {path.name} but decoding's own, found another in {out}; name another --out, or "
-        f"remove {path}"
+        f"out: expected a folder with no {path.name} but decoding's own, found another in {out}; name another --out, "
+        f"or remove {path}"
     )
 
 

@@ -18,7 +18,7 @@ from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
 from jaxalign.data.text_options import TextOptions, format_of, token_id
 from jaxalign.models import sharding
-from jaxalign.models.hf import weight_files
+from jaxalign.models.hf import files, weight_files
 from jaxalign.prompts import bucket
 from jaxalign.tokens import TextFormat
 from jaxalign.training import dry_run, profiling, states
@@ -97,8 +97,8 @@ def start(
         path = pathlib.Path(options.architecture)
         if not path.is_file():
             raise ValueError(f"architecture: expected a config.json, found no file {path}")
-        eos = tokenizer.eos_token_id
-        values = json.loads(path.read_text()) | {"vocab_size": len(tokenizer), "eos_token_id": eos}
+        values, eos = files.read_json(path), tokenizer.eos_token_id
+        values |= {"vocab_size": len(tokenizer), "eos_token_id": eos}
         body = models.LanguageModel(models.config_from_hf(values))
         lm = models.with_head(body, head(body.config))
         params = jax.eval_shape(lm.init, rng) if shapes_only else states.initial(lm, rng, devices)
