@@ -182,7 +182,7 @@ def test_a_finished_run_whose_weights_are_gone_is_told(place):
     (out / "summary.json").write_text("{}")
     whole_model(out / "model")
     assert job.finished(out) == {}
-    told = r"^out: expected a whole model of the finished run in run, found no {}; remove that file"
+    told = r"^out: expected a whole model of the finished run in run, found no {}; remove run/summary.json: "
     (out / "model/model.safetensors").unlink()
     with pytest.raises(ValueError, match=told.format("model.safetensors")):
         job.finished(out)

@@ -350,8 +350,8 @@ def finished(out: pathlib.Path, *, product: str = "model", beside: Sequence[str]
     path, text = out / "summary.json", ""
     with _hosts.together():  # of several processes the first looks, since it also writes
         if _hosts.is_first() and path.exists() and not _runs.goes_on(out):
-            then = "remove that file: the same command goes on from the last checkpoint or shard"
-            text = json.dumps(_io.read_json(path, then=then))
+            again = "the same command goes on from the last checkpoint or shard"
+            text, then = json.dumps(_io.read_json(path, then=f"remove that file: {again}")), f"remove {path}: {again}"
             if gone := [name for name in (product, *beside) if not (out / name).exists()]:
                 raise ValueError(f"out: expected {gone[0]} of the finished run in {out}, found none; {then}")
             if product == "model" and (part := weight_files.lacking(out / product)):
