@@ -18,6 +18,9 @@ NAME = ".lock"
 BEAT, SILENT = 20.0, 300.0
 """Seconds between two touches of a lock that is held, and after which one of another machine counts as left behind."""
 
+MOST = 2**31
+"""More than any number of a process."""
+
 _held: dict[pathlib.Path, str] = {}  # lock -> what it holds
 _beating: list[threading.Thread] = []
 
@@ -62,7 +65,7 @@ def take(folder: pathlib.Path) -> str:
         aside = path.with_name(f"{NAME}.{uuid.uuid4().hex[:8]}")
         with contextlib.suppress(FileNotFoundError):
             path.rename(aside)
-            if aside.read_text() != found:  # another process was faster, and this is its lock
+            if _read(aside) != found:  # another process was faster, and this is its lock
                 with contextlib.suppress(OSError):
                     os.link(aside, path)
             aside.unlink()
@@ -80,7 +83,7 @@ def release(folder: pathlib.Path) -> None:
     if text is None:
         return
     with contextlib.suppress(OSError):
-        if path.read_text() == text:
+        if _read(path) == text:
             path.unlink()
         place = path.parent
         for _ in range(json.loads(text)["made"]):
@@ -117,6 +120,16 @@ def released() -> Iterator[None]:
 def held(folder: pathlib.Path) -> bool:
     """Whether this process has the lock of a folder."""
     return folder.resolve() / NAME in _held
+
+
+def in_use(folder: pathlib.Path) -> bool:
+    """Whether a process has the lock of a folder, this one or another that is not gone."""
+    path = folder.resolve() / NAME
+    text = _read(path)
+    try:
+        return path.exists() if text is None else path in _held or not _left_behind(path, text)
+    except OSError:  # a folder in which nothing can be tried
+        return True
 
 
 def started(pid: int) -> int | None:
@@ -157,16 +170,18 @@ def _create(path: pathlib.Path, text: str) -> bool:
 
 
 def _read(path: pathlib.Path) -> str | None:
+    """What a lock holds, whatever that is; None where there is none, or none that can be read."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8", errors="backslashreplace")
     except OSError:
         return None
 
 
 def _values(text: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
+    """The fields of a lock; {} where it names no process."""
+    with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(text)
-        if isinstance(found, dict) and isinstance(found.get("pid"), int):
+        if isinstance(found, dict) and type(found.get("pid")) is int and 0 < found["pid"] < MOST:
             return found
     return {}
 
@@ -175,19 +190,28 @@ def _owner(text: str) -> str:
     found = _values(text)
     if not found:
         return "a process that is not named"
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.get("time", 0)))
-    return f"process {found['pid']} on {found.get('host')} since {since}"
+    host = " ".join(str(found.get("host")).split())[:100]
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["time"]))
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        since = "a time that is not known"
+    return f"process {found['pid']} on {host} since {since}"
 
 
 def _left_behind(path: pathlib.Path, text: str) -> bool:
     found = _values(text)
     if found.get("host") == socket.gethostname():
-        return is_gone(found["pid"], found.get("started"))
+        since = found.get("started")
+        return is_gone(found["pid"], since if type(since) is int else None)
     # By the clock of the file system: that of the other machine may be off.
     probe = path.with_name(f"{NAME}.{uuid.uuid4().hex[:8]}")
     probe.touch()
     try:
-        return probe.stat().st_mtime - path.stat().st_mtime > SILENT
+        age = probe.stat().st_mtime - path.stat().st_mtime
+        if age < 0:  # of the future: it is silent from now on, unless its process renews it
+            with contextlib.suppress(OSError):
+                os.utime(path)
+        return age > SILENT
     except FileNotFoundError:
         return False
     finally:

@@ -9,14 +9,13 @@ import os
 import pathlib
 import platform
 import re
-import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxalign import _hosts, _io, _locks, _options
+from jaxalign import _hosts, _io, _leftovers, _locks, _options
 
 FREE = {
     *("config", "out", "mesh", "profile", "peak_tflops", "device_memory", "track", "save_every", "log_every"),
@@ -120,10 +119,9 @@ def _opened(out: pathlib.Path, config: Any, inputs: Sequence[str]) -> Callable[[
             _locks.clear(out)  # of a job that was killed when it had written its summary
         else:
             _lock(out)
-            _remove_leftovers(out)
         found, values = _inputs(inputs), _as_json(_options.flat(config))
         digests, grown = [""] * len(found), ""
-        if (out / CONFIG).exists():
+        if _is_run(out):
             kept = _kept_inputs(out)
             same = len(kept.files) == len(found) and all(_equal(a, b) for a, b in zip(kept.files, found, strict=True))
             moved = {os.path.normpath(name) for name in inputs if name} | _places(found) if same else set[str]()
@@ -140,6 +138,9 @@ def _opened(out: pathlib.Path, config: Any, inputs: Sequence[str]) -> Callable[[
             _growing.add(out.resolve())
             if finished:
                 _lock(out)
+        if _locks.held(out):
+            _leftovers.remove(out)  # now that the folder is known to be this run's
+        if grown:
             print(f"{grown}; the run goes on from its last checkpoint", flush=True)
     except BaseException:
         if not had:
@@ -164,9 +165,15 @@ def _lock(out: pathlib.Path) -> None:
         print(f"note: out: {passed}, is passed over in {out}", file=sys.stderr)
 
 
+def _is_run(out: pathlib.Path) -> bool:
+    """Whether a folder holds the config.json of a run, which others stand beside, and not that of a model."""
+    return (out / CONFIG).exists() and any((out / name).exists() for name in (INPUTS, VERSIONS))
+
+
 def _foreign(path: pathlib.Path) -> bool:
     """Whether a file in a folder without config.json is not of a run that was killed before it wrote that."""
-    return path.name not in (INPUTS, VERSIONS, ROUNDS) and not path.name.startswith(_locks.NAME)
+    known = path.name in (INPUTS, VERSIONS, ROUNDS) or path.name.startswith(_locks.NAME)
+    return not known and not _leftovers.is_leftover(path)
 
 
 def _places(found: Sequence[Input]) -> set[str]:
@@ -257,15 +264,6 @@ def _check_shared(out: pathlib.Path, config: Any) -> None:
             f"{out} on process {_hosts.index()} ({platform.node()})"
         )
     check_options(out, config, _as_json(_options.flat(config)), os.getcwd())
-
-
-def _remove_leftovers(out: pathlib.Path) -> None:
-    """Removes what a killed job had begun to write in a folder, which is locked: hidden copies of folders and files."""
-    for path in [*out.glob(".*.tmp"), *out.glob(".*.tmp-*"), *out.glob("*/.*.tmp"), *out.glob("*/.*.tmp-*")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:

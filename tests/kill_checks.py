@@ -84,7 +84,7 @@ def judged(label: str, place: str, running: list[Process], codes: list[int], vic
             faults.append(f"{who}: it does not end")
         elif code not in expected:
             faults.append(f"{who}: exit code {code}: {said.strip()[-6000:]}")
-        if bad and code != 1:
+        if bad and (code != 1 or any(line.startswith("Traceback") for line in bad)):
             faults.append(f"{who}: {bad[0][:200]}")
         if code not in (0, -9, HUNG) and len([line for line in said.splitlines() if _told(line)]) > 1:
             faults.append(f"{who}: more than one line: {said.strip()[-6000:]}")

@@ -15,7 +15,8 @@ import pytest
 
 from jaxalign import _io, _runs
 from jaxalign.evaluation import engine, results
-from jaxalign.training import checkpoints, hidden_states, job, rollouts, tables
+from jaxalign.training import checkpoints, hidden_states, job, law_sources, rollouts, tables
+from jaxalign.training.options import ModelOptions
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -65,6 +66,22 @@ def empty(folder: pathlib.Path) -> None:
     folder.mkdir()
 
 
+def folder_in_place(path: pathlib.Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link_in_place(path: pathlib.Path) -> None:
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+def without(path: pathlib.Path, item: str) -> None:
+    """Drops what digests.json says of an item."""
+    kept = {name: digest for name, digest in json.loads(path.read_text()).items() if not name.startswith(item)}
+    path.write_text(json.dumps(kept))
+
+
 CHECKPOINTS = {  # what is done to the folder -> the step that is gone on from
     "nothing": (lambda f: None, 9),
     "a flipped bit of the largest file": (lambda f: flip(largest(f)), 6),
@@ -73,6 +90,17 @@ CHECKPOINTS = {  # what is done to the folder -> the step that is gone on from
     "the position cut": (lambda f: (f / "9/data/metadata").write_text("{"), 6),
     "a file missing": (lambda f: (f / "9/data/metadata").unlink(), 6),
     "digests cut": (lambda f: cut(f / "9/digests.json"), 6),
+    "digests a folder": (lambda f: folder_in_place(f / "9/digests.json"), 6),
+    "digests a link to nothing": (
+        lambda f: ((f / "9/digests.json").unlink(), (f / "9/digests.json").symlink_to("x")),
+        6,
+    ),
+    "no digests in it, and a flipped bit": (lambda f: (flip(largest(f)), (f / "9/digests.json").write_text("{}")), 6),
+    "no digests of the state": (lambda f: (flip(largest(f)), without(f / "9/digests.json", "state")), 6),
+    "a file in the way of the damaged one": (lambda f: (flip(largest(f)), (f / "damaged-9").touch()), 6),
+    "a link in the way of the damaged one": (lambda f: (flip(largest(f)), (f / "damaged-9").symlink_to("x")), 6),
+    "an earlier damaged one": (lambda f: (flip(largest(f)), shutil.copytree(f / "6", f / "damaged-9")), 6),
+    "an earlier link to nothing": (lambda f: (shutil.rmtree(f / "3"), (f / "3").symlink_to("x")), 9),
     "an empty folder": (lambda f: empty(f / "9"), 6),
     "a stray folder": (lambda f: (f / "12").mkdir(), 9),
     "a stray file": (lambda f: (f / "12").touch(), 9),
@@ -115,6 +143,35 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(saved, tmp_path, capsys, n
     assert checkpoints.damage(folder / "9") == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ("3", "9", "12") for kind in ("file", "link to nothing")),
+        *((name, "link to a folder") for name in ("9", "12")),
+    ],
+)
+def test_what_has_the_name_of_a_checkpoint_and_is_none_is_not_in_its_way(saved, tmp_path, name, kind):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    if kind == "file":
+        (folder / name).write_text("mine")
+    else:
+        (folder / name).symlink_to(tmp_path / ("mine" if kind == "link to a folder" else "nothing"))
+    with checkpoints.opened(folder, keep=2) as manager:
+        found = checkpoints.restore(manager, state(0), {"seed": 0})
+        assert found is not None
+        assert found[1] == (6 if name == "9" else 9)
+        for step in (9, 12, 15):
+            checkpoints.save(manager, state(step), {"seed": 0, "step": step})
+            checkpoints.finish(manager)
+    assert [checkpoints.damage(folder / step) for step in ("12", "15")] == ["", ""]
+    assert {p.name for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()} == {"12", "15"}
+    assert (tmp_path / "mine/thesis.tex").exists()
+
+
 def test_a_whole_checkpoint_of_another_run_is_refused_and_not_set_aside(saved, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(saved, folder)
@@ -141,6 +198,7 @@ def test_a_damaged_json_of_a_run_folder_is_named_with_what_to_do(tmp_path, text)
         ("versions.json", lambda out: _runs.open_run(out, config)),
         ("summary.json", job.finished),
         ("table.json", tables.read_about),
+        ("laws.json", lambda out: law_sources._about(str(out))),
     ):
         out = tmp_path / name.partition(".")[0]
         _runs.open_run(out, config)
@@ -149,6 +207,21 @@ def test_a_damaged_json_of_a_run_folder_is_named_with_what_to_do(tmp_path, text)
             call(out)
         assert "\n" not in str(found.value)
         _runs.release(out)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
+def test_an_architecture_that_cannot_be_read_is_named(tmp_path, monkeypatch, data):
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    monkeypatch.setattr(job.models, "tokenizer", lambda name, chat_template: object())
+    with pytest.raises(ValueError, match=rf"^config\.json: expected .*, found .* in {path}"):
+        job.start(
+            ModelOptions(architecture=str(path), tokenizer="t"),
+            lambda config: None,
+            seed=0,
+            dtype="float32",
+            max_length=8,
+        )
 
 
 @pytest.fixture

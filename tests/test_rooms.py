@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ORDER = [
     "types results shapes _arrays _devices _hosts _version",
     "_words _time_limits _checks _parts _programs _transformers _blocks _tables _builders _modules _files _options _io "
-    "_locks _runs _signals _ties _progress prompts mdp gibbs pools losses advantages metrics "
+    "_locks _leftovers _runs _signals _ties _progress prompts mdp gibbs pools losses advantages metrics "
     "tokens",
     "tree shaping infalign",
     "models",

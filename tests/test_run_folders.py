@@ -57,6 +57,13 @@ def place(tmp_path, monkeypatch):
     _locks.release(root / "run")
 
 
+def whole_model(folder: pathlib.Path) -> None:
+    """The files of a model, as far as a finished run is asked for them."""
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+
+
 def opened(root, data="data.jsonl", reward="0.5 * model - module:f", *, out="run", inputs=None, **optimizer):
     options = config(out, data, reward, **{"steps": 5, **optimizer})
     names = [data, reward.split(" ")[2]] if inputs is None else inputs
@@ -149,7 +156,7 @@ def test_a_folder_from_before_there_were_digests_goes_on(place):
 
 def test_more_steps_go_on_and_a_finished_run_is_then_not_finished(place, capsys):
     (place / "run/summary.json").write_text("{}")
-    (place / "run/model").mkdir()
+    whole_model(place / "run/model")
     assert job.finished(opened(place)) == {}
     options = config("run", "data.jsonl", "0.5 * model - module:f", steps=8)
     out = _runs.open_run("run", options, inputs=["data.jsonl", "model"], later=True)
@@ -168,6 +175,49 @@ def test_a_finished_run_without_its_product_is_told(place):
     for product in ("model", "table.npz"):
         with pytest.raises(ValueError, match=rf"^out: expected {product} of the finished run in run, found none; rem"):
             job.finished(pathlib.Path("run"), product=product)
+
+
+def test_a_finished_run_whose_weights_are_gone_is_told(place):
+    out = pathlib.Path("run")
+    (out / "summary.json").write_text("{}")
+    whole_model(out / "model")
+    assert job.finished(out) == {}
+    told = r"^out: expected a whole model of the finished run in run, found no {}; remove run/summary.json: "
+    (out / "model/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=told.format("model.safetensors")):
+        job.finished(out)
+    index = out / "model/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}}))
+    (out / "model/1.safetensors").touch()
+    with pytest.raises(ValueError, match=told.format("2.safetensors")):
+        job.finished(out)
+    (out / "model/2.safetensors").mkdir()
+    with pytest.raises(ValueError, match=told.format("2.safetensors")):
+        job.finished(out)
+    (out / "model/2.safetensors").rmdir()
+    (out / "model/2.safetensors").touch()
+    assert job.finished(out) == {}
+    for text in ("", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "[" * 5000, '{"weight_map": {}}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=told.format(f"whole {index.name}")):
+            job.finished(out)
+    (out / "model/config.json").unlink()
+    with pytest.raises(ValueError, match=told.format("config.json")):
+        job.finished(out)
+    shutil.rmtree(out / "model")
+    (out / "model").touch()
+    with pytest.raises(ValueError, match=told.format("config.json")):
+        job.finished(out)
+
+
+def test_a_finished_table_without_what_it_was_made_with_is_told(place):
+    out = pathlib.Path("run")
+    (out / "summary.json").write_text("{}")
+    (out / "table.npz").touch()
+    with pytest.raises(ValueError, match=r"^out: expected table\.json of the finished run in run, found none; remove"):
+        job.finished(out, product="table.npz", beside=("table.json",))
+    (out / "table.json").touch()
+    assert job.finished(out, product="table.npz", beside=("table.json",)) == {}
 
 
 def test_a_run_that_diverged_writes_no_model(tmp_path):
@@ -284,7 +334,7 @@ def test_of_many_that_start_at_once_one_gets_the_folder(tmp_path):
 
 def test_a_finished_folder_can_be_read_while_it_is_locked(place):
     (place / "run/summary.json").write_text("{}")
-    (place / "run/model").mkdir()
+    whole_model(place / "run/model")
     _locks.release(place / "run")
     lock(place / "run")
     assert job.finished(opened(place)) == {}

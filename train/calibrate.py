@@ -62,7 +62,7 @@ def run(config: Config) -> dict[str, Any]:
     following = f"python -m train.rl --model {options.base} --prompts {options.prompts} --reward "
     following += f"{shlex.quote(options.reward)} "
     following += f"--calibration {out} --max-new-tokens {options.max_new_tokens} --transform exp:10 --out DIR"
-    done = job.finished(out, product=tables.REWARDS)
+    done = job.finished(out, product=tables.REWARDS, beside=(tables.ABOUT,))
     if done is None:
         tokenizer = models.tokenizer(options.base, chat_template=config.text.chat_template)
         prompts = read(format_of(config.text, tokenizer)).rows

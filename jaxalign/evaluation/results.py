@@ -6,6 +6,7 @@ where rewards were computed reward and gold.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
@@ -16,6 +17,8 @@ from jaxalign import _io, metrics
 
 SCORED = ("reward", "gold", "second_gold")
 """Options that score every response, and the fields of their numbers: the first is what methods maximise."""
+
+TABLE, PICTURE = "results.json", "frontier.png"
 
 Record: TypeAlias = dict[str, Any]
 """A line of a responses file, or a row of results (`summarise`), by name.
@@ -92,6 +95,31 @@ def check_texts(
             f"prompts: expected the prompts of the {len(records)} responses in {path}, found {len(texts)} prompts that "
             f"call for {expected}; name another --out, or remove that folder"
         )
+
+
+def check_folder(out: pathlib.Path) -> None:
+    """Checks that no results of others lie where those of decoding are to be written.
+
+    Args:
+      out: the folder.
+
+    Raises:
+      ValueError: its results.json is no table of decoding, or there is a picture beside none.
+    """
+    path, picture = out / TABLE, out / PICTURE
+    if path.exists():
+        with contextlib.suppress(ValueError, OSError):
+            rows = _io.read_json(path, then="", kind=list)
+            if rows and all(isinstance(row, dict) and "method" in row for row in rows):
+                return
+    elif picture.exists():
+        path = picture
+    else:
+        return
+    raise ValueError(
+        f"out: expected a folder with no {path.name} but decoding's own, found another in {out}; name another --out, "
+        f"or remove {path}"
+    )
 
 
 def summarise(records: Sequence[Record]) -> list[Record]:

@@ -58,6 +58,10 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
         folders |= spec.folders
     if options.dry_run:
         fits.tell(options, specs, lambda spec: METHODS[spec.kind], folders, texts, reader)
+    out = pathlib.Path(options.out)
+    with _hosts.together():
+        if _hosts.is_first():
+            results.check_folder(out)
     loading.check_laws(options, specs, tokenizer)
     loaded = loading.load(folders, tokenizer, dtype=options.dtype, mesh=options.mesh, batch_size=options.batch_size)
     base, params = loaded["model"]
@@ -84,7 +88,7 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
     embed: Embed | None = rewards.program(options.embedding, name="embedding") if options.embedding else None
     watch = streaming.streamer(texts, functools.partial(print, end="", flush=True)) if options.stream else None
     stepwise = _base_steps(setting) if options.inspect else None
-    with _runs.locked(pathlib.Path(options.out)):
+    with _runs.locked(out):
         records: list[Record] = []
         speeds: list[Record] = []
         for spec, plan in plans.items():
@@ -107,13 +111,12 @@ def run(options: DecodeOptions, *, quiet: bool = False) -> list[Record]:
         known = {(row["method"], row["beta"]): row["tokens_per_second"] for row in speeds}
         for row in rows:
             row["tokens_per_second"] = known[row["method"], row["beta"]]
-        out = pathlib.Path(options.out)
-        _io.write_json(out / "results.json", rows)
-        written = str(out / "results.json")
+        _io.write_json(out / results.TABLE, rows)
+        written = str(out / results.TABLE)
         if not quiet and _hosts.is_first():
             if scorers:
-                plots.frontier(rows, out / "frontier.png")
-                written += f" and {out / 'frontier.png'}"
+                plots.frontier(rows, out / results.PICTURE)
+                written += f" and {out / results.PICTURE}"
             results.print_table(rows)
             if unread := _unread(options, specs):
                 print(f"note: no method of this run reads {', '.join(unread)}")

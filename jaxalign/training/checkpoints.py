@@ -7,13 +7,15 @@ import errno
 import logging
 import pathlib
 import shutil
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
-from jaxalign import _hosts, _io
+from jaxalign import _hosts, _io, _signals
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -38,7 +40,8 @@ def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.Checkp
     import orbax.checkpoint as ocp  # it takes seconds, and a run alone needs it
 
     # What fails is raised, and told in one line; orbax would log it as well, in hundreds.
-    logging.getLogger("absl").addFilter(_not_orbax)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_orbax)
     # Removed here and one by one: orbax removes a folder and the temporary ones inside it at the same time, which fails
     # now and then.
     path = pathlib.Path(folder).resolve()
@@ -52,8 +55,11 @@ def open_checkpoints(folder: str | pathlib.Path, *, keep: int = 2) -> ocp.Checkp
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """Removes a folder. Where a save failed in this process, its other parts may still write there for a moment."""
+    """Removes a folder, or what else has its name. Where a save failed in this process, its other parts may still write
+    there for a moment."""
     until = time.monotonic() + 5
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
     while folder.exists():
         try:
             shutil.rmtree(folder)
@@ -70,8 +76,10 @@ def opened(folder: str | pathlib.Path, *, keep: int = 2) -> Iterator[ocp.Checkpo
     try:
         yield manager
     except BaseException:
-        with contextlib.suppress(Exception):  # the error that was first is told
+        try:
             manager.close()
+        except Exception:  # the error that was first is told
+            _let_end()
         raise
     with _storage(pathlib.Path(folder)):
         manager.close()
@@ -89,6 +97,7 @@ def _storage(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        _let_end()
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         known = [line for line in lines if "Errno" in line or "OS error" in line or "too large" in line]
         why = next(iter(known), lines[0])[:300]
@@ -98,7 +107,33 @@ def _storage(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+    """Whether a record is not of orbax: asyncio logs what the other parts of a failed save have raised, by its name."""
+    trace = record.exc_info[2] if record.exc_info else None
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    return "orbax" not in record.pathname and not any("/orbax/" in text for text in (*files, record.getMessage()))
+
+
+QUIET, MOST = 0.3, 5.0
+"""Seconds without a word after which a failed save counts as ended, and the most that are waited for that."""
+
+
+def _let_end() -> None:
+    """Waits until the other parts of a failed save have ended: each says so on stderr, since nobody waits for it."""
+    began, before = time.monotonic(), sys.unraisablehook
+    last = [began]  # time of the last word
+
+    def heard(found: Any) -> None:
+        if str(found.exc_value) == _signals.CLOSED:
+            last[0] = time.monotonic()
+        else:
+            before(found)
+
+    sys.unraisablehook = heard
+    try:
+        while time.monotonic() < min(last[0] + QUIET, began + MOST):
+            time.sleep(QUIET / 10)
+    finally:
+        sys.unraisablehook = before
 
 
 def _seal_written(folder: pathlib.Path) -> None:
@@ -134,10 +169,14 @@ def damage(folder: pathlib.Path) -> str:
     try:
         known = _io.read_json(folder / DIGESTS, then="")
     except FileNotFoundError:
+        if (folder / DIGESTS).is_symlink():
+            return f"{DIGESTS} is a link to nothing"
         empty = [name for name in _files(folder) if (folder / name).stat().st_size == 0]
         return f"{empty[0]} is empty" if empty else ""
-    except ValueError:
+    except (ValueError, OSError):
         return f"{DIGESTS} is damaged"
+    if lacking := {"state", "data"} - {name.partition("/")[0] for name in known}:
+        return f"{DIGESTS} has none of {min(lacking)}"
     found = set(_files(folder))
     if missing := sorted(set(known) - found):
         return f"{missing[0]} is missing"
@@ -167,7 +206,11 @@ def save(manager: ocp.CheckpointManager, state: Any, position: dict[str, Any]) -
     if manager.latest_step() == step:
         return
     wanted = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position))
-    with _storage(pathlib.Path(str(manager.directory))):
+    own = pathlib.Path(str(manager.directory)) / str(step)
+    with _storage(own.parent):
+        if _hosts.is_first() and (own.is_symlink() or own.is_file()):
+            _remove(_aside(own))
+            own.rename(_aside(own))
         manager.save(step, args=wanted)
 
 
@@ -203,16 +246,21 @@ def restore(manager: ocp.CheckpointManager, template: S, position: dict[str, Any
             else:
                 _tell(folder, passed, f"the run goes on from step {step}")
                 return found, step
-        aside = folder / f"damaged-{step}"
+        aside = _aside(own)
         with _hosts.together():
             if _hosts.is_first():
-                shutil.rmtree(aside, ignore_errors=True)
+                _remove(aside)
                 own.rename(aside)
         _hosts.barrier("checkpoint set aside")
         manager.reload()
         passed.append(f"checkpoint {step} is damaged ({why}) and set aside as {aside}")
     _tell(folder, passed, "no whole checkpoint is left, and the run begins again")
     return None
+
+
+def _aside(own: pathlib.Path) -> pathlib.Path:
+    """Where what is no whole checkpoint is set aside."""
+    return own.with_name(f"damaged-{own.name}")
 
 
 def _tell(folder: pathlib.Path, passed: list[str], then: str) -> None:

@@ -18,6 +18,7 @@ from jaxalign._checks import check_language_model
 from jaxalign.data import encoded, preferences
 from jaxalign.data.text_options import TextOptions, format_of, token_id
 from jaxalign.models import sharding
+from jaxalign.models.hf import files, weight_files
 from jaxalign.prompts import bucket
 from jaxalign.tokens import TextFormat
 from jaxalign.training import dry_run, profiling, states
@@ -96,8 +97,8 @@ def start(
         path = pathlib.Path(options.architecture)
         if not path.is_file():
             raise ValueError(f"architecture: expected a config.json, found no file {path}")
-        eos = tokenizer.eos_token_id
-        values = json.loads(path.read_text()) | {"vocab_size": len(tokenizer), "eos_token_id": eos}
+        values, eos = files.read_json(path), tokenizer.eos_token_id
+        values |= {"vocab_size": len(tokenizer), "eos_token_id": eos}
         body = models.LanguageModel(models.config_from_hf(values))
         lm = models.with_head(body, head(body.config))
         params = jax.eval_shape(lm.init, rng) if shapes_only else states.initial(lm, rng, devices)
@@ -332,12 +333,13 @@ def show(summary: dict[str, Any]) -> None:
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def finished(out: pathlib.Path, *, product: str = "model") -> dict[str, Any] | None:
+def finished(out: pathlib.Path, *, product: str = "model", beside: Sequence[str] = ()) -> dict[str, Any] | None:
     """The summary of a run that is whole, None otherwise.
 
     Args:
       out: the run folder.
-      product: what the run writes in it.
+      product: what the run writes in it; "model" has to be whole.
+      beside: names of what has to be there beside it.
 
     Returns:
       What summary.json holds; None without one, and where the run is to go on with more steps.
@@ -348,10 +350,12 @@ def finished(out: pathlib.Path, *, product: str = "model") -> dict[str, Any] | N
     path, text = out / "summary.json", ""
     with _hosts.together():  # of several processes the first looks, since it also writes
         if _hosts.is_first() and path.exists() and not _runs.goes_on(out):
-            then = "remove that file: the same command goes on from the last checkpoint or shard"
-            text = json.dumps(_io.read_json(path, then=then))
-            if not (out / product).exists():
-                raise ValueError(f"out: expected {product} of the finished run in {out}, found none; {then}")
+            again = "the same command goes on from the last checkpoint or shard"
+            text, then = json.dumps(_io.read_json(path, then=f"remove that file: {again}")), f"remove {path}: {again}"
+            if gone := [name for name in (product, *beside) if not (out / name).exists()]:
+                raise ValueError(f"out: expected {gone[0]} of the finished run in {out}, found none; {then}")
+            if product == "model" and (part := weight_files.lacking(out / product)):
+                raise ValueError(f"out: expected a whole model of the finished run in {out}, found no {part}; {then}")
     text = _hosts.from_first(text)
     return json.loads(text) if text else None
 

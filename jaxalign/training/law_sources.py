@@ -3,11 +3,10 @@ limit."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
-from jaxalign import policies
+from jaxalign import _io, policies
 from jaxalign.training import tables
 from jaxalign.training.options import RolloutOptions
 
@@ -102,5 +101,5 @@ def _about(folder: str) -> dict[str, Any]:
     path = pathlib.Path(folder) / FILE
     if not path.is_file():
         return {}
-    found: dict[str, Any] = json.loads(path.read_text())
+    found: dict[str, Any] = _io.read_json(path, then=f"the laws in {folder} have to be made again")
     return found

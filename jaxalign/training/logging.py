@@ -33,11 +33,15 @@ class MetricWriter:
 
     def _open(self, folder: pathlib.Path, step: int, track: str) -> None:
         self.path = folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= step]
-        _io.write_text(self.path, "".join(line + "\n" for line in kept))
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        steps = [_step_of(line) for line in lines]
+        if odd := steps[:-1].count(None):  # the last one may be cut short
+            print(f"{self.path.name}: {odd} lines that hold no step are left out of {self.path}", flush=True)
+        with _io.whole_file(self.path) as sink:
+            for line, at in zip(lines, steps, strict=True):
+                sink.write(line + b"\n" if at is not None and at <= step else b"")
         self._file = self.path.open("a")
-        self._tracker = tracking.open_tracker(track, folder, step=step, resumed=bool(lines))
+        self._tracker = tracking.open_tracker(track, folder, step=step, resumed=lines != [b""])
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of a step.
@@ -71,14 +75,24 @@ class MetricWriter:
         self.close()
 
 
-def _step_of(line: str) -> int | None:
-    """None for a line that was cut short."""
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None for one that is damaged."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line.decode())["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return step if type(step) is int else None
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a metrics.jsonl. ValueError for one that holds no JSON object, by its number."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            values = json.loads(line.decode())
+            if not isinstance(values, dict):
+                raise ValueError(f"a JSON {type(values).__name__}")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path.name}: expected a JSON object in line {number}, found {error} in {path}") from None
+        found.append(values)
+    return found

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from jaxalign.training import MetricWriter, options, tracking
+from jaxalign.training import MetricWriter, logging, options, tracking
 
 
 @pytest.fixture
@@ -75,3 +75,30 @@ def test_a_service_that_is_not_installed_is_named_before_the_run(monkeypatch):
         options.check_optimizer_options(options.OptimizerOptions(track="trackio"))
     with pytest.raises(ValueError, match="track: expected tensorboard, wandb, trackio or none, found 'mlflow'"):
         tracking.check_track("mlflow")
+
+
+def test_lines_of_metrics_that_hold_no_step_are_left_out_and_told(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"step": step, "loss": 0.5}).encode() for step in range(1, 6)]
+    odd = [b"\xff\xfe", b'{"loss": "\xff", "step": 1}', b"[" * 100_000, b'{"step": 1e400}', b'{"step": "2"}', b"[1]"]
+    odd += [b'{"step": ' + b"1" * 5000 + b"}", b"\x00\x00", b'{"step": true}']
+    path.write_bytes(b"\n".join([good[0], *odd, *good[1:], b'{"step": 6, "lo']))
+    with MetricWriter(tmp_path, step=3, track="none") as writer:
+        writer.write(4, {"loss": 1.0})
+    assert [line["step"] for line in logging.read(path)] == [1, 2, 3, 4]
+    assert capsys.readouterr().out == f"metrics.jsonl: 9 lines that hold no step are left out of {path}\n"
+    path.write_bytes(b"\n".join([*good, b'{"step": 6, "lo']))  # as a kill leaves it
+    MetricWriter(tmp_path, step=9, track="none").close()
+    assert [line["step"] for line in logging.read(path)] == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().out == ""
+    path.write_bytes(b"\n".join(good))  # a last line without its end that is whole
+    MetricWriter(tmp_path, step=9, track="none").close()
+    assert [line["step"] for line in logging.read(path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("line", [b"\xff", b"[1]", b'{"step', b"[" * 100_000])
+def test_a_line_of_metrics_that_cannot_be_read_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"^metrics.jsonl: expected a JSON object in line 2, found .* in {path}"):
+        logging.read(path)

@@ -43,6 +43,28 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in files]
 
 
+def lacking(folder: pathlib.Path) -> str:
+    """Tells what a folder lacks of a whole model.
+
+    Args:
+      folder: of the model.
+
+    Returns:
+      The first file that is not there, config.json or one of the weights; "" where there is none.
+    """
+    names, index = ["config.json"], folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
+        try:
+            weight_map = read_json(index).get("weight_map")
+        except ValueError:
+            weight_map = None
+        known = isinstance(weight_map, dict) and bool(weight_map) and all(map(_is_file_name, weight_map.values()))
+        names += sorted(set(weight_map.values())) if isinstance(weight_map, dict) and known else [f"whole {index.name}"]
+    else:
+        names.append("model.safetensors")
+    return next((name for name in names if not (folder / name).is_file()), "")
+
+
 def _is_file_name(name: Any) -> bool:
     """Whether an index's entry is the name of a file beside it: a path may lead out of the folder."""
     short = isinstance(name, str) and len(name.encode("utf-8", "replace")) < 256
