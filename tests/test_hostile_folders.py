@@ -87,6 +87,11 @@ def change(path, **fields):
         ({"head_dim": 0}, "head_dim: expected an integer from 1"),
         ({"num_labels": 0}, "num_labels: expected an integer from 1"),
         (
+            {"architectures": ["LlamaForSequenceClassification"], "num_labels": 2**31 - 1},
+            "num_labels: expected at most 1000000, found 2.14748e+09",
+        ),
+        ({"jaxalign_head": {"kind": "reward", "num_labels": 2**31 - 1}}, "num_labels: expected at most 1000000"),
+        (
             {"jaxalign_head": {"kind": "value", "hidden_size": 4, "num_hidden": 10**9}},
             "num_hidden: expected at most 10000",
         ),
