@@ -227,6 +227,8 @@ def _read_tensors(folder: pathlib.Path, finite: bool | None) -> dict[str, Array]
             name = plain_name(key)
             if not name.startswith(_PREFIX):
                 raise ValueError(f"{file.name}: expected names that begin with {_PREFIX!r}, found {key} in {folder}")
+            if name.removeprefix(_PREFIX) in tensors:
+                raise ValueError(f"{file.name}: expected one tensor {name}, found a second, {key}, in {folder}")
             tensors[name.removeprefix(_PREFIX)] = opened.read(key, finite=finite)
     return tensors
 
