@@ -180,16 +180,17 @@ def test_weights_that_are_read_one_at_a_time_are_checked_as_others_are(copy):
     assert np.isnan(kernel(check_finite=False)).sum() == 1
 
 
-def test_weights_that_this_library_wrote_are_checked_where_that_is_asked(tmp_path):
+def test_weights_that_this_library_wrote_are_checked_as_others_are(tmp_path):
     lm = models.LanguageModel(models.config_from_hf(SMALL))
     params = lm.init(jax.random.key(0))
     params["transformer"]["embedding"] = params["transformer"]["embedding"].at[3, 1].set(np.nan)
     models.save(tmp_path / "model", lm, params)
-    assert np.isnan(models.load(tmp_path / "model")[1]["transformer"]["embedding"][3, 1])
-    with pytest.raises(
-        ValueError, match=r"embed_tokens\.weight: expected finite weights, found 1 .*model\.safetensors"
-    ):
-        models.load(tmp_path / "model", check_finite=True)
+    for options in ({}, {"check_finite": True}):
+        with pytest.raises(
+            ValueError, match=r"embed_tokens\.weight: expected finite weights, found 1 .*model\.safetensors"
+        ):
+            models.load(tmp_path / "model", **options)
+    assert np.isnan(models.load(tmp_path / "model", check_finite=False)[1]["transformer"]["embedding"][3, 1])
 
 
 def test_weights_of_integers_are_named(copy):
