@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pathlib
 import re
 import signal
 
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign import data, models
 from jaxalign.evaluation.report import write_report
-from jaxalign.models.hf import folders
+from jaxalign.models.hf import adapter_fields, folders
 from tests.fuzz.model_folders import ADAPTER, SMALL, write_model
 from tests.test_report import make_run
 
@@ -86,6 +87,11 @@ def change(path, **fields):
         ({"num_key_value_heads": 0}, "num_key_value_heads: expected an integer from 1"),
         ({"head_dim": 0}, "head_dim: expected an integer from 1"),
         ({"num_labels": 0}, "num_labels: expected an integer from 1"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"], "num_labels": 2**31 - 1},
+            "num_labels: expected at most 1000000, found 2.14748e+09",
+        ),
+        ({"jaxalign_head": {"kind": "reward", "num_labels": 2**31 - 1}}, "num_labels: expected at most 1000000"),
         (
             {"jaxalign_head": {"kind": "value", "hidden_size": 4, "num_hidden": 10**9}},
             "num_hidden: expected at most 10000",
@@ -174,16 +180,17 @@ def test_weights_that_are_read_one_at_a_time_are_checked_as_others_are(copy):
     assert np.isnan(kernel(check_finite=False)).sum() == 1
 
 
-def test_weights_that_this_library_wrote_are_checked_where_that_is_asked(tmp_path):
+def test_weights_that_this_library_wrote_are_checked_as_others_are(tmp_path):
     lm = models.LanguageModel(models.config_from_hf(SMALL))
     params = lm.init(jax.random.key(0))
     params["transformer"]["embedding"] = params["transformer"]["embedding"].at[3, 1].set(np.nan)
     models.save(tmp_path / "model", lm, params)
-    assert np.isnan(models.load(tmp_path / "model")[1]["transformer"]["embedding"][3, 1])
-    with pytest.raises(
-        ValueError, match=r"embed_tokens\.weight: expected finite weights, found 1 .*model\.safetensors"
-    ):
-        models.load(tmp_path / "model", check_finite=True)
+    for options in ({}, {"check_finite": True}):
+        with pytest.raises(
+            ValueError, match=r"embed_tokens\.weight: expected finite weights, found 1 .*model\.safetensors"
+        ):
+            models.load(tmp_path / "model", **options)
+    assert np.isnan(models.load(tmp_path / "model", check_finite=False)[1]["transformer"]["embedding"][3, 1])
 
 
 def test_weights_of_integers_are_named(copy):
@@ -246,27 +253,74 @@ def test_a_pipe_in_a_run_folder_is_named_at_once(name, tmp_path):
         write_report([tmp_path / "run"], tmp_path / "page.html")
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", "(q|q)*!", ".*.*.*.*.*.*.*!"])
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
-def test_a_pattern_whose_time_grows_without_end_is_refused(field, pattern, copy, tmp_path):
-    value = {pattern: 2} if field == "rank_pattern" else pattern
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps(ADAPTER | {field: value}))
+def adapter_of(folder, a=1.0, b=1.0, **fields):
+    """An adapter of the model beside it, of one projection."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(ADAPTER | fields))
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    arrays = {f"{key}A.weight": np.ones((2, 8), np.float32), f"{key}B.weight": np.ones((8, 2), np.float32)}
-    save_file(arrays, adapter / "adapter_model.safetensors")
+    arrays = {f"{key}A.weight": np.full((2, 8), a, np.float32), f"{key}B.weight": np.full((8, 2), b, np.float32)}
+    save_file(arrays, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+$",
+        "(.*)*x",
+        "(q|q)*!",
+        ".*.*.*.*.*.*.*!",
+        ".?" * 40 + "Z",
+        "(?:.{0,3})?" * 20 + "Z",
+        "(?:.|m|)" * 40 + "Z",
+        "(?i:m|M)(?:a|)" + "(?:o?|[a-z]?)" * 40 + "Z",
+        "(?=(?:.?){2})" + ".??" * 40 + "Z",
+    ],
+)
+@pytest.mark.parametrize(
+    "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+)
+def test_a_pattern_whose_time_grows_without_end_is_refused(field, pattern, copy, tmp_path):
+    value = {pattern: 2} if field in ("rank_pattern", "alpha_pattern") else pattern
+    further = {"layers_to_transform": [0]} if field == "layers_pattern" else {}
+    adapter = adapter_of(tmp_path / "adapter", **further, **{field: value})
     with at_once(), pytest.raises(ValueError, match=rf"^{field}: expected a regular expression of at most 5 repeats"):
         models.read_config(adapter)
 
 
+PARTS = r"(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+NAMES = r"(?:q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj)"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        rf"(?:.*?(?:language|text).*?{PARTS}.*?{NAMES}.*?)|(?:\bmodel\.layers\.[\d]{{1,}}\.{PARTS}\.(?:{NAMES}))",
+        r"^(?!.*vision)(?:model\.)?layers\.\d+\.(?:self_attn|mlp)\.\w+_proj|.*\.q_proj",
+        r"(?:model\.|layers\.0\.|self_attn\.|q_proj)+",
+    ],
+)
+def test_a_pattern_as_trainers_write_it_is_taken(pattern):
+    fields = ADAPTER | {"target_modules": pattern}
+    with at_once():
+        adapter_fields.check_fields(fields, pathlib.Path("adapter_config.json"))
+        assert adapter_fields.targets(fields, "model.layers.0.self_attn.q_proj") is not None
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "layers_pattern"])
+def test_a_pattern_that_is_none_within_the_expression_that_is_matched_is_named(field, copy, tmp_path):
+    for name, pattern in (("first", "(?i)layers"), ("second", r"(layers)(?P<x>)|transformer")):
+        value = {pattern: 2} if field == "rank_pattern" else [pattern]
+        adapter = adapter_of(tmp_path / name, target_modules=["q_proj"], layers_to_transform=[0], **{field: value})
+        if name == "second":
+            models.read_config(adapter)
+            continue
+        with pytest.raises(ValueError, match=rf"^{field}: expected a regular expression in .*adapter_config\.json"):
+            models.read_config(adapter)
+
+
 def test_weights_of_an_adapter_that_are_not_finite_are_named(copy, tmp_path):
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    arrays = {f"{key}A.weight": np.full((2, 8), np.nan, np.float32), f"{key}B.weight": np.ones((8, 2), np.float32)}
-    save_file(arrays, adapter / "adapter_model.safetensors")
+    adapter = adapter_of(tmp_path / "adapter", a=np.nan)
     with pytest.raises(
         ValueError, match=r"lora_A\.weight: expected finite weights, found 16 .*adapter_model\.safetensors"
     ):

@@ -12,6 +12,9 @@ from jaxalign.models.block import MOST, MOST_LAYERS, Block, Rope, check_integer,
 ACTIVATION_NAMES = ("silu", "relu", "gelu", "tanh")
 HEAD_KINDS = ("reward", "value", "q")
 
+MOST_LABELS = 1_000_000
+"""Each label has a name, which is made before the score's tensor is looked at."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Follower:
@@ -145,7 +148,7 @@ class Head:
                 raise ValueError("distribution: expected a value or Q head without a follower, found another")
         if self.kind != "reward" and self.num_labels != 1:
             raise ValueError(f"num_labels: expected 1 for a {self.kind} head, found {self.num_labels}")
-        check_integer("num_labels", self.num_labels, 1)
+        check_integer("num_labels", self.num_labels, 1, MOST_LABELS)
         check_integer("num_hidden", self.num_hidden, 1, MOST_LAYERS)
         self._check_labels()
 
@@ -158,7 +161,7 @@ class Head:
         if labels and len(labels) != self.num_labels:
             raise ValueError(f"labels: expected {self.num_labels} names, found {labels}")
         # One spelling of transformers' own names, so that equal heads are equal.
-        object.__setattr__(self, "labels", () if labels == default_labels(self.num_labels) else labels)
+        object.__setattr__(self, "labels", () if labels == default_labels(len(labels)) else labels)
 
     @property
     def label_names(self) -> tuple[str, ...]:

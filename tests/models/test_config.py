@@ -12,6 +12,7 @@ from jaxalign import models
 from jaxalign.models.config import Config, Head
 from jaxalign.models.families import FAMILIES, Family
 from jaxalign.models.families.rules import LAYER, QK_NORM
+from jaxalign.models.hf import rope
 from tests.conftest import tiny_config, tiny_lm
 from tests.models import families
 
@@ -82,6 +83,17 @@ def test_rope_settings_of_both_layouts_may_stand_together_but_not_disagree():
     assert config.rope == models.Rope(5e5, "linear", 2.0)
     with pytest.raises(ValueError, match=r"factor: .*2\.0 and 4\.0 in rope_scaling"):
         from_hf(**both, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    for name in ("type", "rope_type"):
+        with pytest.raises(ValueError, match=r"rope_type: .*'linear' and 'dynamic' in rope_scaling"):
+            from_hf(**both, rope_scaling={name: "dynamic", "factor": 2.0})
+        default = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+        with pytest.raises(ValueError, match=r"rope_type: .*'default' and 'linear' in rope_scaling"):
+            from_hf(**default, rope_scaling={name: "linear", "factor": 2.0})
+        by_kind = {"rope_parameters": {kind: {"rope_type": "default"} for kind in rope.KINDS}}
+        with pytest.raises(ValueError, match=r"rope_type: .*'default' and 'linear' in rope_scaling"):
+            from_hf(model_type="gemma3_text", **by_kind, rope_scaling={name: "linear", "factor": 2.0})
+        scaled = from_hf(model_type="gemma3_text", rope_scaling={name: "linear", "factor": 2.0}, num_hidden_layers=6)
+        assert scaled.layer_rope(5) == models.Rope(1e6, "linear", 2.0)
     # llama3 without the length that it was trained for: the context, as transformers takes it.
     assert from_hf(rope_scaling=LLAMA3).rope.original_max_length == 64
     given = LLAMA3 | {"original_max_position_embeddings": 16}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jaxalign._files import printed
 from jaxalign.models.block import MOST
 from jaxalign.models.hf.fields import is_integer
+from jaxalign.models.hf.patterns import check_pattern, key_pattern, layers_pattern
 
 NEUTRAL = (
     "auto_mapping",  # which class of transformers the base was
@@ -118,10 +119,10 @@ def check_fields(config: dict[str, Any], file: pathlib.Path, *, stored_in_out: b
         for key, value in (config.get(name) or {}).items():
             if not _is_positive(value) or value > MOST or (name == "rank_pattern" and not is_integer(value)):
                 raise ValueError(f"{name}: expected values > 0 in {file}, found {value!r} for {key!r}")
-            _compiled(name, key, file)
+            check_pattern(name, key, key_pattern(key), file)
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config.get(name), str):
-            _compiled(name, config[name], file)
+            check_pattern(name, config[name], config[name], file)
     saved = config.get("modules_to_save") or []
     unknown = sorted(set(saved) - {*SCORES, "lm_head"})
     if unknown:
@@ -149,7 +150,7 @@ def _check_types(config: dict[str, Any], file: pathlib.Path) -> None:
     check("layers_to_transform", all(map(is_integer, layers if isinstance(layers, list) else [layers])), "integers")
     patterns = config.get("layers_pattern") or []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        _compiled("layers_pattern", pattern, file)
+        check_pattern("layers_pattern", pattern, layers_pattern(pattern), file)
 
 
 def module_scale(config: dict[str, Any], module: str) -> ModuleScale:
@@ -198,13 +199,13 @@ def _in_layers(config: dict[str, Any], module: str) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     found = None
     for pattern in patterns or [r"[^.]*"]:
-        found = found or re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+        found = found or re.match(layers_pattern(pattern), module)
     wanted = layers if isinstance(layers, list) else [layers]
-    return found is not None and int(found[1]) in wanted
+    return found is not None and int(found[found.re.groups]) in wanted
 
 
 def _first_match(pattern: dict[str, Any], module: str) -> str | None:
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
+    return next((key for key in pattern if re.match(key_pattern(key), module)), None)
 
 
 def _is_empty(value: Any) -> bool:
@@ -213,52 +214,3 @@ def _is_empty(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _compiled(name: str, pattern: str, file: pathlib.Path) -> None:
-    """ValueError for what is no regular expression, or one whose time may grow exponentially with a name's length."""
-    try:
-        re.compile(pattern)
-        parsed = re._parser.parse(pattern)  # type: ignore[attr-defined]
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"{name}: expected a regular expression in {file}, found {pattern!r:.200} ({error})"
-        ) from error
-    if _repeats(parsed) > MOST_REPEATS:
-        raise ValueError(
-            f"{name}: expected a regular expression of at most {MOST_REPEATS} repeats, none within another, in {file}, "
-            f"found {pattern!r:.200}"
-        )
-
-
-MOST_REPEATS = 5
-"""Names have some 60 letters, and the time to match is that number to the power of the repeats in a row."""
-
-
-def _repeats(parsed: Any) -> int:
-    """The repeats of a parsed expression, of which one that holds another, or alternatives, counts as too many."""
-    found = 0
-    for code, argument in parsed:
-        inner = _subpatterns(argument)
-        within = sum(_repeats(part) for part in inner)
-        if str(code) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") and argument[1] > 1:
-            nested = within or any(_branches(part) for part in inner)
-            found += MOST_REPEATS + 1 if nested else 1
-        else:
-            found += within
-    return found
-
-
-def _branches(parsed: Any) -> bool:
-    return any(str(code) == "BRANCH" or any(map(_branches, _subpatterns(argument))) for code, argument in parsed)
-
-
-def _subpatterns(argument: Any) -> list[Any]:
-    return [part for part in _parts(argument) if hasattr(part, "data")]
-
-
-def _parts(argument: Any) -> list[Any]:
-    """What an operation of an expression holds, lists and tuples opened."""
-    if isinstance(argument, list | tuple):
-        return [part for one in argument for part in _parts(one)]
-    return [argument]

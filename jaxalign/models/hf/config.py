@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, TypeVar
 
-from jaxalign.models.config import Config, Distribution, Follower, Head, default_labels
+from jaxalign.models.config import Config, Distribution, Follower, Head
 from jaxalign.models.families import FAMILIES, Family
 from jaxalign.models.hf.fields import check_end_ids, check_types
 from jaxalign.models.hf.rope import KINDS, context, read_ropes, write_ropes
@@ -225,7 +225,8 @@ def _head(values: dict[str, Any], family: Family) -> Head | None:
     if architecture.endswith("ForSequenceClassification"):
         labels = _labels(values)
         bound, pooling = values.get(BOUND), read_pooling(values)
-        return Head("reward", num_labels=len(labels), bound=bound, labels=labels, pooling=pooling)
+        count = values.get("num_labels") or 2 if values.get("id2label") is None else len(labels)
+        return Head("reward", num_labels=count, bound=bound, labels=labels, pooling=pooling)
     causal = family.causal or "…ForCausalLM"
     if architecture and not architecture.endswith(causal.removeprefix("…")):
         raise ValueError(f"architectures: expected {causal} or …ForSequenceClassification, found {architecture!r}")
@@ -262,10 +263,10 @@ def _made(kind: type[Part], fields: Any, name: str) -> Part:
 
 
 def _labels(values: dict[str, Any]) -> tuple[str, ...]:
-    """The names of a classifier's labels: id2label, or as many as num_labels says (2 where it is absent)."""
+    """The names of a classifier's labels: id2label; () where it is absent, and num_labels says how many there are."""
     named = values.get("id2label")
     if named is None:
-        return default_labels(values.get("num_labels") or 2)
+        return ()
     if not isinstance(named, dict) or sorted(map(str, named)) != sorted(map(str, range(len(named)))):
         raise ValueError(f"id2label: expected a name for each id 0, 1, …, found {named!r}")
     names = {int(i): name for i, name in named.items()}

@@ -48,7 +48,7 @@ def load(
     base: str | pathlib.Path | None = None,
     dtype: DTypeLike = "float32",
     mesh: jax.sharding.Mesh | None = None,
-    check_finite: bool | None = None,
+    check_finite: bool = True,
 ) -> tuple[LanguageModel, Params]:
     """Loads a model from a folder, or from the hub by its name.
 
@@ -62,8 +62,8 @@ def load(
       dtype: of the parameters, whatever the files hold, in any form that jax takes.
       mesh: where the parameters are placed, by the table of logical axes: each device's part alone is read. The model
         keeps the mesh. None: on one device.
-      check_finite: whether NaN and infinities among the weights raise; None: in files that this library has not
-        written.
+      check_finite: whether NaN and infinities among the weights raise: in the files, or once they are read as dtype
+        and an adapter is merged.
 
     Returns:
       The model and its parameters.
@@ -103,14 +103,13 @@ def stored(
     *,
     base: str | pathlib.Path | None = None,
     dtype: DTypeLike = "float32",
-    check_finite: bool | None = None,
+    check_finite: bool = True,
 ) -> Iterator[tuple[LanguageModel, Params]]:
     """Opens a model's folder, an adapter's too, without reading its arrays.
 
     Args:
       path, base, dtype: as in `load`.
-      check_finite: whether NaN and infinities raise when an array is read; None: in files that this library has not
-        written.
+      check_finite: whether NaN and infinities raise when an array is read.
 
     Returns:
       A context of the model and a tree of `tensors.Stored`, arrays that can stand among the parameters that `save` is
@@ -130,13 +129,15 @@ def _opened(
     base: str | pathlib.Path | None,
     dtype: DTypeLike,
     mesh: jax.sharding.Mesh | None,
-    check_finite: bool | None = None,
+    check_finite: bool = True,
 ) -> tuple[pathlib.Path, LanguageModel, tensors.Edits]:
     """The folder of the weights, the model, and what adapters make of them."""
     name = dtype_name(dtype)
     if name == "float64" and jax.dtypes.canonicalize_dtype(name) != name:
         raise ValueError("dtype: expected float64 under jax.enable_x64, found it off")
     sharding.check_mesh(mesh)
+    if not isinstance(check_finite, bool):
+        raise ValueError(f"check_finite: expected True or False, found {check_finite!r}")
     source = find_source(path, base=base)
     folder = source.base
     config, edits = merge_plan(source, _config_of(folder), check_finite=check_finite)

@@ -13,6 +13,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from jaxalign import _hosts
@@ -25,7 +26,7 @@ from jaxalign.models.hf.config import BOUND, POOLING
 from jaxalign.models.hf.files import local_folder, naming_file, read_json, whole_folder, write_json
 from jaxalign.models.hf.tensors import rules_of, theirs_widths
 from jaxalign.models.hf.weight_files import plain_name
-from jaxalign.models.hf.weights import open_tensors
+from jaxalign.models.hf.weights import check_finite, open_tensors
 from jaxalign.models.hf.writing import write_arrays
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.models.lora import TARGETS, Lora, check_fits, pad_rank, pairs
@@ -134,7 +135,7 @@ class AdapterFile(NamedTuple):
     """The values of adapter_config.json."""
 
 
-def read_adapter(folder: pathlib.Path, config: Config, *, check_finite: bool | None = None) -> AdapterFile:
+def read_adapter(folder: pathlib.Path, config: Config, *, check_finite: bool = True) -> AdapterFile:
     """Reads an adapter's folder.
 
     Args:
@@ -205,6 +206,8 @@ def load_adapter(path: str | pathlib.Path, lm: LanguageModel) -> tuple[Lora, Par
     for place, rule in _projections(lm.config).items():
         joined = _join(lm, place, rule, found.products, spec.scale)
         if joined is not None:
+            for each in joined:
+                check_finite(np.asarray(each), place, folder, made=f" as {lm.dtype}")
             flat[f"{place}/a"], flat[f"{place}/b"] = joined
             used.add(next(name for name, end in TARGETS.items() if place.endswith(f"/{end}")))
     return dataclasses.replace(spec, targets=tuple(n for n in TARGETS if n in used)), traverse_util.unflatten_dict(
@@ -212,7 +215,7 @@ def load_adapter(path: str | pathlib.Path, lm: LanguageModel) -> tuple[Lora, Par
     )
 
 
-def _read_tensors(folder: pathlib.Path, finite: bool | None) -> dict[str, Array]:
+def _read_tensors(folder: pathlib.Path, finite: bool) -> dict[str, Array]:
     """Name of a tensor in the model, wrappers left out -> the tensor, in the file's dtype."""
     file = folder / "adapter_model.safetensors"
     if not file.exists():
@@ -221,12 +224,13 @@ def _read_tensors(folder: pathlib.Path, finite: bool | None) -> dict[str, Array]
         raise ValueError(f"{file.name}: expected in the folder, found no file {file}{beside}")
     tensors = {}
     with open_tensors(file, "flax") as opened:
-        finite = not opened.is_ours() if finite is None else finite
         for key in opened.names():
             opened.shape(key)  # which refuses integers
             name = plain_name(key)
             if not name.startswith(_PREFIX):
                 raise ValueError(f"{file.name}: expected names that begin with {_PREFIX!r}, found {key} in {folder}")
+            if name.removeprefix(_PREFIX) in tensors:
+                raise ValueError(f"{file.name}: expected one tensor {name}, found a second, {key}, in {folder}")
             tensors[name.removeprefix(_PREFIX)] = opened.read(key, finite=finite)
     return tensors
 

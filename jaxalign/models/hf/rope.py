@@ -66,10 +66,19 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
         given = values.get(layout) or {}
         if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
             raise ValueError(f"{layout}: expected one flat set for all layers, found {given!r}")
-        for name, value in given.items():
-            if settings.setdefault(name, value) != value:
-                raise ValueError(f"{name}: expected one value, found {settings[name]!r} and {value!r} in {layout}")
+        settings = _joined(settings, given, layout)
     return settings
+
+
+def _joined(settings: Mapping[str, Any], given: Mapping[str, Any], layout: str) -> dict[str, Any]:
+    """Both sets as one, the kind as rope_type: old files call it type. ValueError where they disagree."""
+    found = dict(settings)
+    if given.get("rope_type") is None and given.get("type") is not None:
+        given = {**given, "rope_type": given["type"]}
+    for name, value in given.items():
+        if name != "type" and found.setdefault(name, value) != value:
+            raise ValueError(f"{name}: expected one value, found {found[name]!r} and {value!r} in {layout}")
+    return found
 
 
 def _settings_by_kind(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -77,15 +86,15 @@ def _settings_by_kind(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     given = values.get("rope_parameters") or {}
     if not isinstance(given, dict) or set(given) - set(KINDS) or not all(isinstance(v, dict) for v in given.values()):
         raise ValueError(f"rope_parameters: expected a set for each of {KINDS}, found {given!r}")
-    full, local = dict(given.get("full_attention", {})), dict(given.get("sliding_attention", {}))
-    full |= values.get("rope_scaling") or {}
+    full, local = (_joined({}, given.get(kind, {}), "rope_parameters") for kind in KINDS)
+    full = _joined(full, values.get("rope_scaling") or {}, "rope_scaling")
     full.setdefault("rope_theta", values["rope_theta"])
     local.setdefault("rope_theta", values["rope_local_base_freq"])
     return {"full_attention": full, "sliding_attention": local}
 
 
 def _rope(settings: dict[str, Any], values: Mapping[str, Any], family: Family) -> Rope:
-    kind = settings.get("rope_type", settings.get("type", "default"))
+    kind = settings.get("rope_type", "default")
     if kind not in ROPE_FIELDS:
         raise ValueError(f"rope_type: expected one of {sorted(ROPE_FIELDS)}, found {kind!r}")
     share = settings.get("partial_rotary_factor")
@@ -98,7 +107,7 @@ def _rope(settings: dict[str, Any], values: Mapping[str, Any], family: Family) -
         settings = settings | {
             ORIGINAL: values.get(ORIGINAL) or settings.get(ORIGINAL) or values["max_position_embeddings"]
         }
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_FIELDS["llama3"]}
+    known = {"rope_type", "rope_theta", "partial_rotary_factor", *ROPE_FIELDS["llama3"]}
     known |= {*ROPE_FIELDS[kind], *OPTIONAL_FIELDS.get(kind, ())}
     unknown = sorted(name for name in settings.keys() - known if settings[name] is not None)
     if unknown and kind != "default":

@@ -134,7 +134,7 @@ def _chain(name: str, base: str | None, *, revision: str | None, seen: tuple[pat
     return (folder, *_chain(named, None, revision=revision, seen=seen))
 
 
-def merge_plan(source: Source, config: Config, *, check_finite: bool | None = None) -> tuple[Config, Edits]:
+def merge_plan(source: Source, config: Config, *, check_finite: bool = True) -> tuple[Config, Edits]:
     """What the adapters of a source make of its base: the config of the whole model, and the edits of its tensors.
 
     A score among an adapter's saved modules makes a reward model of a language model, as a …ForSequenceClassification

@@ -32,9 +32,9 @@ from jaxalign.models.families import (
     unstack_experts,
     write_out,
 )
+from jaxalign.models.hf import weights
 from jaxalign.models.hf.files import naming_file, tell
 from jaxalign.models.hf.weight_files import tensor_files, with_prefix
-from jaxalign.models.hf.weights import open_tensors
 from jaxalign.models.hf.writing import Planned, write_tensors
 from jaxalign.models.language_model import LanguageModel
 from jaxalign.types import Params
@@ -87,7 +87,7 @@ def read_params(
     lm: LanguageModel,
     edits: Edits = Edits(),  # noqa: B008
     *,
-    check_finite: bool | None = None,
+    check_finite: bool = True,
 ) -> Params:
     """The parameters of a folder's safetensors, with the edits of adapters, in the model's dtype and on its mesh. Array
     by array, and of each what this machine's devices hold: neither the model nor the sum of its files is in memory."""
@@ -97,10 +97,10 @@ def read_params(
 
 @contextlib.contextmanager
 def stored_params(
-    folder: pathlib.Path, lm: LanguageModel, edits: Edits, *, check_finite: bool | None = None
+    folder: pathlib.Path, lm: LanguageModel, edits: Edits, *, check_finite: bool = True
 ) -> Iterator[Params]:
     """The parameters of a folder's safetensors as a tree of `Stored` arrays, which can be read while this is open.
-    check_finite: whether NaN and infinities raise when they are read; None: in files that others wrote."""
+    check_finite: whether NaN and infinities raise when they are read, as they are in the model."""
     table, family = rules_of(lm.config), FAMILIES[lm.config.family]
     wanted = [key for rule in table for key in rule.theirs]
     files = with_prefix(tensor_files(folder), family.prefix, wanted)
@@ -123,9 +123,8 @@ def stored_params(
     if lm.mesh is not None:
         sharding.placements(shapes, lm.mesh)  # what does not divide is named before anything is read
     with contextlib.ExitStack() as stack:
-        handles = {file: stack.enter_context(open_tensors(file)) for file in sorted({f for f, _ in files.values()})}
-        checked = {
-            file: not opened.is_ours() if check_finite is None else check_finite for file, opened in handles.items()
+        handles = {
+            file: stack.enter_context(weights.open_tensors(file)) for file in sorted({f for f, _ in files.values()})
         }
 
         def shape_of(key: str) -> tuple[int, ...]:
@@ -137,7 +136,7 @@ def stored_params(
             if key in edits.replaced:
                 return np.asarray(np.asarray(edits.replaced[key])[index])
             file, name = files[key]
-            return np.asarray(handles[file].read(name, index, finite=checked[file]))
+            return np.asarray(handles[file].read(name, index))
 
         def stored(rule: Rule) -> Stored:
             shape = flat[rule.ours].shape
@@ -148,7 +147,16 @@ def stored_params(
             def read(key: str, index: Index) -> np.ndarray:
                 return _added(part_of(key, index), index, edits.products.get(key, ()), rule.transpose)
 
-            return Stored(shape, jnp.dtype(lm.dtype), functools.partial(_part, lm, rule, shape, read))
+            def blame(key: str, index: Index) -> np.ndarray:
+                """What `read` gives; ValueError where that is not finite, which says what made it so."""
+                part, path = part_of(key, index), files[key][0] if key in files else folder
+                weights.check_finite(part, files[key][1] if key in files else key, path)
+                made = f" as {lm.dtype}" + " with its adapters" * (key in edits.products or key in edits.replaced)
+                weights.check_finite(read(key, index).astype(jnp.dtype(lm.dtype)), key, path, made=made)
+                return part
+
+            part = functools.partial(_part, lm, rule, shape, read, blame if check_finite else None)
+            return Stored(shape, jnp.dtype(lm.dtype), part)
 
         found = {rule.ours: stored(rule) for rule in table}
         yield jax.tree_util.tree_map_with_path(lambda path, _: found[sharding.path_name(path)], shapes)
@@ -170,15 +178,24 @@ def _placed(lm: LanguageModel, name: str, array: Stored) -> jax.Array:
     return jax.make_array_from_callback(array.shape, jax.sharding.NamedSharding(lm.mesh, spec), once)
 
 
-def _part(lm: LanguageModel, rule: Rule, shape: tuple[int, ...], read: Read, index: Index | None) -> np.ndarray:
-    """A part of one of our arrays, or all, in the model's type."""
+def _part(
+    lm: LanguageModel, rule: Rule, shape: tuple[int, ...], read: Read, blame: Read | None, index: Index | None
+) -> np.ndarray:
+    """A part of one of our arrays, or all, in the model's type. Where it is not finite, it is read with `blame`."""
     whole = tuple(
         slice(*one.indices(size)) for one, size in zip(index or (slice(None),) * len(shape), shape, strict=True)
     )
     out = np.empty([one.stop - one.start for one in whole], jnp.dtype(lm.dtype))
-    for block in _blocks(rule, whole):
-        place = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(block, whole, strict=True))
-        out[place] = read_part(lm.config, rule, shape, block, read)
+    # What overflows is named, or wanted as it is.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in _blocks(rule, whole):
+            place = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(block, whole, strict=True))
+            found = read_part(lm.config, rule, shape, block, read)
+            out[place] = found
+            narrower = jnp.finfo(out.dtype).max < jnp.finfo(found.dtype).max
+            if blame is not None and not weights.is_finite(out[place] if narrower else found):
+                read_part(lm.config, rule, shape, block, blame)
+                raise AssertionError(f"{rule.ours}: not finite, while each of {rule.theirs} is")
     return out
 
 

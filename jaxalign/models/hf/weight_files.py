@@ -90,14 +90,17 @@ def no_weights(folder: pathlib.Path) -> str:
 
 def tensor_files(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
     """Plain name of a tensor -> (the file that holds it, its name there), from the files themselves: an index may say
-    otherwise."""
+    otherwise. ValueError for a tensor that two hold."""
     found: dict[str, tuple[pathlib.Path, str]] = {}
     for file in _weight_files(folder):
         with open_tensors(file) as opened:
             for key in opened.names():
                 name = plain_name(key)
-                if name in found and found[name][1] != key:
-                    raise ValueError(f"{file}: expected one tensor {name}, found {found[name][1]} and {key}")
+                other, before = found.get(name, (file, key))
+                if before != key:
+                    raise ValueError(f"{file}: expected one tensor {name}, found {before} and {key}")
+                if other != file:
+                    raise ValueError(f"{name}: expected in one file, found in {other.name} and {file.name} in {folder}")
                 found[name] = file, key
     return found
 

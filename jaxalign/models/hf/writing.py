@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxalign.models.hf.files import write_json
-from jaxalign.models.hf.weights import WRITER
+
+WRITER = "jaxalign"
+"""What the metadata of our own files have under "writer". Anyone can write it: nothing here goes by it."""
 
 SHARD_BYTES = 4 << 30
 """Largest file that is written; a model beyond it is written in shards."""
