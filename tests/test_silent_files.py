@@ -13,6 +13,7 @@ import pytest
 from jaxalign import _options, commands, data, policies
 from jaxalign._files import parse_json
 from jaxalign.data import sources, text_options
+from jaxalign.models.hf import files
 
 TWICE = '{"prompt": "Hi", "chosen": "Yes", "rejected": "No", "chosen": "Maybe"}'
 INSIDE = '{"prompt": [{"role": "user", "content": "Hi", "content": "Ho"}], "chosen": "Yes", "rejected": "No"}'
@@ -207,3 +208,14 @@ def test_two_values_of_one_option_are_shown_however_large(tmp_path):
     with pytest.raises(ValueError, match=r"^rate: expected one value, found 1000.* in .*c\.json") as found:
         parsed(tmp_path / "c.json")
     assert len(str(found.value)) < 600
+
+
+def test_a_field_of_a_models_folder_with_two_values_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"rms_norm_eps": 1e-6, "rope": {"theta": 1, "theta": 1}, "rms_norm_eps": 1.0}')
+    with pytest.raises(
+        ValueError, match=r"config.json: expected JSON, found 'rms_norm_eps' twice, as 1e-06 and 1.0 in "
+    ):
+        files.read_json(path)
+    path.write_text('{"a": 1, "b": {"c": NaN, "c": NaN}, "a": 1}')
+    assert files.read_json(path)["a"] == 1

@@ -196,7 +196,7 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
     if found["step"] > found["read"] or (found["step"] > 0) != (found["loss"] is not None):
         pair = {name: found[name] for name in ("step", "loss", "read")}
         raise ValueError(f"{FILE}: expected the loss of a step that was read, found {pair} in {path}; {then}")
-    return NOTHING | found
+    return dict(NOTHING, **found)
 
 
 def _lacking(folder: pathlib.Path, kept: dict[str, Any], every: int, steps: int) -> str:

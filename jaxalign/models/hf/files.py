@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxalign import _io, _locks
-from jaxalign._files import read_text
+from jaxalign._files import printed, read_text
 
 
 @contextlib.contextmanager
@@ -94,12 +94,22 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path.name}: expected in the folder, found no file {path}")
     text = read_text(path)
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_agreeing)
     except (ValueError, RecursionError) as error:  # of JSON, or of its depth
         raise ValueError(f"{path.name}: expected JSON, found {error} in {path}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path.name}: expected a JSON object, found {type(values).__name__} in {path}")
     return values
+
+
+def _agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object. ValueError where one stands twice with different values, of which Python would drop
+    the first."""
+    found = dict(pairs)
+    for name, value in pairs:
+        if found[name] != value and found[name] == found[name]:  # NaN is told by whoever reads the field
+            raise ValueError(f"{name!r:.200} twice, as {printed(value)} and {printed(found[name])}")
+    return found
 
 
 MOST_LETTERS = 1000

@@ -66,10 +66,10 @@ def _ways_of(code: str, argument: Any) -> float:
     inner = [_ways(part) for part in parts]
     if code == "BRANCH":
         return _alternatives(parts, inner)
-    within = math.prod(inner)
+    within: float = math.prod(inner)
     if not code.endswith("REPEAT"):
         return within
-    least, most = argument[:2]
+    least, most = int(argument[0]), int(argument[1])
     if most > 1:
         return math.inf if within > 1 else min(most - least + 1, WAYS)
     return most - least + within
