@@ -181,7 +181,7 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / FILE
     then = f"remove it, and the round in {folder} is fitted again"
     try:
-        found = _io.read_json(path, then=then)
+        found: dict[str, Any] = _io.read_json(path, then=then)
     except FileNotFoundError:
         return dict(NOTHING)
     kinds: dict[str, Any] = {"step": int, "read": int, "since": int, "stop": bool, "loss": float | int | None}
