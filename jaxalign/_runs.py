@@ -167,7 +167,7 @@ def _lock(out: pathlib.Path) -> None:
 
 def _is_run(out: pathlib.Path) -> bool:
     """Whether a folder holds the config.json of a run, which others stand beside, and not that of a model."""
-    return (out / CONFIG).exists() and any((out / name).exists() for name in (INPUTS, VERSIONS))
+    return (out / CONFIG).exists() and any((out / name).exists() for name in (INPUTS, VERSIONS, SUMMARY))
 
 
 def _foreign(path: pathlib.Path) -> bool:

@@ -44,7 +44,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     models.save(root / "wide", *tiny_lm(4, vocab_size=13, num_layers=1), tokenizer=tokenizer([*WORDS, "x", "y"]))
     models.save(root / "other", *tiny_lm(4, num_layers=1), tokenizer=tokenizer([*WORDS[:9], "slept", "and"]))
     lm, params = tiny_lm(1, "reward", num_layers=1)
-    broken = {**params, "head": jax.tree.map(lambda x: x * jnp.nan, params["head"])}
+    broken = {**params, "head": jax.tree.map(lambda x: jnp.full_like(x, 3e38), params["head"])}
     models.save(root / "nan", lm, broken, tokenizer=tokenizer())
     models.save(root / "ends", *tiny_lm(4, vocab_size=13, num_layers=1, eos_ids=(0, 12)), tokenizer=tokenizer())
     (root / "prompts.txt").write_text("the cat\na dog ran on the mat\nthe dog and the cat sat\nsat\nthe mat\n")

@@ -235,11 +235,27 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
     assert all("Traceback" not in text for text in told)
 
 
-def test_a_process_that_cannot_write_ends_the_others_with_its_error(folder, tmp_path):
-    """The first finds a file where it removes a folder; nobody waits for it."""
+KEPT = """
+import pathlib
+unlink = pathlib.Path.unlink
+
+def refuse(path, *args, **options):
+    if path.name == {name!r}:
+        raise PermissionError(1, "Operation not permitted", str(path))
+    return unlink(path, *args, **options)
+
+pathlib.Path.unlink = refuse
+"""
+
+
+def test_a_process_that_cannot_write_ends_the_others_with_its_error(folder, tmp_path, monkeypatch):
+    """The first must not remove what a kill has left; nobody waits for it."""
     begin_again(folder / "base", tmp_path / "run")
     blocked = "1.orbax-checkpoint-tmp-1"
     (tmp_path / "run/checkpoints" / blocked).touch()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(KEPT.format(name=blocked))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{ROOT}")
     job, *options = words(SFT, folder, tmp_path / "run")
     given = ["--coordinator", "COORDINATOR", "--num-processes", "2", "--process-id", "PROCESS"]
     running = start([f"train.{job}", *options, "--mesh", "data=4", *given])

@@ -65,7 +65,9 @@ def copies(monkeypatch, tmp_path) -> list[pathlib.Path]:
     return found
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name == "ended by patience")) for name in RUNS]
+)
 def test_a_run_that_is_killed_once_best_json_is_written_goes_on_to_the_same_bytes(name, files, tmp_path, copies):
     whole = run(files, tmp_path / "whole", *RUNS[name])
     assert name not in ENDED or whole[2]["steps"] < 9

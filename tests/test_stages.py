@@ -86,7 +86,11 @@ def test_finished_stages_are_reported_and_not_run_again(tmp_path, capsys):
             options["model"] = options["base"]
         (out / "config.json").write_text(json.dumps(options))
         (out / "summary.json").write_text(json.dumps({"number": number}))
-        (out / ("table.npz" if stage.job == "calibrate" else "model")).mkdir()  # a finished run has its product
+        product = out / ("." if stage.job in ("calibrate", "preferences") else "model")
+        product.mkdir(exist_ok=True)
+        whole = {"calibrate": ("table.npz", "table.json"), "preferences": ("pairs.jsonl",)}
+        for name in whole.get(stage.job, ("config.json", "model.safetensors")):  # a finished run has its product
+            (product / name).touch()
         capsys.readouterr()
         assert commands.run(stage.job, **stage.options) == {"number": number}
         assert f"number: {number}" in capsys.readouterr().out

@@ -196,6 +196,7 @@ def _part(
             if blame is not None and not weights.is_finite(out[place] if narrower else found):
                 read_part(lm.config, rule, shape, block, blame)
                 raise AssertionError(f"{rule.ours}: not finite, while each of {rule.theirs} is")
+            del found  # or it is in memory beside the next
     return out
 
 
