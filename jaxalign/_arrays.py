@@ -218,6 +218,10 @@ def centred(x: ArrayLike) -> Array:
     return inner - inner.mean(axis=-1, keepdims=True)
 
 
+UNITS = 4
+"""Units in the last place of the largest number of a group: differences below are rounding."""
+
+
 def resolution(x: ArrayLike) -> Array:
     """Gives the size below which differences within a group are rounding: 4 units in the last place of its largest |x|.
 
@@ -228,7 +232,7 @@ def resolution(x: ArrayLike) -> Array:
       [...,1], in at least float32.
     """
     x = at_least_float32(x)
-    size: Array = 4 * jnp.finfo(x.dtype).eps * jnp.abs(x).max(axis=-1, keepdims=True)
+    size: Array = UNITS * jnp.finfo(x.dtype).eps * jnp.abs(x).max(axis=-1, keepdims=True)
     return size
 
 
@@ -252,7 +256,7 @@ def is_flat_on_host(x: np.ndarray) -> bool:
     Args:
       x: of any shape, at least one number.
     """
-    return float(x.max() - x.min()) <= 4 * float(np.finfo(np.float32).eps) * float(np.abs(x).max())
+    return float(x.max() - x.min()) <= UNITS * float(np.finfo(np.float32).eps) * float(np.abs(x).max())
 
 
 def deviation(inner: Array, *, ddof: int) -> Array:

@@ -199,13 +199,13 @@ def telling() -> Iterator[None]:
         text = str(error)
         # By its name, since commands of no computation have no jax; numpy's read of a result gives a ValueError.
         jaxs = type(error).__name__ == "JaxRuntimeError" or text.startswith("INTERNAL: ")
-        own = next((kept for kept in reversed(_raised) if jaxs and _words(kept) in text), None)
+        own = next((kept for kept in reversed(_raised) if jaxs and _as_jax_tells(kept) in text), None)
         if own is None:
             raise
         raise own.with_traceback(None) from own.__cause__
 
 
-def _words(error: BaseException) -> str:
+def _as_jax_tells(error: BaseException) -> str:
     """What JAX's text has of an error."""
     return str(error) if isinstance(error, ValueError) else type(error).__name__
 

@@ -22,7 +22,7 @@ CLOSED = "Event loop is closed"
 told: list[Callable[[int], None]] = []
 """Called with the number of the first signal, unless that came from another process of the same run (`ask`)."""
 
-ending: list[Callable[[], None]] = []
+before_end: list[Callable[[], None]] = []
 """Called before a signal ends what runs, which may be a program that takes this for an error of its own."""
 
 _sending: list[threading.Timer] = []
@@ -176,7 +176,7 @@ def _note(number: int, _: Any) -> None:
         for tell in told:
             tell(number)
     if not _state["deferring"]:
-        for call in ending:
+        for call in before_end:
             call()
         stop()
     if number == signal.SIGINT:

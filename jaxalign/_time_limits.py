@@ -123,7 +123,7 @@ def _by_alarm(call: Callable[[], T], seconds: float, words: Callable[[TimeLimit]
         signal.setitimer(signal.ITIMER_REAL, 2.0, 1.0)
 
     handler = signal.signal(signal.SIGALRM, ring)
-    _signals.ending.append(insist)
+    _signals.before_end.append(insist)
     # Once a second again, for code that catches everything.
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
@@ -142,7 +142,7 @@ def _by_alarm(call: Callable[[], T], seconds: float, words: Callable[[TimeLimit]
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _signals.ending.remove(insist)
+        _signals.before_end.remove(insist)
         signal.signal(signal.SIGALRM, handler)
         if left:
             signal.setitimer(signal.ITIMER_REAL, left, interval)
